@@ -1,0 +1,7 @@
+"""srpkd: relation distillation without the N x N matrix."""
+
+from .distiller import RelationDistiller
+from .loss import SRPLoss, relation_loss
+
+__version__ = "0.1.0"
+__all__ = ["RelationDistiller", "SRPLoss", "relation_loss"]

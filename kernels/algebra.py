@@ -1,0 +1,145 @@
+"""The algebra around the tiles, shared by every backend: scales before, correction after.
+
+Notation (one image): features Q in R^{N x C}, G = Q Q^T, relation A_ij = G_ij alpha_i beta_j with
+
+    normalize   alpha_i            beta_j
+    "row"       1 / ||G_i,:||_2    1
+    "cosine"    1 / ||q_i||        1 / ||q_j||
+    "none"      1                  1
+
+so one vector of N scales says everything about a normalisation. The loss of an image is
+(1/N^2) sum_ij rho(D_ij), D = A_student - A_teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NORMALIZATIONS = ("row", "cosine", "none")
+DISTANCES = ("l1", "l2", "huber")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Which relation matrix, and which distance between two of them.
+
+    Attributes:
+        normalize: ``"row"``, ``"cosine"`` or ``"none"``: what A_ij is, see the module docstring.
+        distance: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 inside delta and delta*(abs(d) - delta/2) outside.
+        delta: where Huber's distance turns linear; the other distances ignore it.
+        eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to everything.
+    """
+
+    normalize: str = "row"
+    distance: str = "l1"
+    delta: float = 1.0
+    eps: float = 1e-12
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether A (and so D and rho'(D)) is symmetric."""
+        return self.normalize != "row"
+
+
+class Scales(NamedTuple):
+    """alpha of both relation matrices (B, N), None where it is 1; and the student's M = Q^T Q (B, C, C)."""
+
+    student: Tensor | None
+    teacher: Tensor | None
+    moment: Tensor | None
+
+
+class Tiles(NamedTuple):
+    """What the primitive ``relation_tiles`` gives back.
+
+    loss: (B,) sums of rho(D_ij) over all pairs.
+    U: (B, N, C) sums over j of K_ij q_j, K_ij = P_ij alpha_i beta_j + P_ji alpha_j beta_i, P = rho'(D).
+    h: (B, N) sums over j of P_ij A_ij, for cosine those of P_ji A_ji too.
+    U and h are None when no gradient was asked for; h is also None for ``normalize="none"``.
+    """
+
+    loss: Tensor
+    U: Tensor | None
+    h: Tensor | None
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def penalty(difference: Tensor, relation: Relation) -> Tensor:
+    """rho(D), elementwise."""
+    if relation.distance == "l1":
+        return difference.abs()
+    if relation.distance == "l2":
+        return difference.square()
+    size, delta = difference.abs(), relation.delta
+    return torch.where(size <= delta, 0.5 * difference.square(), delta * (size - 0.5 * delta))
+
+
+def penalty_slope(difference: Tensor, relation: Relation) -> Tensor:
+    """rho'(D), elementwise; 0 at a tie of the l1 distance, as in torch."""
+    if relation.distance == "l1":
+        return difference.sign()
+    if relation.distance == "l2":
+        return 2 * difference
+    return difference.clamp(-relation.delta, relation.delta)
+
+
+def scale_of(features: Tensor, relation: Relation, moment: Tensor | None = None) -> Tensor | None:
+    """alpha of features (B, N, C) in their own dtype: (B, N), 0 for a dead pixel, None for ``"none"``.
+
+    The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i with M = Q^T Q.
+    """
+    if relation.normalize == "none":
+        return None
+    if relation.normalize == "cosine":
+        square = features.square().sum(-1)
+    else:
+        moment = features.mT @ features if moment is None else moment
+        square = ((features @ moment) * features).sum(-1)
+    norm = square.clamp_min(0).sqrt()  # rounding can leave a square just below 0
+    return torch.where(norm > relation.eps, norm.reciprocal(), 0)
+
+
+def scales_of(student: Tensor, teacher: Tensor, relation: Relation, dtype: torch.dtype) -> Scales:
+    """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), computed in ``dtype``."""
+    if relation.normalize == "none":
+        return Scales(None, None, None)
+    student = student.to(dtype)
+    moment = student.mT @ student if relation.normalize == "row" else None
+    return Scales(scale_of(student, relation, moment), scale_of(teacher.to(dtype), relation), moment)
+
+
+def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relation) -> Tensor:
+    """dL/dQ (B, N, C) of the mean over all pairs, from U and h, in student's dtype and strides.
+
+    N^2 dL/dQ is U plus what the scales' own dependence on Q adds; with w_i = h_i alpha_i^2:
+
+        none      U_i
+        cosine    U_i - w_i q_i
+        row       U_i - w_i M q_i - M_w q_i,  M = Q^T Q,  M_w = Q^T diag(w) Q
+
+    A dead pixel has alpha = 0, hence w = 0: no gradient runs through its own normalisation.
+    """
+    total = tiles.U
+    if relation.normalize != "none":
+        features = student.to(total.dtype)
+        weighted = (tiles.h * scales.student.square()).unsqueeze(-1) * features
+        if relation.normalize == "cosine":
+            total = total - weighted
+        else:
+            total = torch.baddbmm(total, weighted, scales.moment.to(total.dtype), alpha=-1)
+            total.baddbmm_(features, weighted.mT @ features, alpha=-1)
+    pairs = student.shape[1] ** 2
+    gradient = torch.empty_like(student)
+    return (
+        torch.mul(total, 1 / pairs, out=gradient)
+        if gradient.dtype == total.dtype
+        else gradient.copy_(total / pairs)
+    )

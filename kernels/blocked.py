@@ -1,0 +1,85 @@
+"""Backend ``blocked``: the one-pass algorithm in PyTorch, a strip of rows at a time. Any device, O(block * N) memory.
+
+K is symmetric, so the strip of rows I needs only the columns from I on: its part right of the diagonal
+block stands for the mirrored part below the diagonal too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .algebra import Relation, Scales, Tiles, accumulator, penalty, penalty_slope
+
+# How many elements of one strip's matrices are held at a time: on a CPU they should stay in the cache,
+# on a GPU one launch should fill the device.
+STRIP_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+
+
+def block_rows(batch: int, pixels: int, device: torch.device) -> int:
+    """How many rows of (batch, rows, pixels) make a strip."""
+    return max(16, min(pixels, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * pixels)))
+
+
+def relation_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
+) -> Tiles:
+    """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N). See ``Tiles``."""
+    batch, pixels, _ = student.shape
+    dtype = accumulator(student.dtype)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    loss = student.new_zeros(batch, dtype=torch.float64 if student.device.type == "cpu" else dtype)
+    U = torch.zeros_like(student) if need_grad else None
+    h = student.new_zeros(batch, pixels) if need_grad and relation.normalize != "none" else None
+
+    rows = block_rows(batch, pixels, student.device)
+    for start in range(0, pixels, rows):
+        own = min(rows, pixels - start)  # how many of the strip's columns lie in its diagonal block
+        block, strip, rest = slice(start, start + own), slice(start, None), slice(start + own, None)
+        gram_s = student[:, block] @ student[:, strip].mT
+        gram_t = teacher[:, block] @ teacher[:, strip].mT
+        relations = _scaled(gram_s, scales.student, relation, block, strip)
+        difference = relations - _scaled(gram_t, scales.teacher, relation, block, strip)
+        if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact
+            difference.diagonal(dim1=1, dim2=2).zero_()
+        value = penalty(difference, relation)
+        if relation.symmetric:
+            loss += value[..., :own].sum((1, 2)) + 2 * value[..., own:].sum((1, 2))
+        else:
+            mirrored_relations = gram_s.mul_(scales.student[:, None, strip])
+            mirrored = mirrored_relations - gram_t.mul_(scales.teacher[:, None, strip])
+            loss += value.sum((1, 2)) + penalty(mirrored[..., own:], relation).sum((1, 2))
+        if not need_grad:
+            continue
+
+        slope = penalty_slope(difference, relation)
+        if relation.symmetric:
+            K = 2 * slope
+            if h is not None:
+                relations *= K
+                h[:, block] += relations.sum(2)
+                h[:, rest] += relations[..., own:].sum(1)
+                K *= scales.student[:, block, None]
+                K *= scales.student[:, None, strip]
+        else:
+            mirrored_slope = penalty_slope(mirrored, relation)
+            h[:, block] += relations.mul_(slope).sum(2)
+            h[:, rest] += mirrored_relations.mul_(mirrored_slope)[..., own:].sum(1)
+            K = slope.mul_(scales.student[:, block, None])
+            K.addcmul_(mirrored_slope, scales.student[:, None, strip])
+        U[:, block] += K @ student[:, strip]
+        U[:, rest] += K[..., own:].mT @ student[:, block]
+    return Tiles(loss.to(dtype), U, h)
+
+
+def _scaled(gram: Tensor, alpha: Tensor | None, relation: Relation, block: slice, strip: slice) -> Tensor:
+    """A_ij from G_ij, for the strip's rows i and columns j."""
+    if alpha is None:
+        return gram
+    scaled = gram * alpha[:, block, None]
+    return scaled if relation.normalize == "row" else scaled.mul_(alpha[:, None, strip])
+
+
+def why_not(device: torch.device) -> str | None:
+    """None: it runs everywhere."""
+    return None

@@ -1,0 +1,77 @@
+"""Backend ``closed_form``: the l2 distance exactly, in O(N C^2) instead of O(N^2 C).
+
+With d^2 everything that sums over pairs factors through C x C matrices: sum_ij G_ij^2 x_i y_j is the
+Frobenius product of Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of
+Q_s^T diag(x) Q_t and Q_s^T diag(y) Q_t. The loss is a small difference of large such numbers when the
+student is close to its teacher, hence float64 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .algebra import Relation, Scales, Tiles
+
+DISTANCES = ("l2",)
+SCALE_DTYPE = torch.float64
+
+
+def relation_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
+) -> Tiles:
+    """The primitive for ``distance="l2"``: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N).
+
+    All in float64. See ``Tiles``.
+    """
+    student, teacher = student.double(), teacher.double()
+    ones = student.new_ones(student.shape[:2])
+    alpha_s, alpha_t = (ones if alpha is None else alpha for alpha in (scales.student, scales.teacher))
+    row_s, row_t, row_st = alpha_s.square(), alpha_t.square(), alpha_s * alpha_t
+    column_s, column_st = (row_s, row_st) if relation.symmetric else (ones, ones)
+
+    # sum_j G_s,ij (beta_j^2) q_j and sum_j G_t,ij (beta_s,j beta_t,j) q_j
+    moment = _moment(student, student, column_s) if scales.moment is None else scales.moment
+    by_column_s = student @ moment
+    by_column_st = teacher @ _moment(teacher, student, column_st)
+    forward = row_s.unsqueeze(-1) * by_column_s - row_st.unsqueeze(-1) * by_column_st
+    energy_s = row_s * (student * by_column_s).sum(-1)
+    energy_st = row_st * (student * by_column_st).sum(-1)
+    if relation.symmetric:
+        energy_t = _moment(teacher, teacher, row_t).square().sum((1, 2))
+    else:
+        energy_t = (alpha_t > 0).sum(1)  # rows of norm 1, or dead
+    loss = (energy_s - 2 * energy_st).sum(1) + energy_t
+    excess = None
+    if relation.normalize == "cosine":
+        # D_ii counts as 0, and is not where just one of student and teacher is dead at pixel i
+        diagonal_s = row_s * student.square().sum(-1)
+        excess = diagonal_s - row_t * teacher.square().sum(-1)
+        loss = loss - excess.square().sum(1)
+    loss = loss.clamp_min(0)  # a sum of squares, but for rounding
+    if not need_grad:
+        return Tiles(loss, None, None)
+
+    if relation.symmetric:
+        U = 4 * forward
+    else:
+        by_row_s = student @ _moment(student, student, row_s)
+        by_row_st = teacher @ _moment(teacher, student, row_st)
+        U = 2 * (forward + by_row_s - by_row_st)
+    if relation.normalize == "none":
+        return Tiles(loss, U, None)
+    h = 2 * (energy_s - energy_st)
+    if excess is not None:
+        h = 2 * (h - 2 * excess * diagonal_s)
+        U = U - (4 * excess * row_s).unsqueeze(-1) * student
+    return Tiles(loss, U, h)
+
+
+def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
+    """Q_l^T diag(weight) Q_r: (B, N, C_l), (B, N, C_r), (B, N) -> (B, C_l, C_r)."""
+    return left.mT @ (weight.unsqueeze(-1) * right)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why it cannot run there, or None. Metal has no float64."""
+    return "it computes in float64, which this device lacks" if device.type == "mps" else None

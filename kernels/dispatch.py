@@ -1,0 +1,107 @@
+"""Which backend computes a relation loss: the registry, ``auto``, and the environment variable SRPKD_BACKEND.
+
+A backend is a module of this package with
+
+    relation_tiles(student, teacher, scales, relation, need_grad) -> Tiles     the one primitive
+    why_not(device) -> str | None       why it cannot run there and what to do; None where it can
+    SCALE_DTYPE                         optional: the least dtype that its scales are computed in
+    DISTANCES                           optional: the distances that it can do, all by default
+
+and a line in BACKENDS. ``reference`` alone brings ``relation_loss`` instead, which autograd differentiates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import algebra
+from .algebra import Relation
+
+BACKENDS = {
+    "reference": "the definition, materialised: N x N arrays, autograd's own gradient",
+    "blocked": "PyTorch, a strip of rows at a time: any device",
+    "closed_form": "the l2 distance exactly, through C x C matrices",
+}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here."""
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend, imported when first asked for, so that none costs or breaks the others."""
+    return importlib.import_module(f".{name}", __package__)
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot run on ``device``, or None where it can."""
+    return backend_module(name).why_not(device)
+
+
+def requested(backend: str) -> str:
+    """The backend that the caller wants: the argument; if that is "auto", SRPKD_BACKEND; else "auto".
+
+    Raises:
+        ValueError: the name, given either way, is no backend's.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend, source = os.environ.get("SRPKD_BACKEND") or "auto", "the environment variable SRPKD_BACKEND"
+    check_choice(source, backend, ("auto", *BACKENDS))
+    return backend
+
+
+def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the choices, and the nearest one, unless value is among them."""
+    if value in choices:
+        return
+    nearest = difflib.get_close_matches(str(value), choices, 1, cutoff=0.5)
+    raise ValueError(
+        f"{what}={value!r} is not one of {', '.join(map(repr, choices))}"
+        + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    )
+
+
+def automatic(device: torch.device, relation: Relation) -> str:
+    """The backend that ``auto`` stands for: the fastest that can run, by the measurements in bench/."""
+    if relation.distance == "l2" and why_not("closed_form", device) is None:
+        return "closed_form"
+    return "blocked"
+
+
+def value_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each image (B,), and its gradient (B, N, C_s) if asked for, by any backend but the reference.
+
+    Args:
+        student: raw features (B, N, C_s), any strides.
+        teacher: raw features (B, N, C_t), same device and dtype.
+        backend: "auto" or a name from BACKENDS.
+
+    Raises:
+        BackendUnavailable: the backend was asked for by name and cannot run on this device.
+        ValueError: the backend was asked for by name and cannot do this distance.
+    """
+    if backend == "auto":
+        backend = automatic(student.device, relation)
+    module = backend_module(backend)
+    if (reason := module.why_not(student.device)) is not None:
+        raise BackendUnavailable(f"backend={backend!r} cannot run on {student.device}: {reason}")
+    if relation.distance not in getattr(module, "DISTANCES", algebra.DISTANCES):
+        raise ValueError(
+            f"backend={backend!r} computes distance in {module.DISTANCES} only, not {relation.distance!r}; "
+            "use backend='auto'"
+        )
+    accumulator = algebra.accumulator(student.dtype)
+    scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
+    scales = algebra.scales_of(student, teacher, relation, scale_dtype)
+    tiles = module.relation_tiles(student, teacher, scales, relation, need_grad)
+    loss = (tiles.loss / student.shape[1] ** 2).to(accumulator)
+    return loss, algebra.gradient_of(student, tiles, scales, relation) if need_grad else None

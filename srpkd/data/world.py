@@ -1,0 +1,187 @@
+"""Generated worlds: small paired data sets that need no download.
+
+A scene is a patchwork of six classes, seen twice: as a *label map* (one palette colour per class) and as a
+*photo*. In the photo the classes form three pairs of twins: the two of a pair have the same mean colour and
+the same contrast and differ only in their texture, under a light, a tint and a noise that change from image
+to image. So the colour of a pixel cannot tell its class (at best it leaves two to choose from): a generator
+has to relate the pixel to those around it.
+
+    python -m srpkd.data.world OUT --layout aligned      # the same as folders of PNG files
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+# (6, 3) uint8, RGB: what each class is painted with in a label map; no two are closer than 100 levels
+PALETTE = torch.tensor(
+    [[220, 50, 47], [60, 170, 75], [40, 90, 200], [250, 215, 60], [70, 205, 225], [200, 80, 205]],
+    dtype=torch.uint8,
+)
+CLASSES = len(PALETTE)
+
+
+@dataclass(frozen=True)
+class World:
+    """P scenes. `world[:12]` is a world of its first twelve.
+
+    photos: (P, 3, H, W) float32 in [-1, 1]
+    classes: (P, H, W) int64 in 0..5
+    labels: (P, 3, H, W) float32 in [-1, 1], the classes in the colours of `PALETTE`
+    """
+
+    photos: Tensor
+    classes: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, part: slice) -> World:
+        if not isinstance(part, slice):
+            raise TypeError(f"a World is cut by slices, as world[:12]; received {part!r}")
+        return World(self.photos[part], self.classes[part], self.labels[part])
+
+
+class Texture(NamedTuple):
+    """A zero-mean pattern of unit variance: `waves` plane waves in evenly spread directions, each with a
+    phase of its own. One wave makes stripes, two make a weave of checks, seven make speckle."""
+
+    waves: int
+    angle: float  # of the first wave's crests, in degrees: 0 = horizontal stripes
+    wavelength: float  # in pixels
+
+
+# What can tell two twins apart. No pair is told apart by the sense of a slant: a mirror image keeps its classes.
+_TWINS = (
+    (Texture(1, 0, 4.5), Texture(1, 90, 4.5)),  # lying and standing stripes
+    (Texture(2, 45, 4.5), Texture(7, 0, 4.5)),  # checks and speckle
+    (Texture(1, 30, 4.0), Texture(1, 30, 7.5)),  # fine and coarse stripes
+    (Texture(7, 0, 4.0), Texture(7, 0, 8.0)),  # fine and coarse speckle
+    (Texture(2, 0, 6.0), Texture(1, 60, 6.0)),  # checks and stripes
+)
+# RGB in [0, 1] of meadow, ochre, slate, brick, plum; dark enough that a bright stripe is rarely cut off
+_COLOURS = ((0.34, 0.47, 0.26), (0.56, 0.46, 0.26), (0.32, 0.42, 0.54), (0.55, 0.32, 0.28), (0.46, 0.33, 0.50))
+
+
+def _style(variant: int) -> tuple[Tensor, list[Texture]]:
+    """(mean colours (6, 3), six textures) of a world's classes; variant 0 is the plain one."""
+    if variant == 0:
+        colours, twins, order = range(3), range(3), range(CLASSES)
+        turn, stretch = 0.0, 1.0
+    else:
+        rng = torch.Generator().manual_seed(variant)
+        colours = torch.randperm(len(_COLOURS), generator=rng)[:3].tolist()
+        twins = torch.randperm(len(_TWINS), generator=rng)[:3].tolist()
+        order = torch.randperm(CLASSES, generator=rng).tolist()  # which palette colours are twins
+        turn = -10 + 20 * torch.rand((), generator=rng).item()
+        stretch = 0.9 + 0.3 * torch.rand((), generator=rng).item()
+    members = [
+        (_COLOURS[c], texture._replace(angle=texture.angle + turn, wavelength=texture.wavelength * stretch))
+        for c, t in zip(colours, twins)
+        for texture in _TWINS[t]
+    ]
+    return torch.tensor([members[i][0] for i in order]), [members[i][1] for i in order]
+
+
+def generate_world(count: int, size: int = 64, seed: int = 0, variant: int = 0) -> World:
+    """`count` scenes of size x size pixels; see `World` for the shapes.
+
+    `seed` draws the scenes: layout, light, phases, noise. `variant` is the world they are scenes of: another
+    one has other textures, other mean colours and other palette colours as twins, so that what was tuned on
+    one world can be judged on another. The result depends on the arguments alone, not on torch's global
+    generator. Textures are measured in pixels, whatever the size; patches grow with the size.
+
+    Raises ValueError if count < 1 or size < 16.
+    """
+    if count < 1 or size < 16:
+        raise ValueError(f"a world needs count >= 1 and size >= 16; received count={count}, size={size}")
+    rng = torch.Generator().manual_seed(seed + 1_000_003 * variant)
+    pixel = torch.arange(size, dtype=torch.float32)
+    # (P, 2, H, W): a smooth bend of the plane, about one cell of the 4 x 4 grid long
+    bend = F.interpolate(
+        torch.randn(count, 2, 4, 4, generator=rng), size=(size, size), mode="bicubic", align_corners=True
+    )
+    classes = _layout(pixel / size + 0.05 * bend[:, 0], pixel[:, None] / size + 0.05 * bend[:, 1], rng)
+    photos = _photograph(classes, pixel + bend[:, 0], pixel[:, None] + bend[:, 1], _style(variant), rng)
+    return World(photos, classes, paint(classes))
+
+
+def _uniform(rng: torch.Generator, count: int, low: float, high: float) -> Tensor:
+    """(P, 1, 1): one number per image."""
+    return low + (high - low) * torch.rand(count, 1, 1, generator=rng)
+
+
+def _layout(x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
+    """(P, H, W) int64: nearest of a few sites, and three discs or boxes on top. x, y: (P, H, W) in about [0, 1]."""
+    count = len(x)
+    # the first six sites have all six classes, so that each is seen in most of the scenes
+    kinds = torch.rand(count, CLASSES, generator=rng).argsort(1)
+    kinds = torch.cat([kinds, torch.randint(CLASSES, (count, 5), generator=rng)], 1)[..., None, None]
+    nearest = torch.full_like(x, math.inf)
+    classes = torch.zeros(x.shape, dtype=torch.int64)
+    for kind in kinds[:, :-3].unbind(1):
+        distance = (x - _uniform(rng, count, 0, 1)).square_() + (y - _uniform(rng, count, 0, 1)).square_()
+        classes = torch.where(distance < nearest, kind, classes)
+        nearest = torch.minimum(nearest, distance)
+    for kind in kinds[:, -3:].unbind(1):
+        dx = (x - _uniform(rng, count, 0, 1)).abs_() / _uniform(rng, count, 0.08, 0.2)
+        dy = (y - _uniform(rng, count, 0, 1)).abs_() / _uniform(rng, count, 0.08, 0.2)
+        box = torch.rand(count, 1, 1, generator=rng) < 0.5
+        classes = torch.where(torch.where(box, torch.maximum(dx, dy), dx.hypot(dy)) < 1, kind, classes)
+    return classes
+
+
+def _photograph(
+    classes: Tensor, x: Tensor, y: Tensor, style: tuple[Tensor, list[Texture]], rng: torch.Generator
+) -> Tensor:
+    """(P, 3, H, W) in [-1, 1] of classes (P, H, W); x, y: (P, H, W) in pixels, bent."""
+    count, height, width = classes.shape
+    colours, textures = style
+    pattern = torch.zeros_like(x)
+    for kind, texture in enumerate(textures):
+        inside = classes == kind
+        angle = torch.deg2rad(texture.angle + _uniform(rng, count, -8, 8))
+        number = 2 * math.pi / (texture.wavelength * _uniform(rng, count, 0.9, 1.1))
+        field = torch.zeros_like(x)
+        for wave in range(texture.waves):
+            turned = angle + math.pi * wave / texture.waves
+            phase = _uniform(rng, count, 0, 2 * math.pi)
+            field += (number * turned.sin() * x + number * turned.cos() * y + phase).sin_()
+        pattern = torch.where(inside, field * math.sqrt(2 / texture.waves), pattern)
+
+    heading = _uniform(rng, count, 0, 2 * math.pi)
+    across = heading.cos() * (x / width - 0.5) + heading.sin() * (y / height - 0.5)
+    light = _uniform(rng, count, 0.8, 1.1) * (1 + _uniform(rng, count, 0, 0.5) * across)
+    shade = light * (1 + _uniform(rng, count, 0.18, 0.3) * pattern)
+    tint = 1 + 0.08 * torch.randn(count, 3, 1, 1, generator=rng).clamp_(-2, 2)
+    photo = _colour(classes, colours).mul_(shade[:, None]).mul_(tint)
+    noise = torch.randn(photo.shape, generator=rng) * _uniform(rng, count, 0.02, 0.05)[:, None]
+    return photo.add_(noise).clamp_(0, 1).mul_(2).sub_(1)
+
+
+def paint(classes: Tensor) -> Tensor:
+    """The label map of classes: (P, H, W) int64 to (P, 3, H, W) float32 in [-1, 1]."""
+    return _colour(classes, PALETTE.to(classes.device) / 127.5 - 1)
+
+
+def _colour(classes: Tensor, table: Tensor) -> Tensor:
+    """table (6, 3) looked up for classes (P, H, W): (P, 3, H, W), contiguous."""
+    return torch.stack([channel[classes] for channel in table.unbind(1)], 1)
+
+
+def classes_of(images: Tensor) -> Tensor:
+    """The class whose palette colour is nearest: (P, 3, H, W) in [-1, 1] to (P, H, W) int64. Undoes `paint`."""
+    palette = PALETTE.to(images.device) / 127.5 - 1
+    # |x - c|^2 is least where x . c - |c|^2 / 2 is greatest
+    scores = torch.einsum("kc,pchw->pkhw", palette, images.float()) - palette.square().sum(1).view(-1, 1, 1) / 2
+    return scores.argmax(1)

@@ -1,0 +1,165 @@
+"""The semantic relation preserving loss: ``relation_loss``, and ``SRPLoss``, the same as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
+
+LAYOUTS = ("nchw", "nlc")
+REDUCTIONS = ("mean", "sum", "none")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalize: str = "row",
+    distance: str = "l1",
+    delta: float = 1.0,
+    reduction: str = "mean",
+    layout: str = "nchw",
+    eps: float = 1e-12,
+    backend: str = "auto",
+) -> Tensor:
+    """How much the relations between a student's pixels differ from those between its teacher's.
+
+    With features q_i of the N pixels of an image, G_ij = q_i . q_j and the relation matrix A that ``normalize``
+    names, an image's loss is the mean over its N^2 pairs of rho(A_student - A_teacher). No N x N array is held
+    (but by ``backend="reference"``). After Li, Jiang and Aarabi, *Semantic Relation Preserving Knowledge
+    Distillation for Image-to-Image Translation*, ECCV 2020.
+
+    Args:
+        student: features (B, C_s, H, W), or (B, N, C_s) with ``layout="nlc"``; float64, float32, bfloat16 or float16.
+            Any strides: NCHW and channels_last are read in place.
+        teacher: features (B, C_t, H, W) or (B, N, C_t) without a gradient. C_t may differ from C_s.
+        normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
+        distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear from there.
+        delta: where Huber's distance turns linear, > 0.
+        reduction: what becomes of the B images' values: their ``"mean"``, their ``"sum"``, or ``"none"``: all (B,).
+        layout: ``"nchw"`` or ``"nlc"``.
+        eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to everything, and gets no
+            gradient through its own normalisation.
+        backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``; with "auto" the environment variable
+            SRPKD_BACKEND, where set, decides.
+
+    Returns:
+        A scalar, or (B,) with ``reduction="none"``: float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: an argument is not a tensor, or of another than the four dtypes.
+        ValueError: shapes, devices or options that do not fit, or a teacher that requires a gradient.
+        srpkd.kernels.BackendUnavailable: a backend asked for by name cannot run here.
+    """
+    _check_options(normalize, distance, delta, reduction, layout, eps)
+    _check_features(student, teacher, layout)
+    if layout == "nchw":
+        student, teacher = (features.flatten(2).transpose(1, 2) for features in (student, teacher))
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+
+    backend = dispatch.requested(backend)
+    if backend == "reference":
+        loss = reference.relation_loss(student, teacher, Relation(normalize, distance, delta, eps))
+    else:
+        need_grad = student.requires_grad and torch.is_grad_enabled()
+        loss, _ = relation_loss_op(
+            student, teacher, normalize, distance, float(delta), float(eps), backend, need_grad
+        )
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+class SRPLoss(nn.Module):
+    """``relation_loss`` with its options kept: ``SRPLoss()(student_features, teacher_features)``.
+
+    Options, shapes and errors are those of :func:`relation_loss`; wrong options raise here already.
+    """
+
+    def __init__(
+        self,
+        normalize: str = "row",
+        distance: str = "l1",
+        delta: float = 1.0,
+        reduction: str = "mean",
+        layout: str = "nchw",
+        eps: float = 1e-12,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_options(normalize, distance, delta, reduction, layout, eps)
+        dispatch.requested(backend)
+        self.options = dict(
+            normalize=normalize,
+            distance=distance,
+            delta=delta,
+            reduction=reduction,
+            layout=layout,
+            eps=eps,
+            backend=backend,
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``, -> the loss."""
+        return relation_loss(student, teacher, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _check_options(
+    normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float
+) -> None:
+    dispatch.check_choice("normalize", normalize, NORMALIZATIONS)
+    dispatch.check_choice("distance", distance, DISTANCES)
+    dispatch.check_choice("reduction", reduction, REDUCTIONS)
+    dispatch.check_choice("layout", layout, LAYOUTS)
+    if not delta > 0:
+        raise ValueError(f"delta={delta!r}: Huber's distance needs a delta above 0")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps!r}: expected a number that is not negative")
+
+
+def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
+    expected = "(B, C, H, W)" if layout == "nchw" else "(B, N, C)"
+    for name, features in (("student", student), ("teacher", teacher)):
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"{name} features: expected a tensor {expected}, received {type(features).__name__}"
+            )
+        if features.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} features are {features.dtype}; expected float64, float32, bfloat16 or float16: "
+                "convert them, for example by .float()"
+            )
+        if features.ndim != len(expected.split(",")):
+            other = {("nchw", 3): "nlc", ("nlc", 4): "nchw"}.get((layout, features.ndim))
+            raise ValueError(
+                f"{name} features have shape {tuple(features.shape)}; layout={layout!r} expects {expected}"
+                + (f". For this shape use layout={other!r}" if other else "")
+            )
+        if features.numel() == 0:
+            raise ValueError(f"{name} features are empty: shape {tuple(features.shape)}")
+    pixels = slice(2, None) if layout == "nchw" else slice(1, 2)
+    if student.shape[0] != teacher.shape[0] or student.shape[pixels] != teacher.shape[pixels]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} may differ in C alone, and differ in "
+            + (
+                "the batch"
+                if student.shape[0] != teacher.shape[0]
+                else "their pixels: tap layers of equal size, "
+                "or resize one of the two, for example by torch.nn.functional.interpolate"
+            )
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student is on {student.device} and teacher on {teacher.device}: move them to one device"
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher features require a gradient, and the teacher is not trained here: "
+            "run it under torch.no_grad(), or pass teacher.detach()"
+        )
