@@ -138,8 +138,4 @@ def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relatio
             total.baddbmm_(features, weighted.mT @ features, alpha=-1)
     pairs = student.shape[1] ** 2
     gradient = torch.empty_like(student)
-    return (
-        torch.mul(total, 1 / pairs, out=gradient)
-        if gradient.dtype == total.dtype
-        else gradient.copy_(total / pairs)
-    )
+    return torch.mul(total, 1 / pairs, out=gradient) if gradient.dtype == total.dtype else gradient.copy_(total / pairs)

@@ -21,9 +21,7 @@ def block_rows(batch: int, pixels: int, device: torch.device) -> int:
     return max(16, min(pixels, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * pixels)))
 
 
-def relation_tiles(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
-) -> Tiles:
+def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> Tiles:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N). See ``Tiles``."""
     batch, pixels, _ = student.shape
     dtype = accumulator(student.dtype)

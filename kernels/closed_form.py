@@ -17,9 +17,7 @@ DISTANCES = ("l2",)
 SCALE_DTYPE = torch.float64
 
 
-def relation_tiles(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
-) -> Tiles:
+def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> Tiles:
     """The primitive for ``distance="l2"``: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N).
 
     All in float64. See ``Tiles``.

@@ -38,24 +38,36 @@ def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
     return loss, torch.empty_like(student) if need_grad else student.new_empty(0)
 
 
+@torch.library.custom_op("srpkd::relation_loss_backward", mutates_args=())
+def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss."""
+    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient))
+
+
+@relation_loss_backward_op.register_fake
+def _(gradient, grad_loss):
+    return torch.empty_like(gradient)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     ctx.need_grad = inputs[-1]
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss: Tensor | None, grad_gradient: Tensor | None):
-    # the gradient is an output of the operator, so differentiating it again arrives here
-    if grad_gradient is not None:
-        raise RuntimeError(
-            "the relation loss cannot be differentiated twice; use backend='reference', which can, "
-            "or leave the loss out of what is differentiated twice"
-        )
+def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
     gradient = None
     if ctx.need_grad and grad_loss is not None:
-        (saved,) = ctx.saved_tensors
-        gradient = (saved * grad_loss.view(-1, 1, 1)).to(saved.dtype)
+        gradient = relation_loss_backward_op(ctx.saved_tensors[0], grad_loss)
     return gradient, *[None] * 7
 
 
+def _backward_of_backward(ctx, grad):
+    raise RuntimeError(
+        "the relation loss cannot be differentiated twice; use backend='reference', which can, "
+        "or leave the loss out of what is differentiated twice"
+    )
+
+
 relation_loss_op.register_autograd(_backward, setup_context=_setup_context)
+relation_loss_backward_op.register_autograd(_backward_of_backward)

@@ -33,9 +33,7 @@ def relation_loss(student: Tensor, teacher: Tensor, relation: Relation) -> Tenso
         difference = relation_matrix(student, relation) - relation_matrix(teacher, relation)
         if relation.normalize == "cosine":
             # a pixel's relation to itself is 1 whatever the features: a tie, kept exact
-            difference = difference * ~torch.eye(
-                difference.shape[-1], dtype=torch.bool, device=difference.device
-            )
+            difference = difference * ~torch.eye(difference.shape[-1], dtype=torch.bool, device=difference.device)
         return penalty(difference, relation).mean((-2, -1))
 
 

@@ -39,9 +39,7 @@ class FeatureTap:
                     f"the {role} has no module named {name!r}; the nearest names are {', '.join(map(repr, nearest))}"
                 )
         self.names = list(names)
-        self._handles = [
-            modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)
-        ]
+        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)]
 
     def _hook(self, name: str):
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -65,9 +65,7 @@ def relation_loss(
         loss = reference.relation_loss(student, teacher, Relation(normalize, distance, delta, eps))
     else:
         need_grad = student.requires_grad and torch.is_grad_enabled()
-        loss, _ = relation_loss_op(
-            student, teacher, normalize, distance, float(delta), float(eps), backend, need_grad
-        )
+        loss, _ = relation_loss_op(student, teacher, normalize, distance, float(delta), float(eps), backend, need_grad)
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -92,15 +90,15 @@ class SRPLoss(nn.Module):
         super().__init__()
         _check_options(normalize, distance, delta, reduction, layout, eps)
         dispatch.requested(backend)
-        self.options = dict(
-            normalize=normalize,
-            distance=distance,
-            delta=delta,
-            reduction=reduction,
-            layout=layout,
-            eps=eps,
-            backend=backend,
-        )
+        self.options = {
+            "normalize": normalize,
+            "distance": distance,
+            "delta": delta,
+            "reduction": reduction,
+            "layout": layout,
+            "eps": eps,
+            "backend": backend,
+        }
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``, -> the loss."""
@@ -110,9 +108,7 @@ class SRPLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_options(
-    normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float
-) -> None:
+def _check_options(normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float) -> None:
     dispatch.check_choice("normalize", normalize, NORMALIZATIONS)
     dispatch.check_choice("distance", distance, DISTANCES)
     dispatch.check_choice("reduction", reduction, REDUCTIONS)
@@ -127,9 +123,7 @@ def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
     expected = "(B, C, H, W)" if layout == "nchw" else "(B, N, C)"
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
-            raise TypeError(
-                f"{name} features: expected a tensor {expected}, received {type(features).__name__}"
-            )
+            raise TypeError(f"{name} features: expected a tensor {expected}, received {type(features).__name__}")
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} features are {features.dtype}; expected float64, float32, bfloat16 or float16: "
@@ -155,9 +149,7 @@ def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
             )
         )
     if student.device != teacher.device:
-        raise ValueError(
-            f"student is on {student.device} and teacher on {teacher.device}: move them to one device"
-        )
+        raise ValueError(f"student is on {student.device} and teacher on {teacher.device}: move them to one device")
     if teacher.requires_grad:
         raise ValueError(
             "teacher features require a gradient, and the teacher is not trained here: "

@@ -2,15 +2,15 @@
 
     python -m srpkd.report runs/demo
 
-`write_report` is a pure function of the run's folder, so a page can be rewritten while the run goes on, after it,
-or on another machine. What the folder may hold, all of it optional:
+`write_report` is a pure function of the run's folder, so a page can be rewritten while the run goes on, after
+it, or on another machine. What the folder may hold, all of it optional:
 
 | file | what |
 | --- | --- |
 | `config.yaml` | the resolved configuration |
-| `metrics.jsonl` | one JSON object a line: `stage`, `step`, `epoch`, `seconds`, and any number of named values |
+| `metrics.jsonl` | one JSON object a line: `stage`, `step`, `epoch`, `seconds`, and any named values |
 | `report.json` | title, task, command, environment, status, table, samples, relations, files |
-| `images/*.png` | the pictures that `report.json` names; the loss curves are added as `images/curves_<value>.png` |
+| `images/*.png` | the pictures that `report.json` names; the curves are added as `curves_<value>.png` |
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -40,19 +40,19 @@ PAGE_WIDTH = 1240  # CSS pixels of the page's content; index.html.j2 is told the
 SMALL_IMAGE = 200  # narrower pictures are enlarged pixel by pixel, never blurred
 CURVE_POINTS = 1000  # about as many as a curve has pixels
 NOT_A_VALUE = {"stage", "step", "epoch", "seconds"}  # keys of metrics.jsonl that say when, not what
-# first the reference (the teacher comes first), in grey; then Okabe and Ito's colours, told apart by the colour-blind
+# grey for the first, as a rule the teacher; then colours that the colour-blind tell apart (Okabe and Ito)
 ARM_COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D")
 
 
-# --- pictures of images and of relations --------------------------------------------------------------------------
+# --- pictures of images and of relations --------------------------------------------------------------------
 
 
 def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     """Write a picture as PNG, and make its folder.
 
     Args:
-        image: (3, H, W) colour or (1, H, W) grey, a tensor in [-1, 1] (values outside are clipped, NaN is black),
-            or an array (H, W, 3) of uint8 such as `relation_picture` and `mark_pixel` return.
+        image: a tensor in [-1, 1], (3, H, W) colour or (1, H, W) grey (what lies outside is clipped, NaN is
+            black), or a uint8 array (H, W, 3) such as `relation_picture` and `mark_pixel` return.
         path: where to; a file that is there is replaced.
 
     Raises:
@@ -66,9 +66,7 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     return _write_atomically(Path(path), png.getvalue())
 
 
-def relation_row(
-    feature: Tensor, pixel: tuple[int, int], normalize: str = "row", eps: float = 1e-12
-) -> Tensor:
+def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: str = "row", eps: float = 1e-12) -> Tensor:
     """The relation of one pixel to all pixels: row i of the relation matrix, as a map.
 
     Args:
@@ -108,8 +106,8 @@ def relation_picture(
 ) -> np.ndarray:
     """Paint `relation_row`: red is alike, white unrelated, blue opposite, and the pixel itself is marked.
 
-    Each picture has its own scale, symmetric around 0 up to the 99th percentile of its magnitudes (one outlying pixel
-    would make all others pale), so "row" and "none", which differ by a factor, look the same.
+    Each picture has its own scale, symmetric around 0 and up to the 99th percentile of its magnitudes (one
+    outlier would make all else pale), so "row" and "none", which differ by a factor, look the same.
 
     Args:
         feature: (C, h, w).
@@ -151,9 +149,7 @@ def mark_pixel(image: Tensor, pixel: tuple[int, int], feature_shape: Sequence[in
 def _to_pixels(image: Tensor) -> np.ndarray:
     """(3, H, W) or (1, H, W) in [-1, 1] to (H, W, 3) of uint8."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(
-            f"expected one image of shape (3, H, W) or (1, H, W) in [-1, 1], got {tuple(image.shape)}"
-        )
+        raise ValueError(f"expected one image of shape (3, H, W) or (1, H, W) in [-1, 1], got {tuple(image.shape)}")
     image = image.detach().float().cpu().nan_to_num(nan=-1.0).expand(3, -1, -1)
     return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
@@ -166,7 +162,7 @@ def _checked_pixel(pixel: tuple[int, int], shape: Sequence[int]) -> tuple[int, i
 
 
 def _mark(picture: np.ndarray, pixel: tuple[int, int], shape: Sequence[int]) -> np.ndarray:
-    """A copy of picture (H, W, 3) with a black and a white frame, seen on any ground, around the pixel's cell."""
+    """A copy of picture (H, W, 3), the pixel's cell framed in black and white, which shows on any ground."""
     y, x = _checked_pixel(pixel, shape)
     height, width = picture.shape[:2]
 
@@ -185,7 +181,7 @@ def _mark(picture: np.ndarray, pixel: tuple[int, int], shape: Sequence[int]) -> 
     return marked
 
 
-# --- the table ----------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 class _Table(NamedTuple):
@@ -201,8 +197,9 @@ def format_table(table: dict[str, Any], markdown: bool = False) -> str:
     """A run's table as aligned text for a terminal, or as GitHub markdown, with its notes below.
 
     Args:
-        table: `{"columns": [{"key", "label", "format", "help"}], "rows": [{key: value}], "notes": [str]}`; a value is
-            a number, a text, `{"mean", "std", "n"}` or None, "format" a Python format spec such as ".1f" or ",".
+        table: `{"columns": [{"key", "label", "format", "help"}], "rows": [{key: value}], "notes": [str]}`; a
+            value is a number, a text, `{"mean", "std", "n"}` or None (not measured), "format" a Python format
+            spec such as ".1f" or ",".
         markdown: GitHub markdown in place of aligned text.
 
     Raises:
@@ -221,8 +218,7 @@ def format_table(table: dict[str, Any], markdown: bool = False) -> str:
         lines.insert(1, ["-" * width for width in widths])
         text = "\n".join(
             "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, numeric)
+                cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric)
             ).rstrip()
             for line in lines
         )
@@ -234,9 +230,7 @@ def _layout(table: dict[str, Any]) -> _Table:
     rows = [[row.get(column["key"]) for column in columns] for row in table.get("rows", [])]
     cells = [[_cell(value, column.get("format", "")) for value, column in zip(row, columns)] for row in rows]
     numeric = [any(isinstance(value, int | float | dict) for value in values) for values in zip(*rows)]
-    seeds = sorted(
-        {value["n"] for row in rows for value in row if isinstance(value, dict) and _spread(value)}
-    )
+    seeds = sorted({value["n"] for values in rows for value in values if _has_spread(value)})
     notes = [str(note) for note in table.get("notes", [])]
     if seeds:
         over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
@@ -244,9 +238,9 @@ def _layout(table: dict[str, Any]) -> _Table:
     return _Table(columns, numeric or [False] * len(columns), cells, notes)
 
 
-def _spread(value: dict[str, Any]) -> bool:
-    """Whether {"mean", "std", "n"} has a spread to show: one run has none."""
-    return value.get("std") is not None and (value.get("n") or 0) > 1
+def _has_spread(value: Any) -> bool:
+    """Whether it is a {"mean", "std", "n"} of more than one run."""
+    return isinstance(value, dict) and value.get("std") is not None and (value.get("n") or 0) > 1
 
 
 def _cell(value: Any, spec: str) -> str:
@@ -254,19 +248,17 @@ def _cell(value: Any, spec: str) -> str:
         return "–"
     if isinstance(value, dict):
         mean = _cell(value.get("mean"), spec)
-        return f"{mean} ± {_cell(value['std'], spec)}" if _spread(value) else mean
+        return f"{mean} ± {_cell(value['std'], spec)}" if _has_spread(value) else mean
     return format(value, spec) if isinstance(value, int | float) else str(value)
 
 
-# --- the curves ---------------------------------------------------------------------------------------------------
+# --- the curves ---------------------------------------------------------------------------------------------
 
 
 class _Metrics(NamedTuple):
     """What metrics.jsonl holds, by value and stage."""
 
-    series: dict[
-        str, dict[str, np.ndarray]
-    ]  # value's name -> stage -> (2, n): steps in ascending order, values
+    series: dict[str, dict[str, np.ndarray]]  # value -> stage -> (2, n), ascending steps and values
     lines: Counter[str]  # stage -> lines
     last: tuple[str, float] | None  # the stage and step of the last line
     remarks: list[str]  # what the curves do not show
@@ -282,16 +274,14 @@ def _read_metrics(path: Path) -> _Metrics:
                 entry = json.loads(line)
                 last = stage, step = str(entry["stage"]), float(entry["step"])
             except (ValueError, KeyError, TypeError):
-                # without its end it is the last line, which is being written or was cut off: nothing to remark on
+                # a line without its end is the last one, being written or cut off: nothing to remark on
                 unreadable += line.endswith("\n") and not line.isspace()
                 continue
             lines[stage] += 1
             for name, value in entry.items():
                 if name not in NOT_A_VALUE and isinstance(value, int | float):
                     collected.setdefault(name, {}).setdefault(stage, []).append((step, value))
-    remarks = (
-        [f"{unreadable:,} lines of {path.name} could not be read and are left out."] if unreadable else []
-    )
+    remarks = [f"Lines of {path.name} that could not be read: {unreadable:,}."] if unreadable else []
     series: dict[str, dict[str, np.ndarray]] = {}
     for name, stages in collected.items():
         for stage, pairs in stages.items():
@@ -300,8 +290,8 @@ def _read_metrics(path: Path) -> _Metrics:
             finite = np.isfinite(points).all(0)
             if not finite.all():
                 remarks.append(
-                    f"{name} was not finite {(~finite).sum():,} times in {stage}, first at step"
-                    f" {points[0, ~finite][0]:,.0f}; these points are left out."
+                    f"{name} of {stage} is not finite at {(~finite).sum():,} of {len(finite):,} points, first at"
+                    f" step {points[0, ~finite][0]:,.0f}; the curve leaves them out."
                 )
             if finite.any():
                 series.setdefault(name, {})[stage] = points[:, finite]
@@ -326,7 +316,7 @@ def _draw_curves(metrics: _Metrics, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _arm(stage: str) -> str:
-    """ "srp seed 0" and "srp seed 1" are runs of one arm, "srp"."""
+    """The arm that a stage is one run of: "srp" for "srp seed 0"."""
     return re.sub(r"\s+seed\s*\d+$", "", stage)
 
 
@@ -341,21 +331,22 @@ def _curve(name: str, stages: dict[str, np.ndarray], colours: dict[str, str], sp
         axes.plot(steps, values, color=colours[_arm(stage)], alpha=0.35 if sparse else 0.16, linewidth=0.7)
     for arm, seeds in arms.items():
         steps, values = _smooth(np.concatenate(seeds, axis=1), share=0.0 if sparse else 0.05)
-        marker = "o" if len(steps) <= 30 else ""
-        axes.plot(steps, values, marker, ls="-", color=colours[arm], label=arm, linewidth=1.7, markersize=3)
+        marker = "o" if len(steps) <= 30 else None
+        axes.plot(steps, values, color=colours[arm], label=arm, linewidth=1.7, marker=marker, markersize=3)
 
     values = np.concatenate([points[1] for points in stages.values()])
     low, high = np.quantile(values, [0.01, 0.99])
-    if not sparse and values.min() > 0 and high > 30 * low:
+    if not sparse and values.min() > 0 and high > 10 * low:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set(major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
     lengths = [max(points[0, -1] for points in seeds) for seeds in arms.values()]
-    if (
-        max(lengths) > 6 * min(lengths) > 60
-    ):  # the teacher's training would squeeze the students' into a corner
+    # a teacher trained for longer would squeeze the students' curves into a corner
+    if max(lengths) > 4 * min(lengths) > 40:
         axes.set_xscale("log")
-        axes.set_xlim(left=min(lengths) / 50)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlim(left=max(min(lengths) / 50, min(points[0, 0] for points in stages.values())))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"), minor_formatter=NullFormatter())
 
     # names are text: a dollar sign in one starts no formula
     axes.set_title(name, loc="left", fontsize=11, fontweight="bold", parse_math=False)
@@ -371,11 +362,11 @@ def _curve(name: str, stages: dict[str, np.ndarray], colours: dict[str, str], sp
 
 
 def _smooth(points: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Means in at most CURVE_POINTS equal parts of the steps, then a centred moving average over a share of them.
+    """Means in at most CURVE_POINTS equal parts of the steps, then a centred moving average.
 
     Args:
         points: (2, n), steps and values, of several seeds in any order.
-        share: of the parts that one point of the result averages; 0 averages none.
+        share: of those parts, the share that the moving average spans; 0 leaves them as they are.
     """
     steps, values = points
     width = np.ptp(steps) / CURVE_POINTS or 1.0
@@ -386,17 +377,17 @@ def _smooth(points: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+# --- the page -----------------------------------------------------------------------------------------------
 
 
 def write_report(run_dir: str | Path) -> Path:
     """Draw a run's curves and write its page, `index.html`, from what its folder holds so far.
 
-    The page stands alone: it loads nothing but the folder's own pictures, by relative links. Parts that are missing are
-    said to be missing. Both page and curves are replaced in one step, so a reader never meets half of one.
+    The page stands alone: it loads nothing but the folder's own pictures, by relative links. It says which
+    parts are not there yet. Each file is replaced in one step, so a reader never meets half of one.
 
     Args:
-        run_dir: the folder of one run, such as `runs/demo`; this module's documentation says what may be in it.
+        run_dir: the folder of one run, such as `runs/demo`; the module's docstring says what may be in it.
 
     Returns:
         The path of the page.
@@ -408,21 +399,18 @@ def write_report(run_dir: str | Path) -> Path:
     pictures = sorted(run.glob("images/*.png"))
     known = [run / name for name in ("config.yaml", "metrics.jsonl", "report.json")]
     if not pictures and not any(path.is_file() for path in known):
-        found = (
-            ", ".join(sorted(path.name for path in run.iterdir())[:8]) if run.is_dir() else "no such folder"
-        )
+        inside = sorted(path.name for path in run.iterdir())[:8] if run.is_dir() else ["no such folder"]
         raise ValueError(
-            f"{run} is not the folder of a run: expected config.yaml, metrics.jsonl, report.json or images/*.png in it,"
-            f" found {found or 'an empty folder'}. Pass the folder that python -m srpkd.train wrote, runs/<name>."
+            f"{run} is not the folder of a run: found {', '.join(inside) or 'nothing in it'}, expected"
+            " config.yaml, metrics.jsonl, report.json or images/*.png; pass a folder that"
+            " python -m srpkd.train wrote, runs/<name>"
         )
     config, metrics_file, report_file = (path if path.is_file() else None for path in known)
     report, problem = _read_report(report_file)
     metrics = _read_metrics(metrics_file) if metrics_file else _Metrics({}, Counter(), None, [])
     curves = _draw_curves(metrics, run / "images")
     # select_autoescape goes by the file's ending and would leave .j2 unescaped
-    templates = Environment(
-        loader=PackageLoader("srpkd"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    templates = Environment(loader=PackageLoader("srpkd"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = templates.get_template("index.html.j2").render(
         run=run.resolve().name,
         report=report,
@@ -455,7 +443,7 @@ def _read_report(path: Path | None) -> tuple[dict[str, Any], str]:
 
 
 def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Samples or relations as a table of pictures: a row per item, a column per label in the order first seen."""
+    """Samples or relations as a table of pictures: a row per item, a column per label as first seen."""
     labels = list(dict.fromkeys(entry["label"] for item in items for entry in item.get(key, [])))
     room = PAGE_WIDTH // max(len(labels), 3) - 14  # CSS pixels that a column has on a wide screen
     rows = []
@@ -463,7 +451,8 @@ def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
         files = {entry["label"]: entry["file"] for entry in item.get(key, [])}
         cells = [_picture(run, files[label], room) if label in files else None for label in labels]
         rows.append({"caption": item.get("caption", ""), "cells": cells})
-    return {"labels": labels, "rows": rows}
+    widest = max((cell["width"] for row in rows for cell in row["cells"] if cell), default=0)
+    return {"labels": labels, "rows": rows, "column": max(widest, 120) + 14}
 
 
 def _picture(run: Path, file: str, room: int) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""What is available here, and why the rest is not: ``python -m srpkd.info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import __version__
+from .kernels import BACKENDS, Relation, automatic, requested, why_not
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe() -> str:
+    """The versions, devices and backends of this machine, as text."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    lines = [
+        f"srpkd {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
+        *(f"  {package:<12} {_version(package)}" for package in ("triton", "torchvision", "numpy", "ninja")),
+        f"  threads      {torch.get_num_threads()}",
+    ]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        lines.append(f"\n{device} ({name})")
+        for backend, summary in BACKENDS.items():
+            reason = why_not(backend, device)
+            lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
+        for distance in ("l1", "l2"):
+            lines.append(f"  auto, {distance}     {automatic(device, Relation(distance=distance))}")
+    setting = os.environ.get("SRPKD_BACKEND")
+    lines.append(f"\nSRPKD_BACKEND {'= ' + requested('auto') if setting else 'is not set'}")
+    if len(devices) == 1:
+        lines.append("no CUDA device is visible to torch: everything runs on the CPU")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())
