@@ -36,8 +36,11 @@ def describe() -> str:
             lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
         for distance in ("l1", "l2"):
             lines.append(f"  auto, {distance}     {automatic(device, Relation(distance=distance))}")
-    setting = os.environ.get("SRPKD_BACKEND")
-    lines.append(f"\nSRPKD_BACKEND {'= ' + requested('auto') if setting else 'is not set'}")
+    try:
+        setting = f"= {requested('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
+    except ValueError as error:
+        setting = f"is wrong: {error}"
+    lines.append(f"\nSRPKD_BACKEND {setting}")
     if len(devices) == 1:
         lines.append("no CUDA device is visible to torch: everything runs on the CPU")
     return "\n".join(lines)
