@@ -12,9 +12,7 @@ def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def count_macs(
-    net: nn.Module, input_shape: tuple[int, ...] = (1, 3, 256, 256), transposed: str = "output"
-) -> int:
+def count_macs(net: nn.Module, input_shape: tuple[int, ...] = (1, 3, 256, 256), transposed: str = "output") -> int:
     """Multiply-accumulates of the Conv2d, ConvTranspose2d and Linear calls in one forward pass, biases aside.
 
     The pass runs on a copy without data (device "meta"): it costs no time and no memory, and leaves the network's

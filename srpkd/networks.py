@@ -231,8 +231,8 @@ class UnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.model(x)
-        # The LeakyReLU worked in place, so by now x is activated: public checkpoints were trained with a skip
-        # connection that carries this.
+        # As in the public code, the LeakyReLU worked in place and x is activated by now. Only a feature tap can
+        # tell: to the output it makes no difference, as a ReLU follows.
         return torch.cat([x, out], 1)
 
 

@@ -325,10 +325,11 @@ def _curve(name: str, stages: dict[str, np.ndarray], colours: dict[str, str], sp
     figure = Figure(figsize=(5.2, 3.3), layout="constrained")
     axes = figure.add_subplot()
     arms: dict[str, list[np.ndarray]] = {}
+    faint = 0.4 if sparse else 0.3 / math.sqrt(len(stages))  # many seeds would make a haze that hides the means
     for stage, points in stages.items():
         arms.setdefault(_arm(stage), []).append(points)
         steps, values = points[:, :: math.ceil(points.shape[1] / CURVE_POINTS)]
-        axes.plot(steps, values, color=colours[_arm(stage)], alpha=0.35 if sparse else 0.16, linewidth=0.7)
+        axes.plot(steps, values, color=colours[_arm(stage)], alpha=faint, linewidth=0.7)
     for arm, seeds in arms.items():
         steps, values = _smooth(np.concatenate(seeds, axis=1), share=0.0 if sparse else 0.05)
         marker = "o" if len(steps) <= 30 else None
@@ -344,7 +345,8 @@ def _curve(name: str, stages: dict[str, np.ndarray], colours: dict[str, str], sp
     # a teacher trained for longer would squeeze the students' curves into a corner
     if max(lengths) > 4 * min(lengths) > 40:
         axes.set_xscale("log")
-        axes.set_xlim(left=max(min(lengths) / 50, min(points[0, 0] for points in stages.values())))
+        first = min(points[0, 0] for points in stages.values())
+        axes.set_xlim(left=max(0.9 * first, min(lengths) / 50))
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"), minor_formatter=NullFormatter())
 
@@ -396,7 +398,7 @@ def write_report(run_dir: str | Path) -> Path:
         ValueError: it is no folder, or there is nothing of a run in it.
     """
     run = Path(run_dir)
-    pictures = sorted(run.glob("images/*.png"))
+    pictures = [path for path in run.glob("images/*.png") if not path.name.startswith("curves_")]
     known = [run / name for name in ("config.yaml", "metrics.jsonl", "report.json")]
     if not pictures and not any(path.is_file() for path in known):
         inside = sorted(path.name for path in run.iterdir())[:8] if run.is_dir() else ["no such folder"]

@@ -185,3 +185,112 @@ def classes_of(images: Tensor) -> Tensor:
     # |x - c|^2 is least where x . c - |c|^2 / 2 is greatest
     scores = torch.einsum("kc,pchw->pkhw", palette, images.float()) - palette.square().sum(1).view(-1, 1, 1) / 2
     return scores.argmax(1)
+
+
+class WorldDataset(Dataset):
+    """See `open_world`."""
+
+    def __init__(self, world: World, direction: str, aligned: bool, flip: bool, serial_batches: bool):
+        if direction not in ("AtoB", "BtoA"):
+            raise ValueError(f'direction is "AtoB" or "BtoA"; received {direction!r}')
+        if not aligned and len(world) < 2:
+            raise ValueError("an unpaired task needs two scenes at least: one for each side")
+        half = len(world) if aligned else len(world) // 2
+        photos, labels = world.photos[:half], world.labels[:half] if aligned else world.labels[half:]
+        self.sides = (photos, labels) if direction == "AtoB" else (labels, photos)
+        self.names = ("photo", "label") if direction == "AtoB" else ("label", "photo")
+        self.aligned, self.flip, self.serial_batches = aligned, flip, serial_batches
+
+    def __len__(self) -> int:
+        return max(map(len, self.sides))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        a, b = (index % len(side) for side in self.sides)
+        if not self.aligned and not self.serial_batches:
+            b = int(torch.randint(len(self.sides[1]), ()))
+        # a pair is mirrored together, or the two halves would no longer show one scene
+        flip_a, flip_b = (torch.rand(2) < 0.5).tolist() if self.flip else (False, False)
+        images = [
+            side[i].flip(-1) if flip else side[i]
+            for side, i, flip in zip(self.sides, (a, b), (flip_a, flip_a if self.aligned else flip_b))
+        ]
+        paths = [f"{name}/{i:05d}" for name, i in zip(self.names, (a, b))]
+        return {"A": images[0], "B": images[1], "A_path": paths[0], "B_path": paths[1]}
+
+
+def open_world(
+    world: World,
+    direction: str = "AtoB",
+    aligned: bool = True,
+    flip: bool = False,
+    serial_batches: bool = False,
+) -> WorldDataset:
+    """A world as a data set with the items of `open_dataset`: "A" (3, H, W) is the generator's input, "B"
+    (3, H, W) its target, "A_path" and "B_path" name the scenes. "AtoB" goes from photo to label map.
+
+    aligned=False is the unpaired task: photos of the first half of the scenes, label maps of the other half,
+    and a "B" drawn at random from torch's default generator unless `serial_batches`. `flip` mirrors half of
+    the items. Raises ValueError for an unknown direction, or an unpaired world of one scene.
+    """
+    return WorldDataset(world, direction, aligned, flip, serial_batches)
+
+
+def write_world(
+    folder: str | Path,
+    count_train: int = 400,
+    count_test: int = 100,
+    size: int = 64,
+    seed: int = 0,
+    layout: str = "aligned",
+    variant: int = 0,
+) -> Path:
+    """Writes a world as PNG files in the layouts of `srpkd.data.folders`, and returns the folder. A is the photo.
+
+    "aligned":   train/ and test/, photo on the left, label map on the right.
+    "unaligned": trainA/ trainB/ testA/ testB/. trainA and trainB show different scenes; testA and testB the
+                 same ones under the same names, so that a test can compare with the truth.
+    Raises ValueError for an unknown layout.
+    """
+    from PIL import Image  # only here: a world in memory does without pillow
+
+    if layout not in ("aligned", "unaligned"):
+        raise ValueError(f'layout is "aligned" or "unaligned"; received {layout!r}')
+    unaligned = layout == "unaligned"
+    world = generate_world(count_test + count_train * (1 + unaligned), size, seed, variant)
+    test, train = world[:count_test], world[count_test : count_test + count_train]
+    other = world[count_test + count_train :] if unaligned else train
+    root = Path(folder)
+
+    def save(images: Tensor, name: str) -> None:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        pixels = images.add(1).mul_(127.5).round_().byte().permute(0, 2, 3, 1).numpy()
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(root / name / f"{i:05d}.png")
+
+    for phase, photos, labels in (("train", train.photos, other.labels), ("test", test.photos, test.labels)):
+        if unaligned:
+            save(photos, f"{phase}A")
+            save(labels, f"{phase}B")
+        else:
+            save(torch.cat([photos, labels], 3), phase)
+    return root
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m srpkd.data.world", description="Write a world as PNG files.")
+    parser.add_argument("out", help="folder to write to")
+    parser.add_argument("--layout", choices=("aligned", "unaligned"), default="aligned")
+    parser.add_argument("--train", type=int, default=400, help="training pairs (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=100, help="test pairs (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
+    parser.add_argument("--variant", type=int, default=0, help="which world (default: %(default)s)")
+    o = parser.parse_args(args)
+    root = write_world(o.out, o.train, o.test, o.size, o.seed, o.layout, o.variant)
+    print(f"{root}: {o.train} training and {o.test} test scenes, {o.layout}, {o.size} x {o.size}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""The options of a training run: dataclasses, presets and files, and the command line made from them.
+
+Option names are those of the public CycleGAN and pix2pix code where it has the option. Where they come from,
+a later one wins over an earlier: the defaults here, --preset files, --config files, flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+WORLD = ":world:"  # a dataroot that names the generated data set instead of a folder
+
+
+@dataclass
+class DataOptions:
+    """Images.
+
+    Args:
+        dataroot: folder of images, or ":world:" for the generated data set.
+        dataset_mode: unaligned (trainA, trainB, testA, testB) or aligned (train, test: A and B side by side);
+            by default what the model needs.
+        direction: AtoB, or BtoA to swap the two sides.
+        preprocess: how an image becomes a crop.
+        load_size: images are scaled to this size ...
+        crop_size: ... and cropped to this.
+        no_flip: do not mirror images at random.
+        serial_batches: take images in order, do not shuffle.
+        max_dataset_size: use at most so many images (pairs) to train.
+        input_nc: channels of an image of A, 1 or 3.
+        output_nc: channels of an image of B, 1 or 3.
+        num_threads: processes that load images; 0 loads them in the main one.
+        world_size: side of a generated image.
+        world_pairs: how many generated pairs there are to train on.
+        world_test_pairs: how many generated pairs there are to test on.
+        world_variant: which textures and colours the generated scenes have.
+    """
+
+    dataroot: str | None = None
+    dataset_mode: Literal["unaligned", "aligned"] | None = None
+    direction: Literal["AtoB", "BtoA"] = "AtoB"
+    preprocess: Literal["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"] = "resize_and_crop"
+    load_size: int = 286
+    crop_size: int = 256
+    no_flip: bool = False
+    serial_batches: bool = False
+    max_dataset_size: int | None = None
+    input_nc: int = 3
+    output_nc: int = 3
+    num_threads: int = 4
+    world_size: int = 64
+    world_pairs: int = 600
+    world_test_pairs: int = 100
+    world_variant: int = 0
+
+
+@dataclass
+class NetworkOptions:
+    """The student's networks, and those of a run without a teacher.
+
+    Args:
+        model: pix2pix (pairs) or cycle_gan (unpaired, both directions).
+        netG: resnet_9blocks, resnet_6blocks, resnet_<n>blocks, unet_256, unet_128, unet_<size>; by default
+            unet_256 for pix2pix and resnet_9blocks for cycle_gan.
+        netD: basic (70 x 70 PatchGAN), n_layers or pixel.
+        n_layers_D: layers of netD n_layers.
+        ngf: channels of the generator's first layer.
+        ndf: channels of the discriminator's first layer.
+        norm: instance or batch; by default batch for pix2pix and instance for cycle_gan.
+        no_dropout: no dropout in the generator; by default dropout only for pix2pix.
+        init_type: normal, xavier, kaiming or orthogonal.
+        init_gain: scale of the initial weights.
+    """
+
+    model: Literal["pix2pix", "cycle_gan"] = "cycle_gan"
+    netG: str | None = None
+    netD: Literal["basic", "n_layers", "pixel"] = "basic"
+    n_layers_D: int = 3
+    ngf: int = 64
+    ndf: int = 64
+    norm: Literal["instance", "batch"] | None = None
+    no_dropout: bool | None = None
+    init_type: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"
+    init_gain: float = 0.02
+
+
+@dataclass
+class TeacherOptions:
+    """The teacher: a file, or one that the run trains first.
+
+    Args:
+        teacher: its weights: latest_net_G.pth for pix2pix; for cycle_gan latest_net_G_A.pth, with which
+            latest_net_G_B.pth beside it is taken too; or the folder that holds them.
+        teacher_B: cycle_gan: weights of its generator B to A, where they lie elsewhere.
+        teacher_netG: architecture of a teacher that the run trains itself, before the student; with neither
+            this nor `teacher` there is no teacher.
+        teacher_ngf: its channels; by default 64.
+        teacher_n_epochs: its epochs at the full learning rate; by default n_epochs.
+        teacher_n_epochs_decay: its epochs of decay; by default n_epochs_decay.
+        teacher_max_dataset_size: at most so many images (pairs) to train it; by default max_dataset_size.
+    """
+
+    teacher: str | None = None
+    teacher_B: str | None = None
+    teacher_netG: str | None = None
+    teacher_ngf: int = 64
+    teacher_n_epochs: int | None = None
+    teacher_n_epochs_decay: int | None = None
+    teacher_max_dataset_size: int | None = None
+
+
+@dataclass
+class LossOptions:
+    """Losses and their weights.
+
+    Args:
+        gan_mode: lsgan or vanilla; by default vanilla for pix2pix and lsgan for cycle_gan.
+        pool_size: generated images remembered for the discriminators of cycle_gan.
+        lambda_L1: pix2pix: weight of the L1 distance to the target.
+        lambda_A: cycle_gan: weight of the cycle A to B to A.
+        lambda_B: cycle_gan: weight of the cycle B to A to B.
+        lambda_identity: cycle_gan: weight of the identity loss, relative to lambda_A and lambda_B.
+        lambda_kd: weight of the L1 distance between the student's and the teacher's outputs.
+        lambda_srp: weight of the relation loss.
+        lambda_feature: weight of FitNet's feature matching: MSE after a learnt 1 x 1 adapter.
+        layers: student module name to teacher module name of the tapped layers; by default the end of the
+            encoder (model.9 of a ResNet).
+        normalize: row, cosine or none: which relation matrix.
+        distance: l1, l2 or huber: how two relation matrices are compared.
+        delta: where Huber's distance turns linear.
+        backend: what computes the relation loss; auto takes the fastest here.
+    """
+
+    gan_mode: Literal["lsgan", "vanilla"] | None = None
+    pool_size: int = 50
+    lambda_L1: float = 100.0
+    lambda_A: float = 10.0
+    lambda_B: float = 10.0
+    lambda_identity: float = 0.5
+    lambda_kd: float = 10.0
+    lambda_srp: float = 10.0
+    lambda_feature: float = 0.0
+    layers: dict[str, str] | None = None
+    normalize: Literal["row", "cosine", "none"] = "row"
+    distance: Literal["l1", "l2", "huber"] = "l1"
+    delta: float = 1.0
+    backend: str = "auto"
+
+
+@dataclass
+class RunOptions:
+    """The run.
+
+    Args:
+        name: name of the run: it leaves everything in <runs_dir>/<name>.
+        runs_dir: where runs are kept.
+        n_epochs: epochs at the full learning rate.
+        n_epochs_decay: epochs over which it then falls linearly towards 0.
+        epoch_steps: steps in an epoch; by default one pass over the images.
+        batch_size: images (pairs) a step.
+        lr: Adam's learning rate.
+        beta1: Adam's first momentum.
+        seed: of everything random.
+        arms: students to compare, by name, each with the options that set it apart; by default one.
+        seeds: how often each is trained, with seeds of its own.
+        time_budget: seconds after which no further seed is begun (at least two are run).
+        device: cpu, cuda, cuda:1, ...; by default a GPU where there is one.
+        print_freq: steps between two lines of metrics.jsonl.
+        save_epoch_freq: epochs between two kept checkpoints; the latest is always kept.
+        samples: test images shown in the report.
+    """
+
+    name: str = "experiment"
+    runs_dir: str = "runs"
+    n_epochs: int = 100
+    n_epochs_decay: int = 100
+    epoch_steps: int | None = None
+    batch_size: int = 1
+    lr: float = 0.0002
+    beta1: float = 0.5
+    seed: int = 0
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: int = 1
+    time_budget: float | None = None
+    device: str | None = None
+    print_freq: int = 10
+    save_epoch_freq: int = 50
+    samples: int = 6
+
+
+@dataclass
+class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunOptions):
+    """All options of a training run; see the five groups."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def is_world(self) -> bool:
+        return self.dataroot == WORLD
+
+    @property
+    def distils(self) -> bool:
+        return bool(self.teacher or self.teacher_netG)
+
+    def resolved(self) -> TrainConfig:
+        """The same with what stands open filled in by the model's customs, as the public code does.
+
+        Raises:
+            ValueError: options that contradict each other.
+        """
+        paired = self.model == "pix2pix"
+        customs: dict[str, Any] = {
+            "dataset_mode": "aligned" if paired else "unaligned",
+            "netG": "unet_256" if paired else "resnet_9blocks",
+            "norm": "batch" if paired else "instance",
+            "no_dropout": not paired,
+            "gan_mode": "vanilla" if paired else "lsgan",
+            "teacher_n_epochs": self.n_epochs,
+            "teacher_n_epochs_decay": self.n_epochs_decay,
+            "teacher_max_dataset_size": self.max_dataset_size,
+            "device": str(self.torch_device),
+        }
+        config = replace(self, **{name: value for name, value in customs.items() if getattr(self, name) is None})
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        if not self.dataroot:
+            raise ValueError(
+                f"no dataroot: give the folder of your images, --dataroot PATH, or --dataroot {WORLD} "
+                "for the generated ones"
+            )
+        if self.model == "pix2pix" and self.dataset_mode != "aligned":
+            raise ValueError("model pix2pix needs pairs: use --dataset_mode aligned, or --model cycle_gan")
+        if self.teacher and self.teacher_netG:
+            raise ValueError(
+                f"both teacher={self.teacher!r} and teacher_netG={self.teacher_netG!r} are given: "
+                "a teacher is either loaded or trained first"
+            )
+        if self.teacher_B and not self.teacher:
+            raise ValueError("teacher_B is given without teacher")
+        least = {
+            "load_size": 1, "crop_size": 1, "max_dataset_size": 1, "teacher_max_dataset_size": 1, "input_nc": 1,
+            "output_nc": 1, "num_threads": 0, "world_size": 16, "world_pairs": 1, "world_test_pairs": 1, "ngf": 1,
+            "ndf": 1, "n_layers_D": 1, "teacher_ngf": 1, "teacher_n_epochs": 0, "teacher_n_epochs_decay": 0,
+            "pool_size": 0, "lambda_L1": 0, "lambda_A": 0, "lambda_B": 0, "lambda_identity": 0, "lambda_kd": 0,
+            "lambda_srp": 0, "lambda_feature": 0, "n_epochs": 0, "n_epochs_decay": 0, "epoch_steps": 1,
+            "batch_size": 1, "seeds": 1, "print_freq": 1, "save_epoch_freq": 1, "samples": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= bound:
+                raise ValueError(f"{name}={value}: expected at least {bound}")
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: expected a number above 0")
+        if self.n_epochs + self.n_epochs_decay == 0:
+            raise ValueError("n_epochs and n_epochs_decay are both 0: nothing would be trained")
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"name={self.name!r}: expected a plain name for a folder inside {self.runs_dir}")
+        if self.arms and not self.distils:
+            raise ValueError("arms compare students of a teacher: give --teacher or --teacher_netG")
+        for arm, options in self.arms.items():
+            check_keys(options, f"arm {arm!r}")
+
+
+GROUPS = (DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunOptions)
+OPTIONS = {entry.name: entry for group in GROUPS for entry in fields(group)}
+
+
+def check_keys(options: Any, source: str) -> dict[str, Any]:
+    """The options as they are, if they are a mapping from known names.
+
+    Raises:
+        ValueError: they are not; an unknown name is answered with the nearest.
+    """
+    if not isinstance(options, dict):
+        raise ValueError(f"{source}: expected options as `name: value` lines, received {type(options).__name__}")
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"{source}: there is no option {name!r}{_nearest(str(name), OPTIONS)}")
+    return options
+
+
+def presets() -> list[str]:
+    """The names that --preset takes."""
+    return sorted(
+        entry.name[:-5] for entry in resources.files("srpkd.presets").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The options of a preset that comes with the package.
+
+    Raises:
+        ValueError: there is none of this name; names those there are.
+    """
+    if name not in presets():
+        raise ValueError(f"there is no preset {name!r}{_nearest(name, presets())}; there are: {', '.join(presets())}")
+    return check_keys(yaml.safe_load(resources.files("srpkd.presets").joinpath(f"{name}.yaml").read_text()), name)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, is not YAML, or has an unknown option (the nearest is named).
+    """
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: is not YAML: {error}") from error
+    return check_keys(content or {}, f"--config {path}")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that a command line asks for; preset ``demo`` when it is empty.
+
+    Bad arguments end the process with a message and status 2, as command lines do.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m srpkd.train",
+        usage="python -m srpkd.train [--preset NAME] [--config FILE] [--OPTION VALUE ...]   (--help lists the options)",
+        description="Train a generator, or distil a small one from a large one with the relation loss. "
+        "Without arguments: the demo, on generated images. Presets: " + ", ".join(presets()) + ".",
+    )
+    parser.add_argument("--preset", action="append", default=[], help="named options; may be repeated, later wins")
+    parser.add_argument("--config", action="append", default=[], help="YAML file of options; may be repeated")
+    for group in GROUPS:
+        parser.add_class_arguments(group, as_group=True)
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--preset=demo"]
+    flags, files, problem = _split(arguments)
+    if problem is None:
+        try:
+            options: dict[str, Any] = {}
+            for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
+                options |= read_preset(value) if kind == "preset" else read_config(value)
+            # files become flags that come first, so that the parser checks them alike and flags win
+            given = [
+                f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
+            ]
+            parsed = parser.parse_args([*given, *flags])
+            return TrainConfig(**{name: parsed[name] for name in OPTIONS}).resolved()
+        except ValueError as error:
+            problem = str(error)
+    parser.error(problem)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]], str | None]:
+    """A command line as (flags, [("preset" or "config", value)], what is wrong with it or None).
+
+    A boolean flag without a value means true, as in the public code.
+    """
+    flags, files = [], []
+    rest = iter([*arguments, ""])
+    argument = next(rest)
+    while argument:
+        match = re.fullmatch(r"--([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        following = next(rest)
+        if match is None:
+            flags.append(argument)
+        elif match[1] in ("preset", "config"):
+            value = match[2]
+            if value is None:
+                value, following = following, next(rest, "")
+            files.append((match[1], value))
+        elif match[1] not in OPTIONS and match[1] != "help":
+            return [], [], f"there is no option --{match[1]}{_nearest(match[1], [*OPTIONS, 'preset', 'config'], '--')}"
+        elif (
+            match[2] is None
+            and "bool" in str(getattr(OPTIONS.get(match[1]), "type", ""))
+            and (not following or following.startswith("--"))
+        ):
+            flags.append(f"{argument}=true")
+        else:
+            flags.append(argument)
+        argument = following
+    return flags, files, None
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as a file that --config reads."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _nearest(name: str, names: Any, prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(name, list(names), 1, cutoff=0.5)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
