@@ -204,7 +204,8 @@ def _is_stale_statistic(key: str, weights: Mapping[str, Tensor]) -> bool:
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     differ = [name for name in found if found[name] != wanted[name]]
     facts = [f"{name} is {found[name]!r} in the file, {wanted[name]!r} was asked for" for name in differ]
-    return f"{'; '.join(facts)}: use {' '.join(f'--{name} {found[name]}' for name in differ)}"
+    flags = [f"--no_dropout {not found[name]}" if name == "dropout" else f"--{name} {found[name]}" for name in differ]
+    return f"{'; '.join(facts)}: use {' '.join(flags)}"
 
 
 def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

@@ -102,8 +102,8 @@ class TeacherOptions:
         teacher: its weights: latest_net_G.pth for pix2pix; for cycle_gan latest_net_G_A.pth, with which
             latest_net_G_B.pth beside it is taken too; or the folder that holds them.
         teacher_B: cycle_gan: weights of its generator B to A, where they lie elsewhere.
-        teacher_netG: architecture of a teacher that the run trains itself, before the student; with neither
-            this nor `teacher` there is no teacher.
+        teacher_netG: architecture of a teacher that the run trains itself, before the student, if there is no
+            `teacher` to load (whose file tells its architecture); with neither there is no teacher.
         teacher_ngf: its channels; by default 64.
         teacher_n_epochs: its epochs at the full learning rate; by default n_epochs.
         teacher_n_epochs_decay: its epochs of decay; by default n_epochs_decay.
@@ -232,6 +232,8 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_max_dataset_size": self.max_dataset_size,
             "device": str(self.torch_device),
         }
+        if self.teacher:
+            self = replace(self, teacher_netG=None)
         config = replace(self, **{name: value for name, value in customs.items() if getattr(self, name) is None})
         config._check()
         return config
@@ -244,11 +246,6 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             )
         if self.model == "pix2pix" and self.dataset_mode != "aligned":
             raise ValueError("model pix2pix needs pairs: use --dataset_mode aligned, or --model cycle_gan")
-        if self.teacher and self.teacher_netG:
-            raise ValueError(
-                f"both teacher={self.teacher!r} and teacher_netG={self.teacher_netG!r} are given: "
-                "a teacher is either loaded or trained first"
-            )
         if self.teacher_B and not self.teacher:
             raise ValueError("teacher_B is given without teacher")
         least = {

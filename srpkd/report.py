@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +32,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 from torch import Tensor
+
+from .checkpoint import atomic_write
 
 __all__ = ["format_table", "mark_pixel", "relation_picture", "relation_row", "save_image", "write_report"]
 
@@ -63,7 +64,7 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
         raise ValueError(f"save_image expected a uint8 array (H, W, 3), got {pixels.dtype} {pixels.shape}")
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, format="png")
-    return _write_atomically(Path(path), png.getvalue())
+    return _write(Path(path), png.getvalue())
 
 
 def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: str = "row", eps: float = 1e-12) -> Tensor:
@@ -311,7 +312,7 @@ def _draw_curves(metrics: _Metrics, folder: Path) -> list[tuple[str, Path]]:
         path = folder / f"curves_{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.png"
         png = io.BytesIO()
         _curve(name, stages, colours, is_sparse(stages)).savefig(png, format="png", dpi=160)
-        drawn.append((name, _write_atomically(path, png.getvalue())))
+        drawn.append((name, _write(path, png.getvalue())))
     return drawn
 
 
@@ -428,7 +429,7 @@ def write_report(run_dir: str | Path) -> Path:
         pictures_found=len(pictures),
         page_width=PAGE_WIDTH,
     )
-    return _write_atomically(run / "index.html", page.encode("utf-8", errors="replace"))
+    return _write(run / "index.html", page.encode("utf-8", errors="replace"))
 
 
 def _read_report(path: Path | None) -> tuple[dict[str, Any], str]:
@@ -494,23 +495,71 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _write_atomically(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, content: bytes) -> Path:
+    with atomic_write(path) as file:
+        file.write(content)
     return path
 
 
+def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations: int = 2) -> Path:
+    """Paint a run's first sample rows and relation rows into one PNG, for a README or a slide.
+
+    Raises:
+        ValueError: the run has no pictures yet.
+    """
+    run = Path(run_dir)
+    report, _ = _read_report(run / "report.json")
+    rows = [entry["images"] for entry in report.get("samples", [])[:samples]]
+    rows += [entry["panels"] for entry in report.get("relations", [])[:relations]]
+    if not rows:
+        raise ValueError(f"{run}: report.json names no pictures yet; expected samples or relations")
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(1.5 * columns, 1.65 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, panels in zip(axes, rows):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, panel in zip(line, panels):
+            with Image.open(run / panel["file"]) as image:
+                axis.imshow(np.asarray(image), interpolation="nearest")
+            axis.set_title(panel["label"], fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return _write(Path(path), png.getvalue())
+
+
+def update_readme(run_dir: str | Path, readme: str | Path) -> None:
+    """Put a run's table between a README's markers, its overview and the table's numbers into `docs/` beside it.
+
+    Raises:
+        ValueError: the README has no such markers.
+    """
+    run, readme = Path(run_dir), Path(readme)
+    text = readme.read_text(encoding="utf-8")
+    pattern = re.compile(r"(<!-- demo table: begin[^\n]*\n).*?(<!-- demo table: end -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{readme}: expected the markers <!-- demo table: begin --> and <!-- demo table: end -->")
+    report, _ = _read_report(run / "report.json")
+    overview(run, readme.parent / "docs" / "demo.png")
+    kept = {key: report.get(key) for key in ("command", "environment", "elapsed_seconds", "table")}
+    _write(readme.parent / "docs" / "demo.json", json.dumps(kept, indent=1).encode())
+    table = format_table(report["table"], markdown=True)
+    _write(readme, pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text).encode())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m srpkd.report RUN_DIR`: rewrite the page of a run and print its path."""
-    parser = argparse.ArgumentParser(prog="python -m srpkd.report", description="Rewrite the page of a run.")
-    parser.add_argument("run_dir", type=Path, help="the run's folder, such as runs/demo")
+    """`python -m srpkd.report RUN_DIR`: write the page again and print its path."""
+    parser = argparse.ArgumentParser(prog="python -m srpkd.report", description="Write a run's index.html again.")
+    parser.add_argument("run_dir", help="the run's folder, such as runs/demo")
+    parser.add_argument("--overview", metavar="PNG", help="also paint samples and relations into one picture")
+    parser.add_argument("--readme", metavar="FILE", help="also put the table and that picture into a README")
+    options = parser.parse_args(arguments)
     try:
-        print(write_report(parser.parse_args(arguments).run_dir))
+        print(write_report(options.run_dir))
+        if options.overview:
+            print(overview(options.run_dir, options.overview))
+        if options.readme:
+            update_readme(options.run_dir, options.readme)
     except ValueError as error:
         parser.error(str(error))
 

@@ -128,14 +128,13 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
     return record
 
 
-def fit(stage: Stage, record: RunRecord, dataset: Dataset, teachers: Mapping[str, nn.Module]) -> Trained:
+def fit(stage: Stage, record: RunRecord, teachers: Mapping[str, nn.Module]) -> Trained:
     """Train one stage, with a progress bar, metrics and checkpoints.
 
     Args:
         teachers: direction -> frozen generator; {} trains without one.
     """
     config = stage.config
-    dataset = open_data(config, "train")
     objective = make_objective(config, stage.seed, teachers)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -145,13 +144,13 @@ def fit(stage: Stage, record: RunRecord, dataset: Dataset, teachers: Mapping[str
     ]
     # after the networks are made, whose number of random draws differs: all arms of a seed see the same images
     seed_everything(stage.seed)
-    loader = make_loader(dataset, config, stage.seed)
+    loader = make_loader(open_data(config, "train"), config, stage.seed)
     epochs, epoch_steps = config.n_epochs + config.n_epochs_decay, config.epoch_steps or len(loader)
     batches, step, durations = endless(loader), 0, []
     with tqdm(total=epochs * epoch_steps, desc=stage.name, unit="step", dynamic_ncols=True) as progress:
         for epoch in range(1, epochs + 1):
             for _ in range(epoch_steps):
-                batch = {side: next_images.to(config.torch_device) for side, next_images in next(batches).items()}
+                batch = {side: images.to(config.torch_device) for side, images in next(batches).items()}
                 began = time.perf_counter()
                 losses = objective.step(batch)
                 step += 1
@@ -396,7 +395,7 @@ def publish(
 ) -> None:
     """Bring the table, the pictures and the page up to date."""
     columns = [
-        {"key": "name", "label": "", "format": ""},
+        {"key": "name", "label": "network", "format": ""},
         {"key": "parameters", "label": "parameters", "format": ",", "help": "of one generator"},
         {"key": "macs", "label": "MACs", "format": ",", "help": "multiply-accumulates of one image"},
         *metric_columns([row for group in rows.values() for row in group]),
@@ -472,8 +471,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, CheckpointError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{format_table(record.report['table'])}\n")
-    for note in record.report["table"]["notes"]:
-        print(note)
     print(f"report: {record.folder / 'index.html'}")
 
 

@@ -53,13 +53,17 @@ def test_the_network_is_left_alone():
     before = {key: value.clone() for key, value in net.state_dict().items()}
     modes = [module.training for module in net.modules()]
     hooks = [len(module._forward_hooks) for module in net.modules()]
-    # At its own size the U-Net ends in a single pixel, where batch norm could not be trained.
     count_macs(net, (1, 3, 16, 16))
     assert not fired
     assert [module.training for module in net.modules()] == modes
     assert [len(module._forward_hooks) for module in net.modules()] == hooks
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not any(p.is_meta for p in net.parameters())
+
+
+def test_what_could_not_be_trained_is_counted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))  # a norm over a single value
+    assert count_macs(net, (1, 3, 2, 2)) == 48
 
 
 def test_half_precision_counts_the_same():

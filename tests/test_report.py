@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 
 from srpkd import report
-from srpkd.report import format_table, mark_pixel, relation_picture, relation_row, save_image, write_report
+from srpkd.report import (
+    format_table,
+    mark_pixel,
+    relation_picture,
+    relation_row,
+    save_image,
+    update_readme,
+    write_report,
+)
 
 ARMS = ("alone", "kd", "kd + srp", "kd + features")
 TABLE = {
@@ -482,3 +490,23 @@ def test_save_image(tmp_path: Path) -> None:
     assert np.asarray(Image.open(path)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 4
     array = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert (np.asarray(Image.open(save_image(array, path))) == array).all()
+
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_readme_shows_the_table_that_the_demo_printed() -> None:
+    demo = json.loads((README.parent / "docs" / "demo.json").read_text())
+    assert format_table(demo["table"], markdown=True) in README.read_text()
+
+
+def test_a_readme_is_brought_up_to_date_between_its_markers(run: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- demo table: begin -->\nold\n<!-- demo table: end -->\nafter\n")
+    update_readme(run, readme)
+    table = format_table(json.loads((run / "report.json").read_text())["table"], markdown=True)
+    assert readme.read_text() == f"before\n<!-- demo table: begin -->\n{table}\n<!-- demo table: end -->\nafter\n"
+    assert (tmp_path / "docs" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="expected the markers"):
+        update_readme(run, readme)

@@ -91,9 +91,14 @@ def examine(
     """
     root = Path(dataroot)
     problems = [
-        f"{name} is one of {', '.join(CHOICES[name])}; received {value!r}{_did_you_mean(value, CHOICES[name])}"
+        f"--{name} is one of {', '.join(CHOICES[name])}; received {value!r}{_did_you_mean(value, CHOICES[name])}"
         for name, value in (("dataset_mode", dataset_mode), ("direction", direction), ("preprocess", preprocess))
         if value not in CHOICES[name]
+    ]
+    problems += [
+        f"--{name} must be at least 1; received {value}"
+        for name, value in (("load_size", load_size), ("crop_size", crop_size), ("size_multiple", size_multiple))
+        if value < 1
     ]
     heading = f"The data set {root} ({dataset_mode}, {phase}) cannot be used:"
     if problems:
@@ -161,7 +166,7 @@ def examine(
                 f"{folder}: a batch of {batch_size} cannot hold images of {_span(views)}, as --preprocess "
                 f"{preprocess} makes them: use --preprocess resize_and_crop or --batch_size 1"
             )
-        counts[folder.name] = len(files)
+        counts[folder.resolve().name] = len(files)
         sizes.update(look.size for look in looks)
         network_sizes |= views
         decoded += whole
@@ -185,10 +190,11 @@ def _look_at(files: list[str]) -> tuple[list[_Look], list[tuple[str, str]], int]
         decoded += whole
         try:
             with Image.open(path) as image:
-                looks.append(_Look(path, image.size, image.mode))
+                look = _Look(path, image.size, image.mode)
                 # a JPEG is decoded at an eighth of its size: that reads every byte, and is faster
                 image.draft("RGB", (1, 1))
-                image.load() if whole else image.verify()
+                image.load() if whole else None
+            looks.append(look)
         except Exception as error:  # a decoder may raise nearly anything when the bytes are wrong
             broken.append((path, describe(error)))
     return looks, broken, decoded
@@ -196,12 +202,8 @@ def _look_at(files: list[str]) -> tuple[list[_Look], list[tuple[str, str]], int]
 
 def _bad_options(preprocess: str, load_size: int, crop_size: int, size_multiple: int) -> list[str]:
     """What is wrong with the sizes, whatever the images are."""
-    problems = [
-        f"{name} must be at least 1; received {value}"
-        for name, value in (("load_size", load_size), ("crop_size", crop_size), ("size_multiple", size_multiple))
-        if value < 1
-    ]
-    if problems or "crop" not in preprocess:
+    problems = []
+    if "crop" not in preprocess:
         return problems
     if preprocess != "crop" and load_size < crop_size:
         problems.append(

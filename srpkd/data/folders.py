@@ -162,6 +162,8 @@ def describe(error: Exception) -> str:
         return f"far too large ({error}); if it is what you want, scale it down before training"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, whatever its name says"
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror
     return f"damaged or cut short ({error})"
 
 

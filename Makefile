@@ -1,0 +1,37 @@
+# make demo   train, distil and report on generated images
+# make test   lint and the whole test suite
+# Both make .venv first, with everything in it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# what the installation is made from: a change makes it anew
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
+
+.PHONY: demo test install lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m srpkd.train
+
+test: $(VENV)/installed lint
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/installed
+
+# torch comes first: the extension is built against the torch that it will run with
+$(VENV)/installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet torch torchvision ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
