@@ -37,8 +37,8 @@ class DataOptions:
         no_flip: do not mirror images at random.
         serial_batches: take images in order, do not shuffle.
         max_dataset_size: use at most so many images (pairs) to train.
-        input_nc: channels of an image of A, 1 or 3.
-        output_nc: channels of an image of B, 1 or 3.
+        input_nc: channels of an input image, 1 or 3.
+        output_nc: channels of an output image, 1 or 3.
         num_threads: processes that load images; 0 loads them in the main one.
         world_size: side of a generated image.
         world_pairs: how many generated pairs there are to train on.
@@ -55,8 +55,8 @@ class DataOptions:
     no_flip: bool = False
     serial_batches: bool = False
     max_dataset_size: int | None = None
-    input_nc: int = 3
-    output_nc: int = 3
+    input_nc: Literal[1, 3] = 3
+    output_nc: Literal[1, 3] = 3
     num_threads: int = 4
     world_size: int = 64
     world_pairs: int = 600
@@ -171,7 +171,8 @@ class RunOptions:
         lr: Adam's learning rate.
         beta1: Adam's first momentum.
         seed: of everything random.
-        arms: students to compare, by name, each with the options that set it apart; by default one.
+        arms: students to compare, by name, each with the options that set it apart (of its networks, losses and
+            training); by default one.
         seeds: how often each is trained, with seeds of its own.
         time_budget: seconds after which no further seed is begun (at least two are run).
         device: cpu, cuda, cuda:1, ...; by default a GPU where there is one.
@@ -230,7 +231,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_n_epochs": self.n_epochs,
             "teacher_n_epochs_decay": self.n_epochs_decay,
             "teacher_max_dataset_size": self.max_dataset_size,
-            "device": str(self.torch_device),
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
         if self.teacher:
             self = replace(self, teacher_netG=None)
@@ -246,34 +247,68 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             )
         if self.model == "pix2pix" and self.dataset_mode != "aligned":
             raise ValueError("model pix2pix needs pairs: use --dataset_mode aligned, or --model cycle_gan")
-        if self.teacher_B and not self.teacher:
-            raise ValueError("teacher_B is given without teacher")
+        if self.teacher_B and (not self.teacher or self.model == "pix2pix"):
+            raise ValueError("teacher_B, weights from B to A, needs model cycle_gan and teacher, weights from A to B")
         least = {
-            "load_size": 1, "crop_size": 1, "max_dataset_size": 1, "teacher_max_dataset_size": 1, "input_nc": 1,
-            "output_nc": 1, "num_threads": 0, "world_size": 16, "world_pairs": 1, "world_test_pairs": 1, "ngf": 1,
-            "ndf": 1, "n_layers_D": 1, "teacher_ngf": 1, "teacher_n_epochs": 0, "teacher_n_epochs_decay": 0,
-            "pool_size": 0, "lambda_L1": 0, "lambda_A": 0, "lambda_B": 0, "lambda_identity": 0, "lambda_kd": 0,
-            "lambda_srp": 0, "lambda_feature": 0, "n_epochs": 0, "n_epochs_decay": 0, "epoch_steps": 1,
-            "batch_size": 1, "seeds": 1, "print_freq": 1, "save_epoch_freq": 1, "samples": 0,
+            "load_size": 1, "crop_size": 1, "max_dataset_size": 1, "teacher_max_dataset_size": 1, "num_threads": 0,
+            "world_size": 16, "world_pairs": 1, "world_test_pairs": 1, "ngf": 1, "ndf": 1, "n_layers_D": 1,
+            "teacher_ngf": 1, "pool_size": 0, "lambda_L1": 0, "lambda_A": 0, "lambda_B": 0, "lambda_identity": 0,
+            "lambda_kd": 0, "lambda_srp": 0, "lambda_feature": 0, "n_epochs": 0, "n_epochs_decay": 0,
+            "teacher_n_epochs": 0, "teacher_n_epochs_decay": 0, "epoch_steps": 1, "batch_size": 1, "beta1": 0,
+            "seeds": 1, "time_budget": 0, "print_freq": 1, "save_epoch_freq": 1, "samples": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ValueError(f"{name}={value}: expected at least {bound}")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: expected a number above 0")
+        for name in ("lr", "delta"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0")
+        if not self.beta1 < 1:
+            raise ValueError(f"beta1={self.beta1}: expected a number below 1")
         if self.n_epochs + self.n_epochs_decay == 0:
             raise ValueError("n_epochs and n_epochs_decay are both 0: nothing would be trained")
+        if self.teacher_netG and self.teacher_n_epochs + self.teacher_n_epochs_decay == 0:
+            raise ValueError("teacher_n_epochs and teacher_n_epochs_decay are both 0: the teacher would stay untrained")
+        if self.is_world and (self.input_nc, self.output_nc) != (3, 3):
+            raise ValueError("generated images have three channels: leave input_nc and output_nc at 3")
+        if self.is_world and self.dataset_mode == "unaligned" and self.world_pairs < 2:
+            raise ValueError("world_pairs=1: an unpaired task needs two scenes at least, one for each side")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r}: expected a plain name for a folder inside {self.runs_dir}")
+        _check_device(self.device)
+        self._check_arms()
+
+    def _check_arms(self) -> None:
         if self.arms and not self.distils:
             raise ValueError("arms compare students of a teacher: give --teacher or --teacher_netG")
+        if len({arm.replace(" ", "-") for arm in self.arms}) < len(self.arms):
+            raise ValueError(f"arms {list(self.arms)}: two of them would share a folder; name them apart")
+        taken = ("teacher", "input", "truth")  # beside the arms on the page
         for arm, options in self.arms.items():
-            check_keys(options, f"arm {arm!r}")
+            if arm in taken or not re.fullmatch(r"[^\s./\\][^/\\]*", arm):
+                raise ValueError(f"arm {arm!r}: expected a plain name for a folder, other than {', '.join(taken)}")
+            if common := [name for name in check_keys(options, f"arm {arm!r}") if name not in ARM_OPTIONS]:
+                raise ValueError(
+                    f"arm {arm!r}: {', '.join(common)} cannot differ between arms: set it for the whole run"
+                )
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: expected cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs; --device cpu does without")
 
 
 GROUPS = (DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunOptions)
 OPTIONS = {entry.name: entry for group in GROUPS for entry in fields(group)}
+# what may set one student apart from the next: all see the same images, teacher, seeds and device
+ARM_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for entry in fields(group)} - {"model"} | {
+    "n_epochs", "n_epochs_decay", "epoch_steps", "batch_size", "lr", "beta1", "max_dataset_size", "no_flip",
+}  # fmt: skip
 
 
 def check_keys(options: Any, source: str) -> dict[str, Any]:
@@ -315,12 +350,12 @@ def read_config(path: str) -> dict[str, Any]:
         ValueError: it cannot be read, is not YAML, or has an unknown option (the nearest is named).
     """
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: is not YAML: {error}") from error
-    return check_keys(content or {}, f"--config {path}")
+    return check_keys({} if content is None else content, f"--config {path}")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -328,67 +363,87 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     Bad arguments end the process with a message and status 2, as command lines do.
     """
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(
         prog="python -m srpkd.train",
         usage="python -m srpkd.train [--preset NAME] [--config FILE] [--OPTION VALUE ...]   (--help lists the options)",
         description="Train a generator, or distil a small one from a large one with the relation loss. "
         "Without arguments: the demo, on generated images. Presets: " + ", ".join(presets()) + ".",
+        exit_on_error=False,
     )
     parser.add_argument("--preset", action="append", default=[], help="named options; may be repeated, later wins")
     parser.add_argument("--config", action="append", default=[], help="YAML file of options; may be repeated")
     for group in GROUPS:
         parser.add_class_arguments(group, as_group=True)
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--preset=demo"]
-    flags, files, problem = _split(arguments)
-    if problem is None:
-        try:
-            options: dict[str, Any] = {}
-            for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
-                options |= read_preset(value) if kind == "preset" else read_config(value)
-            # files become flags that come first, so that the parser checks them alike and flags win
-            given = [
-                f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()
-            ]
-            parsed = parser.parse_args([*given, *flags])
-            return TrainConfig(**{name: parsed[name] for name in OPTIONS}).resolved()
-        except ValueError as error:
-            problem = str(error)
-    parser.error(problem)
+    try:
+        flags, files = _split(sys.argv[1:] if arguments is None else arguments)
+        options: dict[str, Any] = {}
+        for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
+            options |= read_preset(value) if kind == "preset" else read_config(value)
+        # files become flags that come first, so that the parser checks them alike and flags win
+        parsed = parser.parse_args([*_as_flags(options), *flags])
+        for arm, own in parsed.arms.items():
+            try:
+                typed = parser.parse_args(_as_flags(check_keys(own, f"arm {arm!r}")))
+            except ArgumentError as error:
+                raise ValueError(f"arm {arm!r}: {_plain(str(error))}") from error
+            parsed.arms[arm] = {name: typed[name] for name in own}
+        return TrainConfig(**{name: parsed[name] for name in OPTIONS}).resolved()
+    except (ValueError, ArgumentError) as error:
+        parser.exit(2, f"{parser.format_usage()}error: {_plain(str(error))}\n")
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]], str | None]:
-    """A command line as (flags, [("preset" or "config", value)], what is wrong with it or None).
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """A command line as (flags, [("preset" or "config", value)]).
 
     A boolean flag without a value means true, as in the public code.
+
+    Raises:
+        ValueError: an unknown option; the nearest is named.
     """
     flags, files = [], []
-    rest = iter([*arguments, ""])
-    argument = next(rest)
-    while argument:
-        match = re.fullmatch(r"--([^=]+)(?:=(.*))?", argument, re.DOTALL)
-        following = next(rest)
-        if match is None:
-            flags.append(argument)
-        elif match[1] in ("preset", "config"):
-            value = match[2]
-            if value is None:
-                value, following = following, next(rest, "")
-            files.append((match[1], value))
-        elif match[1] not in OPTIONS and match[1] != "help":
-            return [], [], f"there is no option --{match[1]}{_nearest(match[1], [*OPTIONS, 'preset', 'config'], '--')}"
-        elif (
-            match[2] is None
-            and "bool" in str(getattr(OPTIONS.get(match[1]), "type", ""))
-            and (not following or following.startswith("--"))
-        ):
-            flags.append(f"{argument}=true")
+    rest = list(arguments) or ["--preset=demo"]
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", "")
+        alone = not equals and (not rest or rest[0].startswith("--"))
+        if name in ("preset", "config"):
+            if alone:
+                raise ValueError(f"--{name} needs a value")
+            files.append((name, value if equals else rest.pop(0)))
+        elif name and name not in (*OPTIONS, "help"):
+            raise ValueError(f"there is no option --{name}{_nearest(name, [*OPTIONS, 'preset', 'config'], '--')}")
         else:
-            flags.append(argument)
-        argument = following
-    return flags, files, None
+            flags.append(f"{argument}=true" if alone and name and "bool" in _type_of(name) else argument)
+    return flags, files
+
+
+def _as_flags(options: dict[str, Any]) -> list[str]:
+    return [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for name, value in options.items()
+    ]
+
+
+def _type_of(name: str) -> str:
+    """An option's type as it is written above; none for --help."""
+    return str(OPTIONS[name].type) if name in OPTIONS else ""
+
+
+def _plain(message: str) -> str:
+    """The parser's message about a value, in words instead of types; any other as it is."""
+    match = re.search(r'Parser key "(\w+)":.*(?:Got value|Given value): ([^\n]*)', message, re.DOTALL)
+    if match is None or match[1] not in OPTIONS:
+        return message
+    kind = _type_of(match[1]).removesuffix(" | None")
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    if kind.startswith("Literal"):
+        expected = " or ".join(re.findall(r"\w+", kind.removeprefix("Literal")))
+    else:
+        expected = words.get(kind, "a mapping in YAML, {name: value, ...}")
+    return f"--{match[1]} {match[2]}: expected {expected}"
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -397,5 +452,5 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def _nearest(name: str, names: Any, prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(name, list(names), 1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, list(names), 1, cutoff=0.6)
     return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""

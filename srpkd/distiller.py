@@ -120,7 +120,11 @@ class RelationDistiller(nn.Module):
             raise ValueError(f"weights name layers {unknown} that are not tapped: {list(self.layers)} are")
         self.loss = SRPLoss() if loss is None else loss
         self.student_tap = FeatureTap(student, list(self.layers), "student")
-        self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
+        try:
+            self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
+        except ValueError:
+            self.student_tap.close()  # a distiller that was never made leaves no hook behind
+            raise
 
     @property
     def teacher(self) -> nn.Module:

@@ -89,7 +89,8 @@ def show_samples(
     paired = config.is_world or config.dataset_mode == "aligned"
     for index in range(min(config.samples, len(dataset))):
         item = dataset[index]
-        for direction in next(iter(shown.values()), ()):
+        # the teacher may know one direction alone
+        for direction in dict.fromkeys(direction for generators in shown.values() for direction in generators):
             source, target = sides(direction)
             images = {"input": item[source]}
             for label, generators in shown.items():

@@ -59,11 +59,12 @@ class RunRecord:
 
 def _new_folder(runs_dir: Path, name: str) -> Path:
     """Make and return the first of name, name-2, name-3, ... that does not exist yet."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
         folder = runs_dir / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             number += 1

@@ -300,7 +300,10 @@ def _read_metrics(path: Path) -> _Metrics:
 
 
 def _draw_curves(metrics: _Metrics, folder: Path) -> list[tuple[str, Path]]:
-    """One PNG per value; what is measured now and then (mIoU, ...) comes before the losses of every step."""
+    """One PNG per value; what is measured now and then (mIoU, ...) comes before the losses of every step.
+
+    What no stage measured twice makes no curve: it stands in the table.
+    """
     arms = dict.fromkeys(map(_arm, metrics.lines))
     colours = {arm: ARM_COLOURS[i % len(ARM_COLOURS)] for i, arm in enumerate(arms)}
 
@@ -308,7 +311,8 @@ def _draw_curves(metrics: _Metrics, folder: Path) -> list[tuple[str, Path]]:
         return 4 * sum(points.shape[1] for points in stages.values()) < sum(metrics.lines[s] for s in stages)
 
     drawn = []
-    for name, stages in sorted(metrics.series.items(), key=lambda item: not is_sparse(item[1])):
+    series = {name: st for name, st in metrics.series.items() if any(points.shape[1] > 1 for points in st.values())}
+    for name, stages in sorted(series.items(), key=lambda item: not is_sparse(item[1])):
         path = folder / f"curves_{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.png"
         png = io.BytesIO()
         _curve(name, stages, colours, is_sparse(stages)).savefig(png, format="png", dpi=160)

@@ -6,6 +6,7 @@ Whatever they are, they are trained by the same loop, ``fit``.
 
 from __future__ import annotations
 
+import copy
 import functools
 import platform
 import random
@@ -43,7 +44,7 @@ cached_world = functools.cache(generate_world)
 
 @dataclass(frozen=True)
 class Stage:
-    """What to train: one network (pair of networks for cycle_gan) to train: its name, options, seed and folder."""
+    """One network (pair of networks for cycle_gan) to train: its name, options, seed and folder."""
 
     name: str
     config: TrainConfig
@@ -66,14 +67,15 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
         config: resolved options.
         command: how the run was called, for its page.
 
-    Raises:
+    Raises, before anything is written or trained:
         DataError: the images do not fit (see ``srpkd.data.examine``).
         CheckpointError: the teacher's weights cannot be used.
-        ValueError: options that contradict each other.
+        ValueError: options that contradict each other, or do not fit the networks.
     """
     arms = {name: arm_config(config, name) for name in config.arms} or {"student": config}
     teachers = load_teachers(config)
-    summary = examine_data(config, teachers)  # before anything is written
+    summary = examine_data(config, arms, teachers)
+    rehearse(config, arms, teachers)
     record = RunRecord(
         config.runs_dir,
         config.name,
@@ -123,6 +125,10 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
             publish(record, config, rows, shown, test_set)
         record.report["status"] = "finished"
         record.write()
+    except BaseException:
+        record.report["status"] = "stopped"
+        record.write()
+        raise
     finally:
         record.close()
     return record
@@ -146,19 +152,22 @@ def fit(stage: Stage, record: RunRecord, teachers: Mapping[str, nn.Module]) -> T
     seed_everything(stage.seed)
     loader = make_loader(open_data(config, "train"), config, stage.seed)
     epochs, epoch_steps = config.n_epochs + config.n_epochs_decay, config.epoch_steps or len(loader)
-    batches, step, durations = endless(loader), 0, []
-    with tqdm(total=epochs * epoch_steps, desc=stage.name, unit="step", dynamic_ncols=True) as progress:
+    batches, step = endless(loader), 0
+    durations, measured, began = [], 0, time.perf_counter()
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no thousand lines
+    with tqdm(total=epochs * epoch_steps, desc=stage.name, unit="step", mininterval=interval) as progress:
         for epoch in range(1, epochs + 1):
             for _ in range(epoch_steps):
                 batch = {side: images.to(config.torch_device) for side, images in next(batches).items()}
-                began = time.perf_counter()
                 losses = objective.step(batch)
                 step += 1
                 if step % config.print_freq == 0 or step == 1:
                     values = {name: float(loss) for name, loss in losses.items()}  # waits for the GPU
+                    now = time.perf_counter()
+                    durations.append((now - began) / (step - measured))
+                    measured, began = step, now
                     record.log(stage.name, step, epoch=epoch, **values)
                     progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                durations.append(time.perf_counter() - began)
                 progress.update()
             for schedule in schedules:
                 schedule.step()
@@ -166,6 +175,8 @@ def fit(stage: Stage, record: RunRecord, teachers: Mapping[str, nn.Module]) -> T
                 record.save(stage.folder, str(epoch), objective.generators)
                 record.save(stage.folder, "latest", objective.generators | objective.discriminators)
     record.save(stage.folder, "latest", objective.generators | objective.discriminators)
+    folder = stage.folder.relative_to(record.folder)
+    record.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
     for distillation in objective.distillations.values():
         distillation.close()
     for generator in objective.generators.values():
@@ -198,7 +209,7 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
             generator,
             teacher,
             config.layers or {default_tap(generator): default_tap(teacher)},
-            SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend),
+            relation_loss_of(config),
             lambda_kd=config.lambda_kd,
             lambda_srp=config.lambda_srp,
             lambda_feature=config.lambda_feature,
@@ -207,6 +218,48 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
     # adapters drew random numbers: the discriminators start alike in every arm all the same
     seed_everything(seed + 1)
     return kind(config, generators, distillations)
+
+
+def relation_loss_of(config: TrainConfig) -> SRPLoss:
+    return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend)
+
+
+def rehearse(config: TrainConfig, arms: Mapping[str, TrainConfig], teachers: Mapping[str, nn.Module]) -> None:
+    """Build every stage's networks and losses on the device "meta", at no cost.
+
+    Raises:
+        ValueError: what does not fit, which else would show when the teacher has been trained.
+    """
+    ghosts = {direction: copy.deepcopy(teacher).to("meta") for direction, teacher in teachers.items()}
+    if config.teacher_netG:
+        ghosts = make_ghost(teacher_config(config), {}).generators
+    for name, options in arms.items():
+        try:
+            make_ghost(options, ghosts)
+        except ValueError as error:
+            raise ValueError(f"arm {name!r}: {error}" if config.arms else str(error)) from error
+
+
+def make_ghost(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Objective:
+    """A stage's objective without data, its tapped layers, discriminators and relation loss tried out."""
+    try:
+        with torch.device("meta"):
+            objective = make_objective(replace(config, device="meta"), 0, teachers)
+        feature = torch.ones(1, 1, 2, 2, device=config.torch_device)
+        relation_loss_of(config)(feature, feature)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    height, width = input_size(config)
+    for network in objective.discriminators.values():
+        images = torch.empty(1, next(network.parameters()).shape[1], height, width, device="meta")
+        try:
+            network(images)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"images of {height} x {width} pixels are too small for netD {config.netD}: use larger ones, "
+                f"or --netD n_layers with fewer --n_layers_D ({error})"
+            ) from error
+    return objective
 
 
 # --- data -------------------------------------------------------------------------------------------------------
@@ -224,7 +277,15 @@ def open_data(config: TrainConfig, phase: str) -> Dataset:
             config.world_variant,
         )
         paired = testing or config.dataset_mode == "aligned"
-        return open_world(world[:limit], config.direction, aligned=paired, flip=not (testing or config.no_flip))
+        if limit is not None and not paired:
+            limit *= 2  # one half of the scenes gives the photos, the other the label maps
+        return open_world(
+            world[:limit],
+            config.direction,
+            aligned=paired,
+            flip=not (testing or config.no_flip),
+            serial_batches=config.serial_batches,
+        )
     return open_dataset(
         config.dataroot,
         config.dataset_mode,
@@ -241,13 +302,13 @@ def open_data(config: TrainConfig, phase: str) -> Dataset:
     )
 
 
-def examine_data(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> str:
+def examine_data(config: TrainConfig, arms: Mapping[str, TrainConfig], teachers: Mapping[str, nn.Module]) -> str:
     """What the images are, in a line; raises a DataError that says all that is wrong with them."""
+    stages = [*arms.values(), *([teacher_config(config)] if config.teacher_netG else [])]
     with torch.device("meta"):
-        nets = [define_generator(config.netG)] + (
-            [define_generator(config.teacher_netG)] if config.teacher_netG else []
-        )
+        nets = [define_generator(netG) for netG in {stage.netG for stage in stages}]
     multiple = max(size_multiple(net) for net in [*nets, *teachers.values()])
+    limits = [stage.max_dataset_size for stage in stages]
     if config.is_world:
         if config.world_size % multiple:
             raise DataError(f"world_size={config.world_size} must be a multiple of {multiple} for these generators")
@@ -264,8 +325,8 @@ def examine_data(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> str:
             load_size=config.load_size,
             crop_size=config.crop_size,
             direction=config.direction,
-            max_dataset_size=config.max_dataset_size if phase == "train" else None,
-            batch_size=config.batch_size if phase == "train" else 1,
+            max_dataset_size=max(limits) if phase == "train" and None not in limits else None,
+            batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
             size_multiple=multiple,
         )
         for phase in ("train", "test")
@@ -334,9 +395,13 @@ def load_teachers(config: TrainConfig) -> Generators:
     for direction, path in teacher_files(config).items():
         teacher = load_generator(path)
         wanted = channels_of(config, direction)
-        found = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d)).in_channels
-        if found != wanted[0]:
-            raise CheckpointError(f"{path}: this generator takes {found} channels, the images have {wanted[0]}")
+        convs = [module for module in teacher.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+        found = convs[0].in_channels, convs[-1].out_channels
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: this generator goes from {found[0]} to {found[1]} channels, the images from {wanted[0]} to "
+                f"{wanted[1]}: set --input_nc and --output_nc, or take another teacher"
+            )
         teachers[direction] = teacher.to(config.torch_device).eval().requires_grad_(False)
     return teachers
 
@@ -430,7 +495,10 @@ def table_notes(config: TrainConfig, rows: Mapping[str, list[dict[str, float]]])
     if not plain:
         return []
     base, notes = plain[0], []
-    score = next(column for column in metric_columns(rows[base]) if not column["key"].startswith("teacher"))
+    scores = [column for column in metric_columns(rows[base]) if not column["key"].startswith("teacher")]
+    if not scores:  # unpaired images: there is no truth
+        return []
+    score = scores[0]
     for name in arms:
         if name != base:
             gains = [ours[score["key"]] - theirs[score["key"]] for ours, theirs in zip(rows[name], rows[base])]
@@ -468,7 +536,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         record = run(config, shlex.join(["python", "-m", "srpkd.train", *given]))
-    except (DataError, CheckpointError, ValueError) as error:
+    except (ValueError, OSError, ImportError) as error:  # of them DataError and CheckpointError are ValueErrors
         sys.exit(f"error: {error}")
     print(f"\n{format_table(record.report['table'])}\n")
     print(f"report: {record.folder / 'index.html'}")

@@ -245,14 +245,19 @@ def test_max_dataset_size_keeps_the_first(unaligned):
     assert [os.path.basename(item["B_path"]) for item in data] == ["0.png", "1.png"]
 
 
-def test_random_items_follow_torchs_seed_alone(aligned):
-    data = open_dataset(aligned, "aligned", load_size=40, crop_size=20)
+@pytest.mark.parametrize("mode", ["aligned", "unaligned"])
+def test_random_items_follow_torchs_seed_alone(tmp_path, mode):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        for folder in ("train", "trainA", "trainB"):
+            save(tmp_path / folder / f"{i}.png", rng.integers(0, 256, (32, 64, 3)))
+    data = open_dataset(tmp_path, mode, load_size=40, crop_size=20)
 
     def draw(seed: int, other: int) -> torch.Tensor:
         torch.manual_seed(seed)
         random.seed(other)
         np.random.seed(other)
-        return torch.stack([data[i]["A"] for i in range(4)])
+        return torch.stack([data[i][side] for i in range(4) for side in "AB"])
 
     assert torch.equal(draw(3, 0), draw(3, 1))
     assert not torch.equal(draw(3, 0), draw(4, 0))
@@ -427,6 +432,8 @@ def test_missing_folder_of_aligned(unaligned, tmp_path):
     empty = tmp_path / "new"
     empty.mkdir()
     assert "it has no folders" in problem(empty, "aligned")
+    (empty / "__").mkdir()
+    assert "rename" not in problem(empty, "aligned")
     plain(empty / "Train" / "0.png")
     assert "rename Train to train" in problem(empty, "aligned")
 
@@ -466,6 +473,16 @@ def test_a_large_folder_is_decoded_in_part_but_every_header_is_read(tmp_path, mo
             path.write_bytes(broken)
             assert f"{i:02d}.png (" in problem(tmp_path, "single")
         path.write_bytes(whole)
+
+
+def test_the_decoded_part_of_a_large_folder_is_spread_over_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_module, "DECODED", 3)
+    for i in range(9):
+        path = Path(save(tmp_path / f"{i}.jpg", np.random.default_rng(i).integers(0, 256, (40, 40, 3))))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])  # which a JPEG's header does not show
+    told = problem(tmp_path, "single")
+    assert "3 of 9 images" in told
+    assert [i for i in range(9) if f"{i}.jpg" in told] == [0, 3, 6]
 
 
 def test_sixteen_bits(tmp_path):
@@ -553,3 +570,9 @@ def test_long_lists_are_cut(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"")
     told = problem(tmp_path, "single", max_report=3)
     assert "7 of 7" in told and "2.png" in told and "3.png" not in told and told.endswith("and 4 more")
+
+
+def test_a_data_error_of_one_sentence():
+    error = DataError("Too small.")
+    assert str(error) == "Too small." and error.problems == []
+    assert str(pickle.loads(pickle.dumps(error))) == "Too small."

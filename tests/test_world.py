@@ -16,7 +16,7 @@ VARIANTS = (0, 1, 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
+def one_thread_throughout():
     """Small images gain nothing from a second thread, and on a busy machine wait for it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def worlds(one_thread) -> dict[int, tuple[World, World]]:
+def worlds(one_thread_throughout) -> dict[int, tuple[World, World]]:
     """(200 scenes to learn from, 40 to be judged on) of each variant."""
     return {v: (generate_world(200, variant=v), generate_world(40, seed=1, variant=v)) for v in VARIANTS}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,10 @@ _PROPER = {phase + side for phase in ("train", "test", "val") for side in ("", "
 
 
 class DataError(ValueError):
-    """What is wrong with a data set: the message numbers the problems, `problems` is the list of them."""
+    """What is wrong with a data set: a heading, and below it the `problems`, numbered."""
 
-    def __init__(self, heading: str, problems: list[str]):
-        self.problems = problems
+    def __init__(self, heading: str, problems: Sequence[str] = ()):
+        self.problems = list(problems)
         super().__init__("\n".join([heading, *(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))]))
 
 
@@ -193,7 +193,7 @@ def _look_at(files: list[str]) -> tuple[list[_Look], list[tuple[str, str]], int]
                 look = _Look(path, image.size, image.mode)
                 # a JPEG is decoded at an eighth of its size: that reads every byte, and is faster
                 image.draft("RGB", (1, 1))
-                image.load() if whole else None
+                image.load() if whole else image.verify()
             looks.append(look)
         except Exception as error:  # a decoder may raise nearly anything when the bytes are wrong
             broken.append((path, describe(error)))
