@@ -72,6 +72,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a gradient is kept in until backward scales it.
+
+    float32 for float16: the gradient of a mean over N^2 pairs would underflow before loss scaling could save it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def penalty(difference: Tensor, relation: Relation) -> Tensor:
     """rho(D), elementwise."""
     if relation.distance == "l1":
@@ -102,7 +110,10 @@ def scale_of(features: Tensor, relation: Relation, moment: Tensor | None = None)
         square = features.square().sum(-1)
     else:
         moment = features.mT @ features if moment is None else moment
-        square = ((features @ moment) * features).sum(-1)
+        # the product in the layout of the features: to read one of the two across its strides takes as long as it does
+        by_channel = features.stride(-1) > features.stride(-2)
+        product = (moment @ features.mT).mT if by_channel else features @ moment
+        square = product.mul_(features).sum(-1)
     norm = square.clamp_min(0).sqrt()  # rounding can leave a square just below 0
     return torch.where(norm > relation.eps, norm.reciprocal(), 0)
 
@@ -117,7 +128,9 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation, dtype: torch
 
 
 def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relation) -> Tensor:
-    """dL/dQ (B, N, C) of the mean over all pairs, from U and h, in student's dtype and strides.
+    """dL/dQ (B, N, C) of the mean over all pairs, from U and h, in student's strides and ``gradient_dtype``.
+
+    U is used up: where it can be, it becomes the gradient.
 
     N^2 dL/dQ is U plus what the scales' own dependence on Q adds; with w_i = h_i alpha_i^2:
 
@@ -127,15 +140,20 @@ def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relatio
 
     A dead pixel has alpha = 0, hence w = 0: no gradient runs through its own normalisation.
     """
+    scale = 1 / student.shape[1] ** 2
     total = tiles.U
-    if relation.normalize != "none":
+    if relation.normalize == "none":
+        total.mul_(scale)
+    else:
         features = student.to(total.dtype)
         weighted = (tiles.h * scales.student.square()).unsqueeze(-1) * features
         if relation.normalize == "cosine":
-            total = total - weighted
+            total.sub_(weighted).mul_(scale)
         else:
-            total = torch.baddbmm(total, weighted, scales.moment.to(total.dtype), alpha=-1)
-            total.baddbmm_(features, weighted.mT @ features, alpha=-1)
-    pairs = student.shape[1] ** 2
-    gradient = torch.empty_like(student)
-    return torch.mul(total, 1 / pairs, out=gradient) if gradient.dtype == total.dtype else gradient.copy_(total / pairs)
+            moment = scales.moment.to(total.dtype)
+            total.mT.baddbmm_(moment, weighted.mT, beta=scale, alpha=-scale)
+            total.mT.baddbmm_(weighted.mT @ features, features.mT, alpha=-scale)
+    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
+    if gradient.dtype == total.dtype and gradient.stride() == total.stride():
+        return total
+    return gradient.copy_(total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, accumulator
+from .algebra import Relation, accumulator, gradient_dtype
 from .dispatch import value_and_gradient
 
 
@@ -35,22 +35,23 @@ def relation_loss_op(
 @relation_loss_op.register_fake
 def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
     loss = student.new_empty(student.shape[0], dtype=accumulator(student.dtype))
-    return loss, torch.empty_like(student) if need_grad else student.new_empty(0)
+    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else student.new_empty(0)
+    return loss, gradient
 
 
 @torch.library.custom_op("srpkd::relation_loss_backward", mutates_args=())
-def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss."""
-    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient))
+def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss, in the student's dtype."""
+    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 @relation_loss_backward_op.register_fake
-def _(gradient, grad_loss):
-    return torch.empty_like(gradient)
+def _(gradient, grad_loss, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.need_grad = inputs[-1]
+    ctx.dtype, ctx.need_grad = inputs[0].dtype, inputs[-1]
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
 
@@ -58,7 +59,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
     gradient = None
     if ctx.need_grad and grad_loss is not None:
-        gradient = relation_loss_backward_op(ctx.saved_tensors[0], grad_loss)
+        gradient = relation_loss_backward_op(ctx.saved_tensors[0], grad_loss, ctx.dtype)
     return gradient, *[None] * 7
 
 

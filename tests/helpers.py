@@ -1,0 +1,157 @@
+"""What the engine's tests share: the cases, random features away from ties, and how errors are measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS, Relation, dispatch
+from srpkd.kernels.algebra import accumulator
+from srpkd.kernels.reference import relation_matrix
+from torch import Tensor
+
+from srpkd import relation_loss
+
+FAST = [name for name in BACKENDS if name != "reference"]
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+# about the median of abs(D) in features(), so that Huber's distance has pairs on both sides of it
+DELTA = {"row": 0.1, "cosine": 0.3, "none": 2.0}
+
+
+def distances(backend: str) -> tuple[str, ...]:
+    """The distances that a backend can do."""
+    return getattr(dispatch.backend_module(backend), "DISTANCES", DISTANCES)
+
+
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that a backend can do."""
+    return getattr(dispatch.backend_module(backend), "DTYPES", (torch.float64, *NARROW))
+
+
+def widest(backend: str) -> torch.dtype:
+    """The dtype that says most about a backend's formulas: float64 where it has that."""
+    return dtypes(backend)[0]
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The error that sums of a few hundred rounded numbers may have."""
+    return {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
+
+
+def cases(backends: list[str] = FAST) -> list:
+    """Every (backend, relation) that exists, for ``pytest.mark.parametrize(("backend", "relation"), ...)``."""
+    return [
+        pytest.param(backend, Relation(normalize, distance, DELTA[normalize]), id=f"{backend}-{normalize}-{distance}")
+        for backend in backends
+        for normalize in NORMALIZATIONS
+        for distance in distances(backend)
+    ]
+
+
+def few_cases(backends: list[str] = FAST) -> list:
+    """One distance of every (backend, normalize): for what hangs on the normalisation alone."""
+    return [case for case in cases(backends) if case.values[1].distance == distances(case.values[0])[0]]
+
+
+def options(relation: Relation) -> dict:
+    """The relation as keywords of ``relation_loss``."""
+    return {
+        "normalize": relation.normalize,
+        "distance": relation.distance,
+        "delta": relation.delta,
+        "eps": relation.eps,
+    }
+
+
+def difference(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """D (B, N, N) in float64, of features (B, N, C)."""
+    result = relation_matrix(student.double(), relation) - relation_matrix(teacher.double(), relation)
+    if relation.normalize == "cosine":
+        result.diagonal(dim1=1, dim2=2).zero_()
+    return result
+
+
+def tie_gap(student: Tensor, teacher: Tensor, relation: Relation) -> float:
+    """How near D comes to where rho bends, relative to D: a rounding error larger than that changes the gradient."""
+    size = difference(student, teacher, relation).abs()
+    if relation.normalize == "cosine":
+        size = size[:, ~torch.eye(size.shape[1], dtype=torch.bool)]
+    bend = {"l1": 0.0, "huber": relation.delta}.get(relation.distance)
+    return float("inf") if bend is None or not size.numel() else ((size - bend).abs().min() / size.mean()).item()
+
+
+def features(
+    relation: Relation | None = None,
+    batch: int = 2,
+    pixels: int = 35,
+    channels: tuple[int, int] = (5, 7),
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    apart: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Random student and teacher features (B, N, C_s), (B, N, C_t), redrawn until no pair is near a tie."""
+    for _ in range(1000):
+        student, teacher = ((torch.randn(batch, pixels, count) + 0.5).to(dtype) for count in channels)
+        if relation is None or tie_gap(student, teacher, relation) > apart:
+            return student.to(device), teacher.to(device)
+    raise AssertionError(f"no features found that lie {apart} apart from ties: ask for fewer pixels")
+
+
+def value_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, upstream: float = 1.0, layout: str = "nlc"
+) -> tuple[Tensor, Tensor]:
+    """Every image's loss (B,) and the gradient of ``upstream`` times their sum, through the public function."""
+    student = student.detach().requires_grad_()
+    loss = relation_loss(student, teacher, backend=backend, layout=layout, reduction="none", **options(relation))
+    (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, upstream))
+    return loss.detach(), gradient
+
+
+def error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """The relative error of a whole tensor: ||actual - expected|| / ||expected||, in float64; never NaN.
+
+    least: the smallest norm that it is taken relative to; for what should be 0 and is so only but for rounding.
+    """
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.isfinite().all(), "not finite"
+    return ((actual - expected).norm() / expected.norm().clamp_min(max(least, 1e-300))).item()
+
+
+def assert_equal_to_reference(
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, slack: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of features (B, N, C) are those of autograd through the definition in float64."""
+    loss, gradient = value_and_gradient(student, teacher, relation, backend)
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    assert (loss.dtype, gradient.dtype) == (accumulator(student.dtype), student.dtype)
+    assert_equal((loss, gradient), expected, slack)
+    return loss, gradient
+
+
+def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], slack: float = 1.0) -> None:
+    """Losses and gradients are equal but for ``slack`` times the rounding of their dtype."""
+    for one, other in zip(actual, expected, strict=True):
+        # the row loss of one pixel, and the cosine gradient of one channel, are 0 but for rounding
+        assert error(one, other, least=1e-2) <= slack * rounding(one.dtype)
+
+
+def within(tensor: Tensor, *index: slice) -> Tensor:
+    """The same values as a view, ``index`` (start and step alone) of a larger tensor that is NaN elsewhere."""
+    parts = [(key.start or 0, key.step or 1) for key in index]
+    sizes = [size * step + start for size, (start, step) in zip(tensor.shape, parts)] + list(tensor.shape[len(parts) :])
+    return tensor.new_full(sizes, torch.nan)[index].copy_(tensor)
+
+
+ALL, OTHER = slice(None), slice(1, None, 2)
+# features (B, C, H, W) -> the same values with other strides
+STRIDES = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "every_other_image": lambda x: within(x, OTHER),
+    "every_other_channel": lambda x: within(x, ALL, OTHER),
+    "every_other_row": lambda x: within(x, ALL, ALL, OTHER),
+    "every_other_column": lambda x: within(x, ALL, ALL, ALL, OTHER),
+    "channels_last_every_other": lambda x: within(x.permute(0, 2, 3, 1), ALL, ALL, OTHER, OTHER).permute(0, 3, 1, 2),
+    "offset": lambda x: within(x, ALL, slice(1, None), slice(2, None)),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}

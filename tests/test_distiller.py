@@ -1,0 +1,293 @@
+"""Taps by name, and the distiller that compares what they hold."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from srpkd import RelationDistiller, SRPLoss, relation_loss
+from srpkd.distiller import FeatureTap
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(width: int) -> nn.Sequential:
+    """Named modules: encoder (encoder.conv, encoder.norm, encoder.act, the last in place) and decoder."""
+    encoder = nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(3, width, 3, stride=2, padding=1), norm=nn.InstanceNorm2d(width), act=nn.ReLU(inplace=True)
+        )
+    )
+    return nn.Sequential(OrderedDict(encoder=encoder, decoder=nn.Conv2d(width, 3, 1)))
+
+
+@pytest.fixture
+def student() -> nn.Sequential:
+    return network(4)
+
+
+@pytest.fixture
+def teacher() -> nn.Sequential:
+    return network(6)
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(each._forward_hooks) for each in module.modules())
+
+
+# --- taps -----------------------------------------------------------------------------------------------------------
+
+
+def test_tap_sees_what_the_module_gave_not_what_became_of_it(student: nn.Module, image: Tensor) -> None:
+    """encoder.norm's output is overwritten by the in-place activation that follows it."""
+    tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])
+    with tap.recording() as features:
+        student(image)
+    convolved = student.encoder.conv(image)
+    torch.testing.assert_close(features["encoder.conv"], convolved)
+    torch.testing.assert_close(features["encoder.norm"], F.instance_norm(convolved))
+    assert (features["encoder.norm"] < 0).any()
+    torch.testing.assert_close(features["encoder.act"], F.instance_norm(convolved).relu())
+
+
+def test_tap_lets_the_gradient_through_and_keeps_the_output(student: nn.Module, image: Tensor) -> None:
+    expected = student(image)
+    tap = FeatureTap(student, ["encoder.norm"])
+    with tap.recording() as features:
+        output = student(image)
+    assert torch.equal(output, expected)
+    features["encoder.norm"].square().sum().backward()
+    assert student.encoder.conv.weight.grad.abs().sum() > 0
+    assert student.decoder.weight.grad is None
+
+
+def test_each_recording_is_of_its_own_pass(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["decoder"])
+    with tap.recording() as first:
+        student(image)
+    student(image)  # no recording, no trace
+    with tap.recording() as second:
+        student(2 * image)
+    torch.testing.assert_close(first["decoder"], student(image))
+    torch.testing.assert_close(second["decoder"], student(2 * image))
+
+
+@pytest.mark.parametrize("name", ["encoder.nrom", "encodr.norm", "norm", "", "model.9"])
+def test_a_wrong_name_lists_the_nearest(name: str, student: nn.Module) -> None:
+    with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
+        FeatureTap(student, [name], "student")
+    assert hooks(student) == 0
+
+
+def test_one_wrong_name_among_right_ones_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
+        RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
+    assert hooks(teacher) == 0
+
+
+def test_a_layer_that_does_not_run(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder", "decoder"], "student")
+    with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
+        student.encoder(image)
+    with pytest.raises(RuntimeError, match=r"\['encoder', 'decoder'\] did not run"), tap.recording():
+        pass
+
+
+def test_a_module_that_runs_twice(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder"], "student")
+    with pytest.raises(RuntimeError, match="'encoder' ran more than once"), tap.recording():
+        student.encoder(image)
+        student.encoder(image)
+
+
+def test_a_module_that_gives_no_tensor(image: Tensor) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    network = nn.ModuleDict({"pair": Pair()})
+    tap = FeatureTap(network, ["pair"], "teacher")
+    with pytest.raises(TypeError, match="teacher module 'pair' gave a tuple"), tap.recording():
+        network["pair"](image)
+
+
+def test_a_pass_that_fails_tells_its_own_error_and_leaves_the_tap_usable(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder"])
+    with pytest.raises(RuntimeError, match="channels"), tap.recording():
+        student(torch.randn(1, 5, 8, 8))
+    student(image)
+    student(image)  # not recording any more: twice is no error
+    with tap.recording() as features:
+        student(image)
+    assert set(features) == {"encoder"}
+
+
+# --- the distiller --------------------------------------------------------------------------------------------------
+
+
+def test_one_layer(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    output, teacher_output, loss = distiller(image)
+    assert torch.equal(output, student(image))
+    assert torch.equal(teacher_output, teacher(image))
+    torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher.encoder(image).detach()))
+
+
+def test_layers_weights_and_a_loss_of_ones_own(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Several layers, of other names and sizes; a teacher's layer may serve twice."""
+    layers = {"encoder.conv": "encoder.norm", "encoder.act": "encoder.norm", "decoder": "encoder"}
+    weights = {"encoder.conv": 0.5, "decoder": 3}
+    loss_fn = SRPLoss("cosine", "huber", delta=0.1)
+    *_, loss = RelationDistiller(student, teacher, layers, loss_fn, weights)(image)
+
+    def run(network: nn.Module) -> dict[str, Tensor]:
+        conv = network.encoder.conv(image)
+        norm = F.instance_norm(conv)
+        act = norm.relu()
+        return {
+            "encoder.conv": conv,
+            "encoder.norm": norm,
+            "encoder.act": act,
+            "encoder": act,
+            "decoder": network.decoder(act),
+        }
+
+    ours, theirs = run(student), {name: feature.detach() for name, feature in run(teacher).items()}
+    expected = sum(weights.get(name, 1) * loss_fn(ours[name], theirs[other]) for name, other in layers.items())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_only_the_student_learns(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    output, teacher_output, loss = distiller(image)
+    (loss + output.mean()).backward()
+    assert student.encoder.conv.weight.grad.abs().sum() > 0
+    assert not teacher_output.requires_grad
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert list(distiller.parameters()) == list(student.parameters())
+    assert set(distiller.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+    assert distiller.teacher is teacher
+
+
+def test_the_teacher_keeps_its_mode(student: nn.Module, teacher: nn.Module) -> None:
+    distiller = RelationDistiller(student, teacher.eval(), {"encoder": "encoder"})
+    distiller.train()
+    assert student.training
+    assert not teacher.training
+
+
+def test_training_brings_the_relations_together(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    optimizer = torch.optim.Adam(distiller.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        *_, loss = distiller(image)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_twins_have_no_loss(teacher: nn.Module, image: Tensor) -> None:
+    twin = network(6)
+    twin.load_state_dict(teacher.state_dict())
+    *_, loss = RelationDistiller(twin, teacher, {"encoder.norm": "encoder.norm"})(image)
+    loss.backward()
+    assert loss == 0
+    assert not twin.encoder.conv.weight.grad.any()
+
+
+def test_a_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    teacher.encoder.conv.stride = (1, 1)
+    distiller = RelationDistiller(student, teacher, {"encoder.norm": "encoder.act"})
+    with pytest.raises(
+        ValueError,
+        match=r"student layer 'encoder.norm' with teacher layer 'encoder.act'.*\(2, 4, 4, 4\).*\(2, 6, 8, 8\)",
+    ):
+        distiller(image)
+    *_, loss = RelationDistiller(student, network(6), {"encoder.norm": "encoder.act"})(image)
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": {}}, "layers is empty"),
+        ({"layers": {"encoder": "encoder"}, "weights": {"decoder": 1.0}}, r"\['decoder'\] that are not tapped"),
+        ({"layers": {"encoder.cnov": "encoder"}}, "the student has no module named 'encoder.cnov'"),
+        ({"layers": {"encoder": "encoder.cnov"}}, "the teacher has no module named 'encoder.cnov'"),
+    ],
+)
+def test_refused(given: dict, message: str, student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelationDistiller(student, teacher, **given)
+    assert hooks(student) == hooks(teacher) == 0
+
+
+def test_close_removes_the_hooks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder"})
+    assert (hooks(student), hooks(teacher)) == (2, 1)
+    distiller.close()
+    assert hooks(student) == hooks(teacher) == 0
+    with pytest.raises(RuntimeError, match="did not run"):
+        distiller(image)
+    distiller.close()  # twice does no harm
+
+
+def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> None:
+    first, second = (RelationDistiller(network(4), teacher, {"encoder": "encoder"}) for _ in range(2))
+    for distiller in (first, second, first):
+        *_, loss = distiller(image)
+        expected = relation_loss(distiller.student.encoder(image), teacher.encoder(image).detach())
+        torch.testing.assert_close(loss, expected)
+
+
+def test_shows_its_layers(student: nn.Module, teacher: nn.Module) -> None:
+    text = repr(RelationDistiller(student, teacher, {"encoder": "encoder.act"}, weights={"encoder": 2.0}))
+    assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_student_compiled_after_it_was_tapped(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Features of each pass, pre-activation ones too, and their gradients are those of the student itself."""
+    distiller = RelationDistiller(student, teacher, {"encoder.norm": "encoder.norm", "decoder": "encoder"})
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            distiller.student = torch.compile(student, backend="aot_eager")
+        for scale in (1, -3):  # the second pass runs the graph of the first
+            output, _, loss = distiller(scale * image)
+            results.append((output.detach(), loss.detach(), *torch.autograd.grad(loss, student.parameters())))
+    torch.testing.assert_close(results[2:], results[:2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_student_tapped_after_it_was_compiled_and_run(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Whatever the compiler makes of late hooks, no stale or missing feature passes in silence."""
+    compiled = torch.compile(student, backend="aot_eager")
+    compiled(image)
+    distiller = RelationDistiller(compiled, teacher, {"encoder": "encoder"})
+    try:
+        *_, loss = distiller(image)
+    except RuntimeError as error:
+        assert "before torch.compile" in str(error)
+    else:
+        torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher.encoder(image).detach()))

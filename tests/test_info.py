@@ -1,0 +1,56 @@
+"""``python -m srpkd.info``: what is available here, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import runpy
+import sys
+
+import pytest
+import torch
+from srpkd.kernels import BACKENDS, dispatch
+
+import srpkd
+from srpkd.info import describe
+
+
+def test_names_versions_devices_and_backends() -> None:
+    text = describe()
+    assert f"srpkd {srpkd.__version__}" in text
+    assert f"torch {torch.__version__}" in text
+    assert "\ncpu" in text
+    for name, summary in BACKENDS.items():
+        reason = dispatch.why_not(name, torch.device("cpu"))
+        assert (summary if reason is None else reason) in text
+        assert name in text
+    assert "SRPKD_BACKEND is not set" in text
+
+
+def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.backend_module("closed_form"), "why_not", lambda device: "the moon is full")
+    line = next(line for line in describe().splitlines() if "closed_form" in line)
+    assert "no: the moon is full" in line
+
+
+def test_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "not installed" in next(line for line in describe().splitlines() if "triton" in line)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("blocked", "SRPKD_BACKEND = blocked"), ("", "SRPKD_BACKEND is not set"), ("blokced", "did you mean 'blocked'?")],
+)
+def test_environment_variable(setting: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong setting is what this command is run to find: it is told, not raised."""
+    monkeypatch.setenv("SRPKD_BACKEND", setting)
+    assert expected in describe()
+
+
+def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.delitem(sys.modules, "srpkd.info")
+    runpy.run_module("srpkd.info", run_name="__main__")
+    assert capsys.readouterr().out.strip() == describe()
