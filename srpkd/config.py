@@ -131,7 +131,7 @@ class LossOptions:
         lambda_B: cycle_gan: weight of the cycle B to A to B.
         lambda_identity: cycle_gan: weight of the identity loss, relative to lambda_A and lambda_B.
         lambda_kd: weight of the L1 distance between the student's and the teacher's outputs.
-        lambda_srp: weight of the relation loss.
+        lambda_srp: weight of the relation loss; row-normalised relations are small, about 1 / sqrt(N) each.
         lambda_feature: weight of FitNet's feature matching: MSE after a learnt 1 x 1 adapter.
         layers: student module name to teacher module name of the tapped layers; by default the end of the
             encoder (model.9 of a ResNet).
@@ -148,7 +148,7 @@ class LossOptions:
     lambda_B: float = 10.0
     lambda_identity: float = 0.5
     lambda_kd: float = 10.0
-    lambda_srp: float = 10.0
+    lambda_srp: float = 100.0
     lambda_feature: float = 0.0
     layers: dict[str, str] | None = None
     normalize: Literal["row", "cosine", "none"] = "row"

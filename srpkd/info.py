@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .kernels import BACKENDS, Relation, automatic, requested, why_not
+from .kernels import BACKENDS, Relation, automatic, native, requested, why_not
 
 
 def _version(package: str) -> str:
@@ -27,6 +27,7 @@ def describe() -> str:
         f"srpkd {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"  {package:<12} {_version(package)}" for package in ("triton", "torchvision", "numpy", "ninja")),
         f"  threads      {torch.get_num_threads()}",
+        f"  native       {native.status()}",
     ]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -59,7 +59,10 @@ class RunRecord:
 
 def _new_folder(runs_dir: Path, name: str) -> Path:
     """Make and return the first of name, name-2, name-3, ... that does not exist yet."""
-    runs_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"runs_dir {runs_dir}: this folder cannot be made: {error.strerror}") from error
     number = 1
     while True:
         folder = runs_dir / (name if number == 1 else f"{name}-{number}")

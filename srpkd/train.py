@@ -64,7 +64,7 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
     """Do a whole run and leave its folder.
 
     Args:
-        config: resolved options.
+        config: options.
         command: how the run was called, for its page.
 
     Raises, before anything is written or trained:
@@ -72,6 +72,7 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
         CheckpointError: the teacher's weights cannot be used.
         ValueError: options that contradict each other, or do not fit the networks.
     """
+    config = config.resolved()
     arms = {name: arm_config(config, name) for name in config.arms} or {"student": config}
     teachers = load_teachers(config)
     summary = examine_data(config, arms, teachers)
@@ -379,8 +380,9 @@ def teacher_config(config: TrainConfig) -> TrainConfig:
 
 def arm_config(config: TrainConfig, name: str) -> TrainConfig:
     """The options of one arm, checked; errors name it."""
+    options = check_keys(config.arms[name], f"arm {name!r}")
     try:
-        return replace(config, **check_keys(config.arms[name], "options")).resolved()
+        return replace(config, **options).resolved()
     except (TypeError, ValueError) as error:
         raise ValueError(f"arm {name!r}: {error}") from error
 
@@ -403,6 +405,8 @@ def load_teachers(config: TrainConfig) -> Generators:
                 f"{wanted[1]}: set --input_nc and --output_nc, or take another teacher"
             )
         teachers[direction] = teacher.to(config.torch_device).eval().requires_grad_(False)
+    if list(teachers) == ["G_A"]:
+        print("no teacher from B to A (--teacher_B): only the generator from A to B is distilled")
     return teachers
 
 
@@ -421,8 +425,6 @@ def teacher_files(config: TrainConfig) -> dict[str, Path]:
         files["G_B"] = Path(config.teacher_B).expanduser()
     elif sibling != path and sibling.exists():
         files["G_B"] = sibling
-    else:
-        print("no teacher from B to A (--teacher_B): only the generator from A to B is distilled")
     return files
 
 
@@ -484,7 +486,8 @@ def summarise(key: str, group: list[dict[str, float]]) -> Any:
     values = [row[key] for row in group if key in row]
     if len(values) < 2 or key in ("parameters", "macs"):
         return values[0] if values else None
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values), "n": len(values)}
+    spread = torch.tensor(values, dtype=torch.float64)  # statistics.stdev cannot take what diverged
+    return {"mean": spread.mean().item(), "std": spread.std().item(), "n": len(values)}
 
 
 def table_notes(config: TrainConfig, rows: Mapping[str, list[dict[str, float]]]) -> list[str]:
