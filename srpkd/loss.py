@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -113,10 +115,10 @@ def _check_options(normalize: str, distance: str, delta: float, reduction: str, 
     dispatch.check_choice("distance", distance, DISTANCES)
     dispatch.check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_choice("layout", layout, LAYOUTS)
-    if not delta > 0:
-        raise ValueError(f"delta={delta!r}: Huber's distance needs a delta above 0")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps!r}: expected a number that is not negative")
+    if not 0 < delta < math.inf:
+        raise ValueError(f"delta={delta!r}: Huber's distance needs a finite delta above 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps!r}: expected a finite number that is not negative")
 
 
 def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
