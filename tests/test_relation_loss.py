@@ -166,6 +166,7 @@ REFUSED = {
     "not a word": ({"normalize": None}, ValueError, ["normalize=None", "'none'"]),
     "backend": ({"backend": "blockd"}, ValueError, ["backend='blockd'", "'auto'", "did you mean 'blocked'?"]),
     "delta 0": ({"delta": 0.0}, ValueError, ["delta=0.0", "above 0"]),
+    "delta infinite": ({"delta": float("inf")}, ValueError, ["delta=inf", "finite"]),
     "delta below 0": ({"delta": -1}, ValueError, ["delta=-1"]),
     "delta nan": ({"delta": math.nan}, ValueError, ["delta=nan"]),
     "eps below 0": ({"eps": -1e-9}, ValueError, ["eps=-1e-09", "not negative"]),
