@@ -1,0 +1,18 @@
+// The epilogue for processors with AVX2, chosen at run time: the binary as a whole stays portable.
+#include "epilogue.h"
+
+#if defined(SRPKD_HAS_AVX2)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+
+#define SRPKD_TARGET avx2
+#define SRPKD_VECTOR_BYTES 32
+#include "epilogue_body.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

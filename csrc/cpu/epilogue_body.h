@@ -1,0 +1,157 @@
+// The body of the epilogue, included once for every instruction set: into the namespace SRPKD_TARGET, with vectors of
+// SRPKD_VECTOR_BYTES. It includes nothing: what a standard header brings would be compiled for that instruction set
+// too, and the linker might then take it for the whole library. Build it with -ffp-contract=off: with a product
+// contracted into an fma, D would not be exactly 0 where student and teacher agree.
+
+namespace srpkd::SRPKD_TARGET {
+
+// Vector types of GCC and clang; a vector's bits are reached through its Mask.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float Vector __attribute__((vector_size(SRPKD_VECTOR_BYTES), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(SRPKD_VECTOR_BYTES)));
+  static constexpr int32_t sign = INT32_MIN;
+};
+template <>
+struct Lanes<double> {
+  typedef double Vector __attribute__((vector_size(SRPKD_VECTOR_BYTES), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(SRPKD_VECTOR_BYTES)));
+  static constexpr int64_t sign = INT64_MIN;
+};
+
+template <typename T, Distance distance>
+struct Penalty {
+  using Vector = typename Lanes<T>::Vector;
+  using Mask = typename Lanes<T>::Mask;
+  const Vector delta;
+
+  static Vector size(Vector d) { return (Vector)((Mask)d & ~(Mask{} + Lanes<T>::sign)); }
+
+  Vector value(Vector d) const {
+    if constexpr (distance == Distance::l1) return size(d);
+    if constexpr (distance == Distance::l2) return d * d;
+    const Vector a = size(d);
+    return a <= delta ? T(0.5) * d * d : delta * (a - T(0.5) * delta);
+  }
+
+  Vector slope(Vector d) const {
+    if constexpr (distance == Distance::l1) {  // 1 with the sign of d, and 0 at a tie
+      const Vector one = Vector{} + T(1);
+      return (Vector)(((Mask)one | ((Mask)d & Lanes<T>::sign)) & (d != Vector{}));
+    }
+    if constexpr (distance == Distance::l2) return d + d;
+    return d > delta ? delta : d < -delta ? -delta : d;
+  }
+};
+
+template <typename T, typename Vector>
+T sum(const Vector& v) {
+  constexpr int lanes = sizeof(Vector) / sizeof(T);
+  T part[lanes];
+  for (int lane = 0; lane < lanes; ++lane) part[lane] = v[lane];
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+  return part[0];
+}
+
+template <typename T, Normalize normalize, Distance distance, bool need_grad, bool mirrored>
+double run(const TileOperands<T>& tile) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t LANES = sizeof(Vector) / sizeof(T);
+  constexpr bool row = normalize == Normalize::row, cosine = normalize == Normalize::cosine;
+  constexpr bool scaled = normalize != Normalize::none;
+  // D and K are symmetric but for row: there the mirrored element has a relation of its own, `b`, `e` below
+  constexpr bool both = row && (mirrored || need_grad);
+  const Penalty<T, distance> rho{Vector{} + tile.delta};
+  const int64_t vectors = tile.stride / LANES;
+  const auto* const column_s = reinterpret_cast<const Vector*>(tile.column_s);
+  const auto* const column_t = reinterpret_cast<const Vector*>(tile.column_t);
+  auto* const h_column = reinterpret_cast<Vector*>(tile.h_column);
+  constexpr bool h_of_columns = need_grad && scaled && mirrored;
+  if constexpr (h_of_columns)
+    for (int64_t j = 0; j < vectors; ++j) h_column[j] = Vector{};
+
+  double total = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    auto* const gram_s = reinterpret_cast<Vector*>(tile.gram_s + i * tile.stride);
+    const auto* const gram_t = reinterpret_cast<const Vector*>(tile.gram_t + i * tile.stride);
+    Vector row_s{}, row_t{}, loss{}, h{};
+    if constexpr (scaled) row_s += tile.row_s[i], row_t += tile.row_t[i];
+
+    for (int64_t j = 0; j < vectors; ++j) {
+      Vector a = gram_s[j], d = gram_t[j], b{}, e{};
+      if constexpr (both) b = a * column_s[j], e = b - d * column_t[j];
+      if constexpr (scaled) a *= row_s, d *= row_t;
+      if constexpr (cosine) a *= column_s[j], d *= column_t[j];
+      d = a - d;
+      if constexpr (cosine && !mirrored) {  // a pixel's relation to itself: a tie, kept exact
+        if (j == i / LANES) d[i % LANES] = 0;
+      }
+      loss += rho.value(d);
+      if constexpr (row && mirrored) loss += rho.value(e);
+      if constexpr (need_grad) {
+        const Vector p = rho.slope(d);
+        if constexpr (row) {
+          const Vector q = rho.slope(e);
+          h += p * a;
+          if constexpr (mirrored) h_column[j] += q * b;
+          gram_s[j] = p * row_s + q * column_s[j];
+        } else {
+          const Vector k = p + p;
+          if constexpr (cosine) {
+            const Vector share = k * a;
+            h += share;
+            if constexpr (mirrored) h_column[j] += share;
+            gram_s[j] = k * row_s * column_s[j];
+          } else {
+            gram_s[j] = k;
+          }
+        }
+      }
+    }
+    total += sum<T>(loss);
+    if constexpr (need_grad && scaled) tile.h_row[i] = sum<T>(h);
+  }
+  return (!row && mirrored ? 2 : 1) * total;
+}
+
+// Turns the four run-time choices into template arguments.
+template <typename T, Normalize normalize, Distance distance>
+double choose(const TileOperands<T>& tile, Kind kind) {
+  if (kind.need_grad)
+    return kind.mirrored ? run<T, normalize, distance, true, true>(tile)
+                         : run<T, normalize, distance, true, false>(tile);
+  return kind.mirrored ? run<T, normalize, distance, false, true>(tile)
+                       : run<T, normalize, distance, false, false>(tile);
+}
+
+template <typename T, Normalize normalize>
+double choose(const TileOperands<T>& tile, Kind kind) {
+  switch (kind.distance) {
+    case Distance::l1:
+      return choose<T, normalize, Distance::l1>(tile, kind);
+    case Distance::l2:
+      return choose<T, normalize, Distance::l2>(tile, kind);
+    default:
+      return choose<T, normalize, Distance::huber>(tile, kind);
+  }
+}
+
+template <typename T>
+double choose(const TileOperands<T>& tile, Kind kind) {
+  switch (kind.normalize) {
+    case Normalize::row:
+      return choose<T, Normalize::row>(tile, kind);
+    case Normalize::cosine:
+      return choose<T, Normalize::cosine>(tile, kind);
+    default:
+      return choose<T, Normalize::none>(tile, kind);
+  }
+}
+
+double epilogue(const TileOperands<float>& tile, Kind kind) { return choose(tile, kind); }
+double epilogue(const TileOperands<double>& tile, Kind kind) { return choose(tile, kind); }
+
+}  // namespace srpkd::SRPKD_TARGET
