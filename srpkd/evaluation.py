@@ -136,11 +136,10 @@ def show_relations(
 
 
 def tapped_feature(generator: nn.Module, is_teacher: bool, image: Tensor, config: TrainConfig) -> Tensor:
-    """The feature (C, h, w) of an image (C, H, W) at the first layer that the relation loss taps."""
-    if config.layers:
-        name = next(iter(config.layers.values() if is_teacher else config.layers))
-    else:
-        name = default_tap(generator)
+    """The feature (C, h, w) of an image (C, H, W) at the first layer that the run's options tap."""
+    name = next(iter(config.layers.values() if is_teacher else config.layers)) if config.layers else None
+    if name not in dict(generator.named_modules()):
+        name = default_tap(generator)  # an arm may be of another architecture, with layers of its own
     tap = FeatureTap(generator, [name])
     try:
         with tap.recording() as features, torch.no_grad():

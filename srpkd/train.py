@@ -461,10 +461,11 @@ def publish(
     test_set: Dataset,
 ) -> None:
     """Bring the table, the pictures and the page up to date."""
+    height, width = input_size(config)
     columns = [
         {"key": "name", "label": "network", "format": ""},
         {"key": "parameters", "label": "parameters", "format": ",", "help": "of one generator"},
-        {"key": "macs", "label": "MACs", "format": ",", "help": "multiply-accumulates of one image"},
+        {"key": "macs", "label": "MACs", "format": ",", "help": f"multiply-accumulates of {height} x {width} pixels"},
         *metric_columns([row for group in rows.values() for row in group]),
         {"key": "seconds_per_step", "label": "s/step", "format": ".4f", "help": "median seconds of a training step"},
     ]

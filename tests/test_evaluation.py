@@ -217,3 +217,5 @@ def test_the_first_of_several_layers_is_shown(is_teacher, layer):
     expected = {"model.3": (2, 16, 16), "model.6": (4, 8, 8)}[layer]
     assert tuple(tapped_feature(net, is_teacher, WORLD.photos[0], config).shape) == expected
     assert tuple(tapped_feature(net, is_teacher, WORLD.photos[0], options()).shape) == (8, 4, 4)
+    unet = define_generator("unet_16", ngf=2).eval()  # an arm's, which has no such layers
+    assert tuple(tapped_feature(unet, is_teacher, WORLD.photos[0], config).shape) == (2, 8, 8)

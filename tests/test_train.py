@@ -514,6 +514,13 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_images(record, watched):
     assert not torch.equal(starts[0][0], next(other.generators["G"].parameters()))
 
 
+def test_arms_of_other_networks_see_the_same_images_too(record, watched):
+    for flag in ("--ngf=2", "--ngf=3", "--ndf=3", "--n_layers_D=2"):
+        train.fit(stage_of(config_of(flag), record, seed=3), record, {})
+    runs = [seen(watched[start : start + 6]) for start in range(0, 24, 6)]
+    assert all(all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in runs[1:])
+
+
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
 def test_the_same_seed_gives_the_same_bits(run, model):
     arguments = ["--model", model, *WORLD, *TEACHER, "--lambda_feature=1", "--name=same"]
