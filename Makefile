@@ -15,7 +15,6 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
