@@ -50,9 +50,9 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_flags_win_over_files_and_files_over_presets_in_any_order(file, order):
-    groups = [["--preset", "resnet9-64to16"], [file("{ngf: 8, ndf: 9}")], ["--ngf", "4", HERE]]
+    groups = [["--preset", "resnet9-64to16"], [file("{ngf: 8, teacher_ngf: 9}")], ["--ngf", "4", HERE]]
     config = parse(*(argument for number in order for argument in groups[number]))
-    assert (config.ngf, config.ndf, config.teacher_netG, config.lr) == (4, 9, "resnet_9blocks", 0.0002)
+    assert (config.ngf, config.teacher_ngf, config.teacher_netG, config.lr) == (4, 9, "resnet_9blocks", 0.0002)
 
 
 def test_a_later_file_wins_over_an_earlier_one(file):

@@ -302,6 +302,19 @@ def test_a_pix2pix_teacher_from_a_file(run, pix2pix, given):
     assert not (done.folder / "teacher").exists()
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
+    save_weights(
+        define_generator("resnet_1blocks", ngf=2, norm="batch", dropout=dropout), tmp_path / "latest_net_G.pth"
+    )
+    [(direction, teacher)] = train.load_teachers(config_of(f"--teacher={tmp_path}")).items()
+    assert direction == "G"
+    assert not any(module.training for module in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    x = torch.rand(1, 3, SIZE, SIZE)
+    assert torch.equal(teacher(x), teacher(x))
+
+
 # Nothing is overwritten
 
 
