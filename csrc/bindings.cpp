@@ -2,8 +2,8 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -13,7 +13,6 @@
 #include <tuple>
 
 #include "common/index.h"
-#include "cpu/algebra.h"
 #include "cpu/relation_tiles.h"
 
 // Found by kernels/native.py in the file, before anything of it is loaded.
@@ -35,29 +34,14 @@ Distance distance_of(const std::string& name) {
   return name == "l1" ? Distance::l1 : name == "l2" ? Distance::l2 : Distance::huber;
 }
 
-void check_features(const Tensor& student, const Tensor& teacher) {
-  TORCH_CHECK_VALUE(student.dim() == 3 && teacher.dim() == 3 && student.size(0) == teacher.size(0) &&
-                        student.size(1) == teacher.size(1),
-                    "expected student (B, N, C_s) and teacher (B, N, C_t), received ", student.sizes(), " and ",
-                    teacher.sizes());
-  TORCH_CHECK_TYPE(student.scalar_type() == teacher.scalar_type() && at::isFloatingType(student.scalar_type()),
-                   "expected floating features of one dtype, received ", student.scalar_type(), " and ",
-                   teacher.scalar_type());
-}
-
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// The type that sums are kept in.
-at::TensorOptions sums_of(const Tensor& student) {
-  return student.options().dtype(student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
-// loss (B,), h (B, N), zero, and U (B, N, C_s), not yet written; U and h have no elements where they are not asked for.
+// loss (B,), U (B, N, C_s) and h (B, N), zero; U and h have no elements where they are not asked for.
 Outputs outputs(const Tensor& student, const std::string& normalize, bool need_grad) {
-  const auto sums = sums_of(student);
+  const auto sums = student.options().dtype(student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const bool need_h = need_grad && normalize != "none";
   return {at::zeros_symint({student.sym_size(0)}, student.options().dtype(at::kDouble)),
-          need_grad ? at::empty_like(student, sums) : at::empty({0}, sums),
+          need_grad ? at::zeros_like(student, sums) : at::empty({0}, sums),
           need_h ? at::zeros_symint({student.sym_size(0), student.sym_size(1)}, sums) : at::empty({0}, sums)};
 }
 
@@ -70,7 +54,13 @@ Outputs relation_tiles_meta(const Tensor& student, const Tensor&, const std::opt
 Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
                            const std::optional<Tensor>& alpha_t, const std::string& normalize,
                            const std::string& distance, double delta, bool need_grad, int64_t tile) {
-  check_features(student, teacher);
+  TORCH_CHECK_VALUE(student.dim() == 3 && teacher.dim() == 3 && student.size(0) == teacher.size(0) &&
+                        student.size(1) == teacher.size(1),
+                    "expected student (B, N, C_s) and teacher (B, N, C_t), received ", student.sizes(), " and ",
+                    teacher.sizes());
+  TORCH_CHECK_TYPE(student.scalar_type() == teacher.scalar_type() && at::isFloatingType(student.scalar_type()),
+                   "expected floating features of one dtype, received ", student.scalar_type(), " and ",
+                   teacher.scalar_type());
   const cpu::Options options{normalize_of(normalize), distance_of(distance), delta, tile};
   for (const auto& alpha : {alpha_s, alpha_t}) {
     TORCH_CHECK_VALUE(alpha.has_value() == (options.normalize != Normalize::none),
@@ -84,33 +74,6 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   return {loss, U, h};
 }
 
-Outputs scales_meta(const Tensor& student, const Tensor& teacher, const std::string& normalize, double) {
-  const auto sums = sums_of(student);
-  const auto images = student.sym_size(0), pixels = student.sym_size(1), channels = student.sym_size(2);
-  return {at::empty_symint({images, pixels}, sums), at::empty_symint({images, pixels}, sums),
-          normalize == "row" ? at::empty_symint({images, channels, channels}, sums) : at::empty({0}, sums)};
-}
-
-Outputs scales_cpu(const Tensor& student, const Tensor& teacher, const std::string& normalize, double eps) {
-  check_features(student, teacher);
-  const Normalize kind = normalize_of(normalize);
-  TORCH_CHECK_VALUE(kind != Normalize::none, "normalize=\"none\" has no scales");
-  auto [alpha_s, alpha_t, moment] = cpu::scales(student, teacher, kind, eps);
-  return {alpha_s, alpha_t, moment.defined() ? moment : at::empty({0}, alpha_s.options())};
-}
-
-void correct_meta(const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                  const std::optional<Tensor>&, const Tensor&, const std::string&) {}
-
-void correct_cpu(const Tensor& U, const std::optional<Tensor>& h, const std::optional<Tensor>& alpha,
-                 const std::optional<Tensor>& moment, const Tensor& student, const std::string& normalize) {
-  const Normalize kind = normalize_of(normalize);
-  TORCH_CHECK_VALUE(U.sizes() == student.sizes(), "expected U of the student's shape");
-  TORCH_CHECK_VALUE(kind == Normalize::none || (h && alpha && (moment || kind == Normalize::cosine)),
-                    "expected h, alpha, and the moment for normalize=\"row\"");
-  cpu::correct(U, h.value_or(Tensor()), alpha.value_or(Tensor()), moment.value_or(Tensor()), student, kind);
-}
-
 }  // namespace
 
 // csrc/cuda adds its own implementation for the CUDA key.
@@ -118,22 +81,9 @@ TORCH_LIBRARY_FRAGMENT(srpkd, m) {
   m.def(
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "
       "str distance, float delta, bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
-  m.def(
-      "scales(Tensor student, Tensor teacher, str normalize, float eps) "
-      "-> (Tensor alpha_student, Tensor alpha_teacher, Tensor moment)");
-  m.def(
-      "correct_(Tensor(a!) U, Tensor? h, Tensor? alpha_student, Tensor? moment, Tensor student, str normalize) -> ()");
 }
-TORCH_LIBRARY_IMPL(srpkd, CPU, m) {
-  m.impl("relation_tiles", relation_tiles_cpu);
-  m.impl("scales", scales_cpu);
-  m.impl("correct_", correct_cpu);
-}
-TORCH_LIBRARY_IMPL(srpkd, Meta, m) {
-  m.impl("relation_tiles", relation_tiles_meta);
-  m.impl("scales", scales_meta);
-  m.impl("correct_", correct_meta);
-}
+TORCH_LIBRARY_IMPL(srpkd, CPU, m) { m.impl("relation_tiles", relation_tiles_cpu); }
+TORCH_LIBRARY_IMPL(srpkd, Meta, m) { m.impl("relation_tiles", relation_tiles_meta); }
 
 }  // namespace srpkd
 

@@ -1,4 +1,4 @@
-"""Backend ``native``: C++ (``csrc/``), through the operators ``srpkd::relation_tiles``, ``scales`` and ``correct_``.
+"""Backend ``native``: the tiles in C++ (``csrc/``), through the operator ``srpkd::relation_tiles``.
 
 The extension is built when the package is installed beside torch, and else when the backend is first asked for by
 name: see build.py. ``auto`` takes it where it is built, and never builds it.
@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import algebra, build
+from . import build
 from .algebra import Relation, Scales, Tiles
 
 # Pixels in a block, rounded up to a multiple of 16; 0: what suits the cache and the number of threads. Results are
@@ -38,39 +38,6 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         TILE,
     )
     return Tiles(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
-
-
-def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
-    """``algebra.scales_of`` in the dtype that sums are kept in."""
-    # float32 products may be set to be coarser than scales need: algebra knows what to do then
-    exact = algebra.matmul_precision() == "highest" or student.dtype == torch.float64
-    if student.device.type != "cpu" or relation.normalize == "none" or not exact:
-        return algebra.scales_of(student, teacher, relation, algebra.accumulator(student.dtype))
-    extension()
-    alpha_s, alpha_t, moment = torch.ops.srpkd.scales(student, teacher, relation.normalize, relation.eps)
-    return Scales(alpha_s, alpha_t, moment if relation.normalize == "row" else None)
-
-
-def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relation) -> Tensor:
-    """``algebra.gradient_of``; U is used up."""
-    if student.device.type != "cpu":
-        return algebra.gradient_of(student, tiles, scales, relation)
-    torch.ops.srpkd.correct_(tiles.U, tiles.h, scales.student, scales.moment, student, relation.normalize)
-    return algebra.as_gradient(tiles.U, student)
-
-
-def value_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of each image (B,) and its gradient (B, N, C_s); on a CPU the algebra around the tiles is C++ too.
-
-    PyTorch's operations start and end all threads many times over, and each time the slowest is waited for: where
-    others use the machine as well, such as the workers of a data loader, the algebra would take as long as the tiles.
-    """
-    scales = scales_of(student, teacher, relation)
-    tiles = relation_tiles(student, teacher, scales, relation, need_grad)
-    loss = (tiles.loss / student.shape[1] ** 2).to(algebra.accumulator(student.dtype))
-    return loss, gradient_of(student, tiles, scales, relation) if need_grad else None
 
 
 def extension() -> ModuleType:

@@ -8,7 +8,9 @@
 // claimed before it.
 #include "relation_tiles.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -17,17 +19,27 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "blocks.h"
+#include "../common/index.h"
 #include "epilogue.h"
 
 namespace srpkd::cpu {
 namespace {
+
+using at::Tensor;
+
+// The block of pixels of one image's features (N, C): a view, whatever the strides.
+Tensor rows_of(const Tensor& features, Block block) {
+  return features.as_strided({block.size, features.size(1)}, features.strides(),
+                             features.storage_offset() + block.begin * features.stride(0));
+}
 
 // alpha (B, N) with zeros after the last pixel, since whole vectors of a tile's columns are read.
 Tensor padded(const Tensor& alpha, const at::TensorOptions& options) {
@@ -41,17 +53,26 @@ Tensor padded(const Tensor& alpha, const at::TensorOptions& options) {
 struct Workspace {
   Tensor gram_s, gram_t;                   // one tile
   std::array<Tensor, 2> h;                 // its share of h, that of its rows and that of its columns
-  std::array<Tensor, 2> student, teacher;  // the features of both; undefined where they are read in place
+  std::array<Tensor, 2> student, teacher;  // the features of both widened; undefined where there is no need
 
   Workspace(int64_t size, const Tensor& q_s, const Tensor& q_t, const at::TensorOptions& options)
       : gram_s(at::empty({size, size}, options)), gram_t(at::empty({size, size}, options)) {
     for (int side = 0; side < 2; ++side) {
       h[side] = at::empty({size}, options);
-      if (!in_place(q_s, gram_s.scalar_type())) student[side] = at::empty({size, q_s.size(2)}, options);
-      if (!in_place(q_t, gram_s.scalar_type())) teacher[side] = at::empty({size, q_t.size(2)}, options);
+      if (q_s.scalar_type() == gram_s.scalar_type()) continue;
+      student[side] = at::empty({size, q_s.size(2)}, options);
+      teacher[side] = at::empty({size, q_t.size(2)}, options);
     }
   }
 };
+
+// A block in the type that sums are kept in: itself, or a copy in `buffer` that is contiguous along the same dimension.
+Tensor widened(const Tensor& block, const Tensor& buffer) {
+  if (!buffer.defined()) return block;
+  const int64_t rows = block.size(0), channels = block.size(1);
+  const bool by_channel = block.stride(0) < block.stride(1);
+  return buffer.as_strided({rows, channels}, {by_channel ? 1 : channels, by_channel ? rows : 1}).copy_(block);
+}
 
 // rows x columns of a workspace, with `stride` elements to a row: the product of two blocks, and zeros after it.
 template <typename T>
@@ -91,15 +112,17 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
   const Tensor alpha_s = padded(alpha_student, type), alpha_t = padded(alpha_teacher, type);
   std::vector<double> losses(images * tiles);
   std::vector<std::atomic<int64_t>> turns(images * blocks);  // rounds that each block has behind it
-  std::vector<Workspace> workspaces;
-  for (int64_t worker = 0; worker < workers_for(images * tiles); ++worker)
-    workspaces.emplace_back(size, student, teacher, type);
+  std::atomic<int64_t> claims{0};
+  std::atomic<bool> failed{false};
 
-  // U and h of the block's pixels get their share of a tile; U is not yet written before the first
-  const auto add_share = [&](int64_t image, Block block, const Tensor& K, const Tensor& features, const Tensor& share,
-                             bool first) {
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), images * tiles);
+  std::vector<Workspace> workspaces;
+  for (int64_t worker = 0; worker < workers; ++worker) workspaces.emplace_back(size, student, teacher, type);
+
+  // U and h of the block's pixels get their share of a tile
+  const auto add_share = [&](int64_t image, Block block, const Tensor& K, const Tensor& features, const Tensor& share) {
     Tensor sum = rows_of(u[image], block);
-    at::cpu::addmm_(sum, K, features, first ? 0 : 1);
+    at::cpu::addmm_(sum, K, features);
     if (!h.defined()) return;
     T* const sums = h.mutable_data_ptr<T>() + image * pixels + block.begin;
     const T* const shares = share.const_data_ptr<T>();
@@ -107,14 +130,13 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
   };
 
   // the relations of the pixels i to the pixels j; returns their share of the loss
-  const auto relate = [&](Workspace& space, int64_t image, Block i, Block j, bool mirrored, bool first,
-                          const auto& await_turn) {
+  const auto relate = [&](Workspace& space, int64_t image, Block i, Block j, bool mirrored, const auto& await_turn) {
     const int64_t stride = round_up(j.size, LINE);
-    const Tensor s_i = loaded(rows_of(q_s[image], i), space.student[0]);
-    const Tensor s_j = mirrored ? loaded(rows_of(q_s[image], j), space.student[1]) : s_i;
+    const Tensor s_i = widened(rows_of(q_s[image], i), space.student[0]);
+    const Tensor s_j = mirrored ? widened(rows_of(q_s[image], j), space.student[1]) : s_i;
     const Tensor K = gram<T>(space.gram_s, s_i, s_j, stride);
-    const Tensor t_i = loaded(rows_of(q_t[image], i), space.teacher[0]);
-    const Tensor t_j = mirrored ? loaded(rows_of(q_t[image], j), space.teacher[1]) : t_i;
+    const Tensor t_i = widened(rows_of(q_t[image], i), space.teacher[0]);
+    const Tensor t_j = mirrored ? widened(rows_of(q_t[image], j), space.teacher[1]) : t_i;
     gram<T>(space.gram_t, t_i, t_j, stride);
 
     const auto alpha = [&](const Tensor& alpha, Block block) {
@@ -127,35 +149,45 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
         {options.normalize, options.distance, need_grad, mirrored});
     if (need_grad) {
       await_turn();
-      add_share(image, i, K, s_j, space.h[0], first);
-      if (mirrored) add_share(image, j, K.t(), s_i, space.h[1], first);
+      add_share(image, i, K, s_j, space.h[0]);
+      if (mirrored) add_share(image, j, K.t(), s_i, space.h[1]);
     }
     return share;
   };
 
-  for_each_claim(images * tiles, [&](int64_t claim, int64_t worker, const std::atomic<bool>& failed) {
-    const int64_t image = claim % images, index = claim / images;  // images side by side: fewer waits
-    const Tile tile = tile_at(index, blocks);
-    std::atomic<int64_t>* const turn = turns.data() + image * blocks;
-    const auto await_turn = [&] {
-      for (const int64_t block : {tile.row, tile.column})
-        while (turn[block].load(std::memory_order_acquire) != tile.round && !failed) std::this_thread::yield();
-    };
-    const bool first = tile.round == 0;
-    Workspace& space = workspaces[worker];
-    double& share = losses[image * tiles + index];
-    const Block i = block_at(tile.row, size, pixels), j = block_at(tile.column, size, pixels);
-    if (tile.mirrored()) {
-      share = relate(space, image, i, j, true, first, await_turn);
-    } else {  // symmetric within itself: cut once more
-      const Block upper = {i.begin, std::min(i.size, half)}, lower = {i.begin + half, i.size - upper.size};
-      share = relate(space, image, upper, upper, false, first, await_turn);
-      if (lower.size > 0) {
-        share += relate(space, image, lower, lower, false, first, await_turn);
-        share += relate(space, image, lower, upper, true, false, await_turn);
+  const auto work = [&](Workspace& space) {
+    for (int64_t claim; !failed && (claim = claims++) < images * tiles;) {
+      const int64_t image = claim % images, index = claim / images;  // images side by side: fewer waits
+      const Tile tile = tile_at(index, blocks);
+      std::atomic<int64_t>* const turn = turns.data() + image * blocks;
+      const auto await_turn = [&] {
+        for (const int64_t block : {tile.row, tile.column})
+          while (turn[block].load(std::memory_order_acquire) != tile.round && !failed) std::this_thread::yield();
+      };
+      double& share = losses[image * tiles + index];
+      const Block i = block_at(tile.row, size, pixels), j = block_at(tile.column, size, pixels);
+      if (tile.mirrored()) {
+        share = relate(space, image, i, j, true, await_turn);
+      } else {  // symmetric within itself: cut once more
+        const Block first = {i.begin, std::min(i.size, half)}, second = {i.begin + half, i.size - first.size};
+        share = relate(space, image, first, first, false, await_turn);
+        if (second.size > 0) {
+          share += relate(space, image, second, second, false, await_turn);
+          share += relate(space, image, second, first, true, await_turn);
+        }
       }
+      for (const int64_t block : {tile.row, tile.column}) turn[block].store(tile.round + 1, std::memory_order_release);
     }
-    for (const int64_t block : {tile.row, tile.column}) turn[block].store(tile.round + 1, std::memory_order_release);
+  };
+
+  at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // it is per thread
+    try {
+      work(workspaces[worker]);
+    } catch (...) {
+      failed = true;  // or others would wait for ever for this thread's tile
+      throw;
+    }
   });
 
   double* const total = loss.mutable_data_ptr<double>();

@@ -15,8 +15,7 @@ struct Options {
 };
 
 // Raw features (B, N, C_s), (B, N, C_t) of one dtype and any strides; alpha (B, N), undefined where normalize is none.
-// Adds to loss (B,) in double and to h (B, N), and writes U (B, N, C_s), in the type that sums are kept in; without a U
-// no gradient is computed, and without an h no h.
+// Adds to loss (B,) in double, and to U (B, N, C_s), h (B, N) in the accumulator's dtype where they are defined.
 void relation_tiles(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& alpha_s,
                     const at::Tensor& alpha_t, const Options& options, const at::Tensor& loss, const at::Tensor& U,
                     const at::Tensor& h);
