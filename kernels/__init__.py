@@ -1,6 +1,7 @@
 """The engine: relation losses of raw features (B, N, C), one file per way to compute them.
 
-Arrows point one way: op -> dispatch -> backends -> algebra. Nothing here knows of images or GANs.
+Arrows point one way: op -> dispatch -> backends -> algebra; distributed.py, for relations across processes, is beside
+op. Nothing here knows of images or GANs.
 """
 
 from .algebra import DISTANCES, NORMALIZATIONS, Relation, Scales, Tiles

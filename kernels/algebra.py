@@ -13,6 +13,7 @@ so one vector of N scales says everything about a normalisation. The loss of an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +68,15 @@ class Tiles(NamedTuple):
     h: Tensor | None
 
 
+# What a sum over this process's pixels becomes: itself, or the sum over all ranks (distributed.py).
+Total = Callable[[Tensor], Tensor]
+
+
+def itself(total: Tensor) -> Tensor:
+    """The ``Total`` where there are no pixels but this process's."""
+    return total
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -107,17 +117,14 @@ def penalty_slope(difference: Tensor, relation: Relation) -> Tensor:
     return difference.clamp(-relation.delta, relation.delta)
 
 
-def scale_of(features: Tensor, relation: Relation, moment: Tensor | None = None) -> Tensor | None:
-    """alpha of features (B, N, C) in their own dtype: (B, N), 0 for a dead pixel, None for ``"none"``.
+def scale_of(features: Tensor, relation: Relation, moment: Tensor | None) -> Tensor:
+    """alpha of features (B, N, C) in their own dtype: (B, N), 0 for a dead pixel; not for ``"none"``.
 
-    The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i with M = Q^T Q.
+    The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i with M = Q^T Q, which is ``moment``.
     """
-    if relation.normalize == "none":
-        return None
     if relation.normalize == "cosine":
         square = features.square().sum(-1)
     else:
-        moment = features.mT @ features if moment is None else moment
         # the product in the layout of the features: to read one of the two across its strides takes as long as it does
         by_channel = features.stride(-1) > features.stride(-2)
         product = (moment @ features.mT).mT if by_channel else features @ moment
@@ -126,20 +133,29 @@ def scale_of(features: Tensor, relation: Relation, moment: Tensor | None = None)
     return torch.where(norm > relation.eps, norm.reciprocal(), 0)
 
 
-def scales_of(student: Tensor, teacher: Tensor, relation: Relation, dtype: torch.dtype) -> Scales:
+def scales_of(
+    student: Tensor, teacher: Tensor, relation: Relation, dtype: torch.dtype, total: Total = itself
+) -> Scales:
     """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), in ``dtype``."""
     if relation.normalize == "none":
         return Scales(None, None, None)
     # TF32 and bfloat16 are too coarse for scales: float64 where float32 would be multiplied in them
     coarse = matmul_precision() != "highest" and student.device.type != "mps"
     exact = torch.float64 if coarse else dtype
-    student = student.to(exact)
-    moment = student.mT @ student if relation.normalize == "row" else None
-    scales = Scales(scale_of(student, relation, moment), scale_of(teacher.to(exact), relation), moment)
-    return Scales(*(None if scale is None else scale.to(dtype) for scale in scales))
+
+    def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = features.to(exact)
+        moment = total(features.mT @ features) if relation.normalize == "row" else None
+        return scale_of(features, relation, moment), moment
+
+    alpha_s, moment = scale_and_moment(student)
+    alpha_t, _ = scale_and_moment(teacher)
+    return Scales(*(None if scale is None else scale.to(dtype) for scale in (alpha_s, alpha_t, moment)))
 
 
-def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relation) -> Tensor:
+def gradient_of(
+    student: Tensor, tiles: Tiles, scales: Scales, relation: Relation, total: Total = itself, pixels: int | None = None
+) -> Tensor:
     """dL/dQ (B, N, C) of the mean over all pairs, from U and h, in student's strides and ``gradient_dtype``.
 
     U is used up: where it can be, it becomes the gradient.
@@ -151,21 +167,22 @@ def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relatio
         row       U_i - w_i M q_i - M_w q_i,  M = Q^T Q,  M_w = Q^T diag(w) Q
 
     A dead pixel has alpha = 0, hence w = 0: no gradient runs through its own normalisation.
+    ``pixels`` is N where it is not that of the features given.
     """
-    scale = 1 / student.shape[1] ** 2
-    total = tiles.U
+    scale = 1 / (pixels or student.shape[1]) ** 2
+    result = tiles.U
     if relation.normalize == "none":
-        total.mul_(scale)
+        result.mul_(scale)
     else:
-        features = student.to(total.dtype)
+        features = student.to(result.dtype)
         weighted = (tiles.h * scales.student.square()).unsqueeze(-1) * features
         if relation.normalize == "cosine":
-            total.sub_(weighted).mul_(scale)
+            result.sub_(weighted).mul_(scale)
         else:
-            moment = scales.moment.to(total.dtype)
-            total.mT.baddbmm_(moment, weighted.mT, beta=scale, alpha=-scale)
-            total.mT.baddbmm_(weighted.mT @ features, features.mT, alpha=-scale)
+            moment = scales.moment.to(result.dtype)
+            result.mT.baddbmm_(moment, weighted.mT, beta=scale, alpha=-scale)
+            result.mT.baddbmm_(total(weighted.mT @ features), features.mT, alpha=-scale)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
-    if gradient.dtype == total.dtype and gradient.stride() == total.stride():
-        return total
-    return gradient.copy_(total)
+    if gradient.dtype == result.dtype and gradient.stride() == result.stride():
+        return result
+    return gradient.copy_(result)

@@ -36,8 +36,11 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         block, strip, rest = slice(start, start + own), slice(start, None), slice(start + own, None)
         gram_s = student[:, block] @ student[:, strip].mT
         gram_t = teacher[:, block] @ teacher[:, strip].mT
-        relations = _scaled(gram_s, scales.student, relation, block, strip)
-        difference = relations - _scaled(gram_t, scales.teacher, relation, block, strip)
+        relations, relations_t = (
+            gram if alpha is None else scaled(gram, alpha[:, block], alpha[:, strip], relation)
+            for gram, alpha in ((gram_s, scales.student), (gram_t, scales.teacher))
+        )
+        difference = relations - relations_t
         if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact
             difference.diagonal(dim1=1, dim2=2).zero_()
         value = penalty(difference, relation)
@@ -70,12 +73,10 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     return Tiles(loss.to(dtype), U, h)
 
 
-def _scaled(gram: Tensor, alpha: Tensor | None, relation: Relation, block: slice, strip: slice) -> Tensor:
-    """A_ij from G_ij, for the strip's rows i and columns j."""
-    if alpha is None:
-        return gram
-    scaled = gram * alpha[:, block, None]
-    return scaled if relation.normalize == "row" else scaled.mul_(alpha[:, None, strip])
+def scaled(gram: Tensor, alpha_rows: Tensor, alpha_columns: Tensor, relation: Relation) -> Tensor:
+    """A_ij from G_ij (B, rows, columns)."""
+    relations = gram * alpha_rows.unsqueeze(-1)
+    return relations if relation.normalize == "row" else relations.mul_(alpha_columns.unsqueeze(-2))
 
 
 def why_not(device: torch.device) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, Scales, Tiles
+from .algebra import Relation, Scales, Tiles, Total, itself
 
 DISTANCES = ("l2",)
 SCALE_DTYPE = torch.float64
@@ -22,6 +22,13 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
 
     All in float64. See ``Tiles``.
     """
+    return tiles_over(itself, student, teacher, scales, relation, need_grad)
+
+
+def tiles_over(
+    total: Total, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
+) -> Tiles:
+    """``relation_tiles`` of these pixels' rows with columns that ``total`` sums over; the loss is that of all rows."""
     student, teacher = student.double(), teacher.double()
     ones = student.new_ones(student.shape[:2])
     alpha_s, alpha_t = (ones if alpha is None else alpha for alpha in (scales.student, scales.teacher))
@@ -29,23 +36,23 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     column_s, column_st = (row_s, row_st) if relation.symmetric else (ones, ones)
 
     # sum_j G_s,ij (beta_j^2) q_j and sum_j G_t,ij (beta_s,j beta_t,j) q_j
-    moment = _moment(student, student, column_s) if scales.moment is None else scales.moment
+    moment = total(_moment(student, student, column_s)) if scales.moment is None else scales.moment
     by_column_s = student @ moment
-    by_column_st = teacher @ _moment(teacher, student, column_st)
+    by_column_st = teacher @ total(_moment(teacher, student, column_st))
     forward = row_s.unsqueeze(-1) * by_column_s - row_st.unsqueeze(-1) * by_column_st
     energy_s = row_s * (student * by_column_s).sum(-1)
     energy_st = row_st * (student * by_column_st).sum(-1)
     if relation.symmetric:
-        energy_t = _moment(teacher, teacher, row_t).square().sum((1, 2))
+        energy_t = total(_moment(teacher, teacher, row_t)).square().sum((1, 2))
     else:
-        energy_t = (alpha_t > 0).sum(1)  # rows of norm 1, or dead
-    loss = (energy_s - 2 * energy_st).sum(1) + energy_t
+        energy_t = total((alpha_t > 0).sum(1))  # rows of norm 1, or dead
+    loss = total((energy_s - 2 * energy_st).sum(1)) + energy_t
     excess = None
     if relation.normalize == "cosine":
         # D_ii counts as 0, and is not where just one of student and teacher is dead at pixel i
         diagonal_s = row_s * student.square().sum(-1)
         excess = diagonal_s - row_t * teacher.square().sum(-1)
-        loss = loss - excess.square().sum(1)
+        loss = loss - total(excess.square().sum(1))
     loss = loss.clamp_min(0)  # a sum of squares, but for rounding
     if not need_grad:
         return Tiles(loss, None, None)
@@ -53,8 +60,8 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     if relation.symmetric:
         U = 4 * forward
     else:
-        by_row_s = student @ _moment(student, student, row_s)
-        by_row_st = teacher @ _moment(teacher, student, row_st)
+        by_row_s = student @ total(_moment(student, student, row_s))
+        by_row_st = teacher @ total(_moment(teacher, student, row_st))
         U = 2 * (forward + by_row_s - by_row_st)
     if relation.normalize == "none":
         return Tiles(loss, U, None)

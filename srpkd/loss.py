@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
 
 LAYOUTS = ("nchw", "nlc")
+SCOPES = ("image", "batch", "global")
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +27,8 @@ def relation_loss(
     layout: str = "nchw",
     eps: float = 1e-12,
     backend: str = "auto",
+    scope: str = "image",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """How much the relations between a student's pixels differ from those between its teacher's.
 
@@ -46,24 +50,39 @@ def relation_loss(
             gradient through its own normalisation.
         backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``; with "auto" the environment variable
             SRPKD_BACKEND, where set, decides.
+        scope: which pixels are related: those of each ``"image"``; those of all images in the ``"batch"``, as if they
+            were one image of B N pixels; or ``"global"``, those of the batches of all ranks of a process group (the
+            batch's, where torch.distributed is not initialised). For ``distance="l2"`` the ranks then exchange C x C
+            matrices alone, else their features, around the ring of ranks. The loss is the same on every rank, and its
+            gradient the one that DistributedDataParallel, which averages over the ranks, makes exact.
+        group: the process group of ``scope="global"``; the default one if None.
 
     Returns:
-        A scalar, or (B,) with ``reduction="none"``: float64 for float64 features, else float32.
+        A scalar, or (B,) with ``reduction="none"``, (1,) unless scope is "image": float64 for float64 features, else
+        float32.
 
     Raises:
         TypeError: an argument is not a tensor, or of another than the four dtypes.
         ValueError: shapes, devices or options that do not fit, or a teacher that requires a gradient.
         srpkd.kernels.BackendUnavailable: a backend asked for by name cannot run here.
     """
-    _check_options(normalize, distance, delta, reduction, layout, eps)
+    _check_options(normalize, distance, delta, reduction, layout, eps, scope)
     _check_features(student, teacher, layout)
     if layout == "nchw":
         student, teacher = (features.flatten(2).transpose(1, 2) for features in (student, teacher))
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
 
+    if scope != "image":
+        student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
+
     backend = dispatch.requested(backend)
-    if backend == "reference":
+    if scope == "global" and _ranks(group) > 1:
+        from .kernels import distributed  # here, as it takes a second to import torch's compiler
+
+        dispatch.check_choice("with scope='global' and several ranks, backend", backend, distributed.BACKENDS)
+        loss = distributed.relation_loss(student, teacher, Relation(normalize, distance, delta, eps), group)
+    elif backend == "reference":
         loss = reference.relation_loss(student, teacher, Relation(normalize, distance, delta, eps))
     else:
         need_grad = student.requires_grad and torch.is_grad_enabled()
@@ -88,9 +107,11 @@ class SRPLoss(nn.Module):
         layout: str = "nchw",
         eps: float = 1e-12,
         backend: str = "auto",
+        scope: str = "image",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        _check_options(normalize, distance, delta, reduction, layout, eps)
+        _check_options(normalize, distance, delta, reduction, layout, eps, scope)
         dispatch.requested(backend)
         self.options = {
             "normalize": normalize,
@@ -100,21 +121,30 @@ class SRPLoss(nn.Module):
             "layout": layout,
             "eps": eps,
             "backend": backend,
+            "scope": scope,
         }
+        self.group = group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``, -> the loss."""
-        return relation_loss(student, teacher, **self.options)
+        return relation_loss(student, teacher, group=self.group, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _check_options(normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float) -> None:
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _check_options(
+    normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float, scope: str
+) -> None:
     dispatch.check_choice("normalize", normalize, NORMALIZATIONS)
     dispatch.check_choice("distance", distance, DISTANCES)
     dispatch.check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_choice("layout", layout, LAYOUTS)
+    dispatch.check_choice("scope", scope, SCOPES)
     if not 0 < delta < math.inf:
         raise ValueError(f"delta={delta!r}: Huber's distance needs a finite delta above 0")
     if not 0 <= eps < math.inf:
