@@ -32,7 +32,7 @@ from .data.world import PALETTE
 from .extras import require
 from .metrics import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
 from .report import format_table
-from .translate import default_device, translate_folder
+from .translate import default_device, positive, translate_folder
 
 METRICS = ("fid", "kid", "psnr", "ssim", "miou", "segmentation")
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that FID and KID are defined by
@@ -463,13 +463,13 @@ def parser() -> argparse.ArgumentParser:
     add("--real_train", metavar="FOLDER", help="real training images: FID and KID against train + test too")
     add("--aligned", action="store_true", help="--input and real images are pairs side by side: A left, B right")
     add("--direction", choices=("AtoB", "BtoA"), default="AtoB", help="of aligned pairs (default: %(default)s)")
-    add("--size", type=int, help="scale all images to SIZE x SIZE first (default: as they are)")
+    add("--size", type=positive, help="scale all images to SIZE x SIZE first (default: as they are)")
     add("--inception_weights", metavar="PATH", help="torch-fidelity's file; by default that in torch's cache")
-    add("--kid_subset_size", type=int, help="images a subset of KID (default: 1000, or as many as there are)")
+    add("--kid_subset_size", type=positive, help="images a subset of KID (default: 1000, or as many as there are)")
     add("--palette", help="world, cityscapes, or a file of lines 'R G B name'; the name ignore leaves a colour out")
     add("--segmenter", metavar="PATH", help="photos (1, 3, H, W) in [0, 1] -> logits: TorchScript, or .pt2")
     add("--labels", metavar="FOLDER", help="for segmentation: files of class numbers, or of --palette colours")
-    add("--batch_size", type=int, default=32, help="images a pass of Inception (default: %(default)s)")
+    add("--batch_size", type=positive, default=32, help="images a pass of Inception (default: %(default)s)")
     add("--device", default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
     add("--json", metavar="FILE", help="write the results there too")
     return result

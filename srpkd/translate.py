@@ -79,7 +79,7 @@ def translate_folder(
             image = image.convert(mode)
             if size:
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
-            tensor = _to_tensor(image)
+            tensor = image_tensor(image)
             if batch and (len(batch) == batch_size or batch[0][1].shape != tensor.shape):
                 flush()
             batch.append((path, tensor))
@@ -93,10 +93,14 @@ def translate_folder(
 def translate(net: nn.Module, images: Tensor) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] of any size -> the generator's output (B, C', H, W) on the CPU."""
     height, width = images.shape[2:]
-    multiple = size_multiple(net)
-    rows, columns = (_reflected(length, max(SMALLEST, -length % multiple + length)) for length in (height, width))
-    padded = images[:, :, rows][:, :, :, columns]
+    padded = pad_images(images, size_multiple(net))
     return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
+
+
+def pad_images(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, C, H, W), reflected at their right and lower edges up to a multiple in both sizes."""
+    rows, columns = (_reflected(length, max(SMALLEST, -length % multiple + length)) for length in images.shape[2:])
+    return images[:, :, rows][:, :, :, columns]
 
 
 def _reflected(length: int, wanted: int) -> Tensor:
@@ -123,17 +127,22 @@ def _list(source: Path, target: Path, force: bool) -> list[str]:
     return paths
 
 
+def channels_of(net: nn.Module) -> tuple[int, int]:
+    """(input, output) channels of a generator."""
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
+    return convs[0].in_channels, convs[-1].out_channels  # the outermost two, of a U-Net too
+
+
 def _modes(net: nn.Module) -> tuple[str, str]:
     """Pillow's modes of a generator's input and output."""
-    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-    # a U-Net's last conv in order of construction is its outermost, as a ResNet's is
-    channels = convs[0].in_channels, convs[-1].out_channels
+    channels = channels_of(net)
     if not set(channels) <= set(MODES):
         raise ValueError(f"this generator goes from {channels[0]} to {channels[1]} channels; image files have 1 or 3")
     return MODES[channels[0]], MODES[channels[1]]
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def image_tensor(image: Image.Image) -> Tensor:
+    """An 8-bit image as (C, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1  # (H, W) or (H, W, 3)
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -159,8 +168,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("weights", help="the generator: .pth or .safetensors; its architecture is read off the file")
     result.add_argument("in_folder", help="the images")
     result.add_argument("out_folder", help="where the results go")
-    result.add_argument("--batch_size", type=_positive, default=1, help="images a pass, at most (default: %(default)s)")
-    result.add_argument("--size", type=_positive, help="scale images to SIZE x SIZE first (default: as they are)")
+    result.add_argument("--batch_size", type=positive, default=1, help="images a pass, at most (default: %(default)s)")
+    result.add_argument("--size", type=positive, help="scale images to SIZE x SIZE first (default: as they are)")
     result.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default here: %(default)s)")
     result.add_argument("--force", action="store_true", help="replace files that exist")
     return result
@@ -187,10 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def default_device() -> str:
+    """cuda where there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """argparse's type of a whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
     return int(text)
