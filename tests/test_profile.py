@@ -27,16 +27,8 @@ def weights(tmp_path):
 def test_table_and_json(weights, tmp_path, capsys, one_thread):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    main(
-        [
-            *map(str, weights.values()),
-            "--size=16",
-            "--repeats=4",
-            "--device=cpu",
-            "--json",
-            str(tmp_path / "costs.json"),
-        ]
-    )
+    arguments = ["--size=16", "--modes", "eager", "onnx", "--repeats=4", "--device=cpu"]
+    main([*map(str, weights.values()), *arguments, "--json", str(tmp_path / "costs.json")])
     out = capsys.readouterr().out
     result = json.loads((tmp_path / "costs.json").read_text())
     assert (result["size"], result["batch_size"], result["threads"]) == (16, 1, torch.get_num_threads())
