@@ -173,6 +173,8 @@ def tables(result: dict[str, Any]) -> str:
             ],
         }
     )
+    if not measured:
+        return text
     where = f"{result['device']}, {result['threads']} CPU threads, torch {result['torch']}"
     return f"{text}\n\n" + format_table(
         {

@@ -103,6 +103,12 @@ def test_what_cannot_run_says_why(monkeypatch):
     assert "pip install 'srpkd[export]'" in found[2]["why_not"]
 
 
+def test_counting_alone(weights, capsys):
+    main([str(weights["teacher"]), "--modes"])
+    out = capsys.readouterr().out
+    assert "teacher.pth" in out and "GMACs" in out and "p50 ms" not in out
+
+
 def test_sizes_that_do_not_fit(tmp_path):
     save_weights(define_generator("unet_32", ngf=1), tmp_path / "net.pth")
     with pytest.raises(SystemExit, match=r"--size 40: .*net\.pth takes multiples of 32"):
