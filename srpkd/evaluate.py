@@ -416,7 +416,7 @@ def _evaluate(options: argparse.Namespace, generated: list[str], real: list[str]
             if subset := found.pop("KID subset", None):
                 notes.append(f"KID against {name}: mean and deviation of 100 subsets of {subset} images.")
             add(found, name, len(generated))
-        if len(generated) < 2048:
+        if "fid" in wanted and len(generated) < 2048:
             notes.append(
                 f"FID of {len(generated)} images, fewer than its 2,048 features, is biased upwards: compare it only "
                 "with that of as many images. KID is not."
@@ -450,15 +450,18 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
         prog="srpkd evaluate",
-        description="Score generated images: FID and KID to real ones; PSNR and SSIM to the true image of the same "
+        description="Score generated images: FID and KID to real ones; PSNR and SSIM to the true image of the same\n"
         "name; mIoU of painted label maps by palette; FCN scores of generated photos by a segmentation network.",
-        epilog="examples: srpkd evaluate zebras/ horse2zebra/testB --real_train horse2zebra/trainB   |   "
-        "srpkd evaluate latest_net_G.pth facades/test --aligned --input facades/test --metrics psnr ssim",
+        epilog="examples:\n"
+        "  srpkd evaluate zebras horse2zebra/testB --real_train horse2zebra/trainB\n"
+        "  srpkd evaluate latest_net_G.pth facades/test --aligned --input facades/test --metrics psnr ssim\n"
+        "  srpkd evaluate 'images/*_fake_B.png' 'images/*_real_B.png' --metrics miou --palette cityscapes",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
     add("generated", help="folder or pattern of generated images, or a generator's weights with --input")
     add("real", help="folder or pattern of real test images")
-    add("--input", help="the images that the generator translates (without training, at --size or as they are)")
+    add("--input", metavar="FOLDER", help="the images that the generator translates, at --size or as they are")
     add("--metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="what to compute (default: fid kid)")
     add("--real_train", metavar="FOLDER", help="real training images: FID and KID against train + test too")
     add("--aligned", action="store_true", help="--input and real images are pairs side by side: A left, B right")

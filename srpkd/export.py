@@ -27,8 +27,8 @@ from .checkpoint import atomic_write, load_generator
 from .data.folders import image_files, read_image
 from .extras import require
 from .metrics import psnr
-from .networks import size_multiple
-from .translate import MODES, channels_of, image_tensor, pad_images
+from .networks import image_channels, size_multiple
+from .translate import MODES, image_tensor, pad_images
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -73,7 +73,7 @@ def _example(net: nn.Module) -> tuple[nn.Module, Tensor, tuple[dict[int, Any]]]:
     net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
     multiple = size_multiple(net)
     # a batch of one would be taken for a constant, and so would equal sides for one size
-    example = torch.zeros(2, channels_of(net)[0], 4 * multiple, 6 * multiple)
+    example = torch.zeros(2, image_channels(net)[0], 4 * multiple, 6 * multiple)
     return net, example, ({0: Dim("batch"), 2: multiple * Dim("rows"), 3: multiple * Dim("columns")},)
 
 
@@ -103,7 +103,7 @@ def parity(net: nn.Module, run: Callable[[np.ndarray], np.ndarray]) -> float:
     side = max(size_multiple(net), 8)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, height, width in [(1, side, side), (3, 2 * side, side), (1, side, 3 * side)]:
-        images = torch.rand(batch, channels_of(net)[0], height, width, generator=generator) * 2 - 1
+        images = torch.rand(batch, image_channels(net)[0], height, width, generator=generator) * 2 - 1
         found = run(images.numpy())
         expected = net(images).numpy()
         if found.shape != expected.shape:
@@ -193,7 +193,7 @@ def export(
     net = load_generator(weights)
     multiple = size_multiple(net)
     if calibration:
-        images = _calibration(Path(calibration), MODES.get(channels_of(net)[0]), multiple)
+        images = _calibration(Path(calibration), MODES.get(image_channels(net)[0]), multiple)
     make, runner = {"onnx": (to_onnx, onnx_runner), "pt2": (to_pt2, pt2_runner)}[kind]
     model = make(net)
     difference = parity(net, runner(model))

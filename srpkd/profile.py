@@ -20,9 +20,9 @@ from tqdm import tqdm
 from .checkpoint import atomic_write, load_generator
 from .complexity import count_macs, count_parameters
 from .export import onnx_runner, to_onnx
-from .networks import size_multiple
+from .networks import image_channels, size_multiple
 from .report import format_table
-from .translate import channels_of, default_device, positive
+from .translate import default_device, positive
 
 MODES = ("eager", "compiled", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,8 +50,8 @@ def profile(
 
     Returns:
         "parameters", "macs" (transposed convolutions counted on their output grid, as published), "macs_input_grid" (on
-        their input grid, as computed), and "latency": a list of {"mode", "dtype", "p50_ms", "p95_ms",
-        "images_per_second", "calls"}, or {"mode", "dtype", "why_not"} where it cannot run.
+        their input grid, as computed), and "latency": a list of {"mode", "dtype", "device",
+        "p50_ms", "p95_ms", "images_per_second", "calls"}, or with "why_not" in place of numbers where it cannot run.
     """
     one = (1, *input_shape[1:])
     result: dict[str, Any] = {
@@ -63,7 +63,7 @@ def profile(
     images = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for mode in modes:
         for dtype in DTYPES:
-            entry: dict[str, Any] = {"mode": mode, "dtype": dtype}
+            entry: dict[str, Any] = {"mode": mode, "dtype": dtype, "device": "cpu" if mode == "onnx" else device}
             try:
                 with torch.no_grad():
                     call = _runner(net, images, mode, dtype, torch.device(device))
@@ -126,7 +126,7 @@ def profile_files(options: argparse.Namespace) -> dict[str, Any]:
         networks[path] = net
     results = []
     for path, net in tqdm(networks.items(), unit="network", desc="profiling"):
-        shape = (options.batch_size, channels_of(net)[0], options.size, options.size)
+        shape = (options.batch_size, image_channels(net)[0], options.size, options.size)
         costs = profile(
             net, shape, device=options.device, modes=options.modes, repeats=options.repeats, seconds=options.seconds
         )
@@ -181,6 +181,7 @@ def tables(result: dict[str, Any]) -> str:
             "columns": [
                 {"key": "name", "label": "network", "format": ""},
                 {"key": "mode", "label": "run by", "format": ""},
+                {"key": "device", "label": "on", "format": ""},
                 {"key": "dtype", "label": "dtype", "format": ""},
                 {"key": "p50_ms", "label": "p50 ms", "format": ",.2f"},
                 {"key": "p95_ms", "label": "p95 ms", "format": ",.2f"},

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .checkpoint import atomic_write, load_generator
 from .data.folders import image_files, read_image
-from .networks import size_multiple
+from .networks import image_channels, size_multiple
 
 SMALLEST = 8  # pixels a side: of less a ResNet's encoder makes a single pixel, which instance norm cannot take
 MODES = {1: "L", 3: "RGB"}
@@ -127,15 +127,9 @@ def _list(source: Path, target: Path, force: bool) -> list[str]:
     return paths
 
 
-def channels_of(net: nn.Module) -> tuple[int, int]:
-    """(input, output) channels of a generator."""
-    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-    return convs[0].in_channels, convs[-1].out_channels  # the outermost two, of a U-Net too
-
-
 def _modes(net: nn.Module) -> tuple[str, str]:
     """Pillow's modes of a generator's input and output."""
-    channels = channels_of(net)
+    channels = image_channels(net)
     if not set(channels) <= set(MODES):
         raise ValueError(f"this generator goes from {channels[0]} to {channels[1]} channels; image files have 1 or 3")
     return MODES[channels[0]], MODES[channels[1]]

@@ -99,7 +99,7 @@ def test_what_cannot_run_says_why(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     found = profile(define_generator("resnet_1blocks", ngf=1), (1, 3, 16, 16), modes=["compiled", "onnx"])["latency"]
-    assert found[0] == {"mode": "compiled", "dtype": "fp32", "why_not": "no C++ compiler"}
+    assert found[0] == {"mode": "compiled", "dtype": "fp32", "device": "cpu", "why_not": "no C++ compiler"}
     assert "pip install 'srpkd[export]'" in found[2]["why_not"]
 
 
