@@ -223,8 +223,8 @@ def _calibration(folder: Path, mode: str | None, multiple: int) -> list[Tensor]:
     paths = image_files(folder.expanduser())
     if not paths or mode is None:
         raise ValueError(f"--calibration {folder}: expected a folder of images, of 1 or 3 channels as the generator's")
-    step = max(1, len(paths) // CALIBRATION_IMAGES)  # spread over the folder
-    chosen = paths[::step][:CALIBRATION_IMAGES]
+    count = min(CALIBRATION_IMAGES, len(paths))
+    chosen = [paths[index * len(paths) // count] for index in range(count)]  # spread over the folder
     return [pad_images(image_tensor(read_image(path).convert(mode))[None], multiple) for path in chosen]
 
 
