@@ -161,14 +161,14 @@ def _read_torch(path: Path) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file
+        from safetensors.torch import load
     except ImportError as error:
         raise ImportError(
             f"{path} can be read only with the package safetensors, which is not installed: "
             "pip install safetensors, or give the weights as .pth"
         ) from error
     try:
-        return load_file(path)
+        return load(path.read_bytes())  # load_file would map the file, as mmap above
     except Exception as error:
         raise _unreadable(path) from error
 

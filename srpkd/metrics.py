@@ -25,15 +25,32 @@ def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
-def mean_iou(conf: Tensor) -> float:
+def nearest_colour(images: Tensor, palette: Tensor) -> Tensor:
+    """The index of each pixel's nearest palette colour: (B, 3, H, W) and (K, 3), of one scale, to (B, H, W) int64."""
+    images, palette = images.double(), palette.double()
+    # |x - c|^2 is least where x . c - |c|^2 / 2 is greatest
+    scores = torch.einsum("kc,bchw->bkhw", palette, images) - palette.square().sum(1).view(-1, 1, 1) / 2
+    return scores.argmax(1)
+
+
+def mean_iou(conf: Tensor, classes: int | None = None) -> float:
     """Mean over the classes of |pred and true| / |pred or true|, from a `confusion_matrix`, in [0, 1].
 
-    A class absent from both prediction and truth is left out; nan if all are.
+    A class absent from both prediction and truth is left out; nan if all are. classes: average over the first so
+    many alone; what was predicted as another is still wrong.
     """
     conf = conf.double()
     hit = conf.diagonal()
     union = conf.sum(0) + conf.sum(1) - hit
-    return (hit / union)[union > 0].mean().item()
+    return (hit / union)[:classes][union[:classes] > 0].mean().item()
+
+
+def class_accuracy(conf: Tensor) -> float:
+    """Mean over the classes of the part of their pixels that is right, in [0, 1]; a class absent from the truth is
+    left out, and it is nan if all are."""
+    conf = conf.double()
+    true = conf.sum(1)
+    return (conf.diagonal() / true)[true > 0].mean().item()
 
 
 def pixel_accuracy(conf: Tensor) -> float:

@@ -341,6 +341,16 @@ def size_multiple(net: nn.Module) -> int:
     return 4 if isinstance(_generator(net), ResnetGenerator) else 2**net.num_downs
 
 
+def image_channels(net: nn.Module) -> tuple[int, int]:
+    """(input, output) channels of a generator.
+
+    Raises:
+        TypeError: `net` was not made by `define_generator`.
+    """
+    convs = [m for m in _generator(net).modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return convs[0].in_channels, convs[-1].out_channels  # the outermost two, of a U-Net too
+
+
 def _generator(net: nn.Module) -> nn.Module:
     if not isinstance(net, ResnetGenerator | UnetGenerator):
         raise TypeError(

@@ -112,6 +112,47 @@ def test_safetensors_come_back(tmp_path):
     assert "truncated, damaged" in refusal(tmp_path / "cut.safetensors")
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_outlive_their_file(tmp_path, suffix):
+    """A run that writes its checkpoint over the file that was loaded does not change what was loaded."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    net, path = make(replace(SMALL, ngf=16)), tmp_path / f"net{suffix}"
+    (safetensors.save_file if suffix == ".safetensors" else torch.save)(net.state_dict(), path)
+    back = load_generator(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same(back.state_dict(), net.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GeneratorSpec("resnet_9blocks", ngf=4),  # a CycleGAN teacher
+        GeneratorSpec("resnet_6blocks", ngf=3, output_nc=1, norm="batch", dropout=True),
+        GeneratorSpec("resnet_6blocks", ngf=3, input_nc=1, norm="batch"),
+        GeneratorSpec("unet_256", ngf=1, norm="batch"),  # a pix2pix teacher
+        GeneratorSpec("unet_128", ngf=2, input_nc=4),
+    ],
+    ids=str,
+)
+def test_everything_is_inferred_from_a_wrapped_file_of_an_old_torch(tmp_path, spec, suffix):
+    """What users have: saved through two wrappers, with the statistics of instance norms that nothing reads."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    net = make(spec)
+    state = net.state_dict()
+    for name, module in net.named_modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            state[f"{name}.running_mean"] = torch.zeros(module.num_features)
+            state[f"{name}.running_var"] = torch.ones(module.num_features)
+    state = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    path = tmp_path / f"latest_net_G_A{suffix}"
+    (safetensors.save_file if suffix == ".safetensors" else torch.save)(state, path)
+    back = load_generator(path)
+    assert_same(back.state_dict(), net.state_dict())
+    assert repr(back) == repr(net)  # the same layers, dropout and norms among them
+
+
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from srpkd.metrics import confusion_matrix, mean_iou, pixel_accuracy, psnr
+from srpkd.data.world import PALETTE, classes_of
+from srpkd.metrics import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
 
 
 def test_confusion_matrix_by_hand():
@@ -19,6 +20,24 @@ def test_scores_by_hand():
     # unions: class 0 has 2 true + 2 predicted - 1 hit = 3; class 1 has 1 + 2 - 1 = 2; class 2 has 3 + 2 - 2 = 3
     assert mean_iou(conf) == pytest.approx((1 / 3 + 1 / 2 + 2 / 3) / 3)
     assert pixel_accuracy(conf) == pytest.approx(4 / 6)
+    assert class_accuracy(conf) == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    # two classes count; what was predicted as the third is wrong all the same
+    assert mean_iou(conf, 2) == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+def test_class_accuracy_leaves_out_what_the_truth_has_not():
+    assert class_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])) == pytest.approx((3 / 4 + 1) / 2)
+    assert math.isnan(class_accuracy(torch.zeros(2, 2)))
+
+
+def test_nearest_colour():
+    palette = torch.tensor([[0, 0, 0], [255, 0, 0], [200, 200, 200]], dtype=torch.uint8)
+    pixels = torch.tensor([[10, 5, 0], [200, 30, 20], [255, 255, 255], [128, 0, 0]], dtype=torch.uint8)
+    expected = (pixels[:, None].double() - palette.double()).norm(dim=2).argmin(1)
+    assert expected.tolist() == [0, 1, 2, 1]
+    assert nearest_colour(pixels.T.view(1, 3, 2, 2), palette).flatten().tolist() == [0, 1, 2, 1]
+    images = torch.rand(2, 3, 5, 7) * 2 - 1
+    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), classes_of(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])

@@ -11,6 +11,7 @@ from srpkd.networks import (
     default_tap,
     define_discriminator,
     define_generator,
+    image_channels,
     infer_generator,
     init_weights,
     size_multiple,
@@ -396,7 +397,12 @@ def test_size_multiple():
     assert {netG: size_multiple(on_meta(netG=netG, ngf=1)) for netG in nets} == nets
 
 
-@pytest.mark.parametrize("function", [default_tap, size_multiple])
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.norm == "batch" and not s.dropout], ids=str)
+def test_image_channels(spec):
+    assert image_channels(on_meta(**asdict(spec))) == (spec.input_nc, spec.output_nc)
+
+
+@pytest.mark.parametrize("function", [default_tap, size_multiple, image_channels])
 def test_networks_of_others_are_refused(function):
     with pytest.raises(TypeError, match=r"made by define_generator .* received Conv2d"):
         function(nn.Conv2d(1, 1, 1))

@@ -1,0 +1,62 @@
+"""The command ``srpkd``: ``srpkd VERB ...`` is ``python -m srpkd.VERB ...``."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "train": "train a generator, or distil a small one from a large one; alone, a demo on generated images",
+    "evaluate": "score generated images: FID, KID, PSNR, SSIM, mIoU, FCN scores",
+    "translate": "put every image of a folder through a generator",
+    "profile": "parameters, MACs, size on disk and latency of generators, side by side",
+    "export": "write a generator as ONNX, checked against PyTorch; 8-bit on request",
+    "info": "what is available on this machine, and why the rest is not",
+}
+HELP = f"""usage: srpkd VERB [OPTION ...]
+
+{chr(10).join(f"  {verb:<10} {text}" for verb, text in VERBS.items())}
+
+From a large generator to a small one in a file that runs elsewhere:
+
+  srpkd train --dataroot datasets/horse2zebra --name h2z --teacher latest_net_G_A.pth --ngf 16
+  srpkd profile latest_net_G_A.pth runs/h2z/latest_net_G_A.pth
+  srpkd translate runs/h2z/latest_net_G_A.pth datasets/horse2zebra/testA zebras
+  srpkd evaluate zebras datasets/horse2zebra/testB
+  srpkd export runs/h2z/latest_net_G_A.pth
+
+srpkd VERB --help lists a verb's options."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Ends the process with status 2 for a verb that there is not."""
+    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if verb in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if verb == "--version":
+        print(import_module("srpkd").__version__)
+        return
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(VERBS)}"
+        print(f"error: there is no verb {verb!r}; {hint}\nsrpkd --help says what each does", file=sys.stderr)
+        sys.exit(2)
+    try:
+        module = import_module(f"srpkd.{verb}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: srpkd {verb} needs {error.name}: pip install 'srpkd[train]'")
+    if verb != "info":
+        module.main(rest)
+    elif rest in (["-h"], ["--help"]):
+        print(f"usage: srpkd info\n\n{VERBS['info']}")
+    elif rest:
+        sys.exit(f"error: srpkd info takes no options; received {' '.join(rest)}")
+    else:
+        print(module.describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""``srpkd.distill``: any generator from any other, in a few lines. The networks here are not ours."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from srpkd import SRPLoss, distill
+
+
+class Generator(nn.Module):
+    """An encoder, separable convolutions, an upsampling: nothing that define_generator makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.GroupNorm(1, width), nn.SiLU())
+        self.middle = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, groups=width), nn.Conv2d(width, width, 1))
+        self.head = nn.Sequential(nn.Upsample(scale_factor=2), nn.Dropout(0.5), nn.Conv2d(width, 3, 3, 1, 1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        return self.head(x + self.middle(x))
+
+
+@pytest.fixture
+def networks() -> tuple[Generator, Generator]:
+    return Generator(12), Generator(5)
+
+
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+LAYERS = {"encoder": "encoder"}
+
+
+def test_a_students_losses_fall_and_nothing_is_left_behind(networks):
+    teacher, student = networks
+    teacher.head[1].eval()
+    modes = [module.training for module in teacher.modules()]
+    before = copy.deepcopy(teacher.state_dict())
+    steps = []
+    history = distill(
+        teacher,
+        student,
+        IMAGES.split(3),
+        LAYERS,
+        epochs=30,
+        lr=5e-3,
+        progress=False,
+        on_step=lambda *a: steps.append(a),
+    )
+    assert len(history) == 30 and history[0].keys() == {"kd", "srp"}
+    assert all(history[-1][name] < 0.8 * history[0][name] for name in ("kd", "srp"))
+    assert [step for step, _ in steps] == list(range(1, 61))
+    for epoch in (0, 29):
+        assert history[epoch]["kd"] == pytest.approx((steps[2 * epoch][1]["kd"] + steps[2 * epoch + 1][1]["kd"]) / 2)
+    assert not any(module.training for module in student.modules())
+    assert [module.training for module in teacher.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not any(module._forward_hooks for net in networks for module in net.modules())
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_a_step_is_the_weighted_sum_of_its_parts(networks):
+    teacher, student = networks
+    student.head[1] = nn.Identity()  # dropout would make two passes differ
+    expected = copy.deepcopy(student)
+    targets = IMAGES.flip(0)
+    options = {"lambda_kd": 3.0, "lambda_srp": 7.0, "lambda_target": 2.0, "weights": {"encoder": 0.5}}
+    loss = SRPLoss("cosine", "huber")
+    history = distill(teacher, student, [(IMAGES, targets)], LAYERS, loss=loss, progress=False, lr=1e-2, **options)
+
+    feature, output = expected.encoder(IMAGES), expected(IMAGES)
+    with torch.no_grad():
+        teacher.eval()
+        teacher_feature, teacher_output = teacher.encoder(IMAGES), teacher(IMAGES)
+    kd, target = 3 * (output - teacher_output).abs().mean(), 2 * (output - targets).abs().mean()
+    srp = 7 * 0.5 * loss(feature, teacher_feature)
+    assert history == [pytest.approx({"kd": kd.item(), "srp": srp.item(), "target": target.item()}, rel=1e-5)]
+    optimizer = torch.optim.Adam(expected.parameters(), lr=1e-2, betas=(0.5, 0.999))
+    (kd + srp + target).backward()
+    optimizer.step()
+    for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_data_loader_an_own_optimizer_and_a_bar(networks, capsys):
+    teacher, student = networks
+    loader = DataLoader(TensorDataset(IMAGES), batch_size=4)  # gives lists of one tensor
+    frozen = student.head[2].weight.clone()
+    optimizer = torch.optim.SGD(student.encoder.parameters(), lr=0.1)
+    (means,) = distill(teacher, student, loader, LAYERS, lambda_srp=0, optimizer=optimizer)
+    assert means.keys() == {"kd"}
+    assert torch.equal(student.head[2].weight, frozen)
+    assert "epoch 1/1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([{"A": IMAGES}], TypeError, "the data gave a dict; expected image tensors"),
+        ([(IMAGES, "path")], TypeError, "gave a tuple of Tensor, str; expected"),
+        ([(IMAGES,) * 3], TypeError, "of Tensor, Tensor, Tensor; expected"),
+        ([], ValueError, "gave nothing in epoch 1"),
+        ([(IMAGES, IMAGES[..., :4])], ValueError, r"output is \(6, 3, 8, 8\) and the target \(6, 3, 8, 4\)"),
+    ],
+)
+def test_data_that_do_not_fit(networks, data, error, message):
+    with pytest.raises(error, match=message):
+        distill(*networks, data, LAYERS, progress=False)
+
+
+def test_data_that_can_be_read_once_only(networks):
+    with pytest.raises(ValueError, match=r"nothing in epoch 2.*a generator can be gone through once"):
+        distill(*networks, iter([IMAGES]), LAYERS, epochs=2, progress=False)
+
+
+def test_options_that_do_not_fit(networks):
+    with pytest.raises(ValueError, match="no module named 'encodr'; the nearest names are 'encoder'"):
+        distill(*networks, [IMAGES], {"encodr": "encoder"}, progress=False)
+    with pytest.raises(ValueError, match=r"every weight .* is 0"):
+        distill(*networks, [IMAGES], LAYERS, lambda_kd=0, lambda_srp=0, progress=False)
+    small = nn.Sequential(Generator(4), nn.AvgPool2d(2))
+    with pytest.raises(ValueError, match=r"output is \(6, 3, 4, 4\) and the teacher's output \(6, 3, 8, 8\)"):
+        distill(networks[0], small, [IMAGES], {"0.encoder": "encoder"}, progress=False)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_does_harm(networks):
+    teacher, student = networks
+    broken = IMAGES.clone()
+    broken[0, 0, 0, 0] = torch.nan
+    states = []
+    with pytest.raises(FloatingPointError, match=r"step 2: the loss is not finite \(.*'kd': nan.*\)"):
+        distill(
+            teacher,
+            student,
+            [IMAGES, broken],
+            LAYERS,
+            progress=False,
+            on_step=lambda *_: states.append(copy.deepcopy(student.state_dict())),
+        )
+    assert all(torch.equal(value, states[-1][key]) for key, value in student.state_dict().items())
+    assert not any(module._forward_hooks for net in networks for module in net.modules())
+
+
+def test_without_tqdm(networks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"progress=False does without.*pip install 'srpkd\[train\]'"):
+        distill(*networks, [IMAGES], LAYERS)
+    assert len(distill(*networks, [IMAGES], LAYERS, progress=False)) == 1
