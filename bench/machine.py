@@ -1,4 +1,7 @@
-"""The machine: what it is called, what it has free, and how fast it can multiply and copy at best."""
+"""The machine: what it is called, what it has free, and how fast it can multiply and copy at best.
+
+python -m bench.machine
+"""
 
 from __future__ import annotations
 
@@ -108,3 +111,20 @@ def _best(function: Callable[[], object], device: str, repeats: int = 5) -> floa
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def report() -> str:
+    """The machine in a few lines."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = ", ".join(f"{name} {value or 'missing'}" for name, value in versions().items())
+    lines = [f"{device_name(device)}; {found}; {free_bytes(device) / 1e9:.1f} GB free"]
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = ceilings(device, dtype, torch.get_float32_matmul_precision(), torch.get_num_threads())
+        lines.append(
+            f"{dtype}: products at {rates.matrix_rate / 1e12:.2f} TFLOP/s, copy {rates.copy_rate / 1e9:.0f} GB/s"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

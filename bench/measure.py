@@ -14,12 +14,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .cases import Case, features
 from .machine import synchronize
+from .providers import PROVIDERS, evaluate
 
 SAMPLE_SECONDS = 5e-3  # a sample on the CPU lasts at least so long, that the clock's reading is nothing beside it
 ROUNDS = (3, 50)
@@ -95,21 +97,28 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def peak_extra_bytes(provider: str, case: Case, warm: bool = True) -> int | None:
-    """The most memory that one call holds beside its inputs, its results counted; None where nothing tells.
+def peak_on_gpu(call: Callable[[], object], device: str) -> int:
+    """The most memory that a call, which is warm, holds beside its inputs, its results counted: the allocator's."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
-    On a GPU by the allocator's statistics. On the CPU by the resident memory of a process of its own, forked from one
-    that never ran anything (threads do not survive a fork); Linux alone tells that.
+
+def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
+    """The same on the CPU, by the resident memory of a process of its own; None where nothing tells (but on Linux).
+
+    The process is forked from one that never ran anything: threads do not survive a fork.
 
     Args:
         warm: call it once before: what a first call alone allocates is not counted.
     """
-    if case.device != "cpu":
-        return _peak_on_gpu(provider, case)
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, f"{__package__}.providers"])
+    context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak_in_child, args=(sender, provider, case, warm))
     process.start()
@@ -122,17 +131,6 @@ def peak_extra_bytes(provider: str, case: Case, warm: bool = True) -> int | None
     return result
 
 
-def _peak_on_gpu(provider: str, case: Case) -> int:
-    call = _call(provider, case)
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -141,7 +139,9 @@ def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
         library.mallopt(m_mmap_threshold, 2**16)
         library.mallopt(m_trim_threshold, 0)
     torch.set_num_threads(case.threads)
-    call = _call(provider, case)
+    student, teacher = features(case)
+    loss = PROVIDERS[provider].make(case)
+    call = partial(evaluate, loss, student, teacher, case)
     if warm:
         call()
     if hasattr(library, "malloc_trim"):
@@ -155,14 +155,6 @@ def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
     result = call()
     sender.send(_status("VmHWM") - before)
     del result
-
-
-def _call(provider: str, case: Case) -> Callable[[], object]:
-    from .providers import PROVIDERS, evaluate
-
-    student, teacher = features(case)
-    loss = PROVIDERS[provider].make(case)
-    return lambda: evaluate(loss, student, teacher, case)
 
 
 def _status(key: str) -> int:

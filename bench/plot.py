@@ -53,7 +53,7 @@ def draw_relation(rows: Sequence[Row], folder: Path) -> list[Path]:
     for key, group in groups.items():
         if len({row["pixels"] for row in group if row["median_s"]}) < 3:
             continue
-        about = dict(zip(fixed, key))
+        about, on_cpu = dict(zip(fixed, key)), group[0]["device_type"] == "cpu"
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         time, memory = figure.subplots(1, 2)
         for name in PROVIDERS:
@@ -80,15 +80,13 @@ def draw_relation(rows: Sequence[Row], folder: Path) -> list[Path]:
         )
         figure.suptitle(
             f"{about['normalize']}, {about['distance']}, {about['mode']}: {about['dtype']}{precision}, "
-            f"B = {about['batch']}, C = {about['channels']}\n"
-            f"{about['device']}" + (f", {about['threads']} threads" if "cores" in about["device"] else ""),
+            f"B = {about['batch']}, C = {about['channels']}\n{about['device']}"
+            + (f", {about['threads']} threads" if on_cpu else ""),
             fontsize=10,
         )
         _legend(figure, [time, memory])
-        name = "relation_" + "_".join(
-            value for part, value in about.items() if part != "threads" or "cores" in about["device"]
-        )
-        drawn.append(_save(figure, folder, name))
+        name = "_".join(value for part, value in about.items() if part != "threads" or on_cpu)
+        drawn.append(_save(figure, folder, f"relation_{name}"))
     return drawn
 
 

@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ KEY = (
     "device", "threads",
 )  # fmt: skip
 BASELINES = ("eager", "compile")
-SLOW = 20.0  # seconds: a call that takes longer is timed once
+SLOW = 10.0  # seconds: a call that takes longer is timed once
 
 
 @dataclass
@@ -103,15 +104,15 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
             case.device,
             budget,
         )
+        peaks: dict[str, int | None] = {}
         for name, trial in trials.items():
-            if trial.status == "ok":
-                trial.samples = samples.get(name) or [trial.seconds]
-            trial.call = None
-        peaks = {
-            name: measure.peak_extra_bytes(name, case, warm=trial.seconds < SLOW)
-            for name, trial in trials.items()
-            if memory and trial.status == "ok"
-        }
+            if trial.status != "ok":
+                continue
+            trial.samples = samples.get(name) or [trial.seconds]
+            if memory and case.device != "cpu":
+                peaks[name] = measure.peak_on_gpu(trial.call, case.device)
+            elif memory:
+                peaks[name] = measure.peak_on_cpu(name, case, warm=trial.seconds < SLOW)
     return [as_row(name, case, trials, peaks.get(name), ceilings) for name in names]
 
 
@@ -131,9 +132,7 @@ def attempt(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
         if (reason := gate.why_wrong(found, case)) is not None:
             return Trial("wrong", reason, found=found)
 
-        def call() -> object:
-            return evaluate(loss, student, teacher, case)
-
+        call = partial(evaluate, loss, student, teacher, case)
         if seconds < SLOW or provider.compiles:
             seconds = measure.seconds_of(call, case.device)
         return Trial("ok", "" if seconds < SLOW else "timed once", call, seconds, found)
@@ -152,6 +151,7 @@ def as_row(
     """One row of the CSV; the module ``bench.results`` says how it is written."""
     trial = trials[name]
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
+    row["device_type"] = torch.device(case.device).type
     floors = case.operations / ceilings.matrix_rate, case.bytes_moved / ceilings.copy_rate
     times = measure.quantiles(trial.samples) if trial.samples else dict.fromkeys(("median_s", "p20_s", "p80_s"))
     row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None} | times

@@ -43,13 +43,16 @@ def run(options: argparse.Namespace) -> None:
     found = fits(results.read(options.csv))
     if not found:
         raise ValueError(f"{options.csv} records no three sizes of anything: run python -m bench relation first")
-    for fit in sorted(found, key=lambda fit: (fit.row["device"], fit.measure, fit.axis)):
-        fixed = ", ".join(f"{name} {fit.row[name]}" for name in relation.KEY[1:] if name != fit.axis)
-        axis = AXES[fit.axis]
-        print(
-            f"{fit.row['provider']:<12} {fit.measure:<6} ~ {axis}^{fit.exponent:.2f} over {axis} = "
-            f"{', '.join(map(str, fit.points))}  ({fixed})"
-        )
+    groups: dict[str, list[Fit]] = {}
+    for fit in found:
+        fixed = (f"{name} {fit.row[name]}" for name in relation.KEY[1:] if name != fit.axis)
+        groups.setdefault(", ".join(fixed), []).append(fit)
+    for fixed, group in groups.items():
+        print(f"\n{fixed}")
+        for fit in group:
+            axis = AXES[fit.axis]
+            sizes = ", ".join(map(str, fit.points))
+            print(f"  {fit.row['provider']:<12} {fit.measure:<6} ~ {axis}^{fit.exponent:.2f}   over {axis} = {sizes}")
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:

@@ -70,7 +70,7 @@ def table(rows: Sequence[Row]) -> str:
     for device in dict.fromkeys(row["device"] for row in rows):
         own = [row for row in rows if row["device"] == device]
         most_threads = max(own, key=lambda row: int(row["threads"]))["threads"]
-        on_cpu = "cores" in device
+        on_cpu = own[0]["device_type"] == "cpu"
         lines, measured = [], []
         for case in SHOWN:
             if on_cpu and case.dtype in ON_GPU_ONLY:
