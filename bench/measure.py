@@ -84,7 +84,12 @@ def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
-    """How many times faster than the baseline: the median over rounds of paired ratios."""
+    """How many times faster than the baseline: the median over rounds of paired ratios.
+
+    That of the medians where one of the two was timed once.
+    """
+    if len(samples) != len(baseline):
+        return statistics.median(baseline) / statistics.median(samples)
     return statistics.median(theirs / ours for ours, theirs in zip(samples, baseline))
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Elements of one strip's matrix: on a CPU it fits in the cache, on a GPU it fills the device.
 STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+LEAST_ROWS = 128  # with fewer, every strip's gradients for all pixels take longer than its own work
 
 
 def relation_rows(features: Tensor, rows: slice, relation: Relation) -> Tensor:
@@ -46,7 +47,7 @@ def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation
 def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
     """Strips of rows, and the share of all rows that each holds."""
     batch, pixels, _ = student.shape
-    size = max(1, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
+    size = max(LEAST_ROWS, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
     for start in range(0, pixels, size):
         stop = min(start + size, pixels)
         yield slice(start, stop), (stop - start) / pixels

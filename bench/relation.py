@@ -158,9 +158,8 @@ def as_row(
     row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None} | times
     for baseline in BASELINES:
         other = trials.get(baseline)
-        # both were timed in the same rounds, or both once
-        paired = other is not None and trial.samples and len(other.samples) == len(trial.samples)
-        row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, other.samples) if paired else None
+        both = other is not None and trial.samples and other.samples
+        row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, other.samples) if both else None
     return row | {
         "peak_extra_bytes": peak,
         "needed_bytes": PROVIDERS[name].bytes_needed(case) or None,

@@ -27,10 +27,10 @@ COLUMNS = [
     {"key": "case", "label": "case"},
     {"key": "provider", "label": "by"},
     {"key": "milliseconds", "label": "ms", "format": ",.2f"},
-    {"key": "eager", "label": "x eager", "format": ".1f"},
-    {"key": "compile", "label": "x compile", "format": ".1f"},
+    {"key": "eager", "label": "x eager's speed", "format": ".2f"},
+    {"key": "compile", "label": "x compile's speed", "format": ".2f"},
     {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
-    {"key": "percent", "label": "% of floor", "format": ".0f"},
+    {"key": "percent", "label": "% of floor", "format": ".1f"},
 ]
 
 
