@@ -197,8 +197,10 @@ def device_of(options: argparse.Namespace) -> str:
         ValueError: there is no such device.
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: expected cpu, or cuda where torch sees a GPU")
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(
+            f"--device {device}: expected cpu, or cuda, where torch sees a GPU"
+        )
     return device
 
 

@@ -65,22 +65,22 @@ sanitize() {
         echo "compute-sanitizer does not work here: skipped"
     else
         # without it first, that the kernels are compiled
-        limit 120 "sanitize, without" "$python" -m bench.sanitize
+        limit 200 "sanitize, without" "$python" -m bench.sanitize
         for tool in memcheck racecheck; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 190 "$tool" \
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 150 "$tool" \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.sanitize
         done
     fi
 }
 
 bench() {
-    local choice=(--sweep full --minutes $(((ends - SECONDS - 60 - 150) / 60)))
+    local choice=(--sweep full --minutes $(((ends - SECONDS - 60 - 210) / 60)))
     [ "$gpu" = no ] && choice=(--sweep quick --minutes 2 --budget 1)
     limit 60 ceilings "$python" -m bench.machine
-    limit $((ends - SECONDS - 70)) relation "$python" -m bench relation "${choice[@]}" --missing --out "$out/relation.csv"
+    limit $((ends - SECONDS - 130)) relation "$python" -m bench relation "${choice[@]}" --missing --out "$out/relation.csv"
     limit 30 plot "$python" -m bench plot --csv "$out/relation.csv"
     limit 30 scaling "$python" -m bench scaling --csv "$out/relation.csv"
-    [ -e "$out/accuracy.csv" ] || limit 30 accuracy "$python" -m bench accuracy --out "$out/accuracy.csv"
+    [ -e "$out/accuracy.csv" ] || limit 90 accuracy "$python" -m bench accuracy --out "$out/accuracy.csv"
 }
 
 train() {

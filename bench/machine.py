@@ -96,7 +96,7 @@ def ceilings(device: str, dtype: torch.dtype, precision: str, threads: int) -> C
         out = torch.empty_like(left)
         seconds = _best(functools.partial(torch.matmul, left, right, out=out), device)
         rates.append(2 * batch * size**3 / seconds)
-    source = torch.randn(2**30 if on_gpu else 2**26, device=device)  # floats: far more than a cache holds
+    source = torch.randn(2**28 if on_gpu else 2**26, device=device)  # floats: far more than a cache holds
     seconds = _best(functools.partial(torch.empty_like(source).copy_, source), device)
     return Ceilings(max(rates), 2 * source.nbytes / seconds)
 

@@ -80,7 +80,6 @@ def _peer(function: Callable[..., Tensor], case: Case) -> Loss:
 
 
 def _compiled(case: Case) -> Loss:
-    torch._dynamo.reset()  # a graph per shape, and no limit of them reached
     return torch.compile(_peer(peers.eager, case), dynamic=False, fullgraph=True)
 
 
@@ -97,7 +96,6 @@ def _auto_chunked(case: Case) -> Loss:
     from torch._inductor import config
     from torch._inductor.fx_passes import auto_chunker
 
-    torch._dynamo.reset()
     compiled = torch.compile(_peer(peers.eager, case), dynamic=False, fullgraph=True)
     chunked = []
 

@@ -92,6 +92,7 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
         budget: seconds for the rounds of all of them.
         memory: whether to measure it too.
     """
+    torch._dynamo.reset()  # a graph for every shape, and no limit of them is reached
     with settings(case):
         ceilings = machine.ceilings(case.device, case.torch_dtype, case.precision, case.threads)
         student, teacher = features(case)

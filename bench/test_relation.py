@@ -26,6 +26,7 @@ def test_relation(benchmark, case: Case, name: str) -> None:
         pytest.skip(reason)
     if provider.bytes_needed(case) > machine.free_bytes(case.device):
         pytest.skip(f"needs at least {provider.bytes_needed(case) / 1e9:.1f} GB")
+    torch._dynamo.reset()  # a graph for every shape, and no limit of them is reached
     student, teacher = features(case)
     loss = provider.make(case)
     try:

@@ -353,7 +353,8 @@ def test_the_readme_shows_the_recorded_results():
 def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
     """At most 1.3 times the time of the best recorded backend, those available that were recorded.
 
-    By times taken side by side with eager's, where that was recorded: seconds alone are noisy. The reference is left out: it holds N x N arrays, which is what auto is there to avoid.
+    By times taken side by side with eager's, where that was recorded: seconds alone are noisy. The reference is left
+    out: it holds N x N arrays, which is what auto is there to avoid.
     """
     groups: dict[tuple[str, ...], dict[str, results.Row]] = {}
     for row in RECORDED:
