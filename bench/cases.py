@@ -198,9 +198,7 @@ def device_of(options: argparse.Namespace) -> str:
     """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ValueError(
-            f"--device {device}: expected cpu, or cuda, where torch sees a GPU"
-        )
+        raise ValueError(f"--device {device}: expected cpu, or cuda, where torch sees a GPU")
     return device
 
 
