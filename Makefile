@@ -13,8 +13,10 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
 
+# the second run has the Triton kernels in Triton's interpreter, which replaces the compiler in its whole process
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -15,9 +15,9 @@
 #include "common/index.h"
 #include "cpu/relation_tiles.h"
 
-// Found by kernels/native.py in the file, before anything of it is loaded.
+// Found by kernels/build.py in the file, before anything of it is loaded.
 extern "C" __attribute__((used, visibility("default"))) const char srpkd_built_for[] =
-    "srpkd-built-for-torch:" SRPKD_TORCH_VERSION ";";
+    "srpkd-built-for-torch:" SRPKD_TORCH_VERSION ";srpkd-built-from-sources:" SRPKD_SOURCES ";";
 
 namespace srpkd {
 namespace {

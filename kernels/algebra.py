@@ -80,6 +80,14 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def matmul_precision() -> str:
+    """The precision that torch is set to multiply float32 in: "highest", "high" (TF32) or "medium" (bfloat16)."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set backend by backend, through torch's newer interface
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def penalty(difference: Tensor, relation: Relation) -> Tensor:
     """rho(D), elementwise."""
     if relation.distance == "l1":
@@ -119,12 +127,16 @@ def scale_of(features: Tensor, relation: Relation, moment: Tensor | None = None)
 
 
 def scales_of(student: Tensor, teacher: Tensor, relation: Relation, dtype: torch.dtype) -> Scales:
-    """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), computed in ``dtype``."""
+    """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), in ``dtype``."""
     if relation.normalize == "none":
         return Scales(None, None, None)
-    student = student.to(dtype)
+    # TF32 and bfloat16 are too coarse for scales: float64 where float32 would be multiplied in them
+    coarse = matmul_precision() != "highest" and student.device.type != "mps"
+    exact = torch.float64 if coarse else dtype
+    student = student.to(exact)
     moment = student.mT @ student if relation.normalize == "row" else None
-    return Scales(scale_of(student, relation, moment), scale_of(teacher.to(dtype), relation), moment)
+    scales = Scales(scale_of(student, relation, moment), scale_of(teacher.to(exact), relation), moment)
+    return Scales(*(None if scale is None else scale.to(dtype) for scale in scales))
 
 
 def gradient_of(student: Tensor, tiles: Tiles, scales: Scales, relation: Relation) -> Tensor:

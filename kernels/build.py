@@ -32,7 +32,7 @@ BYTES_PER_JOB = 2**31  # the compilers of one source, torch's headers in it, sta
 # -fopenmp is for compiling alone: linked, it could bring a second OpenMP runtime beside the one that torch brings
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", *(["-fopenmp"] if sys.platform == "linux" else [])]
 NVCC_FLAGS = ["-O3", "-lineinfo"]
-MARK = re.compile(rb"srpkd-built-for-torch:([^;]*);")  # csrc/bindings.cpp leaves it in the binary
+MARKS = re.compile(rb"srpkd-built-(for-torch|from-sources):([^;]*);")  # csrc/bindings.cpp leaves them in the binary
 
 
 class BuildError(RuntimeError):
@@ -47,10 +47,17 @@ def setting() -> str:
     return value
 
 
-def built_for(library: Path) -> str | None:
-    """The version of torch that a binary was built for, read without loading it; None if it does not say."""
-    mark = MARK.search(library.read_bytes())
-    return mark[1].decode() if mark else None
+def why_stale(library: Path) -> str | None:
+    """Why a binary is of no use here, read without loading it: it would fail on a symbol, or worse, not fail.
+
+    None where it was built for this torch, and from these sources.
+    """
+    import torch
+
+    marks = {name.decode(): value.decode() for name, value in MARKS.findall(library.read_bytes())}
+    if (version := marks.get("for-torch")) != torch.__version__:
+        return f"it was built for torch {version}, and this is torch {torch.__version__}"
+    return None if marks.get("from-sources") == source_digest() else "it was built from other sources than these"
 
 
 # --- what to build with ---------------------------------------------------------------------------------------------
@@ -62,6 +69,15 @@ def sources(cuda: bool) -> list[Path]:
     if cuda:
         found += [*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")]
     return sorted(found)
+
+
+def source_digest() -> str:
+    """A hash of everything in csrc/."""
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.glob("**/*")):
+        if path.is_file() and path.suffix in (".cpp", ".cu", ".cuh", ".h"):
+            digest.update(path.relative_to(CSRC).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cuda_home() -> Path | None:
@@ -124,7 +140,8 @@ def flags(cuda: bool) -> list[str]:
     """The flags for the host's compiler."""
     import torch
 
-    macros = {"TORCH_VERSION": torch.__version__, "CUDA_ARCHITECTURES": architectures() if cuda else ""}
+    macros = {"TORCH_VERSION": torch.__version__, "SOURCES": source_digest()}
+    macros["CUDA_ARCHITECTURES"] = architectures() if cuda else ""
     return CXX_FLAGS + [f'-DSRPKD_{name}="{value}"' for name, value in macros.items()]
 
 
@@ -153,9 +170,6 @@ def cached_library() -> Path:
 
     cuda = why_no_cuda() is None
     digest = hashlib.sha256(repr((sys.version, torch.__version__, flags(cuda), NVCC_FLAGS)).encode())
-    for path in sorted(CSRC.glob("**/*")):
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
     return root / f"srpkd_{digest.hexdigest()[:16]}" / f"{NAME}.so"

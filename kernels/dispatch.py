@@ -5,7 +5,9 @@ A backend is a module of this package with
     relation_tiles(student, teacher, scales, relation, need_grad) -> Tiles     the one primitive
     why_not(device) -> str | None       why it cannot run there and what to do; None where it can
     SCALE_DTYPE                         optional: the least dtype that its scales are computed in
-    DISTANCES                           optional: the distances that it can do, all by default
+    DISTANCES, DTYPES                   optional: the distances, the dtypes that it can do, all by default
+    value_and_gradient(student, teacher, relation, need_grad)
+                                        optional: the function below, where it computes the algebra around the tiles too
 
 and a line in BACKENDS. ``reference`` alone brings ``relation_loss`` instead, which autograd differentiates.
 """
@@ -27,7 +29,8 @@ BACKENDS = {
     "reference": "the definition, materialised: N x N arrays, autograd's own gradient",
     "blocked": "PyTorch, a strip of rows at a time: any device",
     "closed_form": "the l2 distance exactly, through C x C matrices",
-    "native": "C++: tiles in the cache, symmetric, vectorised",
+    "native": "C++ for the CPU, tiles in the cache, each pair of blocks once; CUDA C++ for NVIDIA GPUs",
+    "triton": "one pass over tiles on an NVIDIA GPU, with the algebra around them: few launches",
 }
 
 
@@ -69,12 +72,17 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-def automatic(device: torch.device, relation: Relation) -> str:
+def automatic(device: torch.device, relation: Relation, dtype: torch.dtype = torch.float32) -> str:
     """The backend that ``auto`` stands for: the fastest that can run, by the measurements in bench/."""
     if relation.distance == "l2" and why_not("closed_form", device) is None:
         return "closed_form"
     if device.type == "cpu" and backend_module("native").ready(device):
         return "native"
+    if device.type == "cuda" and dtype != torch.float64:  # which has no kernels for the GPU
+        if why_not("triton", device) is None:
+            return "triton"
+        if backend_module("native").ready(device):
+            return "native"
     return "blocked"
 
 
@@ -90,10 +98,10 @@ def value_and_gradient(
 
     Raises:
         BackendUnavailable: the backend was asked for by name and cannot run on this device.
-        ValueError: the backend was asked for by name and cannot do this distance.
+        ValueError: the backend was asked for by name and cannot do this distance or dtype.
     """
     if backend == "auto":
-        backend = automatic(student.device, relation)
+        backend = automatic(student.device, relation, student.dtype)
     module = backend_module(backend)
     if (reason := module.why_not(student.device)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run on {student.device}: {reason}")
@@ -102,6 +110,13 @@ def value_and_gradient(
             f"backend={backend!r} computes distance in {module.DISTANCES} only, not {relation.distance!r}; "
             "use backend='auto'"
         )
+    if student.dtype not in (dtypes := getattr(module, "DTYPES", (student.dtype,))):
+        raise ValueError(
+            f"backend={backend!r} computes features in {', '.join(str(dtype)[6:] for dtype in dtypes)} only, not "
+            f"{str(student.dtype)[6:]}; use backend='auto', or convert them"
+        )
+    if hasattr(module, "value_and_gradient"):
+        return module.value_and_gradient(student, teacher, relation, need_grad)
     accumulator = algebra.accumulator(student.dtype)
     scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
     scales = algebra.scales_of(student, teacher, relation, scale_dtype)

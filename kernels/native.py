@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import build
+from . import device as nvidia
 from .algebra import Relation, Scales, Tiles
 
 # Pixels in a block, rounded up to a multiple of 16; 0: what suits the cache and the number of threads. Results are
@@ -68,12 +69,8 @@ def _existing() -> tuple[ModuleType | None, str | None]:
         if not library.exists():
             return None, None
         spec = importlib.util.spec_from_file_location(name, library)
-    # asked before it is loaded: a binary for another torch would fail on a symbol, or worse, not fail
-    if (version := build.built_for(Path(spec.origin))) != torch.__version__:
-        return None, (
-            f"it was built for torch {version}, and this is torch {torch.__version__}: install srpkd again, "
-            "with --no-build-isolation"
-        )
+    if reason := build.why_stale(Path(spec.origin)):
+        return None, f"{reason}: install srpkd again, with --no-build-isolation"
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -94,8 +91,8 @@ def why_not(device: torch.device) -> str | None:
         return reason
     if device.type == "cpu":
         return None
-    if device.type != "cuda":
-        return f"it has no code for {device.type}"
+    if reason := nvidia.why_not(device):
+        return reason
     if module is None:
         return build.why_no_cuda()
     return None if module.cuda_architectures else "it was built without its CUDA part"

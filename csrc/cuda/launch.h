@@ -1,0 +1,33 @@
+// A launch of the kernels of one precision. Each of the four files kernels_*.cu defines it for one of them, so that
+// they are compiled side by side, and the rest without nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "plan.h"
+
+#if defined(__CUDACC__)
+#include "relation_tiles.cuh"
+#endif
+
+namespace srpkd::cuda {
+
+template <Precision PRECISION>
+cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream);
+
+#if defined(__CUDACC__)
+template <Precision PRECISION>
+cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream) {
+  return with_config(std::integral_constant<Precision, PRECISION>{}, pixels_adjacent, u_channels, [&](auto config) {
+    using C = decltype(config);
+    const int bytes = shared_bytes<C>(p);
+    const cudaError_t error =
+        cudaFuncSetAttribute(relation_tiles<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    relation_tiles<C><<<dim3(p.images * p.channel_splits * p.blocks, p.splits), C::THREADS, bytes, stream>>>(p);
+    return cudaGetLastError();
+  });
+}
+#endif
+
+}  // namespace srpkd::cuda

@@ -1,0 +1,96 @@
+// How the work is cut for a GPU, and which kernel does it: what a launch needs and can be known without a GPU.
+#pragma once
+
+#include "config.h"
+
+namespace srpkd::cuda {
+
+constexpr int64_t MAX_SPLIT_BYTES = 64 << 20;  // of U, where splits of the columns have one each
+
+// The widest pieces, 16, 4 or 2 bytes, that features can be copied in; strides in elements.
+inline int copy_bytes(const void* data, int64_t image_stride, int64_t line_stride, int element_bytes) {
+  const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(image_stride * element_bytes) |
+                    static_cast<uintptr_t>(line_stride * element_bytes);
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+}
+
+// Calls f(Config<...>{}) for the kernels of one precision, an integral_constant.
+template <class P, class F>
+auto with_config(P, bool pixels_adjacent, int u_channels, F f) {
+  const auto with_layout = [&](auto adjacent) {
+    constexpr bool ADJACENT = decltype(adjacent)::value;
+    if (u_channels == 0) return f(Config<P::value, ADJACENT, 0>{});
+    if (u_channels == 64) return f(Config<P::value, ADJACENT, 64>{});
+    return f(Config<P::value, ADJACENT, 128>{});
+  };
+  return pixels_adjacent ? with_layout(std::true_type{}) : with_layout(std::false_type{});
+}
+
+// Calls f with the precision as an integral_constant.
+template <class F>
+auto with_precision(Precision precision, F f) {
+  switch (precision) {
+    case Precision::bf16:
+      return f(std::integral_constant<Precision, Precision::bf16>{});
+    case Precision::fp16:
+      return f(std::integral_constant<Precision, Precision::fp16>{});
+    case Precision::tf32:
+      return f(std::integral_constant<Precision, Precision::tf32>{});
+    default:
+      return f(std::integral_constant<Precision, Precision::tf32x3>{});
+  }
+}
+
+// Fills in what follows from the sizes of a kernel; as many panels of i are resident as `shared_limit` bytes allow.
+// Returns how many bytes it takes: more than the limit where that is too little for the ring alone.
+template <class C>
+int fill_sizes(Params& p, int shared_limit) {
+  for (int i = 0; i < 2; ++i) p.panels[i] = static_cast<int>(ceil_div(p.features[i].channels, C::PANEL_CHANNELS));
+  p.blocks = static_cast<int>(ceil_div(p.pixels, TILE));
+  p.channel_splits = C::GRAD ? static_cast<int>(ceil_div(p.features[1].channels, C::U_CHANNELS)) : 1;
+  p.resident = p.panels[0] + p.panels[1];
+  if (shared_bytes<C>(p) > shared_limit) {
+    p.resident = 0;
+    if (shared_bytes<C>(p) < shared_limit) p.resident = (shared_limit - shared_bytes<C>(p)) / PANEL;
+  }
+  return shared_bytes<C>(p);
+}
+
+// In how many splits of the columns the work takes least time on a GPU that runs `concurrent` blocks of threads at
+// once. A block takes a step for each block of columns, and about two more to begin and to end.
+template <class C>
+int best_splits(const Params& p, int concurrent) {
+  const int64_t blocks = int64_t{p.images} * p.blocks * p.channel_splits;
+  const int64_t steps = walk_of(0, p.blocks, C::GRAD, 0, 1).steps;
+  const int64_t U_bytes = C::GRAD ? int64_t{p.images} * p.pixels * p.features[1].channels * 4 : 0;
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t splits = 1; splits <= steps && (splits == 1 || splits * U_bytes <= MAX_SPLIT_BYTES); ++splits) {
+    const int64_t time = ceil_div(blocks * splits, concurrent) * (ceil_div(steps, splits) + 2);
+    if (time < least) best = splits, least = time;
+  }
+  return static_cast<int>(best);
+}
+
+// A GPU, as far as it matters here.
+struct Device {
+  int multiprocessors, shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; reserved: for each block
+};
+
+// Fills in everything that follows from the features, and gives the channels of U that a block of threads owns: 64, or
+// 128 where the student has more and the ring has the room. Still more are met in several blocks, each with its own K.
+inline int plan(Params& p, Precision precision, bool grad, const Device& device) {
+  return with_precision(precision, [&](auto chosen) {
+    int channels = !grad ? 0 : p.features[1].channels <= 64 ? 64 : 128;
+    const auto fits = [&](auto config) {
+      using C = decltype(config);
+      const int bytes = fill_sizes<C>(p, device.shared_of_block);
+      const int concurrent = minimum(C::MIN_BLOCKS, device.shared_of_multiprocessor / (bytes + device.shared_reserved));
+      p.splits = best_splits<C>(p, device.multiprocessors * (concurrent < 1 ? 1 : concurrent));
+      return bytes <= device.shared_of_block;
+    };
+    if (!with_config(chosen, false, channels, fits) && channels == 128) with_config(chosen, false, channels = 64, fits);
+    return channels;
+  });
+}
+
+}  // namespace srpkd::cuda

@@ -1,0 +1,129 @@
+// What the kernels ask of the hardware, sm_80 and newer: one function for every instruction that C++ cannot say.
+// tests/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
+#pragma once
+
+#include "config.h"
+
+#define SRPKD_DEVICE __device__ __forceinline__
+
+namespace srpkd::cuda {
+
+using Address = uint32_t;  // of a byte in shared memory
+
+// Volatile, so that they are read again rather than kept in a register for long.
+SRPKD_DEVICE int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0 && index < 1024);
+  return index;
+}
+SRPKD_DEVICE int block_index(int axis) {
+  int index;
+  if (axis == 0)
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  else
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(index));
+  __builtin_assume(index >= 0);
+  return index;
+}
+SRPKD_DEVICE void sync_block() { __syncthreads(); }
+
+SRPKD_DEVICE Address shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return static_cast<Address>(__cvta_generic_to_shared(memory));
+}
+
+// Of 4, 8 or 16 bytes, aligned to as many.
+template <typename T>
+SRPKD_DEVICE T load_shared(Address from) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(from));
+}
+template <typename T>
+SRPKD_DEVICE void store_shared(Address to, T value) {
+  *static_cast<T*>(__cvta_shared_to_generic(to)) = value;
+}
+
+template <typename T>
+SRPKD_DEVICE T load_global(const T* from) {
+  return __ldg(from);
+}
+template <typename T>
+SRPKD_DEVICE void store_global(T* to, T value) {
+  *to = value;
+}
+
+// Starts to copy `valid` of BYTES bytes from global memory; the others become zeros.
+template <int BYTES>
+SRPKD_DEVICE void copy_async(Address to, const void* from, int valid) {
+  if constexpr (BYTES == 16)  // .cg: past the first-level cache, as each block reads a panel once
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(valid)
+                 : "memory");
+}
+// Makes one group of the copies that this thread has started since the last one.
+SRPKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most LEFT of this thread's groups are still under way. Others see its copies after sync_block().
+template <int LEFT>
+SRPKD_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes, of which lane l points at row l % 8 of matrix l / 8. Register m gets four bytes
+// of matrix m: row lane / 4, bytes 4 * (lane % 4) on; TRANSPOSED (16-bit elements): column lane / 4, two rows.
+template <bool TRANSPOSED>
+SRPKD_DEVICE void load_matrices(uint32_t (&r)[4], Address row) {
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
+}
+
+// sum (16 x 8) += a (16 x k) b (k x 8). The fragments of a lane, with g = lane / 4 and t = lane % 4:
+//   sum     (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+//   16-bit  k = 16, two elements to a register: a (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);
+//           b (2t.., g), (2t + 8.., g)
+//   tf32    k = 8: a (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b (t, g), (t + 4, g)
+template <typename T>
+SRPKD_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define SRPKD_MMA(SHAPE)                                                                           \
+  asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (sizeof(T) == 4)
+    SRPKD_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  else if constexpr (std::is_same_v<T, Half>)
+    SRPKD_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  else
+    SRPKD_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+#undef SRPKD_MMA
+}
+
+template <typename T>
+SRPKD_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
+
+SRPKD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+SRPKD_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
+
+// The lower (UPPER = false) or upper of the two elements in a register, as a float: exact, and a tf32 too.
+template <typename T, bool UPPER>
+SRPKD_DEVICE uint32_t widen(uint32_t pair) {
+  if constexpr (std::is_same_v<T, Half>) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(UPPER ? pair >> 16 : pair)));
+    return as_bits(value);
+  } else {
+    return UPPER ? pair & 0xffff0000u : pair << 16;
+  }
+}
+
+// A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 where both are equal.
+SRPKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+
+}  // namespace srpkd::cuda
