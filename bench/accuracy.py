@@ -1,0 +1,78 @@
+"""Error of every backend against float64 as the student converges to its teacher.
+
+    python -m bench accuracy
+
+The student's features are the teacher's plus noise of a given size. The smaller it is, the smaller are the differences
+of the two relation matrices, and the more of l1's signs are turned by rounding. Errors are relative to float64 on the
+same, rounded features: what is shown is what a backend loses, not what its input lost. On a GPU float32 features are
+tried with every precision of ``torch.set_float32_matmul_precision``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS
+
+from . import cases, gate, machine, plot, results
+from .cases import Case, features, settings
+from .providers import PROVIDERS
+
+RESULTS = results.FOLDER / "accuracy.csv"
+KEY = ("provider", "noise", "dtype", "precision", "normalize", "distance", "pixels", "channels", "batch", "device")
+NOISES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pixels", type=int, default=1024, metavar="N", help="%(default)s")
+    parser.add_argument("--channels", type=int, default=64, metavar="C", help="of student and teacher (%(default)s)")
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, default="row")
+    parser.add_argument("--distance", choices=DISTANCES, default="l1")
+    parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help="%(default)s; the picture lies beside")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, write the rows and the picture."""
+    device = cases.device_of(options)
+    base = Case(
+        options.pixels,
+        (options.channels, options.channels),
+        normalize=options.normalize,
+        distance=options.distance,
+        device=device,
+        threads=torch.get_num_threads(),
+    )
+    kinds = [(dtype, "highest") for dtype in ("float32", "bfloat16", "float16")]
+    if device != "cpu":  # precision chooses among the units of a GPU
+        kinds[1:1] = [("float32", "high"), ("float32", "medium")]
+    for dtype, precision in kinds:
+        case = replace(base, dtype=dtype, precision=precision)
+        with settings(case):
+            rows = [row for noise in NOISES for row in errors_at(noise, case)]
+        results.upsert(options.out, rows, KEY)
+        print(f"{dtype}, {precision}: " + ", ".join(dict.fromkeys(row["provider"] for row in rows)), flush=True)
+    print(options.out, *plot.draw_accuracy(results.read(options.out), options.out.parent), sep="\n")
+
+
+def errors_at(noise: float, case: Case) -> list[dict[str, Any]]:
+    """A row for eager PyTorch and for every backend that can run: relative errors of loss and gradient."""
+    teacher, other = features(case)
+    student = (teacher.float() + noise * other.float()).to(teacher.dtype)
+    expected = gate.truth(student, teacher, case)
+    rows = []
+    for name in ("eager", *BACKENDS):
+        provider = PROVIDERS[name]
+        if provider.why_not(case) is not None:
+            continue
+        found = gate.judge(provider.make(case), case, student, teacher, expected)
+        rows.append(
+            {"provider": name, "noise": noise, "device": machine.device_name(case.device), **case.columns()}
+            | {"loss": expected.loss.item(), "loss_error": found.loss, "gradient_error": found.gradient}
+            | machine.versions()
+        )
+    return rows

@@ -1,0 +1,169 @@
+"""Time and memory of functions: interleaved rounds, and the peak above what was there before.
+
+On a shared machine the seconds of one function differ by tens of percent from minute to minute, and those of its
+neighbours with them. So all providers of a case take turns, round by round: every round gives ratios of times that
+were taken side by side, and the median of these is what is reported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .cases import Case, features
+from .machine import synchronize
+from .providers import PROVIDERS, evaluate
+
+SAMPLE_SECONDS = 5e-3  # a sample on the CPU lasts at least so long, that the clock's reading is nothing beside it
+ROUNDS = (3, 50)
+
+
+def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:
+    """Seconds of one call, by the host's clock; on a GPU until it has nothing left to do."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], estimates: Mapping[str, float], device: str, budget: float
+) -> dict[str, list[float]]:
+    """Seconds a call of every function, round by round; each round starts with another one.
+
+    Args:
+        functions: by name, warmed up.
+        estimates: seconds that a call takes, roughly.
+        budget: seconds to spend on all rounds; there are at least ROUNDS[0] all the same, and at most ROUNDS[1].
+    """
+    names = list(functions)
+    repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / estimates[name])) for name in names}
+    cost = sum(estimates[name] * repeats[name] for name in names)
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / max(cost, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    sample = _cpu_sample if device == "cpu" else _gpu_sampler(device)
+    for number in range(rounds):
+        start = number % len(names) if names else 0
+        for name in names[start:] + names[:start]:
+            samples[name].append(sample(functions[name], repeats[name]))
+    return samples
+
+
+def _cpu_sample(function: Callable[[], object], repeats: int) -> float:
+    return seconds_of(function, "cpu", repeats)
+
+
+def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:
+    """Between two events, one call, after the second-level cache was overwritten.
+
+    While the GPU overwrites it, the host already launches: its own time shows only where it is the longer.
+    """
+    flush = torch.empty(2**28, dtype=torch.int8, device=device)
+
+    def sample(function: Callable[[], object], repeats: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    return sample
+
+
+def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
+    """How many times faster than the baseline: the median over rounds of paired ratios.
+
+    That of the medians where one of the two was timed once.
+    """
+    if len(samples) != len(baseline):
+        return statistics.median(baseline) / statistics.median(samples)
+    return statistics.median(theirs / ours for ours, theirs in zip(samples, baseline))
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """The median and the 20th and 80th percentiles, in seconds, as columns."""
+    values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return dict(zip(("median_s", "p20_s", "p80_s"), values.tolist()))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_on_gpu(call: Callable[[], object], device: str) -> int:
+    """The most memory that a call, which is warm, holds beside its inputs, its results counted: the allocator's."""
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
+    """The same on the CPU, by the resident memory of a process of its own; None where nothing tells (but on Linux).
+
+    The process is forked from one that never ran anything: threads do not survive a fork.
+
+    Args:
+        warm: call it once before: what a first call alone allocates is not counted.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_in_child, args=(sender, provider, case, warm))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        result = None  # it was killed
+    process.join()
+    return result
+
+
+def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        # glibc: arrays go back to the system when they are freed, not into a reserve of unknown size
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        library.mallopt(m_mmap_threshold, 2**16)
+        library.mallopt(m_trim_threshold, 0)
+    torch.set_num_threads(case.threads)
+    student, teacher = features(case)
+    loss = PROVIDERS[provider].make(case)
+    call = partial(evaluate, loss, student, teacher, case)
+    if warm:
+        call()
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        sender.send(None)
+        return
+    before = _status("VmRSS")
+    result = call()
+    sender.send(_status("VmHWM") - before)
+    del result
+
+
+def _status(key: str) -> int:
+    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/{os.getpid()}/status has no {key}")

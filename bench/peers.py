@@ -1,0 +1,94 @@
+"""What one would use in place of srpkd: the relation loss as people write it, and the usual ways to make it smaller.
+
+All are written on two functions, the rows I of a relation matrix and the distance of two such strips. Features are
+(B, N, C), the loss is the mean over the batch, a scalar.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from srpkd.kernels import Relation
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Elements of one strip's matrix: on a CPU it fits in the cache, on a GPU it fills the device.
+STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+LEAST_ROWS = 128  # with fewer, every strip's gradients for all pixels take longer than its own work
+
+
+def relation_rows(features: Tensor, rows: slice, relation: Relation) -> Tensor:
+    """The rows I of the relation matrix: (B, N, C) -> (B, I, N)."""
+    if relation.normalize == "cosine":
+        features = F.normalize(features, dim=-1)
+    gram = features[:, rows] @ features.mT
+    return F.normalize(gram, dim=-1) if relation.normalize == "row" else gram
+
+
+def mean_distance(ours: Tensor, theirs: Tensor, relation: Relation) -> Tensor:
+    """The mean of rho(ours - theirs), a scalar."""
+    if relation.distance == "l1":
+        return F.l1_loss(ours, theirs)
+    if relation.distance == "l2":
+        return F.mse_loss(ours, theirs)
+    return F.huber_loss(ours, theirs, delta=relation.delta)
+
+
+def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation) -> Tensor:
+    """The mean over the pairs of the rows I: (B, N, C_s), (B, N, C_t) -> scalar."""
+    return mean_distance(
+        relation_rows(student, rows, relation), relation_rows(teacher, rows, relation).detach(), relation
+    )
+
+
+def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
+    """Strips of rows, and the share of all rows that each holds."""
+    batch, pixels, _ = student.shape
+    size = max(LEAST_ROWS, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
+    for start in range(0, pixels, size):
+        stop = min(start + size, pixels)
+        yield slice(start, stop), (stop - start) / pixels
+
+
+def eager(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """The relation loss as people write it: all N x N matrices at once."""
+    return strip_loss(student, teacher, slice(None), relation)
+
+
+def chunked(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """Strip by strip, each computed again for the backward pass (non-reentrant checkpointing)."""
+    total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
+    for rows, share in strips(student):
+        total = total + share * checkpoint(strip_loss, student, teacher, rows, relation, use_reentrant=False)
+    return total
+
+
+def keops(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """Symbolic matrices of KeOps, reduced without being stored."""
+    os.environ.setdefault("PYKEOPS_VERBOSE", "0")  # it is read when pykeops is imported
+    from pykeops.torch import Vi, Vj
+
+    def matrix(features: Tensor):
+        if relation.normalize == "cosine":
+            features = F.normalize(features, dim=-1)
+        features = features.contiguous()
+        gram = Vi(features) | Vj(features)
+        if relation.normalize != "row":
+            return gram
+        return gram * Vi((gram * gram).sum(dim=1).clamp_min(1e-24).rsqrt())
+
+    total = 0
+    for ours, theirs in zip(student, teacher):
+        difference = matrix(ours) - matrix(theirs)
+        if relation.distance == "l1":
+            distance = difference.abs()
+        elif relation.distance == "l2":
+            distance = difference**2
+        else:
+            inside = difference.clamp(-relation.delta, relation.delta)
+            distance = inside * (difference - 0.5 * inside)
+        total = total + distance.sum(dim=1).sum()
+    return total / (student.shape[0] * student.shape[1] ** 2)

@@ -1,0 +1,42 @@
+"""The relation benchmark for people who live in pytest: ``pytest bench --benchmark-only``.
+
+The gate and the reasons are those of ``python -m bench relation``; ``--benchmark-compare`` and the like are
+pytest-benchmark's. A plain ``pytest`` does not collect this folder.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from . import cases, gate, machine
+from .cases import Case, features
+from .providers import PROVIDERS, CannotRun, evaluate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = cases.sweep("quick", DEVICE, {"mode": cases.MODES, "threads": (torch.get_num_threads(),)})
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.pixels}-{case.mode}")
+def test_relation(benchmark, case: Case, name: str) -> None:
+    benchmark.group = case.describe()
+    provider = PROVIDERS[name]
+    if (reason := provider.why_not(case)) is not None:
+        pytest.skip(reason)
+    if provider.bytes_needed(case) > machine.free_bytes(case.device):
+        pytest.skip(f"needs at least {provider.bytes_needed(case) / 1e9:.1f} GB")
+    torch._dynamo.reset()  # a graph for every shape, and no limit of them is reached
+    student, teacher = features(case)
+    loss = provider.make(case)
+    try:
+        found = gate.judge(loss, case, student, teacher, gate.truth(student, teacher, case))
+    except CannotRun as error:
+        pytest.skip(str(error))
+    assert gate.why_wrong(found, case) is None
+
+    def call() -> None:
+        evaluate(loss, student, teacher, case)
+        machine.synchronize(case.device)
+
+    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
