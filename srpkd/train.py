@@ -323,7 +323,8 @@ def main(arguments: list[str] | None = None) -> None:
             record = execute(plan)
         except (DataError, CheckpointError, Diverged) as error:
             sys.exit(f"error: {error}")
-        parallel.say(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
+        if parallel.rank() == 0:
+            print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@ import json
 import random
 import shlex
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fork_server import serving
 
 from srpkd.checkpoint import CheckpointError, load_weights
 from srpkd.config import parse_arguments
@@ -42,21 +41,8 @@ Server = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """server(arguments, cwd, kill): the return code of a run; negative for the signal that killed it."""
-    with subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("killed.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-
-        def request(arguments: list[str], cwd: Path, kill: tuple[str, int] | None = None) -> int:
-            process.stdin.write(json.dumps({"arguments": arguments, "cwd": str(cwd), "kill": kill}) + "\n")
-            process.stdin.flush()
-            return int(process.stdout.readline())
-
-        yield request
-        process.stdin.close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
