@@ -336,10 +336,11 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
                 f"batch_size={self.batch_size} cannot be shared out evenly to {processes} processes: "
                 f"--batch_size {processes}, or a multiple of it"
             )
-        if processes > 1 and self.torch_device.type == "cuda" and self.torch_device.index >= torch.cuda.device_count():
+        device = self.torch_device
+        if processes > 1 and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(
-                f"process {self.torch_device.index} of this machine has no GPU of its own: torch sees "
-                f"{torch.cuda.device_count()}; torchrun --nproc_per_node with that number, or --device cpu"
+                f"process {device.index} of this machine has no GPU of its own, torch sees "
+                f"{torch.cuda.device_count()}: torchrun --nproc_per_node with that number, or --device cpu"
             )
 
     def _check_arms(self) -> None:

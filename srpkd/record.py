@@ -43,16 +43,14 @@ class RunRecord:
         elapsed = 0.0
         self._metrics = None
         if parallel.rank() == 0:
-            path = folder / "metrics.jsonl"
+            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             if resumed is None:
                 with atomic_write(folder / "config.yaml") as file:
                     file.write(config.encode())
             else:
                 for leftover in folder.rglob(".*.tmp"):
                     leftover.unlink()
-                if path.exists():
-                    os.truncate(path, min(path.stat().st_size, resumed["metrics_bytes"]))
-            self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
+                self._metrics.truncate(min(os.fstat(self._metrics.fileno()).st_size, resumed["metrics_bytes"]))
         if resumed is not None:
             self.report, elapsed = json.loads(resumed["report"]), resumed["elapsed"]
         self.report["status"] = "running"

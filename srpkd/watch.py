@@ -68,7 +68,9 @@ def import_watchers(config: TrainConfig) -> dict[str, ModuleType]:
             try:
                 packages[name] = import_module(module)
             except ImportError as error:
-                raise ImportError(f"--{name} needs the package {name}: pip install {name}, or leave it out") from error
+                raise ImportError(
+                    f'--{name} needs the package {name}: pip install "srpkd[{name}]", or leave it out'
+                ) from error
     return packages
 
 

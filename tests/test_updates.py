@@ -137,6 +137,24 @@ def test_a_step_with_a_loss_that_is_not_finite_is_left_out(model, network, culpr
     assert (objective.updates.skipped, objective.updates.in_a_row) == (1, 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+def test_on_a_gpu_too(model, precision):
+    objective = fit.make_objective(options(model, device="cuda", precision=precision, clip_grad_norm=1), 0, {})
+    batch = {side: image.cuda() for side, image in images().items()}
+    objective.step(batch)
+    before = weights(objective)
+    spoiled = {side: image.clone() for side, image in batch.items()}
+    spoiled["A"][:] = math.nan
+    objective.step(spoiled)
+    assert not changed(before, objective) and objective.updates.skipped == 1
+    for _ in range(12):
+        losses = objective.step(batch)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert changed(before, objective) == objective.networks.keys()
+
+
 def test_the_second_update_may_be_left_out_alone():
     objective = fit.make_objective(options(), 0, {})
     before = weights(objective)

@@ -80,7 +80,7 @@ def test_a_package_that_is_missing_is_said_first(tmp_path, monkeypatch, name):
     for module in ("torch.utils.tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
     assert import_watchers(parse_arguments(ARGUMENTS)) == {}
-    with pytest.raises(SystemExit, match=f"error: --{name} needs the package {name}: pip install {name}, or leave it"):
+    with pytest.raises(SystemExit, match=rf"--{name} needs the package {name}: pip install \"srpkd\[{name}\]\""):
         train.main([*ARGUMENTS, f"--{name}"])
     assert not list(tmp_path.iterdir())
 
