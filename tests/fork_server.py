@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from srpkd import checkpoint, objectives, record, results, state, train
+from srpkd import objectives, record, results, state, train
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -54,7 +54,6 @@ WAYS = {
     "evaluate": lambda n: setattr(results, "evaluate", at(n, results.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
     "rename": lambda n: setattr(state, "os", type("", (), {"replace": at(n, os.replace)})),
-    "fsync": lambda n: setattr(checkpoint.os, "fsync", at(n, os.fsync)),
 }
 
 

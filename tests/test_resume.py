@@ -94,23 +94,17 @@ def assert_equal(run: Path, other: Path) -> None:
 KILLS = {
     "pix2pix": [
         [("step", 1)],
-        [("step", 2)],
         [("step", 4)],
-        [("step", 6)],
         [("step", 7)],
         [("step", 10)],  # in the first arm, with a state of its own
-        [("step", 18)],
         [("save", 3)],  # of the teacher's second state
         [("save", 5)],  # of its weights
-        [("save", 9)],
         [("rename", 2)],  # the older of two states has got its new name, the newer one not
         [("rename", 5)],
-        [("fsync", 12)],
         [("evaluate", 1)],
-        [("evaluate", 3)],
         [("step", 3), ("step", 3), ("save", 2), ("rename", 3), ("step", 2)],
     ],
-    "cycle_gan": [[("step", 4)], [("step", 9), ("save", 2)], [("step", 12)]],
+    "cycle_gan": [[("step", 9), ("save", 2)], [("step", 12)]],
 }
 
 
@@ -131,7 +125,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(server, undisturbed, t
     assert_equal(cwd / "runs/run", expected)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_state_is_passed_over(server, undisturbed, root, damage):
     cwd = root / f"damaged {damage}"
     cwd.mkdir()
@@ -141,7 +135,7 @@ def test_a_damaged_state_is_passed_over(server, undisturbed, root, damage):
     middle = len(content) // 2
     # enough bits that not all of them are padding
     flipped = content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 256]) + content[middle + 256 :]
-    newest.write_bytes({"cut": content[:middle], "flipped": flipped, "empty": b""}[damage])
+    newest.write_bytes({"cut": content[:middle], "flipped": flipped}[damage])
     assert server(["--resume", "runs/run"], cwd) == 0
     assert "state.pt is damaged" in (cwd / "log").read_text()
     assert "going on from state.previous.pt" in (cwd / "log").read_text()
