@@ -6,8 +6,10 @@ a later one wins over an earlier: the defaults here, --preset files, --config fi
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 import yaml
+
+from .parallel import launched
 
 WORLD = ":world:"  # a dataroot that names the generated data set instead of a folder
 
@@ -100,7 +104,8 @@ class TeacherOptions:
 
     Args:
         teacher: its weights: latest_net_G.pth for pix2pix; for cycle_gan latest_net_G_A.pth, with which
-            latest_net_G_B.pth beside it is taken too; or the folder that holds them.
+            latest_net_G_B.pth beside it is taken too; or the folder that holds them, also that of a run which
+            trained a teacher.
         teacher_B: cycle_gan: weights of its generator B to A, where they lie elsewhere.
         teacher_netG: architecture of a teacher that the run trains itself, before the student, if there is no
             `teacher` to load (whose file tells its architecture); with neither there is no teacher.
@@ -167,7 +172,7 @@ class RunOptions:
         n_epochs: epochs at the full learning rate.
         n_epochs_decay: epochs over which it then falls linearly towards 0.
         epoch_steps: steps in an epoch; by default one pass over the images.
-        batch_size: images (pairs) a step.
+        batch_size: images (pairs) a step, of all processes together.
         lr: Adam's learning rate.
         beta1: Adam's first momentum.
         seed: of everything random.
@@ -175,9 +180,24 @@ class RunOptions:
             training); by default one.
         seeds: how often each is trained, with seeds of its own.
         time_budget: seconds after which no further seed is begun (at least two are run).
+        ema: decay of a moving average of the generators' weights, such as 0.999, which is then what is kept,
+            measured and shown; by default none.
+        clip_grad_norm: largest norm of a group's gradients, which are scaled down to it; by default any.
+        train_mode_norm: measure and use generators with the batch's own statistics in their batch norms, as
+            pix2pix has it, and not with the running ones; dropout is off either way.
+        precision: fp32, bf16 or fp16: of what autocast runs in 16 bits.
+        compile: torch.compile the networks.
+        channels_last: keep images and weights in that memory format.
         device: cpu, cuda, cuda:1, ...; by default a GPU where there is one.
+        resume: name or folder of a run that was stopped: go on with it. Its options stay as they are, but for
+            device, num_threads, time_budget, runs_dir and what only watches.
         print_freq: steps between two lines of metrics.jsonl.
+        save_latest_freq: steps between two states that a run can be resumed from.
         save_epoch_freq: epochs between two kept checkpoints; the latest is always kept.
+        update_html_freq: steps between two updates of the page during training: its curves and samples.
+        tensorboard: write <run>/tensorboard too (needs the package tensorboard).
+        wandb: log to Weights & Biases too (needs the package wandb, and `wandb login`).
+        trackio: log to a local Trackio dashboard too (needs the package trackio).
         samples: test images shown in the report.
     """
 
@@ -193,9 +213,21 @@ class RunOptions:
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: int = 1
     time_budget: float | None = None
+    ema: float | None = None
+    clip_grad_norm: float | None = None
+    train_mode_norm: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
     device: str | None = None
+    resume: str | None = None
     print_freq: int = 10
+    save_latest_freq: int = 1000
     save_epoch_freq: int = 50
+    update_html_freq: int = 1000
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
     samples: int = 6
 
 
@@ -205,7 +237,15 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
 
     @property
     def torch_device(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """What `device` says, or a GPU where there is one; its own for each process of torchrun."""
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return device
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @property
     def is_world(self) -> bool:
@@ -214,6 +254,11 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
     @property
     def distils(self) -> bool:
         return bool(self.teacher or self.teacher_netG)
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether a student would learn anything from a teacher, if it has one."""
+        return any((self.lambda_kd, self.lambda_srp, self.lambda_feature))
 
     def resolved(self) -> TrainConfig:
         """The same with what stands open filled in by the model's customs, as the public code does.
@@ -231,7 +276,6 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_n_epochs": self.n_epochs,
             "teacher_n_epochs_decay": self.n_epochs_decay,
             "teacher_max_dataset_size": self.max_dataset_size,
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
         }
         if self.teacher:
             self = replace(self, teacher_netG=None)
@@ -255,17 +299,21 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_ngf": 1, "pool_size": 0, "lambda_L1": 0, "lambda_A": 0, "lambda_B": 0, "lambda_identity": 0,
             "lambda_kd": 0, "lambda_srp": 0, "lambda_feature": 0, "n_epochs": 0, "n_epochs_decay": 0,
             "teacher_n_epochs": 0, "teacher_n_epochs_decay": 0, "epoch_steps": 1, "batch_size": 1, "beta1": 0,
-            "seeds": 1, "time_budget": 0, "print_freq": 1, "save_epoch_freq": 1, "samples": 0,
+            "seeds": 1, "time_budget": 0, "print_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1,
+            "update_html_freq": 1, "samples": 0, "ema": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not value >= bound:
                 raise ValueError(f"{name}={value}: expected at least {bound}")
-        for name in ("lr", "delta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0")
-        if not self.beta1 < 1:
-            raise ValueError(f"beta1={self.beta1}: expected a number below 1")
+        for name in ("lr", "delta", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: expected a number above 0")
+        for name in ("beta1", "ema"):
+            value = getattr(self, name)
+            if value is not None and not value < 1:
+                raise ValueError(f"{name}={value}: expected a number below 1")
         if self.n_epochs + self.n_epochs_decay == 0:
             raise ValueError("n_epochs and n_epochs_decay are both 0: nothing would be trained")
         if self.teacher_netG and self.teacher_n_epochs + self.teacher_n_epochs_decay == 0:
@@ -276,8 +324,24 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             raise ValueError("world_pairs=1: an unpaired task needs two scenes at least, one for each side")
         if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r}: expected a plain name for a folder inside {self.runs_dir}")
-        _check_device(self.device)
+        if self.device:
+            _check_device(self.device)
+        self._check_processes()
         self._check_arms()
+
+    def _check_processes(self) -> None:
+        processes = launched()
+        if self.batch_size % processes:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be shared out evenly to {processes} processes: "
+                f"--batch_size {processes}, or a multiple of it"
+            )
+        device = self.torch_device
+        if processes > 1 and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {device.index} of this machine has no GPU of its own, torch sees "
+                f"{torch.cuda.device_count()}: torchrun --nproc_per_node with that number, or --device cpu"
+            )
 
     def _check_arms(self) -> None:
         if self.arms and not self.distils:
@@ -307,7 +371,13 @@ GROUPS = (DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunOptions)
 OPTIONS = {entry.name: entry for group in GROUPS for entry in fields(group)}
 # what may set one student apart from the next: all see the same images, teacher, seeds and device
 ARM_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for entry in fields(group)} - {"model"} | {
-    "n_epochs", "n_epochs_decay", "epoch_steps", "batch_size", "lr", "beta1", "max_dataset_size", "no_flip",
+    "n_epochs", "n_epochs_decay", "epoch_steps", "batch_size", "lr", "beta1", "max_dataset_size", "no_flip", "ema",
+    "clip_grad_norm",
+}  # fmt: skip
+# what a resumed run may be told anew: its results hang on none of them
+RESUME_OPTIONS = {
+    "resume", "runs_dir", "device", "num_threads", "time_budget", "update_html_freq", "save_latest_freq", "tensorboard",
+    "wandb", "trackio",
 }  # fmt: skip
 
 
@@ -321,8 +391,29 @@ def check_keys(options: Any, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: expected options as `name: value` lines, received {type(options).__name__}")
     for name in options:
         if name not in OPTIONS:
-            raise ValueError(f"{source}: there is no option {name!r}{_nearest(str(name), OPTIONS)}")
+            raise ValueError(f"{source}: there is no option {name!r}{_public(name) or _nearest(str(name), OPTIONS)}")
     return options
+
+
+def teacher_config(config: TrainConfig) -> TrainConfig:
+    """The options of a teacher that the run trains itself."""
+    return replace(
+        config,
+        netG=config.teacher_netG,
+        ngf=config.teacher_ngf,
+        n_epochs=config.teacher_n_epochs,
+        n_epochs_decay=config.teacher_n_epochs_decay,
+        max_dataset_size=config.teacher_max_dataset_size,
+    )
+
+
+def arm_config(config: TrainConfig, name: str) -> TrainConfig:
+    """The options of one arm, checked; errors name it."""
+    options = check_keys(config.arms[name], f"arm {name!r}")
+    try:
+        return replace(config, **options).resolved()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"arm {name!r}: {error}") from error
 
 
 def presets() -> list[str]:
@@ -367,7 +458,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     parser = ArgumentParser(
         prog="python -m srpkd.train",
-        usage="python -m srpkd.train [--preset NAME] [--config FILE] [--OPTION VALUE ...]   (--help lists the options)",
+        usage="python -m srpkd.train [--preset NAME] [--config FILE] [--resume RUN] [--OPTION VALUE ...]   "
+        "(--help lists the options)",
         description="Train a generator, or distil a small one from a large one with the relation loss. "
         "Without arguments: the demo, on generated images. Presets: " + ", ".join(presets()) + ".",
         exit_on_error=False,
@@ -379,7 +471,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 
     try:
         flags, files = _split(sys.argv[1:] if arguments is None else arguments)
-        options: dict[str, Any] = {}
+        options = _resumed_options(flags, files)
         for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
             options |= read_preset(value) if kind == "preset" else read_config(value)
         # files become flags that come first, so that the parser checks them alike and flags win
@@ -390,9 +482,49 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
             except ArgumentError as error:
                 raise ValueError(f"arm {arm!r}: {_plain(str(error))}") from error
             parsed.arms[arm] = {name: typed[name] for name in own}
-        return TrainConfig(**{name: parsed[name] for name in OPTIONS}).resolved()
+        config = TrainConfig(**{name: parsed[name] for name in OPTIONS})
+        if config.resume is not None:
+            config.resume = str(run_folder(config.resume, config.runs_dir))
+        return config.resolved()
     except (ValueError, ArgumentError) as error:
         parser.exit(2, f"{parser.format_usage()}error: {_plain(str(error))}\n")
+
+
+def run_folder(resume: str, runs_dir: str) -> Path:
+    """The folder of a run that is given by its path, or by its name.
+
+    Raises:
+        ValueError: there is none; names the runs that there are.
+    """
+    found = [path for path in (Path(runs_dir) / resume, Path(resume).expanduser()) if (path / "config.yaml").is_file()]
+    if not found:
+        there = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
+        raise ValueError(
+            f"--resume {resume}: there is no such run, neither by this path nor in {runs_dir}, "
+            f"where there {'are ' + ', '.join(there) if there else 'is none'}"
+        )
+    return found[0]
+
+
+def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The options of the run that --resume names, if it stands among the flags.
+
+    Raises:
+        ValueError: there is no such run, or other options stand beside it that a run cannot change any more.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    parser.add_argument("--runs_dir", default=RunOptions.runs_dir)
+    known = parser.parse_known_args(flags)[0]
+    if known.resume is None:
+        return {}
+    given = [flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")] + [kind for kind, _ in files]
+    if fixed := [name for name in dict.fromkeys(given) if name not in RESUME_OPTIONS]:
+        raise ValueError(
+            f"--resume goes on with a run as it is: leave out {', '.join(f'--{name}' for name in fixed)}, or start "
+            f"another run; it takes {', '.join(f'--{name}' for name in sorted(RESUME_OPTIONS - {'resume'}))}"
+        )
+    return read_config(str(run_folder(known.resume, known.runs_dir) / "config.yaml"))
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -414,7 +546,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
                 raise ValueError(f"--{name} needs a value")
             files.append((name, value if equals else rest.pop(0)))
         elif name and name not in (*OPTIONS, "help"):
-            raise ValueError(f"there is no option --{name}{_nearest(name, [*OPTIONS, 'preset', 'config'], '--')}")
+            hint = _public(name) or _nearest(name, [*OPTIONS, "preset", "config"], "--")
+            raise ValueError(f"there is no option --{name}{hint}")
         else:
             flags.append(f"{argument}=true" if alone and name and "bool" in _type_of(name) else argument)
     return flags, files
@@ -443,12 +576,39 @@ def _plain(message: str) -> str:
         expected = " or ".join(re.findall(r"\w+", kind.removeprefix("Literal")))
     else:
         expected = words.get(kind, "a mapping in YAML, {name: value, ...}")
-    return f"--{match[1]} {match[2]}: expected {expected}"
+    value = match[2].strip().strip("'\"")
+    hint = PUBLIC_VALUES.get((match[1], value))
+    return f"--{match[1]} {match[2]}: expected {expected}" + (f"; {hint}" if hint else "")
 
 
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as a file that --config reads."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False, allow_unicode=True)
+
+
+# options of the public code, and values of them, that have no twin here
+PUBLIC_OPTIONS = {
+    "checkpoints_dir": "runs are kept in --runs_dir",
+    "continue_train": "go on with a run by --resume NAME",
+    "epoch_count": "go on with a run by --resume NAME, which knows its epoch",
+    "gpu_ids": "say --device cuda:1 or --device cpu; on several GPUs, torchrun --nproc_per_node=2 -m srpkd.train ...",
+    "lr_policy": "the learning rate is the public code's linear one: --n_epochs, then --n_epochs_decay",
+    "lr_decay_iters": "the learning rate is the public code's linear one: --n_epochs, then --n_epochs_decay",
+    "use_wandb": "say --wandb",
+    "display_id": "a run's index.html shows its pictures; --tensorboard, --wandb and --trackio log elsewhere too",
+    "display_freq": "a run's index.html shows its pictures, updated every --update_html_freq steps",
+    "no_html": "a run's index.html is always written; --update_html_freq says how often",
+    "save_by_iter": "checkpoints are kept by --save_epoch_freq",
+}
+PUBLIC_VALUES = {
+    ("norm", "none"): "without a norm students do not train well; instance learns no weights either",
+    ("gan_mode", "wgangp"): "its gradient penalty is not offered; lsgan is what CycleGAN trains with",
+    ("lambda_identity", "none"): "0 switches it off",
+}
+
+
+def _public(name: str) -> str:
+    return f": {PUBLIC_OPTIONS[name]}" if name in PUBLIC_OPTIONS else ""
 
 
 def _nearest(name: str, names: Any, prefix: str = "") -> str:

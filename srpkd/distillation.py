@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distiller import FeatureTap, RelationDistiller
+from .distiller import FeatureTap, RelationDistiller, unwrapped
+from .parallel import wrap
 
 
 class Distillation(nn.Module):
@@ -22,7 +23,7 @@ class Distillation(nn.Module):
     The student and the adapters are its submodules, the teacher is not: ``parameters()`` gives what is trained.
 
     Args:
-        student, teacher: generators (B, C, H, W) -> (B, C', H, W).
+        student, teacher: generators (B, C, H, W) -> (B, C', H, W); what ``parallel.wrap`` gives is fine too.
         layers: student module name -> teacher module name; used by lambda_srp and lambda_feature.
         loss: the relation loss.
         lambda_kd, lambda_srp, lambda_feature: weights; a part of weight 0 costs nothing.
@@ -52,7 +53,7 @@ class Distillation(nn.Module):
         if not (lambda_srp or lambda_feature):
             return
         images = torch.zeros(1, *input_shape, device=next(student.parameters()).device)
-        student_shapes = feature_shapes(self.relations.student_tap, student, images)
+        student_shapes = feature_shapes(self.relations.student_tap, unwrapped(student), images)
         teacher_shapes = feature_shapes(self.relations.teacher_tap, teacher, images)
         for ours, theirs in self.layers.items():
             shapes = student_shapes[ours], teacher_shapes[theirs]
@@ -62,7 +63,7 @@ class Distillation(nn.Module):
                     "(C, H, W) for an image of the training size: tap layers whose maps have one height and width"
                 )
             if lambda_feature:
-                self.adapters.append(nn.Conv2d(shapes[0][0], shapes[1][0], 1).to(images.device))
+                self.adapters.append(wrap(nn.Conv2d(shapes[0][0], shapes[1][0], 1).to(images.device)))
 
     @property
     def student(self) -> nn.Module:

@@ -31,7 +31,7 @@ class FeatureTap:
 
     def __init__(self, network: nn.Module, names: list[str], role: str = "network") -> None:
         self.role, self.features, self._active = role, {}, False
-        modules = dict(_unwrapped(network).named_modules())
+        modules = dict(unwrapped(network).named_modules())
         for name in names:
             if name not in modules or not name:
                 nearest = difflib.get_close_matches(name, [other for other in modules if other], 5, cutoff=0)
@@ -165,7 +165,7 @@ class RelationDistiller(nn.Module):
         return f"layers={self.layers}" + (f", weights={self.weights}" if self.weights else "")
 
 
-def _unwrapped(network: nn.Module) -> nn.Module:
+def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside torch.compile's and the data-parallel wrappers."""
     while True:
         inner = getattr(network, "_orig_mod", None)

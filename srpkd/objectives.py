@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .config import TrainConfig
 from .distillation import Distillation
+from .distiller import unwrapped
 from .networks import define_discriminator
-
-Losses = dict[str, Tensor]
+from .parallel import wrap
+from .updates import Losses, Updates
 
 GAN_MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lsgan": F.mse_loss,
@@ -67,7 +71,7 @@ class Pix2Pix:
 
     Args:
         config: options of the task.
-        generators: {"G": module}.
+        generators: {"G": module}, as ``parallel.wrap`` gave it.
         distillations: {"G": Distillation} of the same generator, or {} without a teacher.
     """
 
@@ -76,33 +80,34 @@ class Pix2Pix:
     def __init__(
         self, config: TrainConfig, generators: Mapping[str, nn.Module], distillations: Mapping[str, Distillation]
     ) -> None:
-        self.config, self.generators, self.distillations = config, dict(generators), dict(distillations)
-        self.discriminators = {"D": _discriminator(config, config.input_nc + config.output_nc)}
-        self.optimizers = _optimizers(config, self)
+        discriminators = {"D": config.input_nc + config.output_nc}
+        _prepare(self, config, generators, distillations, discriminators)
 
     def step(self, batch: Mapping[str, Tensor]) -> Losses:
         """One update of D, then of G, on pairs {"A": (B, C, H, W), "B": ...}: the losses, detached."""
-        config, D = self.config, self.discriminators["D"]
+        config, updates, D = self.config, self.updates, self.networks["D"]
         real_A, real_B = batch["A"], batch["B"]
-        fake_B, distilled = _generate(self, "G", real_A)
+        with updates.autocast():
+            fake_B, distilled = _generate(self, "G", real_A)
+            require_grad([D], True)
+            judged_fake = D(torch.cat((real_A, fake_B.detach()), 1))
+            judged_real = D(torch.cat((real_A, real_B), 1))
+            losses_D = {
+                "D_fake": gan_loss(judged_fake, False, config.gan_mode),
+                "D_real": gan_loss(judged_real, True, config.gan_mode),
+            }
+        if not updates.apply("D", {name: loss / 2 for name, loss in losses_D.items()}):
+            return updates.finish(losses_D)
 
-        require_grad([D], True)
-        judged_fake = D(torch.cat((real_A, fake_B.detach()), 1))
-        judged_real = D(torch.cat((real_A, real_B), 1))
-        losses_D = {
-            "D_fake": gan_loss(judged_fake, False, config.gan_mode),
-            "D_real": gan_loss(judged_real, True, config.gan_mode),
-        }
-        _update(self.optimizers["D"], {name: loss / 2 for name, loss in losses_D.items()})
-
-        require_grad([D], False)
-        losses_G = {
-            "G_GAN": gan_loss(D(torch.cat((real_A, fake_B), 1)), True, config.gan_mode),
-            "G_L1": config.lambda_L1 * F.l1_loss(fake_B, real_B),
-            **distilled,
-        }
-        _update(self.optimizers["G"], losses_G)
-        return _detached(losses_G | losses_D)
+        with updates.autocast():
+            require_grad([D], False)
+            losses_G = {
+                "G_GAN": gan_loss(D(torch.cat((real_A, fake_B), 1)), True, config.gan_mode),
+                "G_L1": config.lambda_L1 * F.l1_loss(fake_B, real_B),
+                **distilled,
+            }
+        updates.apply("G", losses_G)
+        return updates.finish(losses_G | losses_D)
 
 
 class CycleGAN:
@@ -110,7 +115,7 @@ class CycleGAN:
 
     Args:
         config: options of the task.
-        generators: {"G_A": A to B, "G_B": B to A}.
+        generators: {"G_A": A to B, "G_B": B to A}, as ``parallel.wrap`` gave them.
         distillations: {"G_A": Distillation, "G_B": Distillation}: those directions that have a teacher.
     """
 
@@ -124,49 +129,47 @@ class CycleGAN:
                 f"lambda_identity={config.lambda_identity} needs images of equal channels on both sides, "
                 f"not input_nc={config.input_nc} and output_nc={config.output_nc}: set lambda_identity to 0"
             )
-        self.config, self.generators, self.distillations = config, dict(generators), dict(distillations)
         # as in the public code, D_A judges what G_A makes: images of B
-        self.discriminators = {
-            "D_A": _discriminator(config, config.output_nc),
-            "D_B": _discriminator(config, config.input_nc),
-        }
-        self.pools = {"D_A": ImagePool(config.pool_size), "D_B": ImagePool(config.pool_size)}
-        self.optimizers = _optimizers(config, self)
+        discriminators = {"D_A": config.output_nc, "D_B": config.input_nc}
+        _prepare(self, config, generators, distillations, discriminators)
+        self.pools = {name: ImagePool(config.pool_size) for name in discriminators}
 
     def step(self, batch: Mapping[str, Tensor]) -> Losses:
         """One update of both G, then of both D, on {"A": (B, C, H, W), "B": ...}: the losses, detached."""
-        config = self.config
-        G_A, G_B = self.generators["G_A"], self.generators["G_B"]
-        D_A, D_B = self.discriminators["D_A"], self.discriminators["D_B"]
+        config, updates = self.config, self.updates
+        G_A, G_B, D_A, D_B = (self.networks[name] for name in ("G_A", "G_B", "D_A", "D_B"))
         real_A, real_B = batch["A"], batch["B"]
-        fake_B, distilled_A = _generate(self, "G_A", real_A)
-        fake_A, distilled_B = _generate(self, "G_B", real_B)
+        with updates.autocast():
+            fake_B, distilled_A = _generate(self, "G_A", real_A)
+            fake_A, distilled_B = _generate(self, "G_B", real_B)
 
-        require_grad((D_A, D_B), False)
-        losses_G = {
-            "G_A": gan_loss(D_A(fake_B), True, config.gan_mode),
-            "G_B": gan_loss(D_B(fake_A), True, config.gan_mode),
-            "cycle_A": config.lambda_A * F.l1_loss(G_B(fake_B), real_A),
-            "cycle_B": config.lambda_B * F.l1_loss(G_A(fake_A), real_B),
-        }
-        if config.lambda_identity > 0:
-            # G_A maps into B, so it should leave an image of B as it is
-            weight_A, weight_B = config.lambda_B * config.lambda_identity, config.lambda_A * config.lambda_identity
-            losses_G["idt_A"] = weight_A * F.l1_loss(G_A(real_B), real_B)
-            losses_G["idt_B"] = weight_B * F.l1_loss(G_B(real_A), real_A)
-        losses_G |= {f"{name}_A": loss for name, loss in distilled_A.items()}
-        losses_G |= {f"{name}_B": loss for name, loss in distilled_B.items()}
-        _update(self.optimizers["G"], losses_G)
+            require_grad((D_A, D_B), False)
+            losses_G = {
+                "G_A": gan_loss(D_A(fake_B), True, config.gan_mode),
+                "G_B": gan_loss(D_B(fake_A), True, config.gan_mode),
+                "cycle_A": config.lambda_A * F.l1_loss(G_B(fake_B), real_A),
+                "cycle_B": config.lambda_B * F.l1_loss(G_A(fake_A), real_B),
+            }
+            if config.lambda_identity > 0:
+                # G_A maps into B, so it should leave an image of B as it is
+                weight_A, weight_B = config.lambda_B * config.lambda_identity, config.lambda_A * config.lambda_identity
+                losses_G["idt_A"] = weight_A * F.l1_loss(G_A(real_B), real_B)
+                losses_G["idt_B"] = weight_B * F.l1_loss(G_B(real_A), real_A)
+            losses_G |= {f"{name}_A": loss for name, loss in distilled_A.items()}
+            losses_G |= {f"{name}_B": loss for name, loss in distilled_B.items()}
+        if not updates.apply("G", losses_G):
+            return updates.finish(losses_G)  # the pools shall not remember what came of it
 
-        require_grad((D_A, D_B), True)
-        losses_D = {}
-        for name, D, real, fake in (("D_A", D_A, real_B, fake_B), ("D_B", D_B, real_A, fake_A)):
-            judged_real, judged_fake = D(real), D(self.pools[name].query(fake))
-            losses_D[name] = 0.5 * (
-                gan_loss(judged_real, True, config.gan_mode) + gan_loss(judged_fake, False, config.gan_mode)
-            )
-        _update(self.optimizers["D"], losses_D)
-        return _detached(losses_G | losses_D)
+        with updates.autocast():
+            require_grad((D_A, D_B), True)
+            losses_D = {}
+            for name, D, real, fake in (("D_A", D_A, real_B, fake_B), ("D_B", D_B, real_A, fake_A)):
+                judged_real, judged_fake = D(real), D(self.pools[name].query(fake))
+                losses_D[name] = 0.5 * (
+                    gan_loss(judged_real, True, config.gan_mode) + gan_loss(judged_fake, False, config.gan_mode)
+                )
+        updates.apply("D", losses_D)
+        return updates.finish(losses_G | losses_D)
 
 
 Objective = Pix2Pix | CycleGAN
@@ -176,6 +179,65 @@ OBJECTIVES: dict[str, type[Objective]] = {"pix2pix": Pix2Pix, "cycle_gan": Cycle
 def learning_rate_law(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
     """The factor of epoch 1, 2, ...: 1 for n_epochs epochs, then linearly towards 0 over n_epochs_decay more."""
     return 1 - max(0, epoch - n_epochs) / (n_epochs_decay + 1)
+
+
+def state_of(objective: Objective) -> dict[str, Any]:
+    """Networks, adapters, averages and optimizers: what all processes have alike."""
+    return {
+        "networks": {name: unwrapped(network).state_dict() for name, network in objective.networks.items()},
+        "adapters": {name: _adapters(entry) for name, entry in objective.distillations.items()},
+        "averages": {name: average.state_dict() for name, average in objective.averages.items()},
+        "updates": objective.updates.state_dict(),
+    }
+
+
+def restore(objective: Objective, state: Mapping[str, Any]) -> None:
+    """Undo ``state_of``."""
+    for name, network in objective.networks.items():
+        unwrapped(network).load_state_dict(state["networks"][name])
+    for name, entry in objective.distillations.items():
+        for adapter, weights in zip(entry.adapters, state["adapters"][name]):
+            unwrapped(adapter).load_state_dict(weights)
+    for name, average in objective.averages.items():
+        average.load_state_dict(state["averages"][name])
+    objective.updates.load_state_dict(state["updates"])
+
+
+def _adapters(distillation: Distillation) -> list[dict[str, Tensor]]:
+    return [unwrapped(adapter).state_dict() for adapter in distillation.adapters]
+
+
+def _prepare(
+    objective: Objective,
+    config: TrainConfig,
+    generators: Mapping[str, nn.Module],
+    distillations: Mapping[str, Distillation],
+    discriminators: Mapping[str, int],
+) -> None:
+    """What both tasks consist of: `networks` as training calls them, `generators` and `discriminators` themselves.
+
+    Args:
+        discriminators: name -> channels of the images that it judges.
+    """
+    objective.config, objective.distillations = config, dict(distillations)
+    objective.networks = dict(generators) | {
+        name: wrap(_discriminator(config, channels), config.compile) for name, channels in discriminators.items()
+    }
+    objective.generators = {name: unwrapped(objective.networks[name]) for name in generators}
+    objective.discriminators = {name: unwrapped(objective.networks[name]) for name in discriminators}
+    # one Adam for all generators (and their distillations' adapters), one for all discriminators
+    adapters = [entry.adapters for entry in objective.distillations.values()]
+    objective.updates = Updates(
+        config,
+        {"G": [*objective.generators.values(), *adapters], "D": objective.discriminators.values()},
+    )
+    objective.optimizers = objective.updates.optimizers
+    objective.averages = {}
+    if config.ema is not None:
+        average = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        objective.averages = {name: average(network) for name, network in objective.generators.items()}
+        for module in chain.from_iterable(network.modules() for network in objective.averages.values()):
+            module._forward_hooks.clear()  # the taps are not for the copy
 
 
 def _discriminator(config: TrainConfig, input_nc: int) -> nn.Module:
@@ -188,36 +250,13 @@ def _discriminator(config: TrainConfig, input_nc: int) -> nn.Module:
         init_type=config.init_type,
         init_gain=config.init_gain,
     )
-    return network.to(config.torch_device).train()
-
-
-def _optimizers(config: TrainConfig, objective: Objective) -> dict[str, torch.optim.Optimizer]:
-    """One Adam for all generators (and their distillations' adapters), one for all discriminators."""
-    groups = {
-        "G": [*objective.generators.values(), *(entry.adapters for entry in objective.distillations.values())],
-        "D": objective.discriminators.values(),
-    }
-    return {
-        name: torch.optim.Adam(
-            chain.from_iterable(network.parameters() for network in networks),
-            lr=config.lr,
-            betas=(config.beta1, 0.999),
-        )
-        for name, networks in groups.items()
-    }
+    return network.to(config.torch_device, memory_format=config.memory_format).train()
 
 
 def _generate(objective: Objective, direction: str, images: Tensor) -> tuple[Tensor, Losses]:
-    """The direction's output, and what sets it apart from its teacher, if it has one."""
+    """The direction's output in float32, and what sets it apart from its teacher, if it has one."""
     distillation = objective.distillations.get(direction)
-    return (objective.generators[direction](images), {}) if distillation is None else distillation(images)
-
-
-def _update(optimizer: torch.optim.Optimizer, losses: Losses) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    optimizer.step()
-
-
-def _detached(losses: Losses) -> Losses:
-    return {name: loss.detach() for name, loss in losses.items()}
+    if distillation is None:
+        return objective.networks[direction](images).float(), {}
+    output, losses = distillation(images)
+    return output.float(), losses

@@ -1,228 +1,225 @@
 """Train a generator, or distil a small one from a large one: ``python -m srpkd.train``.
 
 A run is a list of stages: the teacher, unless it is loaded from a file, then every student for every seed.
-Whatever they are, they are trained by the same loop, ``fit``.
+Whatever they are, ``fit`` trains them. Between two stages, and every save_latest_freq steps of one, the run's state
+is written, from which ``--resume`` goes on.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import platform
-import random
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch import nn
+from torch.utils.data import Dataset
 
+from . import parallel
 from .checkpoint import CheckpointError, load_generator
-from .complexity import count_macs, count_parameters
-from .config import TrainConfig, check_keys, parse_arguments, to_yaml
-from .data import DataError, examine, generate_world, open_dataset, open_world
-from .distillation import Distillation
-from .evaluation import collate, evaluate, metric_columns, show_relations, show_samples
-from .loss import SRPLoss
-from .networks import default_tap, define_generator, size_multiple
-from .objectives import OBJECTIVES, Objective, learning_rate_law
-from .record import RunRecord
+from .config import RESUME_OPTIONS, TrainConfig, arm_config, parse_arguments, run_folder, teacher_config, to_yaml
+from .data import DataError
+from .evaluation import evaluate
+from .fit import Diverged, Generators, Stage, fit, make_objective, ready, relation_loss_of
+from .images import channels_of, examine_data, input_size, open_data
+from .objectives import OBJECTIVES, Objective
+from .record import RunRecord, new_folder
 from .report import format_table
-
-Generators = dict[str, nn.Module]
-TEST_SEED = 1_000_003  # of the generated test scenes: far from the training scenes' 0
-
-cached_world = functools.cache(generate_world)
+from .results import Row, describe, describe_task, device_name, measure, publish
+from .state import load_state, remove_state
+from .watch import import_watchers, open_watchers
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One network (pair of networks for cycle_gan) to train: its name, options, seed and folder."""
+@dataclass
+class Plan:
+    """A run that has been found to fit together, and how far it is.
 
-    name: str
+    config: as given, with what stood open filled in.
+    arms: name -> the options of a student.
+    teachers: those loaded, or trained by now: direction -> generator, ready for use.
+    rows: name -> its rows of the table, a row per seed.
+    done: names of the stages that are finished.
+    training: the name of the stage that was stopped, and its state, in a run that is resumed.
+    students_began: seconds from the run's beginning to that of the first student.
+    """
+
     config: TrainConfig
-    seed: int
-    folder: Path
-
-
-class Trained(NamedTuple):
-    """What a stage gave: generators by direction in eval mode, the steps taken, a step's median seconds."""
-
-    generators: Generators
-    steps: int
-    seconds_per_step: float
+    arms: dict[str, TrainConfig]
+    teachers: Generators
+    record: RunRecord
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    training: tuple[str, dict[str, Any]] | None = None
+    students_began: float | None = None
 
 
 def run(config: TrainConfig, command: str = "") -> RunRecord:
-    """Do a whole run and leave its folder.
+    """Do a whole run, or what is left of one, and leave its folder.
 
     Args:
-        config: options.
+        config: options; with `resume`, those of the run that it names.
         command: how the run was called, for its page.
 
-    Raises, before anything is written or trained:
+    Raises: as ``prepare``, before anything is trained; then
+        DataError: an image cannot be read.
+        Diverged: a network's losses are not finite any more.
+    """
+    return execute(prepare(config, command))
+
+
+def prepare(config: TrainConfig, command: str = "") -> Plan:
+    """See that everything fits together, and make the run's folder or find it.
+
+    Raises, before anything is written:
         DataError: the images do not fit (see ``srpkd.data.examine``).
-        CheckpointError: the teacher's weights cannot be used.
+        CheckpointError: the teacher's weights, or a stopped run's state, cannot be used.
         ValueError: options that contradict each other, or do not fit the networks.
+        ImportError: a package is missing that a flag asks for.
     """
     config = config.resolved()
+    packages = import_watchers(config)
     arms = {name: arm_config(config, name) for name in config.arms} or {"student": config}
     teachers = load_teachers(config)
-    summary = examine_data(config, arms, teachers)
+    stages = [*arms.values(), *([teacher_config(config)] if config.teacher_netG else [])]
+    summary = examine_data(config, stages, teachers)
     rehearse(config, arms, teachers)
-    record = RunRecord(
-        config.runs_dir,
-        config.name,
-        to_yaml(config),
-        {
-            "title": config.name,
-            "task": describe_task(config),
-            "command": command,
-            "environment": {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "device": device_name(config.torch_device),
-                "data": summary,
-            },
-        },
-    )
-    print(f"{describe_task(config)}\n{summary}\nwriting to {record.folder}")
+
+    folder = run_folder(config.resume, config.runs_dir) if config.resume else None
+    state = load_state(folder) if folder else {}
+    if state:
+        check_resumed(config, state)
+    folder = parallel.share(folder or (new_folder(config.runs_dir, config.name) if parallel.rank() == 0 else None))
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device_name(config.torch_device),
+        "data": summary,
+    }
+    task = describe_task(config)
+    report = {"title": config.name, "task": task, "command": command, "environment": environment}
+    watchers = open_watchers(packages, folder, config) if parallel.rank() == 0 else []
+    record = RunRecord(folder, to_yaml(config), report, state.get("record"), watchers)
+    parallel.say(f"{task}\n{summary}\n{'going on in' if state else 'writing to'} {folder}")
+    progress = {key: state[key] for key in ("rows", "done", "training", "students_began") if key in state}
+    return Plan(config, arms, teachers, record, **progress)
+
+
+def execute(plan: Plan) -> RunRecord:
+    """Train what is left to train."""
+    config, record = plan.config, plan.record
     test_set = open_data(config, "test")
-    rows: dict[str, list[dict[str, float]]] = {}
     shown: dict[str, Generators] = {}
     try:
         if config.teacher_netG:
             stage = Stage("teacher", teacher_config(config), config.seed, record.folder / "teacher")
-            trained = fit(stage, record, {})
-            rows["teacher"] = [measure(stage, record, trained, test_set, {})]
-            teachers = trained.generators
-        elif teachers:
-            rows["teacher"] = [describe(config, teachers) | evaluate(teachers, test_set, config, {})]
-        shown |= {"teacher": teachers} if teachers else {}
-        publish(record, config, rows, shown, test_set)
+            plan.teachers = do(plan, stage, "teacher", {}, test_set, shown)
+        elif plan.teachers and "teacher" not in plan.rows and parallel.rank() == 0:
+            plan.rows["teacher"] = [describe(config, plan.teachers) | evaluate(plan.teachers, test_set, config, {})]
+        shown |= {"teacher": plan.teachers} if plan.teachers else {}
+        if not plan.done or plan.done == ["teacher"]:
+            publish(record, config, plan.rows, shown, test_set)
+        if plan.students_began is None:
+            plan.students_began = record.elapsed
 
-        first_seed_began = record.elapsed
         for number in range(config.seeds):
-            if number >= 2 and config.time_budget is not None:
-                seconds_per_seed = (record.elapsed - first_seed_began) / number
-                if record.elapsed + seconds_per_seed > config.time_budget:
-                    print(f"{number} seeds: another would take longer than the time budget")
-                    break
-            for name, options in arms.items():
-                several = len(arms) * config.seeds > 1
+            for name, options in plan.arms.items():
+                several = len(plan.arms) * config.seeds > 1
                 label = f"{name} seed {number}" if several else name
                 folder = record.folder / label.replace(" ", "-") if several else record.folder
                 stage = Stage(label, options, config.seed + number, folder)
-                trained = fit(stage, record, teachers)
-                rows.setdefault(name, []).append(measure(stage, record, trained, test_set, teachers))
-                shown.setdefault(name, trained.generators)
-            publish(record, config, rows, shown, test_set)
-        record.report["status"] = "finished"
-        record.write()
+                generators = do(plan, stage, name, plan.teachers, test_set, shown)
+                shown.setdefault(name, generators)
+            last = number + 1 == config.seeds or is_over_budget(plan, number + 1)
+            if last:
+                record.report["status"] = "finished"
+            publish(record, config, plan.rows, shown, test_set)
+            if last:
+                break
+        if parallel.rank() == 0:
+            remove_state(record.folder)
     except BaseException:
         record.report["status"] = "stopped"
         record.write()
+        parallel.say(f"stopped; it can go on: python -m srpkd.train --resume {record.folder}")
         raise
     finally:
         record.close()
     return record
 
 
-def fit(stage: Stage, record: RunRecord, teachers: Mapping[str, nn.Module]) -> Trained:
-    """Train one stage, with a progress bar, metrics and checkpoints.
+def do(
+    plan: Plan, stage: Stage, name: str, teachers: Generators, test_set: Dataset, shown: Mapping[str, Generators]
+) -> Generators:
+    """Train and measure a stage, or load what it gave if it is done: its generators, ready for use.
 
     Args:
-        teachers: direction -> frozen generator; {} trains without one.
+        name: of its row in the table.
+        shown: label -> direction -> generator: what the page shows beside it.
     """
-    config = stage.config
-    objective = make_objective(config, stage.seed, teachers)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: learning_rate_law(epoch + 1, config.n_epochs, config.n_epochs_decay)
+    if stage.name in plan.done:
+        kind = OBJECTIVES[stage.config.model]
+        files = {direction: stage.folder / f"latest_net_{direction}.pth" for direction in kind.directions}
+        return {direction: ready(load_generator(path), stage.config) for direction, path in files.items()}
+
+    def keep(state: dict[str, Any] | None) -> None:
+        plan.record.keep(
+            {
+                "config": asdict(replace(plan.config, resume=None)),
+                "rows": plan.rows,
+                "done": plan.done,
+                "training": state and (stage.name, state),
+                "students_began": plan.students_began,
+            }
         )
-        for optimizer in objective.optimizers.values()
-    ]
-    # after the networks are made, whose number of random draws differs: all arms of a seed see the same images
-    seed_everything(stage.seed)
-    loader = make_loader(open_data(config, "train"), config, stage.seed)
-    epochs, epoch_steps = config.n_epochs + config.n_epochs_decay, config.epoch_steps or len(loader)
-    batches, step = endless(loader), 0
-    durations, measured, began = [], 0, time.perf_counter()
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no thousand lines
-    with tqdm(total=epochs * epoch_steps, desc=stage.name, unit="step", mininterval=interval) as progress:
-        for epoch in range(1, epochs + 1):
-            for _ in range(epoch_steps):
-                batch = {side: images.to(config.torch_device) for side, images in next(batches).items()}
-                losses = objective.step(batch)
-                step += 1
-                if step % config.print_freq == 0 or step == 1:
-                    values = {name: float(loss) for name, loss in losses.items()}  # waits for the GPU
-                    now = time.perf_counter()
-                    durations.append((now - began) / (step - measured))
-                    measured, began = step, now
-                    record.log(stage.name, step, epoch=epoch, **values)
-                    progress.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                progress.update()
-            for schedule in schedules:
-                schedule.step()
-            if epoch % config.save_epoch_freq == 0 and epoch < epochs:
-                record.save(stage.folder, str(epoch), objective.generators)
-                record.save(stage.folder, "latest", objective.generators | objective.discriminators)
-    record.save(stage.folder, "latest", objective.generators | objective.discriminators)
-    folder = stage.folder.relative_to(record.folder)
-    record.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
-    for distillation in objective.distillations.values():
-        distillation.close()
-    for generator in objective.generators.values():
-        generator.eval().requires_grad_(False)
-    return Trained(objective.generators, step, statistics.median(durations[1:] or durations))
+
+    def show(generators: Generators) -> None:
+        publish(plan.record, plan.config, plan.rows, {name: generators} | shown, test_set)
+
+    stopped = plan.training[1] if plan.training and plan.training[0] == stage.name else None
+    if not plan.done and stopped is None:
+        keep(None)  # from the first step on there is a state to resume from
+    trained = fit(stage, plan.record, teachers, stopped, keep, show)
+    plan.rows.setdefault(name, []).append(measure(stage, plan.record, trained, test_set, teachers))
+    plan.done.append(stage.name)
+    keep(None)
+    return trained.generators
 
 
-def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Module]) -> Objective:
-    """The task's networks, optimizers and losses, on the device and in training mode."""
-    kind, device = OBJECTIVES[config.model], config.torch_device
-    seed_everything(seed)
-    generators, distillations = {}, {}
-    for direction in kind.directions:
-        input_nc, output_nc = channels_of(config, direction)
-        generators[direction] = define_generator(
-            config.netG,
-            input_nc,
-            output_nc,
-            config.ngf,
-            config.norm,
-            not config.no_dropout,
-            init_type=config.init_type,
-            init_gain=config.init_gain,
-        ).to(device)
-    for direction, teacher in teachers.items():
-        if not (config.lambda_kd or config.lambda_srp or config.lambda_feature):
-            continue
-        generator = generators[direction]
-        distillations[direction] = Distillation(
-            generator,
-            teacher,
-            config.layers or {default_tap(generator): default_tap(teacher)},
-            relation_loss_of(config),
-            lambda_kd=config.lambda_kd,
-            lambda_srp=config.lambda_srp,
-            lambda_feature=config.lambda_feature,
-            input_shape=(channels_of(config, direction)[0], *input_size(config)),
+def is_over_budget(plan: Plan, number: int) -> bool:
+    """Whether seed `number`, 0, 1, ..., is one too many for the time budget: two are always run."""
+    budget, elapsed = plan.config.time_budget, plan.record.elapsed
+    seconds_per_seed = (elapsed - plan.students_began) / number
+    over = number >= 2 and budget is not None and elapsed + seconds_per_seed > budget
+    begun = any(label.endswith(f" seed {number}") for label in [*plan.done, *(plan.training or ())[:1]])
+    over = parallel.share(over and not begun)
+    if over:
+        parallel.say(f"{number} seeds: another would take longer than the time budget")
+    return over
+
+
+def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Whether a run's state is of these options and of as many processes.
+
+    Raises:
+        ValueError: it is not; says what differs.
+    """
+    ours, theirs = asdict(config), state["config"]
+    if changed := [name for name in ours if name not in RESUME_OPTIONS and ours[name] != theirs.get(name)]:
+        differences = [f"{name} is {ours[name]!r} and was {theirs.get(name)!r}" for name in changed]
+        raise ValueError(
+            f"--resume {config.resume}: {'; '.join(differences)}: a run goes on with the options that it began with"
         )
-    # adapters drew random numbers: the discriminators start alike in every arm all the same
-    seed_everything(seed + 1)
-    return kind(config, generators, distillations)
-
-
-def relation_loss_of(config: TrainConfig) -> SRPLoss:
-    return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend)
+    processes = len(state["training"][1]["processes"]) if state["training"] else parallel.ranks()
+    if processes != parallel.ranks():
+        raise ValueError(
+            f"--resume {config.resume}: this run had {processes} processes, and now {parallel.ranks()}: go on with "
+            + (f"torchrun --nproc_per_node={processes} -m srpkd.train ..." if processes > 1 else "one")
+        )
 
 
 def rehearse(config: TrainConfig, arms: Mapping[str, TrainConfig], teachers: Mapping[str, nn.Module]) -> None:
@@ -231,6 +228,11 @@ def rehearse(config: TrainConfig, arms: Mapping[str, TrainConfig], teachers: Map
     Raises:
         ValueError: what does not fit, which else would show when the teacher has been trained.
     """
+    if config.distils and not any(options.learns_from_teacher for options in arms.values()):
+        raise ValueError(
+            "lambda_kd, lambda_srp and lambda_feature are all 0: nothing would be learnt from the teacher; give one of "
+            "them a weight, or leave the teacher out"
+        )
     ghosts = {direction: copy.deepcopy(teacher).to("meta") for direction, teacher in teachers.items()}
     if config.teacher_netG:
         ghosts = make_ghost(teacher_config(config), {}).generators
@@ -263,130 +265,6 @@ def make_ghost(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Object
     return objective
 
 
-# --- data -------------------------------------------------------------------------------------------------------
-
-
-def open_data(config: TrainConfig, phase: str) -> Dataset:
-    """The images of a phase, "train" or "test": a folder's, or the generated ones (always in pairs for the test)."""
-    testing = phase == "test"
-    limit = None if testing else config.max_dataset_size
-    if config.is_world:
-        world = cached_world(
-            config.world_test_pairs if testing else config.world_pairs,
-            config.world_size,
-            TEST_SEED if testing else 0,
-            config.world_variant,
-        )
-        paired = testing or config.dataset_mode == "aligned"
-        if limit is not None and not paired:
-            limit *= 2  # one half of the scenes gives the photos, the other the label maps
-        return open_world(
-            world[:limit],
-            config.direction,
-            aligned=paired,
-            flip=not (testing or config.no_flip),
-            serial_batches=config.serial_batches,
-        )
-    return open_dataset(
-        config.dataroot,
-        config.dataset_mode,
-        phase,
-        config.direction,
-        preprocess=config.preprocess,
-        load_size=config.load_size,
-        crop_size=config.crop_size,
-        no_flip=config.no_flip,
-        serial_batches=testing or config.serial_batches,
-        max_dataset_size=limit,
-        input_nc=config.input_nc,
-        output_nc=config.output_nc,
-    )
-
-
-def examine_data(config: TrainConfig, arms: Mapping[str, TrainConfig], teachers: Mapping[str, nn.Module]) -> str:
-    """What the images are, in a line; raises a DataError that says all that is wrong with them."""
-    stages = [*arms.values(), *([teacher_config(config)] if config.teacher_netG else [])]
-    with torch.device("meta"):
-        nets = [define_generator(netG) for netG in {stage.netG for stage in stages}]
-    multiple = max(size_multiple(net) for net in [*nets, *teachers.values()])
-    limits = [stage.max_dataset_size for stage in stages]
-    if config.is_world:
-        if config.world_size % multiple:
-            raise DataError(f"world_size={config.world_size} must be a multiple of {multiple} for these generators")
-        return (
-            f"generated scenes of {config.world_size} x {config.world_size} pixels: "
-            f"{config.world_pairs} to train, {config.world_test_pairs} to test"
-        )
-    summaries = [
-        examine(
-            config.dataroot,
-            config.dataset_mode,
-            phase,
-            preprocess=config.preprocess,
-            load_size=config.load_size,
-            crop_size=config.crop_size,
-            direction=config.direction,
-            max_dataset_size=max(limits) if phase == "train" and None not in limits else None,
-            batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
-            size_multiple=multiple,
-        )
-        for phase in ("train", "test")
-    ]
-    return "; ".join(map(str, summaries))
-
-
-def make_loader(dataset: Dataset, config: TrainConfig, seed: int) -> DataLoader:
-    """Batches of {"A", "B"}, shuffled by the seed."""
-    workers = 0 if config.is_world else config.num_threads
-    return DataLoader(
-        dataset,
-        config.batch_size,
-        shuffle=not config.serial_batches,
-        num_workers=workers,
-        collate_fn=collate,
-        drop_last=len(dataset) >= config.batch_size,
-        pin_memory=config.torch_device.type == "cuda",
-        persistent_workers=workers > 0,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def endless(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """Pass after pass over the images."""
-    while True:
-        yield from loader
-
-
-def input_size(config: TrainConfig) -> tuple[int, int]:
-    """(H, W) of what the generators are trained on, as far as the options say it."""
-    side = config.world_size if config.is_world else config.crop_size
-    return side, side
-
-
-# --- teachers and students --------------------------------------------------------------------------------------
-
-
-def teacher_config(config: TrainConfig) -> TrainConfig:
-    """The options of a teacher that the run trains itself."""
-    return replace(
-        config,
-        netG=config.teacher_netG,
-        ngf=config.teacher_ngf,
-        n_epochs=config.teacher_n_epochs,
-        n_epochs_decay=config.teacher_n_epochs_decay,
-        max_dataset_size=config.teacher_max_dataset_size,
-    )
-
-
-def arm_config(config: TrainConfig, name: str) -> TrainConfig:
-    """The options of one arm, checked; errors name it."""
-    options = check_keys(config.arms[name], f"arm {name!r}")
-    try:
-        return replace(config, **options).resolved()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"arm {name!r}: {error}") from error
-
-
 def load_teachers(config: TrainConfig) -> Generators:
     """The teachers that ``--teacher`` names: direction -> frozen generator in eval mode.
 
@@ -404,9 +282,9 @@ def load_teachers(config: TrainConfig) -> Generators:
                 f"{path}: this generator goes from {found[0]} to {found[1]} channels, the images from {wanted[0]} to "
                 f"{wanted[1]}: set --input_nc and --output_nc, or take another teacher"
             )
-        teachers[direction] = teacher.to(config.torch_device).eval().requires_grad_(False)
+        teachers[direction] = ready(teacher, config)
     if list(teachers) == ["G_A"]:
-        print("no teacher from B to A (--teacher_B): only the generator from A to B is distilled")
+        parallel.say("no teacher from B to A (--teacher_B): only the generator from A to B is distilled")
     return teachers
 
 
@@ -415,11 +293,14 @@ def teacher_files(config: TrainConfig) -> dict[str, Path]:
     if not config.teacher:
         return {}
     path = Path(config.teacher).expanduser()
-    if config.model == "pix2pix":
-        return {"G": path / "latest_net_G.pth" if path.is_dir() else path}
+    direction = OBJECTIVES[config.model].directions[0]
     if path.is_dir():
-        path /= "latest_net_G_A.pth"
-    files = {"G_A": path}
+        # of a run that trained both, its teacher, not its student
+        name = f"latest_net_{direction}.pth"
+        path = path / "teacher" / name if (path / "teacher" / name).exists() else path / name
+    files = {direction: path}
+    if config.model == "pix2pix":
+        return files
     sibling = path.with_name(path.name.replace("_G_A", "_G_B"))
     if config.teacher_B:
         files["G_B"] = Path(config.teacher_B).expanduser()
@@ -428,122 +309,22 @@ def teacher_files(config: TrainConfig) -> dict[str, Path]:
     return files
 
 
-def channels_of(config: TrainConfig, direction: str) -> tuple[int, int]:
-    """(input, output) channels of a direction's generator."""
-    channels = config.input_nc, config.output_nc
-    return channels[::-1] if direction == "G_B" else channels
-
-
-# --- the table, the page ----------------------------------------------------------------------------------------
-
-
-def measure(
-    stage: Stage, record: RunRecord, trained: Trained, test_set: Dataset, teachers: Generators
-) -> dict[str, float]:
-    """A stage's row of the table; its metrics are logged too."""
-    metrics = evaluate(trained.generators, test_set, stage.config, teachers)
-    record.log(stage.name, trained.steps, **metrics)
-    return describe(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
-
-
-def describe(config: TrainConfig, generators: Generators) -> dict[str, float]:
-    """How large one generator is."""
-    direction, generator = next(iter(generators.items()))
-    shape = (1, channels_of(config, direction)[0], *input_size(config))
-    return {"parameters": count_parameters(generator), "macs": count_macs(generator, shape)}
-
-
-def publish(
-    record: RunRecord,
-    config: TrainConfig,
-    rows: Mapping[str, list[dict[str, float]]],
-    shown: Mapping[str, Generators],
-    test_set: Dataset,
-) -> None:
-    """Bring the table, the pictures and the page up to date."""
-    height, width = input_size(config)
-    columns = [
-        {"key": "name", "label": "network", "format": ""},
-        {"key": "parameters", "label": "parameters", "format": ",", "help": "of one generator"},
-        {"key": "macs", "label": "MACs", "format": ",", "help": f"multiply-accumulates of {height} x {width} pixels"},
-        *metric_columns([row for group in rows.values() for row in group]),
-        {"key": "seconds_per_step", "label": "s/step", "format": ".4f", "help": "median seconds of a training step"},
-    ]
-    record.report["table"] = {
-        "columns": columns,
-        "rows": [
-            {"name": name} | {column["key"]: summarise(column["key"], group) for column in columns[1:]}
-            for name, group in rows.items()
-        ],
-        "notes": table_notes(config, rows),
-    }
-    record.report["samples"] = show_samples(record.folder, shown, test_set, config)
-    record.report["relations"] = show_relations(record.folder, shown, test_set, config)
-    record.write()
-
-
-def summarise(key: str, group: list[dict[str, float]]) -> Any:
-    """One value, or mean and standard deviation over the seeds; None where there is none."""
-    values = [row[key] for row in group if key in row]
-    if len(values) < 2 or key in ("parameters", "macs"):
-        return values[0] if values else None
-    spread = torch.tensor(values, dtype=torch.float64)  # statistics.stdev cannot take what diverged
-    return {"mean": spread.mean().item(), "std": spread.std().item(), "n": len(values)}
-
-
-def table_notes(config: TrainConfig, rows: Mapping[str, list[dict[str, float]]]) -> list[str]:
-    """What each arm gains over output distillation alone, seed by seed: arms of a seed start and draw alike."""
-    arms = [name for name in config.arms if len(rows.get(name, [])) > 1]
-    options = {name: arm_config(config, name) for name in arms}
-    plain = [n for n, o in options.items() if o.lambda_kd and not o.lambda_srp and not o.lambda_feature]
-    if not plain:
-        return []
-    base, notes = plain[0], []
-    scores = [column for column in metric_columns(rows[base]) if not column["key"].startswith("teacher")]
-    if not scores:  # unpaired images: there is no truth
-        return []
-    score = scores[0]
-    for name in arms:
-        if name != base:
-            gains = [ours[score["key"]] - theirs[score["key"]] for ours, theirs in zip(rows[name], rows[base])]
-            notes.append(
-                f"{name} minus {base}, {score['label']}: {statistics.mean(gains):+.2f} on average; "
-                f"by seed {', '.join(f'{gain:+.2f}' for gain in gains)}"
-            )
-    return notes
-
-
-def describe_task(config: TrainConfig) -> str:
-    """The run in a sentence."""
-    what = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
-    student = f"{config.netG} of ngf {config.ngf}"
-    if config.teacher:
-        return f"{what}: {student}, distilled from {config.teacher}"
-    if config.teacher_netG:
-        return f"{what}: {student}, distilled from {config.teacher_netG} of ngf {config.teacher_ngf}"
-    return f"{what}: {student}, without a teacher"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch (all devices), and Python's generator, which the image pool draws from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """The command line. A configuration, images or weights that cannot be used end it with one message; what
+    else goes wrong is a mistake in here, and shows its traceback."""
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        record = run(config, shlex.join(["python", "-m", "srpkd.train", *given]))
-    except (ValueError, OSError, ImportError) as error:  # of them DataError and CheckpointError are ValueErrors
-        sys.exit(f"error: {error}")
-    print(f"\n{format_table(record.report['table'])}\n")
-    print(f"report: {record.folder / 'index.html'}")
+    with parallel.processes(config.torch_device):
+        try:
+            plan = prepare(config, shlex.join(["python", "-m", "srpkd.train", *given]))
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+        try:
+            record = execute(plan)
+        except (DataError, CheckpointError, Diverged) as error:
+            sys.exit(f"error: {error}")
+        if parallel.rank() == 0:
+            print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,14 @@ def test_dropout_is_what_the_model_has_unless_it_is_said():
         (["--lr", "nan"], "--lr nan: expected a number"),
         (["--no_flip", "maybe"], "--no_flip maybe: expected true or false"),
         (["--model", "cyclegan"], "--model cyclegan: expected pix2pix or cycle_gan"),
-        (["--norm", "none"], "--norm none: expected instance or batch"),
+        (["--norm", "none"], "--norm none: expected instance or batch; without a norm students do not train well"),
+        (["--gan_mode=wgangp"], "--gan_mode wgangp: expected lsgan or vanilla; its gradient penalty is not offered"),
+        (
+            ["--gpu_ids", "0,1"],
+            "there is no option --gpu_ids: say --device cuda:1 or --device cpu; on several GPUs, to",
+        ),
+        (["--continue_train"], "there is no option --continue_train: go on with a run by --resume NAME"),
+        (["--lr_policy", "step"], "there is no option --lr_policy: the learning rate is the public code's linear one"),
         (["--input_nc", "2"], "--input_nc 2: expected 1 or 3"),
         (["--layers", "model.9"], "--layers model.9: expected a mapping in YAML, {name: value, ...}"),
     ],
@@ -231,9 +238,9 @@ def test_contradictions_are_refused(refusal, arguments, message):
 
 LEAST = {
     1: "load_size crop_size max_dataset_size teacher_max_dataset_size world_pairs world_test_pairs ngf ndf n_layers_D "
-    "teacher_ngf epoch_steps batch_size seeds print_freq save_epoch_freq",
+    "teacher_ngf epoch_steps batch_size seeds print_freq save_epoch_freq save_latest_freq update_html_freq",
     0: "num_threads pool_size lambda_L1 lambda_A lambda_B lambda_identity lambda_kd lambda_srp lambda_feature n_epochs "
-    "n_epochs_decay teacher_n_epochs teacher_n_epochs_decay beta1 time_budget samples",
+    "n_epochs_decay teacher_n_epochs teacher_n_epochs_decay beta1 time_budget samples ema",
     16: "world_size",
 }
 
@@ -250,6 +257,8 @@ def test_every_lower_bound(refusal, name, least):
         ("--lr=0", "lr=0.0: expected a number above 0"),
         ("--delta=0", "delta=0.0: expected a number above 0"),
         ("--beta1=1", "beta1=1.0: expected a number below 1"),
+        ("--ema=1", "ema=1.0: expected a number below 1"),
+        ("--clip_grad_norm=0", "clip_grad_norm=0.0: expected a number above 0"),
     ],
 )
 def test_open_bounds(refusal, flag, message):
@@ -343,7 +352,8 @@ def test_what_is_left_open_is_filled_in_as_the_public_code_does(model, customs):
     assert (config.ngf, config.ndf, config.netD, config.lr, config.beta1) == (64, 64, "basic", 0.0002, 0.5)
     assert (config.lambda_A, config.lambda_B, config.lambda_identity, config.lambda_L1) == (10, 10, 0.5, 100)
     assert (config.pool_size, config.batch_size, config.load_size, config.crop_size) == (50, 1, 286, 256)
-    assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert config.device is None  # the file of a run's options may go to another machine
+    assert config.torch_device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert config.resolved() == config
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from srpkd import SRPLoss, objectives
 from srpkd.config import TrainConfig
 from srpkd.distiller import FeatureTap
+from srpkd.fit import make_objective
 from srpkd.objectives import ImagePool, gan_loss, learning_rate_law
-from srpkd.train import make_objective
 
 MODELS = ("pix2pix", "cycle_gan")
 SIZE = 16

@@ -17,14 +17,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from srpkd import train
+from srpkd import fit, images, results, train
 from srpkd.checkpoint import load_generator, load_weights, save_weights
 from srpkd.complexity import count_macs, count_parameters
 from srpkd.config import TrainConfig, parse_arguments
 from srpkd.data import DataError, write_world
+from srpkd.fit import Stage
 from srpkd.networks import define_discriminator, define_generator
-from srpkd.record import RunRecord
-from srpkd.train import Stage
+from srpkd.record import RunRecord, new_folder
 
 SIZE = 16
 # networks and schedules so small that a run takes a second or two
@@ -302,6 +302,16 @@ def test_a_pix2pix_teacher_from_a_file(run, pix2pix, given):
     assert not (done.folder / "teacher").exists()
 
 
+@pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+def test_the_folder_of_a_run_stands_for_its_teacher(tmp_path, model):
+    names = {"pix2pix": ["G"], "cycle_gan": ["G_A", "G_B"]}[model]
+    config = parse_arguments([f"--model={model}", *WORLD, f"--teacher={tmp_path}"])
+    for ngf, folder in ((2, tmp_path), (3, tmp_path / "teacher")):  # its student's weights, and its teacher's
+        for name in names:
+            save_weights(define_generator("resnet_1blocks", ngf=ngf), folder / f"latest_net_{name}.pth")
+        assert train.teacher_files(config) == {name: folder / f"latest_net_{name}.pth" for name in names}
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
     save_weights(
@@ -362,6 +372,11 @@ def test_runs_dir_is_made(run, tmp_path):
             "student layer 'model.4' gives (4, 8, 8) and teacher layer 'model.9'",
         ),
         ([*TEACHER, "--arms={a: {}, b: {layers: {model.4: model.9}}}"], "arm 'b': student layer 'model.4' gives"),
+        (
+            [*TEACHER, "--lambda_kd=0", "--lambda_srp=0"],
+            "lambda_kd, lambda_srp and lambda_feature are all 0: nothing w",
+        ),
+        ([*TEACHER, "--arms={a: {lambda_kd: 0, lambda_srp: 0}}"], "nothing would be learnt from the teacher"),
         ([*TEACHER, "--arms={a: {}, b: {ngf: 0}}"], "arm 'b': ngf=0: expected at least 1"),
         (["--backend=blokced"], "backend='blokced' is not one of"),
         ([*TEACHER, "--backend=closed_form"], "backend='closed_form' computes distance in"),
@@ -406,14 +421,48 @@ def test_every_image_that_some_stage_sees_is_looked_at(refusal, folders, tmp_pat
     arguments = ["--dataroot=images", *CYCLE, *TINY, *TEACHER, "--max_dataset_size=2", "--teacher_max_dataset_size=5"]
     assert "00004.png" in refusal(*arguments)
     config = parse_arguments([argument.replace("=5", "=4") for argument in arguments])
-    assert "4 images in trainA" in train.examine_data(config, {"student": config}, {})
+    assert "4 images in trainA" in images.examine_data(config, [config, train.teacher_config(config)], {})
+
+
+def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
+    def wrong(*_: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(results, "evaluate", wrong)
+    with pytest.raises(ValueError, match="a bug"):
+        train.main([*PIX2PIX, f"--runs_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_during_the_training_is_said_in_a_line(run, folders, tmp_path, monkeypatch, workers):
+    shutil.copytree(folders, tmp_path / "images")
+    open_data = images.open_data
+
+    def broken(config: TrainConfig, phase: str) -> Any:
+        for path in (tmp_path / "images/trainA").iterdir() if phase == "train" else ():
+            path.write_bytes(b"broken")
+        return open_data(config, phase)
+
+    monkeypatch.setattr(fit, "open_data", broken)
+    with pytest.raises(SystemExit, match=r"(?s)error: .*trainA/0000\d\.png: not an image, whatever its name says"):
+        run("--dataroot=images", *CYCLE, *TINY, f"--num_threads={workers}")
+
+
+def test_every_page_is_written_once(monkeypatch, tmp_path):
+    pages = []
+    monkeypatch.setattr(
+        "srpkd.record.write_report", lambda folder: pages.append(json.loads((folder / "report.json").read_text()))
+    )
+    train.main([*PIX2PIX, *TEACHER, "--seeds=2", f"--runs_dir={tmp_path}"])
+    shown = [(page["status"], len(page["table"]["rows"])) for page in pages]
+    assert shown == [("running", 1), ("running", 2), ("finished", 2)]
 
 
 def test_a_run_that_breaks_off_says_so(monkeypatch, tmp_path):
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "evaluate", broken)
+    monkeypatch.setattr(results, "evaluate", broken)
     with pytest.raises(KeyboardInterrupt):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=broken"])
     folder = tmp_path / "broken"
@@ -427,7 +476,7 @@ def test_a_run_that_breaks_off_says_so(monkeypatch, tmp_path):
 
 @pytest.fixture
 def record(tmp_path) -> Iterator[RunRecord]:
-    record = RunRecord(str(tmp_path), "run", "", {})
+    record = RunRecord(new_folder(str(tmp_path), "run"))
     yield record
     record.close()
 
@@ -449,7 +498,7 @@ def teacher_of(ngf: int = 3, **others: Any) -> dict[str, nn.Module]:
 def watched(monkeypatch) -> list[tuple[Any, dict[str, Tensor], list[float]]]:
     """Grows by (objective, batch, learning rates) at each step of any stage."""
     steps: list[tuple[Any, dict[str, Tensor], list[float]]] = []
-    make_objective = train.make_objective
+    make_objective = fit.make_objective
 
     def make(*arguments: Any) -> Any:
         objective = make_objective(*arguments)
@@ -463,20 +512,20 @@ def watched(monkeypatch) -> list[tuple[Any, dict[str, Tensor], list[float]]]:
         objective.step = stepped
         return objective
 
-    monkeypatch.setattr(train, "make_objective", make)
+    monkeypatch.setattr(fit, "make_objective", make)
     return steps
 
 
 def test_the_learning_rate_of_every_epoch(record, watched):
     config = config_of("--n_epochs=2", "--n_epochs_decay=3", "--epoch_steps=2", "--lr=0.01")
-    train.fit(stage_of(config, record), record, {})
+    fit.fit(stage_of(config, record), record, {})
     expected = [0.01, 0.01, 0.01, 0.01, 0.0075, 0.0075, 0.005, 0.005, 0.0025, 0.0025]
     assert [rates for _, _, rates in watched] == [[pytest.approx(rate)] * 2 for rate in expected]
 
 
 def test_an_epoch_is_one_pass_by_default(record, watched):
     config = replace(config_of("--batch_size=3", "--no_flip"), epoch_steps=None)
-    trained = train.fit(stage_of(config, record), record, {})
+    trained = fit.fit(stage_of(config, record), record, {})
     assert trained.steps == len(watched) == 2 * (8 // 3)
     assert all(batch["A"].shape == (3, 3, SIZE, SIZE) for _, batch, _ in watched)
 
@@ -494,14 +543,14 @@ def test_max_dataset_size_is_a_number_of_images(record, watched, model, count):
     config = parse_arguments(
         ["--model", model, *WORLD, "--no_flip", "--epoch_steps=20", "--max_dataset_size=2", "--batch_size=5"]
     )
-    train.fit(stage_of(config, record), record, {})
+    fit.fit(stage_of(config, record), record, {})
     assert [distinct(seen(watched, side)) for side in "AB"] == [count, count]
     assert {len(batch["A"]) for _, batch, _ in watched} == {2}  # a batch that the images cannot fill is smaller
 
 
 def test_serial_batches_take_the_images_in_order(record, watched):
     config = parse_arguments(["--model=cycle_gan", *WORLD, "--no_flip", "--serial_batches", "--epoch_steps=8"])
-    train.fit(stage_of(config, record), record, {})
+    fit.fit(stage_of(config, record), record, {})
     for side in "AB":
         images = seen(watched, side)
         assert distinct(images) == 4
@@ -514,22 +563,22 @@ def test_arms_of_a_seed_start_alike_and_see_the_same_images(record, watched):
     arms.append((config_of(), {}))
     starts = []
     for config, own in arms:
-        objective = train.make_objective(config, 3, own)
+        objective = fit.make_objective(config, 3, own)
         networks = objective.generators | objective.discriminators
         starts.append([p.detach().clone() for net in networks.values() for p in net.parameters()])
-        train.fit(stage_of(config, record, seed=3), record, own)
+        fit.fit(stage_of(config, record, seed=3), record, own)
     assert all(all(torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)) for other in starts[1:])
     images = [seen([entry]) + seen([entry], "B") for entry in watched]
     runs = [images[:6], images[6:12], images[12:]]
     assert all(torch.equal(a, b) for other in runs[1:] for x, y in zip(runs[0], other) for a, b in zip(x, y))
     assert distinct(seen(watched)) > 2
-    other = train.make_objective(arms[0][0], 4, teachers)
+    other = fit.make_objective(arms[0][0], 4, teachers)
     assert not torch.equal(starts[0][0], next(other.generators["G"].parameters()))
 
 
 def test_arms_of_other_networks_see_the_same_images_too(record, watched):
     for flag in ("--ngf=2", "--ngf=3", "--ndf=3", "--n_layers_D=2"):
-        train.fit(stage_of(config_of(flag), record, seed=3), record, {})
+        fit.fit(stage_of(config_of(flag), record, seed=3), record, {})
     runs = [seen(watched[start : start + 6]) for start in range(0, 24, 6)]
     assert all(all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in runs[1:])
 
@@ -551,7 +600,7 @@ def test_the_same_seed_gives_the_same_bits(run, model):
 def test_the_teacher_stays_as_it_is(record, norm):
     teachers = teacher_of(norm=norm, dropout=True)
     before = copy.deepcopy(teachers["G"].state_dict())
-    train.fit(stage_of(config_of("--lambda_feature=1"), record), record, teachers)
+    fit.fit(stage_of(config_of("--lambda_feature=1"), record), record, teachers)
     assert all(torch.equal(value, before[key]) for key, value in teachers["G"].state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teachers["G"].parameters())
     assert not any(module.training or module._forward_hooks for module in teachers["G"].modules())
@@ -569,7 +618,7 @@ def test_students_learn(record, model, distilled, names):
     flags = "--n_epochs=2 --epoch_steps=20 --lr=0.01 --batch_size=4 --ngf=4 --lambda_kd=50 --lambda_feature=1"
     # a teacher that knows nothing of the task would pull against it
     config = parse_arguments(["--model", model, *WORLD, *flags.split(), f"--lambda_L1={0 if distilled else 100}"])
-    train.fit(stage_of(config, record), record, dict.fromkeys(distilled, teacher_of()["G"]))
+    fit.fit(stage_of(config, record), record, dict.fromkeys(distilled, teacher_of()["G"]))
     done = Run(record.folder, "")
     for name in names:
         values = done.logged("student", name)
@@ -578,7 +627,7 @@ def test_students_learn(record, model, distilled, names):
 
 
 def test_what_a_stage_gives_is_ready_for_use(record):
-    trained = train.fit(stage_of(config_of("--no_dropout=false"), record), record, teacher_of())
+    trained = fit.fit(stage_of(config_of("--no_dropout=false"), record), record, teacher_of())
     assert trained.steps == 6 and 0 < trained.seconds_per_step < 10
     net = trained.generators["G"]
     assert not net.training and not any(p.requires_grad for p in net.parameters())
@@ -589,7 +638,7 @@ def test_what_a_stage_gives_is_ready_for_use(record):
 
 def test_checkpoints_in_between(record):
     config = config_of("--n_epochs=3", "--n_epochs_decay=2", "--epoch_steps=1", "--save_epoch_freq=2")
-    train.fit(stage_of(config, record), record, {})
+    fit.fit(stage_of(config, record), record, {})
     assert {path.name for path in record.folder.glob("*.pth")} == {
         f"{name}_net_{net}.pth" for name, net in (("2", "G"), ("4", "G"), ("latest", "G"), ("latest", "D"))
     }
@@ -599,7 +648,7 @@ def test_checkpoints_in_between(record):
 
 @pytest.mark.parametrize(("freq", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (4, [1, 4]), (100, [1])])
 def test_print_freq(record, freq, steps):
-    train.fit(stage_of(config_of(f"--print_freq={freq}"), record), record, {})
+    fit.fit(stage_of(config_of(f"--print_freq={freq}"), record), record, {})
     assert [line["step"] for line in Run(record.folder, "").metrics] == steps
 
 
@@ -656,5 +705,5 @@ def test_a_run_can_be_called_from_python(tmp_path):
 )
 def test_a_cell_is_a_value_or_its_mean_and_spread(values, expected):
     rows = [{"psnr": value} for value in values] + [{"parameters": 7}, {"parameters": 7}]
-    assert train.summarise("psnr", rows) == pytest.approx(expected, nan_ok=True)
-    assert train.summarise("parameters", rows) == 7
+    assert results.summarise("psnr", rows) == pytest.approx(expected, nan_ok=True)
+    assert results.summarise("parameters", rows) == 7

@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from srpkd.data.doctor import DataError, Report, examine
-    from srpkd.data.folders import open_dataset
+    from srpkd.data.doctor import Report, examine
+    from srpkd.data.folders import DataError, open_dataset
     from srpkd.data.world import PALETTE, World, classes_of, generate_world, open_world, paint, write_world
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "write_world",
 ]
 
-_HOME = {"DataError": "doctor", "Report": "doctor", "examine": "doctor", "open_dataset": "folders"}
+_HOME = {"DataError": "folders", "Report": "doctor", "examine": "doctor", "open_dataset": "folders"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from PIL import Image
 from srpkd.data.folders import (
     CHOICES,
     EXTENSIONS,
+    DataError,
     describe,
     effective_load_size,
     image_files,
@@ -30,14 +31,6 @@ Size = tuple[int, int]  # (width, height)
 DECODED = 500
 
 _PROPER = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
-
-
-class DataError(ValueError):
-    """What is wrong with a data set: a heading, and below it the `problems`, numbered."""
-
-    def __init__(self, heading: str, problems: Sequence[str] = ()):
-        self.problems = list(problems)
-        super().__init__("\n".join([heading, *(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))]))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ As there, sub-folders are searched too, and an EXIF orientation is not applied: 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,14 @@ CHOICES = {
     "direction": ("AtoB", "BtoA"),
     "preprocess": ("resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"),
 }
+
+
+class DataError(ValueError):
+    """What is wrong with a data set: a heading, and below it the `problems`, numbered."""
+
+    def __init__(self, heading: str, problems: Sequence[str] = ()):
+        self.problems = list(problems)
+        super().__init__("\n".join([heading, *(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))]))
 
 
 def open_dataset(
@@ -63,7 +72,7 @@ def open_dataset(
     DataLoader seeds in each worker. `max_dataset_size` keeps the first so many files of each folder.
 
     Raises ValueError for an unknown choice; FileNotFoundError for a missing folder or one without images;
-    ValueError, when the item is read, for an image that cannot be decoded or is too small for the crop.
+    DataError, when the item is read, for an image that cannot be decoded or is too small for the crop.
     `srpkd.data.examine` finds all of these before training.
     """
     check_choices(dataset_mode=dataset_mode, direction=direction, preprocess=preprocess)
@@ -115,7 +124,7 @@ class FolderDataset(Dataset):
             # given together, the two images of a pair share their crop and flip
             tensors = self.transform(*images) if self.aligned else [self.transform(image) for image in images]
         except ValueError as error:
-            raise ValueError(f"{' or '.join(dict.fromkeys(paths))}: {error}") from error
+            raise DataError(f"{' or '.join(dict.fromkeys(paths))}: {error}") from error
         return dict(zip("AB", tensors)) | dict(zip(("A_path", "B_path"), paths))
 
 
@@ -147,13 +156,13 @@ def image_files(folder: str | Path) -> list[str]:
 
 
 def read_image(path: str) -> Image.Image:
-    """The file decoded, as RGB. Raises ValueError, with the path, for one that cannot be decoded or is so
+    """The file decoded, as RGB. Raises DataError, with the path, for one that cannot be decoded or is so
     large that Pillow takes it for a decompression bomb."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # a decoder may raise nearly anything when the bytes are wrong
-        raise ValueError(f"{path}: {describe(error)}") from error
+        raise DataError(f"{path}: {describe(error)}") from error
 
 
 def describe(error: Exception) -> str:
@@ -168,10 +177,10 @@ def describe(error: Exception) -> str:
 
 
 def split_pair(image: Image.Image, path: str) -> list[Image.Image]:
-    """The left and the right half of an aligned image. Raises ValueError for an odd width."""
+    """The left and the right half of an aligned image. Raises DataError for an odd width."""
     width, height = image.size
     if width % 2:
-        raise ValueError(f"{path}: {width} pixels wide, which two equal halves cannot be")
+        raise DataError(f"{path}: {width} pixels wide, which two equal halves cannot be")
     return [image.crop((x, 0, x + width // 2, height)) for x in (0, width // 2)]
 
 

@@ -1,0 +1,130 @@
+"""The images of a run, as its options describe them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import parallel
+from .config import TrainConfig
+from .data import DataError, examine, generate_world, open_dataset, open_world
+from .data.batches import Batches, Seeded
+from .evaluation import collate
+from .networks import define_generator, size_multiple
+
+TEST_SEED = 1_000_003  # of the generated test scenes: far from the training scenes' 0
+
+cached_world = functools.cache(generate_world)
+
+
+def open_data(config: TrainConfig, phase: str) -> Dataset:
+    """The images of a phase, "train" or "test": a folder's, or the generated ones (always in pairs for the test)."""
+    testing = phase == "test"
+    limit = None if testing else config.max_dataset_size
+    if config.is_world:
+        world = cached_world(
+            config.world_test_pairs if testing else config.world_pairs,
+            config.world_size,
+            TEST_SEED if testing else 0,
+            config.world_variant,
+        )
+        paired = testing or config.dataset_mode == "aligned"
+        if limit is not None and not paired:
+            limit *= 2  # one half of the scenes gives the photos, the other the label maps
+        return open_world(
+            world[:limit],
+            config.direction,
+            aligned=paired,
+            flip=not (testing or config.no_flip),
+            serial_batches=config.serial_batches,
+        )
+    return open_dataset(
+        config.dataroot,
+        config.dataset_mode,
+        phase,
+        config.direction,
+        preprocess=config.preprocess,
+        load_size=config.load_size,
+        crop_size=config.crop_size,
+        no_flip=config.no_flip,
+        serial_batches=testing or config.serial_batches,
+        max_dataset_size=limit,
+        input_nc=config.input_nc,
+        output_nc=config.output_nc,
+    )
+
+
+def examine_data(config: TrainConfig, stages: Iterable[TrainConfig], teachers: Mapping[str, nn.Module]) -> str:
+    """What the images are, in a line; raises a DataError that says all that is wrong with them.
+
+    Args:
+        stages: the options of all that the run will train.
+        teachers: those that it has loaded.
+    """
+    stages = list(stages)
+    with torch.device("meta"):
+        nets = [define_generator(netG) for netG in {stage.netG for stage in stages}]
+    multiple = max(size_multiple(net) for net in [*nets, *teachers.values()])
+    limits = [stage.max_dataset_size for stage in stages]
+    if config.is_world:
+        if config.world_size % multiple:
+            raise DataError(f"world_size={config.world_size} must be a multiple of {multiple} for these generators")
+        return (
+            f"generated scenes of {config.world_size} x {config.world_size} pixels: "
+            f"{config.world_pairs} to train, {config.world_test_pairs} to test"
+        )
+    summaries = [
+        examine(
+            config.dataroot,
+            config.dataset_mode,
+            phase,
+            preprocess=config.preprocess,
+            load_size=config.load_size,
+            crop_size=config.crop_size,
+            direction=config.direction,
+            max_dataset_size=max(limits) if phase == "train" and None not in limits else None,
+            batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
+            size_multiple=multiple,
+        )
+        for phase in ("train", "test")
+    ]
+    return "; ".join(map(str, summaries))
+
+
+def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0) -> DataLoader:
+    """Batches of {"A", "B"} without end, shuffled by the seed, from number `start` on; len() is those of one pass.
+
+    Raises:
+        DataError: there are so few images that they cannot be shared out evenly to the processes.
+    """
+    batches = Batches(
+        len(dataset), config.batch_size, seed, not config.serial_batches, start, parallel.rank(), parallel.ranks()
+    )
+    if batches.batch_size % parallel.ranks():
+        raise DataError(
+            f"{batches.batch_size} images cannot be shared out evenly to {parallel.ranks()} processes: use fewer"
+        )
+    return DataLoader(
+        Seeded(dataset),
+        batch_sampler=batches,
+        num_workers=0 if config.is_world else config.num_threads,
+        collate_fn=collate,
+        pin_memory=config.torch_device.type == "cuda",
+        generator=torch.Generator(),  # its own, lest the loader draw from torch's
+    )
+
+
+def input_size(config: TrainConfig) -> tuple[int, int]:
+    """(H, W) of what the generators are trained on, as far as the options say it."""
+    side = config.world_size if config.is_world else config.crop_size
+    return side, side
+
+
+def channels_of(config: TrainConfig, direction: str) -> tuple[int, int]:
+    """(input, output) channels of a direction's generator."""
+    channels = config.input_nc, config.output_nc
+    return channels[::-1] if direction == "G_B" else channels

@@ -1,0 +1,97 @@
+"""Several processes, each with its part of every batch: torch.distributed, as torchrun starts it.
+
+In a process that was not started by torchrun everything here is as if there were one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# the first process evaluates and writes while the others wait for it
+TIMEOUT = timedelta(hours=3)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs."""
+    if launched() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launched() -> int:
+    """How many processes torchrun started, also before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number; the first, 0, alone writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes share every batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text: str) -> None:
+    """Print in the first process alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def share(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if ranks() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in all of them."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def everywhere(condition: Tensor) -> Tensor:
+    """Whether a condition, a tensor (), holds in every process; nothing waits for the GPU."""
+    if ranks() == 1:
+        return condition
+    number = condition.to(torch.int32)
+    dist.all_reduce(number, dist.ReduceOp.MIN)
+    return number.bool()
+
+
+def wrap(network: nn.Module, compiled: bool = False) -> nn.Module:
+    """The network as training calls it: compiled, if that is wanted, and its gradients averaged over the processes.
+
+    Hooks may be registered on the network itself until it runs for the first time.
+    """
+    if next(network.parameters()).is_meta:
+        return network
+    if compiled:
+        network = torch.compile(network)
+    if ranks() > 1:
+        # a discriminator runs twice before its backward: buffers overwritten in between would break its gradient
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    return network

@@ -1,0 +1,117 @@
+"""A server of training runs in forks, which may be several processes, and may be killed.
+
+    with serving() as server:
+        code = server(arguments, cwd, kill=("step", 3), processes=2)
+
+Imports are done once, which takes longer than the runs; no tensor is made in the server, so that a fork may do what
+it likes.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpkd import objectives, record, results, state, train
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(number: int, function: Callable, instead: Callable = die) -> Callable:
+    """The function, but for its call of this number: that is another's."""
+    calls = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (instead if calls == number else function)(*arguments, **keywords)
+
+    return counted
+
+
+def save_half(content: Any, file: Any) -> None:
+    whole(content, file)
+    file.flush()
+    file.truncate(file.tell() // 2)
+    die()
+
+
+whole = torch.save
+WAYS = {
+    # before a training step; in an evaluation; in a write of a state or of weights; before a state takes its name
+    "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
+    "evaluate": lambda n: setattr(results, "evaluate", at(n, results.evaluate)),
+    "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
+    "rename": lambda n: setattr(state, "os", type("", (), {"replace": at(n, os.replace)})),
+}
+
+
+@contextmanager
+def serving() -> Iterator[Callable[..., int]]:
+    """Start a server: server(arguments, cwd, kill, processes) is the exit code of a run, negative for the signal that
+    killed it; of several processes, that of the first. Their output is appended to <cwd>/log."""
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def request(arguments: list[str], cwd: Path, kill: tuple[str, int] | None = None, processes: int = 1) -> int:
+            asked = {"arguments": arguments, "cwd": str(cwd), "kill": kill, "processes": processes}
+            process.stdin.write(json.dumps(asked) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield request
+        process.stdin.close()
+
+
+def main() -> None:
+    # a page takes longer than the training
+    record.write_report = lambda folder: folder / "index.html"
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        forks = [fork(request, rank, port) for rank in range(request["processes"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in forks]
+        print(codes[0], flush=True)
+
+
+def fork(request: dict[str, Any], rank: int, port: int) -> int:
+    if child := os.fork():
+        return child
+    log = os.open(Path(request["cwd"]) / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(request["cwd"])
+    if request["processes"] > 1:  # as torchrun has it
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if request["kill"]:
+        way, number = request["kill"]
+        WAYS[way](number)
+    code = 1
+    try:
+        train.main(request["arguments"])
+        code = 0
+    except SystemExit as message:
+        print(message)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
