@@ -143,6 +143,8 @@ class LossOptions:
         normalize: row, cosine or none: which relation matrix.
         distance: l1, l2 or huber: how two relation matrices are compared.
         delta: where Huber's distance turns linear.
+        scope: image, batch or global: whether a pixel is related to those of its image, of its process's share of the
+            batch, or of the whole batch, whatever the number of processes.
         backend: what computes the relation loss; auto takes the fastest here.
     """
 
@@ -159,6 +161,7 @@ class LossOptions:
     normalize: Literal["row", "cosine", "none"] = "row"
     distance: Literal["l1", "l2", "huber"] = "l1"
     delta: float = 1.0
+    scope: Literal["image", "batch", "global"] = "image"
     backend: str = "auto"
 
 

@@ -181,7 +181,7 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
 
 
 def relation_loss_of(config: TrainConfig) -> SRPLoss:
-    return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend)
+    return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend, scope=config.scope)
 
 
 def ready(network: nn.Module, config: TrainConfig) -> nn.Module:

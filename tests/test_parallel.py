@@ -26,7 +26,14 @@ TINY = shlex.split(
 )
 ARGUMENTS = {
     "pix2pix": ["--model=pix2pix", "--dataroot=:world:", "--world_size=16", "--world_pairs=12", "--world_test_pairs=2"],
-    "cycle_gan": ["--model=cycle_gan", "--dataroot=images", "--load_size=20", "--crop_size=16", "--num_threads=1"],
+    "cycle_gan": [
+        "--model=cycle_gan",
+        "--dataroot=images",
+        "--load_size=20",
+        "--crop_size=16",
+        "--num_threads=1",
+        "--scope=global",
+    ],
 }
 
 
