@@ -62,7 +62,10 @@ def serving() -> Iterator[Callable[..., int]]:
     """Start a server: server(arguments, cwd, kill, processes) is the exit code of a run, negative for the signal that
     killed it; of several processes, that of the first. Their output is appended to <cwd>/log."""
     command = [sys.executable, __file__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # bits are compared with those of runs that torchrun starts
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
 
         def request(arguments: list[str], cwd: Path, kill: tuple[str, int] | None = None, processes: int = 1) -> int:
             asked = {"arguments": arguments, "cwd": str(cwd), "kill": kill, "processes": processes}
