@@ -69,14 +69,19 @@ BACKENDS = {
             Fault(
                 "row: correction M_w q dropped",
                 ALGEBRA,
-                "            result.mT.baddbmm_(total(weighted.mT @ features), features.mT, alpha=-scale)\n",
+                "            result.mT.baddbmm_(weighted_moment, features.mT, alpha=-scale)\n",
                 "",
             ),
-            Fault("cosine: correction dropped", ALGEBRA, "result.sub_(weighted).mul_(scale)", "result.mul_(scale)"),
+            Fault(
+                "cosine: correction dropped",
+                ALGEBRA,
+                "result.sub_((tiles.h * scales.student.square()).unsqueeze(-1) * features).mul_(scale)",
+                "result.mul_(scale)",
+            ),
             Fault(
                 "cosine: the diagonal is no tie",
                 BLOCKED,
-                "difference.diagonal(dim1=1, dim2=2).zero_()",
+                "difference.diagonal(dim1=1, dim2=2).mul_(0)",
                 "difference.diagonal(dim1=1, dim2=2)",
             ),
             Fault(
@@ -267,7 +272,7 @@ BACKENDS = {
                 "relation) * alpha_s.unsqueeze(2)",
             ),
             Fault("the loss is that of one rank's rows", DISTRIBUTED, "sum_over_ranks(loss, group)", "loss"),
-            Fault("scales of one rank's pixels", DISTRIBUTED, "relation, dtype, total)", "relation, dtype)"),
+            Fault("scales of one rank's pixels", DISTRIBUTED, "relation, dtype, total, pixels)", "relation, dtype)"),
             Fault(
                 "M_w of one rank's pixels",
                 DISTRIBUTED,
