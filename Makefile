@@ -1,6 +1,7 @@
 # make demo   train, distil and report on generated images
 # make test   lint and the whole test suite
 # make mutations   put faults into the kernels, each of which a test must notice (about ten minutes)
+# make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
 # All make .venv first, with everything in it.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # what the installation is made from: a change makes it anew
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
 
-.PHONY: demo test mutations install lint clean
+.PHONY: demo test mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
@@ -21,6 +22,9 @@ test: $(VENV)/installed lint
 
 mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations.py
+
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -302,11 +302,11 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> subpro
     )
 
 
-def compile_native(folder: Path) -> str | None:
+def compile_native(folder: Path, flags: str = "-O1", **environment: str) -> str | None:
     """Build the CPU extension where the copy finds it first; or what went wrong."""
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
-    environment = {"SRPKD_BUILD_CUDA": "0", "SRPKD_CXX_FLAGS": "-O1"}
+    environment |= {"SRPKD_BUILD_CUDA": "0", "SRPKD_CXX_FLAGS": flags}
     done = run([sys.executable, "-P", str(folder / "kernels" / "build.py"), str(objects)], folder, environment)
     if done.returncode:
         return done.stdout
