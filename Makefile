@@ -1,6 +1,8 @@
 # make demo   train, distil and report on generated images
 # make test   lint and the whole test suite
-# Both make .venv first, with everything in it.
+# make mutations   put faults into the kernels, each of which a test must notice (about ten minutes)
+# make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
+# All make .venv first, with everything in it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 # what the installation is made from: a change makes it anew
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
 
-.PHONY: demo test install lint clean
+.PHONY: demo test mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
@@ -17,6 +19,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+
+mutations: $(VENV)/installed
+	$(BIN)/python tests/mutations.py
+
+sanitize: $(VENV)/installed
+	$(BIN)/python tests/sanitize.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -117,26 +117,58 @@ def penalty_slope(difference: Tensor, relation: Relation) -> Tensor:
     return difference.clamp(-relation.delta, relation.delta)
 
 
-def scale_of(features: Tensor, relation: Relation, moment: Tensor | None) -> Tensor:
-    """alpha of features (B, N, C) in their own dtype: (B, N), 0 for a dead pixel; not for ``"none"``.
+def size_of(moment: Tensor) -> Tensor:
+    """The power of two next below the root of M's largest element (B, 1, 1): about sqrt(N) times a feature's size.
 
-    The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i with M = Q^T Q, which is ``moment``.
+    Divided by its square, a product with M has the size of features: in float32 those of 1e18 would overflow, and the
+    scales of 1e-18 underflow.
     """
-    if relation.normalize == "cosine":
-        square = features.square().sum(-1)
-    else:
-        # the product in the layout of the features: to read one of the two across its strides takes as long as it does
-        by_channel = features.stride(-1) > features.stride(-2)
-        product = (moment @ features.mT).mT if by_channel else features @ moment
-        square = product.mul_(features).sum(-1)
-    norm = square.clamp_min(0).sqrt()  # rounding can leave a square just below 0
-    return torch.where(norm > relation.eps, norm.reciprocal(), 0)
+    largest = moment.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(moment.dtype).tiny)
+    return (largest.log2() / 2).floor().exp2().view(-1, 1, 1)
+
+
+def inverse(norm: Tensor, relation: Relation) -> Tensor:
+    """alpha: 0 for a dead pixel, and NaN rather than that where the norm is too large for its dtype."""
+    return torch.where(norm > relation.eps, norm.reciprocal() + 0 * norm, 0)
+
+
+def row_scales(
+    features: Tensor, relation: Relation, total: Total = itself, pixels: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """alpha (B, N) for ``"row"``, and M = Q^T Q (B, C, C), of features (B, N, C) in their own dtype.
+
+    The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i. With the mean m of the features that is
+    q_i^T M' q_i + N (m . q_i)^2, M' being the moment of q - m. Neither term is negative: where all pixels but some have
+    a large mean in common, those keep digits that would cancel in q_i^T M q_i.
+    """
+    count = pixels or features.shape[1]
+    mean = total(features.sum(1, keepdim=True)) / count
+    centred = features - mean
+    moment = total(centred.mT @ centred)
+    whole = torch.baddbmm(moment, mean.mT, mean, alpha=count)
+    size = size_of(whole)
+    # the product in the layout of the features: to read one of the two across its strides takes as long as it does
+    by_channel = features.stride(-1) > features.stride(-2)
+    moment = moment / size.square()
+    product = (moment @ features.mT).mT if by_channel else features @ moment
+    along = (features @ (mean.mT / size)).squeeze(-1)
+    square = product.mul_(features).sum(-1).add_(along.square_(), alpha=count)
+    # rounding can leave a square just below 0
+    return inverse(square.clamp_min_(0).sqrt_() * size.squeeze(-1), relation), whole
 
 
 def scales_of(
-    student: Tensor, teacher: Tensor, relation: Relation, dtype: torch.dtype, total: Total = itself
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    dtype: torch.dtype,
+    total: Total = itself,
+    pixels: int | None = None,
 ) -> Scales:
-    """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), in ``dtype``."""
+    """The scales of both relation matrices from raw features (B, N, C_s), (B, N, C_t), in ``dtype``.
+
+    ``pixels`` is N where it is not that of the features given.
+    """
     if relation.normalize == "none":
         return Scales(None, None, None)
     # TF32 and bfloat16 are too coarse for scales: float64 where float32 would be multiplied in them
@@ -145,8 +177,9 @@ def scales_of(
 
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:
         features = features.to(exact)
-        moment = total(features.mT @ features) if relation.normalize == "row" else None
-        return scale_of(features, relation, moment), moment
+        if relation.normalize == "row":
+            return row_scales(features, relation, total, pixels)
+        return inverse(features.square().sum(-1).sqrt(), relation), None
 
     alpha_s, moment = scale_and_moment(student)
     alpha_t, _ = scale_and_moment(teacher)
@@ -175,13 +208,14 @@ def gradient_of(
         result.mul_(scale)
     else:
         features = student.to(result.dtype)
-        weighted = (tiles.h * scales.student.square()).unsqueeze(-1) * features
         if relation.normalize == "cosine":
-            result.sub_(weighted).mul_(scale)
-        else:
-            moment = scales.moment.to(result.dtype)
-            result.mT.baddbmm_(moment, weighted.mT, beta=scale, alpha=-scale)
-            result.mT.baddbmm_(total(weighted.mT @ features), features.mT, alpha=-scale)
+            result.sub_((tiles.h * scales.student.square()).unsqueeze(-1) * features).mul_(scale)
+        else:  # w_i times, and M divided by, the square of M's size
+            size = size_of(scales.moment)
+            weighted = (tiles.h * (scales.student * size.squeeze(-1)).square()).unsqueeze(-1) * features
+            moment, weighted_moment = (x / size.square() for x in (scales.moment, total(weighted.mT @ features)))
+            result.mT.baddbmm_(moment.to(result.dtype), weighted.mT, beta=scale, alpha=-scale)
+            result.mT.baddbmm_(weighted_moment, features.mT, alpha=-scale)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
     if gradient.dtype == result.dtype and gradient.stride() == result.stride():
         return result

@@ -41,8 +41,8 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
             for gram, alpha in ((gram_s, scales.student), (gram_t, scales.teacher))
         )
         difference = relations - relations_t
-        if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact
-            difference.diagonal(dim1=1, dim2=2).zero_()
+        if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact; NaN stays
+            difference.diagonal(dim1=1, dim2=2).mul_(0)
         value = penalty(difference, relation)
         if relation.symmetric:
             loss += value[..., :own].sum((1, 2)) + 2 * value[..., own:].sum((1, 2))

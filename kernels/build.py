@@ -4,6 +4,8 @@ setup.py loads this file by its path, so it imports nothing of this package, and
 
 Environment:
     SRPKD_BUILD            0: never build; 1: installing fails where building does; unset: build where possible.
+    SRPKD_BUILD_CUDA       0: leave the GPU part out; it takes most of the time.
+    SRPKD_CXX_FLAGS        further flags for the host's compiler, as in ``-O1 -fsanitize=address``.
     TORCH_CUDA_ARCH_LIST   the GPU architectures to build for, as in ``8.0;9.0a``; else those of the GPUs that are
                            here, else DEFAULT_ARCHITECTURES.
     MAX_JOBS               how many compilers run side by side; else as many as cores and memory allow.
@@ -94,6 +96,8 @@ def why_no_cuda() -> str | None:
     """Why the GPU part is left out, or None where it can be built."""
     import torch
 
+    if os.environ.get("SRPKD_BUILD_CUDA") == "0":
+        return "SRPKD_BUILD_CUDA=0 leaves it out"
     if not list(CSRC.glob("cuda/*.cu")):
         return "csrc/cuda has no sources"
     if torch.version.cuda is None:
@@ -142,7 +146,8 @@ def flags(cuda: bool) -> list[str]:
 
     macros = {"TORCH_VERSION": torch.__version__, "SOURCES": source_digest()}
     macros["CUDA_ARCHITECTURES"] = architectures() if cuda else ""
-    return CXX_FLAGS + [f'-DSRPKD_{name}="{value}"' for name, value in macros.items()]
+    defined = [f'-DSRPKD_{name}="{value}"' for name, value in macros.items()]
+    return [*CXX_FLAGS, *defined, *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", ""))]
 
 
 # --- building on first use ------------------------------------------------------------------------------------------

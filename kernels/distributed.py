@@ -78,10 +78,10 @@ def value_and_gradient(
     pixels, total = sum(shares), partial(sum_over_ranks, group=group)
     dtype = algebra.accumulator(student.dtype)
     if relation.distance == "l2":
-        scales = algebra.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total)
+        scales = algebra.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
         tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
     else:
-        scales = algebra.scales_of(student, teacher, relation, dtype, total)
+        scales = algebra.scales_of(student, teacher, relation, dtype, total, pixels)
         tiles = ring_tiles(Share(student, teacher, *scales[:2]), scales, relation, need_grad, shares, group)
     loss = (tiles.loss / pixels**2).to(dtype)
     return loss, algebra.gradient_of(student, tiles, scales, relation, total, pixels) if need_grad else None
@@ -163,7 +163,7 @@ def add_columns(tiles: Tiles, rows: Share, columns: Share, relation: Relation) -
             relations = scaled(gram_s, alpha_s, columns.alpha_s, relation)
             difference = relations - scaled(gram_t, alpha_t, columns.alpha_t, relation)
         if relation.normalize == "cosine" and columns is rows:
-            difference.diagonal(start, 1, 2).zero_()  # a pixel's relation to itself: a tie, kept exact
+            difference.diagonal(start, 1, 2).mul_(0)  # a pixel's relation to itself: a tie, kept exact; NaN stays
         tiles.loss.add_(penalty(difference, relation).sum())
         if tiles.U is None:
             continue

@@ -19,10 +19,12 @@ def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
     if relation.normalize == "none":
         return gram
     rows = gram if relation.normalize == "row" else features
-    square = rows.square().sum(-1)
-    alive = square.sqrt() > relation.eps
+    # divided by a power of two, their squares neither overflow nor underflow
+    size = rows.detach().abs().amax((-2, -1)).clamp_min(torch.finfo(rows.dtype).tiny).log2().floor().exp2()[:, None]
+    square = (rows / size.unsqueeze(-1)).square().sum(-1)
+    alive = square.sqrt() * size > relation.eps
     # the inner where keeps the infinite slope of 1/sqrt at 0 out of the backward pass, where 0 * inf is NaN
-    alpha = torch.where(alive, torch.where(alive, square, 1).rsqrt(), 0)
+    alpha = torch.where(alive, torch.where(alive, square, 1).rsqrt() / size, 0)
     relations = gram * alpha.unsqueeze(-1)
     return relations if relation.normalize == "row" else relations * alpha.unsqueeze(-2)
 

@@ -176,8 +176,8 @@ def relation_kernel(
             alpha_tn = tl.load(alpha_t_ptr + offs_n, mask=offs_n < pixels, other=0.0)[None, :]
             if NORMALIZE == "cosine":
                 difference = gram_s * (alpha_sm * alpha_sn) - gram_t * (alpha_tm * alpha_tn)
-                # a pixel's relation to itself: a tie, kept exact
-                difference = tl.where(offs_m[:, None] == offs_n[None, :], 0.0, difference)
+                # a pixel's relation to itself: a tie, kept exact; NaN stays
+                difference = tl.where(offs_m[:, None] == offs_n[None, :], 0.0 * difference, difference)
             else:
                 difference = gram_s * alpha_sm - gram_t * alpha_tm
                 mirrored = gram_s * alpha_sn - gram_t * alpha_tn

@@ -254,7 +254,8 @@ def scale_rows(
         features = features.to(tl.float32)
         square += tl.sum((moved if NORMALIZE == "row" else features) * features, 1)
     norm = tl.sqrt_rn(tl.maximum(square, 0.0))  # rounding can leave a square just below 0
-    alpha = tl.where(norm > eps, tl.div_rn(1.0, tl.where(norm > eps, norm, 1.0)), 0.0)
+    # 0 * norm: where the square overflows, NaN rather than the 0 of a dead pixel
+    alpha = tl.where(norm > eps, tl.div_rn(1.0, tl.where(norm > eps, norm, 1.0)) + 0.0 * norm, 0.0)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     tl.store(alpha_ptr + offs_m, alpha, mask=offs_m < pixels)
 

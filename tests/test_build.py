@@ -26,7 +26,10 @@ from srpkd.info import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-VARIABLES = ("SRPKD_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "TORCH_EXTENSIONS_DIR", "CXX", "CUDA_HOME", "CUDA_PATH")
+VARIABLES = (
+    "SRPKD_BUILD", "SRPKD_BUILD_CUDA", "SRPKD_CXX_FLAGS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "TORCH_EXTENSIONS_DIR",
+    "CXX", "CUDA_HOME", "CUDA_PATH",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +113,8 @@ def test_why_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.88\n")
         nvcc.chmod(0o755)
         assert (build.why_no_cuda() is None) == fits
+    monkeypatch.setenv("SRPKD_BUILD_CUDA", "0")
+    assert build.why_no_cuda() == "SRPKD_BUILD_CUDA=0 leaves it out"
 
 
 def test_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -251,7 +256,10 @@ def test_a_change_has_a_place_of_its_own(unbuilt: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     other_torch = build.cached_library()
     monkeypatch.setattr(build, "CSRC", tmp_path)
-    assert len({unbuilt, other_torch, build.cached_library()}) == 3
+    other_sources = build.cached_library()
+    monkeypatch.setenv("SRPKD_CXX_FLAGS", "-O0 '-DNAME=two words'")
+    assert build.flags(cuda=False)[-2:] == ["-O0", "-DNAME=two words"]
+    assert len({unbuilt, other_torch, other_sources, build.cached_library()}) == 4
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import math
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -68,12 +69,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         compiler,
         *options,
         "-Wno-unknown-pragmas",
+        *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
         f"-I{source}",
         "-o",
         str(target),
         str(source / "library.cpp"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # the compiler itself does not run in a sanitizer that is loaded before this process
+    done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = ctypes.CDLL(str(target))
     result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p

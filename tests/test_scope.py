@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DELTA, error
-from srpkd.kernels import DISTANCES, NORMALIZATIONS
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,6 +89,11 @@ def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
     spawn("relations", ranks, tmp_path)
 
 
+def test_ranks_with_as_many_pixels_and_several_strips(tmp_path: Path) -> None:
+    """Only a rank's own columns hold its diagonal, which goes on from strip to strip."""
+    spawn("strips", 2, tmp_path)
+
+
 def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
@@ -124,6 +129,18 @@ def check_relations(rank: int, ranks: int) -> None:
         assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
 
 
+def check_strips(rank: int, ranks: int) -> None:
+    distributed.block_rows = lambda *_: 7
+    student, teacher = images(ranks)
+    own = slice(rank, rank + 1)
+    for normalize in NORMALIZATIONS:
+        options = {"normalize": normalize, "distance": "huber", "delta": DELTA[normalize]}
+        expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+        loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", **options)
+        assert error(loss, expected_loss) < 1e-12, options
+        assert error(gradient / ranks, expected[own]) < 1e-12, options
+
+
 def check_ddp(rank: int, ranks: int) -> None:
     """DistributedDataParallel averages the ranks' gradients to that of one process with the whole batch."""
     network = nn.Conv2d(7, 5, 1).double()
@@ -154,7 +171,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
-        {"relations": check_relations, "ddp": check_ddp, "misfit": check_misfit}[case](rank, ranks)
+        cases = {"relations": check_relations, "strips": check_strips, "ddp": check_ddp, "misfit": check_misfit}
+        cases[case](rank, ranks)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -86,8 +86,8 @@ double run(const TileOperands<T>& tile) {
       if constexpr (scaled) a *= row_s, d *= row_t;
       if constexpr (cosine) a *= column_s[j], d *= column_t[j];
       d = a - d;
-      if constexpr (cosine && !mirrored) {  // a pixel's relation to itself: a tie, kept exact
-        if (j == i / LANES) d[i % LANES] = 0;
+      if constexpr (cosine && !mirrored) {  // a pixel's relation to itself: a tie, kept exact; NaN stays
+        if (j == i / LANES) d[i % LANES] *= 0;
       }
       loss += rho.value(d);
       if constexpr (row && mirrored) loss += rho.value(e);

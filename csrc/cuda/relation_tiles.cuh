@@ -403,10 +403,10 @@ struct RelationTiles {
       }
   }
 
-  // A pixel's relation to itself counts as equal in both.
+  // A pixel's relation to itself counts as equal in both; NaN stays.
   SRPKD_DEVICE void untie(Accumulator& sum) const {
     for_each<C::M_TILES, C::N_TILES>([&](int m, int n, int i) {
-      if (row_in_tile(m, i / 2) == column(n, i % 2)) sum[m][n][i] = 0;
+      if (row_in_tile(m, i / 2) == column(n, i % 2)) sum[m][n][i] *= 0;
     });
   }
 
