@@ -128,8 +128,8 @@ def size_of(moment: Tensor) -> Tensor:
 
 
 def inverse(norm: Tensor, relation: Relation) -> Tensor:
-    """alpha: 0 for a dead pixel, and NaN rather than that where the norm is too large for its dtype."""
-    return torch.where(norm > relation.eps, norm.reciprocal() + 0 * norm, 0)
+    """alpha: 0 for a dead pixel, and NaN rather than that where the norm is none, or too large for its dtype."""
+    return torch.where(norm <= relation.eps, 0, norm.reciprocal() + 0 * norm)
 
 
 def row_scales(

@@ -253,9 +253,9 @@ def scale_rows(
         features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
         features = features.to(tl.float32)
         square += tl.sum((moved if NORMALIZE == "row" else features) * features, 1)
-    norm = tl.sqrt_rn(tl.maximum(square, 0.0))  # rounding can leave a square just below 0
-    # 0 * norm: where the square overflows, NaN rather than the 0 of a dead pixel
-    alpha = tl.where(norm > eps, tl.div_rn(1.0, tl.where(norm > eps, norm, 1.0)) + 0.0 * norm, 0.0)
+    norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square))  # rounding can leave a square just below 0
+    # 0 * norm: where the square overflows, NaN rather than the 0 of a dead pixel, and where it is NaN that stays
+    alpha = tl.where(norm <= eps, 0.0, tl.div_rn(1.0, tl.where(norm <= eps, 1.0, norm)) + 0.0 * norm)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     tl.store(alpha_ptr + offs_m, alpha, mask=offs_m < pixels)
 

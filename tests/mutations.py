@@ -63,8 +63,8 @@ BACKENDS = {
             Fault(
                 "norm of exactly eps is alive",
                 ALGEBRA,
-                "torch.where(norm > relation.eps",
-                "torch.where(norm >= relation.eps",
+                "torch.where(norm <= relation.eps",
+                "torch.where(norm < relation.eps",
             ),
             Fault(
                 "row: correction M_w q dropped",

@@ -287,6 +287,18 @@ def test_float16_of_any_size(relation, size):
     assert_as_exact_as_eager(student, teacher, replace(relation, eps=0.0))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about the overflow that is tested
+@pytest.mark.parametrize("size", [1e8, 1e10, 1e15])
+def test_overflow_shows(size):
+    """Squares of row norms have the fourth power of the features: where that is too much, the loss is NaN."""
+    student, teacher = (size * x for x in features(Relation(), 1, 40, (5, 7), torch.float32))
+    loss = backend.value_and_gradient(student, teacher, Relation(), need_grad=False)[0]
+    if size > 1e9:
+        assert loss.isnan().all()
+    else:
+        assert error(loss, value_and_gradient(student.double(), teacher.double(), Relation(), "reference")[0]) < 1e-6
+
+
 def test_the_gradient_has_the_strides_of_the_features():
     for layout in (torch.contiguous_format, torch.channels_last):
         student = torch.randn(2, 6, 5, 7).to(memory_format=layout).requires_grad_()
