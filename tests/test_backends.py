@@ -128,8 +128,8 @@ def test_huber_has_both_sides(normalize: str) -> None:
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
-def eager_in_16_bits(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
-    """The loss as it is usually written in PyTorch, nothing upcast: (B, N, C) -> (B,)."""
+def as_usually_written(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """The loss as it is usually written in PyTorch, in the features' own dtype: (B, N, C) -> (B,)."""
 
     def relations(x: Tensor) -> Tensor:
         if relation.normalize == "cosine":
@@ -142,6 +142,18 @@ def eager_in_16_bits(student: Tensor, teacher: Tensor, relation: Relation) -> Te
     if kind is None:
         return F.huber_loss(ours, theirs, reduction="none", delta=relation.delta).mean((1, 2))
     return kind(ours, theirs, reduction="none").mean((1, 2))
+
+
+@pytest.mark.parametrize(("backend", "relation"), cases(["reference"]))
+def test_reference_is_what_pytorch_has(backend: str, relation: Relation) -> None:
+    """The oracle itself: by PyTorch's own normalisation, distances and gradients, in float64."""
+    student, teacher = features(relation)
+    leaf = student.detach().requires_grad_()
+    loss = as_usually_written(leaf, teacher, relation)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    actual = value_and_gradient(student, teacher, relation, backend)
+    assert error(actual[0], loss) < 1e-12
+    assert error(actual[1], gradient) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
@@ -169,7 +181,7 @@ def test_error_is_that_of_eager(backend: str, relation: Relation, dtype: torch.d
 
     if dtype != torch.float32:
         leaf = student.detach().requires_grad_()
-        naive = eager_in_16_bits(leaf, teacher, relation)
+        naive = as_usually_written(leaf, teacher, relation)
         (naive_gradient,) = torch.autograd.grad(naive, leaf, torch.full_like(naive, 1024))
         assert errors[0] <= error(naive, exact[0])
         assert errors[1] <= error(naive_gradient / 1024, exact[1])
