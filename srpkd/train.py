@@ -27,6 +27,7 @@ from .data import DataError
 from .evaluation import evaluate
 from .fit import Diverged, Generators, Stage, fit, make_objective, ready, relation_loss_of
 from .images import channels_of, examine_data, input_size, open_data
+from .networks import image_channels
 from .objectives import OBJECTIVES, Objective
 from .record import RunRecord, new_folder
 from .report import format_table
@@ -275,8 +276,7 @@ def load_teachers(config: TrainConfig) -> Generators:
     for direction, path in teacher_files(config).items():
         teacher = load_generator(path)
         wanted = channels_of(config, direction)
-        convs = [module for module in teacher.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d)]
-        found = convs[0].in_channels, convs[-1].out_channels
+        found = image_channels(teacher)
         if found != wanted:
             raise CheckpointError(
                 f"{path}: this generator goes from {found[0]} to {found[1]} channels, the images from {wanted[0]} to "

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..metrics import nearest_colour
+
 # (6, 3) uint8, RGB: what each class is painted with in a label map; no two are closer than 100 levels
 PALETTE = torch.tensor(
     [[220, 50, 47], [60, 170, 75], [40, 90, 200], [250, 215, 60], [70, 205, 225], [200, 80, 205]],
@@ -181,10 +183,7 @@ def _colour(classes: Tensor, table: Tensor) -> Tensor:
 
 def classes_of(images: Tensor) -> Tensor:
     """The class whose palette colour is nearest: (P, 3, H, W) in [-1, 1] to (P, H, W) int64. Undoes `paint`."""
-    palette = PALETTE.to(images.device) / 127.5 - 1
-    # |x - c|^2 is least where x . c - |c|^2 / 2 is greatest
-    scores = torch.einsum("kc,pchw->pkhw", palette, images.float()) - palette.square().sum(1).view(-1, 1, 1) / 2
-    return scores.argmax(1)
+    return nearest_colour(images, PALETTE.to(images.device) / 127.5 - 1)
 
 
 class WorldDataset(Dataset):
