@@ -21,7 +21,8 @@ from .algebra import Relation, Scales, Tiles, penalty, penalty_slope
 from .blocked import block_rows, scaled
 from .op import relation_loss_backward_op
 
-BACKENDS = ("auto", "blocked", "closed_form")
+# What each distance is computed like, by the backends' names; "auto" is that, too.
+BACKENDS = {"l1": ("auto", "blocked"), "l2": ("auto", "closed_form"), "huber": ("auto", "blocked")}
 
 
 class Share(NamedTuple):

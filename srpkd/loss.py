@@ -80,7 +80,10 @@ def relation_loss(
     if scope == "global" and _ranks(group) > 1:
         from .kernels import distributed  # here, as it takes a second to import torch's compiler
 
-        dispatch.check_choice("with scope='global' and several ranks, backend", backend, distributed.BACKENDS)
+        choices = distributed.BACKENDS[distance]
+        dispatch.check_choice(
+            f"with scope='global', several ranks and distance={distance!r}, backend", backend, choices
+        )
         loss = distributed.relation_loss(student, teacher, Relation(normalize, distance, delta, eps), group)
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, Relation(normalize, distance, delta, eps))

@@ -161,8 +161,12 @@ def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
-    with pytest.raises(ValueError, match="several ranks, backend='reference' is not one of 'auto', 'blocked'"):
-        relation_loss(student, teacher, scope="global", backend="reference")
+    for distance, wrong, right in (("l1", "reference", "blocked"), ("l1", "closed_form", "blocked"),
+                                   ("l2", "blocked", "closed_form")):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', '{right}'"
+        ):
+            relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
 
 
 def main() -> None:
