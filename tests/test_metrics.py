@@ -37,6 +37,8 @@ def test_nearest_colour():
     assert expected.tolist() == [0, 1, 2, 1]
     assert nearest_colour(pixels.T.view(1, 3, 2, 2), palette).flatten().tolist() == [0, 1, 2, 1]
     images = torch.rand(2, 3, 5, 7) * 2 - 1
+    distances = torch.cdist(images.movedim(1, -1).double(), PALETTE.double() / 127.5 - 1)
+    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), distances.argmin(-1))
     assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), classes_of(images))
 
 
