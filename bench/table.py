@@ -1,7 +1,7 @@
-"""The README's table of recorded results.
+"""The README's tables of recorded results: the relation loss by itself, and in a training step.
 
-python -m bench table                        prints it
-python -m bench table --readme README.md     puts it between the README's markers
+python -m bench table                        prints them
+python -m bench table --readme README.md     puts them between the README's markers
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from srpkd.checkpoint import atomic_write
 from srpkd.report import format_table
 
-from . import relation, results
+from . import relation, results, train
 from .cases import Case
 from .providers import PROVIDERS
 from .results import Row, number
@@ -32,16 +32,23 @@ COLUMNS = [
     {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
     {"key": "percent", "label": "% of floor", "format": ".1f"},
 ]
+TRAIN_COLUMNS = [
+    {"key": "arm", "label": "a training step"},
+    {"key": "median_s", "label": "s", "format": ".2f"},
+    {"key": "steps_per_s", "label": "steps/s", "format": ".3f"},
+    {"key": "srp_percent_of_step", "label": "of it the relation loss, %", "format": ".1f"},
+]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, default=relation.RESULTS, help="%(default)s")
+    parser.add_argument("--train-csv", type=Path, default=train.RESULTS, help="%(default)s")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between this file's markers")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table, or put it into the README."""
-    text = table(results.read(options.csv))
+    """Print the tables, or put them into the README."""
+    text = tables(results.read(options.csv), results.read(options.train_csv))
     if options.readme is None:
         print(text)
         return
@@ -58,6 +65,41 @@ def block(readme: str) -> str | None:
     """What stands between a README's markers, None if it has none."""
     found = MARKERS.search(readme)
     return found and found[0].removeprefix(found[1]).removesuffix(found[2]).rstrip("\n")
+
+
+def tables(rows: Sequence[Row], train_rows: Sequence[Row]) -> str:
+    """Both, as markdown; the second only where training was measured.
+
+    Raises:
+        ValueError: none of the shown cases is recorded.
+    """
+    return "\n\n".join(filter(None, [table(rows), train_table(train_rows)]))
+
+
+def train_table(rows: Sequence[Row]) -> str:
+    """What the relation loss costs of a training step, a part for everything that it was measured on."""
+    parts = []
+    same = ("device", "threads", "model", "student", "teacher", "size", "batch")
+    for own in _groups(rows, same):
+        first = own[0]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
+        parts.append(
+            f"{first['device']}, {first['threads']} threads; {first['model']}, {first['teacher']} to "
+            f"{first['student']}, {first['size']} x {first['size']} pixels, batch {first['batch']}; "
+            f"torch {first['torch']}; commit {commits}:"
+        )
+        numbers = [column["key"] for column in TRAIN_COLUMNS[1:]]
+        lines = [{"arm": row["arm"]} | {name: number(row, name) for name in numbers} for row in own]
+        parts.append(format_table({"columns": TRAIN_COLUMNS, "rows": lines}, markdown=True))
+    return "\n\n".join(parts)
+
+
+def _groups(rows: Sequence[Row], columns: Sequence[str]) -> list[list[Row]]:
+    """Rows that agree in some columns, together, in the order in which they first came."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in columns), []).append(row)
+    return list(found.values())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -302,6 +302,28 @@ def test_pictures(recorded, capsys):
     assert set(plot.STYLES) == set(PROVIDERS)
 
 
+def made_up_training() -> list[dict[str, object]]:
+    common = {
+        "model": "cycle_gan", "student": "resnet_9blocks 16", "teacher": "resnet_9blocks 64", "size": 256, "batch": 1,
+        "threads": 2, "torch": "2.14", "commit": "abc",
+    }  # fmt: skip
+    arms = {"without relation loss": (2.0, None), "auto: native": (2.5, 20.0)}
+    return [
+        common | {"device": device, "arm": arm, "median_s": s, "steps_per_s": 1 / s, "srp_percent_of_step": share}
+        for device in ("some cpu", "some cuda")
+        for arm, (s, share) in arms.items()
+    ]
+
+
+def test_the_table_of_training(tmp_path):
+    results.upsert(tmp_path / "train.csv", made_up_training(), train.KEY)
+    text = table.train_table(results.read(tmp_path / "train.csv"))
+    assert text.count("| auto: native | 2.50 | 0.400 | 20.0 |") == 2
+    assert text.count("| without relation loss | 2.00 | 0.500 | – |") == 2
+    assert text.index("some cpu, 2 threads; cycle_gan, resnet_9blocks 64 to resnet_9blocks 16, 256 x 256 pixels") == 0
+    assert table.train_table([]) == ""
+
+
 @pytest.mark.parametrize("command", ["plot", "scaling", "table"])
 def test_nothing_recorded_is_said(command, tmp_path):
     with pytest.raises(SystemExit, match="python -m bench relation"):
@@ -310,16 +332,20 @@ def test_nothing_recorded_is_said(command, tmp_path):
 
 def test_the_table_goes_into_the_readme(recorded, tmp_path, capsys):
     results.upsert(recorded, made_up("cuda", dtype="bfloat16"), relation.KEY)
-    run("table", "--csv", recorded)
+    training = tmp_path / "train.csv"
+    results.upsert(training, made_up_training(), train.KEY)
+    run("table", "--csv", recorded, "--train-csv", training)
     text = capsys.readouterr().out.strip()
-    assert text == table.table(results.read(recorded))
+    assert text == table.tables(results.read(recorded), results.read(training))
+    assert text.startswith(table.table(results.read(recorded)))
+    assert text.endswith(table.train_table(results.read(training)))
     assert "some cpu, 2 threads" in text and "some cuda;" in text
     assert "| N = 4,096, C = 64/256, float32 | eager | 671.09 | 1.00 | 0.50 |" in text
     assert "|  | native | 83.89 | 8.00 | 4.00 | 4.1 |" in text
     assert "out of memory" in text and "keops" not in text
     readme = tmp_path / "README.md"
     readme.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
-    run("table", "--csv", recorded, "--readme", readme)
+    run("table", "--csv", recorded, "--train-csv", training, "--readme", readme)
     assert table.block(readme.read_text()) == text
     assert readme.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
     assert readme.read_text().endswith("<!-- bench table: end -->\nb\n")
@@ -346,7 +372,7 @@ def test_the_readme_shows_the_recorded_results():
     shown = table.block((ROOT / "README.md").read_text(encoding="utf-8"))
     if shown is None:
         pytest.skip("README.md has no <!-- bench table --> block")
-    assert shown == table.table(RECORDED), "run python -m bench table --readme README.md"
+    assert shown == table.tables(RECORDED, results.read(train.RESULTS)), "run python -m bench table --readme README.md"
 
 
 @needs_results
