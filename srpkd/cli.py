@@ -13,6 +13,7 @@ VERBS = {
     "translate": "put every image of a folder through a generator",
     "profile": "parameters, MACs, size on disk and latency of generators, side by side",
     "export": "write a generator as ONNX, checked against PyTorch; 8-bit on request",
+    "study": "whether the relation loss helps on generated images, and with which weights",
     "info": "what is available on this machine, and why the rest is not",
 }
 HELP = f"""usage: srpkd VERB [OPTION ...]

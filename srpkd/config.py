@@ -478,10 +478,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
         for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
             options |= read_preset(value) if kind == "preset" else read_config(value)
         # files become flags that come first, so that the parser checks them alike and flags win
-        parsed = parser.parse_args([*_as_flags(options), *flags])
+        parsed = parser.parse_args([*as_flags(options), *flags])
         for arm, own in parsed.arms.items():
             try:
-                typed = parser.parse_args(_as_flags(check_keys(own, f"arm {arm!r}")))
+                typed = parser.parse_args(as_flags(check_keys(own, f"arm {arm!r}")))
             except ArgumentError as error:
                 raise ValueError(f"arm {arm!r}: {_plain(str(error))}") from error
             parsed.arms[arm] = {name: typed[name] for name in own}
@@ -556,7 +556,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     return flags, files
 
 
-def _as_flags(options: dict[str, Any]) -> list[str]:
+def as_flags(options: dict[str, Any]) -> list[str]:
+    """Options as a command line has them."""
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for name, value in options.items()

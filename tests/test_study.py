@@ -1,0 +1,195 @@
+"""The study: what it trains, what it claims, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from srpkd import study
+from srpkd.study import NOTHING, SETTINGS, Study, difference, spelled, students, teacher
+
+scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+
+DOCS = Path(__file__).parents[1] / "docs"
+TINY = {
+    "world_size": 16, "world_pairs": 4, "world_test_pairs": 2, "max_dataset_size": 2, "epoch_steps": 1, "n_epochs": 1,
+    "n_epochs_decay": 0, "teacher_n_epochs": 1, "teacher_n_epochs_decay": 0, "ngf": 2, "teacher_ngf": 3, "ndf": 2,
+    "n_layers_D": 1, "teacher_netG": "resnet_3blocks", "netG": "resnet_3blocks",
+}  # fmt: skip
+
+
+def of(folder, **options) -> Study:
+    return Study(str(folder), 2, 2, ("few pairs",), 1, TINY | options)
+
+
+def test_a_difference_is_student_s_t():
+    ours, theirs = [3.0, 5.5, 4.0, 7.0], [2.0, 5.0, 4.5, 4.0]
+    found = difference(ours, theirs)
+    wanted = scipy_stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found.mean == pytest.approx(1.0)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    assert found.verdict == "no difference shown"
+    assert difference([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).verdict == "helped"
+    assert difference([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).verdict == "hurt"
+    assert str(difference([2.0, 4.0], [1.0, 1.0])) == "+2.00 (-10.71 to +14.71)"
+
+
+def test_one_pair_shows_nothing():
+    found = difference([5.0], [1.0])
+    assert found.mean == 4.0 and math.isnan(found.low) and math.isnan(found.high)
+    assert found.verdict == "too few pairs to say" and str(found) == "+4.00"
+    with pytest.raises(ValueError):
+        difference([1.0, 2.0], [1.0])
+
+
+def test_options_in_words():
+    assert spelled(NOTHING) == "alone"
+    assert spelled(NOTHING | {"lambda_kd": 100.0}) == "kd 100"
+    relation = {"lambda_kd": 0.0, "lambda_srp": 0.5, "normalize": "row", "distance": "huber", "delta": 0.03}
+    assert spelled(relation) == "srp 0.5 row huber delta 0.03"
+    assert spelled(relation | {"layers": {"model.9": "model.9"}}).endswith(" model.9")
+
+
+def test_runs_of_a_world(tmp_path):
+    plan = Study(str(tmp_path), 5, 8, tuple(SETTINGS), 1, {})
+    taught = teacher(plan, "few pairs", 3)
+    assert taught == teacher(plan, "many pairs", 3), "all paired settings share a world's teacher"
+    assert taught != teacher(plan, "unpaired", 3) and taught.name != teacher(plan, "unpaired", 3).name
+    assert (taught.ngf, taught.max_dataset_size, taught.world_variant, taught.distils) == (24, 600, 3, False)
+    few, many = (
+        students(plan, setting, 3, 7, 2, NOTHING | {"lambda_srp": 5.0}) for setting in ("few pairs", "many pairs")
+    )
+    assert (few.max_dataset_size, many.max_dataset_size) == (12, None)
+    for run in (few, many):
+        assert run.teacher == str(tmp_path / taught.name) and not run.arms and run.time_budget is None
+        assert (run.seed, run.seeds, run.world_variant, run.lambda_kd, run.lambda_srp) == (7, 2, 3, 0.0, 5.0)
+    assert few.name != many.name
+    assert students(plan, "few pairs", 3, 7, 2, NOTHING).teacher is None, "who learns nothing of a teacher needs none"
+
+
+def test_what_is_chosen_is_judged():
+    output, feature = NOTHING | {"lambda_kd": 100.0}, NOTHING | {"lambda_kd": 100.0, "lambda_feature": 30.0}
+    relation = output | {"lambda_srp": 10.0, "distance": "huber", "delta": 0.03, "layers": {"a": "a"}}
+    steps = [
+        {"step": "output distillation", "chosen": output},
+        {"step": "feature matching", "chosen": feature},
+        {"step": "relation loss: form and weight", "chosen": output | {"lambda_srp": 7.0}},
+        {"step": "relation loss: layers", "chosen": relation},
+    ]
+    arms = study.arms_of(steps, 0.1)
+    assert arms["alone"] == NOTHING and arms["output"] == pytest.approx(NOTHING | {"lambda_kd": 10.0})
+    assert arms["output + SRP"] == relation | {"lambda_kd": 10.0, "lambda_srp": 1.0}, "weights are scaled, delta is not"
+    assert arms["SRP"] == arms["output + SRP"] | {"lambda_kd": 0.0}
+    assert arms["FitNet"] == NOTHING | {"lambda_feature": 3.0}
+
+
+@pytest.fixture
+def few_candidates(monkeypatch):
+    monkeypatch.setattr(study, "OUTPUT_WEIGHTS", (10.0, 100.0))
+    monkeypatch.setattr(study, "FEATURE_WEIGHTS", (30.0,))
+    monkeypatch.setattr(study, "RELATION_FORMS", (({"normalize": "row", "distance": "l2"}, (2000.0,)),))
+    monkeypatch.setattr(study, "LAYERS", ((("model.10",), (1.0, 3.0)),))
+
+
+def test_a_whole_study(tmp_path, few_candidates, monkeypatch, capsys, one_thread):
+    arguments = ["--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--worlds", "2", "--workers", "1"]
+    arguments += ["--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(TINY)]
+    study.main(arguments)
+    first = capsys.readouterr().out
+    result = json.loads((tmp_path / "runs" / "study.json").read_text())
+    assert (tmp_path / "runs" / "study.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "runs" / "study.md").read_text()
+    assert first == f"{report}\nreport: {tmp_path / 'runs' / 'study.md'}\n"
+
+    steps = {step["step"]: step for step in result["choice"]}
+    assert [len(step["tried"]) for step in steps.values()] == [2, 1, 1, 3]
+    for step in steps.values():
+        means = [sum(entry["scores"]) for entry in step["tried"]]
+        assert step["chosen"] == step["tried"][means.index(max(means))]["options"]
+        assert all(len(entry["scores"]) == 2 for entry in [step["base"], *step["tried"]])
+    assert steps["feature matching"]["base"]["options"] == steps["output distillation"]["chosen"]
+    few, unpaired = result["judged"]
+    assert few["worlds"] == unpaired["worlds"] == [2, 3] and few["teachers"] != unpaired["teachers"]
+    assert all(len(arm["scores"]) == 2 for arm in few["arms"].values())
+    gain = difference(few["arms"]["output + SRP"]["scores"], few["arms"]["output"]["scores"])
+    assert f"- output + SRP minus output: {gain}, better in " in report and f"**{gain.verdict}**" in report
+
+    # again: nothing is trained, and the same is found
+    monkeypatch.setattr(study, "run", None)
+    study.main([*arguments, "--docs", str(tmp_path / "docs")])
+    assert json.loads((tmp_path / "docs" / "study.json").read_text())["judged"] == result["judged"]
+    assert (tmp_path / "docs" / "study.md").is_file() and (tmp_path / "docs" / "study.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_runs_at_a_time_give_what_one_gives(tmp_path, one_thread):
+    weights = (0.0, 10.0, 100.0)
+    found = []
+    for workers in (1, 2):
+        plan = of(tmp_path / str(workers))
+        study.train([teacher(plan, "few pairs", 1)], 1)
+        runs = [students(plan, "few pairs", 1, 0, 2, NOTHING | {"lambda_kd": weight}) for weight in weights]
+        found.append(study.train(runs, workers))
+        assert (tmp_path / str(workers) / f"{runs[0].name}.log").read_text()
+    assert found[0] == found[1] and [len(own) for own in found[0]] == [2, 2, 2]
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, one_thread):
+    run = students(of(tmp_path / "whole"), "few pairs", 1, 0, 2, NOTHING)
+    whole = study.train([run], 1)
+    run = students(of(tmp_path / "stopped"), "few pairs", 1, 0, 2, NOTHING)
+    fit = study.train_one.__globals__["run"].__globals__["fit"]
+
+    def stop(stage, *rest):
+        if stage.name.endswith("seed 1"):
+            raise KeyboardInterrupt
+        return fit(stage, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("srpkd.train.fit", stop)
+        study.train([run], 1)
+    assert not study.is_finished(run)
+    assert study.train([run], 1) == whole
+
+
+def test_what_is_in_the_way_is_named(tmp_path, one_thread):
+    run = students(of(tmp_path), "few pairs", 1, 0, 1, NOTHING)
+    (tmp_path / run.name).mkdir()
+    with pytest.raises(ValueError, match=r"alone is in the way: it is not a run .*; move it away"):
+        study.train([run], 1)
+    (tmp_path / run.name).rmdir()
+    study.train([run], 1)
+    other = students(of(tmp_path, ndf=3), "few pairs", 1, 0, 1, NOTHING)
+    with pytest.raises(ValueError, match=r"of another study: ndf was 2 and is 3; take another --runs_dir"):
+        study.train([other], 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--worlds", "0"], "--worlds 0: expected at least 1"),
+        (["--options", "[1"], "is not YAML"),
+        (["--options", "3"], "--options: expected options as `name: value` lines, received int"),
+        (["--options", "{nfg: 3}"], "no option 'nfg'; did you mean ngf?"),
+        (["--options", "{seed: 3}"], "seed cannot be given, the study sets it"),
+        (["--options", "{ngf: many}"], "expected a whole number"),
+        (["--settings", "fewer"], "invalid choice: 'fewer'"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        study.main(["--runs_dir", str(tmp_path / "runs"), *arguments])
+    said = f"{stopped.value} {capsys.readouterr().err}"
+    assert stopped.value.code not in (0, None) and message in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_docs_show_what_was_found():
+    result = json.loads((DOCS / "study.json").read_text())
+    assert (DOCS / "study.md").read_text() == study.render(result), "write docs/study.md by srpkd study --docs docs"
+    assert (DOCS / "study.png").is_file()
+    assert {entry["setting"] for entry in result["judged"]} == set(SETTINGS)
