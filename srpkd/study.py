@@ -21,6 +21,7 @@ import platform
 import shlex
 import statistics
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -99,6 +100,7 @@ SETTINGS = {
     "unpaired": Setting("demo-unpaired", {}, 0.1),
 }
 CHOOSING = "few pairs"
+EXTENSIONS = 3  # times that a larger weight is tried because the largest was the best
 OWN_OPTIONS = {  # what the study itself says of every run
     "name", "runs_dir", "seed", "seeds", "arms", "resume", "teacher", "teacher_B", "dataroot", "world_variant", "model",
     "dataset_mode", "direction", "time_budget", "layers", "normalize", "distance", "delta", *NOTHING,
@@ -205,7 +207,7 @@ def train(runs: Sequence[TrainConfig], workers: int) -> list[list[float]]:
     else:
         # a run at a time in each process; forked ones would inherit torch's threads
         context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin_worker, (threads,)) as pool:
             waiting = [pool.submit(train_one, config) for config in missing]
             try:
                 for done in tqdm(waiting, desc="runs"):
@@ -214,6 +216,12 @@ def train(runs: Sequence[TrainConfig], workers: int) -> list[list[float]]:
                 pool.shutdown(cancel_futures=True)
                 raise
     return [scores(config) for config in runs]
+
+
+def _begin_worker(threads: int) -> None:
+    """Have so many threads, and end when the study does, however it is ended."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def train_one(config: TrainConfig) -> None:
@@ -279,30 +287,38 @@ def choose(study: Study, world: int = 1) -> list[dict[str, Any]]:
     train([teacher(study, CHOOSING, world)], 1)
     steps: list[dict[str, Any]] = []
 
-    def step(name: str, base: Options, tried: Sequence[Options]) -> Options:
-        runs = [students(study, CHOOSING, world, 0, study.seeds, options) for options in (base, *tried)]
-        base_scores, *others = train(runs, study.workers)
-        best = max(range(len(tried)), key=lambda number: statistics.fmean(others[number]))
+    def step(name: str, base: Options, weight: str, candidates: Sequence[Options]) -> Options:
+        """Try the candidates, and larger weights as long as the largest of its kind is the best."""
+        tried = list(candidates)
+        for _ in range(1 + EXTENSIONS):
+            runs = [students(study, CHOOSING, world, 0, study.seeds, options) for options in (base, *tried)]
+            base_scores, *found = train(runs, study.workers)
+            best = tried[max(range(len(tried)), key=lambda number: statistics.fmean(found[number]))]
+            if any(best | {weight: other[weight]} == other and other[weight] > best[weight] for other in tried):
+                break
+            tried.append(best | {weight: 3 * best[weight]})
         steps.append(
             {
                 "step": name,
                 "base": {"options": base, "scores": base_scores},
-                "tried": [{"options": options, "scores": found} for options, found in zip(tried, others)],
-                "chosen": tried[best],
+                "tried": [{"options": options, "scores": own} for options, own in zip(tried, found)],
+                "chosen": best,
             }
         )
-        return tried[best]
+        return best
 
-    output = step("output distillation", NOTHING, [NOTHING | {"lambda_kd": weight} for weight in OUTPUT_WEIGHTS])
-    step("feature matching", output, [output | {"lambda_feature": weight} for weight in FEATURE_WEIGHTS])
-    forms = [output | {"lambda_srp": weight} | form for form, weights in RELATION_FORMS for weight in weights]
-    relation = step("relation loss: form and weight", output, forms)
-    layers = [
+    kinds = [NOTHING | {"lambda_kd": weight} for weight in OUTPUT_WEIGHTS]
+    output = step("output distillation", NOTHING, "lambda_kd", kinds)
+    kinds = [output | {"lambda_feature": weight} for weight in FEATURE_WEIGHTS]
+    step("feature matching", output, "lambda_feature", kinds)
+    kinds = [output | {"lambda_srp": weight} | form for form, weights in RELATION_FORMS for weight in weights]
+    relation = step("relation loss: form and weight", output, "lambda_srp", kinds)
+    kinds = [
         relation | {"lambda_srp": relation["lambda_srp"] * factor, "layers": {name: name for name in names}}
         for names, factors in LAYERS
         for factor in factors
     ]
-    step("relation loss: layers", output, [relation, *layers])
+    step("relation loss: layers", output, "lambda_srp", [relation, *kinds])
     return steps
 
 
