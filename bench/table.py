@@ -37,6 +37,7 @@ TRAIN_COLUMNS = [
     {"key": "median_s", "label": "s", "format": ".2f"},
     {"key": "steps_per_s", "label": "steps/s", "format": ".3f"},
     {"key": "srp_percent_of_step", "label": "of it the relation loss, %", "format": ".1f"},
+    {"key": "times_faster_than_auto", "label": "x auto's speed", "format": ".2f"},
 ]
 
 

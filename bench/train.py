@@ -3,15 +3,16 @@
     python -m bench train
 
 A CycleGAN step with a teacher for both directions, on random images: without the relation loss (lambda_srp = 0), with
-the reference backend, and with the one that "auto" takes. The three take turns, step by step; the share is
-1 - (seconds without) / (seconds with), the median over rounds. Then the training steps of the teacher itself.
+the reference backend, and with the one that "auto" takes; then the last with what the trainer offers to make a step
+faster. All take turns, step by step. The share is 1 - (seconds without) / (seconds with), and how many times faster a
+step is, (seconds of "auto") / (seconds of it): medians over rounds. Then the training steps of the teacher itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,12 @@ from srpkd.train import make_objective
 from . import cases, machine, measure, results
 
 RESULTS = results.FOLDER / "train.csv"
+WAYS: dict[str, dict[str, Any]] = {  # what makes a step faster, perhaps
+    "channels_last": {"channels_last": True},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "compile": {"compile": True},
+}
 KEY = ("arm", "model", "student", "teacher", "size", "batch", "device", "threads")
 
 
@@ -37,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of an image (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images a step (%(default)s)")
     parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="for the rounds (%(default)s)")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, help="what to try of these (all; fp16 only on a GPU)")
     parser.add_argument("--no-teacher", action="store_true", help="do not time the teacher's own training")
     parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help="%(default)s")
@@ -57,7 +65,10 @@ def run(options: argparse.Namespace) -> None:
         device=device,
     ).resolved()
     teacher = replace(student, ngf=options.teacher_ngf)
-    rows = distillation_rows(student, teacher, options.budget)
+    ways = options.ways
+    if ways is None:
+        ways = [way for way in WAYS if way != "fp16" or student.torch_device.type == "cuda"]
+    rows = distillation_rows(student, teacher, options.budget, ways)
     if not options.no_teacher:
         rows.append(teacher_row(teacher, options.budget))
     common = {
@@ -72,23 +83,28 @@ def run(options: argparse.Namespace) -> None:
     rows = [common | row | machine.versions() for row in rows]
     results.upsert(options.out, rows, KEY)
     for row in rows:
-        share = row.get("srp_percent_of_step")
+        share, faster = row.get("srp_percent_of_step"), row.get("times_faster_than_auto")
         print(
             f"{row['arm']:<22} {row['median_s']:8.4f} s/step ({row['p20_s']:.4f} to {row['p80_s']:.4f}, "
             f"{row['rounds']} rounds), {row['steps_per_s']:.3f} steps/s"
             + ("" if share is None else f", of it the relation loss {share:.1f} %")
+            + ("" if faster is None else f", {faster:.2f} times as fast")
         )
     print(options.out)
 
 
-def distillation_rows(student: TrainConfig, teacher: TrainConfig, budget: float) -> list[dict[str, Any]]:
-    """A row for every way to compute the relation loss, the first without it."""
+def distillation_rows(
+    student: TrainConfig, teacher: TrainConfig, budget: float, ways: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A row for every way to compute the relation loss, the first without it; then for the ways to be faster."""
     ours = automatic(torch.device(student.device), Relation(student.normalize, student.distance))
+    auto = f"auto: {ours}"
     arms = {
         "without relation loss": replace(student, lambda_srp=0.0),
         "reference": replace(student, backend="reference"),
-        f"auto: {ours}": replace(student, backend="auto"),
+        auto: replace(student, backend="auto"),
     }
+    arms |= {f"{auto}, {way}": replace(student, backend="auto", **WAYS[way]) for way in ways}
     teachers = make_objective(teacher, 1, {}).generators
     for network in teachers.values():
         network.eval().requires_grad_(False)
@@ -96,8 +112,12 @@ def distillation_rows(student: TrainConfig, teacher: TrainConfig, budget: float)
     without = samples["without relation loss"]
     rows = []
     for name, seconds in samples.items():
-        share = statistics.median(100 * (1 - base / own) for base, own in zip(without, seconds))
-        rows.append(as_row(name, seconds) | {"srp_percent_of_step": None if seconds is without else share})
+        share = faster = None
+        if name in ("reference", auto):
+            share = statistics.median(100 * (1 - base / own) for base, own in zip(without, seconds))
+        elif seconds is not without:
+            faster = measure.ratio(seconds, samples[auto])
+        rows.append(as_row(name, seconds) | {"srp_percent_of_step": share, "times_faster_than_auto": faster})
     return rows
 
 
@@ -112,7 +132,10 @@ def step_of(config: TrainConfig, teachers: dict[str, torch.nn.Module]) -> Callab
     objective = make_objective(config, 0, teachers)
     generator = torch.Generator().manual_seed(0)
     shape = config.batch_size, 3, config.world_size, config.world_size
-    images = {side: torch.rand(shape, generator=generator).mul(2).sub(1).to(config.device) for side in "AB"}
+    images = {
+        side: torch.rand(shape, generator=generator).mul(2).sub(1).to(config.device, memory_format=config.memory_format)
+        for side in "AB"
+    }
     return partial(objective.step, images)
 
 

@@ -223,11 +223,15 @@ def test_training_steps_are_timed(tmp_path):
     small = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "automatic", lambda device, relation: "blocked")
-        run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small)
+        ways = ["--ways", "channels_last", "bf16"]
+        run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *ways)
     rows = {row["arm"]: row for row in results.read(out)}
-    assert list(rows) == ["without relation loss", "reference", "auto: blocked", "teacher's own training"]
+    faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
+    measured = ["without relation loss", "reference", "auto: blocked", *faster, "teacher's own training"]
+    assert list(rows) == measured
     assert all(float(row["median_s"]) > 0 for row in rows.values())
-    assert [bool(row["srp_percent_of_step"]) for row in rows.values()] == [False, True, True, False]
+    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == ["reference", "auto: blocked"]
+    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == faster
 
 
 def test_accuracy_writes_errors_and_a_picture(tmp_path):
@@ -318,8 +322,8 @@ def made_up_training() -> list[dict[str, object]]:
 def test_the_table_of_training(tmp_path):
     results.upsert(tmp_path / "train.csv", made_up_training(), train.KEY)
     text = table.train_table(results.read(tmp_path / "train.csv"))
-    assert text.count("| auto: native | 2.50 | 0.400 | 20.0 |") == 2
-    assert text.count("| without relation loss | 2.00 | 0.500 | – |") == 2
+    assert text.count("| auto: native | 2.50 | 0.400 | 20.0 | – |") == 2
+    assert text.count("| without relation loss | 2.00 | 0.500 | – | – |") == 2
     assert text.index("some cpu, 2 threads; cycle_gan, resnet_9blocks 64 to resnet_9blocks 16, 256 x 256 pixels") == 0
     assert table.train_table([]) == ""
 
