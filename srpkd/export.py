@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
 from .checkpoint import atomic_write, load_generator
@@ -64,7 +65,10 @@ def to_pt2(net: nn.Module) -> bytes:
     """A generator as an exported program, for ``torch.export.load`` without this package; sizes as in `to_onnx`."""
     net, example, shapes = _example(net)
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=shapes), buffer)
+    # or a U-Net's program would refuse images of the net's own size, whose innermost map is a single pixel
+    with experimental.patch(backed_size_oblivious=True):
+        program = torch.export.export(net, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
