@@ -173,7 +173,7 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
             lambda_kd=config.lambda_kd,
             lambda_srp=config.lambda_srp,
             lambda_feature=config.lambda_feature,
-            input_shape=(channels_of(config, direction)[0], *input_size(config)),
+            input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
         )
     # adapters drew random numbers: the discriminators start alike in every arm all the same
     seed_everything(seed + 1)
