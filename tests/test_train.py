@@ -648,6 +648,14 @@ def test_the_same_seed_gives_the_same_bits(run, model):
         assert any(not torch.equal(a[key], c[key]) for key in a)
 
 
+def test_two_threads_give_the_same_bits_twice(record, one_thread):
+    torch.set_num_threads(2)  # put back by one_thread
+    config = config_of("--n_epochs_decay=0", "--epoch_steps=2", "--lambda_feature=1")
+    first, second = (fit.fit(stage_of(config, record), record, teacher_of()).generators["G"] for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_the_teacher_stays_as_it_is(record, norm):
     teachers = teacher_of(norm=norm, dropout=True)
