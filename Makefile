@@ -2,15 +2,19 @@
 # make test   lint and the whole test suite
 # make mutations   put faults into the kernels, each of which a test must notice (about ten minutes)
 # make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
-# All make .venv first, with everything in it.
+# make test-oldest   make test with the oldest torch that pyproject.toml promises, in .venv-oldest (5 GB, 20 minutes)
+# All make .venv first, with everything in it and with the newest torch: the newest is what make test tests.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # what the installation is made from: a change makes it anew
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
+# what pip is told beside the packages' names: test-oldest pins some
+PINS :=
+OLDEST := $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test mutations sanitize install lint clean
+.PHONY: demo test test-oldest mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
@@ -19,6 +23,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+
+# In a copy of the tree, lest the extension in this one, built for the torch of .venv, be overwritten; it is built anew
+# every time, the packages stay. Triton 3.6, which torch 2.11 brings, cannot interpret kernels with numpy 2.4.
+test-oldest:
+	test -n "$(OLDEST)"  # the bound that was found in pyproject.toml
+	rm -rf build/oldest .venv-oldest/installed
+	mkdir -p build/oldest
+	git ls-files -z | xargs -0 cp -p --parents -t build/oldest
+	$(MAKE) -C build/oldest test VENV=$(CURDIR)/.venv-oldest PINS='"torch==$(OLDEST).*" "numpy<2.4"'
 
 mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations.py
@@ -37,10 +50,10 @@ $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet torch torchvision ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" wheel ninja pybind11 numpy $(PINS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build *.egg-info .pytest_cache .ruff_cache

@@ -225,6 +225,20 @@ def moment_kernel(
 
 
 @jit
+def size_of(moment_ptr, channels, BLOCK_C: tl.constexpr):
+    """``algebra.size_of`` of M (C, C), the power of two next below the root of its largest element; and 1 / size^2."""
+    largest = tl.zeros([BLOCK_C], tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        offs_c = start_c + tl.arange(0, BLOCK_C)
+        diagonal = tl.load(moment_ptr + offs_c * (channels + 1), mask=offs_c < channels, other=0.0)
+        largest = tl.maximum(largest, diagonal)
+    # by its exponent's bits, those of the smallest normal number at least, lest 1 / size^2 overflow
+    exponent = tl.maximum((tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) - 127, -126) >> 1
+    size = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+    return size, ((127 - 2 * exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
 def scale_rows(
     ptr,
     moment_ptr,
@@ -243,17 +257,20 @@ def scale_rows(
 ):
     """alpha of BLOCK_M pixels: 1 / sqrt(q^T M q) for "row", 1 / sqrt(q^T q) for "cosine", 0 for a dead pixel."""
     square = tl.zeros([BLOCK_M], tl.float32)
+    size = 1.0
+    if NORMALIZE == "row":
+        size, shrink = size_of(moment_ptr, channels, BLOCK_C)
     for start_c in range(0, channels, BLOCK_C):
         moved = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         if NORMALIZE == "row":
             for start_k in range(0, channels, BLOCK_K):
                 left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
                 moment = load_tile(moment_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-                moved = product(left, moment, moved, TERMS, FULL)
+                moved = product(left, moment * shrink, moved, TERMS, FULL)
         features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
         features = features.to(tl.float32)
         square += tl.sum((moved if NORMALIZE == "row" else features) * features, 1)
-    norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square))  # rounding can leave a square just below 0
+    norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square)) * size  # rounding can leave a square just below 0
     # 0 * norm: where the square overflows, NaN rather than the 0 of a dead pixel, and where it is NaN that stays
     alpha = tl.where(norm <= eps, 0.0, tl.div_rn(1.0, tl.where(norm <= eps, 1.0, norm)) + 0.0 * norm)
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -329,13 +346,13 @@ def scale_kernel(
 
 
 @jit
-def load_weights(h_ptr, alpha_ptr, start_n, stride_hs, pixels, h_splits, BLOCK_N: tl.constexpr):
-    """w_n = h_n alpha_n^2 of BLOCK_N pixels."""
+def load_weights(h_ptr, alpha_ptr, size, start_n, stride_hs, pixels, h_splits, BLOCK_N: tl.constexpr):
+    """w_n size^2 of BLOCK_N pixels, w_n = h_n alpha_n^2."""
     offs_n = start_n + tl.arange(0, BLOCK_N)
     h = tl.zeros([BLOCK_N], tl.float32)
     for split in range(h_splits):
         h += tl.load(h_ptr + tl.cast(split, tl.int64) * stride_hs + offs_n, mask=offs_n < pixels, other=0.0)
-    alpha = tl.load(alpha_ptr + offs_n, mask=offs_n < pixels, other=0.0)
+    alpha = tl.load(alpha_ptr + offs_n, mask=offs_n < pixels, other=0.0) * size
     return h * alpha * alpha
 
 
@@ -345,6 +362,7 @@ def weighted_moment_kernel(
     h_ptr,
     alpha_ptr,
     moment_ptr,
+    weighted_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -359,7 +377,7 @@ def weighted_moment_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """M_w = Q^T diag(w) Q (splits, B, C, C): a program does one tile of it over ``split_pixels`` pixels."""
+    """M_w = Q^T diag(w) Q times M's size^2, (splits, B, C, C): a program does one tile over ``split_pixels`` pixels."""
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
     start_i = program // blocks % blocks * BLOCK_C
@@ -368,6 +386,7 @@ def weighted_moment_kernel(
     image = (program // (blocks * blocks) // splits).to(tl.int64)
     if start_i <= start_j:
         student_ptr += image * stride_sb
+        size, _ = size_of(moment_ptr + image * channels * channels, channels, BLOCK_C)
         first = split * split_pixels
         last = tl.minimum(first + split_pixels, pixels)
         acc = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
@@ -376,11 +395,11 @@ def weighted_moment_kernel(
             left = load_tile(student_ptr, start_n, start_i, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
             right = load_tile(student_ptr, start_n, start_j, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
             weights = load_weights(
-                h_ptr + image * pixels, alpha_ptr + image * pixels, start_n, stride_hs, pixels, h_splits, BLOCK_N
+                h_ptr + image * pixels, alpha_ptr + image * pixels, size, start_n, stride_hs, pixels, h_splits, BLOCK_N
             )
             acc = product(tl.trans(left.to(tl.float32) * weights[:, None]), right, acc, FULL, TERMS)
-        moment_ptr += split.to(tl.int64) * stride_mp + image * channels * channels
-        store_symmetric(moment_ptr, acc, start_i, start_j, channels, BLOCK_C)
+        weighted_ptr += split.to(tl.int64) * stride_mp + image * channels * channels
+        store_symmetric(weighted_ptr, acc, start_i, start_j, channels, BLOCK_C)
 
 
 @jit
@@ -432,28 +451,30 @@ def gradient_kernel(
     U_ptr += image * stride_ub
 
     correction = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    size = 1.0
     if NORMALIZE == "cosine":
         features = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_C)
         correction = features.to(tl.float32)
     if NORMALIZE == "row":
         moment_ptr += image * channels * channels
         weighted_ptr += image * channels * channels
+        size, shrink = size_of(moment_ptr, channels, BLOCK_C)
         by_weighted = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for start_k in range(0, channels, BLOCK_K):
             features = load_tile(
                 student_ptr, start_m, start_k, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_K
             )
             moment = load_tile(moment_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-            correction = product(features, moment, correction, TERMS, FULL)
+            correction = product(features, moment * shrink, correction, TERMS, FULL)
             weighted = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
             for split in range(weighted_splits):
                 part_ptr = weighted_ptr + tl.cast(split, tl.int64) * stride_mp
                 weighted += load_tile(part_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-            by_weighted = product(features, weighted, by_weighted, TERMS, FULL)
+            by_weighted = product(features, weighted * shrink, by_weighted, TERMS, FULL)
     if NORMALIZE != "none":
         alpha_ptr += image * pixels
         h_ptr += image * pixels
-        correction *= load_weights(h_ptr, alpha_ptr, start_m, stride_hs, pixels, splits, BLOCK_M)[:, None]
+        correction *= load_weights(h_ptr, alpha_ptr, size, start_m, stride_hs, pixels, splits, BLOCK_M)[:, None]
     if NORMALIZE == "row":
         correction += by_weighted
     total = -correction
@@ -566,20 +587,21 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
     return Scales(alpha_s, alpha_t, moment_s)
 
 
-def weighted_moment_of(student: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
-    """The parts (splits, B, C, C) of Q^T diag(w) Q, w = alpha^2 times h (splits, B, N) summed."""
+def weighted_moment_of(student: Tensor, h: Tensor, scales: Scales) -> Tensor:
+    """The parts (splits, B, C, C) of Q^T diag(w) Q times M's size^2, w = alpha^2 times h (splits, B, N) summed."""
     batch, pixels, channels = student.shape
     tiles = batch * triton.cdiv(channels, CHANNELS) ** 2
     splits, part = moment_splits(tiles, pixels, student.device)
-    moment = student.new_empty((splits, batch, channels, channels), dtype=torch.float32)
+    weighted = student.new_empty((splits, batch, channels, channels), dtype=torch.float32)
     weighted_moment_kernel[(tiles * splits,)](
         student,
         h,
-        alpha,
-        moment,
+        scales.student,
+        scales.moment,
+        weighted,
         *student.stride(),
         h.stride(0),
-        moment.stride(0),
+        weighted.stride(0),
         pixels,
         channels,
         h.shape[0],
@@ -590,14 +612,14 @@ def weighted_moment_of(student: Tensor, h: Tensor, alpha: Tensor) -> Tensor:
         BLOCK_C=CHANNELS,
         **OPTIONS,
     )
-    return moment
+    return weighted
 
 
 def loss_and_gradient(student: Tensor, partials: Partials, scales: Scales, relation: Relation) -> tuple[Tensor, Tensor]:
     """The losses (B,), means over all pairs, and ``algebra.gradient_of``, from what the tile kernel left."""
     batch, pixels, channels = student.shape
     loss, U, h = partials
-    weighted = weighted_moment_of(student, h, scales.student) if relation.normalize == "row" else None
+    weighted = weighted_moment_of(student, h, scales) if relation.normalize == "row" else None
     dtype = gradient_dtype(student.dtype)
     gradient = U[0] if dtype == torch.float32 and len(U) == 1 else torch.empty_like(student, dtype=dtype)
     mean = student.new_empty(batch, dtype=torch.float32)

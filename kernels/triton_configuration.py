@@ -73,9 +73,12 @@ TABLE = {
     ("sm_86", "high"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_86", "highest"): ((64, ANY, 64, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
 }
-# data-centre Blackwell goes by Hopper's rows, having as much shared memory, but where it would spill more
+# data-centre Blackwell goes by Hopper's rows, having as much shared memory, but where it would spill more, or where
+# Triton 3.6 would need more tensor memory than there is: that compiles to a kernel which does nothing but trap
 TABLE |= {("sm_100", numbers): rows for (name, numbers), rows in TABLE.items() if name == "sm_90"}
 TABLE["sm_100", "float16"] = ((64, 256, 128, 32, 8, 3), *TABLE["sm_90", "float16"][1:])
+TABLE["sm_100", "high"] = ((64, ANY, 64, 64, 8, 2), (128, ANY, 64, 64, 8, 3), *TABLE["sm_90", "high"][2:])
+TABLE["sm_100", "highest"] = ((64, ANY, 64, 32, 4, 3), *TABLE["sm_90", "highest"][1:])
 TERMS = {"bfloat16": 1, "float16": 2, "medium": 1, "high": 2, "highest": 3}  # see triton_algebra.py
 LOOPED = {"bfloat16": 64, "float16": 64, "medium": 32, "high": 32, "highest": 32}  # channels of a block, if of several
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from srpkd.networks import GeneratorSpec, define_generator, infer_generator
+from srpkd.networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 HOW_TO_SAVE = "save the weights alone: torch.save(net.state_dict(), path)"
@@ -85,12 +85,15 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return {key: value for key, value in weights.items() if not _is_stale_statistic(key, weights)}
 
 
-def load_generator(path: str | os.PathLike, spec: GeneratorSpec | None = None) -> nn.Module:
+def load_generator(
+    path: str | os.PathLike, spec: GeneratorSpec | None = None, *, train_mode_norm: bool = False
+) -> nn.Module:
     """Build the generator whose weights a file holds: in float32, on the CPU, in training mode.
 
     Args:
         path: a file that `load_weights` reads.
         spec: the generator that it must be; None takes whichever it is (`infer_generator`).
+        train_mode_norm: make it one that is used like pix2pix's (`normalise_by_image`), and no longer trained.
 
     Raises:
         CheckpointError: as in `load_weights`; or the weights are not a generator's, or not that generator's.
@@ -108,7 +111,7 @@ def load_generator(path: str | os.PathLike, spec: GeneratorSpec | None = None) -
         raise CheckpointError(f"{path}: {error}") from error
     _check_fit(net, weights, f"{path} looks like a {found.netG} of ngf {found.ngf}")
     net.load_state_dict(weights, assign=True)
-    return net.float()
+    return (normalise_by_image(net) if train_mode_norm else net).float()
 
 
 def _check_file(path: Path) -> None:

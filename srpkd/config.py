@@ -186,8 +186,9 @@ class RunOptions:
         ema: decay of a moving average of the generators' weights, such as 0.999, which is then what is kept,
             measured and shown; by default none.
         clip_grad_norm: largest norm of a group's gradients, which are scaled down to it; by default any.
-        train_mode_norm: measure and use generators with the batch's own statistics in their batch norms, as
-            pix2pix has it, and not with the running ones; dropout is off either way.
+        train_mode_norm: measure and use generators with each image's own statistics in their batch norms, as
+            pix2pix has it, and not with the running ones; dropout is off either way. The files keep both: the same
+            flag of evaluate, translate and export chooses there.
         precision: fp32, bf16 or fp16: of what autocast runs in 16 bits.
         compile: torch.compile the networks.
         channels_last: keep images and weights in that memory format.

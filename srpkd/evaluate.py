@@ -32,7 +32,7 @@ from .data.world import PALETTE
 from .extras import require
 from .metrics import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
 from .report import format_table
-from .translate import default_device, positive, translate_folder
+from .translate import TRAIN_MODE_NORM, default_device, positive, translate_folder
 
 METRICS = ("fid", "kid", "psnr", "ssim", "miou", "segmentation")
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that FID and KID are defined by
@@ -381,13 +381,15 @@ def evaluate_images(options: argparse.Namespace) -> dict[str, Any]:
         if source.endswith(SUFFIXES):
             if not options.input:
                 raise ValueError(f"{source} is a generator: give the folder of the images that it translates, --input")
-            net = load_generator(source).to(options.device)
+            net = load_generator(source, train_mode_norm=options.train_mode_norm).to(options.device)
             _, skipped = translate_folder(net, options.input, scratch, size=options.size, cut=before, force=True)
             if skipped:
                 raise ValueError(f"images that cannot be read: {'; '.join(skipped)}")
             source = scratch
         elif options.input:
             raise ValueError(f"--input is for a generator's weights ({', '.join(SUFFIXES)}); {source} is a folder")
+        elif options.train_mode_norm:
+            raise ValueError(f"--train_mode_norm is for a generator's weights; {source} is images already made")
         return _evaluate(options, find_images(source), find_images(options.real), after)
 
 
@@ -462,6 +464,7 @@ def parser() -> argparse.ArgumentParser:
     add("generated", help="folder or pattern of generated images, or a generator's weights with --input")
     add("real", help="folder or pattern of real test images")
     add("--input", metavar="FOLDER", help="the images that the generator translates, at --size or as they are")
+    add("--train_mode_norm", action="store_true", help=f"of the generator: {TRAIN_MODE_NORM}")
     add("--metrics", nargs="+", choices=METRICS, default=["fid", "kid"], help="what to compute (default: fid kid)")
     add("--real_train", metavar="FOLDER", help="real training images: FID and KID against train + test too")
     add("--aligned", action="store_true", help="--input and real images are pairs side by side: A left, B right")

@@ -150,9 +150,8 @@ def tapped_feature(generator: nn.Module, is_teacher: bool, image: Tensor, config
 
 
 def test_batches(dataset: Dataset, config: TrainConfig) -> DataLoader:
-    """The test images in order; those of a folder one at a time, since they may differ in size, and so any with
-    train_mode_norm, where an image's output would depend on those beside it."""
-    return DataLoader(dataset, 32 if config.is_world and not config.train_mode_norm else 1, collate_fn=collate)
+    """The test images in order; those of a folder one at a time, since they may differ in size."""
+    return DataLoader(dataset, 32 if config.is_world else 1, collate_fn=collate)
 
 
 def collate(items: list[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
 from .checkpoint import atomic_write, load_generator
@@ -28,7 +29,7 @@ from .data.folders import image_files, read_image
 from .extras import require
 from .metrics import psnr
 from .networks import image_channels, size_multiple
-from .translate import MODES, image_tensor, pad_images
+from .translate import MODES, TRAIN_MODE_NORM, image_tensor, pad_images
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
 FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
@@ -64,7 +65,10 @@ def to_pt2(net: nn.Module) -> bytes:
     """A generator as an exported program, for ``torch.export.load`` without this package; sizes as in `to_onnx`."""
     net, example, shapes = _example(net)
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(net, (example,), dynamic_shapes=shapes), buffer)
+    # or a U-Net's program would refuse images of the net's own size, whose innermost map is a single pixel
+    with experimental.patch(backed_size_oblivious=True):
+        program = torch.export.export(net, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
@@ -165,6 +169,7 @@ def export(
     kind: str = "onnx",
     tolerance: float = TOLERANCE,
     calibration: str | Path | None = None,
+    train_mode_norm: bool = False,
     force: bool = False,
 ) -> list[str]:
     """Export a file of weights, check what comes out against PyTorch, and write it beside (or to `output`).
@@ -173,6 +178,7 @@ def export(
         kind: "onnx" or "pt2".
         tolerance: the largest difference of outputs, which lie in [-1, 1], that passes.
         calibration: a folder of input images: an int8 model is written too, as <output>.int8.onnx.
+        train_mode_norm: batch norms by each image's own statistics: those are then of every single image of a batch.
         force: replace files that exist.
 
     Returns:
@@ -190,7 +196,7 @@ def export(
     for path in (target, small) if calibration else (target,):
         if path.exists() and not force:
             raise FileExistsError(f"{path} exists: --force replaces it, --output names another")
-    net = load_generator(weights)
+    net = load_generator(weights, train_mode_norm=train_mode_norm)
     multiple = size_multiple(net)
     if calibration:
         images = _calibration(Path(calibration), MODES.get(image_channels(net)[0]), multiple)
@@ -255,6 +261,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tolerance", type=float, default=TOLERANCE, help="difference allowed, of outputs in [-1, 1] (default: 1e-3)")
     add("--int8", action="store_true", help="write an 8-bit model too, and what it costs in PSNR; needs --calibration")
     add("--calibration", metavar="FOLDER", help="input images for --int8; every second one judges it")
+    add("--train_mode_norm", action="store_true", help=TRAIN_MODE_NORM)
     add("--force", action="store_true", help="replace files that exist")
     return result
 
@@ -270,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kind=options.format,
             tolerance=options.tolerance,
             calibration=options.calibration,
+            train_mode_norm=options.train_mode_norm,
             force=options.force,
         )
     except (ValueError, OSError, RuntimeError, ImportError) as error:

@@ -21,7 +21,7 @@ from .distillation import Distillation
 from .distiller import unwrapped
 from .images import channels_of, input_size, make_loader, open_data
 from .loss import SRPLoss
-from .networks import default_tap, define_generator
+from .networks import default_tap, define_generator, normalise_by_image
 from .objectives import OBJECTIVES, Objective, learning_rate_law, restore, state_of
 from .record import RunRecord
 from .state import random_state, seed_everything, set_random_state
@@ -173,7 +173,7 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
             lambda_kd=config.lambda_kd,
             lambda_srp=config.lambda_srp,
             lambda_feature=config.lambda_feature,
-            input_shape=(channels_of(config, direction)[0], *input_size(config)),
+            input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
         )
     # adapters drew random numbers: the discriminators start alike in every arm all the same
     seed_everything(seed + 1)
@@ -186,13 +186,12 @@ def relation_loss_of(config: TrainConfig) -> SRPLoss:
 
 def ready(network: nn.Module, config: TrainConfig) -> nn.Module:
     """The generator itself, for use: on the device, frozen, without dropout, and its batch norms by the running
-    statistics or, with train_mode_norm, by the batch's."""
-    network = network.to(config.torch_device, memory_format=config.memory_format).eval().requires_grad_(False)
+    statistics or, with train_mode_norm, by each image's own."""
     for module in network.modules():
         module._forward_hooks.clear()
-        if config.train_mode_norm and isinstance(module, nn.BatchNorm2d):
-            module.train().momentum = 0.0  # to be measured shall not change it
-    return network
+    if config.train_mode_norm:
+        network = normalise_by_image(network)
+    return network.to(config.torch_device, memory_format=config.memory_format).eval().requires_grad_(False)
 
 
 def _kept(objective: Objective) -> Generators:

@@ -13,7 +13,7 @@ from . import parallel
 from .config import TrainConfig
 from .data import DataError, examine, generate_world, open_dataset, open_world
 from .data.batches import Batches, Seeded
-from .evaluation import collate
+from .evaluation import collate, sides
 from .networks import define_generator, size_multiple
 
 TEST_SEED = 1_000_003  # of the generated test scenes: far from the training scenes' 0
@@ -118,10 +118,20 @@ def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0
     )
 
 
-def input_size(config: TrainConfig) -> tuple[int, int]:
-    """(H, W) of what the generators are trained on, as far as the options say it."""
-    side = config.world_size if config.is_world else config.crop_size
-    return side, side
+def has_one_size(config: TrainConfig) -> bool:
+    """Whether all training images are of one size, which the options say."""
+    return config.is_world or "crop" in config.preprocess
+
+
+def input_size(config: TrainConfig, direction: str = "G_A") -> tuple[int, int]:
+    """(H, W) of what a direction's generator is trained on; where images keep their sizes, of the first one."""
+    if has_one_size(config):
+        side = config.world_size if config.is_world else config.crop_size
+        return side, side
+    with torch.device("cpu"):  # also where networks are made on "meta"
+        first = Seeded(open_data(config, "train"))[0, 0]  # draws nothing from torch's generator
+    height, width = first[sides(direction)[0]].shape[1:]
+    return height, width
 
 
 def channels_of(config: TrainConfig, direction: str) -> tuple[int, int]:

@@ -351,6 +351,21 @@ def image_channels(net: nn.Module) -> tuple[int, int]:
     return convs[0].in_channels, convs[-1].out_channels  # the outermost two, of a U-Net too
 
 
+def normalise_by_image(net: nn.Module) -> nn.Module:
+    """Make batch norms normalise every image by its own statistics, in place; gives `net`.
+
+    It is what they do in training mode to a batch of one image, as pix2pix runs its generators, and here to each image
+    of a batch of any size: instance norms with the batch norms' weights take their places. The running statistics go.
+    """
+    for parent in list(net.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                alone = nn.InstanceNorm2d(norm.num_features, norm.eps, affine=True, device="meta")
+                alone.weight, alone.bias = norm.weight, norm.bias
+                setattr(parent, name, alone.train(norm.training))
+    return net
+
+
 def _generator(net: nn.Module) -> nn.Module:
     if not isinstance(net, ResnetGenerator | UnetGenerator):
         raise TypeError(

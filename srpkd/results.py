@@ -14,7 +14,7 @@ from .complexity import count_macs, count_parameters
 from .config import TrainConfig, arm_config
 from .evaluation import evaluate, metric_columns, show_relations, show_samples
 from .fit import Generators, Stage, Trained
-from .images import channels_of, input_size
+from .images import channels_of, has_one_size, input_size
 from .record import RunRecord
 
 Row = dict[str, float]
@@ -32,7 +32,7 @@ def measure(stage: Stage, record: RunRecord, trained: Trained, test_set: Dataset
 def describe(config: TrainConfig, generators: Generators) -> Row:
     """How large one generator is."""
     direction, generator = next(iter(generators.items()))
-    shape = (1, channels_of(config, direction)[0], *input_size(config))
+    shape = (1, channels_of(config, direction)[0], *input_size(config, direction))
     return {"parameters": count_parameters(generator), "macs": count_macs(generator, shape)}
 
 
@@ -46,11 +46,11 @@ def publish(
     """Bring the table, the pictures and the page up to date; the first process does."""
     if parallel.rank() > 0:
         return
-    height, width = input_size(config)
+    pixels = "{} x {} pixels".format(*input_size(config)) + ("" if has_one_size(config) else ", the first image's size")
     columns = [
         {"key": "name", "label": "network", "format": ""},
         {"key": "parameters", "label": "parameters", "format": ",", "help": "of one generator"},
-        {"key": "macs", "label": "MACs", "format": ",", "help": f"multiply-accumulates of {height} x {width} pixels"},
+        {"key": "macs", "label": "MACs", "format": ",", "help": f"multiply-accumulates of {pixels}"},
         *metric_columns([row for group in rows.values() for row in group]),
         {"key": "seconds_per_step", "label": "s/step", "format": ".4f", "help": "median seconds of a training step"},
     ]

@@ -8,6 +8,7 @@ is written, from which ``--resume`` goes on.
 from __future__ import annotations
 
 import copy
+import itertools
 import platform
 import shlex
 import sys
@@ -253,8 +254,9 @@ def make_ghost(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Object
         relation_loss_of(config)(feature, feature)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    height, width = input_size(config)
-    for network in objective.discriminators.values():
+    # what a discriminator judges is as large as the inputs of the generators, each one's
+    sizes = dict.fromkeys(input_size(config, direction) for direction in objective.generators)
+    for network, (height, width) in itertools.product(objective.discriminators.values(), sizes):
         images = torch.empty(1, next(network.parameters()).shape[1], height, width, device="meta")
         try:
             network(images)

@@ -20,6 +20,7 @@ from .networks import image_channels, size_multiple
 
 SMALLEST = 8  # pixels a side: of less a ResNet's encoder makes a single pixel, which instance norm cannot take
 MODES = {1: "L", 3: "RGB"}
+TRAIN_MODE_NORM = "batch norms by each image's own statistics, as pix2pix has it, not by the running ones"
 
 
 def translate_folder(
@@ -166,13 +167,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--size", type=positive, help="scale images to SIZE x SIZE first (default: as they are)")
     result.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default here: %(default)s)")
     result.add_argument("--force", action="store_true", help="replace files that exist")
+    result.add_argument("--train_mode_norm", action="store_true", help=TRAIN_MODE_NORM)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
-        net = load_generator(options.weights).to(options.device)
+        net = load_generator(options.weights, train_mode_norm=options.train_mode_norm).to(options.device)
         written, skipped = translate_folder(
             net,
             options.in_folder,

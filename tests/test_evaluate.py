@@ -243,19 +243,22 @@ def run(*arguments):
     }
 
 
+@pytest.mark.parametrize("train_mode_norm", [False, True])
 @pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
-def test_a_generator_on_aligned_pairs(tmp_path, direction):
+def test_a_generator_on_aligned_pairs(tmp_path, direction, train_mode_norm):
     pairs = write(tmp_path / "test", noise(3, (16, 32, 3)))
-    net = define_generator("resnet_1blocks", ngf=2, init_gain=0.2)
+    net = define_generator("resnet_1blocks", ngf=2, norm="batch", init_gain=0.2)
     save_weights(net, tmp_path / "net.pth")
+    net.train(train_mode_norm)
     options = ["--aligned", "--input", pairs, "--metrics", "psnr", "--direction", direction, "--device=cpu"]
+    options += ["--train_mode_norm"] if train_mode_norm else []
     found = run(tmp_path / "net.pth", pairs, *options)
     scores = []
     for path in find_images(str(pairs)):
         halves = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float().split(16, dim=2)
         source, target = halves if direction == "AtoB" else halves[::-1]
         with torch.no_grad():
-            output = ((net.eval()(source[None] / 127.5 - 1)[0] + 1) * 127.5).round()
+            output = ((net(source[None] / 127.5 - 1)[0] + 1) * 127.5).round()
         scores.append(10 * np.log10(255**2 / (output - target).square().mean().item()))
     assert found == {"PSNR": pytest.approx(np.mean(scores), abs=1e-3)}
 
@@ -266,6 +269,8 @@ def test_a_generator_needs_input_and_a_folder_none(tmp_path, folders):
         main([str(tmp_path / "net.pth"), str(folders["real"]), "--metrics=psnr"])
     with pytest.raises(SystemExit, match="--input is for a generator's weights"):
         main([str(folders["real"]), str(folders["real"]), "--input", "x"])
+    with pytest.raises(SystemExit, match=r"--train_mode_norm is for a generator's weights; .* is images"):
+        main([str(folders["real"]), str(folders["real"]), "--train_mode_norm"])
     Image.new("RGB", (9, 9)).save(folders["real"] / "00.png")
     with pytest.raises(SystemExit, match=r"has \(12, 12\) pixels and .*00\.png \(9, 9\): --size N"):
         main([str(folders["generated"]), str(folders["real"]), "--metrics=psnr"])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from srpkd.checkpoint import save_weights
-from srpkd.export import export, main, onnx_runner, parity, to_onnx
+from srpkd.export import export, main, onnx_runner, parity, pt2_runner, to_onnx
 from srpkd.metrics import psnr
 from srpkd.networks import define_generator
 
@@ -76,6 +76,22 @@ def test_command_line(weights, capsys):
     assert target.read_text() == "mine"
     main([str(weights), "--force", "--format", "pt2", "--output", str(target)])
     assert target.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+@pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
+def test_train_mode_norm(tmp_path, netG, kind):
+    """Each image of a batch is what batch norms in training mode make of it alone; not so without the flag."""
+    net = define_generator(netG, ngf=2, norm="batch", init_gain=0.2)
+    save_weights(net, tmp_path / "net.pth")
+    images = torch.rand(3, 3, 32, 48) * torch.tensor([0.1, 1, 2]).view(3, 1, 1, 1)
+    with torch.no_grad():
+        alone = torch.cat([net(image[None]) for image in images]).numpy()
+    for flags in (["--train_mode_norm"], ["--force"]):
+        main([str(tmp_path / "net.pth"), "--format", kind, *flags])
+        run = {"onnx": onnx_runner, "pt2": pt2_runner}[kind]((tmp_path / f"net.{kind}").read_bytes())
+        difference = np.abs(run(images.numpy()) - alone).max()
+        assert difference < 1e-4 if flags == ["--train_mode_norm"] else difference > 0.01
 
 
 def test_pt2(weights, tmp_path):

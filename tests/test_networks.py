@@ -14,6 +14,7 @@ from srpkd.networks import (
     image_channels,
     infer_generator,
     init_weights,
+    normalise_by_image,
     size_multiple,
 )
 
@@ -390,6 +391,29 @@ def test_default_tap_is_a_map_with_relations_that_nothing_overwrites(netG, size,
 def test_default_tap_is_one_name_for_all_widths_and_depths():
     assert {default_tap(on_meta(netG=f"resnet_{n}blocks", ngf=g)) for n in (1, 9) for g in (1, 8)} == {"model.9"}
     assert default_tap(on_meta(netG="unet_256", ngf=1)) == default_tap(on_meta(netG="unet_256", ngf=8, norm="batch"))
+
+
+@pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
+def test_normalised_by_image_every_image_is_what_it_is_alone_in_training_mode(netG):
+    net = define_generator(netG, ngf=2, norm="batch", init_gain=0.2)
+    images = torch.rand(3, 3, 32, 48) * torch.tensor([0.1, 1, 3]).view(3, 1, 1, 1)
+    with torch.no_grad():
+        alone = torch.cat([net(image[None]) for image in images])
+        together = net(images)
+        names, weights = [name for name, _ in net.named_modules()], dict(net.named_parameters())
+        assert normalise_by_image(net.eval()) is net
+        found = net(images)
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+    assert (together - alone).abs().max() > 0.01
+    assert [name for name, _ in net.named_modules()] == names and not any(m.training for m in net.modules())
+    assert all(parameter is weights[name] for name, parameter in net.named_parameters())
+    assert net.state_dict().keys() == weights.keys()  # no running statistics
+
+
+def test_normalised_by_image_instance_norms_stay():
+    net = define_generator("resnet_1blocks", ngf=2)
+    before = list(net.modules())
+    assert list(normalise_by_image(net).modules()) == before
 
 
 def test_size_multiple():

@@ -91,6 +91,15 @@ def assert_equal(run: Path, other: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("model", ARGUMENTS)
+def test_a_second_run_ends_like_the_first(server, undisturbed, root, model):
+    """To the bit, in another process: weights, metrics and pictures."""
+    cwd = root / f"again {model}"
+    cwd.mkdir()
+    assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
+    assert_equal(cwd / "runs/run", undisturbed(model))
+
+
 KILLS = {
     "pix2pix": [
         [("step", 1)],

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
 from srpkd import fit, images, results, train
@@ -424,6 +425,57 @@ def test_every_image_that_some_stage_sees_is_looked_at(refusal, folders, tmp_pat
     assert "4 images in trainA" in images.examine_data(config, [config, train.teacher_config(config)], {})
 
 
+# Images that keep their own sizes
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory) -> Path:
+    """Unpaired images, 24 pixels wide and 40 high in A, 48 wide and 36 high in B; and pairs of 48 x 36 each."""
+    root = tmp_path_factory.mktemp("oblong")
+    sizes = {"trainA": (24, 40), "testA": (24, 40), "trainB": (48, 36), "testB": (48, 36), "train": (96, 36)}
+    for name, (width, height) in sizes.items():
+        (root / name).mkdir()
+        for index in range(2):
+            Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8).numpy()).save(
+                root / name / f"{index}.png"
+            )
+    return root
+
+
+@pytest.mark.parametrize(
+    ("flags", "size_A", "size_B"),
+    [
+        ("--preprocess=none --crop_size=8", (40, 24), (36, 48)),
+        ("--preprocess=none --direction=BtoA", (36, 48), (40, 24)),
+        ("--preprocess=none --model=pix2pix", (36, 48), (36, 48)),
+        ("--preprocess=scale_width --load_size=12 --crop_size=16", (20, 12), (16, 12)),
+        ("--preprocess=scale_width_and_crop --load_size=24 --crop_size=16", (16, 16), (16, 16)),
+        ("--preprocess=crop --crop_size=20", (20, 20), (20, 20)),
+    ],
+)
+def test_the_size_of_what_is_trained_on(oblong, flags, size_A, size_B):
+    config = parse_arguments([f"--dataroot={oblong}", *TINY, *flags.split()])
+    before = torch.get_rng_state()
+    assert (images.input_size(config, "G_A"), images.input_size(config, "G_B")) == (size_A, size_B)
+    assert torch.equal(torch.get_rng_state(), before)
+    item = images.open_data(config, "train")[0]
+    assert (item["A"].shape[1:], item["B"].shape[1:]) == (size_A, size_B)
+
+
+def test_macs_are_of_the_size_that_images_have(run, oblong):
+    done = run(f"--dataroot={oblong}", *TINY, *TEACHER, "--preprocess=none", "--crop_size=8", "--epoch_steps=1")
+    net = load_generator(done.folder / "latest_net_G_A.pth")
+    assert done.rows["student"]["macs"] == count_macs(net, (1, 3, 40, 24))
+    [column] = [column for column in done.report["table"]["columns"] if column["key"] == "macs"]
+    assert column["help"] == "multiply-accumulates of 40 x 24 pixels, the first image's size"
+
+
+@pytest.mark.parametrize(("direction", "size"), [("AtoB", "40 x 24"), ("BtoA", "36 x 48")])
+def test_images_that_are_too_small_are_refused_by_their_own_size(refusal, oblong, direction, size):
+    arguments = [f"--dataroot={oblong}", *TINY, "--preprocess=none", f"--direction={direction}", "--n_layers_D=5"]
+    assert f"images of {size} pixels are too small for netD n_layers" in refusal(*arguments)
+
+
 def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
     def wrong(*_: Any) -> None:
         raise ValueError("a bug")
@@ -594,6 +646,14 @@ def test_the_same_seed_gives_the_same_bits(run, model):
     for a, b, c in zip(first, second, other):
         assert all(torch.equal(a[key], b[key]) for key in a)
         assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_two_threads_give_the_same_bits_twice(record, one_thread):
+    torch.set_num_threads(2)  # put back by one_thread
+    config = config_of("--n_epochs_decay=0", "--epoch_steps=2", "--lambda_feature=1")
+    first, second = (fit.fit(stage_of(config, record), record, teacher_of()).generators["G"] for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from srpkd.checkpoint import save_weights
 from srpkd.networks import define_generator, size_multiple
@@ -74,6 +75,27 @@ def test_batches_change_nothing(folder, tmp_path):
     for path in (tmp_path / "one").rglob("*.*"):
         other = tmp_path / "many" / path.relative_to(tmp_path / "one")
         np.testing.assert_allclose(*(np.array(Image.open(p)).astype(int) for p in (path, other)), atol=1)
+
+
+def test_train_mode_norm(folder, tmp_path, capsys):
+    """As pix2pix: batch norms in training mode and an image by itself, whatever the size of the batch."""
+    net = define_generator("resnet_1blocks", ngf=2, norm="batch", dropout=True, init_gain=0.2)
+    save_weights(net, tmp_path / "net.pth")
+    for module in net.modules():  # dropout is off
+        module.training = isinstance(module, nn.BatchNorm2d)
+    for batch_size in ("1", "8"):
+        out = tmp_path / batch_size
+        arguments = [str(tmp_path / "net.pth"), str(folder), str(out), "--device=cpu", "--batch_size", batch_size]
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--train_mode_norm"])
+        assert caught.value.code == 0
+        for name in ("a.png", "deep/er/e.tif"):
+            pixels = torch.from_numpy(np.array(Image.open(folder / name))).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                output = ((net(pixels / 127.5 - 1)[0] + 1) * 127.5).round().permute(1, 2, 0)
+            assert output.std() > 1
+            np.testing.assert_allclose(np.array(Image.open(out / name)), output, atol=1)
+    assert "7 images written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["resnet", "unet"])
