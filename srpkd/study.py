@@ -150,8 +150,7 @@ class Study(NamedTuple):
 
     runs_dir: str
     seeds: int
-    worlds: int
-    settings: tuple[str, ...]
+    settings: dict[str, int]  # what is judged, and on how many worlds
     workers: int
     options: Options
 
@@ -347,7 +346,7 @@ def judge(study: Study, setting: str, steps: Sequence[Mapping[str, Any]]) -> dic
     Returns:
         {"setting", "worlds", "teachers": scores, "arms": {name: {"options", "scores"}}}, scores by world.
     """
-    worlds = range(2, 2 + study.worlds)
+    worlds = range(2, 2 + study.settings[setting])
     arms = arms_of(steps, SETTINGS[setting].factor)
     teachers = train([teacher(study, setting, world) for world in worlds], study.workers)
     pairs = [(arm, world) for world in worlds for arm in arms]
@@ -497,8 +496,8 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--runs_dir", default="runs/study", help="where its runs are kept, and the report (default: %(default)s)")
     add("--seeds", type=int, default=5, help="students of each kind in choosing (default: %(default)s)")
-    add("--worlds", type=int, default=8, help="other worlds that are judged on (default: %(default)s)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is judged (default: all)")
+    add("--worlds", nargs="+", type=int, default=[6], help="worlds that each is judged on, or one number for all (6)")
     add("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default here: %(default)s)")
     add("--options", default="{}", metavar="YAML", help="options of srpkd train that all runs have, {name: value, ...}")
     add("--docs", type=Path, metavar="FOLDER", help="write the report there too")
@@ -525,12 +524,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Options or folders that cannot be used end it with one message."""
     given = parser().parse_args(arguments)
     try:
-        for name, least in {"seeds": 1, "worlds": 1, "workers": 1}.items():
-            if getattr(given, name) < least:
-                raise ValueError(f"--{name} {getattr(given, name)}: expected at least {least}")
+        for name, value in (("seeds", given.seeds), ("worlds", min(given.worlds)), ("workers", given.workers)):
+            if value < 1:
+                raise ValueError(f"--{name} {value}: expected at least 1")
+        worlds = given.worlds * len(given.settings) if len(given.worlds) == 1 else given.worlds
+        if len(worlds) != len(given.settings):
+            raise ValueError(f"--worlds: expected one number, or {len(given.settings)}, one for each of the settings")
         options = common_options(given.options)
         require("scipy.stats", "study", "a confidence interval")
-        study = Study(given.runs_dir, given.seeds, given.worlds, tuple(given.settings), given.workers, options)
+        study = Study(given.runs_dir, given.seeds, dict(zip(given.settings, worlds)), given.workers, options)
         device = teacher(study, CHOOSING, 1).torch_device
         steps = choose(study)
         result = {

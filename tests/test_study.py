@@ -23,7 +23,7 @@ TINY = {
 
 
 def of(folder, **options) -> Study:
-    return Study(str(folder), 2, 2, ("few pairs",), 1, TINY | options)
+    return Study(str(folder), 2, {"few pairs": 2}, 1, TINY | options)
 
 
 def test_a_difference_is_student_s_t():
@@ -55,7 +55,7 @@ def test_options_in_words():
 
 
 def test_runs_of_a_world(tmp_path):
-    plan = Study(str(tmp_path), 5, 8, tuple(SETTINGS), 1, {})
+    plan = Study(str(tmp_path), 5, dict.fromkeys(SETTINGS, 8), 1, {})
     taught = teacher(plan, "few pairs", 3)
     assert taught == teacher(plan, "many pairs", 3), "all paired settings share a world's teacher"
     assert taught != teacher(plan, "unpaired", 3) and taught.name != teacher(plan, "unpaired", 3).name
@@ -96,7 +96,7 @@ def few_candidates(monkeypatch):
 
 
 def test_a_whole_study(tmp_path, few_candidates, monkeypatch, capsys, one_thread):
-    arguments = ["--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--worlds", "2", "--workers", "1"]
+    arguments = ["--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--worlds", "2", "3", "--workers", "1"]
     arguments += ["--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(TINY)]
     study.main(arguments)
     first = capsys.readouterr().out
@@ -119,7 +119,8 @@ def test_a_whole_study(tmp_path, few_candidates, monkeypatch, capsys, one_thread
         assert all(len(entry["scores"]) == 2 for entry in [step["base"], *step["tried"]])
     assert steps["feature matching"]["base"]["options"] == steps["output distillation"]["chosen"]
     few, unpaired = result["judged"]
-    assert few["worlds"] == unpaired["worlds"] == [2, 3] and few["teachers"] != unpaired["teachers"]
+    assert few["worlds"] == [2, 3] and unpaired["worlds"] == [2, 3, 4] and few["teachers"] != unpaired["teachers"]
+    assert all(len(arm["scores"]) == 3 for arm in unpaired["arms"].values())
     assert all(len(arm["scores"]) == 2 for arm in few["arms"].values())
     gain = difference(few["arms"]["output + SRP"]["scores"], few["arms"]["output"]["scores"])
     assert f"- output + SRP minus output: {gain}, better in " in report and f"**{gain.verdict}**" in report
@@ -178,6 +179,7 @@ def test_what_is_in_the_way_is_named(tmp_path, one_thread):
     ("arguments", "message"),
     [
         (["--worlds", "0"], "--worlds 0: expected at least 1"),
+        (["--worlds", "3", "4"], "--worlds: expected one number, or 3, one for each of the settings"),
         (["--options", "[1"], "is not YAML"),
         (["--options", "3"], "--options: expected options as `name: value` lines, received int"),
         (["--options", "{nfg: 3}"], "no option 'nfg'; did you mean ngf?"),
