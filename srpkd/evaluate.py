@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from .checkpoint import SUFFIXES, CheckpointError, atomic_write, load_generator, load_weights
-from .data.folders import image_files, read_image, split_pair
+from .data.folders import DataError, image_files, open_image, read_image, split_pair
 from .data.world import PALETTE
 from .extras import require
 from .metrics import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
@@ -113,7 +113,7 @@ class Images(Dataset):
             return True
         sizes = set()
         for path in self.paths:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 sizes.add(image.size)
         return len(sizes) == 1
 
@@ -366,9 +366,9 @@ def _read_classes(path: str, palette: Palette | None) -> Tensor:
     if palette:
         classes = nearest_colour(Images([path])[0][None], palette.colours)[0]
         return classes.masked_fill(classes >= palette.classes, -1)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
+            raise DataError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
         return torch.from_numpy(np.array(image).astype(np.int64))
 
 

@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import atomic_write
+from .data.folders import DataError, open_image
 
 __all__ = ["format_table", "mark_pixel", "relation_picture", "relation_row", "save_image", "write_report"]
 
@@ -465,9 +466,9 @@ def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
 def _picture(run: Path, file: str, room: int) -> dict[str, Any]:
     """How to show a picture; without a width it is not there yet (or only half of it)."""
     try:
-        with Image.open(run / file) as image:
+        with open_image(run / file) as image:
             width, height = image.size
-    except OSError:
+    except DataError:
         return {"link": _link(file), "width": 0}
     # a whole multiple, so that all pixels are the same size
     scale = max(1, room // width) if width < SMALL_IMAGE else min(1.0, room / width)
@@ -524,7 +525,7 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
         for axis in line:
             axis.set_axis_off()
         for axis, panel in zip(line, panels):
-            with Image.open(run / panel["file"]) as image:
+            with open_image(run / panel["file"]) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_title(panel["label"], fontsize=8)
     png = io.BytesIO()
