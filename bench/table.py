@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table, or put it into the README."""
-    text = table(results.read(options.csv))
+    text = table(results.read(options.csv, relation.KEY))
     if options.readme is None:
         print(text)
         return
