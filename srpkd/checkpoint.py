@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from srpkd.arguments import check_type
 from srpkd.networks import GeneratorSpec, define_generator, infer_generator
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -102,6 +103,7 @@ def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
 
     Dtypes stay, the prefixes that DataParallel and torch.compile add to the keys do not.
     """
+    check_type("module", module, nn.Module, "a torch.nn.Module")
     weights = {WRAPPERS.sub("", key): value.cpu() for key, value in module.state_dict().items()}
     with atomic_write(path) as file:
         torch.save(weights, file)
@@ -138,6 +140,8 @@ def load_generator(path: str | os.PathLike, spec: GeneratorSpec | None = None) -
     Raises:
         CheckpointError: as in `load_weights`; or the weights are not a generator's, or not that generator's.
     """
+    if spec is not None:
+        check_type("spec", spec, GeneratorSpec, "a GeneratorSpec, as GeneratorSpec('resnet_9blocks', ngf=64)")
     weights = load_weights(path)
     try:
         found = infer_generator(weights)
