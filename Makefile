@@ -1,5 +1,5 @@
 # make demo   train, distil and report on generated images
-# make test   lint and the whole test suite
+# make test   lint and the whole test suite, and which lines it runs
 # make mutations   put faults into the kernels, each of which a test must notice (about ten minutes)
 # make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
 # All make .venv first, with everything in it.
@@ -10,15 +10,19 @@ BIN := $(VENV)/bin
 # what the installation is made from: a change makes it anew
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
 
+# Python 3.12 and newer count lines by sys.monitoring, which costs less than a trace function
+COUNTED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+
 .PHONY: demo test mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
 
-# the second run has the Triton kernels in Triton's interpreter, which replaces the compiler in its whole process
+# the second run has the Triton kernels in Triton's interpreter, which replaces the compiler in its whole process; which
+# lines of srpkd/ and kernels/ the two have run is reported at the end
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton
+	$(COUNTED) $(BIN)/python -m pytest --cov --cov-report=
+	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term-missing
 
 mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations.py
@@ -43,4 +47,4 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .coverage .pytest_cache .ruff_cache
