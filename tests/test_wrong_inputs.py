@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from wrong_files import full_disk, make_files, refusing, tree
 
+import srpkd.data
 from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
 from srpkd.checkpoint import CheckpointError, WriteError, load_generator, load_weights, save_weights
 from srpkd.complexity import count_macs
@@ -34,6 +35,18 @@ NET = define_generator("resnet_1blocks", ngf=1)
 def pair() -> tuple[nn.Module, nn.Module]:
     """(teacher, student)"""
     return tuple(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 3, 1)) for _ in range(2))
+
+
+class Pair(nn.Module):
+    """A network that gives two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images):
+        self.encoder(images)
+        return images, images
 
 
 def run(data=(IMAGES,), layers=LAYERS, teacher=None, student=None, **options):
@@ -145,6 +158,11 @@ WRONG = {
         ValueError,
         r"shape \(2,\): expected one number, as reduction='mean'",
     ),
+    "a network of two outputs": (
+        lambda: run(layers={"encoder": "0"}, student=Pair()),
+        TypeError,
+        "a network gave a tuple; expected one image tensor",
+    ),
     # --- networks ---
     "netG is a number": (lambda: define_generator(9), ValueError, "netG='9' is unknown: expected 'resnet_<n>blocks'"),
     "netG is nothing": (lambda: define_generator(None), ValueError, "netG='None' is unknown"),
@@ -186,6 +204,7 @@ WRONG = {
         "empty cannot be written: Is a directory; give",
     ),
     # --- data ---
+    "a name that data lack": (lambda: srpkd.data.open_word, AttributeError, "has no attribute 'open_word'"),
     "no folder": (lambda: open_dataset("none", "aligned"), FileNotFoundError, "none/train: no such folder"),
     "a file for a folder": (lambda: open_dataset("file", "aligned"), FileNotFoundError, "file/train: no such folder"),
     "a number for a folder": (
