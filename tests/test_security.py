@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shlex
 import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import srpkd
 from srpkd import cli
 from srpkd.checkpoint import CheckpointError, load_weights
 from srpkd.record import RunRecord, new_folder
-from srpkd.state import NEWEST, load_state
+from srpkd.state import NEWEST, load_state, save_state
 
 ROOTS = (Path(srpkd.__file__).parent, Path(native.__file__).parent)
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for root in ROOTS for path in sorted(root.rglob("*.py"))}
@@ -94,6 +95,15 @@ def test_a_state_unpickles_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists()
     torch.load(NEWEST, weights_only=False)  # it does spring
     assert (tmp_path / "sprung").exists()
+
+
+def test_a_state_with_another_byte_is_not_gone_on_from(tmp_path):
+    save_state(tmp_path, {"weights": torch.full((1000,), 7.0)})
+    content = bytearray((tmp_path / NEWEST).read_bytes())
+    content[content.index(struct.pack("4f", *[7.0] * 4)) + 9] ^= 1
+    (tmp_path / NEWEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged \(the checksum of \S+ is wrong\)"):
+        load_state(tmp_path)
 
 
 COMMANDS = {

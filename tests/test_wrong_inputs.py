@@ -391,6 +391,11 @@ WRONG = {
         ValueError,
         "expected the markers",
     ),
+    "a table before it is there": (
+        lambda: update_readme("results/plain", "marked.md"),
+        ValueError,
+        "results/plain: report.json has no table yet: expected a run that has measured a network",
+    ),
     "a picture of nothing": (
         lambda: save_image(torch.ones(2, 8, 8), "x.png"),
         ValueError,
