@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Draw every picture for which three sizes or more are recorded."""
-    drawn = draw_relation(results.read(options.csv), options.csv.parent)
+    drawn = draw_relation(results.read(options.csv, relation.KEY), options.csv.parent)
     if not drawn:
         raise ValueError(f"{options.csv} records no three sizes of anything: run python -m bench relation first")
     print(*drawn, sep="\n")

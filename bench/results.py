@@ -14,12 +14,23 @@ FOLDER = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, all values as text; none if there is no file."""
+def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a file, all values as text; none if there is no file.
+
+    Raises:
+        ValueError: it is no such file, or lacks one of the columns.
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        try:
+            reader = csv.DictReader(file)
+            rows, found = list(reader), reader.fieldnames or []
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no file of results: {error}") from error
+    if lacking := [name for name in columns if name not in found]:
+        raise ValueError(f"{path} is no file of these results: it has no columns {', '.join(lacking)}")
+    return rows
 
 
 def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print every exponent that three recorded points or more allow."""
-    found = fits(results.read(options.csv))
+    found = fits(results.read(options.csv, relation.KEY))
     if not found:
         raise ValueError(f"{options.csv} records no three sizes of anything: run python -m bench relation first")
     groups: dict[str, list[Fit]] = {}

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the tables, or put them into the README."""
-    text = tables(results.read(options.csv), results.read(options.train_csv))
+    text = tables(results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY))
     if options.readme is None:
         print(text)
         return

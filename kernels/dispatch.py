@@ -63,7 +63,7 @@ def requested(backend: str) -> str:
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError that names the choices, and the nearest one, unless value is among them."""
-    if value in choices:
+    if isinstance(value, str) and value in choices:
         return
     nearest = difflib.get_close_matches(str(value), choices, 1, cutoff=0.5)
     raise ValueError(

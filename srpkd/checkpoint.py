@@ -4,12 +4,13 @@ Files are read without running any code that they may hold, and with the keys of
 whatever wrapped the network when it was saved. What cannot be used is answered with a `CheckpointError`.
 """
 
+import errno
 import os
 import re
 import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from srpkd.arguments import check_type
 from srpkd.networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -34,24 +36,66 @@ class CheckpointError(ValueError):
     """A file of weights that cannot be used; the message says what it is, what was expected, what to do."""
 
 
+class WriteError(OSError):
+    """A file that cannot be written; the message says which, why, and what to do."""
+
+
+FULL = "make room on that disk, or write to another"
+FORBIDDEN = "write to a folder where that is allowed"
+NO_FOLDER = "a file stands where a folder is needed: remove it, or write elsewhere"
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), FORBIDDEN),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), NO_FOLDER),
+    errno.EISDIR: "give the name of a file in it, or another",
+}
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What the system refuses in the block, which writes `path`, is raised as a `WriteError`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error
+        while reason and not isinstance(reason, OSError):  # what torch.save raises of a full disk has it as its context
+            reason = reason.__context__
+        if reason is None or isinstance(reason, WriteError):
+            raise
+        why = reason.strerror or str(reason)
+        wrong = WriteError(f"{path} cannot be written: {why}; {ADVICE.get(reason.errno, 'write elsewhere')}")
+        wrong.errno = reason.errno
+        raise wrong from error
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes such that at any moment it holds all the new bytes or what it held before.
 
-    The bytes go to a temporary file beside it, which takes its name once they are on the disk. If the block
-    raises, the temporary file is removed. Missing folders are made, and a symbolic link is followed.
+    The bytes go to a temporary file beside it, which takes its name once they are on the disk. Missing folders are
+    made, and a symbolic link is followed. If the block raises, the temporary file and these folders are removed.
+
+    Raises:
+        WriteError: the system refuses it.
     """
     target = Path(path).expanduser().resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    made: list[Path] = []
+    with writing(path):
+        try:
+            made += [folder for folder in target.parents if not folder.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+            raise
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
@@ -59,6 +103,7 @@ def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
 
     Dtypes stay, the prefixes that DataParallel and torch.compile add to the keys do not.
     """
+    check_type("module", module, nn.Module, "a torch.nn.Module")
     weights = {WRAPPERS.sub("", key): value.cpu() for key, value in module.state_dict().items()}
     with atomic_write(path) as file:
         torch.save(weights, file)
@@ -98,6 +143,8 @@ def load_generator(
     Raises:
         CheckpointError: as in `load_weights`; or the weights are not a generator's, or not that generator's.
     """
+    if spec is not None:
+        check_type("spec", spec, GeneratorSpec, "a GeneratorSpec, as GeneratorSpec('resnet_9blocks', ngf=64)")
     weights = load_weights(path)
     try:
         found = infer_generator(weights)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from .arguments import check_device
 from .parallel import launched
 
 WORLD = ":world:"  # a dataroot that names the generated data set instead of a folder
@@ -304,7 +305,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "lambda_kd": 0, "lambda_srp": 0, "lambda_feature": 0, "n_epochs": 0, "n_epochs_decay": 0,
             "teacher_n_epochs": 0, "teacher_n_epochs_decay": 0, "epoch_steps": 1, "batch_size": 1, "beta1": 0,
             "seeds": 1, "time_budget": 0, "print_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1,
-            "update_html_freq": 1, "samples": 0, "ema": 0,
+            "update_html_freq": 1, "samples": 0, "ema": 0, "init_gain": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
@@ -326,10 +327,12 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             raise ValueError("generated images have three channels: leave input_nc and output_nc at 3")
         if self.is_world and self.dataset_mode == "unaligned" and self.world_pairs < 2:
             raise ValueError("world_pairs=1: an unpaired task needs two scenes at least, one for each side")
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+        if abs(self.seed) >= 2**40:
+            raise ValueError(f"seed={self.seed}: expected a whole number of at most 40 bits")
+        if Path(self.name).name != self.name or "\0" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r}: expected a plain name for a folder inside {self.runs_dir}")
         if self.device:
-            _check_device(self.device)
+            check_device(self.device)
         self._check_processes()
         self._check_arms()
 
@@ -360,15 +363,6 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
                 raise ValueError(
                     f"arm {arm!r}: {', '.join(common)} cannot differ between arms: set it for the whole run"
                 )
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r}: expected cpu, cuda, cuda:1, ...") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs; --device cpu does without")
 
 
 GROUPS = (DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunOptions)
@@ -448,7 +442,7 @@ def read_config(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path}: is not YAML: {error}") from error
     return check_keys({} if content is None else content, f"--config {path}")
 
@@ -516,7 +510,7 @@ def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> 
     Raises:
         ValueError: there is no such run, or other options stand beside it that a run cannot change any more.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m srpkd.train", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     parser.add_argument("--runs_dir", default=RunOptions.runs_dir)
     known = parser.parse_known_args(flags)[0]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_number, check_type, check_whole
 from .distiller import RelationDistiller
 from .extras import require
 
@@ -58,11 +59,23 @@ def distill(
         Per epoch, the mean of each weighted loss: ``{"kd": ..., "srp": ..., "target": ...}``.
 
     Raises:
-        TypeError: the data or a network gave what is none of the above.
-        ValueError: a layer or a weight that does not fit, outputs of unlike shapes, or no data in an epoch.
+        TypeError: an argument, or what the data or a network gave, is none of the above.
+        ValueError: a layer or a weight that does not fit, outputs of unlike shapes, no data in an epoch, or nothing to
+            train.
         ImportError: a progress bar is wanted and tqdm is not installed.
         FloatingPointError: a loss is not finite; the student is as it was before that step.
     """
+    check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
+    check_type("student", student, nn.Module, "a torch.nn.Module")
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        check_type("data", data, list, "batches, as in a DataLoader or a list: [images] for a single one")
+    check_whole("epochs", epochs, least=1)
+    for name, value in (("lambda_kd", lambda_kd), ("lambda_srp", lambda_srp), ("lambda_target", lambda_target)):
+        check_number(name, value, least=0)
+    if optimizer is not None:
+        check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
     if progress:
         tqdm = require("tqdm", "train", "the progress bar of distill (progress=False does without)").tqdm
     device = next(student.parameters()).device
@@ -87,6 +100,10 @@ def distill(
                     losses["target"] = lambda_target * _l1(output, target, "target")
                 if not losses:
                     raise ValueError("every weight (lambda_kd, lambda_srp, lambda_target) is 0: nothing to learn")
+                if relation.ndim:
+                    raise ValueError(
+                        f"loss gave the shape {tuple(relation.shape)}: expected one number, as reduction='mean' gives"
+                    )
                 values = {name: value.item() for name, value in losses.items()}
                 if wrong := {name: value for name, value in values.items() if not math.isfinite(value)}:
                     raise FloatingPointError(
@@ -124,6 +141,8 @@ def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor
             + (f" of {', '.join(type(part).__name__ for part in parts)}" if isinstance(batch, tuple | list) else "")
             + "; expected image tensors (B, C, H, W), or pairs of tensors (images, targets)"
         )
+    if not parts[0].is_floating_point():
+        raise TypeError(f"the data gave images of {parts[0].dtype}: expected floats, such as images / 127.5 - 1")
     images, *target = (part.to(device, non_blocking=True) for part in parts)
     return images, target[0] if target else None
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_number, check_type
 from .loss import SRPLoss
 
 
@@ -26,17 +27,22 @@ class FeatureTap:
         role: what errors call the network.
 
     Raises:
+        TypeError: no module, or no list of names.
         ValueError: a name is not a submodule's; says which names are nearest.
     """
 
-    def __init__(self, network: nn.Module, names: list[str], role: str = "network") -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
+        check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
+        if isinstance(names, str):
+            raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
         self.role, self.features, self._active = role, {}, False
         modules = dict(unwrapped(network).named_modules())
         for name in names:
             if name not in modules or not name:
-                nearest = difflib.get_close_matches(name, [other for other in modules if other], 5, cutoff=0)
+                nearest = difflib.get_close_matches(str(name), [other for other in modules if other], 5, cutoff=0)
                 raise ValueError(
-                    f"the {role} has no module named {name!r}; the nearest names are {', '.join(map(repr, nearest))}"
+                    f"the {role} has no module named {name!r}; "
+                    + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
         self.names = list(names)
         self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)]
@@ -99,6 +105,7 @@ class RelationDistiller(nn.Module):
         weights: student module name -> factor of that layer's loss; 1 where not given.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: no layers, a name that is no module's (the nearest are named), or a weight for an untapped layer.
     """
 
@@ -111,8 +118,17 @@ class RelationDistiller(nn.Module):
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        names = "{student module name: teacher module name, ...}"
+        if not isinstance(layers, Mapping | None):
+            raise TypeError(f"layers={layers!r}: expected {names}, received a {type(layers).__name__}")
         if not layers:
-            raise ValueError("layers is empty: expected {student module name: teacher module name, ...}")
+            raise ValueError(f"layers is empty: expected {names}")
+        check_type("the student", student, nn.Module, "a torch.nn.Module")
+        check_type("weights", {} if weights is None else weights, Mapping, "{student module name: factor, ...}")
+        for name, weight in (weights or {}).items():
+            check_number(f"weights[{name!r}]", weight)
+        if loss is not None and (isinstance(loss, type) or not callable(loss)):
+            check_type("loss", loss, nn.Module, "a module such as SRPLoss(), which compares two features")
         self.student = student
         self._teacher = [teacher]  # in a list, lest it be registered as a submodule
         self.layers, self.weights = dict(layers), dict(weights or {})

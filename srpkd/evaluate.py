@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
+from .arguments import check_type, check_whole, default_device, device, json_file, positive
 from .checkpoint import SUFFIXES, CheckpointError, atomic_write, load_generator, load_weights
-from .data.folders import image_files, read_image, split_pair
+from .data.folders import DataError, image_files, open_image, read_image, split_pair
 from .data.world import PALETTE
 from .extras import require
 from .metrics import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
 from .report import format_table
-from .translate import TRAIN_MODE_NORM, default_device, positive, translate_folder
+from .translate import TRAIN_MODE_NORM, translate_folder
 
 METRICS = ("fid", "kid", "psnr", "ssim", "miou", "segmentation")
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that FID and KID are defined by
@@ -113,7 +114,7 @@ class Images(Dataset):
             return True
         sizes = set()
         for path in self.paths:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 sizes.add(image.size)
         return len(sizes) == 1
 
@@ -148,7 +149,15 @@ def fidelity(
         ImportError: torch-fidelity is not installed.
         FileNotFoundError: there are no Inception weights; says which file to put where.
         CheckpointError, ValueError: the file or the images are not what they should be.
+        TypeError: an argument of another kind.
     """
+    check_type("generated", generated, Images, "Images(paths)")
+    check_type("real", real, Mapping, "{name: [Images(paths), ...], ...}")
+    if not real or not all(isinstance(parts, Sequence) and parts for parts in real.values()):
+        raise ValueError(f"real={dict(real)!r}: expected {{name: [Images(paths), ...], ...}}, with one name at least")
+    if not (fid or kid):
+        raise ValueError("fid and kid are both False: nothing to compute")
+    check_whole("batch_size", batch_size, least=1)
     library = require("torch_fidelity", "metrics", "FID and KID")
     weights = None if feature_extractor else _inception(inception_weights)
     together = {name: parts[0] if len(parts) == 1 else ConcatDataset(parts) for name, parts in real.items()}
@@ -261,6 +270,9 @@ def _scores(maps: Iterable[tuple[Tensor, Tensor, int]]) -> dict[str, float]:
 def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
     """A segmentation network from an exported program (.pt2, ``torch.export.save``) or TorchScript (other names).
 
+    A program is what its file says it is, and ``torch.export.load`` may even unpickle parts of it: unlike a file of
+    weights, take it from a source that you trust alone.
+
     Raises:
         ValueError: it is neither.
     """
@@ -366,9 +378,9 @@ def _read_classes(path: str, palette: Palette | None) -> Tensor:
     if palette:
         classes = nearest_colour(Images([path])[0][None], palette.colours)[0]
         return classes.masked_fill(classes >= palette.classes, -1)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
+            raise DataError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
         return torch.from_numpy(np.array(image).astype(np.int64))
 
 
@@ -473,11 +485,15 @@ def parser() -> argparse.ArgumentParser:
     add("--inception_weights", metavar="PATH", help="torch-fidelity's file; by default that in torch's cache")
     add("--kid_subset_size", type=positive, help="images a subset of KID (default: 1000, or as many as there are)")
     add("--palette", help="world, cityscapes, or a file of lines 'R G B name'; the name ignore leaves a colour out")
-    add("--segmenter", metavar="PATH", help="photos (1, 3, H, W) in [0, 1] -> logits: TorchScript, or .pt2")
+    add(
+        "--segmenter",
+        metavar="PATH",
+        help="photos (1, 3, H, W) in [0, 1] -> logits: TorchScript or .pt2, programs that are run: trust their source",
+    )
     add("--labels", metavar="FOLDER", help="for segmentation: files of class numbers, or of --palette colours")
     add("--batch_size", type=positive, default=32, help="images a pass of Inception (default: %(default)s)")
-    add("--device", default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
-    add("--json", metavar="FILE", help="write the results there too")
+    add("--device", type=device, default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
+    add("--json", type=json_file, metavar="FILE", help="write the results there too")
     return result
 
 
@@ -485,18 +501,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         result = evaluate_images(options)
+        print(table_of(result))  # first, lest it be lost with a file that cannot be written
         if options.json:
             with atomic_write(options.json) as file:
                 file.write(json.dumps(result, indent=1).encode())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
+
+
+def table_of(result: Mapping[str, Any]) -> str:
+    """What `evaluate_images` gives, as a table."""
     columns = [
         {"key": "metric", "label": "metric", "format": ""},
         {"key": "value", "label": "value", "format": ".4f"},
         {"key": "against", "label": "against", "format": ""},
         {"key": "images", "label": "images", "format": ","},
     ]
-    print(format_table({"columns": columns, "rows": result["rows"], "notes": result["notes"]}))
+    return format_table({"columns": columns, "rows": result["rows"], "notes": result["notes"]})
 
 
 if __name__ == "__main__":

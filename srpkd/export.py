@@ -24,9 +24,11 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
+from .arguments import check_number, number
 from .checkpoint import atomic_write, load_generator
 from .data.folders import image_files, read_image
 from .extras import require
+from .kernels.dispatch import check_choice
 from .metrics import psnr
 from .networks import image_channels, size_multiple
 from .translate import MODES, TRAIN_MODE_NORM, image_tensor, pad_images
@@ -185,15 +187,26 @@ def export(
         Lines that say what was written and how it compares.
 
     Raises:
-        ValueError: the outputs differ by more than the tolerance (nothing is written), or images that do not fit.
+        ValueError: the outputs differ by more than the tolerance (nothing is written), images that do not fit, or the
+            output would replace the weights.
         FileExistsError: what would be written exists.
+        IsADirectoryError: it is a folder.
+        WriteError: it cannot be written.
         ImportError: the extra ``export`` is not installed.
     """
+    check_choice("kind", kind, tuple(FORMATS))
+    check_number("tolerance", tolerance, least=0)
     target = Path(output or Path(weights).with_suffix(FORMATS[kind])).expanduser()
     small = target.with_suffix(".int8.onnx")
     if calibration and kind != "onnx":
         raise ValueError("int8 is made of ONNX: leave --format at onnx")
     for path in (target, small) if calibration else (target,):
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{path} is a folder: --output takes the name of a file, such as {path / 'net.onnx'}"
+            )
+        if path.resolve() == Path(weights).expanduser().resolve():
+            raise ValueError(f"{path} holds the weights: --output names another file")
         if path.exists() and not force:
             raise FileExistsError(f"{path} exists: --force replaces it, --output names another")
     net = load_generator(weights, train_mode_norm=train_mode_norm)
@@ -258,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     add("weights", help="the generator: .pth or .safetensors; its architecture is read off the file")
     add("--format", choices=FORMATS, default="onnx", help="onnx, or pt2: torch.export (default: %(default)s)")
     add("--output", metavar="FILE", help="where to (default: beside the weights, under their name)")
-    add("--tolerance", type=float, default=TOLERANCE, help="difference allowed, of outputs in [-1, 1] (default: 1e-3)")
+    add("--tolerance", type=number, default=TOLERANCE, help="difference allowed, of outputs in [-1, 1] (default: 1e-3)")
     add("--int8", action="store_true", help="write an 8-bit model too, and what it costs in PSNR; needs --calibration")
     add("--calibration", metavar="FOLDER", help="input images for --int8; every second one judges it")
     add("--train_mode_norm", action="store_true", help=TRAIN_MODE_NORM)

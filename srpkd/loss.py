@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .arguments import check_number
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
 
 LAYOUTS = ("nchw", "nlc")
@@ -62,7 +61,7 @@ def relation_loss(
         float32.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another than the four dtypes.
+        TypeError: the features are no dense tensors of one of the four dtypes, or delta or eps is no number.
         ValueError: shapes, devices or options that do not fit, or a teacher that requires a gradient.
         srpkd.kernels.BackendUnavailable: a backend asked for by name cannot run here.
     """
@@ -148,10 +147,8 @@ def _check_options(
     dispatch.check_choice("reduction", reduction, REDUCTIONS)
     dispatch.check_choice("layout", layout, LAYOUTS)
     dispatch.check_choice("scope", scope, SCOPES)
-    if not 0 < delta < math.inf:
-        raise ValueError(f"delta={delta!r}: Huber's distance needs a finite delta above 0")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps!r}: expected a finite number that is not negative")
+    check_number("delta", delta, above=0)
+    check_number("eps", eps, least=0)
 
 
 def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
@@ -159,6 +156,8 @@ def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} features: expected a tensor {expected}, received {type(features).__name__}")
+        if features.layout is not torch.strided or features.is_nested:
+            raise TypeError(f"{name} features are sparse, nested or packed: expected a dense tensor, as by .to_dense()")
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} features are {features.dtype}; expected float64, float32, bfloat16 or float16: "

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srpkd.arguments import check_number, check_whole
+
 # With their own defaults these are the public code's: batch norm learns weights and tracks statistics,
 # instance norm does neither, and so leaves the bias to the conv before it.
 NORMS: dict[str, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
@@ -64,9 +66,11 @@ def define_generator(
         init_type, init_gain: see `init_weights`.
 
     Raises:
+        TypeError: a width that is no integer.
         ValueError: an unknown netG, norm or init_type (the message names the nearest), or a width below 1.
     """
     _check_positive(input_nc=input_nc, output_nc=output_nc, ngf=ngf)
+    netG = str(netG)  # what is no name is none of these
     shared = (input_nc, output_nc, ngf, _choose("norm", norm, NORMS), dropout)
     if match := re.fullmatch(r"resnet_([1-9]\d*)blocks", netG):
         net = ResnetGenerator(*shared, blocks=int(match[1]))
@@ -100,6 +104,7 @@ def define_discriminator(
         init_type, init_gain: see `init_weights`.
 
     Raises:
+        TypeError: a number that is no integer.
         ValueError: an unknown netD, norm or init_type (the message names the nearest), or a number below 1.
     """
     _check_positive(input_nc=input_nc, ndf=ndf, n_layers=n_layers)
@@ -121,9 +126,11 @@ def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0
             N(1, init_gain), and every bias is zero.
 
     Raises:
-        ValueError: an unknown init_type; the message names the nearest.
+        TypeError: init_gain is no number.
+        ValueError: an unknown init_type (the message names the nearest), or an init_gain below 0.
     """
     init = _choose("init_type", init_type, INITS)
+    check_number("init_gain", init_gain, least=0)
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             init(module.weight, init_gain)
@@ -376,7 +383,7 @@ def _generator(net: nn.Module) -> nn.Module:
 
 
 def _choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise _unknown(what, name, " or ".join(map(repr, table)), table)
     return table[name]
 
@@ -392,5 +399,4 @@ def _is_unet_size(size: int) -> bool:
 
 def _check_positive(**numbers: int) -> None:
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected an integer >= 1")
+        check_whole(name, value, least=1)

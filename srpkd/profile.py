@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arguments import check_number, check_type, check_whole, default_device, device, json_file, number, positive
 from .checkpoint import atomic_write, load_generator
 from .complexity import count_macs, count_parameters
 from .export import onnx_runner, to_onnx
+from .kernels.dispatch import check_choice
 from .networks import image_channels, size_multiple
 from .report import format_table
-from .translate import default_device, positive
+from .translate import SMALLEST
 
 MODES = ("eager", "compiled", "onnx")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,14 +54,30 @@ def profile(
         "parameters", "macs" (transposed convolutions counted on their output grid, as published), "macs_input_grid" (on
         their input grid, as computed), and "latency": a list of {"mode", "dtype", "device",
         "p50_ms", "p95_ms", "images_per_second", "calls"}, or with "why_not" in place of numbers where it cannot run.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of the above; of an unknown mode the nearest is named.
     """
+    check_type("net", net, nn.Module, "a torch.nn.Module")
+    if len(input_shape) != 4:
+        raise ValueError(f"input_shape={tuple(input_shape)}: expected (B, C, H, W)")
+    for name, length in zip("BCHW", input_shape):
+        check_whole(f"input_shape's {name}", length, least=1)
+    for mode in modes:
+        check_choice("mode", mode, MODES)
+    check_whole("repeats", repeats, least=1)
+    check_number("seconds", seconds, least=0)
     one = (1, *input_shape[1:])
     result: dict[str, Any] = {
         "parameters": count_parameters(net),
-        "macs": count_macs(net, one),
-        "macs_input_grid": count_macs(net, one, transposed="input"),
         "latency": [],
     }
+    try:
+        result["macs"], result["macs_input_grid"] = (count_macs(net, one, grid) for grid in ("output", "input"))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"input_shape={tuple(input_shape)}: the network does not take such images ({error})"
+        ) from error
     images = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for mode in modes:
         for dtype in DTYPES:
@@ -119,6 +137,8 @@ def profile_files(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line asks for, as what ``--json`` writes."""
     device = torch.device(options.device)
     networks = {}
+    if options.size < SMALLEST:
+        raise ValueError(f"--size {options.size}: expected at least {SMALLEST} pixels a side")
     for path, net in {path: load_generator(path) for path in options.weights}.items():
         multiple = size_multiple(net)
         if options.size % multiple:
@@ -210,11 +230,11 @@ def parser() -> argparse.ArgumentParser:
     add("weights", nargs="+", help="generators: .pth or .safetensors; their architectures are read off the files")
     add("--size", type=positive, default=256, help="side of the images, in pixels (default: %(default)s)")
     add("--batch_size", type=positive, default=1, help="images a pass (default: %(default)s)")
-    add("--device", default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
+    add("--device", type=device, default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
     add("--modes", nargs="*", choices=MODES, default=list(MODES), help="what is timed (default: all)")
     add("--repeats", type=positive, default=30, help="timed passes, at most (default: %(default)s)")
-    add("--seconds", type=float, default=10.0, help="time for each of them together (default: %(default)s)")
-    add("--json", metavar="FILE", help="write the results there too")
+    add("--seconds", type=number, default=10.0, help="time for each of them together (default: %(default)s)")
+    add("--json", type=json_file, metavar="FILE", help="write the results there too")
     return result
 
 
@@ -222,12 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         result = profile_files(options)
+        print(tables(result))  # first, lest it be lost with a file that cannot be written
         if options.json:
             with atomic_write(options.json) as file:
                 file.write(json.dumps(result, indent=1).encode())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(tables(result))
 
 
 if __name__ == "__main__":

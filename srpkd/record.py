@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import parallel
-from .checkpoint import atomic_write, save_weights
+from .checkpoint import atomic_write, save_weights, writing
 from .report import write_report
 from .state import save_state
 from .watch import Watcher
@@ -65,7 +65,8 @@ class RunRecord:
         """Append a line to ``metrics.jsonl``."""
         if self._metrics is not None:
             line = {"stage": stage, "step": step, "seconds": round(self.elapsed, 3), **values}
-            self._metrics.write(json.dumps(line) + "\n")
+            with writing(self.folder / "metrics.jsonl"):
+                self._metrics.write(json.dumps(line) + "\n")
             for watcher in self._watchers:
                 watcher.log(stage, step, values)
 
@@ -78,8 +79,9 @@ class RunRecord:
     def keep(self, state: dict[str, Any]) -> None:
         """Write the run's state, with what this record itself needs to go on."""
         if self._metrics is not None:
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
+            with writing(self.folder / "metrics.jsonl"):
+                self._metrics.flush()
+                os.fsync(self._metrics.fileno())
             written = os.fstat(self._metrics.fileno()).st_size
             kept = {"metrics_bytes": written, "report": json.dumps(self.report), "elapsed": self.elapsed}
             save_state(self.folder, state | {"record": kept})
@@ -95,7 +97,8 @@ class RunRecord:
     def close(self) -> None:
         """Close ``metrics.jsonl``, and what else was watching."""
         if self._metrics is not None:
-            self._metrics.close()
+            with writing(self.folder / "metrics.jsonl"):
+                self._metrics.close()
             for watcher in self._watchers:
                 watcher.close()
 
@@ -105,7 +108,7 @@ def new_folder(runs_dir: str, name: str) -> Path:
     overwritten.
 
     Raises:
-        ValueError: runs_dir cannot be made.
+        ValueError: it, or runs_dir, cannot be made.
     """
     folder = Path(runs_dir)
     try:
@@ -120,3 +123,5 @@ def new_folder(runs_dir: str, name: str) -> Path:
             return path
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise ValueError(f"{path}: this folder cannot be made: {error.strerror}") from error

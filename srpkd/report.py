@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import atomic_write
+from .data.folders import DataError, open_image
 
 __all__ = ["format_table", "mark_pixel", "relation_picture", "relation_row", "save_image", "write_report"]
 
@@ -274,14 +275,14 @@ def _read_metrics(path: Path) -> _Metrics:
             try:
                 entry = json.loads(line)
                 last = stage, step = str(entry["stage"]), float(entry["step"])
-            except (ValueError, KeyError, TypeError):
+                values = {n: float(v) for n, v in entry.items() if n not in NOT_A_VALUE and isinstance(v, int | float)}
+            except (ValueError, KeyError, TypeError, OverflowError):
                 # a line without its end is the last one, being written or cut off: nothing to remark on
                 unreadable += line.endswith("\n") and not line.isspace()
                 continue
             lines[stage] += 1
-            for name, value in entry.items():
-                if name not in NOT_A_VALUE and isinstance(value, int | float):
-                    collected.setdefault(name, {}).setdefault(stage, []).append((step, value))
+            for name, value in values.items():
+                collected.setdefault(name, {}).setdefault(stage, []).append((step, value))
     remarks = [f"Lines of {path.name} that could not be read: {unreadable:,}."] if unreadable else []
     series: dict[str, dict[str, np.ndarray]] = {}
     for name, stages in collected.items():
@@ -400,7 +401,8 @@ def write_report(run_dir: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: it is no folder, or there is nothing of a run in it.
+        ValueError: it is no folder, there is nothing of a run in it, or its report.json is none that a run writes.
+        WriteError: the page or a picture cannot be written.
     """
     run = Path(run_dir)
     pictures = [path for path in run.glob("images/*.png") if not path.name.startswith("curves_")]
@@ -412,8 +414,22 @@ def write_report(run_dir: str | Path) -> Path:
             " config.yaml, metrics.jsonl, report.json or images/*.png; pass a folder that"
             " python -m srpkd.train wrote, runs/<name>"
         )
-    config, metrics_file, report_file = (path if path.is_file() else None for path in known)
-    report, problem = _read_report(report_file)
+    config, metrics_file = (path if path.is_file() else None for path in known[:2])
+    report, problem = _read_report(known[2])
+    try:
+        content = {
+            "elapsed": _duration(report.get("elapsed_seconds")),
+            "environment": dict(report.get("environment") or {}),
+            "table": _layout(report.get("table") or {}),
+            "samples": _grid(run, report.get("samples") or [], "images"),
+            "relations": _grid(run, report.get("relations") or [], "panels"),
+            "files": [_file(run, entry) for entry in report.get("files") or []],
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{known[2]} is not what a run writes ({type(error).__name__}: {error}): mend it, or move it away, and the "
+            "page is made of the rest"
+        ) from error
     metrics = _read_metrics(metrics_file) if metrics_file else _Metrics({}, Counter(), None, [])
     curves = _draw_curves(metrics, run / "images")
     # select_autoescape goes by the file's ending and would leave .j2 unescaped
@@ -422,23 +438,19 @@ def write_report(run_dir: str | Path) -> Path:
         run=run.resolve().name,
         report=report,
         problem=problem,
-        elapsed=_duration(report.get("elapsed_seconds")),
-        table=_layout(report.get("table") or {}),
-        samples=_grid(run, report.get("samples") or [], "images"),
-        relations=_grid(run, report.get("relations") or [], "panels"),
         curves=[(name, _link(path.relative_to(run))) for name, path in curves],
         metrics=metrics,
-        files=[_file(run, entry) for entry in report.get("files") or []],
         config=config.read_text(encoding="utf-8", errors="replace") if config else "",
         pictures_found=len(pictures),
         page_width=PAGE_WIDTH,
+        **content,
     )
     return _write(run / "index.html", page.encode("utf-8", errors="replace"))
 
 
-def _read_report(path: Path | None) -> tuple[dict[str, Any], str]:
+def _read_report(path: Path) -> tuple[dict[str, Any], str]:
     """The report, empty where there is none, and then why."""
-    if path is None:
+    if not path.is_file():
         return {}, "report.json is not there yet."
     try:
         report = json.loads(path.read_text(encoding="utf-8", errors="replace"))
@@ -465,9 +477,9 @@ def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
 def _picture(run: Path, file: str, room: int) -> dict[str, Any]:
     """How to show a picture; without a width it is not there yet (or only half of it)."""
     try:
-        with Image.open(run / file) as image:
+        with open_image(run / file) as image:
             width, height = image.size
-    except OSError:
+    except DataError:
         return {"link": _link(file), "width": 0}
     # a whole multiple, so that all pixels are the same size
     scale = max(1, room // width) if width < SMALL_IMAGE else min(1.0, room / width)
@@ -524,7 +536,7 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
         for axis in line:
             axis.set_axis_off()
         for axis, panel in zip(line, panels):
-            with Image.open(run / panel["file"]) as image:
+            with open_image(run / panel["file"]) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_title(panel["label"], fontsize=8)
     png = io.BytesIO()
@@ -536,7 +548,7 @@ def update_readme(run_dir: str | Path, readme: str | Path) -> None:
     """Put a run's table between a README's markers, its overview and the table's numbers into `docs/` beside it.
 
     Raises:
-        ValueError: the README has no such markers.
+        ValueError: the README has no such markers, or the run no table yet.
     """
     run, readme = Path(run_dir), Path(readme)
     text = readme.read_text(encoding="utf-8")
@@ -544,6 +556,8 @@ def update_readme(run_dir: str | Path, readme: str | Path) -> None:
     if not pattern.search(text):
         raise ValueError(f"{readme}: expected the markers <!-- demo table: begin --> and <!-- demo table: end -->")
     report, _ = _read_report(run / "report.json")
+    if not report.get("table"):
+        raise ValueError(f"{run}: report.json has no table yet: expected a run that has measured a network")
     overview(run, readme.parent / "docs" / "demo.png")
     kept = {key: report.get(key) for key in ("command", "environment", "elapsed_seconds", "table")}
     _write(readme.parent / "docs" / "demo.json", json.dumps(kept, indent=1).encode())
@@ -564,7 +578,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(overview(options.run_dir, options.overview))
         if options.readme:
             update_readme(options.run_dir, options.readme)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -64,6 +64,11 @@ def load_state(folder: Path) -> dict[str, Any]:
     )
 
 
+def has_state(folder: Path) -> bool:
+    """Whether there is anything to go on from."""
+    return any((folder / name).exists() for name in NAMES)
+
+
 def remove_state(folder: Path) -> None:
     """Nothing is left to go on with."""
     for name in NAMES:

@@ -35,6 +35,7 @@ import yaml
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from .arguments import positive
 from .checkpoint import CheckpointError, atomic_write
 from .config import (
     RESUME_OPTIONS,
@@ -495,10 +496,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--runs_dir", default="runs/study", help="where its runs are kept, and the report (default: %(default)s)")
-    add("--seeds", type=int, default=5, help="students of each kind in choosing (default: %(default)s)")
+    add("--seeds", type=positive, default=5, help="students of each kind in choosing (default: %(default)s)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is judged (default: all)")
-    add("--worlds", nargs="+", type=int, default=[6], help="worlds that each is judged on, or one number for all (6)")
-    add("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default here: %(default)s)")
+    add(
+        "--worlds",
+        nargs="+",
+        type=positive,
+        default=[6],
+        help="worlds that each is judged on, or one number for all (6)",
+    )
+    add(
+        "--workers",
+        type=positive,
+        default=min(2, os.cpu_count() or 1),
+        help="runs at a time (default here: %(default)s)",
+    )
     add("--options", default="{}", metavar="YAML", help="options of srpkd train that all runs have, {name: value, ...}")
     add("--docs", type=Path, metavar="FOLDER", help="write the report there too")
     return result
@@ -524,9 +536,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Options or folders that cannot be used end it with one message."""
     given = parser().parse_args(arguments)
     try:
-        for name, value in (("seeds", given.seeds), ("worlds", min(given.worlds)), ("workers", given.workers)):
-            if value < 1:
-                raise ValueError(f"--{name} {value}: expected at least 1")
         worlds = given.worlds * len(given.settings) if len(given.worlds) == 1 else given.worlds
         if len(worlds) != len(given.settings):
             raise ValueError(f"--worlds: expected one number, or {len(given.settings)}, one for each of the settings")

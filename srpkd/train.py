@@ -11,8 +11,10 @@ import copy
 import itertools
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from . import parallel
-from .checkpoint import CheckpointError, load_generator
+from .checkpoint import CheckpointError, WriteError, load_generator
 from .config import RESUME_OPTIONS, TrainConfig, arm_config, parse_arguments, run_folder, teacher_config, to_yaml
 from .data import DataError
 from .evaluation import evaluate
@@ -33,7 +35,7 @@ from .objectives import OBJECTIVES, Objective
 from .record import RunRecord, new_folder
 from .report import format_table
 from .results import Row, describe, describe_task, device_name, measure, publish
-from .state import load_state, remove_state
+from .state import has_state, load_state, remove_state
 from .watch import import_watchers, open_watchers
 
 
@@ -70,6 +72,7 @@ def run(config: TrainConfig, command: str = "") -> RunRecord:
     Raises: as ``prepare``, before anything is trained; then
         DataError: an image cannot be read.
         Diverged: a network's losses are not finite any more.
+        WriteError: the disk is full, say; the last state that was written is there to go on from.
     """
     return execute(prepare(config, command))
 
@@ -104,8 +107,13 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     }
     task = describe_task(config)
     report = {"title": config.name, "task": task, "command": command, "environment": environment}
-    watchers = open_watchers(packages, folder, config) if parallel.rank() == 0 else []
-    record = RunRecord(folder, to_yaml(config), report, state.get("record"), watchers)
+    try:
+        watchers = open_watchers(packages, folder, config) if parallel.rank() == 0 else []
+        record = RunRecord(folder, to_yaml(config), report, state.get("record"), watchers)
+    except OSError:
+        if not state and parallel.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # it was made for this run, which has not begun
+        raise
     parallel.say(f"{task}\n{summary}\n{'going on in' if state else 'writing to'} {folder}")
     progress = {key: state[key] for key in ("rows", "done", "training", "students_began") if key in state}
     return Plan(config, arms, teachers, record, **progress)
@@ -146,8 +154,10 @@ def execute(plan: Plan) -> RunRecord:
             remove_state(record.folder)
     except BaseException:
         record.report["status"] = "stopped"
-        record.write()
-        parallel.say(f"stopped; it can go on: python -m srpkd.train --resume {record.folder}")
+        with suppress(WriteError):  # perhaps what stopped it
+            record.write()
+        if has_state(record.folder):
+            parallel.say(f"stopped; it can go on: python -m srpkd.train --resume {record.folder}")
         raise
     finally:
         record.close()
@@ -323,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
         try:
             record = execute(plan)
-        except (DataError, CheckpointError, Diverged) as error:
+        except (DataError, CheckpointError, Diverged, WriteError) as error:
             sys.exit(f"error: {error}")
         if parallel.rank() == 0:
             print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")

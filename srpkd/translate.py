@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import atomic_write, load_generator
+from .arguments import check_type, check_whole, default_device, device, positive
+from .checkpoint import WriteError, atomic_write, load_generator
 from .data.folders import image_files, read_image
 from .networks import image_channels, size_multiple
 
@@ -54,7 +55,11 @@ def translate_folder(
         FileExistsError: results exist already, before anything is translated.
         FileNotFoundError: the source does not exist, or holds no images.
         ValueError: the target lies in the source (or is it), or the network has other than 1 or 3 channels.
+        WriteError: a result cannot be written; those before it are there, and whole.
     """
+    check_whole("batch_size", batch_size, least=1)
+    if size is not None:
+        check_whole("size", size, least=1)
     source, target = Path(source).expanduser(), Path(target).expanduser()
     mode, _ = _modes(net)
     paths = _list(source, target, force)
@@ -64,7 +69,12 @@ def translate_folder(
         if batch:
             outputs = translate(net, torch.stack([image for _, image in batch]))
             for (path, _), output in zip(batch, outputs):
-                written.append(_save(output, target / os.path.relpath(path, source)))
+                try:
+                    written.append(_save(output, target / os.path.relpath(path, source)))
+                except WriteError as error:
+                    if not written:
+                        raise
+                    raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
             batch.clear()
 
     was_training = net.training
@@ -92,7 +102,18 @@ def translate_folder(
 
 @torch.no_grad()
 def translate(net: nn.Module, images: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [-1, 1] of any size -> the generator's output (B, C', H, W) on the CPU."""
+    """Images (B, C, H, W) in [-1, 1] of any size -> the generator's output (B, C', H, W) on the CPU.
+
+    Raises:
+        TypeError: these are no float images, or the network was not made by ``define_generator``.
+        ValueError: they are of another shape, or empty.
+    """
+    channels = image_channels(net)[0]
+    check_type("images", images, Tensor, f"a tensor (B, {channels}, H, W)")
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}: expected floats in [-1, 1], such as images / 127.5 - 1")
+    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
+        raise ValueError(f"images have the shape {tuple(images.shape)}: this generator takes (B, {channels}, H, W)")
     height, width = images.shape[2:]
     padded = pad_images(images, size_multiple(net))
     return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
@@ -114,6 +135,8 @@ def _reflected(length: int, wanted: int) -> Tensor:
 def _list(source: Path, target: Path, force: bool) -> list[str]:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder of the images to translate")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file: give a folder for the results")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in {source}: results would lie among the images; give a folder outside")
     paths = image_files(source)
@@ -165,7 +188,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("out_folder", help="where the results go")
     result.add_argument("--batch_size", type=positive, default=1, help="images a pass, at most (default: %(default)s)")
     result.add_argument("--size", type=positive, help="scale images to SIZE x SIZE first (default: as they are)")
-    result.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (default here: %(default)s)")
+    result.add_argument(
+        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (default here: %(default)s)"
+    )
     result.add_argument("--force", action="store_true", help="replace files that exist")
     result.add_argument("--train_mode_norm", action="store_true", help=TRAIN_MODE_NORM)
     return result
@@ -189,18 +214,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"skipped {reason}", file=sys.stderr)
     print(f"{len(written)} images written to {options.out_folder}" + (f", {len(skipped)} skipped" if skipped else ""))
     sys.exit(1 if skipped else 0)
-
-
-def default_device() -> str:
-    """cuda where there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def positive(text: str) -> int:
-    """argparse's type of a whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

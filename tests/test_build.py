@@ -178,6 +178,17 @@ def test_ninja_is_missing(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert native.why_not(CPU) == "ninja is not installed: pip install ninja"
 
 
+def test_what_was_built_and_does_not_fit_is_said(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_for_another_torch() -> None:
+        unbuilt.parent.mkdir()
+        unbuilt.write_bytes(b"\x7fELF\0srpkd-built-for-torch:1.13.1;\0")
+
+    monkeypatch.setattr(build, "why_not", lambda: None)
+    monkeypatch.setattr(build, "build", build_for_another_torch)
+    with pytest.raises(RuntimeError, match=r"was built and is not available: .*built for torch 1\.13\.1"):
+        native.extension()
+
+
 def test_binary_for_another_torch(unbuilt: Path) -> None:
     """It is refused by what is written in it, before it is loaded; these could not be."""
     unbuilt.parent.mkdir()

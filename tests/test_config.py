@@ -362,6 +362,16 @@ def test_a_teacher_to_load_wins_over_one_to_train():
     assert (config.teacher, config.teacher_netG, config.distils) == ("t.pth", None, True)
 
 
+def test_a_process_without_a_gpu_of_its_own(refusal, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    message = refusal(HERE, "--device=cuda", "--batch_size=2")
+    assert message.startswith(
+        "process 1 of this machine has no GPU of its own, torch sees 1: torchrun --nproc_per_node"
+    )
+
+
 # Help
 
 

@@ -547,7 +547,7 @@ def test_options_that_cannot_be(aligned):
     assert "--direction is one of AtoB, BtoA; received 'AB'" in second
     assert "--preprocess" in problem(aligned, "aligned", preprocess="resize")
     for name in ("load_size", "crop_size", "size_multiple"):
-        assert f"--{name} must be at least 1; received 0" in problem(aligned, "aligned", **{name: 0})
+        assert f"--{name} must be a whole number of at least 1; received 0" in problem(aligned, "aligned", **{name: 0})
 
 
 def test_all_problems_come_at_once(tmp_path):

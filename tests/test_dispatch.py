@@ -93,6 +93,13 @@ def test_a_distance_that_a_backend_lacks(backend: str, distance: str, monkeypatc
         relation_loss(*features(dtype=torch.float32), layout="nlc", distance=distance, backend=backend)
 
 
+def test_a_dtype_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "DTYPES", (torch.float32, torch.bfloat16), raising=False)
+    message = "backend='blocked' computes features in float32, bfloat16 only, not float64; use backend='auto'"
+    with pytest.raises(ValueError, match=message):
+        relation_loss(*features(dtype=torch.float64), layout="nlc", backend="blocked")
+
+
 # --- auto -----------------------------------------------------------------------------------------------------------
 
 

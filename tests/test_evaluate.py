@@ -150,14 +150,15 @@ def test_missing_weights_say_which_file_goes_where(folders, monkeypatch, tmp_pat
     message = str(caught.value)
     assert f"are not at {usual}" in message and f"put it at {usual}" in message
     assert f"Download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}" in message
+    both = images(folders["real"]), {"test": [images(folders["real"])]}
     with pytest.raises(FileNotFoundError, match=r"are not at .*mine\.pth\. .*--inception_weights PATH"):
-        fidelity(images(folders["real"]), {}, inception_weights=tmp_path / "mine.pth")
+        fidelity(*both, inception_weights=tmp_path / "mine.pth")
     save_weights(nn.Linear(2, 2), usual)
     with pytest.raises(CheckpointError, match="holds other weights than torch-fidelity's Inception"):
-        fidelity(images(folders["real"]), {})
+        fidelity(*both)
     usual.write_text("<html>not found</html>")
     with pytest.raises(CheckpointError, match="is a web page"):
-        fidelity(images(folders["real"]), {})
+        fidelity(*both)
 
 
 def test_inception_by_path(folders, tmp_path, monkeypatch, capsys, one_thread):

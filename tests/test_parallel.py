@@ -16,8 +16,9 @@ import torch
 from fork_server import serving
 
 from srpkd.checkpoint import load_weights
-from srpkd.config import parse_arguments
-from srpkd.data import write_world
+from srpkd.config import TrainConfig, parse_arguments
+from srpkd.data import DataError, generate_world, open_world, write_world
+from srpkd.images import make_loader
 
 TINY = shlex.split(
     "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --norm instance --no_dropout "
@@ -104,6 +105,13 @@ def test_torchrun_starts_them(runs):
     assert done.returncode == 0, done.stderr
     timeless = [[{**line, "seconds": 0} for line in lines(run)] for run in (two, two.with_name("torchrun"))]
     assert timeless[0] == timeless[1]
+
+
+def test_images_too_few_to_be_shared_out_evenly(monkeypatch):
+    monkeypatch.setattr("srpkd.parallel.ranks", lambda: 2)
+    config = TrainConfig(dataroot=":world:", batch_size=4)
+    with pytest.raises(DataError, match="3 images cannot be shared out evenly to 2 processes: use fewer"):
+        make_loader(open_world(generate_world(3, 16)), config, seed=0)
 
 
 def test_a_batch_has_to_be_shared_out_evenly(monkeypatch, capsys):

@@ -141,7 +141,7 @@ def run(tmp_path, monkeypatch):
         config = parse(*names, flags=("--dataroot=x",))
         if not any(name in DEMOS for name in names):
             layout = config.dataset_mode
-            folder = write_world(tmp_path / "images", 2, 1, size, layout=layout)
+            folder = write_world(tmp_path / "-".join(["images", *names]), 2, 1, size, layout=layout)
             flags = (f"--dataroot={folder}", f"--load_size={size + 4}", f"--crop_size={size}", *flags)
         config = parse(*names, flags=(*flags, f"--runs_dir={tmp_path / 'runs'}", *TWO_STEPS))
         train.run(config)

@@ -169,7 +169,7 @@ REFUSED = {
     "delta infinite": ({"delta": float("inf")}, ValueError, ["delta=inf", "finite"]),
     "delta below 0": ({"delta": -1}, ValueError, ["delta=-1"]),
     "delta nan": ({"delta": math.nan}, ValueError, ["delta=nan"]),
-    "eps below 0": ({"eps": -1e-9}, ValueError, ["eps=-1e-09", "not negative"]),
+    "eps below 0": ({"eps": -1e-9}, ValueError, ["eps=-1e-09", "at least 0"]),
     "eps nan": ({"eps": math.nan}, ValueError, ["eps=nan"]),
     "array": ({"student": np.ones((2, 3, 4, 4))}, TypeError, ["student", "(B, C, H, W)", "received ndarray"]),
     "no teacher": ({"teacher": None}, TypeError, ["teacher", "received NoneType"]),

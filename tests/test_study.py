@@ -178,7 +178,7 @@ def test_what_is_in_the_way_is_named(tmp_path, one_thread):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--worlds", "0"], "--worlds 0: expected at least 1"),
+        (["--worlds", "0"], "argument --worlds: '0': expected a whole number above 0"),
         (["--worlds", "3", "4"], "--worlds: expected one number, or 3, one for each of the settings"),
         (["--options", "[1"], "is not YAML"),
         (["--options", "3"], "--options: expected options as `name: value` lines, received int"),

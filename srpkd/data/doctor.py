@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from srpkd.data.folders import (
     CHOICES,
     EXTENSIONS,
     DataError,
     describe,
+    did_you_mean,
     effective_load_size,
     image_files,
+    open_image,
+    plain,
     scaled_size,
     source_folders,
 )
@@ -84,14 +85,14 @@ def examine(
     """
     root = Path(dataroot)
     problems = [
-        f"--{name} is one of {', '.join(CHOICES[name])}; received {value!r}{_did_you_mean(value, CHOICES[name])}"
+        f"--{name} is one of {', '.join(CHOICES[name])}; received {value!r}{did_you_mean(str(value), CHOICES[name])}"
         for name, value in (("dataset_mode", dataset_mode), ("direction", direction), ("preprocess", preprocess))
         if value not in CHOICES[name]
     ]
     problems += [
-        f"--{name} must be at least 1; received {value}"
+        f"--{name} must be a whole number of at least 1; received {value!r}"
         for name, value in (("load_size", load_size), ("crop_size", crop_size), ("size_multiple", size_multiple))
-        if value < 1
+        if not isinstance(value, int) or value < 1
     ]
     heading = f"The data set {root} ({dataset_mode}, {phase}) cannot be used:"
     if problems:
@@ -182,14 +183,14 @@ def _look_at(files: list[str]) -> tuple[list[_Look], list[tuple[str, str]], int]
         whole = i * DECODED % len(files) < DECODED
         decoded += whole
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 look = _Look(path, image.size, image.mode)
                 # a JPEG is decoded at an eighth of its size: that reads every byte, and is faster
                 image.draft("RGB", (1, 1))
                 image.load() if whole else image.verify()
             looks.append(look)
-        except Exception as error:  # a decoder may raise nearly anything when the bytes are wrong
-            broken.append((path, describe(error)))
+        except DataError as error:
+            broken.append((path, describe(error.__cause__)))
     return looks, broken, decoded
 
 
@@ -220,7 +221,7 @@ def _missing(root: Path, dataset_mode: str, phase: str) -> list[str]:
         first = next(p for p in (root, *root.parents) if p.parent.is_dir())  # the first part that is not there
         beside = _folders_in(first.parent)
         return [
-            f"dataroot {root} does not exist{_did_you_mean(first.name, beside, first.parent)}; "
+            f"dataroot {root} does not exist{did_you_mean(first.name, beside, first.parent)}; "
             f"{first.parent.absolute()} has {_listed(beside) or 'no folders'}"
         ]
     wanted = [folder.name for folder in source_folders(root, dataset_mode, phase)]
@@ -234,10 +235,10 @@ def _missing(root: Path, dataset_mode: str, phase: str) -> list[str]:
     hints = []
     for name in gone:
         # train_A, Train-A or train/A are as good as trainA; a bare A too
-        good = {_plain(name), _plain(name[len(phase) :])} - {""}
-        same = [other for other in there + deeper if _plain(other) in good]
+        good = {plain(name), plain(name[len(phase) :])} - {""}
+        same = [other for other in there + deeper if plain(other) in good]
         # but testA is not a misspelt trainA, nor is trainB
-        typos = [other for other in there if _plain(other) not in _PROPER]
+        typos = [other for other in there if plain(other) not in _PROPER]
         if found := same or difflib.get_close_matches(name, typos, 1, 0.7):
             hints.append(f"rename {found[0]} to {name}")
     if dataset_mode == "unaligned" and image_files(root / phase) and len(hints) < len(gone):
@@ -262,17 +263,6 @@ def _empty(folder: Path) -> str:
 
 def _folders_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
-def _plain(name: str) -> str:
-    """A name without its case, strokes and dots."""
-    return "".join(filter(str.isalnum, name.lower()))
-
-
-def _did_you_mean(word: str, words: Collection[str], where: Path = Path()) -> str:
-    by_plain = {_plain(other): other for other in words}
-    near = difflib.get_close_matches(_plain(word), by_plain, 1)
-    return f" (did you mean {where / by_plain[near[0]]}?)" if near else ""
 
 
 def _listed(names: list[str], most: int = 10) -> str:

@@ -9,8 +9,10 @@ As there, sub-folders are searched too, and an EXIF orientation is not applied: 
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
+from srpkd.arguments import check_whole
+
+# what Pillow may take a file for, whatever its name: EPS, for one, would be handed to another program
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp")
 CHOICES = {
     "dataset_mode": ("unaligned", "aligned", "single"),
@@ -71,11 +77,18 @@ def open_dataset(
     drawn at random unless `serial_batches`. All randomness comes from torch's default generator, which a
     DataLoader seeds in each worker. `max_dataset_size` keeps the first so many files of each folder.
 
-    Raises ValueError for an unknown choice; FileNotFoundError for a missing folder or one without images;
-    DataError, when the item is read, for an image that cannot be decoded or is too small for the crop.
+    Raises ValueError for an unknown choice or a size below 1; TypeError for a size that is no integer;
+    FileNotFoundError for a missing folder or one without images; DataError, when the item is read, for an image that
+    cannot be decoded or is too small for the crop.
     `srpkd.data.examine` finds all of these before training.
     """
     check_choices(dataset_mode=dataset_mode, direction=direction, preprocess=preprocess)
+    for name, size in (("load_size", load_size), ("crop_size", crop_size), ("max_dataset_size", max_dataset_size)):
+        if size is not None or name != "max_dataset_size":
+            check_whole(name, size, least=1)
+    for name, channels in (("input_nc", input_nc), ("output_nc", output_nc)):
+        if channels not in (1, 3):
+            raise ValueError(f"{name}={channels!r}: expected 1 (grey) or 3 (RGB) channels")
     sources = source_folders(dataroot, dataset_mode, phase)
     files = [image_files(source)[:max_dataset_size] for source in sources]
     for source, found in zip(sources, files):
@@ -129,10 +142,23 @@ class FolderDataset(Dataset):
 
 
 def check_choices(**chosen: str) -> None:
-    """Raises ValueError for an option whose value is not in `CHOICES`."""
+    """Raises ValueError for an option whose value is not in `CHOICES`; the nearest is named."""
     for name, value in chosen.items():
         if value not in CHOICES[name]:
-            raise ValueError(f"{name} is one of {', '.join(CHOICES[name])}; received {value!r}")
+            hint = did_you_mean(str(value), CHOICES[name])
+            raise ValueError(f"{name} is one of {', '.join(CHOICES[name])}; received {value!r}{hint}")
+
+
+def did_you_mean(word: str, words: Collection[str], where: Path = Path()) -> str:
+    """The nearest of the words, if one is near, as a question in brackets."""
+    by_plain = {plain(other): other for other in words}
+    near = difflib.get_close_matches(plain(word), by_plain, 1)
+    return f" (did you mean {where / by_plain[near[0]]}?)" if near else ""
+
+
+def plain(name: str) -> str:
+    """A name without its case, strokes and dots."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def source_folders(dataroot: str | Path, dataset_mode: str, phase: str) -> list[Path]:
@@ -156,11 +182,24 @@ def image_files(folder: str | Path) -> list[str]:
 
 
 def read_image(path: str) -> Image.Image:
-    """The file decoded, as RGB. Raises DataError, with the path, for one that cannot be decoded or is so
-    large that Pillow takes it for a decompression bomb."""
+    """The file decoded, as RGB; errors are those of `open_image`."""
+    with open_image(path) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """The file opened, to be decoded in the block: the one way in which srpkd opens an image.
+
+    Raises:
+        DataError: with the path, for one that cannot be decoded, is none of `FORMATS`, or is so large that Pillow takes
+            it for a decompression bomb.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except DataError:
+        raise
     except Exception as error:  # a decoder may raise nearly anything when the bytes are wrong
         raise DataError(f"{path}: {describe(error)}") from error
 
@@ -168,7 +207,7 @@ def read_image(path: str) -> Image.Image:
 def describe(error: Exception) -> str:
     """In plain words, why Pillow could not read an image."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"far too large ({error}); if it is what you want, scale it down before training"
+        return f"far too large ({error}); if it is what you want, scale it down first"
     if isinstance(error, UnidentifiedImageError):
         return "not an image, whatever its name says"
     if isinstance(error, OSError) and error.errno:

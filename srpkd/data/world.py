@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..arguments import check_type, check_whole, positive
 from ..metrics import nearest_colour
 
 # (6, 3) uint8, RGB: what each class is painted with in a label map; no two are closer than 100 levels
@@ -103,8 +105,12 @@ def generate_world(count: int, size: int = 64, seed: int = 0, variant: int = 0) 
     one world can be judged on another. The result depends on the arguments alone, not on torch's global
     generator. Textures are measured in pixels, whatever the size; patches grow with the size.
 
-    Raises ValueError if count < 1 or size < 16.
+    Raises ValueError if count < 1, size < 16 or a seed has more than 40 bits, TypeError for what is no integer.
     """
+    for name, value in (("count", count), ("size", size), ("seed", seed), ("variant", variant)):
+        check_whole(name, value)
+    if max(abs(seed), abs(variant)) >= 2**40:
+        raise ValueError(f"seed={seed}, variant={variant}: expected integers of at most 40 bits")
     if count < 1 or size < 16:
         raise ValueError(f"a world needs count >= 1 and size >= 16; received count={count}, size={size}")
     rng = torch.Generator().manual_seed(seed + 1_000_003 * variant)
@@ -190,6 +196,7 @@ class WorldDataset(Dataset):
     """See `open_world`."""
 
     def __init__(self, world: World, direction: str, aligned: bool, flip: bool, serial_batches: bool):
+        check_type("world", world, World, "a World, as by generate_world(600)")
         if direction not in ("AtoB", "BtoA"):
             raise ValueError(f'direction is "AtoB" or "BtoA"; received {direction!r}')
         if not aligned and len(world) < 2:
@@ -250,23 +257,31 @@ def write_world(
     "aligned":   train/ and test/, photo on the left, label map on the right.
     "unaligned": trainA/ trainB/ testA/ testB/. trainA and trainB show different scenes; testA and testB the
                  same ones under the same names, so that a test can compare with the truth.
-    Raises ValueError for an unknown layout.
+    Raises ValueError for an unknown layout or numbers below 1, FileExistsError where there are files already,
+    WriteError for what cannot be written.
     """
     from PIL import Image  # only here: a world in memory does without pillow
 
+    from ..checkpoint import atomic_write
+
+    check_whole("count_train", count_train, least=1)
+    check_whole("count_test", count_test, least=1)
     if layout not in ("aligned", "unaligned"):
         raise ValueError(f'layout is "aligned" or "unaligned"; received {layout!r}')
     unaligned = layout == "unaligned"
+    root = Path(folder)
+    names = [phase + side for phase in ("train", "test") for side in ("AB" if unaligned else ("",))]
+    if there := [name for name in names if (root / name).is_dir() and any((root / name).iterdir())]:
+        raise FileExistsError(f"{root} has {' and '.join(there)} already, with files in them: give another folder")
     world = generate_world(count_test + count_train * (1 + unaligned), size, seed, variant)
     test, train = world[:count_test], world[count_test : count_test + count_train]
     other = world[count_test + count_train :] if unaligned else train
-    root = Path(folder)
 
     def save(images: Tensor, name: str) -> None:
-        (root / name).mkdir(parents=True, exist_ok=True)
         pixels = images.add(1).mul_(127.5).round_().byte().permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(pixels):
-            Image.fromarray(image).save(root / name / f"{i:05d}.png")
+            with atomic_write(root / name / f"{i:05d}.png") as file:
+                Image.fromarray(image).save(file, "PNG")
 
     for phase, photos, labels in (("train", train.photos, other.labels), ("test", test.photos, test.labels)):
         if unaligned:
@@ -281,13 +296,16 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m srpkd.data.world", description="Write a world as PNG files.")
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--layout", choices=("aligned", "unaligned"), default="aligned")
-    parser.add_argument("--train", type=int, default=400, help="training pairs (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=100, help="test pairs (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
+    parser.add_argument("--train", type=positive, default=400, help="training pairs (default: %(default)s)")
+    parser.add_argument("--test", type=positive, default=100, help="test pairs (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=64, help="pixels per side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
     parser.add_argument("--variant", type=int, default=0, help="which world (default: %(default)s)")
     o = parser.parse_args(args)
-    root = write_world(o.out, o.train, o.test, o.size, o.seed, o.layout, o.variant)
+    try:
+        root = write_world(o.out, o.train, o.test, o.size, o.seed, o.layout, o.variant)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"{root}: {o.train} training and {o.test} test scenes, {o.layout}, {o.size} x {o.size}")
 
 

@@ -1,0 +1,157 @@
+"""What must never happen: code out of a file that was only to be read, a connection, a name that becomes markup."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from srpkd.kernels import native
+from wrong_files import Trap, make_files
+
+import srpkd
+from srpkd import cli
+from srpkd.checkpoint import CheckpointError, load_weights
+from srpkd.record import RunRecord, new_folder
+from srpkd.state import NEWEST, load_state, save_state
+
+ROOTS = (Path(srpkd.__file__).parent, Path(native.__file__).parent)
+SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for root in ROOTS for path in sorted(root.rglob("*.py"))}
+
+# what runs what it is given, or reads in a way that does
+FORBIDDEN = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load",
+    "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file", "urllib.request.urlopen",
+    "requests.get", "subprocess.getoutput", "subprocess.getstatusoutput", "joblib.load",
+}  # fmt: skip
+# (file, what it calls): programs, which are documented to be such, and an image opened in the one place for it
+ALLOWED = {
+    ("evaluate.py", "torch.export.load"),
+    ("evaluate.py", "torch.jit.load"),
+    ("export.py", "torch.export.load"),
+    ("folders.py", "Image.open"),
+}
+
+
+def calls() -> list[tuple[Path, str, ast.Call]]:
+    """Every call in the sources: where, of what, with what."""
+    return [
+        (path, ast.unparse(node.func), node)
+        for path, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+
+
+def test_the_sources_are_all_looked_at():
+    names = {path.name for path in SOURCES}
+    assert names >= {"checkpoint.py", "state.py", "train.py", "folders.py", "report.py", "build.py", "dispatch.py"}
+    assert len(calls()) > 1000
+
+
+def test_nothing_runs_what_it_reads():
+    assert not [f"{path}:{call.lineno} {name}" for path, name, call in calls() if name in FORBIDDEN]
+    shells = [f"{path}:{call.lineno}" for path, _, call in calls() if any(k.arg == "shell" for k in call.keywords)]
+    assert not shells
+    risky = {"torch.export.load", "torch.jit.load", "Image.open"}
+    assert {(path.name, name) for path, name, _ in calls() if name in risky} == ALLOWED
+
+
+def test_files_of_weights_are_read_as_weights_only():
+    loads = [(path, call) for path, name, call in calls() if name == "torch.load"]
+    assert {path.name for path, _ in loads} == {"checkpoint.py", "state.py"}
+    for path, call in loads:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("weights_only") == "True", f"{path}:{call.lineno}"
+
+
+def test_yaml_is_read_by_the_safe_loader():
+    names = {name for _, name, _ in calls() if name.startswith("yaml.")}
+    assert names == {"yaml.safe_load", "yaml.safe_dump"}
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pt", "net.safetensors"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_no_suffix_unpickles(tmp_path, monkeypatch, name, wrapped):
+    """A trap under any name, also one that says safetensors, is not sprung."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a.weight": Trap()}} if wrapped else Trap(), name)
+    with pytest.raises(CheckpointError):
+        load_weights(name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_state_unpickles_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"version": 1, "training": Trap()}, NEWEST)
+    with pytest.raises(CheckpointError, match="nothing to go on from"):
+        load_state(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(NEWEST, weights_only=False)  # it does spring
+    assert (tmp_path / "sprung").exists()
+
+
+def test_a_state_with_another_byte_is_not_gone_on_from(tmp_path):
+    save_state(tmp_path, {"weights": torch.full((1000,), 7.0)})
+    content = bytearray((tmp_path / NEWEST).read_bytes())
+    content[content.index(struct.pack("4f", *[7.0] * 4)) + 9] ^= 1
+    (tmp_path / NEWEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged \(the checksum of \S+ is wrong\)"):
+        load_state(tmp_path)
+
+
+COMMANDS = {
+    "train": "--dataroot :world: --world_size 16 --world_pairs 4 --world_test_pairs 1 --model pix2pix --device cpu "
+    "--netG resnet_1blocks --netD pixel --ngf 1 --ndf 1 --norm instance --teacher net.pth --epoch_steps 1 --n_epochs 1 "
+    "--n_epochs_decay 0",
+    "evaluate": "pairs/test pairs/test --metrics psnr ssim miou --palette world --json scores.json",
+    "translate": "net.pth pairs translated",
+    "export": "net.pth --output net.onnx",
+    "profile": "net.pth --size 16 --modes eager --seconds 0",
+    "info": "",
+}
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_no_command_asks_the_network(tmp_path, monkeypatch, verb):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was asked for")
+
+    make_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    try:
+        cli.main([verb, *shlex.split(COMMANDS[verb])])
+    except SystemExit as stopped:
+        assert stopped.code in (0, None)
+
+
+def test_names_become_no_markup(tmp_path):
+    """A run's own names, as a run writes them: its folder, its arms, its options, its files."""
+    evil = "<script>alert(1)</script>"
+    folder = new_folder(str(tmp_path), "run <img src=x onerror=alert(1)>")
+    record = RunRecord(folder, f"name: '{evil}'\n", {"title": evil, "task": evil, "command": evil})
+    record.report["environment"] = {evil: evil}
+    record.report["table"] = {
+        "columns": [{"key": "name", "label": evil, "help": evil}, {"key": "loss", "label": evil, "format": ".1f"}],
+        "rows": [{"name": evil, "loss": 1.0}],
+        "notes": [evil],
+    }
+    picture = {"label": evil, "file": f"images/{evil}.png"}
+    record.report["samples"] = [{"caption": evil, "images": [picture]}]
+    record.report["relations"] = [{"caption": evil, "panels": [picture]}]
+    record.report["files"] = [{"file": "javascript:alert(1)"}, {"file": f"{evil}.pth", "label": evil}]
+    for step in (1, 2):
+        record.log(evil, step, **{evil: float(step)})
+    record.write()
+    record.close()
+    page = (folder / "index.html").read_text()
+    assert "<script" not in page and "<img src=x" not in page and 'href="javascript' not in page
+    assert page.count("&lt;script&gt;") > 10
