@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
         ngf=options.ngf,
         norm="instance",
         no_dropout=True,
+        normalize="row",  # and l1: what the kernels are for; l2 has no N x N work
+        distance="l1",
         batch_size=options.batch,
         device=device,
     ).resolved()

@@ -136,8 +136,10 @@ class LossOptions:
         lambda_A: cycle_gan: weight of the cycle A to B to A.
         lambda_B: cycle_gan: weight of the cycle B to A to B.
         lambda_identity: cycle_gan: weight of the identity loss, relative to lambda_A and lambda_B.
-        lambda_kd: weight of the L1 distance between the student's and the teacher's outputs.
-        lambda_srp: weight of the relation loss; row-normalised relations are small, about 1 / sqrt(N) each.
+        lambda_kd: weight of the L1 distance between the student's and the teacher's outputs; by default 30, and for
+            pix2pix, whose L1 loss weighs ten times as much as cycle_gan's cycles, 300.
+        lambda_srp: weight of the relation loss; by default 540, and for pix2pix 5400, which is for cosine and l2:
+            row-normalised relations are smaller, about 1 / sqrt(N) each.
         lambda_feature: weight of FitNet's feature matching: MSE after a learnt 1 x 1 adapter.
         layers: student module name to teacher module name of the tapped layers; by default the end of the
             encoder (model.9 of a ResNet).
@@ -155,12 +157,12 @@ class LossOptions:
     lambda_A: float = 10.0
     lambda_B: float = 10.0
     lambda_identity: float = 0.5
-    lambda_kd: float = 10.0
-    lambda_srp: float = 100.0
+    lambda_kd: float | None = None
+    lambda_srp: float | None = None
     lambda_feature: float = 0.0
     layers: dict[str, str] | None = None
-    normalize: Literal["row", "cosine", "none"] = "row"
-    distance: Literal["l1", "l2", "huber"] = "l1"
+    normalize: Literal["row", "cosine", "none"] = "cosine"
+    distance: Literal["l1", "l2", "huber"] = "l2"
     delta: float = 1.0
     scope: Literal["image", "batch", "global"] = "image"
     backend: str = "auto"
@@ -278,6 +280,9 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "norm": "batch" if paired else "instance",
             "no_dropout": not paired,
             "gan_mode": "vanilla" if paired else "lsgan",
+            # what served best on generated images, docs/study.md
+            "lambda_kd": 300.0 if paired else 30.0,
+            "lambda_srp": 5400.0 if paired else 540.0,
             "teacher_n_epochs": self.n_epochs,
             "teacher_n_epochs_decay": self.n_epochs_decay,
             "teacher_max_dataset_size": self.max_dataset_size,

@@ -85,20 +85,23 @@ LAYERS: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = (
 
 
 class Setting(NamedTuple):
-    """A task to judge on: a preset, what is different from it, and the factor of all chosen weights.
+    """A task to judge on: a preset, what is different from it, the factor of all chosen weights, and the score.
 
-    CycleGAN's cycle loss weighs a tenth of pix2pix's L1 loss, and so do the others beside it.
+    CycleGAN's cycle loss weighs a tenth of pix2pix's L1 loss, and so do the others beside it. No unpaired image says
+    which colour is which class, and CycleGAN settles on any mapping: a student of it is held to its teacher's.
     """
 
     preset: str
     options: Options
     factor: float
+    metric: str  # as in metrics.jsonl
+    label: str
 
 
 SETTINGS = {
-    "few pairs": Setting("demo", {}, 1.0),
-    "many pairs": Setting("demo", {"max_dataset_size": None}, 1.0),
-    "unpaired": Setting("demo-unpaired", {}, 0.1),
+    "few pairs": Setting("demo", {}, 1.0, "mIoU", "mIoU %"),
+    "many pairs": Setting("demo", {"max_dataset_size": None}, 1.0, "mIoU", "mIoU %"),
+    "unpaired": Setting("demo-unpaired", {}, 0.1, "teacher_psnr A to B", "PSNR to teacher dB"),
 }
 CHOOSING = "few pairs"
 EXTENSIONS = 3  # times that a larger weight is tried because the largest was the best
@@ -158,7 +161,7 @@ class Study(NamedTuple):
 
 def teacher(study: Study, setting: str, world: int) -> TrainConfig:
     """The run of a world's teacher. All paired settings share it."""
-    config = _config(study, setting, world, {})
+    config = _config(study, setting, world, NOTHING)
     seen = replace(teacher_config(config), teacher_netG=None, max_dataset_size=config.teacher_max_dataset_size)
     return replace(seen, name=f"teacher-{config.model}-world{world}", seed=world)
 
@@ -176,7 +179,9 @@ def _config(study: Study, setting: str, world: int, options: Options) -> TrainCo
     preset = read_preset(SETTINGS[setting].preset)
     for name in ("arms", "seeds", "time_budget"):
         preset.pop(name, None)
-    common = {"world_variant": world, "runs_dir": study.runs_dir, "samples": 2}
+    # what a student learns hangs on no default of the trainer's, since those are chosen from this
+    form = {"normalize": "row", "distance": "l1", "delta": 1.0}
+    common = {"world_variant": world, "runs_dir": study.runs_dir, "samples": 2} | form
     return TrainConfig(**preset | common | study.options | options).resolved()
 
 
@@ -193,21 +198,21 @@ def spelled(options: Options) -> str:
     return " ".join(words) or "alone"
 
 
-def train(runs: Sequence[TrainConfig], workers: int) -> list[list[float]]:
-    """Do those runs that are not finished, a few at a time: the scores of each, seed by seed.
+def train(study: Study, setting: str, runs: Sequence[TrainConfig]) -> list[list[float]]:
+    """Do those runs that are not finished, a few at a time: the setting's scores of each, seed by seed.
 
     Raises:
         ValueError: a folder of a run's name holds something else.
         DataError, CheckpointError, Diverged: as ``srpkd.train.run``.
     """
     missing = [config for config in runs if not is_finished(config)]
-    if workers == 1 or len(missing) < 2:
+    if study.workers == 1 or len(missing) < 2:
         for config in tqdm(missing, desc="runs", disable=not missing):
             train_one(config)
     else:
         # a run at a time in each process; forked ones would inherit torch's threads
-        context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(workers, context, _begin_worker, (threads,)) as pool:
+        context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // study.workers)
+        with ProcessPoolExecutor(study.workers, context, _begin_worker, (threads,)) as pool:
             waiting = [pool.submit(train_one, config) for config in missing]
             try:
                 for done in tqdm(waiting, desc="runs"):
@@ -215,7 +220,7 @@ def train(runs: Sequence[TrainConfig], workers: int) -> list[list[float]]:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return [scores(config) for config in runs]
+    return [scores(config, SETTINGS[setting].metric) for config in runs]
 
 
 def _begin_worker(threads: int) -> None:
@@ -254,21 +259,17 @@ def is_finished(config: TrainConfig) -> bool:
             return False  # stopped before its page was written
         raise ValueError(f"{folder} is in the way: it is not a run that can be gone on with; move it away") from error
     wanted = yaml.safe_load(to_yaml(config))
-    if changed := [name for name in wanted if name not in RESUME_OPTIONS and wanted[name] != there.get(name)]:
+    moved = RESUME_OPTIONS | {"teacher"}  # which lies beside it, wherever that is
+    if changed := [name for name in wanted if name not in moved and wanted[name] != there.get(name)]:
         differences = ", ".join(f"{name} was {there.get(name)!r} and is {wanted[name]!r}" for name in changed)
         raise ValueError(f"{folder} is of another study: {differences}; take another --runs_dir")
     return finished
 
 
-def scores(config: TrainConfig) -> list[float]:
-    """mIoU in percent of photos turned to label maps, by a finished run's students, seed by seed."""
-    found = []
-    for line in (_folder(config) / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        score = next((values[name] for name in ("mIoU", "mIoU A to B") if name in values), None)
-        if score is not None:
-            found.append(score)
-    return found
+def scores(config: TrainConfig, metric: str) -> list[float]:
+    """A finished run's students by this metric, seed by seed."""
+    lines = map(json.loads, (_folder(config) / "metrics.jsonl").read_text().splitlines())
+    return [values[metric] for values in lines if metric in values]
 
 
 def _folder(config: TrainConfig) -> Path:
@@ -284,7 +285,7 @@ def choose(study: Study, world: int = 1) -> list[dict[str, Any]]:
     Returns:
         [{"step", "base", "tried": [{"options", "scores"}], "chosen"}]: `base` is what `tried` is compared with.
     """
-    train([teacher(study, CHOOSING, world)], 1)
+    train(study, CHOOSING, [teacher(study, CHOOSING, world)])
     steps: list[dict[str, Any]] = []
 
     def step(name: str, base: Options, weight: str, candidates: Sequence[Options]) -> Options:
@@ -292,7 +293,7 @@ def choose(study: Study, world: int = 1) -> list[dict[str, Any]]:
         tried = list(candidates)
         for _ in range(1 + EXTENSIONS):
             runs = [students(study, CHOOSING, world, 0, study.seeds, options) for options in (base, *tried)]
-            base_scores, *found = train(runs, study.workers)
+            base_scores, *found = train(study, CHOOSING, runs)
             best = tried[max(range(len(tried)), key=lambda number: statistics.fmean(found[number]))]
             if any(best | {weight: other[weight]} == other and other[weight] > best[weight] for other in tried):
                 break
@@ -345,18 +346,21 @@ def judge(study: Study, setting: str, steps: Sequence[Mapping[str, Any]]) -> dic
     """Train what was chosen on worlds 2, 3, ..., each with its own teacher and seed.
 
     Returns:
-        {"setting", "worlds", "teachers": scores, "arms": {name: {"options", "scores"}}}, scores by world.
+        {"setting", "worlds", "teachers": scores, "arms": {name: {"options", "scores"}}}, scores by world; a teacher
+        has no likeness to itself.
     """
     worlds = range(2, 2 + study.settings[setting])
     arms = arms_of(steps, SETTINGS[setting].factor)
-    teachers = train([teacher(study, setting, world) for world in worlds], study.workers)
+    if SETTINGS[setting].metric.startswith("teacher"):
+        del arms["alone"]  # who has no teacher has no likeness to it
+    teachers = train(study, setting, [teacher(study, setting, world) for world in worlds])
     pairs = [(arm, world) for world in worlds for arm in arms]
-    found = train([students(study, setting, world, 1000 * world, 1, arms[arm]) for arm, world in pairs], study.workers)
+    found = train(study, setting, [students(study, setting, world, 1000 * world, 1, arms[arm]) for arm, world in pairs])
     by_arm = {arm: [own[0] for (name, _), own in zip(pairs, found) if name == arm] for arm in arms}
     return {
         "setting": setting,
         "worlds": list(worlds),
-        "teachers": [own[0] for own in teachers],
+        "teachers": [own[0] for own in teachers if own],
         "arms": {arm: {"options": options, "scores": by_arm[arm]} for arm, options in arms.items()},
     }
 
@@ -386,11 +390,13 @@ INTRODUCTION = """\
 This page is written by `{command}`.
 
 Students of a seventh of their teacher's parameters turn photos of generated scenes into label maps; the score is the
-mean intersection over union of the six classes, in percent. What was chosen on one world (below) is judged on others,
-whose textures, colours, training scenes, teachers and seeds are their own. Students of one world start alike and see
-the same images in the same order, so that they are compared pair by pair. In brackets stands the 95 % confidence
-interval of the mean difference (Student's t, over worlds, each comparison by itself): a claim is made only where it
-does not hold 0. All of it is on small images, after short training; {device}, torch {torch}."""
+mean intersection over union of the six classes, in percent, or, of unpaired students, the likeness to their teacher's
+output, since without pairs CycleGAN settles on any mapping of classes to colours. What was chosen on one world
+(below) is judged on others, whose textures, colours, training scenes, teachers and seeds are their own. Students of
+one world start alike and see the same images in the same order, so that they are compared pair by pair. In brackets
+stands the 95 % confidence interval of the mean difference (Student's t, over worlds, each comparison by itself): a
+claim is made only where it does not hold 0. Everything is on small images, after short training; {device}, torch
+{torch}."""
 CHOICE = """\
 Means over {seeds} seeds of one world's students, which saw a dozen pairs, and differences to the student named first.
 The best of many that were tried looks better than it is: that is why it is judged elsewhere. The relation loss had more
@@ -399,12 +405,15 @@ tries than feature matching had."""
 
 def _judged(judged: Mapping[str, Any]) -> list[str]:
     scores = {arm: entry["scores"] for arm, entry in judged["arms"].items()}
-    count = len(judged["worlds"])
+    count, label = len(judged["worlds"]), SETTINGS[judged["setting"]].label
+    bases = [arm for arm in ("alone", "output") if arm in scores]
     lines = [f"### {judged['setting'].capitalize()}", ""]
-    lines += ["| student | its options | mIoU % | minus alone | minus output |", "| --- | --- | ---: | ---: | ---: |"]
-    lines += [f"| teacher | | {_mean(judged['teachers'])} | | |"]
+    lines += [f"| student | its options | {label} | {' | '.join(f'minus {base}' for base in bases)} |"]
+    lines += [f"| --- | --- | ---: |{' ---: |' * len(bases)}"]
+    if judged["teachers"]:
+        lines += [f"| teacher | | {_mean(judged['teachers'])} |{' |' * len(bases)}"]
     for arm, own in scores.items():
-        cells = [str(difference(own, scores[base])) if arm != base else "" for base in ("alone", "output")]
+        cells = [str(difference(own, scores[base])) if arm != base else "" for base in bases]
         lines.append(f"| {arm} | {spelled(judged['arms'][arm]['options'])} | {_mean(own)} | {' | '.join(cells)} |")
     lines += ["", f"Mean ± standard deviation over {count} world{'s' if count > 1 else ''}.", ""]
     for arm, base in (
@@ -415,9 +424,10 @@ def _judged(judged: Mapping[str, Any]) -> list[str]:
         ("output + FitNet", "output"),
         ("output + SRP", "output + FitNet"),
     ):
-        gain = difference(scores[arm], scores[base])
-        wins = sum(a > b for a, b in zip(scores[arm], scores[base]))
-        lines.append(f"- {arm} minus {base}: {gain}, better in {wins} of {count}: **{gain.verdict}**")
+        if base in scores:
+            gain = difference(scores[arm], scores[base])
+            wins = sum(a > b for a, b in zip(scores[arm], scores[base]))
+            lines.append(f"- {arm} minus {base}: {gain}, better in {wins} of {count}: **{gain.verdict}**")
     return [*lines, ""]
 
 
@@ -447,10 +457,12 @@ def draw(result: Mapping[str, Any]) -> bytes:
     judged = result["judged"]
     figure = Figure(figsize=(4.2 * len(judged), 2.9), layout="constrained")
     plots = figure.subplots(1, len(judged), sharey=True, squeeze=False)[0]
-    arms = [arm for arm in judged[0]["arms"] if arm != "output"]
+    arms = [arm for arm in dict.fromkeys(arm for entry in judged for arm in entry["arms"]) if arm != "output"]
     for plot, entry in zip(plots, judged):
         base = entry["arms"]["output"]["scores"]
         for place, arm in enumerate(arms):
+            if arm not in entry["arms"]:
+                continue
             own, colour = entry["arms"][arm]["scores"], ARM_COLOURS[1 + place]
             gain = difference(own, base)
             plot.plot(
@@ -460,7 +472,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
             plot.errorbar(gain.mean, place, xerr=reach, fmt="D", color=colour, capsize=4, markersize=6)
         plot.axvline(0, color="#555555", linewidth=1)
         plot.set_title(f"{entry['setting']}, {len(entry['worlds'])} worlds", fontsize=10)
-        plot.set_xlabel("mIoU minus that of output distillation", fontsize=9)
+        plot.set_xlabel(f"{SETTINGS[entry['setting']].label}, minus that of output", fontsize=9)
         plot.spines[["top", "right"]].set_visible(False)
     plots[0].set_yticks(range(len(arms)), arms)
     plots[0].invert_yaxis()

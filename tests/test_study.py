@@ -119,7 +119,9 @@ def test_a_whole_study(tmp_path, few_candidates, monkeypatch, capsys, one_thread
         assert all(len(entry["scores"]) == 2 for entry in [step["base"], *step["tried"]])
     assert steps["feature matching"]["base"]["options"] == steps["output distillation"]["chosen"]
     few, unpaired = result["judged"]
-    assert few["worlds"] == [2, 3] and unpaired["worlds"] == [2, 3, 4] and few["teachers"] != unpaired["teachers"]
+    assert "alone" in few["arms"] and unpaired["arms"].keys() == few["arms"].keys() - {"alone"}
+    assert len(few["teachers"]) == 2 and not unpaired["teachers"], "a teacher has no likeness to itself"
+    assert few["worlds"] == [2, 3] and unpaired["worlds"] == [2, 3, 4]
     assert all(len(arm["scores"]) == 3 for arm in unpaired["arms"].values())
     assert all(len(arm["scores"]) == 2 for arm in few["arms"].values())
     gain = difference(few["arms"]["output + SRP"]["scores"], few["arms"]["output"]["scores"])
@@ -137,18 +139,19 @@ def test_two_runs_at_a_time_give_what_one_gives(tmp_path, one_thread):
     weights = (0.0, 10.0, 100.0)
     found = []
     for workers in (1, 2):
-        plan = of(tmp_path / str(workers))
-        study.train([teacher(plan, "few pairs", 1)], 1)
+        plan = of(tmp_path / str(workers))._replace(workers=workers)
+        study.train(plan, "few pairs", [teacher(plan, "few pairs", 1)])
         runs = [students(plan, "few pairs", 1, 0, 2, NOTHING | {"lambda_kd": weight}) for weight in weights]
-        found.append(study.train(runs, workers))
+        found.append(study.train(plan, "few pairs", runs))
         assert (tmp_path / str(workers) / f"{runs[0].name}.log").read_text()
     assert found[0] == found[1] and [len(own) for own in found[0]] == [2, 2, 2]
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch, one_thread):
-    run = students(of(tmp_path / "whole"), "few pairs", 1, 0, 2, NOTHING)
-    whole = study.train([run], 1)
-    run = students(of(tmp_path / "stopped"), "few pairs", 1, 0, 2, NOTHING)
+    plan = of(tmp_path / "whole")
+    whole = study.train(plan, "few pairs", [students(plan, "few pairs", 1, 0, 2, NOTHING)])
+    plan = of(tmp_path / "stopped")
+    run = students(plan, "few pairs", 1, 0, 2, NOTHING)
     fit = study.train_one.__globals__["run"].__globals__["fit"]
 
     def stop(stage, *rest):
@@ -158,21 +161,22 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, one_thread):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("srpkd.train.fit", stop)
-        study.train([run], 1)
+        study.train(plan, "few pairs", [run])
     assert not study.is_finished(run)
-    assert study.train([run], 1) == whole
+    assert study.train(plan, "few pairs", [run]) == whole
 
 
 def test_what_is_in_the_way_is_named(tmp_path, one_thread):
-    run = students(of(tmp_path), "few pairs", 1, 0, 1, NOTHING)
+    plan = of(tmp_path)
+    run = students(plan, "few pairs", 1, 0, 1, NOTHING)
     (tmp_path / run.name).mkdir()
     with pytest.raises(ValueError, match=r"alone is in the way: it is not a run .*; move it away"):
-        study.train([run], 1)
+        study.train(plan, "few pairs", [run])
     (tmp_path / run.name).rmdir()
-    study.train([run], 1)
+    study.train(plan, "few pairs", [run])
     other = students(of(tmp_path, ndf=3), "few pairs", 1, 0, 1, NOTHING)
     with pytest.raises(ValueError, match=r"of another study: ndf was 2 and is 3; take another --runs_dir"):
-        study.train([other], 1)
+        study.train(plan, "few pairs", [other])
 
 
 @pytest.mark.parametrize(
