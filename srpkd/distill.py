@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .arguments import check_number, check_type, check_whole
 from .distiller import RelationDistiller
 from .extras import require
+from .loss import SRPLoss
 
 
 def distill(
@@ -27,7 +28,7 @@ def distill(
     *,
     epochs: int = 1,
     lambda_kd: float = 10.0,
-    lambda_srp: float = 100.0,
+    lambda_srp: float = 180.0,
     lambda_target: float = 10.0,
     loss: nn.Module | None = None,
     weights: Mapping[str, float] | None = None,
@@ -49,7 +50,7 @@ def distill(
             DataLoader, a list, or anything else that can be iterated again.
         layers: student module name -> teacher module name, as ``named_modules()`` has them; see ``RelationDistiller``.
         epochs: passes over the data.
-        loss: how two features are compared; ``SRPLoss()`` by default.
+        loss: how two features are compared; by default, as in the trainer, ``SRPLoss("cosine", "l2")``.
         weights: student module name -> factor of that layer's loss; 1 where not given.
         optimizer: of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) of GANs.
         on_step: called after each step with its number (from 1) and the weighted losses by name.
@@ -80,6 +81,7 @@ def distill(
         tqdm = require("tqdm", "train", "the progress bar of distill (progress=False does without)").tqdm
     device = next(student.parameters()).device
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
+    loss = SRPLoss("cosine", "l2") if loss is None else loss
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights)
     modes = {module: module.training for module in teacher.modules()}
     teacher.eval()
