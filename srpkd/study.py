@@ -503,7 +503,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="srpkd study",
         description="Whether the relation loss helps on generated images: weights are chosen on one world and judged "
-        "on others. A study that was stopped goes on when it is called again.",
+        "on others. Takes hours on a CPU; a study that was stopped goes on when it is called again.",
         epilog='example, on a GPU: srpkd study --options "{world_size: 128, batch_size: 8}" --workers 1',
     )
     add = result.add_argument
