@@ -39,6 +39,8 @@ def options(model: str, **others) -> TrainConfig:
         lambda_identity=0.25,
         lambda_kd=11,
         lambda_srp=13,
+        normalize="row",
+        distance="l1",
         lambda_feature=17,
     )
     return replace(config, **others).resolved()

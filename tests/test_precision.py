@@ -32,7 +32,11 @@ def options(model: str, **others: Any) -> TrainConfig:
         world_size=SIZE,
         batch_size=2,
         device="cpu",
+        lambda_kd=10,
+        lambda_srp=100,
         lambda_feature=1,
+        normalize="row",
+        distance="l1",
         **others,
     ).resolved()
 

@@ -380,7 +380,7 @@ def test_runs_dir_is_made(run, tmp_path):
         ([*TEACHER, "--arms={a: {lambda_kd: 0, lambda_srp: 0}}"], "nothing would be learnt from the teacher"),
         ([*TEACHER, "--arms={a: {}, b: {ngf: 0}}"], "arm 'b': ngf=0: expected at least 1"),
         (["--backend=blokced"], "backend='blokced' is not one of"),
-        ([*TEACHER, "--backend=closed_form"], "backend='closed_form' computes distance in"),
+        ([*TEACHER, "--backend=closed_form", "--distance=l1"], "backend='closed_form' computes distance in"),
         (["--n_layers_D=5"], "images of 16 x 16 pixels are too small for netD n_layers: use larger ones, or --netD n_"),
         (["--input_nc=1"], "lambda_identity=0.5 needs images of equal channels on both sides"),
         (["--runs_dir=text.pth"], "runs_dir text.pth: this folder cannot be made: File exists"),
