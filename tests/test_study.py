@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from srpkd import study
+from srpkd.checkpoint import CheckpointError
 from srpkd.study import NOTHING, SETTINGS, Study, difference, spelled, students, teacher
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
@@ -145,6 +146,9 @@ def test_two_runs_at_a_time_give_what_one_gives(tmp_path, one_thread):
         found.append(study.train(plan, "few pairs", runs))
         assert (tmp_path / str(workers) / f"{runs[0].name}.log").read_text()
     assert found[0] == found[1] and [len(own) for own in found[0]] == [2, 2, 2]
+    untaught = [students(plan, "few pairs", 2, 0, 1, NOTHING | {"lambda_kd": weight}) for weight in (1.0, 2.0)]
+    with pytest.raises(CheckpointError, match=r"teacher-pix2pix-world2"):
+        study.train(plan, "few pairs", untaught)
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch, one_thread):
@@ -163,6 +167,8 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, one_thread):
         patch.setattr("srpkd.train.fit", stop)
         study.train(plan, "few pairs", [run])
     assert not study.is_finished(run)
+    (Path(run.runs_dir, run.name) / "report.json").unlink(missing_ok=True)
+    assert not study.is_finished(run), "stopped before its page was written"
     assert study.train(plan, "few pairs", [run]) == whole
 
 
