@@ -53,7 +53,7 @@ from .extras import require
 from .fit import Diverged
 from .report import ARM_COLOURS
 from .results import device_name
-from .state import NEWEST
+from .state import has_state
 from .train import run
 
 Options = dict[str, Any]
@@ -233,7 +233,7 @@ def train_one(config: TrainConfig) -> None:
     """Do a run, or what is left of it; what it prints goes to a file beside its folder."""
     folder = _folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stopped = str(folder) if (folder / NEWEST).exists() else None
+    stopped = str(folder) if has_state(folder) else None
     with (
         open(folder.with_name(f"{folder.name}.log"), "a", buffering=1) as log,
         redirect_stdout(log),
@@ -255,7 +255,7 @@ def is_finished(config: TrainConfig) -> bool:
         there = read_config(str(folder / "config.yaml"))
         finished = json.loads((folder / "report.json").read_text())["status"] == "finished"
     except (ValueError, OSError, KeyError) as error:
-        if (folder / NEWEST).exists():
+        if has_state(folder):
             return False  # stopped before its page was written
         raise ValueError(f"{folder} is in the way: it is not a run that can be gone on with; move it away") from error
     wanted = yaml.safe_load(to_yaml(config))
