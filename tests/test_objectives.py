@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small import SIZE, SMALL
 from torch import Tensor, nn
 
 from srpkd import SRPLoss, objectives
@@ -15,24 +16,15 @@ from srpkd.fit import make_objective
 from srpkd.objectives import ImagePool, gan_loss, learning_rate_law
 
 MODELS = ("pix2pix", "cycle_gan")
-SIZE = 16
 
 
 def options(model: str, **others) -> TrainConfig:
     """Networks so small that a step takes no time; every weight is another number."""
     config = TrainConfig(
-        dataroot=":world:",
+        **SMALL,
         model=model,
-        netG="resnet_1blocks",
-        norm="instance",
-        no_dropout=True,
-        netD="n_layers",
-        n_layers_D=1,
         ngf=2,
         ndf=3,
-        world_size=SIZE,
-        batch_size=2,
-        device="cpu",
         lambda_L1=7,
         lambda_A=3,
         lambda_B=5,

@@ -6,32 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from small import SIZE, SMALL
 from torch import Tensor, nn
 
 from srpkd import fit
 from srpkd.config import TrainConfig
 from srpkd.fit import make_objective, ready
 
-SIZE = 16
 MODELS = ("pix2pix", "cycle_gan")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def options(model: str, **others: Any) -> TrainConfig:
     return TrainConfig(
-        dataroot=":world:",
+        **SMALL,
         model=model,
-        netG="resnet_1blocks",
-        norm="instance",
-        no_dropout=True,
-        netD="n_layers",
-        n_layers_D=1,
         ngf=4,
         ndf=4,
         init_gain=0.2,
-        world_size=SIZE,
-        batch_size=2,
-        device="cpu",
         lambda_kd=10,
         lambda_srp=100,
         lambda_feature=1,

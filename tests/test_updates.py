@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small import SIZE, SMALL
 from torch import Tensor, nn
 
 from srpkd import fit
@@ -18,25 +19,16 @@ from srpkd.networks import define_generator
 from srpkd.record import RunRecord, new_folder
 from srpkd.updates import Updates
 
-SIZE = 16
 BAD = (math.nan, math.inf, -math.inf)
 
 
 def options(model: str = "pix2pix", **others: Any) -> TrainConfig:
     config = TrainConfig(
-        dataroot=":world:",
+        **SMALL,
         model=model,
-        netG="resnet_1blocks",
-        norm="instance",
-        no_dropout=True,
-        netD="n_layers",
-        n_layers_D=1,
         ngf=2,
         ndf=2,
-        world_size=SIZE,
         world_pairs=8,
-        batch_size=2,
-        device="cpu",
         n_epochs=1,
         n_epochs_decay=0,
         epoch_steps=6,

@@ -1,0 +1,14 @@
+"""What the trainer's tests share: options of networks so small that a step takes no time."""
+
+SIZE = 16  # pixels a side
+SMALL = {
+    "dataroot": ":world:",
+    "netG": "resnet_1blocks",
+    "norm": "instance",
+    "no_dropout": True,
+    "netD": "n_layers",
+    "n_layers_D": 1,
+    "world_size": SIZE,
+    "batch_size": 2,
+    "device": "cpu",
+}
