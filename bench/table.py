@@ -7,19 +7,17 @@ python -m bench table --readme README.md     puts them between the README's mark
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from srpkd.checkpoint import atomic_write
-from srpkd.report import format_table
+from srpkd.report import between_markers, format_table, put_between_markers
 
 from . import relation, results, train
 from .cases import Case
 from .providers import PROVIDERS
 from .results import Row, number
 
-MARKERS = re.compile(r"(<!-- bench table: begin[^\n]*\n).*?(<!-- bench table: end -->)", re.DOTALL)
+NAME = "bench table"  # of the README's markers
 # what the table shows of every device, where it is recorded
 SHOWN = (Case(pixels=4096), Case(pixels=4096, dtype="bfloat16"), Case(pixels=65536, channels=(64, 64)))
 ON_GPU_ONLY = ("bfloat16",)  # a CPU widens it, which says nothing of a kernel
@@ -53,19 +51,12 @@ def run(options: argparse.Namespace) -> None:
     if options.readme is None:
         print(text)
         return
-    readme = options.readme.read_text(encoding="utf-8")
-    if block(readme) is None:
-        raise ValueError(
-            f"{options.readme}: expected the markers <!-- bench table: begin --> and <!-- bench table: end -->"
-        )
-    with atomic_write(options.readme) as file:
-        file.write(MARKERS.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme).encode())
+    put_between_markers(options.readme, NAME, text)
 
 
-def block(readme: str) -> str | None:
-    """What stands between a README's markers, None if it has none."""
-    found = MARKERS.search(readme)
-    return found and found[0].removeprefix(found[1]).removesuffix(found[2]).rstrip("\n")
+def block(readme: Path) -> str:
+    """The tables that a README shows; as `between_markers`."""
+    return between_markers(readme, NAME).rstrip("\n")
 
 
 def tables(rows: Sequence[Row], train_rows: Sequence[Row]) -> str:

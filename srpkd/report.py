@@ -544,6 +544,30 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
     return _write(Path(path), png.getvalue())
 
 
+def between_markers(file: Path, name: str) -> str:
+    """What stands between a file's markers, the lines ``<!-- NAME: begin ... -->`` and ``<!-- NAME: end -->``.
+
+    Raises:
+        ValueError: it has no such markers.
+    """
+    return _marked(file, name)[2]
+
+
+def put_between_markers(file: Path, name: str, text: str) -> None:
+    """Replace it by other lines; as `between_markers`."""
+    whole, begin, old, end = _marked(file, name)
+    _write(file, whole.replace(begin + old + end, f"{begin}{text}\n{end}", 1).encode())
+
+
+def _marked(file: Path, name: str) -> tuple[str, str, str, str]:
+    """A file's text, and of it the opening marker's line, what comes before the closing marker, and that marker."""
+    text = file.read_text(encoding="utf-8")
+    found = re.search(rf"(<!-- {name}: begin[^\n]*\n)(.*?)(<!-- {name}: end -->)", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{file}: expected the markers <!-- {name}: begin --> and <!-- {name}: end -->")
+    return text, *found.groups()
+
+
 def update_readme(run_dir: str | Path, readme: str | Path) -> None:
     """Put a run's table between a README's markers, its overview and the table's numbers into `docs/` beside it.
 
@@ -551,18 +575,14 @@ def update_readme(run_dir: str | Path, readme: str | Path) -> None:
         ValueError: the README has no such markers, or the run no table yet.
     """
     run, readme = Path(run_dir), Path(readme)
-    text = readme.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- demo table: begin[^\n]*\n).*?(<!-- demo table: end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"{readme}: expected the markers <!-- demo table: begin --> and <!-- demo table: end -->")
+    between_markers(readme, "demo table")  # before anything is written
     report, _ = _read_report(run / "report.json")
     if not report.get("table"):
         raise ValueError(f"{run}: report.json has no table yet: expected a run that has measured a network")
     overview(run, readme.parent / "docs" / "demo.png")
     kept = {key: report.get(key) for key in ("command", "environment", "elapsed_seconds", "table")}
     _write(readme.parent / "docs" / "demo.json", json.dumps(kept, indent=1).encode())
-    table = format_table(report["table"], markdown=True)
-    _write(readme, pattern.sub(lambda found: f"{found[1]}{table}\n{found[2]}", text).encode())
+    put_between_markers(readme, "demo table", format_table(report["table"], markdown=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
