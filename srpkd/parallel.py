@@ -5,10 +5,12 @@ In a process that was not started by torchrun everything here is as if there wer
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,11 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 # the first process evaluates and writes while the others wait for it
 TIMEOUT = timedelta(hours=3)
+# torch 2.14 has another name for it
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs."""
+    """Be one of the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs.
+
+    No network that was wrapped here may be kept afterwards: it would keep gloo's threads, and a thread that lets go of
+    a tensor while Python ends takes the process down with SIGABRT.
+    """
     if launched() == 1:
         yield
         return
@@ -33,6 +45,7 @@ def processes(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        gc.collect()  # networks in cycles, of hooks for example
 
 
 def launched() -> int:
@@ -93,5 +106,5 @@ def wrap(network: nn.Module, compiled: bool = False) -> nn.Module:
         network = torch.compile(network)
     if ranks() > 1:
         # a discriminator runs twice before its backward: buffers overwritten in between would break its gradient
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network, **{SYNC_BUFFERS: False})
     return network

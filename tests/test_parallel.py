@@ -126,12 +126,13 @@ def test_a_batch_has_to_be_shared_out_evenly(monkeypatch, capsys):
 
 # A program of its own: what two processes do beside each other
 PAIR = """
-import math, sys, torch
+import math, torch
+from pathlib import Path
 from srpkd import fit, parallel
 from test_updates import images, options, spoil
 
-device = torch.device("cpu")
-with parallel.processes(device):
+
+def tell():
     assert parallel.ranks() == 2
     assert parallel.share("of 0" if parallel.rank() == 0 else "of 1") == "of 0"
     assert parallel.gather(parallel.rank()) == [0, 1]
@@ -140,25 +141,39 @@ with parallel.processes(device):
             mine = here if parallel.rank() == 0 else there
             assert parallel.everywhere(torch.tensor(mine)).item() == (here and there)
 
+
+def step(model):
     # a loss that is not finite in one process leaves the step out in both
-    for model in ("pix2pix", "cycle_gan"):
-        objective = fit.make_objective(options(model, batch_size=2, norm="batch"), 0, {})
+    objective = fit.make_objective(options(model, batch_size=2, norm="batch"), 0, {})
+    objective.step(images())
+    before = [p.clone() for net in objective.networks.values() for p in net.parameters()]
+    if parallel.rank() == 1:
+        spoil(objective, next(iter(objective.generators)), math.nan)
+    objective.step(images())
+    after = [p for net in objective.networks.values() for p in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert objective.updates.skipped == 1
+    assert objective.updates.culprit == {"pix2pix": "D_fake", "cycle_gan": "G_A"}[model]
+    torch.manual_seed(parallel.rank())
+    for _ in range(2):
         objective.step(images())
-        before = [p.clone() for net in objective.networks.values() for p in net.parameters()]
-        if parallel.rank() == 1:
-            spoil(objective, next(iter(objective.generators)), math.nan)
-        objective.step(images())
-        after = [p for net in objective.networks.values() for p in net.parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after))
-        assert objective.updates.skipped == 1
-        assert objective.updates.culprit == {"pix2pix": "D_fake", "cycle_gan": "G_A"}[model]
-        torch.manual_seed(parallel.rank())
-        for _ in range(2):
-            objective.step(images())
-        weights = torch.cat([p.detach().flatten() for net in objective.networks.values() for p in net.parameters()])
-        assert weights.isfinite().all()
-        one, other = parallel.gather(weights)
-        assert torch.equal(one, other)
+    weights = torch.cat([p.detach().flatten() for net in objective.networks.values() for p in net.parameters()])
+    assert weights.isfinite().all()
+    one, other = parallel.gather(weights)
+    assert torch.equal(one, other)
+    objective.itself = objective  # a cycle, such as hooks make: it has to be looked for
+
+
+def threads():
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+
+with parallel.processes(torch.device("cpu")):
+    tell()
+    step("pix2pix")
+    step("cycle_gan")
+    assert threads()
+assert not threads(), threads()
 print("fine")
 """
 
