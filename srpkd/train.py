@@ -327,16 +327,25 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with parallel.processes(config.torch_device):
-        try:
-            plan = prepare(config, shlex.join(["python", "-m", "srpkd.train", *given]))
-        except (ValueError, OSError, ImportError) as error:
-            sys.exit(f"error: {error}")
-        try:
-            record = execute(plan)
-        except (DataError, CheckpointError, Diverged, WriteError) as error:
-            sys.exit(f"error: {error}")
-        if parallel.rank() == 0:
-            print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
+        failure = attempt(config, shlex.join(["python", "-m", "srpkd.train", *given]))
+    if failure:
+        sys.exit(f"error: {failure}")
+
+
+def attempt(config: TrainConfig, command: str) -> str:
+    """Train and print the table; what was wrong, else nothing. An error raised would keep the networks: see
+    parallel.processes."""
+    try:
+        plan = prepare(config, command)
+    except (ValueError, OSError, ImportError) as error:
+        return str(error)
+    try:
+        record = execute(plan)
+    except (DataError, CheckpointError, Diverged, WriteError) as error:
+        return str(error)
+    if parallel.rank() == 0:
+        print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
+    return ""
 
 
 if __name__ == "__main__":

@@ -124,11 +124,17 @@ def test_a_batch_has_to_be_shared_out_evenly(monkeypatch, capsys):
     assert parse_arguments([*ARGUMENTS["pix2pix"], *TINY, "--batch_size=6"]).batch_size == 6
 
 
+def threads() -> list[str]:
+    """Gloo's in this process: one that lives on while Python ends may abort it."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
 # A program of its own: what two processes do beside each other
 PAIR = """
 import math, torch
-from pathlib import Path
 from srpkd import fit, parallel
+from test_parallel import threads
 from test_updates import images, options, spoil
 
 
@@ -164,10 +170,6 @@ def step(model):
     objective.itself = objective  # a cycle, such as hooks make: it has to be looked for
 
 
-def threads():
-    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
-
-
 with parallel.processes(torch.device("cpu")):
     tell()
     step("pix2pix")
@@ -182,6 +184,35 @@ def test_what_they_tell_each_other(tmp_path):
     program = tmp_path / "pair.py"
     program.write_text(PAIR)
     done = launch(tmp_path, str(program), processes=2, path=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fine") == 2
+
+
+# A program of its own: a run that fails
+FAILS = """
+import sys
+from srpkd import objectives, train
+from srpkd.data import DataError
+from test_parallel import threads
+
+def step(objective, batch):
+    assert threads()
+    raise DataError("an image that is none")
+
+objectives.Pix2Pix.step = step
+try:
+    train.main(sys.argv[1:])
+except SystemExit as end:
+    assert str(end) == "error: an image that is none", end
+    assert not threads(), threads()
+print("fine")
+"""
+
+
+def test_a_run_that_fails_leaves_no_threads(tmp_path):
+    program = tmp_path / "fails.py"
+    program.write_text(FAILS)
+    done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2, path=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
 
