@@ -137,6 +137,8 @@ SWEEPS: dict[str, list[dict[str, tuple]]] = {
         {"precision": ("high", "medium")},
         {"channels": CHANNELS},
         {"normalize": NORMALIZATIONS, "distance": DISTANCES},
+        # where O(N C^2) begins to pay
+        {"pixels": PIXELS[:3], "channels": CHANNELS, "normalize": ("row", "cosine"), "distance": ("l2",)},
         {"batch": (1, 4, 16)},
         {"pixels": PIXELS[:4], "mode": ("forward",)},
         {"pixels": (65536,)},

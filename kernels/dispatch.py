@@ -72,9 +72,26 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-def automatic(device: torch.device, relation: Relation, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that ``auto`` stands for: the fastest that can run, by the measurements in bench/."""
-    if relation.distance == "l2" and why_not("closed_form", device) is None:
+# From how many pixels for each channel, student's and teacher's together, on a CPU O(N C^2) in float64 costs less than
+# tiles. On a GPU it was not measured.
+CLOSED_FORM_FROM = {"row": 7, "cosine": 4, "none": 4}
+
+
+def automatic(
+    device: torch.device,
+    relation: Relation,
+    dtype: torch.dtype = torch.float32,
+    pixels: int = 4096,
+    channels: tuple[int, int] = (64, 256),
+) -> str:
+    """The backend that ``auto`` stands for: the fastest that can run, by the measurements in bench/.
+
+    Args:
+        pixels: N; by default that of a 64 x 64 map.
+        channels: C_s, C_t.
+    """
+    pays = device.type != "cpu" or pixels >= CLOSED_FORM_FROM[relation.normalize] * sum(channels)
+    if relation.distance == "l2" and pays and why_not("closed_form", device) is None:
         return "closed_form"
     if device.type == "cpu" and backend_module("native").ready(device):
         return "native"
@@ -101,7 +118,8 @@ def value_and_gradient(
         ValueError: the backend was asked for by name and cannot do this distance or dtype.
     """
     if backend == "auto":
-        backend = automatic(student.device, relation, student.dtype)
+        _, pixels, channels = student.shape
+        backend = automatic(student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
     module = backend_module(backend)
     if (reason := module.why_not(student.device)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run on {student.device}: {reason}")

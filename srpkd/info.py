@@ -36,7 +36,8 @@ def describe() -> str:
             reason = why_not(backend, device)
             lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
         for distance in ("l1", "l2"):
-            lines.append(f"  auto, {distance}     {automatic(device, Relation(distance=distance))}")
+            large, small = (automatic(device, Relation(distance=distance), pixels=pixels) for pixels in (64**2, 1))
+            lines.append(f"  auto, {distance}     {large}" + (f", {small} for small maps" if small != large else ""))
     try:
         setting = f"= {requested('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
     except ValueError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -393,10 +392,13 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
         monkeypatch.setattr(dispatch, "why_not", lambda name, device, rows=rows: None if name in rows else "absent")
         monkeypatch.setattr(native, "ready", lambda device, rows=rows: "native" in rows)
         some = next(iter(rows.values()))
-        known = {"dtype": getattr(torch, some["dtype"]), "pixels": int(some["pixels"])}
-        known = {name: value for name, value in known.items() if name in inspect.signature(automatic).parameters}
-        relation_ = Relation(some["normalize"], some["distance"])
-        choice = automatic(torch.device(some["device_type"]), relation_, **known)
+        choice = automatic(
+            torch.device(some["device_type"]),
+            Relation(some["normalize"], some["distance"]),
+            getattr(torch, some["dtype"]),
+            int(some["pixels"]),
+            tuple(map(int, some["channels"].split("/"))),
+        )
         speed = {
             name: results.number(row, "times_faster_than_eager") or 1 / results.number(row, "median_s")
             for name, row in rows.items()

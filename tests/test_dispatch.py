@@ -130,11 +130,15 @@ def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dty
     assert all(why_not(name, CPU) is None for name in taken)
 
 
-def test_auto_prefers_the_closed_form_for_l2(taken: list[str]) -> None:
-    relation_loss(*features(pixels=300), layout="nlc", distance="l2")
-    assert taken == ["closed_form"]
-    assert automatic(CPU, Relation(distance="l2")) == "closed_form"
-    assert automatic(CPU, Relation(distance="l1")) in FAST
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_auto_prefers_the_closed_form_for_l2_where_pixels_are_many(normalize: str, taken: list[str]) -> None:
+    least = dispatch.CLOSED_FORM_FROM[normalize] * (3 + 5)
+    for pixels in (least, least - 1):
+        student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
+        relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
+    assert taken[0] == "closed_form" != taken[1]
+    assert automatic(CPU, Relation(normalize, "l2")) == "closed_form"
+    assert automatic(CPU, Relation(normalize, "l1")) in FAST
 
 
 # --- SRPKD_BACKEND --------------------------------------------------------------------------------------------------
