@@ -15,6 +15,12 @@ pytest.register_assert_rewrite("helpers")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # what compiles kernels takes many processes well: bench/gpu_check.sh starts some, each with its part of the tests
+    number, _, parts = os.environ.get("SRPKD_TEST_PART", "0/1").partition("/")
+    items[:] = items[int(number) :: int(parts)]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # here and not by markers at collection: all such skips then fold into one line of the summary
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -365,6 +365,22 @@ def test_the_gpu_check_says_how_it_is_called(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_part_of_the_tests_is_run_by_one_process(monkeypatch):
+    from conftest import pytest_collection_modifyitems as keep_part
+
+    parts = []
+    for number in range(3):
+        monkeypatch.setenv("SRPKD_TEST_PART", f"{number}/3")
+        items = list(range(10))
+        keep_part(items)
+        assert len(items) in (3, 4)
+        parts += items
+    assert sorted(parts) == list(range(10))
+    monkeypatch.delenv("SRPKD_TEST_PART")
+    keep_part(items := [1, 2])
+    assert items == [1, 2]
+
+
 # --- the recorded results of this repository --------------------------------------------------------------------------
 
 RECORDED = results.read(relation.RESULTS)
