@@ -84,8 +84,10 @@ def table_notes(config: TrainConfig, rows: Mapping[str, list[Row]]) -> list[str]
     if not plain:
         return []
     base, notes = plain[0], []
-    scores = [column for column in metric_columns(rows[base]) if not column["key"].startswith("teacher")]
-    if not scores:  # unpaired images: there is no truth
+    # unpaired, nothing but its teacher says what a student should have made of an image
+    by_teacher = config.dataset_mode == "unaligned"
+    scores = [column for column in metric_columns(rows[base]) if column["key"].startswith("teacher") == by_teacher]
+    if not scores:
         return []
     score = scores[0]
     for name in arms:
