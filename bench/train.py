@@ -3,9 +3,10 @@
     python -m bench train
 
 A CycleGAN step with a teacher for both directions, on random images: without the relation loss (lambda_srp = 0), with
-the reference backend, and with the one that "auto" takes; then the last with what the trainer offers to make a step
-faster. All take turns, step by step. The share is 1 - (seconds without) / (seconds with), and how many times faster a
-step is, (seconds of "auto") / (seconds of it): medians over rounds. Then the training steps of the teacher itself.
+the reference backend, and with the one that "auto" takes; with the form of the loss that the trainer has by default;
+then "auto" again with what the trainer offers to make a step faster. All take turns, step by step. The share is
+1 - (seconds without) / (seconds with), and how many times faster a step is, (seconds of "auto") / (seconds of it):
+medians over rounds. Then the training steps of the teacher itself.
 """
 
 from __future__ import annotations
@@ -99,12 +100,15 @@ def distillation_rows(
     student: TrainConfig, teacher: TrainConfig, budget: float, ways: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """A row for every way to compute the relation loss, the first without it; then for the ways to be faster."""
-    ours = automatic(torch.device(student.device), Relation(student.normalize, student.distance))
-    auto = f"auto: {ours}"
+    device, default = torch.device(student.device), TrainConfig()
+    auto = f"auto: {automatic(device, Relation(student.normalize, student.distance))}"
+    relation = Relation(default.normalize, default.distance)
+    auto_default = f"the trainer's {relation.normalize} {relation.distance}, auto: {automatic(device, relation)}"
     arms = {
         "without relation loss": replace(student, lambda_srp=0.0),
         "reference": replace(student, backend="reference"),
         auto: replace(student, backend="auto"),
+        auto_default: replace(student, normalize=relation.normalize, distance=relation.distance),
     }
     arms |= {f"{auto}, {way}": replace(student, backend="auto", **WAYS[way]) for way in ways}
     teachers = make_objective(teacher, 1, {}).generators
@@ -115,7 +119,7 @@ def distillation_rows(
     rows = []
     for name, seconds in samples.items():
         share = faster = None
-        if name in ("reference", auto):
+        if name in ("reference", auto, auto_default):
             share = statistics.median(100 * (1 - base / own) for base, own in zip(without, seconds))
         elif seconds is not without:
             faster = measure.ratio(seconds, samples[auto])

@@ -226,10 +226,11 @@ def test_training_steps_are_timed(tmp_path):
         run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *ways)
     rows = {row["arm"]: row for row in results.read(out)}
     faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
-    measured = ["without relation loss", "reference", "auto: blocked", *faster, "teacher's own training"]
+    default = "the trainer's cosine l2, auto: blocked"
+    measured = ["without relation loss", "reference", "auto: blocked", default, *faster, "teacher's own training"]
     assert list(rows) == measured
     assert all(float(row["median_s"]) > 0 for row in rows.values())
-    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == ["reference", "auto: blocked"]
+    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == ["reference", "auto: blocked", default]
     assert [name for name in rows if rows[name]["times_faster_than_auto"]] == faster
 
 
@@ -343,7 +344,7 @@ def test_the_table_goes_into_the_readme(recorded, tmp_path, capsys):
     assert text.startswith(table.table(results.read(recorded)))
     assert text.endswith(table.train_table(results.read(training)))
     assert "some cpu, 2 threads" in text and "some cuda;" in text
-    assert "| N = 4,096, C = 64/256, float32 | eager | 671.09 | 1.00 | 0.50 |" in text
+    assert "| N = 4,096, C = 64/256, float32, row l1 | eager | 671.09 | 1.00 | 0.50 |" in text
     assert "|  | native | 83.89 | 8.00 | 4.00 | 4.1 |" in text
     assert "out of memory" in text and "keops" not in text
     readme = tmp_path / "README.md"
