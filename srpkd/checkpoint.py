@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from srpkd.arguments import check_type
-from srpkd.networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
+from .arguments import check_type
+from .networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 HOW_TO_SAVE = "save the weights alone: torch.save(net.state_dict(), path)"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srpkd.arguments import check_number, check_whole
+from .arguments import check_number, check_whole
 
 # With their own defaults these are the public code's: batch norm learns weights and tracks statistics,
 # instance norm does neither, and so leaves the bias to the conv before it.

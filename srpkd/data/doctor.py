@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from srpkd.data.folders import (
+from .folders import (
     CHOICES,
     EXTENSIONS,
     DataError,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
-from srpkd.arguments import check_whole
+from ..arguments import check_whole
 
 # what Pillow may take a file for, whatever its name: EPS, for one, would be handed to another program
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
