@@ -93,7 +93,7 @@ def _chunker_missing(case: Case) -> str | None:
 
 def _auto_chunked(case: Case) -> Loss:
     """torch.compile with inductor's auto chunker; raises where that finds nothing, lest compile be timed twice."""
-    from torch._inductor import config
+    from torch._inductor import config, inductor_prims  # noqa: F401 (the chunker uses its operators and does not import it)
     from torch._inductor.fx_passes import auto_chunker
 
     def eager(student: Tensor, teacher: Tensor) -> Tensor:  # a function of its own: compile's graph is not taken for it
