@@ -112,7 +112,7 @@ def _auto_chunked(case: Case) -> Loss:
                 graph = original(graph)
             except auto_chunker.CantChunk as error:
                 chunked.append(f"it finds nothing to chunk: {error}")
-                raise
+                raise CannotRun(chunked[0]) from error  # lest it be run with the whole matrices, which may not fit
             chunked.append(None)
             return graph
 
@@ -121,10 +121,14 @@ def _auto_chunked(case: Case) -> Loss:
             # a graph from the cache would not pass through the chunker
             with config.patch({"auto_chunker.enable": True, "force_disable_caches": True}):
                 result = compiled(student, teacher)
+        except Exception:
+            if chunked and chunked[0]:  # whatever the compiler made of the error
+                raise CannotRun(chunked[0]) from None
+            raise
         finally:
             auto_chunker.chunk = original
-        if chunked != [None]:
-            raise CannotRun(chunked[0] if chunked else "it was not asked")
+        if not chunked:
+            raise CannotRun("it was not asked")
         return result
 
     return loss

@@ -100,15 +100,14 @@ def distillation_rows(
     student: TrainConfig, teacher: TrainConfig, budget: float, ways: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """A row for every way to compute the relation loss, the first without it; then for the ways to be faster."""
-    device, default = torch.device(student.device), TrainConfig()
-    auto = f"auto: {automatic(device, Relation(student.normalize, student.distance))}"
-    relation = Relation(default.normalize, default.distance)
-    auto_default = f"the trainer's {relation.normalize} {relation.distance}, auto: {automatic(device, relation)}"
+    auto = f"auto: {automatic(torch.device(student.device), Relation(student.normalize, student.distance))}"
+    default = {"normalize": TrainConfig.normalize, "distance": TrainConfig.distance}
+    auto_default = f"auto, the trainer's {' '.join(default.values())}"  # by which backend, hangs on the size of the map
     arms = {
         "without relation loss": replace(student, lambda_srp=0.0),
         "reference": replace(student, backend="reference"),
         auto: replace(student, backend="auto"),
-        auto_default: replace(student, normalize=relation.normalize, distance=relation.distance),
+        auto_default: replace(student, backend="auto", **default),
     }
     arms |= {f"{auto}, {way}": replace(student, backend="auto", **WAYS[way]) for way in ways}
     teachers = make_objective(teacher, 1, {}).generators

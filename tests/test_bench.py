@@ -226,7 +226,7 @@ def test_training_steps_are_timed(tmp_path):
         run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *ways)
     rows = {row["arm"]: row for row in results.read(out)}
     faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
-    default = "the trainer's cosine l2, auto: blocked"
+    default = "auto, the trainer's cosine l2"
     measured = ["without relation loss", "reference", "auto: blocked", default, *faster, "teacher's own training"]
     assert list(rows) == measured
     assert all(float(row["median_s"]) > 0 for row in rows.values())
@@ -241,6 +241,17 @@ def test_accuracy_writes_errors_and_a_picture(tmp_path):
     assert {"eager", "blocked"} <= {row["provider"] for row in rows}
     (picture,) = tmp_path.glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_auto_chunker_needs_no_other_and_never_holds_the_matrices(tmp_path):
+    pytest.importorskip("torch._inductor.fx_passes.auto_chunker")
+    out = tmp_path / "relation.csv"
+    arguments = ["--pixels", "48", "--channels", "4/6", "--providers", "auto_chunker", "--no-memory", "--out", str(out)]
+    # in a process that compiled nothing before
+    done = subprocess.run([sys.executable, "-m", "bench", "relation", "--device", "cpu", *arguments], cwd=ROOT)
+    assert done.returncode == 0
+    [row] = results.read(out)
+    assert row["status"] == "skipped" and row["reason"].startswith("it finds nothing to chunk: ")
 
 
 def test_pytest_benchmark_runs_the_same_cases():
@@ -414,7 +425,7 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
             Relation(some["normalize"], some["distance"]),
             getattr(torch, some["dtype"]),
             int(some["pixels"]),
-            tuple(map(int, some["channels"].split("/"))),
+            cases._channels(some["channels"]),
         )
         speed = {
             name: results.number(row, "times_faster_than_eager") or 1 / results.number(row, "median_s")
