@@ -244,7 +244,8 @@ def test_accuracy_writes_errors_and_a_picture(tmp_path):
 
 
 def test_the_auto_chunker_needs_no_other_and_never_holds_the_matrices(tmp_path):
-    pytest.importorskip("torch._inductor.fx_passes.auto_chunker")
+    if (reason := PROVIDERS["auto_chunker"].why_not(Case())) is not None:
+        pytest.skip(reason)
     out = tmp_path / "relation.csv"
     arguments = ["--pixels", "48", "--channels", "4/6", "--providers", "auto_chunker", "--no-memory", "--out", str(out)]
     # in a process that compiled nothing before
