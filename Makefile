@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 # lines of srpkd/ and kernels/ the two have run is reported at the end
 test: $(VENV)/installed lint
 	$(COUNTED) $(BIN)/python -m pytest --cov --cov-report=
-	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton --cov --cov-append --cov-report=term-missing
+	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py --cov --cov-append --cov-report=term-missing
 
 # In a copy of the tree, lest the extension in this one, built for the torch of .venv, be overwritten; it is built anew
 # every time, the packages stay. Triton 3.6, which torch 2.11 brings, cannot interpret kernels with numpy 2.4.

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("build_native", ROOT / "kernels" / "build.py")
@@ -28,7 +28,7 @@ def native() -> dict:
         if required:
             sys.exit(f"SRPKD_BUILD=1, and torch cannot be imported ({error}): install it, use --no-build-isolation")
         return {}
-    cuda = build.why_no_cuda() is None
+    cuda = build.cuda_unavailable_reason() is None
     os.environ.update(build.environment(cuda))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -62,10 +62,15 @@ def native() -> dict:
 setup(
     # kernels/ and csrc/ stand at the top level, and are srpkd.kernels and srpkd.csrc where installed
     package_dir={"srpkd": "srpkd", "srpkd.kernels": "kernels", "srpkd.csrc": "csrc"},
-    packages=["srpkd", "srpkd.data", "srpkd.presets", "srpkd.kernels", "srpkd.csrc"],
+    packages=[
+        *find_packages(include=["srpkd", "srpkd.*"], exclude=["srpkd.kernels*"]),
+        *("srpkd.kernels", *(f"srpkd.kernels.{name}" for name in find_packages("kernels"))),
+        "srpkd.csrc",
+    ],
     include_package_data=False,  # what package_data lists, and no folder taken for a package for its sake
     package_data={
-        "srpkd": ["py.typed", "presets/*.yaml", "templates/*"],
+        "srpkd": ["py.typed", "presets/*.yaml"],
+        "srpkd.reporting": ["templates/*"],
         "srpkd.csrc": ["*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"],
     },
     **native(),

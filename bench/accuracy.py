@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS
 
 from . import cases, gate, machine, plot, results
@@ -67,7 +68,7 @@ def errors_at(noise: float, case: Case) -> list[dict[str, Any]]:
     rows = []
     for name in ("eager", *BACKENDS):
         provider = PROVIDERS[name]
-        if provider.why_not(case) is not None:
+        if provider.unavailable_reason(case) is not None:
             continue
         found = gate.judge(provider.make(case), case, student, teacher, expected)
         rows.append(

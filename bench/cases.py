@@ -10,8 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
 from torch import Tensor
+
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
 
 MODES = ("forward", "forward+backward")
 DTYPES = ("float64", "float32", "bfloat16", "float16")

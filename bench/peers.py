@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from srpkd.kernels import Relation
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from srpkd.kernels import Relation
 
 # Elements of one strip's matrix: on a CPU it fits in the cache, on a GPU it fills the device.
 STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}

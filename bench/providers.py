@@ -12,11 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from srpkd.kernels import BACKENDS, why_not
-from srpkd.kernels.dispatch import backend_module
 from torch import Tensor
 
 from srpkd import relation_loss
+from srpkd.kernels import BACKENDS, unavailable_reason
+from srpkd.kernels.dispatch import backend_module
 
 from . import peers
 from .cases import Case, features
@@ -33,13 +33,13 @@ class Provider(NamedTuple):
 
     Attributes:
         make: case -> (student, teacher) -> scalar loss.
-        why_not: case -> why it cannot run there, None where it can.
+        unavailable_reason: case -> why it cannot run there, None where it can.
         compiles: whether its first call compiles, for seconds, and for this shape alone.
         matrices: case -> how many N x N arrays of the features' dtype it holds at once at the least, as measured.
     """
 
     make: Callable[[Case], Loss]
-    why_not: Callable[[Case], str | None] = lambda case: None
+    unavailable_reason: Callable[[Case], str | None] = lambda case: None
     compiles: bool = False
     matrices: Callable[[Case], int] = lambda case: 0
 
@@ -50,7 +50,7 @@ class Provider(NamedTuple):
 
 def _backend(name: str) -> Provider:
     def reason(case: Case) -> str | None:
-        if (missing := why_not(name, torch.device(case.device))) is not None:
+        if (missing := unavailable_reason(name, torch.device(case.device))) is not None:
             return missing
         module = backend_module(name)
         if case.distance not in getattr(module, "DISTANCES", (case.distance,)):

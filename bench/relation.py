@@ -120,7 +120,7 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
 def attempt(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor, expected: gate.Result) -> Trial:
     """Run a provider for the first time, if it can run, and put what it gives through the gate."""
     provider = PROVIDERS[name]
-    if (reason := provider.why_not(case)) is not None:
+    if (reason := provider.unavailable_reason(case)) is not None:
         return Trial("skipped", reason)
     needed, free = provider.bytes_needed(case), machine.free_bytes(case.device)
     if needed > free:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srpkd.checkpoint import atomic_write
+from srpkd.files import atomic_write
 
 FOLDER = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]

@@ -36,7 +36,7 @@ def main(names: list[str]) -> None:
             print(f"{name}: there is no such backend")
             continue
         for case in cases:
-            if (reason := PROVIDERS[name].why_not(case)) is not None:
+            if (reason := PROVIDERS[name].unavailable_reason(case)) is not None:
                 print(f"{name}: {case.describe()}: skipped: {reason}")
                 continue
             with settings(case):

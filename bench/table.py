@@ -10,11 +10,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from srpkd.report import between_markers, format_table, put_between_markers
+from srpkd.reporting.table import format_table
 
 from . import relation, results, train
 from .cases import Case
 from .providers import PROVIDERS
+from .readme import between_markers, put_between_markers
 from .results import Row, number
 
 NAME = "bench table"  # of the README's markers
@@ -37,7 +38,7 @@ COLUMNS = [
     {"key": "percent", "label": "% of floor", "format": ".1f"},
 ]
 TRAIN_COLUMNS = [
-    {"key": "arm", "label": "a training step"},
+    {"key": "variant", "label": "a training step"},
     {"key": "median_s", "label": "s", "format": ".2f"},
     {"key": "steps_per_s", "label": "steps/s", "format": ".3f"},
     {"key": "srp_percent_of_step", "label": "of it the relation loss, %", "format": ".1f"},
@@ -87,7 +88,7 @@ def train_table(rows: Sequence[Row]) -> str:
             f"torch {first['torch']}; commit {commits}:"
         )
         numbers = [column["key"] for column in TRAIN_COLUMNS[1:]]
-        lines = [{"arm": row["arm"]} | {name: number(row, name) for name in numbers} for row in own]
+        lines = [{"variant": row["variant"]} | {name: number(row, name) for name in numbers} for row in own]
         parts.append(format_table({"columns": TRAIN_COLUMNS, "rows": lines}, markdown=True))
     return "\n\n".join(parts)
 

@@ -22,7 +22,7 @@ CASES = cases.sweep("quick", DEVICE, {"mode": cases.MODES, "threads": (torch.get
 def test_relation(benchmark, case: Case, name: str) -> None:
     benchmark.group = case.describe()
     provider = PROVIDERS[name]
-    if (reason := provider.why_not(case)) is not None:
+    if (reason := provider.unavailable_reason(case)) is not None:
         pytest.skip(reason)
     if provider.bytes_needed(case) > machine.free_bytes(case.device):
         pytest.skip(f"needs at least {provider.bytes_needed(case) / 1e9:.1f} GB")

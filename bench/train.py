@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from srpkd.kernels import Relation, automatic
 
-from srpkd.config import TrainConfig
-from srpkd.train import make_objective
+from srpkd.kernels import Relation, auto_backend
+from srpkd.training.loop import make_objective
+from srpkd.training.options import TrainConfig
 
 from . import cases, machine, measure, results
 
@@ -34,7 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {  # what makes a step faster, perhaps
     "fp16": {"precision": "fp16"},
     "compile": {"compile": True},
 }
-KEY = ("arm", "model", "student", "teacher", "size", "batch", "device", "threads")
+KEY = ("variant", "model", "student", "teacher", "size", "batch", "device", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> None:
     """Measure, write the rows and print them."""
     device = cases.device_of(options)
     student = TrainConfig(
-        dataroot=":world:",  # never opened: the images are random
-        world_size=options.size,
+        dataroot=":synthetic:",  # never opened: the images are random
+        synthetic_size=options.size,
         model=options.model,
         netG=options.netG,
         ngf=options.ngf,
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
     for row in rows:
         share, faster = row.get("srp_percent_of_step"), row.get("times_faster_than_auto")
         print(
-            f"{row['arm']:<22} {row['median_s']:8.4f} s/step ({row['p20_s']:.4f} to {row['p80_s']:.4f}, "
+            f"{row['variant']:<22} {row['median_s']:8.4f} s/step ({row['p20_s']:.4f} to {row['p80_s']:.4f}, "
             f"{row['rounds']} rounds), {row['steps_per_s']:.3f} steps/s"
             + ("" if share is None else f", of it the relation loss {share:.1f} %")
             + ("" if faster is None else f", {faster:.2f} times as fast")
@@ -100,20 +100,20 @@ def distillation_rows(
     student: TrainConfig, teacher: TrainConfig, budget: float, ways: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """A row for every way to compute the relation loss, the first without it; then for the ways to be faster."""
-    auto = f"auto: {automatic(torch.device(student.device), Relation(student.normalize, student.distance))}"
+    auto = f"auto: {auto_backend(torch.device(student.device), Relation(student.normalize, student.distance))}"
     default = {"normalize": TrainConfig.normalize, "distance": TrainConfig.distance}
     auto_default = f"auto, the trainer's {' '.join(default.values())}"  # by which backend, hangs on the size of the map
-    arms = {
+    variants = {
         "without relation loss": replace(student, lambda_srp=0.0),
         "reference": replace(student, backend="reference"),
         auto: replace(student, backend="auto"),
         auto_default: replace(student, backend="auto", **default),
     }
-    arms |= {f"{auto}, {way}": replace(student, backend="auto", **WAYS[way]) for way in ways}
+    variants |= {f"{auto}, {way}": replace(student, backend="auto", **WAYS[way]) for way in ways}
     teachers = make_objective(teacher, 1, {}).generators
     for network in teachers.values():
         network.eval().requires_grad_(False)
-    samples = timed_steps({name: step_of(config, teachers) for name, config in arms.items()}, student, budget)
+    samples = timed_steps({name: step_of(config, teachers) for name, config in variants.items()}, student, budget)
     without = samples["without relation loss"]
     rows = []
     for name, seconds in samples.items():
@@ -136,7 +136,7 @@ def step_of(config: TrainConfig, teachers: dict[str, torch.nn.Module]) -> Callab
     """A training step on images that stay the same, their shape being all that matters to time."""
     objective = make_objective(config, 0, teachers)
     generator = torch.Generator().manual_seed(0)
-    shape = config.batch_size, 3, config.world_size, config.world_size
+    shape = config.batch_size, 3, config.synthetic_size, config.synthetic_size
     images = {
         side: torch.rand(shape, generator=generator).mul(2).sub(1).to(config.device, memory_format=config.memory_format)
         for side in "AB"
@@ -154,4 +154,4 @@ def timed_steps(steps: dict[str, Callable[[], object]], config: TrainConfig, bud
 
 def as_row(name: str, samples: list[float]) -> dict[str, Any]:
     times = measure.quantiles(samples)
-    return {"arm": name, "rounds": len(samples), **times, "steps_per_s": 1 / times["median_s"]}
+    return {"variant": name, "rounds": len(samples), **times, "steps_per_s": 1 / times["median_s"]}

@@ -1,11 +1,11 @@
-"""The engine: relation losses of raw features (B, N, C), one file per way to compute them.
+"""The engine: relation losses of raw features (B, N, C), one file per backend.
 
-Arrows point one way: op -> dispatch -> backends -> algebra; distributed.py, for relations across processes, is beside
-op. Nothing here knows of images or GANs.
+Imports point one way: op -> dispatch -> backends -> formulas; distributed.py, for relations across processes, is beside
+op. Nothing here depends on images or GANs.
 """
 
-from .algebra import DISTANCES, NORMALIZATIONS, Relation, Scales, Tiles
-from .dispatch import BACKENDS, BackendUnavailable, automatic, requested, why_not
+from .dispatch import BACKENDS, BackendUnavailable, auto_backend, requested_backend, unavailable_reason
+from .formulas import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
 from .op import relation_loss_op
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "BackendUnavailable",
     "Relation",
     "Scales",
-    "Tiles",
-    "automatic",
+    "TileSums",
+    "auto_backend",
     "relation_loss_op",
-    "requested",
-    "why_not",
+    "requested_backend",
+    "unavailable_reason",
 ]

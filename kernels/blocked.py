@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, Scales, Tiles, accumulator, penalty, penalty_slope
+from .formulas import Relation, Scales, TileSums, accumulator, distance_grad, distance_value
 
 # How many elements of one strip's matrices are held at a time: on a CPU they should stay in the cache,
 # on a GPU one launch should fill the device.
@@ -21,7 +21,7 @@ def block_rows(batch: int, pixels: int, device: torch.device) -> int:
     return max(16, min(pixels, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * pixels)))
 
 
-def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> Tiles:
+def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N). See ``Tiles``."""
     batch, pixels, _ = student.shape
     dtype = accumulator(student.dtype)
@@ -43,17 +43,17 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         difference = relations - relations_t
         if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact; NaN stays
             difference.diagonal(dim1=1, dim2=2).mul_(0)
-        value = penalty(difference, relation)
+        value = distance_value(difference, relation)
         if relation.symmetric:
             loss += value[..., :own].sum((1, 2)) + 2 * value[..., own:].sum((1, 2))
         else:
             mirrored_relations = gram_s.mul_(scales.student[:, None, strip])
             mirrored = mirrored_relations - gram_t.mul_(scales.teacher[:, None, strip])
-            loss += value.sum((1, 2)) + penalty(mirrored[..., own:], relation).sum((1, 2))
+            loss += value.sum((1, 2)) + distance_value(mirrored[..., own:], relation).sum((1, 2))
         if not need_grad:
             continue
 
-        slope = penalty_slope(difference, relation)
+        slope = distance_grad(difference, relation)
         if relation.symmetric:
             K = 2 * slope
             if h is not None:
@@ -63,14 +63,14 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
                 K *= scales.student[:, block, None]
                 K *= scales.student[:, None, strip]
         else:
-            mirrored_slope = penalty_slope(mirrored, relation)
+            mirrored_slope = distance_grad(mirrored, relation)
             h[:, block] += relations.mul_(slope).sum(2)
             h[:, rest] += mirrored_relations.mul_(mirrored_slope)[..., own:].sum(1)
             K = slope.mul_(scales.student[:, block, None])
             K.addcmul_(mirrored_slope, scales.student[:, None, strip])
         U[:, block] += K @ student[:, strip]
         U[:, rest] += K[..., own:].mT @ student[:, block]
-    return Tiles(loss.to(dtype), U, h)
+    return TileSums(loss.to(dtype), U, h)
 
 
 def scaled(gram: Tensor, alpha_rows: Tensor, alpha_columns: Tensor, relation: Relation) -> Tensor:
@@ -79,6 +79,6 @@ def scaled(gram: Tensor, alpha_rows: Tensor, alpha_columns: Tensor, relation: Re
     return relations if relation.normalize == "row" else relations.mul_(alpha_columns.unsqueeze(-2))
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """None: it runs everywhere."""
     return None

@@ -49,7 +49,7 @@ def setting() -> str:
     return value
 
 
-def why_stale(library: Path) -> str | None:
+def stale_reason(library: Path) -> str | None:
     """Why a binary is of no use here, read without loading it: it would fail on a symbol, or worse, not fail.
 
     None where it was built for this torch, and from these sources.
@@ -92,7 +92,7 @@ def cuda_home() -> Path | None:
     return None
 
 
-def why_no_cuda() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Why the GPU part is left out, or None where it can be built."""
     import torch
 
@@ -153,7 +153,7 @@ def flags(cuda: bool) -> list[str]:
 # --- building on first use ------------------------------------------------------------------------------------------
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the extension cannot be built here, or None."""
     compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
     if setting() == "0":
@@ -173,7 +173,7 @@ def cached_library() -> Path:
     """Where the extension lies once it was built on first use: a place for every torch, source and set of flags."""
     import torch
 
-    cuda = why_no_cuda() is None
+    cuda = cuda_unavailable_reason() is None
     digest = hashlib.sha256(repr((sys.version, torch.__version__, flags(cuda), NVCC_FLAGS)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
@@ -217,7 +217,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _build_into(folder: str) -> None:
     """Compile, link and load: what ``build`` runs in a process of its own."""
-    cuda = why_no_cuda() is None
+    cuda = cuda_unavailable_reason() is None
     os.environ.update(environment(cuda))
     from torch.utils import cpp_extension
 

@@ -11,23 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, Scales, Tiles, Total, itself
+from .formulas import Relation, Scales, TileSums, Total, identity
 
 DISTANCES = ("l2",)
 SCALE_DTYPE = torch.float64
 
 
-def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> Tiles:
+def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive for ``distance="l2"``: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N).
 
     All in float64. See ``Tiles``.
     """
-    return tiles_over(itself, student, teacher, scales, relation, need_grad)
+    return tiles_over(identity, student, teacher, scales, relation, need_grad)
 
 
 def tiles_over(
     total: Total, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
-) -> Tiles:
+) -> TileSums:
     """``relation_tiles`` of these pixels' rows with columns that ``total`` sums over; the loss is that of all rows."""
     student, teacher = student.double(), teacher.double()
     ones = student.new_ones(student.shape[:2])
@@ -55,7 +55,7 @@ def tiles_over(
         loss = loss - total(excess.square().sum(1))
     loss = loss.clamp_min(0)  # a sum of squares, but for rounding
     if not need_grad:
-        return Tiles(loss, None, None)
+        return TileSums(loss, None, None)
 
     if relation.symmetric:
         U = 4 * forward
@@ -64,12 +64,12 @@ def tiles_over(
         by_row_st = teacher @ total(_moment(teacher, student, row_st))
         U = 2 * (forward + by_row_s - by_row_st)
     if relation.normalize == "none":
-        return Tiles(loss, U, None)
+        return TileSums(loss, U, None)
     h = 2 * (energy_s - energy_st)
     if excess is not None:
         h = 2 * (h - 2 * excess * diagonal_s)
         U = U - (4 * excess * row_s).unsqueeze(-1) * student
-    return Tiles(loss, U, h)
+    return TileSums(loss, U, h)
 
 
 def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
@@ -77,6 +77,6 @@ def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
     return left.mT @ (weight.unsqueeze(-1) * right)
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why it cannot run there, or None. Metal has no float64."""
     return "it computes in float64, which this device lacks" if device.type == "mps" else None

@@ -3,7 +3,7 @@
 A backend is a module of this package with
 
     relation_tiles(student, teacher, scales, relation, need_grad) -> Tiles     the one primitive
-    why_not(device) -> str | None       why it cannot run there and what to do; None where it can
+    unavailable_reason(device) -> str | None       why it cannot run there and what to do; None where it can
     SCALE_DTYPE                         optional: the least dtype that its scales are computed in
     DISTANCES, DTYPES                   optional: the distances, the dtypes that it can do, all by default
     value_and_gradient(student, teacher, relation, need_grad)
@@ -22,8 +22,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import algebra
-from .algebra import Relation
+from . import formulas
+from .formulas import Relation
 
 BACKENDS = {
     "reference": "the definition, materialised: N x N arrays, autograd's own gradient",
@@ -43,12 +43,12 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __package__)
 
 
-def why_not(name: str, device: torch.device) -> str | None:
+def unavailable_reason(name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run on ``device``, or None where it can."""
-    return backend_module(name).why_not(device)
+    return backend_module(name).unavailable_reason(device)
 
 
-def requested(backend: str) -> str:
+def requested_backend(backend: str) -> str:
     """The backend that the caller wants: the argument; if that is "auto", SRPKD_BACKEND; else "auto".
 
     Raises:
@@ -77,7 +77,7 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 CLOSED_FORM_FROM = {"row": 7, "cosine": 4, "none": 4}
 
 
-def automatic(
+def auto_backend(
     device: torch.device,
     relation: Relation,
     dtype: torch.dtype = torch.float32,
@@ -91,14 +91,14 @@ def automatic(
         channels: C_s, C_t.
     """
     pays = device.type != "cpu" or pixels >= CLOSED_FORM_FROM[relation.normalize] * sum(channels)
-    if relation.distance == "l2" and pays and why_not("closed_form", device) is None:
+    if relation.distance == "l2" and pays and unavailable_reason("closed_form", device) is None:
         return "closed_form"
-    if device.type == "cpu" and backend_module("native").ready(device):
+    if device.type == "cpu" and backend_module("native").is_built(device):
         return "native"
     if device.type == "cuda" and dtype != torch.float64:  # which has no kernels for the GPU
-        if why_not("triton", device) is None:
+        if unavailable_reason("triton", device) is None:
             return "triton"
-        if backend_module("native").ready(device):
+        if backend_module("native").is_built(device):
             return "native"
     return "blocked"
 
@@ -119,11 +119,11 @@ def value_and_gradient(
     """
     if backend == "auto":
         _, pixels, channels = student.shape
-        backend = automatic(student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
+        backend = auto_backend(student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
     module = backend_module(backend)
-    if (reason := module.why_not(student.device)) is not None:
+    if (reason := module.unavailable_reason(student.device)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run on {student.device}: {reason}")
-    if relation.distance not in getattr(module, "DISTANCES", algebra.DISTANCES):
+    if relation.distance not in getattr(module, "DISTANCES", formulas.DISTANCES):
         raise ValueError(
             f"backend={backend!r} computes distance in {module.DISTANCES} only, not {relation.distance!r}; "
             "use backend='auto'"
@@ -135,9 +135,9 @@ def value_and_gradient(
         )
     if hasattr(module, "value_and_gradient"):
         return module.value_and_gradient(student, teacher, relation, need_grad)
-    accumulator = algebra.accumulator(student.dtype)
+    accumulator = formulas.accumulator(student.dtype)
     scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
-    scales = algebra.scales_of(student, teacher, relation, scale_dtype)
+    scales = formulas.scales_of(student, teacher, relation, scale_dtype)
     tiles = module.relation_tiles(student, teacher, scales, relation, need_grad)
     loss = (tiles.loss / student.shape[1] ** 2).to(accumulator)
-    return loss, algebra.gradient_of(student, tiles, scales, relation) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation) if need_grad else None

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import algebra, closed_form
-from .algebra import Relation, Scales, Tiles, penalty, penalty_slope
+from . import closed_form, formulas
 from .blocked import block_rows, scaled
+from .formulas import Relation, Scales, TileSums, distance_grad, distance_value
 from .op import relation_loss_backward_op
 
 # What each distance is computed like, by the backends' names; "auto" is that, too.
@@ -77,15 +77,15 @@ def value_and_gradient(
     """The loss (1,), and its gradient (1, N_r, C_s) with respect to this rank's features if asked for."""
     shares = pixels_of_ranks(student, teacher, group)
     pixels, total = sum(shares), partial(sum_over_ranks, group=group)
-    dtype = algebra.accumulator(student.dtype)
+    dtype = formulas.accumulator(student.dtype)
     if relation.distance == "l2":
-        scales = algebra.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
+        scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
         tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
     else:
-        scales = algebra.scales_of(student, teacher, relation, dtype, total, pixels)
+        scales = formulas.scales_of(student, teacher, relation, dtype, total, pixels)
         tiles = ring_tiles(Share(student, teacher, *scales[:2]), scales, relation, need_grad, shares, group)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, algebra.gradient_of(student, tiles, scales, relation, total, pixels) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels) if need_grad else None
 
 
 def pixels_of_ranks(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None) -> list[int]:
@@ -110,16 +110,16 @@ def sum_over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def ring_tiles(
     own: Share, scales: Scales, relation: Relation, need_grad: bool, shares: list[int], group: dist.ProcessGroup | None
-) -> Tiles:
+) -> TileSums:
     """``Tiles`` of this rank's rows and every rank's columns; the loss is that of all rows."""
-    dtype = algebra.accumulator(own.student.dtype)
+    dtype = formulas.accumulator(own.student.dtype)
     loss = own.student.new_zeros(1, dtype=torch.float64 if own.student.device.type != "mps" else dtype)
     U = torch.zeros_like(own.student, dtype=dtype) if need_grad else None
     h = own.student.new_zeros(own.student.shape[:2], dtype=dtype) if need_grad and scales.student is not None else None
-    tiles = Tiles(loss, U, h)
+    tiles = TileSums(loss, U, h)
     for columns in around_the_ring(own, shares, group):
         add_columns(tiles, own, columns, relation)
-    return Tiles(sum_over_ranks(loss, group), U, h)
+    return TileSums(sum_over_ranks(loss, group), U, h)
 
 
 def around_the_ring(own: Share, shares: list[int], group: dist.ProcessGroup | None) -> Iterator[Share]:
@@ -147,9 +147,9 @@ def around_the_ring(own: Share, shares: list[int], group: dist.ProcessGroup | No
         share = Share(*(None if x is None else next(arrived) for x in share))
 
 
-def add_columns(tiles: Tiles, rows: Share, columns: Share, relation: Relation) -> None:
+def add_columns(tiles: TileSums, rows: Share, columns: Share, relation: Relation) -> None:
     """Add the columns' part to the rows' loss (1,), U (1, N_r, C_s) and h (1, N_r), a strip of rows at a time."""
-    dtype = algebra.accumulator(rows.student.dtype)
+    dtype = formulas.accumulator(rows.student.dtype)
     student, teacher = columns.student.to(dtype), columns.teacher.to(dtype)
     count = rows.student.shape[1]
     strip = block_rows(1, max(count, student.shape[1]), student.device)
@@ -165,10 +165,10 @@ def add_columns(tiles: Tiles, rows: Share, columns: Share, relation: Relation) -
             difference = relations - scaled(gram_t, alpha_t, columns.alpha_t, relation)
         if relation.normalize == "cosine" and columns is rows:
             difference.diagonal(start, 1, 2).mul_(0)  # a pixel's relation to itself: a tie, kept exact; NaN stays
-        tiles.loss.add_(penalty(difference, relation).sum())
+        tiles.loss.add_(distance_value(difference, relation).sum())
         if tiles.U is None:
             continue
-        slope = penalty_slope(difference, relation)
+        slope = distance_grad(difference, relation)
         if tiles.h is not None:
             weight = 1 if relation.normalize == "row" else 2  # for cosine P_ji A_ji counts too, and is P_ij A_ij
             tiles.h[:, block].add_((relations * slope).sum(2), alpha=weight)
@@ -178,5 +178,5 @@ def add_columns(tiles: Tiles, rows: Share, columns: Share, relation: Relation) -
             K = scaled(2 * slope, alpha_s, columns.alpha_s, relation)
         else:
             mirrored = gram_s * columns.alpha_s.unsqueeze(1) - gram_t * columns.alpha_t.unsqueeze(1)
-            K = slope * alpha_s.unsqueeze(2) + penalty_slope(mirrored, relation) * columns.alpha_s.unsqueeze(1)
+            K = slope * alpha_s.unsqueeze(2) + distance_grad(mirrored, relation) * columns.alpha_s.unsqueeze(1)
         tiles.U[:, block] += K @ student

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from . import build
-from . import device as nvidia
-from .algebra import Relation, Scales, Tiles
+from . import cuda_device as nvidia
+from .formulas import Relation, Scales, TileSums
 
 # Pixels in a block, rounded up to a multiple of 16; 0: what suits the cache and the number of threads. Results are
 # the same to the bit for the same size of block.
 TILE = 0
 
 
-def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> Tiles:
+def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,) in float64, U (B, N, C_s), h (B, N). See ``Tiles``."""
     extension()
     loss, U, h = torch.ops.srpkd.relation_tiles(
@@ -38,7 +38,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         need_grad,
         TILE,
     )
-    return Tiles(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
+    return TileSums(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
 
 
 def extension() -> ModuleType:
@@ -49,7 +49,7 @@ def extension() -> ModuleType:
     """
     module, reason = _existing()
     if module is None:
-        if reason := reason or build.why_not():
+        if reason := reason or build.unavailable_reason():
             raise RuntimeError(f"the native backend is not available: {reason}")
         build.build()
         _existing.cache_clear()
@@ -69,7 +69,7 @@ def _existing() -> tuple[ModuleType | None, str | None]:
         if not library.exists():
             return None, None
         spec = importlib.util.spec_from_file_location(name, library)
-    if reason := build.why_stale(Path(spec.origin)):
+    if reason := build.stale_reason(Path(spec.origin)):
         return None, f"{reason}: install srpkd again, with --no-build-isolation"
     try:
         module = importlib.util.module_from_spec(spec)
@@ -79,22 +79,22 @@ def _existing() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-def ready(device: torch.device) -> bool:
+def is_built(device: torch.device) -> bool:
     """Whether it can run there without building anything: what ``auto`` asks."""
-    return _existing()[0] is not None and why_not(device) is None
+    return _existing()[0] is not None and unavailable_reason(device) is None
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why it cannot run there, or None where it can, if need be after building it."""
     module, reason = _existing()
-    if module is None and (reason := reason or build.why_not()):
+    if module is None and (reason := reason or build.unavailable_reason()):
         return reason
     if device.type == "cpu":
         return None
-    if reason := nvidia.why_not(device):
+    if reason := nvidia.unavailable_reason(device):
         return reason
     if module is None:
-        return build.why_no_cuda()
+        return build.cuda_unavailable_reason()
     return None if module.cuda_architectures else "it was built without its CUDA part"
 
 
@@ -102,7 +102,7 @@ def status() -> str:
     """One line on the extension, for ``srpkd.info``."""
     module, reason = _existing()
     if module is None:
-        reason = reason or build.why_not()
+        reason = reason or build.unavailable_reason()
         return f"not available: {reason}" if reason else 'not built: the first use of backend="native" builds it'
     capability = module.cpu_capability()
     return (

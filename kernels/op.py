@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, accumulator, gradient_dtype
 from .dispatch import value_and_gradient
+from .formulas import Relation, accumulator, gradient_dtype
 
 
 @torch.library.custom_op("srpkd::relation_loss", mutates_args=())

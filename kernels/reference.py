@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .algebra import Relation, accumulator, penalty
+from .formulas import Relation, accumulator, distance_value
 
 
 def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
@@ -36,9 +36,9 @@ def relation_loss(student: Tensor, teacher: Tensor, relation: Relation) -> Tenso
         if relation.normalize == "cosine":
             # a pixel's relation to itself is 1 whatever the features: a tie, kept exact
             difference = difference * ~torch.eye(difference.shape[-1], dtype=torch.bool, device=difference.device)
-        return penalty(difference, relation).mean((-2, -1))
+        return distance_value(difference, relation).mean((-2, -1))
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """None: it runs everywhere."""
     return None

@@ -1,4 +1,4 @@
-"""The command ``srpkd``: ``srpkd VERB ...`` is ``python -m srpkd.VERB ...``."""
+"""The command ``srpkd``: ``srpkd COMMAND ...`` is ``python -m srpkd.COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-VERBS = {
+COMMANDS = {
     "train": "train a generator, or distil a small one from a large one; alone, a demo on generated images",
     "evaluate": "score generated images: FID, KID, PSNR, SSIM, mIoU, FCN scores",
     "translate": "put every image of a folder through a generator",
@@ -16,9 +16,9 @@ VERBS = {
     "study": "whether the relation loss helps on generated images, and with which weights",
     "info": "what is available on this machine, and why the rest is not",
 }
-HELP = f"""usage: srpkd VERB [OPTION ...]
+HELP = f"""usage: srpkd COMMAND [OPTION ...]
 
-{chr(10).join(f"  {verb:<10} {text}" for verb, text in VERBS.items())}
+{chr(10).join(f"  {command:<10} {text}" for command, text in COMMANDS.items())}
 
 From a large generator to a small one in a file that runs elsewhere:
 
@@ -28,31 +28,31 @@ From a large generator to a small one in a file that runs elsewhere:
   srpkd evaluate zebras datasets/horse2zebra/testB
   srpkd export runs/h2z/latest_net_G_A.pth
 
-srpkd VERB --help lists a verb's options."""
+srpkd COMMAND --help lists a command's options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Ends the process with status 2 for a verb that there is not."""
-    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
-    if verb in ("-h", "--help", "help"):
+    """The command line. Ends the process with status 2 for a command that there is not."""
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command in ("-h", "--help", "help"):
         print(HELP)
         return
-    if verb == "--version":
+    if command == "--version":
         print(import_module("srpkd").__version__)
         return
-    if verb not in VERBS:
-        nearest = difflib.get_close_matches(verb, VERBS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(VERBS)}"
-        print(f"error: there is no verb {verb!r}; {hint}\nsrpkd --help says what each does", file=sys.stderr)
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(COMMANDS)}"
+        print(f"error: there is no command {command!r}; {hint}\nsrpkd --help says what each does", file=sys.stderr)
         sys.exit(2)
     try:
-        module = import_module(f"srpkd.{verb}")
+        module = import_module(f"srpkd.{command}")
     except ModuleNotFoundError as error:
-        sys.exit(f"error: srpkd {verb} needs {error.name}: pip install 'srpkd[train]'")
-    if verb != "info":
+        sys.exit(f"error: srpkd {command} needs {error.name}: pip install 'srpkd[train]'")
+    if command != "info":
         module.main(rest)
     elif rest in (["-h"], ["--help"]):
-        print(f"usage: srpkd info\n\n{VERBS['info']}")
+        print(f"usage: srpkd info\n\n{COMMANDS['info']}")
     elif rest:
         sys.exit(f"error: srpkd info takes no options; received {' '.join(rest)}")
     else:

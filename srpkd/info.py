@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .kernels import BACKENDS, Relation, automatic, native, requested, why_not
+from .kernels import BACKENDS, Relation, auto_backend, native, requested_backend, unavailable_reason
 
 
 def _version(package: str) -> str:
@@ -33,13 +33,13 @@ def describe() -> str:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         lines.append(f"\n{device} ({name})")
         for backend, summary in BACKENDS.items():
-            reason = why_not(backend, device)
+            reason = unavailable_reason(backend, device)
             lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
         for distance in ("l1", "l2"):
-            large, small = (automatic(device, Relation(distance=distance), pixels=pixels) for pixels in (64**2, 1))
+            large, small = (auto_backend(device, Relation(distance=distance), pixels=pixels) for pixels in (64**2, 1))
             lines.append(f"  auto, {distance}     {large}" + (f", {small} for small maps" if small != large else ""))
     try:
-        setting = f"= {requested('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
+        setting = f"= {requested_backend('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
     except ValueError as error:
         setting = f"is wrong: {error}"
     lines.append(f"\nSRPKD_BACKEND {setting}")

@@ -75,7 +75,7 @@ def relation_loss(
     if scope != "image":
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
-    backend = dispatch.requested(backend)
+    backend = dispatch.requested_backend(backend)
     if scope == "global" and _ranks(group) > 1:
         from .kernels import distributed  # here, as it takes a second to import torch's compiler
 
@@ -114,7 +114,7 @@ class SRPLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(normalize, distance, delta, reduction, layout, eps, scope)
-        dispatch.requested(backend)
+        dispatch.requested_backend(backend)
         self.options = {
             "normalize": normalize,
             "distance": distance,

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from srpkd.kernels import why_not
+
+from srpkd.kernels import unavailable_reason
 
 pytest.register_assert_rewrite("helpers")
 
@@ -64,6 +65,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.param)
     if "backend" in request.fixturenames:
         backend = request.getfixturevalue("backend")
-        if (reason := why_not(backend, device)) is not None:
+        if (reason := unavailable_reason(backend, device)) is not None:
             pytest.skip(f"{backend} on {device.type}: {reason}")
     return device

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from srpkd import objectives, record, results, state, train
+from srpkd import train
+from srpkd.training import objectives, resume, run_dir, summary
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -51,9 +52,9 @@ whole = torch.save
 WAYS = {
     # before a training step; in an evaluation; in a write of a state or of weights; before a state takes its name
     "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
-    "evaluate": lambda n: setattr(results, "evaluate", at(n, results.evaluate)),
+    "evaluate": lambda n: setattr(summary, "evaluate", at(n, summary.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
-    "rename": lambda n: setattr(state, "os", type("", (), {"replace": at(n, os.replace)})),
+    "rename": lambda n: setattr(resume, "os", type("", (), {"replace": at(n, os.replace)})),
 }
 
 
@@ -79,7 +80,7 @@ def serving() -> Iterator[Callable[..., int]]:
 
 def main() -> None:
     # a page takes longer than the training
-    record.write_report = lambda folder: folder / "index.html"
+    run_dir.write_report = lambda folder: folder / "index.html"
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as free:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS, Relation, dispatch
-from srpkd.kernels.algebra import accumulator
-from srpkd.kernels.reference import relation_matrix
 from torch import Tensor
 
 from srpkd import relation_loss
+from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS, Relation, dispatch
+from srpkd.kernels.formulas import accumulator
+from srpkd.kernels.reference import relation_matrix
 
+ROOT = Path(__file__).resolve().parents[1]
 FAST = [name for name in BACKENDS if name != "reference"]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # about the median of abs(D) in features(), so that Huber's distance has pairs on both sides of it

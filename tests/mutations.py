@@ -44,14 +44,18 @@ class Backend:
     compiled: bool = False
 
 
-ALGEBRA, BLOCKED, CLOSED_FORM = "kernels/algebra.py", "kernels/blocked.py", "kernels/closed_form.py"
-DISTRIBUTED, TRITON, TRITON_ALGEBRA = "kernels/distributed.py", "kernels/triton.py", "kernels/triton_algebra.py"
+ALGEBRA, BLOCKED, CLOSED_FORM = "kernels/formulas.py", "kernels/blocked.py", "kernels/closed_form.py"
+DISTRIBUTED, TRITON, TRITON_ALGEBRA = (
+    "kernels/distributed.py",
+    "kernels/triton/tiles.py",
+    "kernels/triton/scales_and_gradient.py",
+)
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
 CUDA_TILES, CUDA_CONFIG = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/config.h"
 
 BACKENDS = {
     "blocked": Backend(
-        "tests/test_backends.py -k blocked",
+        "tests/kernels/test_backends.py -k blocked",
         [
             Fault(
                 "sign(0) is not 0",
@@ -106,7 +110,7 @@ BACKENDS = {
         ],
     ),
     "closed_form": Backend(
-        "tests/test_backends.py tests/test_relation_loss.py -k closed_form",
+        "tests/kernels/test_backends.py tests/test_loss.py -k closed_form",
         [
             Fault("excess of the diagonal counts", CLOSED_FORM, "loss = loss - total(excess.square().sum(1))", "pass"),
             Fault("h keeps the diagonal", CLOSED_FORM, "h = 2 * (h - 2 * excess * diagonal_s)", "h = 2 * h"),
@@ -138,7 +142,7 @@ BACKENDS = {
         ],
     ),
     "native": Backend(
-        "tests/test_native.py tests/test_backends.py -k native",
+        "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
         [
             Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
             Fault("the tie lies beside the diagonal", EPILOGUE, "if (j == i / LANES) d[", "if (j == i / LANES + 1) d["),
@@ -164,7 +168,7 @@ BACKENDS = {
         compiled=True,
     ),
     "triton": Backend(
-        "tests/triton",
+        "tests/kernels/triton/test_interpreter.py",
         [
             Fault("sign(0) is not 0", TRITON, "return tl.where(difference == 0, 0.0, one)", "return one"),
             Fault(
@@ -204,7 +208,7 @@ BACKENDS = {
         environment={"TRITON_INTERPRET": "1"},
     ),
     "cuda": Backend(
-        "tests/test_cuda_emulation.py",
+        "tests/csrc/test_cuda_emulation.py",
         [
             Fault("sign(0) is not 0", CUDA_TILES, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
             Fault(
@@ -244,7 +248,7 @@ BACKENDS = {
         ],
     ),
     "distributed": Backend(
-        "tests/test_scope.py",
+        "tests/kernels/test_distributed.py",
         [
             Fault(
                 "other ranks' pixels tie too",

@@ -22,8 +22,8 @@ FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=
 EMULATION_FLAGS = "-O0 -fsanitize=address --param=asan-stack=0"
 # the baseline's vectors run in a process of their own; of the emulation, what reads and writes at the edges of memory
 RUNS = (
-    ("tests/test_native.py", "not baseline", FLAGS),
-    ("tests/test_cuda_emulation.py", "any_number or views or resident or mistake",
+    ("tests/kernels/test_native.py", "not baseline", FLAGS),
+    ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistake",
      EMULATION_FLAGS),
 )  # fmt: skip
 

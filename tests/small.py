@@ -2,13 +2,13 @@
 
 SIZE = 16  # pixels a side
 SMALL = {
-    "dataroot": ":world:",
+    "dataroot": ":synthetic:",
     "netG": "resnet_1blocks",
     "norm": "instance",
     "no_dropout": True,
     "netD": "n_layers",
     "n_layers_D": 1,
-    "world_size": SIZE,
+    "synthetic_size": SIZE,
     "batch_size": 2,
     "device": "cpu",
 }

@@ -13,8 +13,8 @@ import pytest
 
 import srpkd
 from srpkd import cli
-from srpkd.checkpoint import save_weights
-from srpkd.networks import define_generator
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.networks import define_generator
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 
@@ -23,12 +23,12 @@ def test_help_names_every_verb_and_how_to_go_on(capsys):
     for arguments in ([], ["--help"], ["-h"], ["help"]):
         cli.main(arguments)
         out = capsys.readouterr().out
-        assert all(re.search(rf"^  {verb} +\w", out, re.MULTILINE) for verb in cli.VERBS)
+        assert all(re.search(rf"^  {verb} +\w", out, re.MULTILINE) for verb in cli.COMMANDS)
         assert "srpkd VERB --help" in out
-    assert cli.VERBS.keys() >= {"train", "evaluate", "translate", "profile", "export", "info"}
+    assert cli.COMMANDS.keys() >= {"train", "evaluate", "translate", "profile", "export", "info"}
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", cli.COMMANDS)
 def test_help_of_a_verb(verb, capsys):
     if verb == "info":
         cli.main([verb, "--help"])

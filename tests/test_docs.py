@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from srpkd import cli
-from srpkd.checkpoint import save_weights
-from srpkd.config import check_keys, parse_arguments, read_config
-from srpkd.data import write_world
-from srpkd.networks import define_generator
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.networks import define_generator
+from srpkd.training.config import parse_arguments, read_config
+from srpkd.training.options import check_keys
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -55,7 +56,7 @@ def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     if "onnxruntime" in page.read_text():
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-        from srpkd.export import to_onnx
+        from srpkd.models.exporters import to_onnx
 
         (tmp_path / "student.onnx").write_bytes(to_onnx(define_generator("resnet_1blocks", ngf=1)))
     names: dict = {"__name__": "docs"}
@@ -69,10 +70,10 @@ def test_commands_have_options_that_exist(page, tmp_path, monkeypatch):
     for block in blocks(page, "yaml"):
         name = re.match(r"# (\S+\.yaml)\n", block)[1]
         (tmp_path / name).write_text(block)
-        for arm, options in read_config(name)["arms"].items():
-            check_keys(options, arm)
+        for variant, options in read_config(name)["variants"].items():
+            check_keys(options, variant)
     for program, verb, *arguments in commands(page):
-        assert program == "srpkd" and verb in cli.VERBS
+        assert program == "srpkd" and verb in cli.COMMANDS
         if verb == "train":
             assert parse_arguments(arguments).name
         elif verb == "info":
@@ -97,7 +98,7 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
     for package in ("onnxscript", "onnxruntime", "torchmetrics"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
-    write_world(tmp_path / "data", 2, 2, size=32, layout="unaligned")
+    write_synthetic(tmp_path / "data", 2, 2, size=32, layout="unaligned")
     for name in ("A", "B"):
         save_weights(define_generator("resnet_2blocks", ngf=4), tmp_path / "teacher" / f"latest_net_G_{name}.pth")
     for _, verb, *arguments in commands(DOCS / "your-own-cyclegan.md"):
@@ -116,6 +117,6 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
 
 def test_the_demos_files_are_where_the_quick_start_says():
     config = parse_arguments([])
-    arms = {f"{name} seed 0".replace(" ", "-") for name in config.arms} | {"teacher"}
+    variants = {f"{name} seed 0".replace(" ", "-") for name in config.variants} | {"teacher"}
     named = {word for line in commands(DOCS / "quickstart.md") for word in line if word.startswith("runs/")}
-    assert named and {Path(word).parent.name for word in named} <= arms
+    assert named and {Path(word).parent.name for word in named} <= variants

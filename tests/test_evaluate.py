@@ -16,23 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from srpkd.checkpoint import CheckpointError, save_weights
-from srpkd.data.world import PALETTE, generate_world
-from srpkd.evaluate import (
-    Images,
-    evaluate_images,
-    fidelity,
-    find_images,
-    label_scores,
-    likeness,
-    load_segmenter,
-    main,
-    pair_up,
-    parser,
-    read_palette,
-    segmentation_scores,
-)
-from srpkd.networks import define_generator
+from srpkd.data.folders import Images
+from srpkd.data.synthetic import PALETTE, generate_scenes
+from srpkd.evaluate import evaluate_images, find_images, main, pair_up, parser
+from srpkd.metrics.fidelity import fidelity
+from srpkd.metrics.pixels import similarity
+from srpkd.metrics.segmentation import label_scores, load_segmenter, read_palette, segmentation_scores
+from srpkd.models.checkpoints import CheckpointError, save_weights
+from srpkd.models.networks import define_generator
 
 fidelity_library = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
@@ -203,13 +194,13 @@ def test_without_the_extra(folders, monkeypatch, package, metric):
 def test_psnr_and_ssim_by_hand():
     a = torch.full((3, 16, 16), 100, dtype=torch.uint8)
     b = torch.full((3, 16, 16), 110, dtype=torch.uint8)
-    found = likeness([(a, b), (a, a + 1)])
+    found = similarity([(a, b), (a, a + 1)])
     assert found["PSNR"] == pytest.approx((20 * np.log10(25.5) + 20 * np.log10(255)) / 2)
     c = (0.01 * 255) ** 2  # flat images: what remains is the term of their means
     ssim = [(2 * 100 * x + c) / (100**2 + x**2 + c) for x in (110, 101)]
     assert found["SSIM"] == pytest.approx(np.mean(ssim), abs=1e-6)
     with pytest.raises(ValueError, match="11 x 11"):
-        likeness([(a[:, :10], a[:, :10])])
+        similarity([(a[:, :10], a[:, :10])])
 
 
 def test_pairs_by_name(folders, tmp_path, capsys):
@@ -282,15 +273,15 @@ def test_a_generator_needs_input_and_a_folder_none(tmp_path, folders):
 
 
 def test_miou_by_palette(tmp_path):
-    world = generate_world(3, 16)
+    world = generate_scenes(3, 16)
     truth = ((world.labels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     blurred = np.clip(truth.astype(int) + np.random.default_rng(0).integers(-30, 31, truth.shape), 0, 255)
     folders = write(tmp_path / "a", blurred.astype(np.uint8)), write(tmp_path / "b", truth)
     perfect = {"mIoU": 100, "pixel accuracy": 100, "class accuracy": 100}
-    assert run(*folders, "--metrics", "miou", "--palette", "world") == perfect
+    assert run(*folders, "--metrics", "miou", "--palette", "synthetic") == perfect
     # scaled, label maps keep their colours
-    assert run(*folders, "--metrics", "miou", "--palette", "world", "--size", 7) == perfect
-    with pytest.raises(SystemExit, match="miou needs --palette: world, cityscapes"):
+    assert run(*folders, "--metrics", "miou", "--palette", "synthetic", "--size", 7) == perfect
+    with pytest.raises(SystemExit, match="miou needs --palette: synthetic, cityscapes"):
         main([*map(str, folders), "--metrics", "miou"])
 
 
@@ -312,12 +303,12 @@ def test_colours_that_are_ignored(tmp_path):
 def test_palettes():
     cityscapes = read_palette("cityscapes")
     assert cityscapes.classes == 19 and len(torch.unique(cityscapes.colours, dim=0)) == 29
-    assert torch.equal(read_palette("world").colours, PALETTE)
+    assert torch.equal(read_palette("synthetic").colours, PALETTE)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "expected world, cityscapes, or a file"), ("", "has no colours"), ("1 2", "'1 2' is not a line"),
+    [(None, "expected synthetic, cityscapes, or a file"), ("", "has no colours"), ("1 2", "'1 2' is not a line"),
      ("1 2 256 x", "numbers of 0 to 255"), ("0 0 0 void", "has no colours")],
 )  # fmt: skip
 def test_palettes_that_are_none(tmp_path, text, message):

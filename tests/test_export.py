@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from srpkd.checkpoint import save_weights
-from srpkd.export import export, main, onnx_runner, parity, pt2_runner, to_onnx
-from srpkd.metrics import psnr
-from srpkd.networks import define_generator
+from srpkd.export import export, main
+from srpkd.metrics.pixels import psnr
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.exporters import onnx_runner, parity, pt2_runner, to_onnx
+from srpkd.models.networks import define_generator
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is not installed")

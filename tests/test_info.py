@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from srpkd.kernels import BACKENDS, dispatch
 
 import srpkd
 from srpkd.info import describe
+from srpkd.kernels import BACKENDS, dispatch
 
 
 def test_names_versions_devices_and_backends() -> None:
@@ -20,14 +20,14 @@ def test_names_versions_devices_and_backends() -> None:
     assert f"torch {torch.__version__}" in text
     assert "\ncpu" in text
     for name, summary in BACKENDS.items():
-        reason = dispatch.why_not(name, torch.device("cpu"))
+        reason = dispatch.unavailable_reason(name, torch.device("cpu"))
         assert (summary if reason is None else reason) in text
         assert name in text
     assert "SRPKD_BACKEND is not set" in text
 
 
 def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.backend_module("closed_form"), "why_not", lambda device: "the moon is full")
+    monkeypatch.setattr(dispatch.backend_module("closed_form"), "unavailable_reason", lambda device: "the moon is full")
     line = next(line for line in describe().splitlines() if "closed_form" in line)
     assert "no: the moon is full" in line
 

@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 
-from srpkd.checkpoint import save_weights
-from srpkd.complexity import count_macs, count_parameters
-from srpkd.networks import define_generator
-from srpkd.profile import main, measure, profile
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.complexity import count_macs, count_parameters
+from srpkd.models.latency import measure_latency, profile_network
+from srpkd.models.networks import define_generator
+from srpkd.profile import main
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_table_and_json(weights, tmp_path, capsys, one_thread):
 
 @pytest.mark.slow
 def test_compiled(one_thread):
-    found = profile(torch.nn.Conv2d(3, 2, 1), (1, 3, 8, 8), modes=["compiled"], repeats=3)["latency"]
+    found = profile_network(torch.nn.Conv2d(3, 2, 1), (1, 3, 8, 8), modes=["compiled"], repeats=3)["latency"]
     assert [entry["dtype"] for entry in found] == ["fp32", "bf16"]
     assert all(entry["p50_ms"] > 0 for entry in found), found
 
@@ -70,22 +71,22 @@ def test_times_are_those_of_the_calls(monkeypatch):
     def call():
         now[0] += next(durations)
 
-    found = measure(call, images=2, repeats=5, seconds=1e9)
+    found = measure_latency(call, images=2, repeats=5, seconds=1e9)
     assert found == {"p50_ms": 3000, "p95_ms": pytest.approx(4800), "images_per_second": 10 / 15, "calls": 5}
 
 
 def test_time_is_limited_and_three_calls_are_made(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    assert measure(lambda: now.__setitem__(0, now[0] + 10), 1, repeats=100, seconds=0)["calls"] == 3
-    assert measure(lambda: now.__setitem__(0, now[0] + 10), 1, repeats=100, seconds=45)["calls"] == 5
+    assert measure_latency(lambda: now.__setitem__(0, now[0] + 10), 1, repeats=100, seconds=0)["calls"] == 3
+    assert measure_latency(lambda: now.__setitem__(0, now[0] + 10), 1, repeats=100, seconds=45)["calls"] == 5
 
 
 def test_nothing_timed_and_the_network_left_alone():
     net = define_generator("unet_16", ngf=2, dropout=True)
-    result = profile(net, (1, 3, 16, 16), modes=[])
+    result = profile_network(net, (1, 3, 16, 16), modes=[])
     assert result["latency"] == [] and net.training
-    found = profile(net, (2, 3, 16, 16), modes=["eager"], repeats=3)
+    found = profile_network(net, (2, 3, 16, 16), modes=["eager"], repeats=3)
     assert net.training and next(net.parameters()).dtype == torch.float32
     assert found["macs"] == result["macs"]  # of one image
     assert [entry["dtype"] for entry in found["latency"]] == ["fp32", "bf16"]
@@ -98,7 +99,9 @@ def test_what_cannot_run_says_why(monkeypatch):
         raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    found = profile(define_generator("resnet_1blocks", ngf=1), (1, 3, 16, 16), modes=["compiled", "onnx"])["latency"]
+    found = profile_network(define_generator("resnet_1blocks", ngf=1), (1, 3, 16, 16), modes=["compiled", "onnx"])[
+        "latency"
+    ]
     assert found[0] == {"mode": "compiled", "dtype": "fp32", "device": "cpu", "why_not": "no C++ compiler"}
     assert "pip install 'srpkd[export]'" in found[2]["why_not"]
 

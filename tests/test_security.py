@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from srpkd.kernels import native
 from wrong_files import Trap, make_files
 
 import srpkd
 from srpkd import cli
-from srpkd.checkpoint import CheckpointError, load_weights
-from srpkd.record import RunRecord, new_folder
-from srpkd.state import NEWEST, load_state, save_state
+from srpkd.kernels import native
+from srpkd.models.checkpoints import CheckpointError, load_weights
+from srpkd.training.resume import NEWEST, load_state, save_state
+from srpkd.training.run_dir import RunDir, new_folder
 
 ROOTS = (Path(srpkd.__file__).parent, Path(native.__file__).parent)
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for root in ROOTS for path in sorted(root.rglob("*.py"))}
@@ -107,10 +107,10 @@ def test_a_state_with_another_byte_is_not_gone_on_from(tmp_path):
 
 
 COMMANDS = {
-    "train": "--dataroot :world: --world_size 16 --world_pairs 4 --world_test_pairs 1 --model pix2pix --device cpu "
+    "train": "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1 --model pix2pix --device cpu "
     "--netG resnet_1blocks --netD pixel --ngf 1 --ndf 1 --norm instance --teacher net.pth --epoch_steps 1 --n_epochs 1 "
     "--n_epochs_decay 0",
-    "evaluate": "pairs/test pairs/test --metrics psnr ssim miou --palette world --json scores.json",
+    "evaluate": "pairs/test pairs/test --metrics psnr ssim miou --palette synthetic --json scores.json",
     "translate": "net.pth pairs translated",
     "export": "net.pth --output net.onnx",
     "profile": "net.pth --size 16 --modes eager --seconds 0",
@@ -134,10 +134,10 @@ def test_no_command_asks_the_network(tmp_path, monkeypatch, verb):
 
 
 def test_names_become_no_markup(tmp_path):
-    """A run's own names, as a run writes them: its folder, its arms, its options, its files."""
+    """A run's own names, as a run writes them: its folder, its variants, its options, its files."""
     evil = "<script>alert(1)</script>"
     folder = new_folder(str(tmp_path), "run <img src=x onerror=alert(1)>")
-    record = RunRecord(folder, f"name: '{evil}'\n", {"title": evil, "task": evil, "command": evil})
+    record = RunDir(folder, f"name: '{evil}'\n", {"title": evil, "task": evil, "command": evil})
     record.report["environment"] = {evil: evil}
     record.report["table"] = {
         "columns": [{"key": "name", "label": evil, "help": evil}, {"key": "loss", "label": evil, "format": ".1f"}],

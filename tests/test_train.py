@@ -18,14 +18,17 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from srpkd import fit, images, results, train
-from srpkd.checkpoint import load_generator, load_weights, save_weights
-from srpkd.complexity import count_macs, count_parameters
-from srpkd.config import TrainConfig, parse_arguments
-from srpkd.data import DataError, write_world
-from srpkd.fit import Stage
-from srpkd.networks import define_discriminator, define_generator
-from srpkd.record import RunRecord, new_folder
+from srpkd import train
+from srpkd.data.folders import DataError
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import load_generator, load_weights, save_weights
+from srpkd.models.complexity import count_macs, count_parameters
+from srpkd.models.networks import define_discriminator, define_generator
+from srpkd.training import datasets, loop, pipeline, plan, summary
+from srpkd.training.config import parse_arguments
+from srpkd.training.loop import Stage
+from srpkd.training.options import TrainConfig
+from srpkd.training.run_dir import RunDir, new_folder
 
 SIZE = 16
 # networks and schedules so small that a run takes a second or two
@@ -33,7 +36,10 @@ TINY = shlex.split(
     "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --norm instance --no_dropout "
     "--epoch_steps 3 --n_epochs 1 --n_epochs_decay 1 --print_freq 1 --samples 1 --num_threads 0 --device cpu"
 )
-WORLD = [*shlex.split(f"--dataroot :world: --world_size {SIZE} --world_pairs 8 --world_test_pairs 3"), *TINY]
+WORLD = [
+    *shlex.split(f"--dataroot :synthetic: --synthetic_size {SIZE} --synthetic_pairs 8 --synthetic_test_pairs 3"),
+    *TINY,
+]
 PIX2PIX = ["--model", "pix2pix", *WORLD]
 CYCLE = ["--model=cycle_gan", "--load_size=18", f"--crop_size={SIZE}"]
 TEACHER = ["--teacher_netG=resnet_2blocks", "--teacher_ngf=3"]
@@ -78,7 +84,7 @@ def as_run(done: subprocess.CompletedProcess, cwd: Path) -> Run:
 def run(tmp_path, capsys, monkeypatch) -> Callable[..., Run]:
     """A run in this process and in a folder of its own, without its page: to draw the curves takes longest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("srpkd.record.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
 
     def main(*arguments: str) -> Run:
         train.main(list(arguments))
@@ -107,19 +113,19 @@ def refusal(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     """Real image files, unpaired."""
-    return write_world(tmp_path_factory.mktemp("images") / "wheat2maize", 5, 2, 20, layout="unaligned")
+    return write_synthetic(tmp_path_factory.mktemp("images") / "wheat2maize", 5, 2, 20, layout="unaligned")
 
 
 @pytest.fixture(scope="module")
 def pix2pix(tmp_path_factory) -> Run:
     cwd = tmp_path_factory.mktemp("pix2pix")
-    return as_run(command(*PIX2PIX, *TEACHER, "--seeds=2", f"--arms={ARMS}", "--name=tiny", cwd=cwd), cwd)
+    return as_run(command(*PIX2PIX, *TEACHER, "--seeds=2", f"--variants={ARMS}", "--name=tiny", cwd=cwd), cwd)
 
 
 @pytest.fixture(scope="module")
 def cycle_gan(tmp_path_factory, folders) -> Run:
     cwd = tmp_path_factory.mktemp("cycle_gan")
-    arguments = [*CYCLE, *TINY, *TEACHER, "--seeds=2", "--arms={a: {lambda_srp: 0}, b: {}}", "--num_threads=1"]
+    arguments = [*CYCLE, *TINY, *TEACHER, "--seeds=2", "--variants={a: {lambda_srp: 0}, b: {}}", "--num_threads=1"]
     return as_run(command("--dataroot", str(folders), *arguments, cwd=cwd), cwd)
 
 
@@ -254,7 +260,7 @@ def test_the_other_way_round_it_makes_photos(run):
 
 
 def test_pairs_from_files(run, tmp_path):
-    write_world(tmp_path / "pairs", 4, 2, 20)
+    write_synthetic(tmp_path / "pairs", 4, 2, 20)
     arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", *TEACHER, *TINY]
     done = run("--dataroot=pairs", *arguments)
     assert list(done.rows) == ["teacher", "student"]
@@ -311,7 +317,7 @@ def test_the_folder_of_a_run_stands_for_its_teacher(tmp_path, model):
     for ngf, folder in ((2, tmp_path), (3, tmp_path / "teacher")):  # its student's weights, and its teacher's
         for name in names:
             save_weights(define_generator("resnet_1blocks", ngf=ngf), folder / f"latest_net_{name}.pth")
-        assert train.teacher_files(config) == {name: folder / f"latest_net_{name}.pth" for name in names}
+        assert plan.teacher_files(config) == {name: folder / f"latest_net_{name}.pth" for name in names}
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -319,7 +325,7 @@ def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
     save_weights(
         define_generator("resnet_1blocks", ngf=2, norm="batch", dropout=dropout), tmp_path / "latest_net_G.pth"
     )
-    [(direction, teacher)] = train.load_teachers(config_of(f"--teacher={tmp_path}")).items()
+    [(direction, teacher)] = plan.load_teachers(config_of(f"--teacher={tmp_path}")).items()
     assert direction == "G"
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -357,9 +363,9 @@ def test_runs_dir_is_made(run, tmp_path):
         (["--crop_size=18", "--load_size=20"], "1. --crop_size 18 is no multiple of 4"),
         (["--netG=unet_32"], "--crop_size 16 is no multiple of 32, as this generator needs: use 32"),
         (["--teacher_netG=unet_32"], "--crop_size 16 is no multiple of 32"),
-        (["--teacher_netG=unet_16", "--arms={a: {netG: unet_32}}"], "--crop_size 16 is no multiple of 32"),
+        (["--teacher_netG=unet_16", "--variants={a: {netG: unet_32}}"], "--crop_size 16 is no multiple of 32"),
         (["--netG=resnet_x"], "netG='resnet_x' is unknown: expected 'resnet_<n>blocks'"),
-        ([*TEACHER, "--arms={a: {netG: resnet}}"], "netG='resnet' is unknown"),
+        ([*TEACHER, "--variants={a: {netG: resnet}}"], "netG='resnet' is unknown"),
         (["--teacher=none.pth"], "none.pth does not exist"),
         (["--teacher=text.pth"], "text.pth is a text file"),
         (["--teacher=D.pth"], "these look like a discriminator's: give the generator's"),
@@ -373,13 +379,16 @@ def test_runs_dir_is_made(run, tmp_path):
             [*TEACHER, "--layers={model.4: model.9}"],
             "student layer 'model.4' gives (4, 8, 8) and teacher layer 'model.9'",
         ),
-        ([*TEACHER, "--arms={a: {}, b: {layers: {model.4: model.9}}}"], "arm 'b': student layer 'model.4' gives"),
+        (
+            [*TEACHER, "--variants={a: {}, b: {layers: {model.4: model.9}}}"],
+            "variant 'b': student layer 'model.4' gives",
+        ),
         (
             [*TEACHER, "--lambda_kd=0", "--lambda_srp=0"],
             "lambda_kd, lambda_srp and lambda_feature are all 0: nothing w",
         ),
-        ([*TEACHER, "--arms={a: {lambda_kd: 0, lambda_srp: 0}}"], "nothing would be learnt from the teacher"),
-        ([*TEACHER, "--arms={a: {}, b: {ngf: 0}}"], "arm 'b': ngf=0: expected at least 1"),
+        ([*TEACHER, "--variants={a: {lambda_kd: 0, lambda_srp: 0}}"], "nothing would be learnt from the teacher"),
+        ([*TEACHER, "--variants={a: {}, b: {ngf: 0}}"], "variant 'b': ngf=0: expected at least 1"),
         (["--backend=blokced"], "backend='blokced' is not one of"),
         ([*TEACHER, "--backend=closed_form", "--distance=l1"], "backend='closed_form' computes distance in"),
         (["--n_layers_D=5"], "images of 16 x 16 pixels are too small for netD n_layers: use larger ones, or --netD n_"),
@@ -399,12 +408,12 @@ def test_what_cannot_work_is_said_first(refusal, folders, tmp_path, monkeypatch,
     def fit(*_: Any) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(pipeline, "fit", fit)
     assert message in refusal("--dataroot", str(folders), *CYCLE, *TINY, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments", [["--dataroot=nowhere"], ["--dataroot=:world:", "--teacher=none.pth"]])
+@pytest.mark.parametrize("arguments", [["--dataroot=nowhere"], ["--dataroot=:synthetic:", "--teacher=none.pth"]])
 def test_the_command_line_ends_without_a_traceback(tmp_path, arguments):
     done = command(*arguments, *TINY, cwd=tmp_path)
     assert done.returncode == 1
@@ -413,8 +422,8 @@ def test_the_command_line_ends_without_a_traceback(tmp_path, arguments):
 
 
 def test_generated_images_must_fit_too(refusal):
-    message = "world_size=20 must be a multiple of 16 for these generators"
-    assert refusal(*PIX2PIX, "--world_size=20", "--netG=unet_16").startswith(message)
+    message = "synthetic_size=20 must be a multiple of 16 for these generators"
+    assert refusal(*PIX2PIX, "--synthetic_size=20", "--netG=unet_16").startswith(message)
 
 
 def test_every_image_that_some_stage_sees_is_looked_at(refusal, folders, tmp_path):
@@ -423,7 +432,7 @@ def test_every_image_that_some_stage_sees_is_looked_at(refusal, folders, tmp_pat
     arguments = ["--dataroot=images", *CYCLE, *TINY, *TEACHER, "--max_dataset_size=2", "--teacher_max_dataset_size=5"]
     assert "00004.png" in refusal(*arguments)
     config = parse_arguments([argument.replace("=5", "=4") for argument in arguments])
-    assert "4 images in trainA" in images.examine_data(config, [config, train.teacher_config(config)], {})
+    assert "4 images in trainA" in datasets.validate_data(config, [config, train.teacher_config(config)], {})
 
 
 # Images that keep their own sizes
@@ -457,9 +466,9 @@ def oblong(tmp_path_factory) -> Path:
 def test_the_size_of_what_is_trained_on(oblong, flags, size_A, size_B):
     config = parse_arguments([f"--dataroot={oblong}", *TINY, *flags.split()])
     before = torch.get_rng_state()
-    assert (images.input_size(config, "G_A"), images.input_size(config, "G_B")) == (size_A, size_B)
+    assert (datasets.input_size(config, "G_A"), datasets.input_size(config, "G_B")) == (size_A, size_B)
     assert torch.equal(torch.get_rng_state(), before)
-    item = images.open_data(config, "train")[0]
+    item = datasets.open_data(config, "train")[0]
     assert (item["A"].shape[1:], item["B"].shape[1:]) == (size_A, size_B)
 
 
@@ -481,7 +490,7 @@ def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
     def wrong(*_: Any) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(results, "evaluate", wrong)
+    monkeypatch.setattr(summary, "evaluate", wrong)
     with pytest.raises(ValueError, match="a bug"):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}"])
 
@@ -489,14 +498,14 @@ def test_a_mistake_of_ours_shows_its_traceback(monkeypatch, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_during_the_training_is_said_in_a_line(run, folders, tmp_path, monkeypatch, workers):
     shutil.copytree(folders, tmp_path / "images")
-    open_data = images.open_data
+    open_data = datasets.open_data
 
     def broken(config: TrainConfig, phase: str) -> Any:
         for path in (tmp_path / "images/trainA").iterdir() if phase == "train" else ():
             path.write_bytes(b"broken")
         return open_data(config, phase)
 
-    monkeypatch.setattr(fit, "open_data", broken)
+    monkeypatch.setattr(loop, "open_data", broken)
     with pytest.raises(SystemExit, match=r"(?s)error: .*trainA/0000\d\.png: not an image, whatever its name says"):
         run("--dataroot=images", *CYCLE, *TINY, f"--num_threads={workers}")
 
@@ -504,7 +513,8 @@ def test_an_image_that_breaks_during_the_training_is_said_in_a_line(run, folders
 def test_every_page_is_written_once(monkeypatch, tmp_path):
     pages = []
     monkeypatch.setattr(
-        "srpkd.record.write_report", lambda folder: pages.append(json.loads((folder / "report.json").read_text()))
+        "srpkd.training.run_dir.write_report",
+        lambda folder: pages.append(json.loads((folder / "report.json").read_text())),
     )
     train.main([*PIX2PIX, *TEACHER, "--seeds=2", f"--runs_dir={tmp_path}"])
     shown = [(page["status"], len(page["table"]["rows"])) for page in pages]
@@ -515,7 +525,7 @@ def test_a_run_that_breaks_off_says_so(monkeypatch, tmp_path):
     def broken(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(results, "evaluate", broken)
+    monkeypatch.setattr(summary, "evaluate", broken)
     with pytest.raises(KeyboardInterrupt):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=broken"])
     folder = tmp_path / "broken"
@@ -528,8 +538,8 @@ def test_a_run_that_breaks_off_says_so(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def record(tmp_path) -> Iterator[RunRecord]:
-    record = RunRecord(new_folder(str(tmp_path), "run"))
+def record(tmp_path) -> Iterator[RunDir]:
+    record = RunDir(new_folder(str(tmp_path), "run"))
     yield record
     record.close()
 
@@ -538,7 +548,7 @@ def config_of(*arguments: str) -> TrainConfig:
     return parse_arguments([*PIX2PIX, *arguments])
 
 
-def stage_of(config: TrainConfig, record: RunRecord, seed: int = 0) -> Stage:
+def stage_of(config: TrainConfig, record: RunDir, seed: int = 0) -> Stage:
     return Stage("student", config, seed, record.folder)
 
 
@@ -551,7 +561,7 @@ def teacher_of(ngf: int = 3, **others: Any) -> dict[str, nn.Module]:
 def watched(monkeypatch) -> list[tuple[Any, dict[str, Tensor], list[float]]]:
     """Grows by (objective, batch, learning rates) at each step of any stage."""
     steps: list[tuple[Any, dict[str, Tensor], list[float]]] = []
-    make_objective = fit.make_objective
+    make_objective = loop.make_objective
 
     def make(*arguments: Any) -> Any:
         objective = make_objective(*arguments)
@@ -565,20 +575,20 @@ def watched(monkeypatch) -> list[tuple[Any, dict[str, Tensor], list[float]]]:
         objective.step = stepped
         return objective
 
-    monkeypatch.setattr(fit, "make_objective", make)
+    monkeypatch.setattr(loop, "make_objective", make)
     return steps
 
 
 def test_the_learning_rate_of_every_epoch(record, watched):
     config = config_of("--n_epochs=2", "--n_epochs_decay=3", "--epoch_steps=2", "--lr=0.01")
-    fit.fit(stage_of(config, record), record, {})
+    loop.fit(stage_of(config, record), record, {})
     expected = [0.01, 0.01, 0.01, 0.01, 0.0075, 0.0075, 0.005, 0.005, 0.0025, 0.0025]
     assert [rates for _, _, rates in watched] == [[pytest.approx(rate)] * 2 for rate in expected]
 
 
 def test_an_epoch_is_one_pass_by_default(record, watched):
     config = replace(config_of("--batch_size=3", "--no_flip"), epoch_steps=None)
-    trained = fit.fit(stage_of(config, record), record, {})
+    trained = loop.fit(stage_of(config, record), record, {})
     assert trained.steps == len(watched) == 2 * (8 // 3)
     assert all(batch["A"].shape == (3, 3, SIZE, SIZE) for _, batch, _ in watched)
 
@@ -596,14 +606,14 @@ def test_max_dataset_size_is_a_number_of_images(record, watched, model, count):
     config = parse_arguments(
         ["--model", model, *WORLD, "--no_flip", "--epoch_steps=20", "--max_dataset_size=2", "--batch_size=5"]
     )
-    fit.fit(stage_of(config, record), record, {})
+    loop.fit(stage_of(config, record), record, {})
     assert [distinct(seen(watched, side)) for side in "AB"] == [count, count]
     assert {len(batch["A"]) for _, batch, _ in watched} == {2}  # a batch that the images cannot fill is smaller
 
 
 def test_serial_batches_take_the_images_in_order(record, watched):
     config = parse_arguments(["--model=cycle_gan", *WORLD, "--no_flip", "--serial_batches", "--epoch_steps=8"])
-    fit.fit(stage_of(config, record), record, {})
+    loop.fit(stage_of(config, record), record, {})
     for side in "AB":
         images = seen(watched, side)
         assert distinct(images) == 4
@@ -612,26 +622,26 @@ def test_serial_batches_take_the_images_in_order(record, watched):
 
 def test_arms_of_a_seed_start_alike_and_see_the_same_images(record, watched):
     teachers = teacher_of()
-    arms = [(config_of("--lambda_kd=0", "--lambda_srp=0"), teachers), (config_of("--lambda_feature=1"), teachers)]
-    arms.append((config_of(), {}))
+    variants = [(config_of("--lambda_kd=0", "--lambda_srp=0"), teachers), (config_of("--lambda_feature=1"), teachers)]
+    variants.append((config_of(), {}))
     starts = []
-    for config, own in arms:
-        objective = fit.make_objective(config, 3, own)
+    for config, own in variants:
+        objective = loop.make_objective(config, 3, own)
         networks = objective.generators | objective.discriminators
         starts.append([p.detach().clone() for net in networks.values() for p in net.parameters()])
-        fit.fit(stage_of(config, record, seed=3), record, own)
+        loop.fit(stage_of(config, record, seed=3), record, own)
     assert all(all(torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)) for other in starts[1:])
     images = [seen([entry]) + seen([entry], "B") for entry in watched]
     runs = [images[:6], images[6:12], images[12:]]
     assert all(torch.equal(a, b) for other in runs[1:] for x, y in zip(runs[0], other) for a, b in zip(x, y))
     assert distinct(seen(watched)) > 2
-    other = fit.make_objective(arms[0][0], 4, teachers)
+    other = loop.make_objective(variants[0][0], 4, teachers)
     assert not torch.equal(starts[0][0], next(other.generators["G"].parameters()))
 
 
 def test_arms_of_other_networks_see_the_same_images_too(record, watched):
     for flag in ("--ngf=2", "--ngf=3", "--ndf=3", "--n_layers_D=2"):
-        fit.fit(stage_of(config_of(flag), record, seed=3), record, {})
+        loop.fit(stage_of(config_of(flag), record, seed=3), record, {})
     runs = [seen(watched[start : start + 6]) for start in range(0, 24, 6)]
     assert all(all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True)) for other in runs[1:])
 
@@ -652,7 +662,7 @@ def test_the_same_seed_gives_the_same_bits(run, model):
 def test_two_threads_give_the_same_bits_twice(record, one_thread):
     torch.set_num_threads(2)  # put back by one_thread
     config = config_of("--n_epochs_decay=0", "--epoch_steps=2", "--lambda_feature=1")
-    first, second = (fit.fit(stage_of(config, record), record, teacher_of()).generators["G"] for _ in range(2))
+    first, second = (loop.fit(stage_of(config, record), record, teacher_of()).generators["G"] for _ in range(2))
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -661,7 +671,7 @@ def test_two_threads_give_the_same_bits_twice(record, one_thread):
 def test_the_teacher_stays_as_it_is(record, norm):
     teachers = teacher_of(norm=norm, dropout=True)
     before = copy.deepcopy(teachers["G"].state_dict())
-    fit.fit(stage_of(config_of("--lambda_feature=1"), record), record, teachers)
+    loop.fit(stage_of(config_of("--lambda_feature=1"), record), record, teachers)
     assert all(torch.equal(value, before[key]) for key, value in teachers["G"].state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teachers["G"].parameters())
     assert not any(module.training or module._forward_hooks for module in teachers["G"].modules())
@@ -679,7 +689,7 @@ def test_students_learn(record, model, distilled, names):
     flags = "--n_epochs=2 --epoch_steps=20 --lr=0.01 --batch_size=4 --ngf=4 --lambda_kd=50 --lambda_feature=1"
     # a teacher that knows nothing of the task would pull against it
     config = parse_arguments(["--model", model, *WORLD, *flags.split(), f"--lambda_L1={0 if distilled else 100}"])
-    fit.fit(stage_of(config, record), record, dict.fromkeys(distilled, teacher_of()["G"]))
+    loop.fit(stage_of(config, record), record, dict.fromkeys(distilled, teacher_of()["G"]))
     done = Run(record.folder, "")
     for name in names:
         values = done.logged("student", name)
@@ -688,7 +698,7 @@ def test_students_learn(record, model, distilled, names):
 
 
 def test_what_a_stage_gives_is_ready_for_use(record):
-    trained = fit.fit(stage_of(config_of("--no_dropout=false"), record), record, teacher_of())
+    trained = loop.fit(stage_of(config_of("--no_dropout=false"), record), record, teacher_of())
     assert trained.steps == 6 and 0 < trained.seconds_per_step < 10
     net = trained.generators["G"]
     assert not net.training and not any(p.requires_grad for p in net.parameters())
@@ -699,7 +709,7 @@ def test_what_a_stage_gives_is_ready_for_use(record):
 
 def test_checkpoints_in_between(record):
     config = config_of("--n_epochs=3", "--n_epochs_decay=2", "--epoch_steps=1", "--save_epoch_freq=2")
-    fit.fit(stage_of(config, record), record, {})
+    loop.fit(stage_of(config, record), record, {})
     assert {path.name for path in record.folder.glob("*.pth")} == {
         f"{name}_net_{net}.pth" for name, net in (("2", "G"), ("4", "G"), ("latest", "G"), ("latest", "D"))
     }
@@ -709,7 +719,7 @@ def test_checkpoints_in_between(record):
 
 @pytest.mark.parametrize(("freq", "steps"), [(1, [1, 2, 3, 4, 5, 6]), (4, [1, 4]), (100, [1])])
 def test_print_freq(record, freq, steps):
-    fit.fit(stage_of(config_of(f"--print_freq={freq}"), record), record, {})
+    loop.fit(stage_of(config_of(f"--print_freq={freq}"), record), record, {})
     assert [line["step"] for line in Run(record.folder, "").metrics] == steps
 
 
@@ -719,7 +729,7 @@ def test_a_time_budget_stops_after_two_seeds(run):
     assert done.rows["student"]["mIoU"]["n"] == 2
 
 
-# The teacher's and the arms' options
+# The teacher's and the variants' options
 
 
 def test_a_teachers_options():
@@ -731,7 +741,7 @@ def test_a_teachers_options():
 
 
 def test_an_arms_options():
-    config = config_of(*TEACHER, "--arms={a: {lambda_kd: 3, ngf: 5, no_dropout: false}, b: {}}")
+    config = config_of(*TEACHER, "--variants={a: {lambda_kd: 3, ngf: 5, no_dropout: false}, b: {}}")
     assert train.arm_config(config, "a") == replace(config, lambda_kd=3, ngf=5, no_dropout=False)
     assert train.arm_config(config, "b") == config
 
@@ -739,16 +749,16 @@ def test_an_arms_options():
 def test_a_run_can_be_called_from_python(tmp_path):
     # as few options as possible, and not resolved
     config = TrainConfig(
-        dataroot=":world:", model="pix2pix", netG="resnet_1blocks", ngf=2, ndf=2, n_epochs=1, samples=1
+        dataroot=":synthetic:", model="pix2pix", netG="resnet_1blocks", ngf=2, ndf=2, n_epochs=1, samples=1
     )
     config = replace(config, n_epochs_decay=0, epoch_steps=1, runs_dir=str(tmp_path), name="from python")
-    record = train.run(config)
+    record = pipeline.run(config)
     assert record.folder == tmp_path / "from python"
     assert yaml.safe_load((record.folder / "config.yaml").read_text())["name"] == "from python"
     with pytest.raises(DataError, match="nowhere"):
-        train.run(replace(config, dataroot="nowhere"))
-    with pytest.raises(ValueError, match=r"arm 'a': there is no option 'ngff'; did you mean ngf\?"):
-        train.run(replace(config, teacher="x", arms={"a": {"ngff": 3}}))
+        pipeline.run(replace(config, dataroot="nowhere"))
+    with pytest.raises(ValueError, match=r"variant 'a': there is no option 'ngff'; did you mean ngf\?"):
+        pipeline.run(replace(config, teacher="x", variants={"a": {"ngff": 3}}))
 
 
 # The table
@@ -766,5 +776,5 @@ def test_a_run_can_be_called_from_python(tmp_path):
 )
 def test_a_cell_is_a_value_or_its_mean_and_spread(values, expected):
     rows = [{"psnr": value} for value in values] + [{"parameters": 7}, {"parameters": 7}]
-    assert results.summarise("psnr", rows) == pytest.approx(expected, nan_ok=True)
-    assert results.summarise("parameters", rows) == 7
+    assert summary.summarise("psnr", rows) == pytest.approx(expected, nan_ok=True)
+    assert summary.summarise("parameters", rows) == 7

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from srpkd.checkpoint import save_weights
-from srpkd.networks import define_generator, size_multiple
-from srpkd.translate import _reflected, main, translate, translate_folder
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.inference import _reflected, translate
+from srpkd.models.networks import define_generator, size_multiple
+from srpkd.translate import main, translate_folder
 
 
 @pytest.fixture

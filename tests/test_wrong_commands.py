@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from wrong_files import REFUSALS, full_disk, make_files, refusing, tree
 
-from srpkd import cli, train
-from srpkd.record import RunRecord
-from srpkd.state import load_state
+from srpkd import cli, train, translate
+from srpkd.training.resume import load_state
+from srpkd.training.run_dir import RunDir
 
 TRAIN = (
     "srpkd train --model cycle_gan --dataroot unpaired --netG resnet_1blocks --ngf 1 --ndf 1 --netD pixel "
@@ -125,8 +125,8 @@ WRONG = {
     "python -m srpkd.report file": (2, "file is not the folder of a run: .*pass a folder that python -m srpkd.train"),
     "python -m srpkd.report none": (2, "found no such folder, expected config.yaml"),
     "python -m srpkd.report empty": (2, "found nothing in it"),
-    "python -m srpkd.data.world file --size 16 --train 1 --test 1": (1, "cannot be written: Not a directory"),
-    "python -m srpkd.data.world pairs --size 16": (
+    "python -m srpkd.data.synthetic file --size 16 --train 1 --test 1": (1, "cannot be written: Not a directory"),
+    "python -m srpkd.data.synthetic pairs --size 16": (
         1,
         "pairs has train and test already, with files in them: give another",
     ),
@@ -174,10 +174,10 @@ WRONG = {
         2,
         "--config unknown.yaml: there is no option 'n_epoch'; did you mean n_epochs?",
     ),
-    "python -m srpkd.data.world new --size 8 --train 1 --test 1": (1, "size >= 16; received count=2, size=8"),
-    "python -m srpkd.data.world new --train 0": (2, "--train: '0': expected a whole number above 0"),
-    "python -m srpkd.data.world new --layout pairs": (2, "invalid choice: 'pairs'"),
-    f"python -m srpkd.data.world new --size 16 --train 1 --test 1 --seed {10**30}": (
+    "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (1, "size >= 16; received count=2, size=8"),
+    "python -m srpkd.data.synthetic new --train 0": (2, "--train: '0': expected a whole number above 0"),
+    "python -m srpkd.data.synthetic new --layout pairs": (2, "invalid choice: 'pairs'"),
+    f"python -m srpkd.data.synthetic new --size 16 --train 1 --test 1 --seed {10**30}": (
         1,
         "expected integers of at most 40",
     ),
@@ -263,7 +263,7 @@ WRITERS = {
     "srpkd profile net.pth --size 16 --modes --json out/costs.json": 100,
     "python -m srpkd.report results/plain": 500,
     "python -m srpkd.report results/curves --overview out/x.png": 500,
-    "python -m srpkd.data.world out --size 16 --train 1 --test 1": 300,
+    "python -m srpkd.data.synthetic out --size 16 --train 1 --test 1": 300,
     f"{TRAIN} --runs_dir out": 300,
 }
 
@@ -291,7 +291,7 @@ def test_a_full_disk(command, files, curves, line, room):
 def test_a_folder_that_takes_no_file(command, files, curves, monkeypatch, line, number):
     (files / "out").mkdir(exist_ok=True)
     before = tree(files)
-    monkeypatch.setattr("srpkd.checkpoint.open", refusing(number), raising=False)
+    monkeypatch.setattr("srpkd.models.checkpoints.open", refusing(number), raising=False)
     status, errors = command(line)
     assert status in (1, 2) and f"cannot be written: {os.strerror(number)}; " in errors, errors
     assert REFUSALS[number] in errors
@@ -306,7 +306,6 @@ def test_results_are_shown_before_they_are_lost(files, monkeypatch, capsys):
 
 
 def test_what_is_translated_before_the_disk_is_full_is_kept_and_counted(command, files, tmp_path, monkeypatch):
-    from srpkd import translate
 
     save, saved = translate._save, []
 
@@ -322,7 +321,7 @@ def test_what_is_translated_before_the_disk_is_full_is_kept_and_counted(command,
 
 
 def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsys):
-    keep, kept = RunRecord.keep, []
+    keep, kept = RunDir.keep, []
 
     def at_most_two(self, state):
         with full_disk(10**6 if len(kept) < 2 else 1000):
@@ -330,10 +329,10 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
         kept.append(state["training"] and state["training"][1]["step"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(RunRecord, "keep", at_most_two)
-    monkeypatch.setattr("srpkd.record.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr(RunDir, "keep", at_most_two)
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
     line = TRAIN.replace(
-        "--dataroot unpaired", "--dataroot :world: --world_size 16 --world_pairs 4 --world_test_pairs 1"
+        "--dataroot unpaired", "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1"
     )
     with pytest.raises(
         SystemExit, match=r"error: runs/new/\S+ cannot be written: File too large; make room on that disk"
@@ -343,7 +342,7 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
     assert "it can go on: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
     assert load_state(tmp_path / "runs/new")["training"][1]["step"] == 1
     assert not list(tmp_path.rglob(".*.tmp"))
-    monkeypatch.setattr(RunRecord, "keep", keep)
+    monkeypatch.setattr(RunDir, "keep", keep)
     train.main(["--resume=new"])
     assert "report: runs/new" in capsys.readouterr().out
 

@@ -15,17 +15,27 @@ from torch import nn
 from wrong_files import full_disk, make_files, refusing, tree
 
 import srpkd.data
+from bench.readme import update_readme
 from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
-from srpkd.checkpoint import CheckpointError, WriteError, load_generator, load_weights, save_weights
-from srpkd.complexity import count_macs
-from srpkd.data import DataError, examine, generate_world, open_dataset, open_world, write_world
+from srpkd.data.folders import DataError, Images, open_dataset
+from srpkd.data.synthetic import generate_scenes, open_synthetic, write_synthetic
+from srpkd.data.validate import validate_dataset
 from srpkd.distiller import FeatureTap
-from srpkd.evaluate import Images, fidelity, find_images, likeness, read_palette
-from srpkd.export import export, to_onnx, to_pt2
-from srpkd.networks import define_discriminator, define_generator, init_weights
-from srpkd.profile import profile
-from srpkd.report import overview, save_image, update_readme, write_report
-from srpkd.translate import translate, translate_folder
+from srpkd.evaluate import find_images
+from srpkd.export import export
+from srpkd.files import WriteError
+from srpkd.metrics.fidelity import fidelity
+from srpkd.metrics.pixels import similarity
+from srpkd.metrics.segmentation import read_palette
+from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights, save_weights
+from srpkd.models.complexity import count_macs
+from srpkd.models.exporters import to_onnx, to_pt2
+from srpkd.models.inference import translate
+from srpkd.models.latency import profile_network
+from srpkd.models.networks import define_discriminator, define_generator, init_weights
+from srpkd.reporting.page import overview, write_report
+from srpkd.reporting.pictures import save_image
+from srpkd.translate import translate_folder
 
 IMAGES = torch.ones(2, 3, 8, 8)
 LAYERS = {"0": "0"}
@@ -248,34 +258,38 @@ WRONG = {
         DataError,
         "eps/00000.png: not an image, whatever its name says",
     ),
-    "a bomb for the doctor": (lambda: examine("bombs", "unaligned"), DataError, r"00000.png \(far too large"),
-    "EPS for the doctor": (lambda: examine("eps", "single"), DataError, r"00000.png \(not an image"),
+    "a bomb for the doctor": (lambda: validate_dataset("bombs", "unaligned"), DataError, r"00000.png \(far too large"),
+    "EPS for the doctor": (lambda: validate_dataset("eps", "single"), DataError, r"00000.png \(not an image"),
     "a size as a text for the doctor": (
-        lambda: examine("pairs", "aligned", load_size="9"),
+        lambda: validate_dataset("pairs", "aligned", load_size="9"),
         DataError,
         "--load_size must be a whole number of at least 1; received '9'",
     ),
-    "a mode in a list for the doctor": (lambda: examine("pairs", ["aligned"]), DataError, r"received \['aligned'\]"),
-    "scenes as a text": (lambda: generate_world("3"), TypeError, "count='3': expected an integer, received str"),
-    "half a pixel": (lambda: generate_world(1, 16.5), TypeError, "size=16.5: expected an integer"),
+    "a mode in a list for the doctor": (
+        lambda: validate_dataset("pairs", ["aligned"]),
+        DataError,
+        r"received \['aligned'\]",
+    ),
+    "scenes as a text": (lambda: generate_scenes("3"), TypeError, "count='3': expected an integer, received str"),
+    "half a pixel": (lambda: generate_scenes(1, 16.5), TypeError, "size=16.5: expected an integer"),
     "a seed too long": (
-        lambda: generate_world(1, 16, 2**70),
+        lambda: generate_scenes(1, 16, 2**70),
         ValueError,
         f"seed={2**70}, .*integers of at most 40 bits",
     ),
-    "no world": (lambda: open_world("world"), TypeError, "world: expected a World, as by generate_world"),
+    "no world": (lambda: open_synthetic("world"), TypeError, "world: expected a World, as by generate_world"),
     "a world without scenes": (
-        lambda: write_world("new", 0, 1, 16),
+        lambda: write_synthetic("new", 0, 1, 16),
         ValueError,
         "count_train=0: expected an integer >= 1",
     ),
     "a world in a file": (
-        lambda: write_world("file", 1, 1, 16),
+        lambda: write_synthetic("file", 1, 1, 16),
         WriteError,
         "cannot be written: Not a directory; a file",
     ),
     "a world over another": (
-        lambda: write_world("pairs", 1, 1, 16),
+        lambda: write_synthetic("pairs", 1, 1, 16),
         FileExistsError,
         "pairs has train and test already",
     ),
@@ -314,28 +328,36 @@ WRONG = {
     "into a folder": (lambda: export("net.pth", "empty", force=True), IsADirectoryError, "empty is a folder: --output"),
     # --- profile ---
     "a mode of profile": (
-        lambda: profile(NET, (1, 3, 8, 8), modes=["eagr"]),
+        lambda: profile_network(NET, (1, 3, 8, 8), modes=["eagr"]),
         ValueError,
         "mode='eagr' .* mean 'eager'",
     ),
     "a shape of three": (
-        lambda: profile(NET, (3, 8, 8)),
+        lambda: profile_network(NET, (3, 8, 8)),
         ValueError,
         r"input_shape=\(3, 8, 8\): expected \(B, C, H, W\)",
     ),
-    "a shape of texts": (lambda: profile(NET, "1388"), TypeError, "input_shape's B='1': expected an integer"),
+    "a shape of texts": (lambda: profile_network(NET, "1388"), TypeError, "input_shape's B='1': expected an integer"),
     "a shape of others": (
-        lambda: profile(NET, (1, 4, 16, 16), modes=[]),
+        lambda: profile_network(NET, (1, 4, 16, 16), modes=[]),
         ValueError,
         r"input_shape=\(1, 4, 16, 16\): the network does not take such images",
     ),
     "no network": (
-        lambda: profile("net.pth", (1, 3, 8, 8)),
+        lambda: profile_network("net.pth", (1, 3, 8, 8)),
         TypeError,
         "net: expected a torch.nn.Module, received str",
     ),
-    "no repeats": (lambda: profile(NET, (1, 3, 8, 8), repeats=0), ValueError, "repeats=0: expected an integer >= 1"),
-    "no end": (lambda: profile(NET, (1, 3, 8, 8), seconds=float("inf")), ValueError, "seconds=inf: expected a finite"),
+    "no repeats": (
+        lambda: profile_network(NET, (1, 3, 8, 8), repeats=0),
+        ValueError,
+        "repeats=0: expected an integer >= 1",
+    ),
+    "no end": (
+        lambda: profile_network(NET, (1, 3, 8, 8), seconds=float("inf")),
+        ValueError,
+        "seconds=inf: expected a finite",
+    ),
     "another grid": (lambda: count_macs(NET, transposed="in"), ValueError, "transposed='in' is unknown"),
     # --- scores ---
     "paths for images": (
@@ -361,7 +383,7 @@ WRONG = {
     ),
     "a bomb among sizes": (lambda: Images(["bomb/00000.png"]).one_size(), DataError, "bomb/00000.png: far too large"),
     "a bomb to score": (lambda: Images(["bomb/00000.png"])[0], DataError, "bomb/00000.png: far too large"),
-    "too few pixels for SSIM": (lambda: likeness([(IMAGES[0], IMAGES[0])]), ValueError, "SSIM needs 11 x 11 pixels"),
+    "too few pixels for SSIM": (lambda: similarity([(IMAGES[0], IMAGES[0])]), ValueError, "SSIM needs 11 x 11 pixels"),
     "images nowhere": (lambda: find_images("none/*.png"), ValueError, "no images there; expected a folder of images"),
     "a palette that is a folder": (
         lambda: read_palette("empty"),
@@ -479,7 +501,7 @@ def test_weights_on_a_full_disk_leave_those_before(tmp_path, room):
 
 def test_a_reason_without_advice_is_said_all_the_same(tmp_path, monkeypatch):
 
-    monkeypatch.setattr("srpkd.checkpoint.open", refusing(errno.EIO), raising=False)
+    monkeypatch.setattr("srpkd.models.checkpoints.open", refusing(errno.EIO), raising=False)
     with pytest.raises(WriteError, match="cannot be written: Input/output error; write elsewhere") as caught:
         save_weights(NET, tmp_path / "net.pth")
     assert caught.value.errno == errno.EIO and isinstance(caught.value.__cause__, OSError)

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from srpkd.checkpoint import save_weights
-from srpkd.data import write_world
-from srpkd.networks import define_discriminator, define_generator
-from srpkd.report import write_report
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.networks import define_discriminator, define_generator
+from srpkd.reporting.page import write_report
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
@@ -61,8 +61,8 @@ def make_files(root: Path) -> Path:
     (root / "file").write_text("x")
     (root / "empty").mkdir()
 
-    write_world(root / "pairs", 1, 1, 32)
-    write_world(root / "unpaired", 2, 1, 32, layout="unaligned")
+    write_synthetic(root / "pairs", 1, 1, 32)
+    write_synthetic(root / "unpaired", 2, 1, 32, layout="unaligned")
     photo = (root / "pairs/test/00000.png").read_bytes()
     for name, content in {
         "text": b"no image",
@@ -95,7 +95,9 @@ def make_files(root: Path) -> Path:
     (root / "results/blocked/index.html").mkdir()
     for name in ("trapped", "stateless"):
         (root / "runs" / name).mkdir(parents=True)
-        (root / "runs" / name / "config.yaml").write_text("dataroot: ':world:'\nnetG: resnet_1blocks\nnetD: pixel\n")
+        (root / "runs" / name / "config.yaml").write_text(
+            "dataroot: ':synthetic:'\nnetG: resnet_1blocks\nnetD: pixel\n"
+        )
     torch.save({"version": 1, "training": Trap()}, root / "runs/trapped/state.pt")
 
     (root / "list.yaml").write_text("- name: x\n")

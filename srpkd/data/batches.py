@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 Draw = tuple[int, int]  # an item's index, and the seed of its random crop, flip and partner
@@ -74,3 +75,13 @@ class Seeded(Dataset):
 def _seed(*numbers: int) -> int:
     """Numbers to one of 64 bits that is unlike that of their neighbours, on every machine."""
     return random.Random(" ".join(map(str, numbers))).getrandbits(64)
+
+
+def collate(items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Items {"A": (C, H, W), "B": ..., paths} -> {"A": (B, C, H, W), "B": ...}."""
+    return {side: torch.stack([item[side] for item in items]) for side in ("A", "B")}
+
+
+def sides(direction: str) -> tuple[str, str]:
+    """Which side of a pair is a direction's input, and which its target."""
+    return ("B", "A") if direction == "G_B" else ("A", "B")

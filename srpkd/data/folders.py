@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -259,3 +260,43 @@ def _scale(image: Image.Image, preprocess: str, load_size: int, crop_size: int) 
         # said here because the middle crop would pad a small image with black
         raise ValueError(f"{width} x {height} pixels are too few for crop_size {crop_size}")
     return v2.functional.resize(image, [height, width], InterpolationMode.BICUBIC)
+
+
+class Images(Dataset):
+    """Image files as uint8 tensors (3, H, W).
+
+    Args:
+        paths: the files.
+        size: scale every image to size x size; None leaves it.
+        cut: (image, path) -> the part of it that counts.
+        resample: how they are scaled; NEAREST keeps the colours of label maps.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        size: int | None = None,
+        cut: Callable[[Image.Image, str], Image.Image] | None = None,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+    ) -> None:
+        self.paths, self.size, self.cut, self.resample = list(paths), size, cut, resample
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = read_image(self.paths[index])
+        image = self.cut(image, self.paths[index]) if self.cut else image
+        if self.size:
+            image = image.resize((self.size, self.size), self.resample)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def one_size(self) -> bool:
+        """Whether all images have one size; reads no pixels."""
+        if self.size:
+            return True
+        sizes = set()
+        for path in self.paths:
+            with open_image(path) as image:
+                sizes.add(image.size)
+        return len(sizes) == 1

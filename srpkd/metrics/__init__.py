@@ -1,0 +1,1 @@
+"""Image metrics: pixel by pixel, by Inception features, by segmentation."""

@@ -1,0 +1,1 @@
+"""Networks, their checkpoint files, and what they cost."""

@@ -1,0 +1,214 @@
+"""Weights from files that were found anywhere, and to files that are whole or not there.
+
+Files are read without running any code that they may hold, and with the keys of the public CycleGAN code
+whatever wrapped the network when it was saved. What cannot be used is answered with a `CheckpointError`.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import check_type
+from ..files import atomic_write
+from .networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+HOW_TO_SAVE = "save the weights alone: torch.save(net.state_dict(), path)"
+
+# DataParallel and DistributedDataParallel wrap a whole network; torch.compile also parts of one.
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
+
+# What torch.save began every file with before it wrote zip archives (1.6): the first of several pickles.
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+
+
+class CheckpointError(ValueError):
+    """A file of weights that cannot be used; the message says what it is, what was expected, what to do."""
+
+
+def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
+    """Write a network's state_dict to `path` atomically: plain CPU tensors by name, as the public code reads it.
+
+    Dtypes stay, the prefixes that DataParallel and torch.compile add to the keys do not.
+    """
+    check_type("module", module, nn.Module, "a torch.nn.Module")
+    weights = {WRAPPERS.sub("", key): value.cpu() for key, value in module.state_dict().items()}
+    with atomic_write(path) as file:
+        torch.save(weights, file)
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Read the state_dict in a `.pth`, `.pt` or `.safetensors` file onto the CPU, running none of its code.
+
+    It may lie in a dict as "state_dict". The prefixes `module.` and `_orig_mod.` are stripped from its keys, and
+    the statistics that instance norms stored before torch 0.4, and that nothing reads, are dropped.
+
+    Raises:
+        CheckpointError: there is no such file; or it is text, truncated, damaged, would have to run code to be
+            loaded, or holds anything but tensors by name.
+        ImportError: a `.safetensors` file, and the package safetensors is not installed.
+    """
+    path = Path(path).expanduser()
+    _check_file(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    content = _check_state_dict(content, path)
+    weights = {WRAPPERS.sub("", key): value.detach() for key, value in content.items()}
+    if len(weights) < len(content):
+        raise CheckpointError(f"{path} holds keys that differ in a wrapper's prefix alone; {HOW_TO_SAVE}")
+    return {key: value for key, value in weights.items() if not _is_stale_statistic(key, weights)}
+
+
+def load_generator(
+    path: str | os.PathLike, spec: GeneratorSpec | None = None, *, train_mode_norm: bool = False
+) -> nn.Module:
+    """Build the generator whose weights a file holds: in float32, on the CPU, in training mode.
+
+    Args:
+        path: a file that `load_weights` reads.
+        spec: the generator that it must be; None takes whichever it is (`infer_generator`).
+        train_mode_norm: make it one that is used like pix2pix's (`normalise_by_image`), and no longer trained.
+
+    Raises:
+        CheckpointError: as in `load_weights`; or the weights are not a generator's, or not that generator's.
+    """
+    if spec is not None:
+        check_type("spec", spec, GeneratorSpec, "a GeneratorSpec, as GeneratorSpec('resnet_9blocks', ngf=64)")
+    weights = load_weights(path)
+    try:
+        found = infer_generator(weights)
+        if spec is not None and found.netG.startswith("unet"):
+            found = replace(found, dropout=spec.dropout)  # a U-Net's weights do not show it
+        if spec is not None and spec != found:
+            raise ValueError(_difference(asdict(found), asdict(spec)))
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+            net = define_generator(**asdict(found))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _check_fit(net, weights, f"{path} looks like a {found.netG} of ngf {found.ngf}")
+    net.load_state_dict(weights, assign=True)
+    return (normalise_by_image(net) if train_mode_norm else net).float()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse, in plain words, what is seen not to be weights without loading it."""
+    if path.is_dir():
+        names = _listing(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES))
+        raise CheckpointError(f"{path} is a folder: give a file of weights. In this folder: {names}")
+    if not path.exists():
+        # Name the topmost thing that is missing: the file, or one of its folders.
+        folder = next(parent for parent in path.parents if parent.is_dir())
+        missing = path.relative_to(folder).parts[0]
+        there = sorted(p.name for p in folder.iterdir())
+        weights = [name for name in there if name.endswith(SUFFIXES)]
+        names = _listing(get_close_matches(missing, there, n=5, cutoff=0.5) or weights)
+        raise CheckpointError(f"{path} does not exist: in {folder} there is no {missing}, but {names}")
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise CheckpointError(f"{path} is empty: expected weights; copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights it points to: run git lfs pull")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{path} is a web page, not weights: the download went wrong, repeat it")
+    if not re.search(rb"[\x00-\x08\x0e-\x1f]", head):  # control characters that no text has
+        begin = head.decode(errors="replace").strip()[:40]
+        raise CheckpointError(f"{path} is a text file ({begin!r} ...), expected weights; {HOW_TO_SAVE}")
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+        size = path.stat().st_size
+        raise CheckpointError(f"{path} is truncated: its end is missing after {size} bytes; copy it again")
+    if head.startswith(b"\x80") and LEGACY_MAGIC not in head:
+        raise CheckpointError(
+            f"{path} is a Python pickle that torch.save did not write. Loading it could run any code, so it was "
+            f"not loaded; {HOW_TO_SAVE}"
+        )
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # No mmap: the tensors outlive this call, and to overwrite the file in place would change them.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        # torch's own message would advise to switch the protection off.
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds more than weights: to load it, code would have to run ({unsafe[1]}). "
+                f"Nothing was run or loaded; expected tensors by name: {HOW_TO_SAVE}"
+            ) from error
+        raise _unreadable(path) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise ImportError(
+            f"{path} can be read only with the package safetensors, which is not installed: "
+            "pip install safetensors, or give the weights as .pth"
+        ) from error
+    try:
+        return load(path.read_bytes())  # load_file would map the file, as mmap above
+    except Exception as error:
+        raise _unreadable(path) from error
+
+
+def _unreadable(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or not a file of weights. Copy or download "
+        f"it again; if it is whole and of another kind (TorchScript, ONNX), {HOW_TO_SAVE}"
+    )
+
+
+def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        kind = "an empty dict" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise CheckpointError(f"{path} holds {kind}, expected tensors by name; {HOW_TO_SAVE}")
+    is_weight = {key: isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()}
+    if others := [f"{key!r}: {type(content[key]).__name__}" for key in content if not is_weight[key]]:
+        raise CheckpointError(
+            f"{path} holds a dict of more than tensors by name ({_listing(others)}). Expected a state_dict, by "
+            'itself or as "state_dict": save the one that is wanted by itself'
+        )
+    return content
+
+
+def _is_stale_statistic(key: str, weights: Mapping[str, Tensor]) -> bool:
+    owner, _, name = key.rpartition(".")
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return name in statistics and f"{owner}.weight" not in weights  # a batch norm has both
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    differ = [name for name in found if found[name] != wanted[name]]
+    facts = [f"{name} is {found[name]!r} in the file, {wanted[name]!r} was asked for" for name in differ]
+    flags = [f"--no_dropout {not found[name]}" if name == "dropout" else f"--{name} {found[name]}" for name in differ]
+    return f"{'; '.join(facts)}: use {' '.join(flags)}"
+
+
+def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    expected = net.state_dict()
+    # torch < 0.4.1 counted no batches; load_state_dict knows.
+    missing = [key for key in expected.keys() - weights.keys() if not key.endswith(".num_batches_tracked")]
+    surplus = weights.keys() - expected.keys()
+    shapes = [
+        f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    problems = {"missing": sorted(missing), "unknown": sorted(surplus), "of another shape": shapes}
+    if found := [f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys]:
+        raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN code")
+
+
+def _listing(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "nothing of the kind"

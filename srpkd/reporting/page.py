@@ -1,0 +1,188 @@
+"""The page that a training run leaves behind, and the pictures on it.
+
+    python -m srpkd.report runs/demo
+
+`write_report` is a pure function of the run's folder, so a page can be rewritten while the run goes on, after
+it, or on another machine. What the folder may hold, all of it optional:
+
+| file | what |
+| --- | --- |
+| `config.yaml` | the resolved configuration |
+| `metrics.jsonl` | one JSON object a line: `stage`, `step`, `epoch`, `seconds`, and any named values |
+| `report.json` | title, task, command, environment, status, table, samples, relations, files |
+| `images/*.png` | the pictures that `report.json` names; the curves are added as `curves_<value>.png` |
+"""
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from ..data.folders import DataError, open_image
+from ..files import write_file
+from .curves import Metrics, draw_curves, read_metrics
+from .table import layout_table
+
+PAGE_WIDTH = 1240  # CSS pixels of the page's content; index.html.j2 is told the same number
+SMALL_IMAGE = 200  # narrower pictures are enlarged pixel by pixel, never blurred
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Draw a run's curves and write its page, `index.html`, from what its folder holds so far.
+
+    The page stands alone: it loads nothing but the folder's own pictures, by relative links. It says which
+    parts are not there yet. Each file is replaced in one step, so a reader never meets half of one.
+
+    Args:
+        run_dir: the folder of one run, such as `runs/demo`; the module's docstring says what may be in it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: it is no folder, there is nothing of a run in it, or its report.json is none that a run writes.
+        WriteError: the page or a picture cannot be written.
+    """
+    run = Path(run_dir)
+    pictures = [path for path in run.glob("images/*.png") if not path.name.startswith("curves_")]
+    known = [run / name for name in ("config.yaml", "metrics.jsonl", "report.json")]
+    if not pictures and not any(path.is_file() for path in known):
+        inside = sorted(path.name for path in run.iterdir())[:8] if run.is_dir() else ["no such folder"]
+        raise ValueError(
+            f"{run} is not the folder of a run: found {', '.join(inside) or 'nothing in it'}, expected"
+            " config.yaml, metrics.jsonl, report.json or images/*.png; pass a folder that"
+            " python -m srpkd.train wrote, runs/<name>"
+        )
+    config, metrics_file = (path if path.is_file() else None for path in known[:2])
+    report, problem = read_report(known[2])
+    try:
+        content = {
+            "elapsed": _duration(report.get("elapsed_seconds")),
+            "environment": dict(report.get("environment") or {}),
+            "table": layout_table(report.get("table") or {}),
+            "samples": _grid(run, report.get("samples") or [], "images"),
+            "relations": _grid(run, report.get("relations") or [], "panels"),
+            "files": [_file(run, entry) for entry in report.get("files") or []],
+        }
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{known[2]} is not what a run writes ({type(error).__name__}: {error}): mend it, or move it away, and the "
+            "page is made of the rest"
+        ) from error
+    metrics = read_metrics(metrics_file) if metrics_file else Metrics({}, Counter(), None, [])
+    curves = draw_curves(metrics, run / "images")
+    # select_autoescape goes by the file's ending and would leave .j2 unescaped
+    templates = Environment(
+        loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = templates.get_template("index.html.j2").render(
+        run=run.resolve().name,
+        report=report,
+        problem=problem,
+        curves=[(name, relative_link(path.relative_to(run))) for name, path in curves],
+        metrics=metrics,
+        config=config.read_text(encoding="utf-8", errors="replace") if config else "",
+        pictures_found=len(pictures),
+        page_width=PAGE_WIDTH,
+        **content,
+    )
+    return write_file(run / "index.html", page.encode("utf-8", errors="replace"))
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], str]:
+    """The report, empty where there is none, and then why."""
+    if not path.is_file():
+        return {}, "report.json is not there yet."
+    try:
+        report = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        return {}, f"report.json cannot be read: {error}."
+    if not isinstance(report, dict):
+        return {}, f"report.json cannot be read: expected an object, got {type(report).__name__}."
+    return report, ""
+
+
+def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Samples or relations as a table of pictures: a row per item, a column per label as first seen."""
+    labels = list(dict.fromkeys(entry["label"] for item in items for entry in item.get(key, [])))
+    room = PAGE_WIDTH // max(len(labels), 3) - 14  # CSS pixels that a column has on a wide screen
+    rows = []
+    for item in items:
+        files = {entry["label"]: entry["file"] for entry in item.get(key, [])}
+        cells = [_picture(run, files[label], room) if label in files else None for label in labels]
+        rows.append({"caption": item.get("caption", ""), "cells": cells})
+    widest = max((cell["width"] for row in rows for cell in row["cells"] if cell), default=0)
+    return {"labels": labels, "rows": rows, "column": max(widest, 120) + 14}
+
+
+def _picture(run: Path, file: str, room: int) -> dict[str, Any]:
+    """How to show a picture; without a width it is not there yet (or only half of it)."""
+    try:
+        with open_image(run / file) as image:
+            width, height = image.size
+    except DataError:
+        return {"link": relative_link(file), "width": 0}
+    # a whole multiple, so that all pixels are the same size
+    scale = max(1, room // width) if width < SMALL_IMAGE else min(1.0, room / width)
+    return {
+        "link": relative_link(file),
+        "width": round(width * scale),
+        "height": round(height * scale),
+        "small": width < SMALL_IMAGE,
+    }
+
+
+def _file(run: Path, entry: dict[str, str]) -> dict[str, str]:
+    link = relative_link(entry["file"]) if (run / entry["file"]).exists() else ""
+    return {"label": entry.get("label") or entry["file"], "name": entry["file"], "link": link}
+
+
+def relative_link(file: str | Path) -> str:
+    """A relative link: with its colon quoted, no name of a file is read as a scheme such as javascript:."""
+    return quote(Path(file).as_posix())
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations: int = 2) -> Path:
+    """Paint a run's first sample rows and relation rows into one PNG, for a README or a slide.
+
+    Raises:
+        ValueError: the run has no pictures yet.
+    """
+    run = Path(run_dir)
+    report, _ = read_report(run / "report.json")
+    rows = [entry["images"] for entry in report.get("samples", [])[:samples]]
+    rows += [entry["panels"] for entry in report.get("relations", [])[:relations]]
+    if not rows:
+        raise ValueError(f"{run}: report.json names no pictures yet; expected samples or relations")
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(1.5 * columns, 1.65 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, panels in zip(axes, rows):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, panel in zip(line, panels):
+            with open_image(run / panel["file"]) as image:
+                axis.imshow(np.asarray(image), interpolation="nearest")
+            axis.set_title(panel["label"], fontsize=8)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return write_file(Path(path), png.getvalue())

@@ -1,0 +1,127 @@
+// The kernels of csrc/cuda on the host, for tests/csrc/test_cuda_emulation.py to call through ctypes.
+#include <algorithm>
+#include <string>
+
+#include "../../../csrc/cuda/plan.h"
+#include "../../../csrc/cuda/relation_tiles.cuh"
+
+namespace {
+
+using namespace srpkd::cuda;
+using emulation::Machine;
+using emulation::machine;
+
+std::string message;
+
+const char* run(Machine& local, int x, int y, int threads, int bytes, bool backwards, std::function<void()> kernel) {
+  machine = &local;
+  local.run(x, y, threads, bytes, backwards, std::move(kernel));
+  machine = nullptr;
+  message = local.error;
+  return message.c_str();
+}
+
+// --- kernels with a mistake, which the emulation has to find
+// ----------------------------------------------------------
+
+void copy_and_read(const float* data, bool commit, bool wait, bool barrier, int shift) {
+  copy_async<16>(thread_index() * 16, data + thread_index() * 4 + shift, 16);
+  if (commit) commit_copies();
+  if (wait) wait_for_copies<0>();
+  if (barrier) sync_block();
+  load_shared<float>(thread_index() / 2 * 32);
+}
+
+}  // namespace
+
+extern "C" {
+
+struct FeaturesOfTest {
+  const void* data;
+  const float* alpha;
+  int64_t image_stride, line_stride;
+  int channels;
+};
+
+// Runs the kernel for these arguments and returns what went wrong, "" if nothing did. extents: bytes that the features
+// span; strides: of U, see Params; splits: of the columns; shared_limit: bytes of shared memory that a block may have.
+const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const FeaturesOfTest* features,
+                           const int64_t* extents, int images, int pixels, int splits, int shared_limit, int distance,
+                           bool row, bool tied_diagonal, float delta, double* loss, float* U, const int64_t* strides,
+                           float* h, bool backwards) {
+  Params p{};
+  p.images = images, p.pixels = pixels;
+  p.distance = static_cast<Distance>(distance), p.delta = delta, p.row = row, p.tied_diagonal = tied_diagonal;
+  p.loss = loss, p.U = U, p.h = h;
+  std::copy(strides, strides + 4, p.U_strides);
+  Machine local;
+  for (int i = 0; i < 2; ++i) {
+    const FeaturesOfTest& f = features[i];
+    p.features[i] = {f.data,         f.alpha,
+                     f.image_stride, f.line_stride,
+                     f.channels,     copy_bytes(f.data, f.image_stride, f.line_stride, precision < 2 ? 2 : 4)};
+    local.lend(f.data, extents[i]);
+    local.lend(f.alpha, int64_t{images} * pixels * 4);
+  }
+  const int u_channels = plan(p, static_cast<Precision>(precision), grad, {1, shared_limit, shared_limit, 0});
+  p.splits = splits;
+  local.lend(loss, int64_t{images} * splits * p.blocks * 8);
+  local.lend(U, int64_t{splits} * images * pixels * features[1].channels * 4);
+  local.lend(h, int64_t{splits} * images * pixels * 4);
+  return with_precision(static_cast<Precision>(precision), [&](auto chosen) {
+    return with_config(chosen, pixels_adjacent, u_channels, [&](auto config) {
+      using C = decltype(config);
+      return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), backwards,
+                 [&] { RelationTiles<C>(p).run(); });
+    });
+  });
+}
+
+const char* mistake(const char* name) {
+  alignas(16) static float data[1024] = {};
+  const std::string is = name;
+  Machine local;
+  local.lend(data, is == "out of bounds" ? 64 : sizeof data);
+  return run(local, 1, 1, 64, 64 * 16, false, [&] {
+    if (is == "none" || is == "out of bounds") copy_and_read(data, true, true, true, 0);
+    if (is == "no commit") copy_and_read(data, false, true, true, 0);
+    if (is == "no wait") copy_and_read(data, true, false, true, 0);
+    if (is == "no barrier") copy_and_read(data, true, true, false, 0);
+    if (is == "misaligned") copy_and_read(data, true, true, true, 1);
+    if (is == "overwritten") {
+      store_shared(thread_index() * 4, 1.f);
+      sync_block();
+      if (thread_index() % 2)
+        store_shared(thread_index() * 4 - 4, 2.f);
+      else
+        load_shared<float>(thread_index() * 4);
+    }
+    if (is == "unwritten") load_shared<float>(0);
+    if (is == "diverged" && thread_index() < 40) sync_block();
+    if (is == "different") thread_index() % 2 ? shuffle_xor(1., 1) : shuffle_xor(1.f, 1);
+  });
+}
+
+// The schedule: adds to met[blocks * blocks] how often each block of rows meets each block of columns.
+void walk(int blocks, bool grad, int splits, int* met) {
+  for (int row = 0; row < blocks; ++row)
+    for (int split = 0; split < splits; ++split) {
+      const Walk walk = walk_of(row, blocks, grad, split, splits);
+      for (int step = 0; step < walk.steps; ++step) ++met[row * blocks + (walk.first + step) % blocks];
+    }
+}
+
+// How a GPU would be used: the bytes of shared memory of a block, the resident panels, the channels of U in a block,
+// the splits of those and of the columns.
+void plan_of(int precision, bool grad, int images, int pixels, int student_channels, int teacher_channels,
+             const Device* device, int* result) {
+  Params p{};
+  p.images = images, p.pixels = pixels;
+  p.features[0].channels = teacher_channels, p.features[1].channels = student_channels;
+  result[2] = plan(p, static_cast<Precision>(precision), grad, *device);
+  result[1] = p.resident, result[3] = p.channel_splits, result[4] = p.splits;
+  with_precision(static_cast<Precision>(precision), [&](auto chosen) {
+    with_config(chosen, false, result[2], [&](auto config) { result[0] = shared_bytes<decltype(config)>(p); });
+  });
+}
+}

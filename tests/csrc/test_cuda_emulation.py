@@ -1,0 +1,414 @@
+"""The CUDA kernels, run on the CPU: csrc/cuda compiled for the host, on the primitives of cuda_emulation/emulation.h.
+
+Index arithmetic, masks, copies, barriers and fragment layouts are executed here as on a GPU, at small sizes, and the
+results held to the float64 primitive. The emulation reports races, copies that were not waited for, addresses out of
+bounds. Of the compiler for the GPU, and of time, it says nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import DELTA, error, within
+from torch import Tensor
+
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
+from srpkd.kernels.blocked import relation_tiles as blocked_tiles
+from srpkd.kernels.formulas import gradient_of, scales_of
+from srpkd.kernels.reference import relation_loss as reference_loss
+
+TILE = 64
+PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
+DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32}
+# the error of U relative to float64 where G is exact: K has 11 bits, or 22
+TOLERANCE = {"bf16": 4e-4, "fp16": 1e-6, "tf32": 4e-4, "tf32x3": 1e-6}
+LAYOUTS = ("nlc", "nchw")
+RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
+ROW = Relation(delta=DELTA["row"])
+
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+class Plan(NamedTuple):
+    shared: int
+    resident: int
+    u_channels: int
+    channel_splits: int
+    splits: int
+
+
+class Features(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("image_stride", ctypes.c_int64),
+        ("line_stride", ctypes.c_int64),
+        ("channels", ctypes.c_int),
+    )
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = Path(__file__).parent / "cuda_emulation"
+    target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    command = [
+        compiler,
+        *options,
+        "-Wno-unknown-pragmas",
+        *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
+        f"-I{source}",
+        "-o",
+        str(target),
+        str(source / "library.cpp"),
+    ]
+    # the compiler itself does not run in a sanitizer that is loaded before this process
+    done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = ctypes.CDLL(str(target))
+    result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p
+    return result
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def emulate(
+    library: ctypes.CDLL,
+    student: Tensor,
+    teacher: Tensor,
+    scales: Scales,
+    relation: Relation,
+    precision: str,
+    need_grad: bool = True,
+    splits: int = 1,
+    shared_limit: int = 2**30,
+    backwards: bool = False,
+) -> TileSums:
+    """The primitive as the kernels compute it. The features' strides say which of the two layouts they have."""
+    batch, pixels, channels = student.shape
+    pixels_adjacent = student.stride(1) == 1 and student.stride(2) != 1
+    features, extents, alive = (Features * 2)(), (ctypes.c_int64 * 2)(), []
+    for i, (x, alpha) in enumerate(((teacher, scales.teacher), (student, scales.student))):
+        alive.append(None if alpha is None else alpha.float().contiguous())
+        line_stride = x.stride(2 if pixels_adjacent else 1)
+        assert x.stride(1 if pixels_adjacent else 2) == 1
+        features[i] = Features(x.data_ptr(), pointer(alive[i]), x.stride(0), line_stride, x.shape[2])
+        extents[i] = (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * x.element_size()
+    loss = torch.full((batch, splits, math.ceil(pixels / TILE)), torch.nan, dtype=torch.float64)
+    U = torch.full((splits, batch, pixels, channels), torch.nan) if need_grad else None
+    h = torch.full((splits, batch, pixels), torch.nan) if need_grad and relation.normalize != "none" else None
+    if U is not None and pixels_adjacent:
+        U = U.mT.contiguous().mT
+    strides = (ctypes.c_int64 * 4)(*(U.stride() if U is not None else (0,) * 4))
+    message = library.relation_tiles(
+        PRECISIONS.index(precision), pixels_adjacent, need_grad, features, extents, batch, pixels, splits, shared_limit,
+        DISTANCES.index(relation.distance), relation.normalize == "row", relation.normalize == "cosine",
+        ctypes.c_float(relation.delta), pointer(loss), pointer(U), strides, pointer(h), backwards,
+    )  # fmt: skip
+    assert message == b"", message.decode()
+    return TileSums(loss.sum((1, 2)), None if U is None else U.sum(0), None if h is None else h.sum(0))
+
+
+def draw(
+    precision: str,
+    batch: int,
+    pixels: int,
+    channels: tuple[int, int],
+    layout: str = "nlc",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Random features (B, N, C) in a layout. In float32 they have bfloat16's values unless dtype says otherwise: one
+    tf32 then holds them, and the Gram matrices are as exact as those of 16-bit features."""
+    dtype = dtype or (torch.bfloat16 if precision.startswith("tf32") else DTYPE[precision])
+    pair = ((torch.randn(batch, pixels, count) + 0.5).to(dtype).to(DTYPE[precision]) for count in channels)
+    student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
+    return student, teacher
+
+
+def assert_equal_to_float64(
+    actual: TileSums, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, precision: str
+) -> None:
+    """The tiles are those of float64 with the same scales."""
+    scales = Scales(*(None if x is None else x.double() for x in scales))
+    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, actual.U is not None)
+    assert error(actual.loss, expected.loss) < 5e-7
+    if actual.U is not None:
+        assert error(actual.U, expected.U) < TOLERANCE[precision]
+    if actual.h is not None:
+        assert error(actual.h, expected.h) < 1e-6
+
+
+def check(
+    library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, precision: str, **how
+) -> TileSums:
+    scales = scales_of(student, teacher, relation, torch.float32)
+    tiles = emulate(library, student, teacher, scales, relation, precision, **how)
+    assert_equal_to_float64(tiles, student, teacher, scales, relation, precision)
+    return tiles
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@every_layout
+@every_precision
+def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relation: Relation) -> None:
+    check(library, *draw(precision, 1, 75, (5, 7), layout), relation, precision)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 129])
+@every_layout
+@every_precision
+def test_any_number_of_pixels(library: ctypes.CDLL, precision: str, layout: str, pixels: int) -> None:
+    relation = ROW if pixels > 1 else Relation("none")  # the relation of one pixel to itself is 1 in both: a tie
+    check(library, *draw(precision, 2, pixels, (3, 4), layout), relation, precision)
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (8, 65), (64, 32), (65, 33), (150, 70), (260, 8)], ids=str)
+@every_layout
+@every_precision
+def test_any_number_of_channels(library: ctypes.CDLL, precision: str, layout: str, channels: tuple[int, int]) -> None:
+    student, teacher = draw(precision, 1, 20, channels, layout)
+    if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
+        student, teacher = (x.as_strided(x.shape, (20, 1, 20)) for x in (student, teacher))
+    check(library, student, teacher, ROW, precision)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@every_precision
+def test_dead_pixels(library: ctypes.CDLL, precision: str, normalize: str) -> None:
+    student, teacher = draw(precision, 1, 70, (9, 10))
+    student[:, 3:5] = teacher[:, 4:6] = student[:, 66] = 0
+    tiles = check(library, student, teacher, Relation(normalize, delta=DELTA[normalize]), precision)
+    if tiles.h is not None:
+        assert (tiles.h[:, [3, 4, 66]] == 0).all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("channels", [8, 200])
+@every_layout
+@every_precision
+def test_equal_features_are_a_tie(
+    library: ctypes.CDLL, precision: str, layout: str, channels: int, normalize: str
+) -> None:
+    """D is exactly 0, whichever channels of U a block owns."""
+    student, _ = draw(precision, 1, 33, (channels, 1), layout, torch.float32)
+    relation = Relation(normalize)
+    scales = scales_of(student, student, relation, torch.float32)
+    tiles = emulate(library, student, student.clone(), scales, relation, precision)
+    assert (tiles.loss == 0).all() and (tiles.U == 0).all()
+
+
+@pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32x3"])
+def test_error_is_that_of_eager(
+    library: ctypes.CDLL, precision: str, relation: Relation, channels: tuple[int, int]
+) -> None:
+    """Against float64: at most three times the error of autograd through the definition, on features after a ReLU."""
+    student, teacher = (x.relu() for x in draw(precision, 1, 100, channels, "nchw", DTYPE[precision]))
+    student[:, 7] = 0
+
+    def eager(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = student.detach().requires_grad_()
+        loss = reference_loss(student, teacher, relation)
+        return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
+
+    exact_loss, exact = eager(student.double(), teacher.double())
+    eager_loss, expected = eager(student, teacher)
+    scales = scales_of(student, teacher, relation, torch.float32)
+    tiles = emulate(library, student, teacher, scales, relation, precision)
+    loss, gradient = tiles.loss / student.shape[1] ** 2, gradient_of(student, tiles, scales, relation)
+    assert error(gradient, exact) < 3 * error(expected, exact) + 1e-7
+    assert error(loss, exact_loss) < 3 * error(eager_loss, exact_loss) + 5e-7
+
+
+def test_float16_beyond_its_exponents(library: ctypes.CDLL) -> None:
+    """K of features this large or small has no place in float16; nor has one pixel's K beside another's."""
+    for size in (2.0**-12, 2.0**10):
+        student, teacher = draw("fp16", 1, 40, (6, 6))
+        student, teacher = student * size, teacher * size
+        student[:, 5] *= 2**-6
+        for normalize in NORMALIZATIONS:
+            check(library, student, teacher, Relation(normalize), "fp16")
+
+
+@every_precision
+def test_not_a_number_shows(library: ctypes.CDLL, precision: str) -> None:
+    student, teacher = draw(precision, 1, 20, (5, 6))
+    relation = Relation("none")
+    for broken in (student, teacher):
+        before = broken[0, 3, 2].item()
+        for value in (math.nan, math.inf):
+            broken[0, 3, 2] = value
+            scales = scales_of(student, teacher, relation, torch.float32)
+            tiles = emulate(library, student, teacher, scales, relation, precision)
+            assert not tiles.loss.isfinite().any()
+            assert broken is teacher or not tiles.U[0].isfinite().all()
+        broken[0, 3, 2] = before
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+ALL = slice(None)
+# what (B, C, N) or (B, N, C) is a view of, which makes its copies 16, 4 or 2 bytes wide
+VIEWS = {
+    "aligned": ((ALL, ALL, ALL), 64),
+    "every_other_image": ((slice(1, None, 2), ALL, ALL), 64),
+    "every_other_line": ((ALL, slice(1, None, 2), ALL), 64),
+    "offset_by_one": ((ALL, ALL, slice(1, None)), 63),
+    "offset_by_two": ((ALL, ALL, slice(2, None)), 62),
+    "odd": ((ALL, ALL, ALL), 37),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@every_layout
+@every_precision
+def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: str, view: str) -> None:
+    """With NaN around them, which a read too many would bring in."""
+    index, adjacent = VIEWS[view]
+    sizes = (66, (adjacent, adjacent)) if layout == "nlc" else (adjacent, (10, 7))
+    student, teacher = draw(precision, 2, *sizes)
+    if layout == "nchw":
+        student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
+    else:
+        student, teacher = within(student, *index), within(teacher, *index)
+    check(library, student, teacher, ROW, precision)
+
+
+@every_layout
+@every_precision
+def test_rows_that_do_not_fit_come_through_the_ring(library: ctypes.CDLL, precision: str, layout: str) -> None:
+    """The same bits however many panels of i are resident."""
+    student, teacher = draw(precision, 1, 70, (60, 400), layout)
+    scales = scales_of(student, teacher, ROW, torch.float32)
+    whole = emulate(library, student, teacher, scales, ROW, precision)
+    for resident in (0, 1, 3):
+        limit = 8192 * resident + (3 + 64 * student.element_size() // 128) * (2 * 8192 + 512)
+        part = emulate(library, student, teacher, scales, ROW, precision, shared_limit=limit)
+        assert plan(library, precision, True, 70, (60, 400), (1, limit, limit, 0)).resident == resident
+        assert all(torch.equal(a, b) for a, b in zip(whole, part))
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+@every_layout
+@every_precision
+def test_same_bits_from_run_to_run(library: ctypes.CDLL, precision: str, layout: str) -> None:
+    """Also when the threads run in another order."""
+    student, teacher = draw(precision, 1, 70, (30, 20), layout)
+    scales = scales_of(student, teacher, ROW, torch.float32)
+    first, second = (emulate(library, student, teacher, scales, ROW, precision, backwards=b) for b in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "tf32x3"])
+def test_column_splits(library: ctypes.CDLL, precision: str, splits: int) -> None:
+    for need_grad in (True, False):
+        check(library, *draw(precision, 2, 200, (5, 6)), ROW, precision, splits=splits, need_grad=need_grad)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("pixels", [40, 100, 190, 256])
+@every_precision
+def test_forward_only(library: ctypes.CDLL, precision: str, pixels: int, normalize: str) -> None:
+    """Each pair of blocks once: an odd and an even number of blocks."""
+    relation = Relation(normalize, delta=DELTA[normalize])
+    check(library, *draw(precision, 1, pixels, (6, 5)), relation, precision, need_grad=False)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_walk(library: ctypes.CDLL, blocks: int, splits: int) -> None:
+    met = torch.zeros(blocks, blocks, dtype=torch.int32)
+    library.walk(blocks, True, splits, pointer(met))
+    assert (met == 1).all()
+    library.walk(blocks, False, splits, pointer(met.zero_()))
+    assert (met.diagonal() == 1).all()
+    assert (met + met.T + torch.eye(blocks) >= 1).all() and (met.triu(1) + met.tril(-1).T <= 1).all()
+    assert met.sum(1).max() - met.sum(1).min() <= 1  # blocks of rows have equal work
+
+
+# multiprocessors, and bytes of shared memory: of a block, of a multiprocessor, reserved for each block
+DEVICES = {
+    "sm_80": (108, 166_912, 167_936, 1024),
+    "sm_86": (84, 101_376, 102_400, 1024),
+    "sm_90": (132, 232_448, 233_472, 1024),
+}
+
+
+def plan(
+    library: ctypes.CDLL, precision: str, grad: bool, pixels: int, channels: tuple[int, int], device: tuple
+) -> Plan:
+    library.plan_of(
+        PRECISIONS.index(precision),
+        grad,
+        1,
+        pixels,
+        *channels,
+        (ctypes.c_int * 4)(*device),
+        result := (ctypes.c_int * 5)(),
+    )
+    return Plan(*result)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [False, True])
+@every_precision
+def test_plan_fits(library: ctypes.CDLL, precision: str, grad: bool, device: str) -> None:
+    """Into a block's shared memory, for any number of channels."""
+    for channels in itertools.product((1, 16, 64, 65, 128, 256, 1000), (1, 64, 256, 512, 5000)):
+        chosen = plan(library, precision, grad, 4096, channels, DEVICES[device])
+        assert chosen.shared <= DEVICES[device][1] and chosen.resident >= 0
+        assert chosen.channel_splits == (math.ceil(channels[0] / chosen.u_channels) if grad else 1)
+        assert 1 <= chosen.splits <= 64
+
+
+def test_plan_keeps_a_gpu_busy(library: ctypes.CDLL) -> None:
+    """132 multiprocessors with two blocks of threads each: as many splits as fill them."""
+    for pixels, splits in ((64, 1), (1024, 16), (4096, 4), (65536, 1)):
+        chosen = plan(library, "bf16", True, pixels, (64, 256), DEVICES["sm_90"])
+        assert chosen == Plan(5 * 8192 + 4 * 8704, 5, 64, 1, splits)
+
+
+# --- the emulation itself ---------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "none": "",
+    "no commit": "before the copy to it was waited for",
+    "no wait": "before the copy to it was waited for",
+    "no barrier": "read with no barrier after it was written",
+    "misaligned": "misaligned",
+    "out of bounds": "out of bounds",
+    "overwritten": "written with no barrier after it was read",
+    "unwritten": "read before it was written",
+    "diverged": "wait for others that never come",
+    "different": "different instructions",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(library: ctypes.CDLL, mistake: str) -> None:
+    message = library.mistake(mistake.encode()).decode()
+    assert MISTAKES[mistake] in message
+    assert bool(message) == (mistake != "none")

@@ -1,0 +1,480 @@
+"""Every backend of the registry, held to the definition (``reference``, differentiated by autograd)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    DELTA,
+    FAST,
+    NARROW,
+    STRIDES,
+    assert_equal,
+    assert_equal_to_reference,
+    cases,
+    difference,
+    distances,
+    dtypes,
+    error,
+    features,
+    few_cases,
+    options,
+    rounding,
+    value_and_gradient,
+    widest,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from srpkd import relation_loss
+from srpkd.kernels import BACKENDS, NORMALIZATIONS, Relation, TileSums, blocked, closed_form, dispatch, formulas
+from srpkd.kernels.reference import relation_matrix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+every_case = pytest.mark.parametrize(("backend", "relation"), cases())
+every_normalization = pytest.mark.parametrize(("backend", "relation"), few_cases())
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_is_tested_here(backend: str) -> None:
+    """A backend that cannot run here shows as skipped, with its reason, rather than not at all."""
+    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
+        assert len(reason) > 10
+        pytest.skip(f"{backend}: {reason}")
+
+
+# --- values and gradients -------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_values_and_gradients(backend: str, relation: Relation, device: torch.device) -> None:
+    student, teacher = features(relation, dtype=widest(backend), device=device)
+    assert_equal_to_reference(student, teacher, relation, backend)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 16, 17, 33, 64, 130])
+@every_normalization
+def test_any_number_of_pixels(backend: str, relation: Relation, pixels: int, device: torch.device) -> None:
+    student, teacher = features(relation, pixels=pixels, dtype=widest(backend), device=device)
+    assert_equal_to_reference(student, teacher, relation, backend)
+
+
+@pytest.mark.parametrize("channels", [(1, 3), (6, 1), (16, 64), (65, 33), (150, 300), (300, 129)], ids=str)
+@every_normalization
+def test_any_number_of_channels(
+    backend: str, relation: Relation, channels: tuple[int, int], device: torch.device
+) -> None:
+    student, teacher = features(relation, pixels=19, channels=channels, dtype=widest(backend), device=device)
+    assert_equal_to_reference(student, teacher, relation, backend)
+
+
+@pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if widest(case.values[0]) == torch.float64])
+def test_gradcheck(backend: str, relation: Relation, device: torch.device) -> None:
+    student, teacher = features(relation, pixels=5, channels=(3, 2), device=device, apart=1e-3)
+
+    def loss(student: Tensor) -> Tensor:
+        return relation_loss(student, teacher, layout="nlc", reduction="none", backend=backend, **options(relation))
+
+    assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+@every_case
+def test_tiles_are_the_definition(backend: str, relation: Relation, device: torch.device) -> None:
+    """The primitive alone: U and h, from P and K written out as N x N arrays."""
+    student, teacher = features(relation, dtype=widest(backend), device=device)
+    scales = formulas.scales_of(student, teacher, relation, student.dtype)
+    tiles, without = (
+        dispatch.backend_module(backend).relation_tiles(student, teacher, scales, relation, need_grad)
+        for need_grad in (True, False)
+    )
+
+    tolerance, student = rounding(student.dtype), student.double()
+    A, D = relation_matrix(student, relation), difference(student, teacher, relation)
+    P = {"l1": torch.sign(D), "l2": 2 * D, "huber": D.clamp(-relation.delta, relation.delta)}[relation.distance]
+    # PyTorch's own: the reference calls the same function as the backends
+    rho = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": partial(F.huber_loss, delta=relation.delta)}[relation.distance]
+    total = rho(D, torch.zeros_like(D), reduction="none").sum((1, 2))
+    ones = torch.ones_like(student[..., 0])
+    alpha = {
+        "row": 1 / (student @ student.mT).norm(dim=-1),
+        "cosine": 1 / student.norm(dim=-1),
+        "none": ones,
+    }[relation.normalize]
+    beta = alpha if relation.normalize == "cosine" else ones
+    one_way = P * alpha[:, :, None] * beta[:, None, :]
+    for loss in (tiles.loss, without.loss):
+        assert error(loss, total) <= tolerance
+    assert error(tiles.U, (one_way + one_way.mT) @ student) <= tolerance
+    if relation.normalize == "none":
+        assert tiles.h is None
+    else:
+        assert error(tiles.h, (P * A).sum(2) * (2 if relation.normalize == "cosine" else 1)) <= tolerance
+    assert without.U is None
+    assert without.h is None
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_huber_has_both_sides(normalize: str) -> None:
+    """What the other tests rely on: delta splits the pairs."""
+    relation = Relation(normalize, "huber", DELTA[normalize])
+    linear = difference(*features(relation), relation).abs() > relation.delta
+    assert 0.2 < linear.double().mean() < 0.8
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+def as_usually_written(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """The loss as it is usually written in PyTorch, in the features' own dtype: (B, N, C) -> (B,)."""
+
+    def relations(x: Tensor) -> Tensor:
+        if relation.normalize == "cosine":
+            x = F.normalize(x, dim=-1)
+        gram = x @ x.mT
+        return F.normalize(gram, dim=-1) if relation.normalize == "row" else gram
+
+    kind = {"l1": F.l1_loss, "l2": F.mse_loss}.get(relation.distance)
+    ours, theirs = relations(student), relations(teacher)
+    if kind is None:
+        return F.huber_loss(ours, theirs, reduction="none", delta=relation.delta).mean((1, 2))
+    return kind(ours, theirs, reduction="none").mean((1, 2))
+
+
+@pytest.mark.parametrize(("backend", "relation"), cases(["reference"]))
+def test_reference_is_what_pytorch_has(backend: str, relation: Relation) -> None:
+    """The oracle itself: by PyTorch's own normalisation, distances and gradients, in float64."""
+    student, teacher = features(relation)
+    leaf = student.detach().requires_grad_()
+    loss = as_usually_written(leaf, teacher, relation)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    actual = value_and_gradient(student, teacher, relation, backend)
+    assert error(actual[0], loss) < 1e-12
+    assert error(actual[1], gradient) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
+@every_case
+def test_error_is_that_of_eager(backend: str, relation: Relation, dtype: torch.dtype, device: torch.device) -> None:
+    """Against float64 of the same rounded features, the error is at most 3 times that of eager PyTorch.
+
+    There are two eagers for 16 bits. The reference upcasts the features first and rounds nothing but the gradient
+    that it gives back: the strict one, which every backend must come near. What people write rounds the relations
+    too: no backend may be worse than that at all.
+    """
+    student, teacher = features(relation, pixels=150, channels=(16, 24), dtype=dtype, device=device)
+    exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    # upstream as under loss scaling: float16 gradients of a mean over pairs are below its smallest number
+    upstream = 2.0**14 if dtype == torch.float16 else 1.0
+    loss, gradient = value_and_gradient(student, teacher, relation, backend, upstream)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == dtype
+    errors = error(loss, exact[0]), error(gradient / upstream, exact[1])
+
+    eager = value_and_gradient(student, teacher, relation, "reference", upstream)
+    floor = torch.finfo(torch.float32).eps  # a loss may be right to the last bit by luck
+    assert errors[0] <= 3 * error(eager[0], exact[0]) + 4 * floor
+    assert errors[1] <= 3 * error(eager[1] / upstream, exact[1]) + floor
+
+    if dtype != torch.float32:
+        leaf = student.detach().requires_grad_()
+        naive = as_usually_written(leaf, teacher, relation)
+        (naive_gradient,) = torch.autograd.grad(naive, leaf, torch.full_like(naive, 1024))
+        assert errors[0] <= error(naive, exact[0])
+        assert errors[1] <= error(naive_gradient / 1024, exact[1])
+
+
+@every_case
+def test_error_near_convergence(backend: str, relation: Relation, device: torch.device) -> None:
+    """The student is nearly the teacher: the relations cancel, in float32 and with l1 many signs are in doubt."""
+    _, teacher = features(batch=1, pixels=256, channels=(1, 24), dtype=torch.float32, device=device)
+    student = teacher + 1e-4 * torch.randn_like(teacher)
+    loss, gradient = value_and_gradient(student, teacher, relation, backend)
+    exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    eager = value_and_gradient(student, teacher, relation, "reference")
+    # what rounding A to float32 leaves in doubt of D: eager's mean over the pairs may be better by luck
+    A, D = relation_matrix(student.double(), relation), difference(student, teacher, relation)
+    doubt = (torch.finfo(torch.float32).eps * A.abs().mean() / D.abs().mean()).item()
+    assert error(loss, exact[0]) <= 3 * error(eager[0], exact[0]) + doubt
+    assert error(gradient, exact[1]) <= 3 * error(eager[1], exact[1])
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("backend", [name for name in FAST if name != "closed_form"])
+def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device: torch.device) -> None:
+    """It keeps its digits in float32 near convergence, by its sums in float64, and so can judge tiles."""
+    relation = Relation(normalize, "l2")
+    teacher = torch.randn(2, 200, 12, device=device)
+    student = teacher + 1e-4 * torch.randn_like(teacher)
+    exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    closed = value_and_gradient(student, teacher, relation, "closed_form")
+    tiles = value_and_gradient(student, teacher, relation, backend)
+    assert error(closed[0], exact[0]) <= 1e-5  # of a loss as small as 1e-11
+    assert error(closed[1], exact[1]) <= 1e-6
+    assert error(tiles[0], closed[0]) <= 1e-2
+    assert error(tiles[1], closed[1]) <= 1e-2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("backend", "relation"), cases(list(BACKENDS)))
+def test_two_runs_are_bit_equal(backend: str, relation: Relation, threads: int, device: torch.device) -> None:
+    torch.set_num_threads(threads)  # put back by one_thread
+    student, teacher = features(pixels=300, channels=(16, 16), dtype=torch.float32, device=device)
+    first, second = (value_and_gradient(student, teacher, relation, backend) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@every_normalization
+def test_several_threads(backend: str, relation: Relation, device: torch.device) -> None:
+    """No thread writes what another owns: values, and bits in two runs."""
+    student, teacher = features(relation, batch=1, pixels=130, dtype=widest(backend), device=device)
+    torch.set_num_threads(3)  # put back by one_thread
+    loss, gradient = assert_equal_to_reference(student, teacher, relation, backend)
+    again = value_and_gradient(student, teacher, relation, backend)
+    assert torch.equal(loss, again[0])
+    assert torch.equal(gradient, again[1])
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES.keys())
+@every_normalization
+def test_any_strides(
+    backend: str, relation: Relation, strides: Callable[[Tensor], Tensor], device: torch.device
+) -> None:
+    student, teacher = (x.mT.reshape(2, -1, 5, 7) for x in features(relation, dtype=widest(backend), device=device))
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", layout="nchw")
+    changed = strides(student), strides(teacher)
+    assert torch.equal(changed[0], student)
+    for pair in (changed, (student, changed[1]), (changed[0], teacher)):
+        assert_equal(value_and_gradient(*pair, relation, backend, layout="nchw"), expected)
+
+
+@every_normalization
+def test_tokens_of_any_strides(backend: str, relation: Relation, device: torch.device) -> None:
+    student, teacher = features(relation, dtype=widest(backend), device=device)
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    for strides in (
+        lambda x: x.mT.contiguous().mT,
+        lambda x: torch.cat((x, x), 1)[:, ::2].copy_(x),
+        lambda x: torch.cat((x, x), 2)[:, :, 1::2].copy_(x) if x.shape[2] % 2 == 0 else x,
+    ):
+        assert_equal(value_and_gradient(strides(student), strides(teacher), relation, backend), expected)
+
+
+@every_normalization
+def test_expanded_batch(backend: str, relation: Relation, device: torch.device) -> None:
+    """One image three times, with a stride of 0."""
+    student, teacher = features(relation, batch=1, dtype=widest(backend), device=device)
+    assert_equal_to_reference(student.expand(3, -1, -1), teacher.expand(3, -1, -1), relation, backend)
+
+
+@every_normalization
+def test_gradient_of_an_expanded_student_is_the_sum(backend: str, relation: Relation, device: torch.device) -> None:
+    student, teacher = features(relation, batch=3, dtype=widest(backend), device=device)
+    one = student[:1].clone().requires_grad_()
+    common = {"layout": "nlc", "reduction": "sum", **options(relation)}
+    gradients = []
+    for name in (backend, "reference"):
+        loss = relation_loss(one.expand(3, -1, -1), teacher, backend=name, **common)
+        gradients += torch.autograd.grad(loss, one)
+    assert error(*gradients) <= rounding(one.dtype)
+
+
+@every_normalization
+def test_images_are_independent(backend: str, relation: Relation, device: torch.device) -> None:
+    student, teacher = features(relation, batch=5, dtype=widest(backend), device=device)
+    loss, gradient = value_and_gradient(student, teacher, relation, backend)
+    for image in range(5):
+        only = slice(image, image + 1)
+        alone = value_and_gradient(student[only], teacher[only], relation, backend)
+        assert_equal((loss[only], gradient[only]), alone)
+
+
+# --- edge cases -----------------------------------------------------------------------------------------------------
+
+DEAD = {
+    "student's pixel": (lambda s, t: s[:, 3].zero_()),
+    "teacher's pixel": (lambda s, t: t[:, 3].zero_()),
+    "the same pixel of both": (lambda s, t: (s[:, 3].zero_(), t[:, 3].zero_())),
+    "different pixels": (lambda s, t: (s[:, 0].zero_(), t[:, 34].zero_())),
+    "many pixels": (lambda s, t: (s[:, ::2].zero_(), t[:, ::3].zero_())),
+    "student's map": (lambda s, t: s.zero_()),
+    "teacher's map": (lambda s, t: t.zero_()),
+    "both maps": (lambda s, t: (s.zero_(), t.zero_())),
+    "one image's map": (lambda s, t: s[1].zero_()),
+}
+
+
+@pytest.mark.parametrize("kill", DEAD.values(), ids=DEAD.keys())
+@every_case
+def test_dead_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
+    """All-zero pixels: nothing is infinite, and no gradient runs through their own normalisation."""
+    student, teacher = features(relation, dtype=widest(backend), device=device)
+    kill(student, teacher)
+    _, gradient = assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+    dead = ~student.any(-1)
+    if relation.normalize == "cosine":  # related to nothing, however it moves
+        assert not gradient[dead].any()
+    narrow = value_and_gradient(student.float(), teacher.float(), relation, backend)
+    assert narrow[0].isfinite().all()
+    assert narrow[1].isfinite().all()
+    assert narrow[1].abs().max() <= 2 * gradient.abs().max() + 1e-6  # F.normalize would give some 1e9 here
+
+
+@pytest.mark.parametrize("normalize", ["row", "cosine"])
+@pytest.mark.parametrize("backend", FAST)
+def test_eps_is_the_largest_dead_norm(backend: str, normalize: str, device: torch.device) -> None:
+    """A norm of exactly eps is dead, one above it is not."""
+    distance = distances(backend)[0]
+    # pixel norms 5 and 13, orthogonal, so that the row norms are 25 and 169
+    student = torch.tensor([[[3.0, 4, 0, 0], [0, 0, 5, 12]]], dtype=widest(backend), device=device)
+    teacher = torch.zeros_like(student)  # dead: relation 0
+    alive = {"row": (25, 169), "cosine": (5, 13)}[normalize]
+    pairs_alive = 2 if normalize == "row" else 0  # of cosine, the diagonal does not count
+    for eps, count in ((0.999 * alive[0], 2), (alive[0], 1), (alive[1], 0)):
+        relation = Relation(normalize, distance, eps=eps)
+        loss, _ = value_and_gradient(student, teacher, relation, backend)
+        scale = 0.5 if distance == "huber" else 1.0
+        assert loss.item() == pytest.approx(scale * count * pairs_alive / 2 / 4)
+        scales = formulas.scales_of(student, teacher, relation, student.dtype)
+        assert scales.student.count_nonzero() == count
+        assert_equal_to_reference(student, student.roll(1, -1), relation, backend)
+
+
+@pytest.mark.parametrize("channels", [16, 160])
+@pytest.mark.parametrize("dtype", (torch.float64, *NARROW), ids=lambda dtype: str(dtype)[6:])
+@every_case
+def test_identical_teacher(
+    backend: str, relation: Relation, dtype: torch.dtype, channels: int, device: torch.device
+) -> None:
+    """D is exactly 0 as both relation matrices come of the same operations, and sign(0) is 0: no gradient.
+
+    Were the two scales computed by different routes, l1 would turn their rounding into a gradient of full size.
+
+    closed_form subtracts sums of different products, in float64: 0 but for their rounding.
+    """
+    if dtype not in dtypes(backend):
+        pytest.skip(f"{backend} does not do {dtype}")
+    student, _ = features(pixels=40, channels=(channels, 1), dtype=dtype, device=device)
+    loss, gradient = value_and_gradient(student, student.clone(), relation, backend)
+    if backend == "closed_form":
+        size = relation_matrix(student.double(), relation).square().mean().item()
+        assert loss.abs().max() <= 1e-14 * size
+        assert gradient.abs().max() <= 1e-14 * size
+    else:
+        assert not loss.any()
+        assert not gradient.any()
+
+
+@every_normalization
+def test_a_nan_is_not_hidden(backend: str, relation: Relation, device: torch.device) -> None:
+    for broken in (0, 1):
+        pair = features(dtype=widest(backend), device=device)
+        pair[broken][1, 2, 3] = math.nan
+        loss, _ = value_and_gradient(*pair, relation, backend)
+        assert loss[1].isnan()
+        assert loss[0].isfinite()
+
+
+# --- blocked --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 34, 35, 100])
+@pytest.mark.parametrize(("backend", "relation"), cases(["blocked"]))
+def test_strips_of_any_height(
+    backend: str, relation: Relation, rows: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(blocked, "block_rows", lambda *_: rows)
+    student, teacher = features(relation, dtype=widest(backend), device=device)
+    assert_equal_to_reference(student, teacher, relation, backend)
+    student[:, 5], teacher[:, 17] = 0, 0
+    assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+
+
+@pytest.mark.parametrize(
+    ("batch", "pixels", "rows"), [(1, 4, 16), (1, 64, 64), (1, 4096, 128), (2, 4096, 64), (64, 65536, 16)]
+)
+def test_height_of_a_strip(batch: int, pixels: int, rows: int) -> None:
+    assert blocked.block_rows(batch, pixels, torch.device("cpu")) == rows
+    for device in ("cpu", "cuda", "mps"):
+        assert blocked.block_rows(batch, pixels, torch.device(device)) >= 1
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def interpreted(backend: str, device: torch.device) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter: too slowly for real sizes."""
+    return backend == "triton" and device.type == "cpu"
+
+
+class Allocations(TorchDispatchMode):
+    """The most elements of any tensor that an operation gave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.numel(), value.untyped_storage().nbytes() // value.itemsize)
+        return result
+
+
+@every_case
+def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device) -> None:
+    if interpreted(backend, device):
+        pytest.skip("in the interpreter")
+    pixels = 1500
+    student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
+    if device.type != "cpu":
+        pytest.skip("strips fill the device there")
+    with Allocations() as seen:  # inside the operator, which is one opaque step to a mode outside
+        dispatch.value_and_gradient(student, teacher, relation, backend, True)
+    assert 0 < seen.largest < pixels**2 / 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
+def test_peak_memory(backend: str, relation: Relation) -> None:
+    """Forward and backward, C++ included, grow the process by less than half an N x N array."""
+    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
+        backend, torch.device("cpu")
+    ):
+        pytest.skip(f"{backend}: {reason or 'in the interpreter'}")
+    pixels = 4096
+    student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
+    value_and_gradient(student[:, :256], teacher[:, :256], relation, backend)  # what is allocated once
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError as reason:
+        pytest.skip(f"the peak cannot be reset: {reason}")
+    before = _kibibytes("VmRSS")
+    value_and_gradient(student, teacher, relation, backend)
+    assert (_kibibytes("VmHWM") - before) * 1024 < pixels**2 * 4 / 2
+
+
+def _kibibytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def test_tiles_of_closed_form_are_float64() -> None:
+    """Narrow features give float64 sums: what makes it an oracle."""
+    student, teacher = features(dtype=torch.float32)
+    relation = Relation("row", "l2")
+    scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE)
+    tiles: TileSums = closed_form.relation_tiles(student, teacher, scales, relation, True)
+    assert tiles.loss.dtype == tiles.U.dtype == tiles.h.dtype == torch.float64

@@ -1,0 +1,208 @@
+"""Which backend is taken: the registry, ``auto``, SRPKD_BACKEND, and what importing brings along."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import FAST, assert_equal_to_reference, cases, features, options
+
+from srpkd import SRPLoss, relation_loss
+from srpkd.kernels import (
+    BACKENDS,
+    DISTANCES,
+    NORMALIZATIONS,
+    BackendUnavailable,
+    Relation,
+    auto_backend,
+    blocked,
+    dispatch,
+    op,
+    requested_backend,
+    unavailable_reason,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+RESTRICTED = [
+    (name, distance)
+    for name in FAST
+    for distance in DISTANCES
+    if distance not in getattr(dispatch.backend_module(name), "DISTANCES", DISTANCES)
+]
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends whose primitive ran, in order."""
+    names = []
+    for name in FAST:
+        module = dispatch.backend_module(name)
+
+        def spy(*arguments, name=name, original=module.relation_tiles):
+            names.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, "relation_tiles", spy)
+    return names
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_keeps_the_contract(name: str) -> None:
+    module = dispatch.backend_module(name)
+    assert BACKENDS[name] and module.__doc__
+    for device in (CPU, torch.device("cuda"), torch.device("mps")):
+        reason = unavailable_reason(name, device)
+        assert reason is None or (isinstance(reason, str) and reason)
+    assert set(getattr(module, "DISTANCES", DISTANCES)) <= set(DISTANCES)
+    if name != "reference":
+        parameters = list(inspect.signature(module.relation_tiles).parameters)
+        assert parameters == list(inspect.signature(blocked.relation_tiles).parameters)
+
+
+# --- by name --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_the_named_backend_runs(name: str, taken: list[str]) -> None:
+    if (reason := unavailable_reason(name, CPU)) is not None:
+        pytest.skip(reason)
+    relation_loss(*features(dtype=torch.float32), layout="nlc", distance="l2", backend=name)
+    assert taken == [name]
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_named_backend_that_cannot_run_raises(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.backend_module(backend), "unavailable_reason", lambda device: "no such chip; buy one")
+    pair = features(dtype=torch.float32)
+    with pytest.raises(BackendUnavailable, match=rf"backend='{backend}' cannot run on cpu: no such chip; buy one"):
+        relation_loss(*pair, layout="nlc", distance="l2", backend=backend)
+    monkeypatch.setenv("SRPKD_BACKEND", backend)
+    with pytest.raises(BackendUnavailable, match="no such chip"):
+        relation_loss(*pair, layout="nlc", distance="l2")
+
+
+@pytest.mark.parametrize(("backend", "distance"), RESTRICTED)
+def test_a_distance_that_a_backend_lacks(backend: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.backend_module(backend), "unavailable_reason", lambda device: None)
+    with pytest.raises(ValueError, match=rf"backend='{backend}' computes .* not '{distance}'; use backend='auto'"):
+        relation_loss(*features(dtype=torch.float32), layout="nlc", distance=distance, backend=backend)
+
+
+def test_a_dtype_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "DTYPES", (torch.float32, torch.bfloat16), raising=False)
+    message = "backend='blocked' computes features in float32, bfloat16 only, not float64; use backend='auto'"
+    with pytest.raises(ValueError, match=message):
+        relation_loss(*features(dtype=torch.float64), layout="nlc", backend="blocked")
+
+
+# --- auto -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "relation"), cases(["blocked"]))
+def test_auto_never_fails(backend: str, relation: Relation, monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    """With all that can be missing missing, PyTorch alone gives the values."""
+    pair = features(relation)
+    assert_equal_to_reference(*pair, relation, "auto")
+    for name in FAST:
+        if name != backend:
+            monkeypatch.setattr(dispatch.backend_module(name), "unavailable_reason", lambda device: "missing")
+    taken.clear()
+    assert_equal_to_reference(*pair, relation, "auto")
+    assert taken == [backend]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dtype, taken: list[str]) -> None:
+    relation = Relation(normalize, distance)
+    for pixels in (1, 40):
+        student, teacher = features(pixels=pixels, dtype=dtype)
+        loss = relation_loss(student.requires_grad_(), teacher, layout="nlc", **options(relation))
+        loss.backward()
+        assert loss.isfinite()
+    assert len(taken) == 2
+    assert all(unavailable_reason(name, CPU) is None for name in taken)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_auto_prefers_the_closed_form_for_l2_where_pixels_are_many(normalize: str, taken: list[str]) -> None:
+    least = dispatch.CLOSED_FORM_FROM[normalize] * (3 + 5)
+    for pixels in (least, least - 1):
+        student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
+        relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
+    assert taken[0] == "closed_form" != taken[1]
+    assert auto_backend(CPU, Relation(normalize, "l2")) == "closed_form"
+    assert auto_backend(CPU, Relation(normalize, "l1")) in FAST
+
+
+# --- SRPKD_BACKEND --------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_variable_decides_for_auto(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    loss_fn = SRPLoss(distance="l2", layout="nlc")  # made before the variable is set
+    monkeypatch.setenv("SRPKD_BACKEND", "blocked")
+    loss_fn(*features())
+    assert taken == ["blocked"]
+    assert requested_backend("auto") == "blocked"
+
+
+def test_the_argument_overrides_the_environment_variable(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    for setting in ("blocked", "reference", "nonsense"):
+        monkeypatch.setenv("SRPKD_BACKEND", setting)
+        relation_loss(*features(), distance="l2", layout="nlc", backend="closed_form")
+    assert taken == ["closed_form"] * 3
+
+
+@pytest.mark.parametrize("setting", ["", "auto"])
+def test_an_environment_variable_that_says_nothing(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPKD_BACKEND", setting)
+    assert requested_backend("auto") == "auto"
+
+
+def test_the_environment_variable_may_name_the_reference(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    monkeypatch.setenv("SRPKD_BACKEND", "reference")
+    monkeypatch.setattr(op, "value_and_gradient", lambda *_: pytest.fail("the reference needs no operator"))
+    relation_loss(*features(), layout="nlc")
+    assert not taken
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPKD_BACKEND", "closed-form")
+    for call in (lambda: relation_loss(*features(), layout="nlc"), SRPLoss):
+        with pytest.raises(ValueError, match=r"variable SRPKD_BACKEND='closed-form' .* did you mean 'closed_form'\?"):
+            call()
+
+
+# --- imports --------------------------------------------------------------------------------------------------------
+
+
+def test_needs_no_extras() -> None:
+    """Importing brings no optional package and no backend, and with all of those missing everything still runs."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import srpkd, srpkd.kernels
+from srpkd.info import describe
+assert "srpkd.kernels.closed_form" not in sys.modules, "a backend is imported when first asked for"
+extras = {"triton", "torchvision", "ninja", "pybind11", "PIL", "matplotlib", "jinja2", "jsonargparse", "yaml", "tqdm"}
+brought = {name.partition(".")[0] for name in set(sys.modules) - before} & extras
+assert not brought, brought
+for name in extras:
+    sys.modules[name] = None  # importing it fails from here on
+student, teacher = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+for distance in ("l1", "l2", "huber"):
+    srpkd.SRPLoss(distance=distance)(student, teacher).backward()
+assert torch.isfinite(student.grad).all()
+print(describe())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "SRPKD_BACKEND"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in BACKENDS)

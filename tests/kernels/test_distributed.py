@@ -1,0 +1,189 @@
+"""Relations beyond one image: scope="batch", and scope="global" over 2 and 3 processes, against one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DELTA, ROOT, error
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from srpkd import SRPLoss, relation_loss
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last batch of an epoch
+
+
+def images(count: int) -> tuple[Tensor, Tensor]:
+    """(B, 5, 4, 6) and (B, 7, 4, 6) in float64, with a dead pixel in each."""
+    generator = torch.Generator().manual_seed(count)
+    student, teacher = (
+        torch.randn(count, channels, 4, 6, generator=generator, dtype=torch.float64) + 0.5 for channels in (5, 7)
+    )
+    student[0, :, 1, 2] = teacher[-1, :, 3, 3] = 0
+    return student, teacher
+
+
+def loss_and_gradient(student: Tensor, teacher: Tensor, **options) -> tuple[Tensor, Tensor]:
+    student = student.detach().requires_grad_()
+    loss = relation_loss(student, teacher, **options)
+    return loss.detach(), *torch.autograd.grad(loss, student)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked"])
+@pytest.mark.parametrize("scope", ["batch", "global"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_batch_is_one_large_image(normalize: str, scope: str, backend: str) -> None:
+    """And the whole world is the batch, where there are no other processes."""
+    student, teacher = images(3)
+    wide = (x.permute(1, 0, 2, 3).reshape(1, x.shape[1], 12, 6) for x in (student, teacher))
+    expected_loss, expected = loss_and_gradient(*wide, normalize=normalize, backend="reference")
+    loss, gradient = loss_and_gradient(student, teacher, normalize=normalize, scope=scope, backend=backend)
+    assert error(loss, expected_loss) < 1e-12
+    assert error(gradient, expected.reshape(5, 3, 4, 6).permute(1, 0, 2, 3)) < 1e-12
+    several = loss_and_gradient(student, teacher, normalize=normalize)[0]
+    assert error(loss, several) > 1e-3  # it is another thing than the mean over images
+
+
+def test_reductions_of_a_batch() -> None:
+    student, teacher = images(2)
+    one = relation_loss(student, teacher, scope="batch", reduction="none")
+    assert one.shape == (1,)
+    for reduction in ("mean", "sum"):
+        assert relation_loss(student, teacher, scope="batch", reduction=reduction) == one[0]
+
+
+def test_wrong_scope() -> None:
+    for call in (lambda: SRPLoss(scope="batches"), lambda: relation_loss(*images(1), scope="batches")):
+        with pytest.raises(ValueError, match=r"scope='batches' is not one of .* did you mean 'batch'"):
+            call()
+    assert "scope='batch'" in repr(SRPLoss(scope="batch"))
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+def spawn(case: str, ranks: int, folder: Path) -> None:
+    """Run ``case`` of this file in so many gloo processes."""
+    command = [sys.executable, __file__, case]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        failures = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, failure in zip(processes, failures):
+        assert process.returncode == 0, failure
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
+    spawn("relations", ranks, tmp_path)
+
+
+def test_ranks_with_as_many_pixels_and_several_strips(tmp_path: Path) -> None:
+    """Only a rank's own columns hold its diagonal, which goes on from strip to strip."""
+    spawn("strips", 2, tmp_path)
+
+
+def test_parameters_under_ddp(tmp_path: Path) -> None:
+    spawn("ddp", 2, tmp_path)
+
+
+def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
+    """An error on every rank, and no rank that waits for ever."""
+    spawn("misfit", 2, tmp_path)
+
+
+def check_relations(rank: int, ranks: int) -> None:
+    """Each rank's loss is that of one process, and its gradient that process's, of its own pixels."""
+    first = sum(SHARES[:rank])
+    own = slice(first, first + SHARES[rank])
+    student, teacher = images(sum(SHARES[:ranks]))
+    for normalize in NORMALIZATIONS:
+        for distance in DISTANCES:
+            options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]}
+            expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                mine = (x[own].contiguous(memory_format=layout) for x in (student, teacher))
+                loss, gradient = loss_and_gradient(*mine, scope="global", **options)
+                assert error(loss, expected_loss) < 1e-12, options
+                assert error(gradient / ranks, expected[own]) < 1e-12, options
+            narrow = [x[own].bfloat16() for x in (student, teacher)]
+            loss = relation_loss(*narrow, scope="global", **options)
+            assert loss.dtype == torch.float32
+            assert error(loss, expected_loss) < 0.05
+    compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
+    assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
+    alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
+    if rank == ranks - 1:
+        loss = SRPLoss(scope="global", group=alone)(student[own], teacher[own])
+        assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
+
+
+def check_strips(rank: int, ranks: int) -> None:
+    distributed.block_rows = lambda *_: 7
+    student, teacher = images(ranks)
+    own = slice(rank, rank + 1)
+    for normalize in NORMALIZATIONS:
+        options = {"normalize": normalize, "distance": "huber", "delta": DELTA[normalize]}
+        expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+        loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", **options)
+        assert error(loss, expected_loss) < 1e-12, options
+        assert error(gradient / ranks, expected[own]) < 1e-12, options
+
+
+def check_ddp(rank: int, ranks: int) -> None:
+    """DistributedDataParallel averages the ranks' gradients to that of one process with the whole batch."""
+    network = nn.Conv2d(7, 5, 1).double()
+    _, teacher = images(4)
+    own = slice(2 * rank, 2 * rank + 2)
+    for distance in ("l1", "l2"):
+        expected = torch.autograd.grad(
+            relation_loss(network(teacher), teacher, distance=distance, scope="batch"), list(network.parameters())
+        )
+        parallel = DistributedDataParallel(network)
+        network.zero_grad()
+        relation_loss(parallel(teacher[own]), teacher[own], distance=distance, scope="global").backward()
+        for parameter, gradient in zip(network.parameters(), expected):
+            assert error(parameter.grad, gradient, least=1e-6) < 1e-10
+
+
+def check_misfit(rank: int, ranks: int) -> None:
+    student, teacher = images(1)
+    with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
+        relation_loss(student[:, : 5 - rank], teacher, scope="global")
+    for distance, wrong, right in (("l1", "reference", "blocked"), ("l1", "closed_form", "blocked"),
+                                   ("l2", "blocked", "closed_form")):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', '{right}'"
+        ):
+            relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
+
+
+def main() -> None:
+    case, rank, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    try:
+        cases = {"relations": check_relations, "strips": check_strips, "ddp": check_ddp, "misfit": check_misfit}
+        cases[case](rank, ranks)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

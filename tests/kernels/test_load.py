@@ -1,0 +1,121 @@
+"""Under load: many calls, several threads at once, forked workers, and what an import brings in."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import distances, features, value_and_gradient
+from torch.utils.data import DataLoader, Dataset
+
+from srpkd.kernels import Relation, unavailable_reason
+
+CPU = torch.device("cpu")
+BACKENDS = [name for name in ("reference", "blocked", "closed_form", "native") if unavailable_reason(name, CPU) is None]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def kibibytes() -> int:
+    """What this process holds in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow() -> None:
+    """Over 10,000 calls, of all backends: one that kept its features, or a workspace, would take 50 MB and more."""
+    pairs = {name: features(batch=1, pixels=48, channels=(12, 16), dtype=torch.float32) for name in BACKENDS}
+    relations = {name: Relation("row", distances(name)[0]) for name in BACKENDS}
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            for name, pair in pairs.items():
+                value_and_gradient(*pair, relations[name], name)
+
+    call(250)
+    before = kibibytes()
+    call(10_000 // len(BACKENDS))
+    assert kibibytes() - before < 8 * 1024
+
+
+def test_eight_threads_at_once() -> None:
+    """Each gets its own result, to the bit: of several sizes, so that no two threads do the same."""
+    jobs = [
+        (*features(batch=1 + i % 2, pixels=20 + 37 * (i % 5), channels=(5, 7), dtype=torch.float32), Relation(d), name)
+        for i in range(8)
+        for d in ("row", "cosine")
+        for name in BACKENDS
+        if "l1" in distances(name)
+    ]
+    expected = [value_and_gradient(*job) for job in jobs]
+
+    def calls(worker: int) -> bool:
+        torch.set_num_threads(1)
+        mine = [(i + worker) % len(jobs) for i in range(len(jobs))]
+        return all(
+            torch.equal(one, other) for i in mine for one, other in zip(value_and_gradient(*jobs[i]), expected[i])
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(calls, range(8), timeout=240))
+
+
+class Losses(Dataset):
+    """A data set whose workers compute with the backend that their parent has computed with already."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.pairs = [features(batch=1, pixels=130, channels=(5, 7), dtype=torch.float32) for _ in range(4)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return value_and_gradient(*self.pairs[index], Relation(), self.backend)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
+def test_forked_workers(backend: str) -> None:
+    """They do not hang on the threads that their parent had, and give the same bits."""
+    data = Losses(backend)
+    torch.set_num_threads(2)  # put back by one_thread
+    expected = [data[i] for i in range(len(data))]
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
+    torch.set_num_threads(1)
+    alone = [data[i] for i in range(len(data))]
+    for one, other, wide in zip(loader, alone, expected, strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, wide)
+    assert torch.equal(data[0], alone[0])  # nor is anything of the parent's lost
+
+
+def test_import_brings_in_little() -> None:
+    """Beyond torch: the loss, the distiller, no image library, plotting, Triton or compiler. Modules, not seconds."""
+    code = """
+import json, sys
+import torch
+before = set(sys.modules)
+import srpkd
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    brought = json.loads(result.stdout)
+    assert "srpkd.loss" in brought
+    heavy = (
+        "torchvision",
+        "PIL",
+        "matplotlib",
+        "jinja2",
+        "onnx",
+        "triton",
+        "torch._inductor",
+        "torchmetrics",
+        "pandas",
+    )
+    assert [name for name in brought if name.startswith(heavy)] == []

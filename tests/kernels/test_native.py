@@ -1,0 +1,278 @@
+"""Backend ``native`` on the CPU: what the tests of every backend do not reach.
+
+Tiles of every size against float64, the same bits from run to run and for any number of threads, the operator itself,
+both instruction sets, and the index mathematics that CPU and GPU share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import NARROW, STRIDES, assert_equal_to_reference, cases, error, features, value_and_gradient
+from torch import Tensor
+
+from srpkd import relation_loss
+from srpkd.kernels import NORMALIZATIONS, Relation, TileSums, formulas, native
+
+CPU = torch.device("cpu")
+every_case = pytest.mark.parametrize(("backend", "relation"), cases(["native"]))
+
+
+@pytest.fixture(autouse=True)
+def _built(one_thread: None) -> None:
+    """The extension is built by the first test where it was not, or all are skipped with the reason."""
+    if (reason := native.unavailable_reason(CPU)) is not None:
+        pytest.skip(f"native: {reason}")
+    native.extension()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Two threads whatever else runs."""
+    torch.set_num_threads(2)
+    yield
+
+
+def tiles(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool = True) -> TileSums:
+    scales = formulas.scales_of(student, teacher, relation, formulas.accumulator(student.dtype))
+    return native.relation_tiles(student, teacher, scales, relation, need_grad)
+
+
+def assert_same_bits(one: TileSums, other: TileSums) -> None:
+    for ours, theirs in zip(one, other, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pixels", "tile"), [(35, 16), (64, 16), (97, 32), (130, 48), (33, 64), (113, 112)])
+@every_case
+def test_tiles_of_any_size(
+    backend: str, relation: Relation, pixels: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels that fill the last tile and that do not, one tile and many, even and odd numbers of blocks."""
+    monkeypatch.setattr(native, "TILE", tile)
+    student, teacher = features(relation, pixels=pixels)
+    assert_equal_to_reference(student, teacher, relation, backend)
+    student[:, 5], teacher[:, 17] = 0, 0  # dead pixels, on and off the diagonal
+    student[:, 16:32] = 0
+    assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("dtype", (torch.float64, *NARROW), ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_any_strides_in_tiles(
+    normalize: str, dtype: torch.dtype, strides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are read in place, or widened with the strides that they have."""
+    monkeypatch.setattr(native, "TILE", 16)
+    relation = Relation(normalize)
+    student, teacher = (x.mT.unflatten(2, (7, 5)).contiguous() for x in features(relation, dtype=dtype))
+    expected = value_and_gradient(student, teacher, relation, "native", layout="nchw")
+    view = STRIDES[strides]
+    actual = value_and_gradient(view(student), view(teacher), relation, "native", layout="nchw")
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    assert error(actual[0], expected[0]) <= tolerance
+    assert error(actual[1], expected[1]) <= (torch.finfo(dtype).eps if dtype.itemsize == 2 else tolerance)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
+@every_case
+def test_error_over_many_tiles(
+    backend: str, relation: Relation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over many tiles are no worse than eager's over whole rows."""
+    monkeypatch.setattr(native, "TILE", 32)
+    student, teacher = features(relation, batch=1, pixels=400, channels=(16, 40), dtype=dtype, apart=1e-9)
+    exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    upstream = 2.0**14 if dtype == torch.float16 else 1.0
+    eager = value_and_gradient(student, teacher, relation, "reference", upstream)
+    loss, gradient = value_and_gradient(student, teacher, relation, backend, upstream)
+    floor = torch.finfo(torch.float32).eps
+    assert error(loss, exact[0]) <= 3 * error(eager[0], exact[0]) + 4 * floor
+    assert error(gradient / upstream, exact[1]) <= 3 * error(eager[1] / upstream, exact[1]) + floor
+
+
+@every_case
+def test_without_a_gradient_the_loss_is_the_same(
+    backend: str, relation: Relation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "TILE", 32)
+    for dtype in (torch.float64, *NARROW):
+        pair = features(pixels=101, dtype=dtype)
+        without = tiles(*pair, relation, need_grad=False)
+        assert without.U is None
+        assert without.h is None
+        assert torch.equal(without.loss, tiles(*pair, relation).loss)
+
+
+# --- the same bits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("images", "tile"), [(1, 16), (3, 32)])
+@every_case
+def test_same_bits_whatever_the_threads_do(
+    backend: str, relation: Relation, images: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads take turns at U in the order of the rounds: run to run, and for every number of threads."""
+    monkeypatch.setattr(native, "TILE", tile)
+    pair = features(batch=images, pixels=250, channels=(8, 12), dtype=torch.float32)
+    expected = tiles(*pair, relation)
+    for count in (2, 2, 2, 3):
+        torch.set_num_threads(count)
+        assert_same_bits(tiles(*pair, relation), expected)
+
+
+def test_same_bits_at_real_size(threads: None) -> None:
+    relation = Relation()
+    student, teacher = features(batch=1, pixels=1500, channels=(64, 96), dtype=torch.float32)
+    expected = value_and_gradient(student, teacher, relation, "native")
+    for _ in range(5):
+        actual = value_and_gradient(student, teacher, relation, "native")
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_bounded() -> None:
+    """Inside the operator nothing grows with N^2: workspaces of a tile, and what goes with N."""
+    student, teacher = features(batch=1, pixels=6000, channels=(8, 8), dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        tiles(student, teacher, Relation())
+    total = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < total < 6000**2 * 4 / 4
+
+
+# --- the operator ---------------------------------------------------------------------------------------------------
+
+
+def arguments(dtype: torch.dtype = torch.float32, normalize: str = "row", need_grad: bool = True) -> tuple:
+    student, teacher = features(dtype=dtype)
+    scales = formulas.scales_of(student, teacher, Relation(normalize), formulas.accumulator(dtype))
+    return student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, need_grad
+
+
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("normalize", ["row", "none"])
+def test_operator(normalize: str, need_grad: bool) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.library.opcheck(torch.ops.srpkd.relation_tiles.default, arguments(dtype, normalize, need_grad))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({0: torch.ones(2, 35)}, ValueError, "expected student"),
+        ({1: torch.ones(2, 34, 7)}, ValueError, "expected student"),
+        ({1: torch.ones(2, 35, 7).double()}, TypeError, "of one dtype"),
+        ({2: None}, ValueError, "both alphas"),
+        ({3: torch.ones(2, 34)}, ValueError, "expected alpha"),
+        ({4: "rows"}, ValueError, "rows"),
+        ({5: "l3"}, ValueError, "l3"),
+    ],
+    ids=str,
+)
+def test_operator_refuses(change: dict, kind: type, message: str) -> None:
+    given = [change.get(index, value) for index, value in enumerate(arguments())]
+    with pytest.raises(kind, match=message):
+        torch.ops.srpkd.relation_tiles(*given)
+
+
+def test_compiles() -> None:
+    """torch.compile takes the whole loss as one operator, native or not."""
+    student, teacher = features(dtype=torch.float32)
+
+    def loss(student: Tensor) -> Tensor:
+        return relation_loss(student, teacher, layout="nlc", backend="native")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(student), loss(student))
+
+
+SAMPLES = """
+import torch
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, formulas, native
+torch.set_num_threads(1)
+native.TILE = 32
+student, teacher = (torch.arange(154 * c).mul(0.618).frac().sub(0.4).view(2, 77, c).double() for c in (5, 6))
+numbers = []
+for normalize in NORMALIZATIONS:
+    for distance in DISTANCES:
+        relation = Relation(normalize, distance, 0.1)
+        scales = formulas.scales_of(student, teacher, relation, torch.float64)
+        for need_grad in (True, False):
+            tiles = native.relation_tiles(student, teacher, scales, relation, need_grad)
+            numbers += [x.norm().item() for x in tiles if x is not None]
+instructions = native.extension().cpu_capability()["instructions"]
+"""
+
+
+def test_vectors_of_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epilogue for any processor gives what the one for this processor gives."""
+    monkeypatch.setattr(native, "TILE", 0)  # to be put back
+    here: dict = {}
+    exec(SAMPLES, here)
+    command = [sys.executable, "-c", SAMPLES + "import json\nprint(json.dumps([numbers, instructions]))"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    numbers, instructions = json.loads(result.stdout)
+    assert "AVX2" not in instructions
+    assert numbers == pytest.approx(here["numbers"], rel=1e-12)
+
+
+# --- the index mathematics ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [*range(1, 41), 127, 128])
+def test_triangle_map(blocks: int) -> None:
+    """Each pair of blocks once, and in every round each block once, of which turns and determinism make use."""
+    module = native.extension()
+    count = module.tile_count(blocks)
+    mapped = [module.tile_at(index, blocks) for index in range(count)]
+    assert {(row, column) for row, column, _, _ in mapped} == {(i, j) for i in range(blocks) for j in range(i + 1)}
+    assert count == blocks * (blocks + 1) // 2
+    assert [turn for _, _, turn, _ in mapped] == sorted(turn for _, _, turn, _ in mapped)
+    for turn in range(blocks):
+        tiles_of_round = [(row, column) for row, column, own, _ in mapped if own == turn]
+        assert sorted(block for pair in tiles_of_round for block in set(pair)) == list(range(blocks))
+    assert all(mirrored == (row != column) for row, column, _, mirrored in mapped)
+
+
+def test_triangle_map_of_many_blocks() -> None:
+    """No overflow, nor a rounded square root, where a map through floating point would have one."""
+    module, blocks = native.extension(), 3_000_000_019
+    for index in (0, 1, module.tile_count(blocks) // 2, module.tile_count(blocks) - 1):
+        row, column, turn, mirrored = module.tile_at(index, blocks)
+        assert 0 <= column <= row < blocks
+        assert (row + column) % blocks == turn
+        assert mirrored == (row != column)
+
+
+@pytest.mark.parametrize(("pixels", "size"), [(1, 16), (16, 16), (17, 16), (4096, 352), (35, 64)])
+def test_blocks_cover_the_pixels(pixels: int, size: int) -> None:
+    blocks = [native.extension().block_at(block, size, pixels) for block in range(-(-pixels // size))]
+    assert [pixel for begin, count in blocks for pixel in range(begin, begin + count)] == list(range(pixels))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 16, 128])
+@pytest.mark.parametrize("pixels", [1, 64, 1000, 4096, 65536])
+def test_size_of_a_tile(pixels: int, threads: int) -> None:
+    module = native.extension()
+    size = module.tile_size(1, pixels, 4, threads)
+    assert size % 16 == 0
+    assert 16 <= size <= 512
+    blocks = -(-pixels // size)
+    assert blocks >= 2 * threads or size <= 64
+    assert (blocks - 1) * size < pixels
+    assert module.tile_size(1, pixels, 8, threads) <= size

@@ -1,0 +1,189 @@
+"""The native backend on an NVIDIA GPU: what only a GPU can show. See test_cuda_emulation.py for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import DELTA, NARROW, STRIDES, error, features, options, value_and_gradient
+from torch import Tensor
+
+from srpkd import relation_loss
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, native, unavailable_reason
+from srpkd.kernels.formulas import scales_of
+
+CUDA = torch.device("cuda")
+ROW = Relation(delta=DELTA["row"])
+
+pytestmark = pytest.mark.gpu
+every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
+every_relation = pytest.mark.parametrize(
+    "relation",
+    [Relation(n, d, DELTA[n]) for n in NORMALIZATIONS for d in DISTANCES],
+    ids=lambda relation: f"{relation.normalize}-{relation.distance}",
+)
+
+
+@pytest.fixture(autouse=True)
+def _available() -> None:
+    if (reason := unavailable_reason("native", CUDA)) is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def draw(pixels: int, channels: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> tuple[Tensor, Tensor]:
+    return features(None, batch, pixels, channels, dtype, CUDA)
+
+
+def assert_as_good_as_eager(student: Tensor, teacher: Tensor, relation: Relation) -> None:
+    """The errors against float64 are at most three times those of autograd through the definition, in one dtype."""
+    exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
+    eager = value_and_gradient(student, teacher, relation, "reference")
+    actual = value_and_gradient(student, teacher, relation, "native")
+    for one, other, truth in zip(actual, eager, exact):
+        assert error(one, truth, least=1e-2) <= 3 * error(other, truth, least=1e-2) + 1e-6
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@every_relation
+@every_dtype
+def test_error(dtype: torch.dtype, relation: Relation) -> None:
+    assert_as_good_as_eager(*draw(1000, (64, 100), dtype, batch=2), relation)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_float32_follows_the_matmul_precision(normalize: str, precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+    assert_as_good_as_eager(*draw(700, (64, 128), torch.float32), Relation(normalize, "l2"))
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 1023])
+@every_dtype
+def test_any_number_of_pixels(dtype: torch.dtype, pixels: int) -> None:
+    assert_as_good_as_eager(*draw(pixels, (5, 6), dtype), ROW)
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (3, 130), (65, 33), (128, 256), (300, 8), (512, 1024)], ids=str)
+@every_dtype
+def test_any_number_of_channels(dtype: torch.dtype, channels: tuple[int, int]) -> None:
+    """The last has more channels than shared memory holds rows of."""
+    assert_as_good_as_eager(*draw(200, channels, dtype), ROW)
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@every_dtype
+def test_any_strides(dtype: torch.dtype, strides: str) -> None:
+    student, teacher = (torch.randn(2, count, 9, 14, device=CUDA).to(dtype) for count in (10, 7))
+    expected = value_and_gradient(student, teacher, ROW, "native", layout="nchw")
+    for change in ((True, True), (True, False)):  # both features, or the student's alone: layouts that differ
+        changed = (STRIDES[strides](x) if own else x for x, own in zip((student, teacher), change))
+        actual = value_and_gradient(*changed, ROW, "native", layout="nchw")
+        assert all(error(one, other) < 1e-3 for one, other in zip(actual, expected))
+
+
+def test_a_large_map_in_bounded_memory() -> None:
+    student, teacher = draw(32768, (64, 64), torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, gradient = value_and_gradient(student, teacher, ROW, "native")
+    assert torch.cuda.max_memory_allocated() - before < 200 * 2**20  # one matrix would take 4 GB
+    expected = value_and_gradient(student.float(), teacher.float(), ROW, "blocked")
+    assert error(loss, expected[0]) < 1e-5 and error(gradient, expected[1]) < 5e-3
+
+
+def test_float64_says_what_to_do() -> None:
+    with pytest.raises((NotImplementedError, ValueError), match=r"float64.*backend=|Double.*backend="):
+        value_and_gradient(*draw(10, (2, 2), torch.float64), ROW, "native")
+
+
+# --- the launch -------------------------------------------------------------------------------------------------------
+
+
+def loss_and_gradient(student: Tensor, teacher: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = student.detach().requires_grad_()
+        loss = relation_loss(leaf, teacher, layout="nlc", backend="native", **options(ROW))
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    return run
+
+
+@every_dtype
+def test_same_bits_from_run_to_run(dtype: torch.dtype) -> None:
+    run = loss_and_gradient(*draw(4096, (64, 128), dtype))
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(one, other) for one, other in zip(first, run()))
+
+
+@every_dtype
+def test_graph_capture(dtype: torch.dtype) -> None:
+    student, teacher = draw(1000, (64, 64), dtype)
+    run = loss_and_gradient(student, teacher)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    student.copy_(torch.randn_like(student))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(captured, run()))
+
+
+def test_no_synchronisation() -> None:
+    run = loss_and_gradient(*draw(500, (64, 64), torch.bfloat16))
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_current_stream() -> None:
+    """What the launch reads is written on the same stream just before, slowly."""
+    student, teacher = draw(500, (64, 64), torch.bfloat16)
+    expected = loss_and_gradient(student, teacher)()
+    late = torch.zeros_like(student)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10**7)
+        late.copy_(student)
+        actual = loss_and_gradient(late, teacher)()
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_device_of_the_features() -> None:
+    student, teacher = draw(300, (16, 16), torch.float32)
+    expected = loss_and_gradient(student, teacher)()
+    actual = loss_and_gradient(student.to("cuda:1"), teacher.to("cuda:1"))()
+    assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(actual, expected))
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_operator(normalize: str, need_grad: bool) -> None:
+    """Its schema, and what it says to torch.compile of its outputs."""
+    native.extension()
+    student, teacher = draw(100, (20, 30), torch.bfloat16, batch=2)
+    scales = scales_of(student, teacher, Relation(normalize), torch.float32)
+    torch.library.opcheck(
+        torch.ops.srpkd.relation_tiles.default,
+        (student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, need_grad),
+        test_utils=("test_schema", "test_faketensor"),
+    )

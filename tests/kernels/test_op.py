@@ -1,0 +1,260 @@
+"""The operator under what PyTorch does to it: opcheck, compile, autocast, odd backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers import FAST, distances, error
+from torch import Tensor
+
+from srpkd import SRPLoss, relation_loss
+from srpkd.kernels import op
+from srpkd.kernels.op import relation_loss_backward_op, relation_loss_op
+
+HALVES = [torch.bfloat16, torch.float16]
+# in eager one name of each kind is enough: the operator does not know which backend it calls
+CPU_BACKENDS = ["blocked", "closed_form"]
+
+
+def images(
+    batch: int = 2,
+    channels: tuple[int, int] = (5, 7),
+    size: int = 6,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor, Tensor]:
+    """Student (B, C_s, H, W), which requires a gradient, and teacher (B, C_t, H, W)."""
+    student, teacher = (
+        torch.randn(batch, count, size, size, dtype=dtype).contiguous(memory_format=memory_format) for count in channels
+    )
+    return student.requires_grad_(), teacher
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "normalize", "distance", "dtype"),
+    [
+        ("blocked", "row", "l1", torch.float32),
+        ("blocked", "none", "huber", torch.float16),
+        ("closed_form", "cosine", "l2", torch.bfloat16),
+    ],
+)
+def test_opcheck(backend: str, normalize: str, distance: str, dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 4, 9, dtype=dtype).mT
+    for need_grad in (True, False):
+        inputs = student.clone().requires_grad_(need_grad), teacher, normalize, distance, 0.5, 1e-12, backend, need_grad
+        torch.library.opcheck(relation_loss_op, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_backward(dtype: torch.dtype) -> None:
+    for upstream in (torch.rand(2), torch.ones(()).expand(2)):
+        torch.library.opcheck(relation_loss_backward_op, (torch.randn(2, 3, 9).mT, upstream, dtype))
+
+
+# --- what backward does ---------------------------------------------------------------------------------------------
+
+
+def test_gradient_is_computed_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed, original = [], op.value_and_gradient
+
+    def spy(*arguments: object) -> tuple[Tensor, Tensor | None]:
+        needed.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(op, "value_and_gradient", spy)
+    student, teacher = images()
+    with_gradient = relation_loss(student, teacher)
+    with torch.no_grad():
+        without = relation_loss(student, teacher)
+    detached = relation_loss(student.detach(), teacher)
+    assert needed == [True, False, False]
+    assert with_gradient.requires_grad
+    assert not without.requires_grad
+    assert not detached.requires_grad
+    assert torch.equal(with_gradient, without)
+    assert torch.equal(with_gradient, detached)
+
+
+def test_no_gradient_is_given_out_unless_needed() -> None:
+    student, teacher = (x.detach().flatten(2).mT for x in images())
+    for need_grad, size in ((True, student.numel()), (False, 0)):
+        _, gradient = relation_loss_op(student, teacher, "row", "l1", 1.0, 1e-12, "blocked", need_grad)
+        assert gradient.numel() == size
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_backward_twice(backend: str) -> None:
+    student, teacher = images()
+    loss = relation_loss(student, teacher, distance="l2", backend=backend)
+    first, second = (torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (third,) = torch.autograd.grad(loss, student, torch.tensor(-3.0))
+    torch.testing.assert_close(third, -3 * first)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        torch.autograd.grad(loss, student)
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
+def test_expanded_upstream_gradient(upstream: float) -> None:
+    """Stride 0, as ``.sum()`` and ``.mean()`` send it."""
+    student, teacher = images(batch=3)
+    loss = relation_loss(student, teacher, reduction="none")
+    expanded, full = torch.tensor(upstream).expand(3), torch.full((3,), upstream)
+    gradients = [torch.autograd.grad(loss, student, each, retain_graph=True)[0] for each in (expanded, full)]
+    assert torch.equal(*gradients)
+    strided = torch.full((6,), upstream)[::2]
+    assert torch.equal(torch.autograd.grad(loss, student, strided)[0], gradients[0])
+
+
+def test_upstream_gradient_of_each_image() -> None:
+    student, teacher = images(batch=3)
+    loss = relation_loss(student, teacher, reduction="none")
+    upstream = torch.tensor([0.0, 1.0, -4.0])
+    (weighted,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+    (plain,) = torch.autograd.grad(loss, student, torch.ones(3))
+    torch.testing.assert_close(weighted, plain * upstream.view(-1, 1, 1, 1))
+
+
+def test_twice_differentiated() -> None:
+    student, teacher = images(dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(relation_loss(student, teacher, distance="l2"), student, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='reference'"):
+        torch.autograd.grad(gradient.square().sum(), student)
+    (gradient,) = torch.autograd.grad(
+        relation_loss(student, teacher, distance="l2", backend="reference"), student, create_graph=True
+    )
+    (second,) = torch.autograd.grad(gradient.square().sum(), student)
+    assert second.isfinite().all()
+
+
+def test_loss_scaling_saves_float16() -> None:
+    """The gradient of a mean over N^2 pairs is below float16's smallest number; scaled as GradScaler does it is not."""
+    student, teacher = images(1, (32, 32), 40)
+    exact = torch.autograd.grad(relation_loss(student, teacher), student)[0]
+    half, scale = student.detach().half().requires_grad_(), 2.0**16
+    (gradient,) = torch.autograd.grad(relation_loss(half, teacher.half()) * scale, half)
+    assert gradient.dtype == torch.float16
+    assert exact.abs().median() < 2.0**-24 * 16
+    assert error(gradient.float() / scale, exact) < 5e-2  # of rounding the features
+    assert gradient.count_nonzero() > 0.99 * gradient.numel()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("backend", [name for name in FAST if name in CPU_BACKENDS])
+def test_gradient_is_laid_out_as_the_student(
+    backend: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    student, teacher = images(dtype=dtype, memory_format=memory_format)
+    loss = relation_loss(student, teacher, distance="l2", backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert (gradient.dtype, gradient.stride()) == (dtype, student.stride())
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The algebra's products stay in float32: what autocast would round to 16 bits."""
+    student, teacher = images(dtype=dtype)
+    distance = distances(backend)[0]
+    expected = relation_loss(student, teacher, distance=distance, backend=backend)
+    (expected_gradient,) = torch.autograd.grad(expected, student)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = relation_loss(student, teacher, distance=distance, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_features_made_under_autocast() -> None:
+    """A bfloat16 student beside a float32 teacher, as autocast gives them."""
+    layer, image, teacher = torch.nn.Conv2d(3, 5, 3), torch.randn(2, 3, 8, 8), torch.randn(2, 7, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        student = layer(image)
+        loss = SRPLoss()(student, teacher)
+    assert student.dtype == torch.bfloat16
+    assert torch.equal(loss, relation_loss(student.detach().float(), teacher))
+    loss.backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+# --- compile --------------------------------------------------------------------------------------------------------
+
+
+def compiled_equals_eager(loss_fn: Callable[[Tensor, Tensor], Tensor], compiler: str, **sizes: object) -> None:
+    """Values and gradients, compiled as one graph and not, are the same."""
+
+    def step(student: Tensor, teacher: Tensor) -> Tensor:
+        return 3 * loss_fn(student * 2 - 1, teacher).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    student, teacher = images(**sizes)
+    pairs = []
+    for function in (step, compiled):
+        value = function(student, teacher)
+        pairs.append((value.detach(), *torch.autograd.grad(value, student)))
+    torch.testing.assert_close(pairs[1], pairs[0])
+    assert pairs[1][1].stride() == pairs[0][1].stride()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(student, teacher), pairs[0][0])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "loss_fn",
+    [SRPLoss(), SRPLoss("cosine", "l2", reduction="none"), SRPLoss(backend="reference")],
+    ids=["row-l1", "cosine-l2", "reference"],
+)
+def test_compiled_graph(loss_fn: SRPLoss) -> None:
+    compiled_equals_eager(loss_fn, "aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_graph_of_half_precision_channels_last() -> None:
+    compiled_equals_eager(SRPLoss(), "aot_eager", dtype=torch.float16, memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_under_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPKD_BACKEND", "blocked")
+    compiled_equals_eager(SRPLoss(), "aot_eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_for_dynamic_shapes() -> None:
+    """One graph serves every size."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(SRPLoss(), fullgraph=True, dynamic=True, backend=count)
+    for batch, size in ((2, 6), (3, 9), (5, 4)):
+        student, teacher = images(batch, size=size)
+        loss, expected = compiled(student, teacher), SRPLoss()(student, teacher)
+        assert torch.equal(loss, expected)
+        assert torch.equal(*(torch.autograd.grad(each, student)[0] for each in (loss, expected)))
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_by_inductor() -> None:
+    compiled_equals_eager(SRPLoss(), "inductor")

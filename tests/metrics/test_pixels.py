@@ -1,0 +1,108 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from srpkd.data.synthetic import PALETTE, classes_of
+from srpkd.metrics.pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
+
+
+def test_confusion_matrix_by_hand():
+    true = torch.tensor([[0, 0, 1], [2, 2, 2]])
+    pred = torch.tensor([[0, 1, 1], [2, 0, 2]])
+    expected = [[1, 1, 0], [0, 1, 0], [1, 0, 2]]  # rows: truth
+    assert confusion_matrix(pred, true, 3).tolist() == expected
+
+
+def test_scores_by_hand():
+    conf = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 2]])
+    # unions: class 0 has 2 true + 2 predicted - 1 hit = 3; class 1 has 1 + 2 - 1 = 2; class 2 has 3 + 2 - 2 = 3
+    assert mean_iou(conf) == pytest.approx((1 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert pixel_accuracy(conf) == pytest.approx(4 / 6)
+    assert class_accuracy(conf) == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
+    # two classes count; what was predicted as the third is wrong all the same
+    assert mean_iou(conf, 2) == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+def test_class_accuracy_leaves_out_what_the_truth_has_not():
+    assert class_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])) == pytest.approx((3 / 4 + 1) / 2)
+    assert math.isnan(class_accuracy(torch.zeros(2, 2)))
+
+
+def test_nearest_colour():
+    palette = torch.tensor([[0, 0, 0], [255, 0, 0], [200, 200, 200]], dtype=torch.uint8)
+    pixels = torch.tensor([[10, 5, 0], [200, 30, 20], [255, 255, 255], [128, 0, 0]], dtype=torch.uint8)
+    expected = (pixels[:, None].double() - palette.double()).norm(dim=2).argmin(1)
+    assert expected.tolist() == [0, 1, 2, 1]
+    assert nearest_colour(pixels.T.view(1, 3, 2, 2), palette).flatten().tolist() == [0, 1, 2, 1]
+    images = torch.rand(2, 3, 5, 7) * 2 - 1
+    distances = torch.cdist(images.movedim(1, -1).double(), PALETTE.double() / 127.5 - 1)
+    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), distances.argmin(-1))
+    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), classes_of(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
+def test_confusion_matrix_agrees_with_numpy(dtype):
+    rng = np.random.default_rng(0)
+    true, pred = rng.integers(0, 6, (2, 4, 16, 16))
+    expected = np.zeros((6, 6), dtype=np.int64)
+    np.add.at(expected, (true, pred), 1)
+    conf = confusion_matrix(torch.from_numpy(pred).to(dtype), torch.from_numpy(true).to(dtype), 6)
+    assert conf.dtype == torch.int64
+    np.testing.assert_array_equal(conf.numpy(), expected)
+    ious = [np.logical_and(pred == k, true == k).sum() / np.logical_or(pred == k, true == k).sum() for k in range(6)]
+    assert mean_iou(conf) == pytest.approx(np.mean(ious), rel=1e-12)
+    assert pixel_accuracy(conf) == pytest.approx((pred == true).mean(), rel=1e-12)
+
+
+def test_matrices_of_batches_add_up():
+    true, pred = torch.randint(6, (2, 8, 5, 5))
+    parts = confusion_matrix(pred[:3], true[:3], 6) + confusion_matrix(pred[3:], true[3:], 6)
+    assert torch.equal(parts, confusion_matrix(pred, true, 6))
+
+
+def test_a_class_absent_from_both_is_left_out_and_one_absent_from_either_counts_as_zero():
+    true = torch.tensor([0, 0, 1, 1])
+    assert mean_iou(confusion_matrix(true, true, 6)) == 1
+    assert mean_iou(confusion_matrix(torch.tensor([0, 0, 2, 2]), true, 6)) == pytest.approx(1 / 3)
+
+
+def test_nothing_to_score_is_nan():
+    conf = confusion_matrix(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 6)
+    assert conf.shape == (6, 6)
+    assert math.isnan(mean_iou(conf))
+    assert math.isnan(pixel_accuracy(conf))
+
+
+def test_confusion_matrix_refuses_what_it_cannot_count():
+    maps = torch.zeros(2, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"one shape; received \(2, 2\) and \(4,\)"):
+        confusion_matrix(maps, maps.flatten(), 6)
+    with pytest.raises(ValueError, match=r"pred must lie in 0..5; received 0..6"):
+        confusion_matrix(torch.tensor([0, 6]), torch.tensor([0, 0]), 6)
+    with pytest.raises(ValueError, match=r"true must lie in 0..5; received -1..0"):
+        confusion_matrix(torch.tensor([0, 0]), torch.tensor([0, -1]), 6)
+    with pytest.raises(TypeError, match="integers"):
+        confusion_matrix(maps.float(), maps, 6)
+
+
+def test_psnr_is_the_mean_over_images():
+    target = torch.zeros(2, 3, 4, 4)
+    pred = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    # 10 log10(4 / 0.04) = 20 dB and 10 log10(4 / 0.0004) = 40 dB; the joint MSE would give 23 dB
+    assert psnr(pred, target) == pytest.approx(30, abs=1e-5)
+    assert psnr(pred, target, data_range=1.0) == pytest.approx(30 - 20 * math.log10(2), abs=1e-5)
+
+
+def test_psnr_agrees_with_numpy():
+    pred, target = np.random.default_rng(0).uniform(-1, 1, (2, 5, 3, 8, 8))
+    expected = np.mean([10 * np.log10(4 / np.mean((p - t) ** 2)) for p, t in zip(pred, target)])
+    assert psnr(torch.from_numpy(pred), torch.from_numpy(target)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_psnr_of_equal_images_is_infinite_and_shapes_must_agree():
+    images = torch.rand(2, 3, 4, 4)
+    assert psnr(images, images) == math.inf
+    with pytest.raises(ValueError, match="one shape"):
+        psnr(images, images[:1])

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from srpkd.models.complexity import count_macs, count_parameters
+from srpkd.models.networks import define_generator
+
+
+def test_count_parameters():
+    net = nn.Sequential(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.Linear(7, 11, bias=False))
+    assert count_parameters(net) == (3 * 5 * 4 + 5) + (5 + 5) + 77
+    net[2] = net[0]
+    assert count_parameters(net) == 65 + 10  # a shared weight counts once
+
+
+@pytest.mark.parametrize(
+    ("netG", "norm", "output", "input_"),
+    [
+        ("resnet_9blocks", "instance", 56.80, 49.55),
+        ("unet_256", "batch", 18.14, 6.05),
+    ],
+)
+def test_published_macs(netG, norm, output, input_):
+    with torch.device("meta"):
+        net = define_generator(netG, norm=norm)
+    assert round(count_macs(net) / 1e9, 2) == output
+    assert round(count_macs(net, transposed="input") / 1e9, 2) == input_
+
+
+@pytest.mark.parametrize("transposed", ["output", "input"])
+def test_macs_by_hand(transposed):
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),  # (B, 6, 5, 6) from 9 x 12
+        nn.ConvTranspose2d(6, 8, (2, 3), stride=(2, 3), groups=2),  # (B, 8, 10, 18)
+        nn.Conv2d(8, 1, 1),
+        nn.Linear(18, 7),
+    )
+    grid = 10 * 18 if transposed == "output" else 5 * 6
+    per_image = 5 * 6 * 6 * (4 // 2) * 9 + grid * 6 * (8 // 2) * 6 + 10 * 18 * 8 + 10 * 18 * 7
+    assert count_macs(net, (2, 4, 9, 12), transposed) == 2 * per_image
+
+
+def test_a_module_that_runs_twice_counts_twice():
+    conv = nn.Conv2d(2, 2, 1)
+    assert count_macs(nn.Sequential(conv, nn.ReLU(), conv), (1, 2, 3, 3)) == 2 * 9 * 4
+
+
+def test_the_network_is_left_alone():
+    net = define_generator("unet_16", ngf=2, norm="batch", dropout=True)
+    net.model.model[1].eval()
+    fired = []
+    net.model.model[1].register_forward_hook(lambda *_: fired.append(1))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    modes = [module.training for module in net.modules()]
+    hooks = [len(module._forward_hooks) for module in net.modules()]
+    count_macs(net, (1, 3, 16, 16))
+    assert not fired
+    assert [module.training for module in net.modules()] == modes
+    assert [len(module._forward_hooks) for module in net.modules()] == hooks
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any(p.is_meta for p in net.parameters())
+
+
+def test_what_could_not_be_trained_is_counted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))  # a norm over a single value
+    assert count_macs(net, (1, 3, 2, 2)) == 48
+
+
+def test_half_precision_counts_the_same():
+    net = define_generator("resnet_1blocks", ngf=2)
+    assert count_macs(net.bfloat16(), (1, 3, 16, 16)) == count_macs(net.float(), (1, 3, 16, 16))
+
+
+def test_unknown_convention():
+    with pytest.raises(ValueError, match="transposed='both' is unknown: expected 'output' or 'input'"):
+        count_macs(nn.Conv2d(1, 1, 1), (1, 1, 1, 1), transposed="both")

@@ -1,0 +1,114 @@
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from srpkd import train
+from srpkd.training.config import parse_arguments
+from srpkd.training.loggers import import_loggers
+
+ARGUMENTS = shlex.split(
+    "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 --netG resnet_1blocks "
+    "--ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 --n_epochs_decay 0 "
+    "--print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks --teacher_ngf 3"
+)
+PAGES = "srpkd.training.run_dir.write_report"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """A run's folder; without its page, unless `page` is given the page as report.json has it, at each update."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments: str, name: str = "run", page: Callable[[dict[str, Any]], None] = lambda report: None) -> Path:
+        monkeypatch.setattr(PAGES, lambda folder: page(json.loads((folder / "report.json").read_text())))
+        train.main([*ARGUMENTS, *arguments, f"--name={name}"])
+        return tmp_path / "runs" / name
+
+    return main
+
+
+def logged(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
+    """(stage, step, values) of every line of metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line.pop("stage"), line.pop("step"), {k: v for k, v in line.items() if k != "seconds"}) for line in lines]
+
+
+def test_tensorboard(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run("--tensorboard")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    found = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    expected = {
+        (f"{stage}/{name}", step): value for stage, step, values in logged(folder) for name, value in values.items()
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_are_given_what_metrics_jsonl_holds(run, monkeypatch, name):
+    """With a stand-in for the package, which would ask for an account."""
+    calls: list[Any] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        calls.append(options)
+        return SimpleNamespace(log=calls.append, finish=lambda: calls.append("finished"))
+
+    package = ModuleType(name)
+    package.init = init
+    monkeypatch.setitem(sys.modules, name, package)
+    folder = run(f"--{name}")
+    options, *values, end = calls
+    assert (options["project"], options["name"], options["config"]["ngf"], end) == ("srpkd", "run", 2, "finished")
+    assert values == [
+        {f"{stage}/step": step} | {f"{stage}/{key}": value for key, value in line.items()}
+        for stage, step, line in logged(folder)
+    ]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_package_that_is_missing_is_said_first(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for module in ("torch.utils.tensorboard", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert import_loggers(parse_arguments(ARGUMENTS)) == {}
+    with pytest.raises(SystemExit, match=rf"--{name} needs the package {name}: pip install \"srpkd\[{name}\]\""):
+        train.main([*ARGUMENTS, f"--{name}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_grows_during_the_training(run):
+    pages: list[tuple[int, list[str], list[str]]] = []
+
+    def page(report: dict[str, Any]) -> None:
+        [sample] = report["samples"] or [{"images": []}]
+        rows = [row["name"] for row in report["table"]["rows"]]
+        pages.append((len(logged(Path("runs/run"))), [entry["label"] for entry in sample["images"]], rows))
+
+    run("--update_html_freq=2", page=page)
+    assert pages == [
+        (2, ["input", "teacher", "truth"], []),  # the teacher at step 2, of 4
+        (4, ["input", "teacher", "truth"], ["teacher"]),
+        (6, ["input", "student", "teacher", "truth"], ["teacher"]),
+        (8, ["input", "teacher", "student", "truth"], ["teacher", "student"]),
+    ]
+
+
+def test_to_look_at_it_does_not_change_the_training(run):
+    options = ["--no_dropout=false", "--norm=batch", "--ema=0.9", "--print_freq=1"]
+    often, never = (logged(run(*options, f"--update_html_freq={freq}", name=f"run{freq}")) for freq in (1, 9))
+    assert often == never
+
+
+def test_the_bar_shows_losses_and_images_per_second(run, capsys):
+    run("--batch_size=2")
+    bar = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert "4/4" in bar and "img/s=" in bar and "G_L1=" in bar and "kd=" in bar and "D_real=" in bar

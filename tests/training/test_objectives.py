@@ -1,0 +1,343 @@
+import copy
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import SIZE, SMALL
+from torch import Tensor, nn
+
+from srpkd import SRPLoss
+from srpkd.distiller import FeatureTap
+from srpkd.training import objectives
+from srpkd.training.loop import make_objective
+from srpkd.training.objectives import ImagePool, gan_loss, learning_rate_law
+from srpkd.training.options import TrainConfig
+
+MODELS = ("pix2pix", "cycle_gan")
+
+
+def options(model: str, **others) -> TrainConfig:
+    """Networks so small that a step takes no time; every weight is another number."""
+    config = TrainConfig(
+        **SMALL,
+        model=model,
+        ngf=2,
+        ndf=3,
+        lambda_L1=7,
+        lambda_A=3,
+        lambda_B=5,
+        lambda_identity=0.25,
+        lambda_kd=11,
+        lambda_srp=13,
+        normalize="row",
+        distance="l1",
+        lambda_feature=17,
+    )
+    return replace(config, **others).resolved()
+
+
+def images() -> dict[str, Tensor]:
+    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
+
+
+def make(config: TrainConfig, distilled: bool = False) -> objectives.Objective:
+    if not distilled:
+        return make_objective(config, 0, {})
+    teachers = make_objective(replace(config, ngf=4), 1, {}).generators
+    for teacher in teachers.values():
+        teacher.eval().requires_grad_(False)
+    return make_objective(config, 0, teachers)
+
+
+def parameters(networks: dict[str, nn.Module]) -> list[nn.Parameter]:
+    return [parameter for network in networks.values() for parameter in network.parameters()]
+
+
+def gradients(networks: dict[str, nn.Module]) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in parameters(networks)]
+
+
+def assert_gradients(networks: dict[str, nn.Module], expected: tuple[Tensor, ...]) -> None:
+    found, wanted = (torch.cat([gradient.flatten() for gradient in group]) for group in (gradients(networks), expected))
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
+# The learning rate
+
+
+def test_the_learning_rate_stays_and_then_falls():
+    assert [learning_rate_law(epoch, 2, 3) for epoch in range(1, 6)] == [1, 1, 0.75, 0.5, 0.25]
+    assert [learning_rate_law(epoch, 0, 1) for epoch in (1, 2)] == [0.5, 0]
+    assert learning_rate_law(100, 100, 100) == 1
+    assert learning_rate_law(200, 100, 100) == pytest.approx(1 / 101)
+    assert {learning_rate_law(epoch, 3, 0) for epoch in (1, 2, 3)} == {1}
+
+
+# The optimizers
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_two_adams_share_the_parameters(model, distilled):
+    objective = make(options(model, lr=0.003, beta1=0.4), distilled)
+    adapters = {name: entry.adapters for name, entry in objective.distillations.items()}
+    assert bool(parameters(adapters)) == distilled
+    expected = {
+        "G": parameters(objective.generators) + parameters(adapters),
+        "D": parameters(objective.discriminators),
+    }
+    assert objective.optimizers.keys() == expected.keys()
+    for name, optimizer in objective.optimizers.items():
+        assert type(optimizer) is torch.optim.Adam
+        [group] = optimizer.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.003, (0.4, 0.999), 0)
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected[name]]
+
+
+def test_adams_momenta_are_the_public_codes():
+    assert make(options("pix2pix")).optimizers["G"].defaults["betas"] == (0.5, 0.999)
+
+
+@pytest.mark.parametrize(("model", "order"), [("pix2pix", ["D", "G"]), ("cycle_gan", ["G", "D"])])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_order_of_updates_and_that_neither_reaches_the_other(model, order, distilled):
+    objective = make(options(model), distilled)
+    networks = {"G": objective.generators, "D": objective.discriminators}
+    teachers = {name: entry.teacher for name, entry in objective.distillations.items()}
+    seen, updated = [], []
+
+    def watch(name: str) -> None:
+        step, other = objective.optimizers[name].step, "D" if name == "G" else "G"
+
+        def watched() -> None:
+            seen.append({owner: gradients(found) for owner, found in networks.items()})
+            before = copy.deepcopy(networks[other])
+            step()
+            updated.append(name)
+            assert all(torch.equal(a, b) for a, b in zip(parameters(before), parameters(networks[other])))
+
+        objective.optimizers[name].step = watched
+
+    watch("G")
+    watch("D")
+    objective.step(images())
+    assert updated == order
+    first, second = order
+    assert all(gradient is not None for gradient in seen[0][first])
+    assert all(gradient is None for gradient in seen[0][second])
+    # the second backward left the first network's gradients as they were
+    assert all(torch.equal(a, b) for a, b in zip(seen[0][first], seen[1][first]))
+    assert all(gradient is not None for gradient in seen[1][second])
+    assert all(p.grad is None for p in parameters(teachers))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_network_and_adapter_learns(model):
+    objective = make(options(model), distilled=True)
+    adapters = {name: entry.adapters for name, entry in objective.distillations.items()}
+    networks = [objective.generators, objective.discriminators, adapters]
+    before = [[p.detach().clone() for p in parameters(group)] for group in networks]
+    teachers = [copy.deepcopy(entry.teacher.state_dict()) for entry in objective.distillations.values()]
+    objective.step(images())
+    for old, group in zip(before, networks):
+        # a bias in front of an instance norm has no effect, and so no gradient but for rounding
+        assert all(not torch.equal(a, b) for a, b in zip(old, parameters(group)) if a.ndim == 4)
+    for old, entry in zip(teachers, objective.distillations.values()):
+        assert all(torch.equal(value, entry.teacher.state_dict()[key]) for key, value in old.items())
+
+
+# The losses, computed once more from their definitions
+
+
+def mean_bce(logits: Tensor, real: bool) -> Tensor:
+    return (F.softplus(-logits) if real else F.softplus(logits)).mean()
+
+
+def mean_square(logits: Tensor, real: bool) -> Tensor:
+    return ((logits - float(real)) ** 2).mean()
+
+
+def distilled_losses(student: nn.Module, teacher: nn.Module, adapter: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The three terms of distillation, from passes of their own."""
+    ours, theirs = (FeatureTap(network, ["model.9"]) for network in (student, teacher))
+    with ours.recording() as student_features:
+        output = student(x)
+    with theirs.recording() as teacher_features, torch.no_grad():
+        target = teacher(x)
+    ours.close()
+    theirs.close()
+    a, b = student_features["model.9"], teacher_features["model.9"]
+    return {
+        "kd": 11 * (output - target).abs().mean(),
+        "srp": 13 * SRPLoss()(a, b),
+        "feature": 17 * ((adapter(a) - b) ** 2).mean(),
+    }
+
+
+@pytest.mark.parametrize(("gan_mode", "gan"), [("vanilla", mean_bce), ("lsgan", mean_square)])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_losses_of_pix2pix(gan_mode, gan, distilled):
+    objective = make(options("pix2pix", gan_mode=gan_mode), distilled)
+    G, D = (copy.deepcopy(net) for net in (objective.generators["G"], objective.discriminators["D"]))
+    adapters = [copy.deepcopy(entry.adapters[0]) for entry in objective.distillations.values()]
+    batch = images()
+    a, b = batch["A"], batch["B"]
+    losses = objective.step(batch)
+
+    fake = G(a)
+    expected = {
+        "D_fake": gan(D(torch.cat([a, fake.detach()], 1)), False),
+        "D_real": gan(D(torch.cat([a, b], 1)), True),
+    }
+    half = (expected["D_fake"] + expected["D_real"]) / 2
+    assert_gradients(objective.discriminators, torch.autograd.grad(half, D.parameters()))
+
+    D = objective.discriminators["D"]  # G is judged by the discriminator that was just updated
+    expected_G = {"G_GAN": gan(D(torch.cat([a, fake], 1)), True), "G_L1": 7 * (fake - b).abs().mean()}
+    if distilled:
+        expected_G |= distilled_losses(G, objective.distillations["G"].teacher, adapters[0], a)
+    assert_gradients(objective.generators, torch.autograd.grad(sum(expected_G.values()), G.parameters()))
+    expected |= expected_G
+    assert losses.keys() == expected.keys()
+    assert all(not loss.requires_grad and loss.ndim == 0 for loss in losses.values())
+    torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected.items()})
+
+
+@pytest.mark.parametrize(("gan_mode", "gan"), [("vanilla", mean_bce), ("lsgan", mean_square)])
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("identity", [0.25, 0])
+def test_the_losses_of_cycle_gan(gan_mode, gan, distilled, identity):
+    objective = make(options("cycle_gan", gan_mode=gan_mode, lambda_identity=identity), distilled)
+    generators, discriminators = copy.deepcopy(objective.generators), copy.deepcopy(objective.discriminators)
+    adapters = {name: copy.deepcopy(entry.adapters[0]) for name, entry in objective.distillations.items()}
+    (G_A, G_B), (D_A, D_B) = generators.values(), discriminators.values()
+    batch = images()
+    a, b = batch["A"], batch["B"]
+    losses = objective.step(batch)
+
+    fake_b, fake_a = G_A(a), G_B(b)
+    expected_G = {
+        "G_A": gan(D_A(fake_b), True),
+        "G_B": gan(D_B(fake_a), True),
+        "cycle_A": 3 * (G_B(fake_b) - a).abs().mean(),
+        "cycle_B": 5 * (G_A(fake_a) - b).abs().mean(),
+    }
+    if identity:
+        expected_G["idt_A"] = 5 * 0.25 * (G_A(b) - b).abs().mean()
+        expected_G["idt_B"] = 3 * 0.25 * (G_B(a) - a).abs().mean()
+    for direction, adapter in adapters.items():
+        student, teacher = generators[direction], objective.distillations[direction].teacher
+        terms = distilled_losses(student, teacher, adapter, a if direction == "G_A" else b)
+        expected_G |= {f"{name}_{direction[-1]}": term for name, term in terms.items()}
+    assert_gradients(
+        objective.generators, torch.autograd.grad(sum(expected_G.values()), parameters(generators), retain_graph=True)
+    )
+    # the pools are empty at first, so that both see the new images
+    expected_D = {
+        "D_A": (gan(D_A(b), True) + gan(D_A(fake_b.detach()), False)) / 2,
+        "D_B": (gan(D_B(a), True) + gan(D_B(fake_a.detach()), False)) / 2,
+    }
+    assert_gradients(
+        objective.discriminators, torch.autograd.grad(sum(expected_D.values()), parameters(discriminators))
+    )
+    expected = expected_G | expected_D
+    assert losses.keys() == expected.keys()
+    torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected.items()})
+
+
+def test_cycle_gans_discriminators_see_the_pools():
+    objective = make(options("cycle_gan"))
+    queried = {}
+    for name, pool in objective.pools.items():
+        pool.query = lambda fake, name=name: queried.setdefault(name, torch.zeros_like(fake)).detach()
+    D_A = copy.deepcopy(objective.discriminators["D_A"])
+    batch = images()
+    losses = objective.step(batch)
+    assert queried.keys() == {"D_A", "D_B"}
+    expected = (mean_square(D_A(batch["B"]), True) + mean_square(D_A(torch.zeros(2, 3, SIZE, SIZE)), False)) / 2
+    torch.testing.assert_close(losses["D_A"], expected.detach())
+
+
+def test_identity_needs_equal_channels():
+    uneven = {"dataroot": "x", "input_nc": 1, "output_nc": 3}
+    with pytest.raises(ValueError, match=r"lambda_identity=0\.25 needs images of equal channels .* set lambda_ident"):
+        make(options("cycle_gan", **uneven))
+    objective = make(options("cycle_gan", lambda_identity=0, **uneven), distilled=True)
+    objective.step({"A": torch.zeros(1, 1, SIZE, SIZE), "B": torch.zeros(1, 3, SIZE, SIZE)})
+    make(options("pix2pix", **uneven)).step({"A": torch.zeros(1, 1, SIZE, SIZE), "B": torch.zeros(1, 3, SIZE, SIZE)})
+
+
+# The parts
+
+
+@pytest.mark.parametrize(
+    ("mode", "real", "fake"),
+    [
+        ("lsgan", (0 + 1 + 9) / 3, (1 + 0 + 4) / 3),
+        ("vanilla", (0.313262 + 0.693147 + 2.126928) / 3, (1.313262 + 0.693147 + 0.126928) / 3),  # log(1 + exp(-+x))
+    ],
+)
+def test_gan_loss_by_hand(mode, real, fake):
+    logits = torch.tensor([1.0, 0.0, -2.0]).view(1, 1, 1, 3)
+    assert gan_loss(logits, True, mode).item() == pytest.approx(real, rel=1e-5)
+    assert gan_loss(logits, False, mode).item() == pytest.approx(fake, rel=1e-5)
+
+
+def numbered(first: int, count: int = 1) -> Tensor:
+    """Images whose pixels are all one number, their own."""
+    return torch.arange(first, first + count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).clone()
+
+
+def number(batch: Tensor) -> list[int]:
+    return batch[:, 0, 0, 0].int().tolist()
+
+
+def test_a_pool_fills_first():
+    pool = ImagePool(3)
+    assert [number(pool.query(numbered(i))) for i in range(3)] == [[0], [1], [2]]
+    assert sorted(number(torch.stack(pool.images))) == [0, 1, 2]
+
+
+def test_a_full_pool_swaps_half_of_the_time(monkeypatch):
+    pool = ImagePool(2)
+    pool.query(numbered(0, 2))
+    monkeypatch.setattr(random, "random", lambda: 0.5)
+    assert number(pool.query(numbered(2))) == [2]  # passed on, not remembered
+    assert number(torch.stack(pool.images)) == [0, 1]
+    monkeypatch.setattr(random, "random", lambda: 0.49)
+    monkeypatch.setattr(random, "randrange", lambda size: size - 1)
+    assert number(pool.query(numbered(3))) == [1]
+    assert number(torch.stack(pool.images)) == [0, 3]
+    assert number(pool.query(numbered(4, 2))) == [3, 4]  # image by image
+    monkeypatch.undo()
+    random.seed(0)
+    count = 2000
+    swapped = sum(number(pool.query(numbered(i))) != [i] for i in range(10, 10 + count))
+    assert abs(swapped / count - 0.5) < 4 * 0.5 / math.sqrt(count)
+
+
+def test_a_batch_may_be_larger_than_the_pool():
+    pool = ImagePool(2)
+    given = pool.query(numbered(0, 5))
+    assert given.shape == (5, 3, 2, 2) and len(pool.images) == 2
+    assert set(number(given)) <= set(range(5))
+
+
+def test_a_pool_of_size_0_remembers_nothing():
+    pool, batch = ImagePool(0), numbered(0, 3)
+    for _ in range(3):
+        assert torch.equal(pool.query(batch), batch)
+    assert pool.images == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+def test_a_pool_cuts_the_graph_and_keeps_its_images(size):
+    pool, batch = ImagePool(size), numbered(0, 2).requires_grad_()
+    made = batch * 1
+    given = pool.query(made)
+    assert not given.requires_grad
+    given.add_(100)  # what a caller does with them does not reach the history
+    assert size == 0 or set(number(torch.stack(pool.images))) <= {0, 1}

@@ -1,0 +1,203 @@
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from srpkd import train
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import load_generator
+from srpkd.models.complexity import count_macs, count_parameters
+from srpkd.models.networks import define_generator
+from srpkd.training import pipeline
+from srpkd.training.config import parse_arguments, presets
+from srpkd.training.options import SYNTHETIC, LossOptions, TrainConfig
+
+# student and teacher as (netG, ngf)
+PAIRS = {
+    "resnet9-64to32": (("resnet_9blocks", 32), ("resnet_9blocks", 64)),
+    "resnet9-64to16": (("resnet_9blocks", 16), ("resnet_9blocks", 64)),
+    "resnet9-to-resnet6": (("resnet_6blocks", 64), ("resnet_9blocks", 64)),
+    "unet256-64to16": (("unet_256", 16), ("unet_256", 64)),
+}
+DATA_SETS = {
+    "horse2zebra": ("cycle_gan", "AtoB"),
+    "summer2winter_yosemite": ("cycle_gan", "AtoB"),
+    "apple2orange": ("cycle_gan", "AtoB"),
+    "tiger2leopard": ("cycle_gan", "AtoB"),
+    "cityscapes": ("pix2pix", "BtoA"),
+}
+DEMOS = {"demo": "pix2pix", "demo-unpaired": "cycle_gan"}
+
+
+def parse(*names: str, flags: tuple[str, ...] = ()) -> TrainConfig:
+    return parse_arguments([*(f"--preset={name}" for name in names), *flags])
+
+
+def test_all_are_known_here():
+    assert set(presets()) == PAIRS.keys() | DATA_SETS.keys() | DEMOS.keys()
+
+
+# What they say
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_of_networks(name):
+    config = parse(name, flags=("--dataroot=x",))
+    student, teacher = PAIRS[name]
+    assert ((config.netG, config.ngf), (config.teacher_netG, config.teacher_ngf)) == (student, teacher)
+    paired = name.startswith("unet")
+    assert config.model == ("pix2pix" if paired else "cycle_gan")
+    assert config.norm == ("batch" if paired else "instance")
+    assert config.dataset_mode == ("aligned" if paired else "unaligned")
+    # it sets nothing but the networks
+    plain = parse_arguments(["--dataroot=x", f"--model={config.model}", f"--netG={config.netG}"])
+    losses = [entry.name for entry in fields(LossOptions)]
+    assert [getattr(config, loss) for loss in losses] == [getattr(plain, loss) for loss in losses]
+    assert (config.lr, config.n_epochs, config.name) == (plain.lr, plain.n_epochs, plain.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"),
+    [
+        ("resnet9-64to32", (2_850_563, 11_378_179), (14.5, 56.8)),
+        ("resnet9-64to16", (715_651, 11_378_179), (3.8, 56.8)),
+        ("resnet9-to-resnet6", (7_837_699, 11_378_179), (42.3, 56.8)),
+        ("unet256-64to16", (3_404_451, 54_413_955), (1.2, 18.1)),
+    ],
+)
+def test_how_large_a_pair_is(name, parameters, macs):
+    config = parse(name, flags=("--dataroot=x",))
+    with torch.device("meta"):
+        nets = [
+            define_generator(netG, 3, 3, ngf, config.norm)
+            for netG, ngf in ((config.netG, config.ngf), (config.teacher_netG, config.teacher_ngf))
+        ]
+    assert tuple(map(count_parameters, nets)) == parameters
+    assert [round(count_macs(net) / 1e9, 1) for net in nets] == list(macs)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_a_data_set(name):
+    model, direction = DATA_SETS[name]
+    config = parse(name)
+    assert (config.name, config.dataroot) == (name, f"./datasets/{name}")
+    assert (config.model, config.direction) == (model, direction)
+    assert config.dataset_mode == ("aligned" if model == "pix2pix" else "unaligned")
+    assert (config.load_size, config.crop_size, config.batch_size) == (286, 256, 1)
+    assert (config.n_epochs, config.n_epochs_decay) == (100, 100)
+    assert not config.distils
+    # with a pair of networks, in either order, it is the whole recipe
+    pair = "unet256-64to16" if model == "pix2pix" else "resnet9-64to16"
+    both = parse(name, pair)
+    assert both == parse(pair, name)
+    assert (both.name, both.dataroot, both.direction) == (name, config.dataroot, direction)
+    assert (both.ngf, both.teacher_ngf) == (16, 64)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo(name):
+    config = parse(name)
+    assert (config.name, config.dataroot, config.model) == (name, SYNTHETIC, DEMOS[name])
+    assert config.seeds >= 2
+    variants = {variant: train.arm_config(config, variant) for variant in config.variants}
+
+    def terms(variant: TrainConfig) -> tuple[bool, bool, bool]:
+        return variant.lambda_kd > 0, variant.lambda_srp > 0, variant.lambda_feature > 0
+
+    found = [terms(variant) for variant in variants.values()]
+    # without teacher, output, output and relations, output and features
+    expected = {(False, False, False), (True, False, False), (True, True, False), (True, False, True)}
+    assert len(set(found)) == len(found) and expected <= set(found)
+    steps = {
+        (variant.epoch_steps, variant.n_epochs, variant.n_epochs_decay, variant.batch_size, variant.lr)
+        for variant in variants.values()
+    }
+    assert len(steps) == 1
+    student, teacher = (
+        count_parameters(define_generator(netG, ngf=ngf))
+        for netG, ngf in ((config.netG, config.ngf), (config.teacher_netG, config.teacher_ngf))
+    )
+    assert 6 < teacher / student < 8  # "about seven times smaller"
+
+
+def test_the_demos_students_see_few_pairs_and_their_teacher_many():
+    config = parse("demo")
+    assert 12 <= config.max_dataset_size <= 20
+    assert config.teacher_max_dataset_size >= 400
+
+
+# That they run
+
+TWO_STEPS = shlex.split(
+    "--epoch_steps=2 --n_epochs=1 --n_epochs_decay=0 --teacher_n_epochs=1 --teacher_n_epochs_decay=0 --seeds=1 "
+    "--name=run --num_threads=0 --samples=1 --print_freq=1 --device=cpu"
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Two steps of a preset's own networks on a few images; gives the run's folder."""
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
+
+    def main(*names: str, size: int = 32, flags: tuple[str, ...] = ()) -> tuple[Path, TrainConfig]:
+        config = parse(*names, flags=("--dataroot=x",))
+        if not any(name in DEMOS for name in names):
+            layout = config.dataset_mode
+            folder = write_synthetic(tmp_path / "-".join(["images", *names]), 2, 1, size, layout=layout)
+            flags = (f"--dataroot={folder}", f"--load_size={size + 4}", f"--crop_size={size}", *flags)
+        config = parse(*names, flags=(*flags, f"--runs_dir={tmp_path / 'runs'}", *TWO_STEPS))
+        pipeline.run(config)
+        return tmp_path / "runs/run", config
+
+    return main
+
+
+def check(folder: Path, config: TrainConfig, teacher: bool) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "finished"
+    variants = list(config.variants) or ["student"]
+    assert [row["name"] for row in report["table"]["rows"]] == ["teacher"] * teacher + variants
+    steps: dict[str, list[int]] = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "epoch" in line:
+            steps.setdefault(line["stage"], []).append(line["step"])
+    assert len(steps) == teacher + len(variants)
+    assert all(taken == [1, 2] for taken in steps.values())
+    student = folder / "-".join([*variants[0].split(), "seed-0"]) if config.variants else folder
+    for file in student.glob("latest_net_G*.pth"):
+        net = load_generator(file)
+        assert next(net.parameters()).shape[0] == config.ngf
+        assert count_parameters(net) == report["table"]["rows"][teacher]["parameters"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet9-64to32",
+        "resnet9-64to16",
+        "resnet9-to-resnet6",
+        # a U-Net of eight halvings takes no smaller images
+        pytest.param("unet256-64to16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_pair_runs(run, name):
+    folder, config = run(name, size=256 if name.startswith("unet") else 32)
+    check(folder, config, teacher=True)
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_a_data_set_runs_alone_and_with_a_pair(run, name):
+    pair, size = ("unet256-64to16", 256) if name == "cityscapes" else ("resnet9-64to16", 32)
+    check(*run(name, size=size, flags=("--ngf=2", "--ndf=4")), teacher=False)
+    # narrow: the pairs are run at their full width above
+    folder, config = run(name, pair, size=size, flags=("--ngf=2", "--teacher_ngf=4", "--ndf=4"))
+    check(folder.with_name("run-2"), config, teacher=True)
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_demo_runs(run, name):
+    folder, config = run(name, flags=("--synthetic_pairs=24", "--synthetic_test_pairs=3"))
+    check(folder, config, teacher=True)

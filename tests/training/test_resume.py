@@ -1,0 +1,244 @@
+import json
+import random
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fork_server import serving
+
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import CheckpointError, load_weights
+from srpkd.training.config import parse_arguments
+from srpkd.training.resume import NAMES, load_state, random_state, save_state, seed_everything, set_random_state
+
+TINY = shlex.split(
+    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --teacher_netG=resnet_2blocks "
+    "--teacher_ngf=3 --epoch_steps 2 --n_epochs 1 --n_epochs_decay 2 --print_freq 1 --samples 1 --device cpu "
+    "--save_latest_freq 2 --batch_size 2 --lambda_feature 1 --ema 0.9 --no_dropout=false --update_html_freq 4 "
+    "--name=run --lr 0.01"
+)
+ARGUMENTS = {
+    "pix2pix": [
+        *shlex.split(
+            "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2"
+        ),
+        "--variants={a: {}, b: {lambda_srp: 0, ema: null}}",
+        *TINY,
+    ],
+    # random crops and partners, drawn in two other processes; pools that overflow
+    "cycle_gan": [
+        *shlex.split("--model cycle_gan --dataroot ../images --load_size 20 --crop_size 16 --num_threads 2"),
+        *shlex.split("--pool_size 3 --init_gain 0.1"),
+        *TINY,
+    ],
+}
+
+Server = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    write_synthetic(folder / "images", 5, 1, 24, layout="unaligned")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, root) -> Callable[[str], Path]:
+    """The folder of a model's run that was never stopped."""
+
+    def done(model: str) -> Path:
+        cwd = root / f"undisturbed {model}"
+        if not cwd.exists():
+            cwd.mkdir()
+            assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
+        return cwd / "runs/run"
+
+    return done
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run left, but for times."""
+    report = json.loads((run / "report.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "listing": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
+        "weights": {str(path.relative_to(run)): load_weights(path) for path in sorted(run.rglob("*.pth"))},
+        "pictures": {path.name: path.read_bytes() for path in run.rglob("*.png")},
+        "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
+        "table": [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in report["table"]["rows"]],
+        "rest": {key: report[key] for key in report if key not in ("table", "elapsed_seconds", "environment")},
+        "config": (run / "config.yaml").read_text(),
+    }
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    found, expected = outcome(run), outcome(other)
+    for name, weights in expected.pop("weights").items():
+        theirs = found["weights"].pop(name)
+        assert theirs.keys() == weights.keys()
+        assert all(torch.equal(theirs[key], weights[key]) for key in weights), name
+    assert not found.pop("weights")
+    assert found == expected
+
+
+@pytest.mark.parametrize("model", ARGUMENTS)
+def test_a_second_run_ends_like_the_first(server, undisturbed, root, model):
+    """To the bit, in another process: weights, metrics and pictures."""
+    cwd = root / f"again {model}"
+    cwd.mkdir()
+    assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
+    assert_equal(cwd / "runs/run", undisturbed(model))
+
+
+KILLS = {
+    "pix2pix": [
+        [("step", 1)],
+        [("step", 4)],
+        [("step", 7)],
+        [("step", 10)],  # in the first variant, with a state of its own
+        [("save", 3)],  # of the teacher's second state
+        [("save", 5)],  # of its weights
+        [("rename", 2)],  # the older of two states has got its new name, the newer one not
+        [("rename", 5)],
+        [("evaluate", 1)],
+        [("step", 3), ("step", 3), ("save", 2), ("rename", 3), ("step", 2)],
+    ],
+    "cycle_gan": [[("step", 9), ("save", 2)], [("step", 12)]],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "kills"),
+    [(model, kills) for model, cases in KILLS.items() for kills in cases],
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
+)
+def test_a_run_that_was_killed_ends_like_one_that_was_not(server, undisturbed, tmp_path, root, model, kills):
+    expected = undisturbed(model)
+    cwd = root / f"{model} {kills}"
+    cwd.mkdir()
+    arguments = ARGUMENTS[model]
+    for kill in kills:
+        assert server(arguments, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text()
+        arguments = ["--resume=run"]
+    assert server(arguments, cwd) == 0, (cwd / "log").read_text()
+    assert_equal(cwd / "runs/run", expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_state_is_passed_over(server, undisturbed, root, damage):
+    cwd = root / f"damaged {damage}"
+    cwd.mkdir()
+    assert server(ARGUMENTS["pix2pix"], cwd, ("step", 12)) == -signal.SIGKILL
+    newest = cwd / "runs/run/state.pt"
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    # enough bits that not all of them are padding
+    flipped = content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 256]) + content[middle + 256 :]
+    newest.write_bytes({"cut": content[:middle], "flipped": flipped}[damage])
+    assert server(["--resume", "runs/run"], cwd) == 0
+    assert "state.pt is damaged" in (cwd / "log").read_text()
+    assert "going on from state.previous.pt" in (cwd / "log").read_text()
+    assert_equal(cwd / "runs/run", undisturbed("pix2pix"))
+
+
+def test_what_cannot_be_resumed_says_why(server, undisturbed, root):
+    cwd = root / "refused"
+    cwd.mkdir()
+
+    def refusal(*arguments: str) -> str:
+        (cwd / "log").unlink(missing_ok=True)
+        assert server(list(arguments), cwd) == 1
+        return (cwd / "log").read_text()
+
+    assert server(ARGUMENTS["pix2pix"], cwd, ("step", 5)) == -signal.SIGKILL
+    assert "there is no such run, neither by this path nor in runs, where there are run" in refusal("--resume=rum")
+    assert "--resume goes on with a run as it is: leave out --lr, --preset" in refusal(
+        "--resume=run", "--lr=1", "--preset=demo"
+    )
+    before = {path: path.read_bytes() for path in cwd.rglob("runs/**/*") if path.is_file()}
+    config = cwd / "runs/run/config.yaml"
+    config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.02"))
+    assert "lr is 0.02 and was 0.01: a run goes on with the options that it began with" in refusal("--resume=run")
+    config.write_text(config.read_text().replace("lr: 0.02", "lr: 0.01"))
+    for name in NAMES:
+        if (cwd / "runs/run" / name).exists():
+            (cwd / "runs/run" / name).write_bytes(b"PK")
+    assert "nothing to go on from, start the run anew" in refusal("--resume=run")
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed <= set(NAMES)  # nothing else was touched
+    (cwd / "runs/run/state.pt").unlink()
+    (cwd / "runs/run/state.previous.pt").unlink()
+    assert "holds no state.pt to go on from: the run has finished, or was stopped before" in refusal("--resume=run")
+
+
+def test_what_only_watches_may_change(server, undisturbed, root):
+    cwd = root / "changed"
+    cwd.mkdir()
+    assert server(ARGUMENTS["cycle_gan"], cwd, ("step", 9)) == -signal.SIGKILL
+    # images come from the main process now, and in the same order
+    assert server(["--resume=run", "--num_threads=0", "--save_latest_freq=5", "--time_budget=9"], cwd) == 0
+    assert_equal(cwd / "runs/run", undisturbed("cycle_gan"))
+
+
+def test_resume_finds_the_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere/x").mkdir(parents=True)
+    (tmp_path / "elsewhere/x/config.yaml").write_text("{dataroot: d, ngf: 5, num_threads: 3}")
+    for given in (["--resume", "x", "--runs_dir", "elsewhere"], ["--resume=elsewhere/x"]):
+        config = parse_arguments([*given, "--num_threads=1"])
+        assert (config.ngf, config.num_threads, config.resume) == (5, 1, "elsewhere/x")
+
+
+# The state
+
+
+def test_a_state_is_read_back(tmp_path):
+    content = {"tensors": {"x": torch.rand(3), "i": torch.arange(2)}, "list": [(1, 2.5, None, "é", True)]}
+    save_state(tmp_path, content)
+    save_state(tmp_path, content | {"number": 2})
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "state.previous.pt"}
+    found = load_state(tmp_path)
+    assert found["number"] == 2 and found["list"] == content["list"]
+    torch.testing.assert_close(found["tensors"], content["tensors"], rtol=0, atol=0)
+
+
+def test_a_state_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save({"version": 1, "x": Evil()}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        load_state(tmp_path)
+
+
+def test_a_state_of_another_version(tmp_path):
+    torch.save({"version": 0}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="is a state of version 0, this srpkd reads 1"):
+        load_state(tmp_path)
+
+
+def test_every_generator_goes_on(tmp_path):
+    def draw() -> list[float]:
+        return [torch.rand(()).item(), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn()]
+
+    seed_everything(3)
+    draw()
+    save_state(tmp_path, {"random": random_state()})
+    expected = draw()
+    set_random_state(load_state(tmp_path)["random"])
+    assert draw() == expected
+    seed_everything(3)
+    assert draw() != expected
