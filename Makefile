@@ -43,9 +43,28 @@ mutations: $(VENV)/installed
 sanitize: $(VENV)/installed
 	$(BIN)/python tests/sanitize.py
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+.PHONY: types docs dist
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+# the documentation site, in site/; it reads the sources, and needs neither torch nor the installed package
+docs: $(BIN)/python
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	    | xargs $(BIN)/python -m pip install --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# sdist and wheel, in dist/; pure Python: the extension is built on the machine that installs or uses it
+dist: $(BIN)/python
+	$(BIN)/python -m pip install --quiet build
+	SRPKD_BUILD=0 $(BIN)/python -m build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
 install: $(VENV)/installed
 
@@ -60,4 +79,4 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info .coverage .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest build dist site *.egg-info .coverage .pytest_cache .ruff_cache
