@@ -1,13 +1,18 @@
-"""What docs/ shows is run: Python as it stands, a whole distillation on small images, and every command's options."""
+"""The pages of docs/ and the README: links, the navigation, Python blocks, commands and API references."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from srpkd import cli
 from srpkd.data.synthetic import write_synthetic
@@ -16,8 +21,15 @@ from srpkd.models.networks import define_generator
 from srpkd.training.config import parse_arguments, read_config
 from srpkd.training.options import check_keys
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+README = ROOT / "README.md"
+TEXTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -30,28 +42,40 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.strip()]
 
 
-def test_the_pages_are_there():
-    names = {page.name for page in PAGES}
-    assert names >= {
-        "quickstart.md",
-        "your-own-cyclegan.md",
-        "loss-in-your-loop.md",
-        "layers-and-weights.md",
-        "kernels.md",
-        "papers-table.md",
-    }
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs form them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_is_in_the_navigation():
+    def pages(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for value in (entry.values() if isinstance(entry, dict) else entry) for page in pages(value)]
+
+    navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=page_id)
 def test_links_and_languages(page):
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert target.startswith("https://") or (DOCS / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        if target.startswith("https://"):
+            continue
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
     assert set(re.findall(r"^```(\S+)", text, re.MULTILINE)) <= {"bash", "python", "yaml", "text"}
     assert text.count("```") % 2 == 0
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")], ids=page_id)
 def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     if "onnxruntime" in page.read_text():
@@ -64,7 +88,26 @@ def test_python_runs(page, tmp_path, monkeypatch, one_thread):
         exec(compile(block, page.name, "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def srpkd_command(command: str, arguments: list[str]) -> None:
+    """Parse a command line of srpkd as the command does."""
+    assert command in cli.COMMANDS
+    if command == "train":
+        if "--resume" not in arguments:  # which reads the run
+            assert parse_arguments(arguments).name
+    elif command == "info":
+        assert not arguments
+    else:
+        import_module(f"srpkd.{command}").parser().parse_args(arguments)
+
+
+def bench_command(command: str, arguments: list[str]) -> None:
+    """Parse a command line of the benchmarks as they do."""
+    parser = argparse.ArgumentParser()
+    import_module(f"bench.{command}").add_arguments(parser)
+    parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if commands(page)], ids=page_id)
 def test_commands_have_options_that_exist(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "yaml"):
@@ -72,14 +115,37 @@ def test_commands_have_options_that_exist(page, tmp_path, monkeypatch):
         (tmp_path / name).write_text(block)
         for variant, options in read_config(name)["variants"].items():
             check_keys(options, variant)
-    for program, verb, *arguments in commands(page):
-        assert program == "srpkd" and verb in cli.COMMANDS
-        if verb == "train":
-            assert parse_arguments(arguments).name
-        elif verb == "info":
-            assert not arguments
+    for line in commands(page):
+        if line[0] == "srpkd":
+            srpkd_command(line[1], line[2:])
+        elif line[0] == "make":
+            assert re.search(rf"^{line[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         else:
-            import_module(f"srpkd.{verb}").parser().parse_args(arguments)
+            assert line[:3] == ["python", "-m", "bench"]
+            bench_command(line[3], line[4:])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n::: " in page.read_text()], ids=page_id)
+def test_api_reference_names_objects_that_exist(page):
+    for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        try:
+            documented = import_module(path)
+        except ModuleNotFoundError:
+            documented = getattr(import_module(module), name)
+        assert documented.__doc__, path
+
+
+@pytest.mark.slow
+def test_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="mkdocstrings[python] is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "relation_loss" in (tmp_path / "reference" / "loss" / "index.html").read_text()
 
 
 SMALL = {
@@ -94,18 +160,18 @@ SMALL = {
 
 @pytest.mark.slow
 def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
-    """The page's commands in their order, with less of everything; FID aside, whose network is a download."""
+    """Run the page's commands in order, on small images. Leave FID out: its network is a download."""
     for package in ("onnxscript", "onnxruntime", "torchmetrics"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     write_synthetic(tmp_path / "data", 2, 2, size=32, layout="unaligned")
     for name in ("A", "B"):
         save_weights(define_generator("resnet_2blocks", ngf=4), tmp_path / "teacher" / f"latest_net_G_{name}.pth")
-    for _, verb, *arguments in commands(DOCS / "your-own-cyclegan.md"):
+    for _, command, *arguments in commands(DOCS / "your-own-cyclegan.md"):
         if "--inception_weights" in arguments:
             continue
         try:
-            cli.main([verb, *arguments, *SMALL[verb].split()])
+            cli.main([command, *arguments, *SMALL[command].split()])
         except SystemExit as end:
             assert end.code in (0, None), end.code
     out = capsys.readouterr().out
@@ -115,7 +181,7 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
     assert (tmp_path / "small.int8.onnx").exists() and (tmp_path / "student.onnx").exists()
 
 
-def test_the_demos_files_are_where_the_quick_start_says():
+def test_quick_start_names_files_that_the_demo_writes():
     config = parse_arguments([])
     variants = {f"{name} seed 0".replace(" ", "-") for name in config.variants} | {"teacher"}
     named = {word for line in commands(DOCS / "quickstart.md") for word in line if word.startswith("runs/")}

@@ -73,21 +73,13 @@ def test_no_source_file_has_more_than_500_lines(folder):
     assert not {name: length for name, length in lengths.items() if length > 500}
 
 
-# in pieces, so that this file does not contain what it searches for
-ODD_ENGLISH = [
-    "le" + "st",
-    "an" + "ew",
-    r"go(?:es)?\s" + "on",
-    r"but\s" + "for",
-    r"whatever\s" + "it",
-    r"hangs\s" + "on",
-]
-ODD_ENGLISH += ["there" + "of"]
+# with a ~ in each, so that this file does not contain what it searches for
+ODD_ENGLISH = "le~st, an~ew, goes~ on, go~ on, but~ for, whatever~ it, hangs~ on, there~of".replace("~", "").split(", ")
 
 
 def test_plain_english():
     """Words that docs, comments and messages avoid: see the section Style of CONTRIBUTING.md."""
-    pattern = re.compile(rf"\b(?:{'|'.join(ODD_ENGLISH)})\b", re.IGNORECASE)
+    pattern = re.compile(rf"\b(?:{'|'.join(ODD_ENGLISH)})\b".replace(" ", r"\s+"), re.IGNORECASE)
     found = []
     for name in git("ls-files", "-z").strip("\0").split("\0"):
         path = ROOT / name
