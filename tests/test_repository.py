@@ -6,9 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +65,17 @@ def test_module_has_another_name_than_the_packages_that_it_imports(path):
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             imported.add(node.module.partition(".")[0])
     assert (path.parent.name if path.stem == "__init__" else path.stem) not in imported
+
+
+def test_ci_tests_the_oldest_versions_that_pyproject_supports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    oldest, newest = jobs["quick"]["strategy"]["matrix"]["include"]
+    assert project["requires-python"] == f">={oldest['python']}"
+    (torch,) = (requirement for requirement in project["dependencies"] if requirement.startswith("torch"))
+    assert f'"{torch.replace(">=", "==")}.*"' in oldest["pins"] and not newest["pins"]
+    versions = [text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text]
+    assert (versions[0], versions[-1]) == (oldest["python"], newest["python"])
 
 
 @pytest.mark.parametrize("folder", ["srpkd", "kernels", "csrc", "bench", "tests"])
