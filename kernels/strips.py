@@ -82,7 +82,9 @@ def relate(
     return Strip(relations, difference, mirrored, mirrored - gram_t.mul_(columns.teacher.unsqueeze(1)))
 
 
-def gradient_terms(strip: Strip, alpha_rows: Tensor | None, alpha_columns: Tensor | None, relation: Relation) -> GradientTerms:
+def gradient_terms(
+    strip: Strip, alpha_rows: Tensor | None, alpha_columns: Tensor | None, relation: Relation
+) -> GradientTerms:
     """Return the ``GradientTerms`` of a strip, whose relations are overwritten.
 
     Args:
