@@ -27,7 +27,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
 def tiles_over(
     total: Total, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
 ) -> TileSums:
-    """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all columns, the loss is that of all rows."""
+    """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
     student, teacher = student.double(), teacher.double()
     ones = student.new_ones(student.shape[:2])
     alpha_s, alpha_t = (ones if alpha is None else alpha for alpha in (scales.student, scales.teacher))

@@ -75,8 +75,8 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-# On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on. Not measured
-# on GPUs.
+# On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on. Not
+# measured on GPUs.
 CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
 
 

@@ -26,7 +26,10 @@ def relation_loss_op(
     backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss (B,) and its gradient (B, N, C_s), empty without need_grad, of features (B, N, C_s), (B, N, C_t)."""
+    """Return the loss (B,) and its gradient (B, N, C_s), which is empty without need_grad.
+
+    The features are (B, N, C_s) and (B, N, C_t).
+    """
     # the schema of an operator has no Literal types
     relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps)
     # autocast would round the products of the formulas to 16 bits

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from srpkd import relation_loss
-from srpkd.kernels import BACKENDS, NORMALIZATIONS, Relation, TileSums, blocked, closed_form, dispatch, formulas
+from srpkd.kernels import BACKENDS, NORMALIZATIONS, Relation, TileSums, blocked, closed_form, dispatch, formulas, strips
 from srpkd.kernels.reference import relation_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -317,14 +317,14 @@ DEAD = {
 
 @pytest.mark.parametrize("kill", DEAD.values(), ids=DEAD.keys())
 @every_case
-def test_dead_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
+def test_zero_norm_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
     """All-zero pixels: nothing is infinite, and no gradient runs through their own normalisation."""
     student, teacher = features(relation, dtype=widest(backend), device=device)
     kill(student, teacher)
     _, gradient = assert_equal_to_reference(student, teacher, relation, backend, slack=10)
-    dead = ~student.any(-1)
+    zero_norm = ~student.any(-1)
     if relation.normalize == "cosine":  # related to nothing, however it moves
-        assert not gradient[dead].any()
+        assert not gradient[zero_norm].any()
     narrow = value_and_gradient(student.float(), teacher.float(), relation, backend)
     assert narrow[0].isfinite().all()
     assert narrow[1].isfinite().all()
@@ -333,12 +333,12 @@ def test_dead_pixels(backend: str, relation: Relation, kill: Callable, device: t
 
 @pytest.mark.parametrize("normalize", ["row", "cosine"])
 @pytest.mark.parametrize("backend", FAST)
-def test_eps_is_the_largest_dead_norm(backend: str, normalize: str, device: torch.device) -> None:
-    """A norm of exactly eps is dead, one above it is not."""
+def test_eps_is_the_largest_norm_that_counts_as_zero(backend: str, normalize: str, device: torch.device) -> None:
+    """A norm of exactly eps counts as zero, one above it does not."""
     distance = distances(backend)[0]
     # pixel norms 5 and 13, orthogonal, so that the row norms are 25 and 169
     student = torch.tensor([[[3.0, 4, 0, 0], [0, 0, 5, 12]]], dtype=widest(backend), device=device)
-    teacher = torch.zeros_like(student)  # dead: relation 0
+    teacher = torch.zeros_like(student)  # relation 0
     alive = {"row": (25, 169), "cosine": (5, 13)}[normalize]
     pairs_alive = 2 if normalize == "row" else 0  # of cosine, the diagonal does not count
     for eps, count in ((0.999 * alive[0], 2), (alive[0], 1), (alive[1], 0)):
@@ -394,7 +394,7 @@ def test_a_nan_is_not_hidden(backend: str, relation: Relation, device: torch.dev
 def test_strips_of_any_height(
     backend: str, relation: Relation, rows: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(blocked, "block_rows", lambda *_: rows)
+    monkeypatch.setattr(blocked, "strip_rows", lambda *_: rows)
     student, teacher = features(relation, dtype=widest(backend), device=device)
     assert_equal_to_reference(student, teacher, relation, backend)
     student[:, 5], teacher[:, 17] = 0, 0
@@ -405,9 +405,9 @@ def test_strips_of_any_height(
     ("batch", "pixels", "rows"), [(1, 4, 16), (1, 64, 64), (1, 4096, 128), (2, 4096, 64), (64, 65536, 16)]
 )
 def test_height_of_a_strip(batch: int, pixels: int, rows: int) -> None:
-    assert blocked.block_rows(batch, pixels, torch.device("cpu")) == rows
+    assert strips.strip_rows(batch, pixels, torch.device("cpu")) == rows
     for device in ("cpu", "cuda", "mps"):
-        assert blocked.block_rows(batch, pixels, torch.device(device)) >= 1
+        assert strips.strip_rows(batch, pixels, torch.device(device)) >= 1
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
     if device.type != "cpu":
         pytest.skip("strips fill the device there")
     with Allocations() as seen:  # inside the operator, which is one opaque step to a mode outside
-        dispatch.value_and_gradient(student, teacher, relation, backend, True)
+        dispatch.compute_loss(student, teacher, relation, backend, True)
     assert 0 < seen.largest < pixels**2 / 4
 
 

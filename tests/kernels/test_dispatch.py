@@ -89,13 +89,13 @@ def test_a_named_backend_that_cannot_run_raises(backend: str, monkeypatch: pytes
 @pytest.mark.parametrize(("backend", "distance"), RESTRICTED)
 def test_a_distance_that_a_backend_lacks(backend: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.backend_module(backend), "unavailable_reason", lambda device: None)
-    with pytest.raises(ValueError, match=rf"backend='{backend}' computes .* not '{distance}'; use backend='auto'"):
+    with pytest.raises(ValueError, match=rf"backend='{backend}' supports .*received '{distance}': use backend='auto'"):
         relation_loss(*features(dtype=torch.float32), layout="nlc", distance=distance, backend=backend)
 
 
 def test_a_dtype_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "DTYPES", (torch.float32, torch.bfloat16), raising=False)
-    message = "backend='blocked' computes features in float32, bfloat16 only, not float64; use backend='auto'"
+    message = "backend='blocked' supports features in float32, bfloat16, received float64: use backend='auto'"
     with pytest.raises(ValueError, match=message):
         relation_loss(*features(dtype=torch.float64), layout="nlc", backend="blocked")
 
@@ -132,7 +132,7 @@ def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dty
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_auto_prefers_the_closed_form_for_l2_where_pixels_are_many(normalize: str, taken: list[str]) -> None:
-    least = dispatch.CLOSED_FORM_FROM[normalize] * (3 + 5)
+    least = dispatch.CLOSED_FORM_PIXELS_PER_CHANNEL[normalize] * (3 + 5)
     for pixels in (least, least - 1):
         student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
         relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
@@ -167,7 +167,7 @@ def test_an_environment_variable_that_says_nothing(setting: str, monkeypatch: py
 
 def test_the_environment_variable_may_name_the_reference(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
     monkeypatch.setenv("SRPKD_BACKEND", "reference")
-    monkeypatch.setattr(op, "value_and_gradient", lambda *_: pytest.fail("the reference needs no operator"))
+    monkeypatch.setattr(op, "compute_loss", lambda *_: pytest.fail("the reference needs no operator"))
     relation_loss(*features(), layout="nlc")
     assert not taken
 

@@ -134,7 +134,7 @@ def check_relations(rank: int, ranks: int) -> None:
 
 
 def check_strips(rank: int, ranks: int) -> None:
-    distributed.block_rows = lambda *_: 7
+    distributed.strip_rows = lambda *_: 7
     student, teacher = images(ranks)
     own = slice(rank, rank + 1)
     for normalize in NORMALIZATIONS:
