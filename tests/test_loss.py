@@ -1,4 +1,4 @@
-"""``relation_loss`` and ``SRPLoss``: against loops written from the definition, and what they refuse."""
+"""``relation_loss`` and ``SRPLoss`` against plain loops over the definition, and their errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], dev
 
 
 def test_loops_by_hand() -> None:
-    """The oracle itself, on two pixels whose relations can be read off."""
+    """The loops themselves, on two pixels with known relations."""
     student, teacher = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0]])
     assert loops.relation_matrix(student, "row", [False, True]) == [[1, 0], [0, 0]]
     assert loops.relation_matrix(teacher, "none", [False, False]) == [[1, 0], [0, 4]]
@@ -60,7 +60,7 @@ def test_loops_by_hand() -> None:
 
 
 def test_layouts_agree() -> None:
-    """(B, C, H, W) is (B, N, C) with the pixels in rows, and no pixel changes places."""
+    """(B, C, H, W) equals (B, N, C) with the pixels in row-major order."""
     student, teacher = pair(dtype=torch.float64)
     tokens = [x.detach().permute(0, 2, 3, 1).reshape(2, 12, -1) for x in (student, teacher)]
     tokens[0].requires_grad_()
@@ -126,7 +126,7 @@ def test_teacher_in_inference_mode(backend: str) -> None:
 # --- the module -----------------------------------------------------------------------------------------------------
 
 
-def test_module_is_the_function() -> None:
+def test_module_equals_the_function() -> None:
     student, teacher = pair()
     assert torch.equal(SRPLoss()(student, teacher), relation_loss(student, teacher))
     given = {
@@ -201,7 +201,7 @@ def test_public_names() -> None:
 
 
 def test_every_option_matters() -> None:
-    """None of the options is dropped on the way."""
+    """Every option reaches the computation."""
     student, teacher = pair()
     base = SRPLoss(distance="huber", delta=0.1)
     for changed in ({"normalize": "row"}, {"distance": "l1"}, {"delta": 0.01}, {"reduction": "sum"}, {"eps": 1e3}):
@@ -209,7 +209,7 @@ def test_every_option_matters() -> None:
         assert not torch.equal(base(student, teacher), other(student, teacher)), changed
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 IMAGE = torch.ones(2, 3, 4, 4)
 REFUSED = {
@@ -274,7 +274,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("given", "kind", "parts"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused(given: dict, kind: type[Exception], parts: list[str]) -> None:
+def test_wrong_input_is_refused(given: dict, kind: type[Exception], parts: list[str]) -> None:
     """Errors say what was received, what was expected and what to do."""
     with pytest.raises(kind) as caught:
         relation_loss(**{"student": IMAGE, "teacher": IMAGE, **given})

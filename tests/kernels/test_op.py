@@ -1,4 +1,4 @@
-"""The operator under what PyTorch does to it: opcheck, compile, autocast, odd backward passes."""
+"""The operator under opcheck, torch.compile, autocast and unusual backward passes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srpkd.kernels import op
 from srpkd.kernels.op import relation_loss_backward_op, relation_loss_op
 
 HALVES = [torch.bfloat16, torch.float16]
-# in eager one name of each kind is enough: the operator does not know which backend it calls
+# in eager mode one backend of each kind is enough: the operator does not depend on the backend
 ROW_L1 = {"normalize": "row", "distance": "l1"}
 CPU_BACKENDS = ["blocked", "closed_form"]
 
@@ -64,10 +64,10 @@ def test_opcheck_backward(dtype: torch.dtype) -> None:
         torch.library.opcheck(relation_loss_backward_op, (torch.randn(2, 3, 9).mT, upstream, dtype))
 
 
-# --- what backward does ---------------------------------------------------------------------------------------------
+# --- backward -------------------------------------------------------------------------------------------------------
 
 
-def test_gradient_is_computed_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_is_computed_only_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     needed, original = [], op.compute_loss
 
     def spy(*arguments: object) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +88,7 @@ def test_gradient_is_computed_only_where_it_is_needed(monkeypatch: pytest.Monkey
     assert torch.equal(with_gradient, detached)
 
 
-def test_no_gradient_is_given_out_unless_needed() -> None:
+def test_no_gradient_is_returned_unless_needed() -> None:
     student, teacher = (x.detach().flatten(2).mT for x in images())
     for need_grad, size in ((True, student.numel()), (False, 0)):
         _, gradient = relation_loss_op(student, teacher, "row", "l1", 1.0, 1e-12, "blocked", need_grad)
@@ -109,7 +109,7 @@ def test_backward_twice(backend: str) -> None:
 
 @pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
 def test_expanded_upstream_gradient(upstream: float) -> None:
-    """Stride 0, as ``.sum()`` and ``.mean()`` send it."""
+    """An upstream gradient with stride 0, as from ``.sum()`` and ``.mean()``."""
     student, teacher = images(batch=3)
     loss = relation_loss(student, teacher, reduction="none", **ROW_L1)
     expanded, full = torch.tensor(upstream).expand(3), torch.full((3,), upstream)
@@ -128,11 +128,10 @@ def test_upstream_gradient_of_each_image() -> None:
     torch.testing.assert_close(weighted, plain * upstream.view(-1, 1, 1, 1))
 
 
-def test_twice_differentiated() -> None:
+def test_double_backward() -> None:
     student, teacher = images(dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(
-        relation_loss(student, teacher, normalize="row", distance="l2"), student, create_graph=True
-    )
+    student_loss = relation_loss(student, teacher, normalize="row", distance="l2")
+    (gradient,) = torch.autograd.grad(student_loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not support double backward.*backend='reference'"):
         torch.autograd.grad(gradient.square().sum(), student)
     (gradient,) = torch.autograd.grad(
@@ -143,7 +142,7 @@ def test_twice_differentiated() -> None:
 
 
 def test_loss_scaling_saves_float16() -> None:
-    """The gradient of a mean over N^2 pairs is below float16's smallest number; scaled as GradScaler does it is not."""
+    """The gradient of a mean over N^2 pairs underflows in float16, but not with a loss scale as by GradScaler."""
     student, teacher = images(1, (32, 32), 40)
     exact = torch.autograd.grad(relation_loss(student, teacher, **ROW_L1), student)[0]
     half, scale = student.detach().half().requires_grad_(), 2.0**16
@@ -157,7 +156,7 @@ def test_loss_scaling_saves_float16() -> None:
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
 @pytest.mark.parametrize("backend", [name for name in FAST if name in CPU_BACKENDS])
-def test_gradient_is_laid_out_as_the_student(
+def test_gradient_has_the_strides_of_the_student(
     backend: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     student, teacher = images(dtype=dtype, memory_format=memory_format)
@@ -172,7 +171,7 @@ def test_gradient_is_laid_out_as_the_student(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["reference", *CPU_BACKENDS])
 def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
-    """The algebra's products stay in float32: what autocast would round to 16 bits."""
+    """Autocast does not round the products of the formulas to 16 bits."""
     student, teacher = images(dtype=dtype)
     distance = distances(backend)[0]
     expected = relation_loss(student, teacher, normalize="row", distance=distance, backend=backend)
@@ -186,7 +185,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_features_made_under_autocast() -> None:
-    """A bfloat16 student beside a float32 teacher, as autocast gives them."""
+    """A bfloat16 student and a float32 teacher, as autocast produces them."""
     layer, image, teacher = torch.nn.Conv2d(3, 5, 3), torch.randn(2, 3, 8, 8), torch.randn(2, 7, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
         student = layer(image)
@@ -201,7 +200,7 @@ def test_features_made_under_autocast() -> None:
 
 
 def compiled_equals_eager(loss_fn: Callable[[Tensor, Tensor], Tensor], compiler: str, **sizes: object) -> None:
-    """Values and gradients, compiled as one graph and not, are the same."""
+    """Values and gradients of one compiled graph equal those of eager mode."""
 
     def step(student: Tensor, teacher: Tensor) -> Tensor:
         return 3 * loss_fn(student * 2 - 1, teacher).sum()
