@@ -1,6 +1,6 @@
 """The relation loss by plain loops over NumPy arrays: an oracle that shares no code with srpkd.
 
-The gradient is computed by central differences. Zero-norm pixels are found before any difference is taken: by convention
+The gradient is computed by central differences. Zero-norm pixels are found first: by convention
 no gradient flows through the normalisation of a zero-norm pixel.
 """
 
