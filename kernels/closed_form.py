@@ -1,9 +1,8 @@
-"""Backend ``closed_form``: the l2 distance exactly, in O(N C^2) instead of O(N^2 C).
+"""Backend ``closed_form``: the exact l2 distance in O(N C^2) instead of O(N^2 C).
 
-With d^2 everything that sums over pairs factors through C x C matrices: sum_ij G_ij^2 x_i y_j is the
-Frobenius product of Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of
-Q_s^T diag(x) Q_t and Q_s^T diag(y) Q_t. The loss is a small difference of large such numbers when the
-student is close to its teacher, hence float64 throughout.
+For d^2 all sums over pairs factor through C x C matrices: sum_ij G_ij^2 x_i y_j is the Frobenius product of
+Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of Q_s^T diag(x) Q_t and Q_s^T diag(y) Q_t.
+The loss is a small difference of such large numbers if the student is close to its teacher, hence float64 throughout.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SCALE_DTYPE = torch.float64
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive for ``distance="l2"``: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N).
 
-    All in float64. See ``Tiles``.
+    All in float64. See ``TileSums``.
     """
     return tiles_over(identity, student, teacher, scales, relation, need_grad)
 
@@ -28,7 +27,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
 def tiles_over(
     total: Total, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
 ) -> TileSums:
-    """``relation_tiles`` of these pixels' rows with columns that ``total`` sums over; the loss is that of all rows."""
+    """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
     student, teacher = student.double(), teacher.double()
     ones = student.new_ones(student.shape[:2])
     alpha_s, alpha_t = (ones if alpha is None else alpha for alpha in (scales.student, scales.teacher))
@@ -45,15 +44,15 @@ def tiles_over(
     if relation.symmetric:
         energy_t = total(_moment(teacher, teacher, row_t)).square().sum((1, 2))
     else:
-        energy_t = total((alpha_t > 0).sum(1))  # rows of norm 1, or dead
+        energy_t = total((alpha_t > 0).sum(1))  # rows have norm 1, or 0
     loss = total((energy_s - 2 * energy_st).sum(1)) + energy_t
     excess = None
     if relation.normalize == "cosine":
-        # D_ii counts as 0, and is not where just one of student and teacher is dead at pixel i
+        # D_ii counts as 0, but these sums include it where only one of student and teacher has norm 0 at pixel i
         diagonal_s = row_s * student.square().sum(-1)
         excess = diagonal_s - row_t * teacher.square().sum(-1)
         loss = loss - total(excess.square().sum(1))
-    loss = loss.clamp_min(0)  # a sum of squares, but for rounding
+    loss = loss.clamp_min(0)  # a sum of squares up to rounding
     if not need_grad:
         return TileSums(loss, None, None)
 
@@ -73,10 +72,10 @@ def tiles_over(
 
 
 def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """Q_l^T diag(weight) Q_r: (B, N, C_l), (B, N, C_r), (B, N) -> (B, C_l, C_r)."""
+    """Return Q_l^T diag(weight) Q_r: (B, N, C_l), (B, N, C_r), (B, N) -> (B, C_l, C_r)."""
     return left.mT @ (weight.unsqueeze(-1) * right)
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why it cannot run there, or None. Metal has no float64."""
-    return "it computes in float64, which this device lacks" if device.type == "mps" else None
+    """Return why the backend cannot run there, or None. Metal has no float64."""
+    return "it computes in float64, which this device lacks: use backend='blocked'" if device.type == "mps" else None

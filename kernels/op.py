@@ -1,16 +1,18 @@
-"""The operator ``srpkd::relation_loss``: what torch.compile, autograd and autocast see of the engine.
+"""The operator ``srpkd::relation_loss``, with its fake and autograd registrations.
 
-The gradient is computed together with the loss, in the forward pass: both need the same tiles. Backward
-only scales it, out of place, so that it may run twice.
+The forward pass computes the gradient together with the loss, since both need the same tiles. Backward only scales it,
+out of place, so that it can run twice.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from .dispatch import value_and_gradient
-from .formulas import Relation, accumulator, gradient_dtype
+from .dispatch import compute_loss
+from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
 
 
 @torch.library.custom_op("srpkd::relation_loss", mutates_args=())
@@ -24,11 +26,15 @@ def relation_loss_op(
     backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (B,) and its gradient (B, N, C_s), empty unless need_grad, of raw features (B, N, C_s), (B, N, C_t)."""
-    relation = Relation(normalize, distance, delta, eps)
-    # autocast would round the algebra's products to 16 bits
+    """Return the loss (B,) and its gradient (B, N, C_s), which is empty without need_grad.
+
+    The features are (B, N, C_s) and (B, N, C_t).
+    """
+    # the schema of an operator has no Literal types
+    relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps)
+    # autocast would round the products of the formulas to 16 bits
     with torch.autocast(student.device.type, enabled=False):
-        loss, gradient = value_and_gradient(student, teacher, relation, backend, need_grad)
+        loss, gradient = compute_loss(student, teacher, relation, backend, need_grad)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
@@ -41,7 +47,7 @@ def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
 
 @torch.library.custom_op("srpkd::relation_loss_backward", mutates_args=())
 def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss, in the student's dtype."""
+    """Return gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss, in the student's dtype."""
     return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -65,8 +71,8 @@ def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
 
 def _backward_of_backward(ctx, grad):
     raise RuntimeError(
-        "the relation loss cannot be differentiated twice; use backend='reference', which can, "
-        "or leave the loss out of what is differentiated twice"
+        "the relation loss does not support double backward: use backend='reference', which does, or exclude the loss "
+        "from what is differentiated twice"
     )
 
 

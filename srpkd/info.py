@@ -1,4 +1,4 @@
-"""What is available here, and why the rest is not: ``python -m srpkd.info``."""
+"""Print versions, devices and backends, and why a backend is unavailable: ``python -m srpkd.info``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _version(package: str) -> str:
 
 
 def describe() -> str:
-    """The versions, devices and backends of this machine, as text."""
+    """Return the versions, devices and backends of this machine as text."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     lines = [
@@ -41,10 +41,10 @@ def describe() -> str:
     try:
         setting = f"= {requested_backend('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
     except ValueError as error:
-        setting = f"is wrong: {error}"
+        setting = f"is invalid: {error}"
     lines.append(f"\nSRPKD_BACKEND {setting}")
     if len(devices) == 1:
-        lines.append("no CUDA device is visible to torch: everything runs on the CPU")
+        lines.append("torch sees no CUDA device: everything runs on the CPU")
     return "\n".join(lines)
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import check_number
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
+from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
 
-LAYOUTS = ("nchw", "nlc")
-SCOPES = ("image", "batch", "global")
-REDUCTIONS = ("mean", "sum", "none")
+Layout = Literal["nchw", "nlc"]
+Scope = Literal["image", "batch", "global"]
+Reduction = Literal["mean", "sum", "none"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,54 +25,133 @@ def relation_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    normalize: str = "row",
-    distance: str = "l1",
+    normalize: Normalize = DEFAULT_NORMALIZE,
+    distance: Distance = DEFAULT_DISTANCE,
     delta: float = 1.0,
-    reduction: str = "mean",
-    layout: str = "nchw",
+    reduction: Reduction = "mean",
+    layout: Layout = "nchw",
     eps: float = 1e-12,
     backend: str = "auto",
-    scope: str = "image",
+    scope: Scope = "image",
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """How much the relations between a student's pixels differ from those between its teacher's.
+    """Return the distance between the relation matrices of a student's and a teacher's features.
 
     With features q_i of the N pixels of an image, G_ij = q_i . q_j and the relation matrix A that ``normalize``
-    names, an image's loss is the mean over its N^2 pairs of rho(A_student - A_teacher). No N x N array is held
-    (but by ``backend="reference"``). After Li, Jiang and Aarabi, *Semantic Relation Preserving Knowledge
-    Distillation for Image-to-Image Translation*, ECCV 2020.
+    selects, the loss of an image is the mean over its N^2 pairs of rho(A_student - A_teacher). No N x N array is
+    materialised, except by ``backend="reference"``. After Li, Jiang and Aarabi, *Semantic Relation Preserving Knowledge
+    Distillation for Image-to-Image Translation*, ECCV 2020; ``normalize="row"`` is the paper's row-normalised matrix.
 
     Args:
         student: features (B, C_s, H, W), or (B, N, C_s) with ``layout="nlc"``; float64, float32, bfloat16 or float16.
-            Any strides: NCHW and channels_last are read in place.
+            Any strides: NCHW and channels_last are read in place. Features without a batch, (C_s, H, W) or (N, C_s),
+            are a batch of one.
         teacher: features (B, C_t, H, W) or (B, N, C_t) without a gradient. C_t may differ from C_s.
         normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
-        distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear from there.
-        delta: where Huber's distance turns linear, > 0.
-        reduction: what becomes of the B images' values: their ``"mean"``, their ``"sum"``, or ``"none"``: all (B,).
+        distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear beyond.
+        delta: where the Huber distance becomes linear, > 0.
+        reduction: ``"mean"`` or ``"sum"`` over the B images, or ``"none"``: the loss of each image.
         layout: ``"nchw"`` or ``"nlc"``.
-        eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to everything, and gets no
-            gradient through its own normalisation.
-        backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``; with "auto" the environment variable
-            SRPKD_BACKEND, where set, decides.
-        scope: which pixels are related: those of each ``"image"``; those of all images in the ``"batch"``, as if they
+        eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to all pixels, and no gradient
+            through its own normalisation.
+        backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``. The environment variable SRPKD_BACKEND, if set,
+            replaces "auto".
+        scope: which pixels are related: those of each ``"image"``; those of all images of the ``"batch"``, as if they
             were one image of B N pixels; or ``"global"``, those of the batches of all ranks of a process group (the
-            batch's, where torch.distributed is not initialised). For ``distance="l2"`` the ranks then exchange C x C
-            matrices alone, else their features, around the ring of ranks. The loss is the same on every rank, and its
-            gradient the one that DistributedDataParallel, which averages over the ranks, makes exact.
-        group: the process group of ``scope="global"``; the default one if None.
+            batch of this process if torch.distributed is not initialised). For ``distance="l2"`` the ranks exchange
+            only C x C matrices, otherwise their features, around the ring of ranks. The loss is the same on every rank.
+            Its gradient is exact under DistributedDataParallel, which averages over the ranks.
+        group: the process group of ``scope="global"``; the default group if None.
 
     Returns:
-        A scalar, or (B,) with ``reduction="none"``, (1,) unless scope is "image": float64 for float64 features, else
-        float32.
+        A scalar, or (B,) with ``reduction="none"``: (1,) unless scope is "image", and () for features without a batch.
+        float64 for float64 features, else float32.
 
     Raises:
-        TypeError: the features are no dense tensors of one of the four dtypes, or delta or eps is no number.
-        ValueError: shapes, devices or options that do not fit, or a teacher that requires a gradient.
-        srpkd.kernels.BackendUnavailable: a backend asked for by name cannot run here.
+        TypeError: the features are not dense tensors of one of the four dtypes, or delta or eps is not a number.
+        ValueError: shapes, devices or options do not fit, or the teacher requires a gradient.
+        BackendUnavailable: the named backend cannot run here.
     """
-    _check_options(normalize, distance, delta, reduction, layout, eps, scope)
+    for name, value in (
+        ("normalize", normalize),
+        ("distance", distance),
+        ("delta", delta),
+        ("reduction", reduction),
+        ("layout", layout),
+        ("eps", eps),
+        ("backend", backend),
+        ("scope", scope),
+    ):
+        _check_option(name, value)
+    relation = Relation(normalize, distance, float(delta), float(eps))
+    return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group)
+
+
+class SRPLoss(nn.Module):
+    """``relation_loss`` with fixed options: ``SRPLoss()(student_features, teacher_features)``.
+
+    Options, shapes and errors are those of :func:`relation_loss`. The default is the cosine matrix with the l2
+    distance; ``SRPLoss(normalize="row")`` compares the paper's row-normalised matrices. The options are attributes of
+    the same names and are validated when they are set.
+    """
+
+    normalize: Normalize
+    distance: Distance
+    delta: float
+    reduction: Reduction
+    layout: Layout
+    eps: float
+    backend: str
+    scope: Scope
+
+    def __init__(
+        self,
+        normalize: Normalize = DEFAULT_NORMALIZE,
+        distance: Distance = DEFAULT_DISTANCE,
+        delta: float = 1.0,
+        reduction: Reduction = "mean",
+        layout: Layout = "nchw",
+        eps: float = 1e-12,
+        backend: str = "auto",
+        scope: Scope = "image",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalize, self.distance, self.delta = normalize, distance, delta
+        self.reduction, self.layout, self.eps = reduction, layout, eps
+        self.backend, self.scope, self.group = backend, scope, group
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_option(name, value)
+        super().__setattr__(name, value)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``."""
+        relation = Relation(self.normalize, self.distance, float(self.delta), float(self.eps))
+        return _relation_loss(
+            student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group
+        )
+
+    def extra_repr(self) -> str:
+        names = ("normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def _relation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    reduction: Reduction,
+    layout: Layout,
+    backend: str,
+    scope: Scope,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """``relation_loss`` with options that have been validated."""
     _check_features(student, teacher, layout)
+    is_batch = student.ndim == (4 if layout == "nchw" else 3)
+    if not is_batch:
+        student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
     if layout == "nchw":
         student, teacher = (features.flatten(2).transpose(1, 2) for features in (student, teacher))
     dtype = torch.promote_types(student.dtype, teacher.dtype)
@@ -77,82 +162,52 @@ def relation_loss(
 
     backend = dispatch.requested_backend(backend)
     if scope == "global" and _ranks(group) > 1:
-        from .kernels import distributed  # here, as it takes a second to import torch's compiler
+        from .kernels import distributed  # here, since it takes a second to import torch's compiler
 
-        choices = distributed.BACKENDS[distance]
         dispatch.check_choice(
-            f"with scope='global', several ranks and distance={distance!r}, backend", backend, choices
+            f"with scope='global', several ranks and distance={relation.distance!r}, backend",
+            backend,
+            distributed.BACKENDS[relation.distance],
         )
-        loss = distributed.relation_loss(student, teacher, Relation(normalize, distance, delta, eps), group)
+        loss = distributed.relation_loss(student, teacher, relation, group)
     elif backend == "reference":
-        loss = reference.relation_loss(student, teacher, Relation(normalize, distance, delta, eps))
+        loss = reference.relation_loss(student, teacher, relation)
     else:
         need_grad = student.requires_grad and torch.is_grad_enabled()
-        loss, _ = relation_loss_op(student, teacher, normalize, distance, float(delta), float(eps), backend, need_grad)
+        normalize, distance, delta, eps = relation.normalize, relation.distance, relation.delta, relation.eps
+        loss, _ = relation_loss_op(student, teacher, normalize, distance, delta, eps, backend, need_grad)
     if reduction == "none":
-        return loss
+        return loss if is_batch else loss.squeeze(0)
     return loss.mean() if reduction == "mean" else loss.sum()
-
-
-class SRPLoss(nn.Module):
-    """``relation_loss`` with its options kept: ``SRPLoss()(student_features, teacher_features)``.
-
-    Options, shapes and errors are those of :func:`relation_loss`; wrong options raise here already.
-    """
-
-    def __init__(
-        self,
-        normalize: str = "row",
-        distance: str = "l1",
-        delta: float = 1.0,
-        reduction: str = "mean",
-        layout: str = "nchw",
-        eps: float = 1e-12,
-        backend: str = "auto",
-        scope: str = "image",
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        super().__init__()
-        _check_options(normalize, distance, delta, reduction, layout, eps, scope)
-        dispatch.requested_backend(backend)
-        self.options = {
-            "normalize": normalize,
-            "distance": distance,
-            "delta": delta,
-            "reduction": reduction,
-            "layout": layout,
-            "eps": eps,
-            "backend": backend,
-            "scope": scope,
-        }
-        self.group = group
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``, -> the loss."""
-        return relation_loss(student, teacher, group=self.group, **self.options)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def _check_options(
-    normalize: str, distance: str, delta: float, reduction: str, layout: str, eps: float, scope: str
-) -> None:
-    dispatch.check_choice("normalize", normalize, NORMALIZATIONS)
-    dispatch.check_choice("distance", distance, DISTANCES)
-    dispatch.check_choice("reduction", reduction, REDUCTIONS)
-    dispatch.check_choice("layout", layout, LAYOUTS)
-    dispatch.check_choice("scope", scope, SCOPES)
-    check_number("delta", delta, above=0)
-    check_number("eps", eps, least=0)
+def _check_option(name: str, value: Any) -> None:
+    """Raise the error of ``relation_loss`` for a wrong value of an option; accept any other name."""
+    if name == "normalize":
+        dispatch.check_choice(name, value, NORMALIZATIONS)
+    elif name == "distance":
+        dispatch.check_choice(name, value, DISTANCES)
+    elif name == "reduction":
+        dispatch.check_choice(name, value, REDUCTIONS)
+    elif name == "layout":
+        dispatch.check_choice(name, value, LAYOUTS)
+    elif name == "scope":
+        dispatch.check_choice(name, value, SCOPES)
+    elif name == "backend":
+        dispatch.requested_backend(value)
+    elif name == "delta":
+        check_number(name, value, above=0)
+    elif name == "eps":
+        check_number(name, value, least=0)
 
 
-def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
-    expected = "(B, C, H, W)" if layout == "nchw" else "(B, N, C)"
+def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
+    expected, single = ("(B, C, H, W)", "(C, H, W)") if layout == "nchw" else ("(B, N, C)", "(N, C)")
+    ndim = len(expected.split(","))
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} features: expected a tensor {expected}, received {type(features).__name__}")
@@ -160,32 +215,42 @@ def _check_features(student: Tensor, teacher: Tensor, layout: str) -> None:
             raise TypeError(f"{name} features are sparse, nested or packed: expected a dense tensor, as by .to_dense()")
         if features.dtype not in DTYPES:
             raise TypeError(
-                f"{name} features are {features.dtype}; expected float64, float32, bfloat16 or float16: "
-                "convert them, for example by .float()"
+                f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16, for example by "
+                ".float()"
             )
-        if features.ndim != len(expected.split(",")):
-            other = {("nchw", 3): "nlc", ("nlc", 4): "nchw"}.get((layout, features.ndim))
+        if features.ndim not in (ndim, ndim - 1):
+            hint = "; for this shape use layout='nchw'" if features.ndim == 4 else ""
             raise ValueError(
-                f"{name} features have shape {tuple(features.shape)}; layout={layout!r} expects {expected}"
-                + (f". For this shape use layout={other!r}" if other else "")
+                f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or "
+                f"{single}{hint}"
             )
         if features.numel() == 0:
             raise ValueError(f"{name} features are empty: shape {tuple(features.shape)}")
-    pixels = slice(2, None) if layout == "nchw" else slice(1, 2)
-    if student.shape[0] != teacher.shape[0] or student.shape[pixels] != teacher.shape[pixels]:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} may differ in C alone, and differ in "
-            + (
-                "the batch"
-                if student.shape[0] != teacher.shape[0]
-                else "their pixels: tap layers of equal size, "
-                "or resize one of the two, for example by torch.nn.functional.interpolate"
-            )
-        )
+    _check_sizes(student, teacher, layout, ndim)
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device} and teacher on {teacher.device}: move them to one device")
     if teacher.requires_grad:
         raise ValueError(
-            "teacher features require a gradient, and the teacher is not trained here: "
+            "teacher features require a gradient, but the teacher is not trained here: "
             "run it under torch.no_grad(), or pass teacher.detach()"
         )
+
+
+def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout, ndim: int) -> None:
+    """Raise a ValueError unless the features have the same batch and the same pixels."""
+    is_batch = student.ndim == ndim
+    channel = (1 if is_batch else 0) if layout == "nchw" else -1
+    sizes = [list(features.shape) for features in (student, teacher)]
+    for size in sizes:
+        del size[channel]
+    if sizes[0] == sizes[1]:
+        return
+    if student.ndim != teacher.ndim or (is_batch and student.shape[0] != teacher.shape[0]):
+        reason = "in the batch"
+    else:
+        reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
+    if layout == "nchw" and not is_batch:
+        reason += "; for tokens (B, N, C) use layout='nlc'"
+    raise ValueError(
+        f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} may differ only in C, but differ {reason}"
+    )

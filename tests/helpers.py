@@ -1,4 +1,4 @@
-"""What the engine's tests share: the cases, random features away from ties, and how errors are measured."""
+"""Shared by the engine's tests: cases, random features away from ties, and error measures."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from srpkd.kernels.reference import relation_matrix
 ROOT = Path(__file__).resolve().parents[1]
 FAST = [name for name in BACKENDS if name != "reference"]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-# about the median of abs(D) in features(), so that Huber's distance has pairs on both sides of it
+# about the median of abs(D) in features(), so that the Huber distance has pairs on both sides
 DELTA = {"row": 0.1, "cosine": 0.3, "none": 2.0}
 
 
 def distances(backend: str) -> tuple[str, ...]:
-    """The distances that a backend can do."""
+    """The distances that a backend supports."""
     return getattr(dispatch.backend_module(backend), "DISTANCES", DISTANCES)
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """The dtypes that a backend can do."""
+    """The dtypes that a backend supports."""
     return getattr(dispatch.backend_module(backend), "DTYPES", (torch.float64, *NARROW))
 
 
 def widest(backend: str) -> torch.dtype:
-    """The dtype that says most about a backend's formulas: float64 where it has that."""
+    """The widest dtype of a backend, which tests its formulas most strictly."""
     return dtypes(backend)[0]
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The error that sums of a few hundred rounded numbers may have."""
+    """Bound on the relative error of a sum of a few hundred rounded numbers."""
     return {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
 
 
 def cases(backends: list[str] = FAST) -> list:
-    """Every (backend, relation) that exists, for ``pytest.mark.parametrize(("backend", "relation"), ...)``."""
+    """Every supported (backend, relation), for ``pytest.mark.parametrize(("backend", "relation"), ...)``."""
     return [
         pytest.param(backend, Relation(normalize, distance, DELTA[normalize]), id=f"{backend}-{normalize}-{distance}")
         for backend in backends
@@ -51,12 +51,12 @@ def cases(backends: list[str] = FAST) -> list:
 
 
 def few_cases(backends: list[str] = FAST) -> list:
-    """One distance of every (backend, normalize): for what hangs on the normalisation alone."""
+    """One distance of every (backend, normalize): for tests of the normalisation."""
     return [case for case in cases(backends) if case.values[1].distance == distances(case.values[0])[0]]
 
 
 def options(relation: Relation) -> dict:
-    """The relation as keywords of ``relation_loss``."""
+    """The relation as keyword arguments of ``relation_loss``."""
     return {
         "normalize": relation.normalize,
         "distance": relation.distance,
@@ -74,7 +74,7 @@ def difference(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
 
 
 def tie_gap(student: Tensor, teacher: Tensor, relation: Relation) -> float:
-    """How near D comes to where rho bends, relative to D: a rounding error larger than that changes the gradient."""
+    """Distance of D from the kink of rho, relative to D: larger rounding errors change the gradient."""
     size = difference(student, teacher, relation).abs()
     if relation.normalize == "cosine":
         size = size[:, ~torch.eye(size.shape[1], dtype=torch.bool)]
@@ -102,7 +102,7 @@ def features(
 def value_and_gradient(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, upstream: float = 1.0, layout: str = "nlc"
 ) -> tuple[Tensor, Tensor]:
-    """Every image's loss (B,) and the gradient of ``upstream`` times their sum, through the public function."""
+    """Each image's loss (B,) and the gradient of ``upstream`` times their sum, through the public function."""
     student = student.detach().requires_grad_()
     loss = relation_loss(student, teacher, backend=backend, layout=layout, reduction="none", **options(relation))
     (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, upstream))
@@ -112,7 +112,7 @@ def value_and_gradient(
 def error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """The relative error of a whole tensor: ||actual - expected|| / ||expected||, in float64; never NaN.
 
-    least: the smallest norm that it is taken relative to; for what should be 0 and is so only but for rounding.
+    least: the smallest norm to divide by, for expected values that are 0 up to rounding.
     """
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert actual.isfinite().all(), "not finite"
@@ -122,7 +122,7 @@ def error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
 def assert_equal_to_reference(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, slack: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of features (B, N, C) are those of autograd through the definition in float64."""
+    """Loss and gradient of features (B, N, C) equal those of autograd through the definition in float64."""
     loss, gradient = value_and_gradient(student, teacher, relation, backend)
     expected = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     assert (loss.dtype, gradient.dtype) == (accumulator(student.dtype), student.dtype)
@@ -131,14 +131,14 @@ def assert_equal_to_reference(
 
 
 def assert_equal(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], slack: float = 1.0) -> None:
-    """Losses and gradients are equal but for ``slack`` times the rounding of their dtype."""
+    """Losses and gradients are equal up to ``slack`` times the rounding of their dtype."""
     for one, other in zip(actual, expected, strict=True):
-        # the row loss of one pixel, and the cosine gradient of one channel, are 0 but for rounding
+        # the row loss of one pixel and the cosine gradient of one channel are 0 up to rounding
         assert error(one, other, least=1e-2) <= slack * rounding(one.dtype)
 
 
 def within(tensor: Tensor, *index: slice) -> Tensor:
-    """The same values as a view, ``index`` (start and step alone) of a larger tensor that is NaN elsewhere."""
+    """The same values as a view, ``index`` (with start and step) of a larger tensor that is NaN elsewhere."""
     parts = [(key.start or 0, key.step or 1) for key in index]
     sizes = [size * step + start for size, (start, step) in zip(tensor.shape, parts)] + list(tensor.shape[len(parts) :])
     return tensor.new_full(sizes, torch.nan)[index].copy_(tensor)

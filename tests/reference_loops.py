@@ -1,7 +1,7 @@
-"""An oracle that shares nothing with srpkd: the relation loss by plain loops over NumPy arrays, as it is defined.
+"""The relation loss by plain loops over NumPy arrays: an oracle that shares no code with srpkd.
 
-Its gradient is that of central differences. Which pixels are dead is settled once, before any difference is taken: the
-convention is that no gradient runs through a dead pixel's own normalisation.
+The gradient is computed by central differences. Zero-norm pixels are found first: by convention
+no gradient flows through the normalisation of a zero-norm pixel.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from math import sqrt
 import numpy as np
 
 
-def dead_pixels(features: np.ndarray, normalize: str, eps: float) -> list[bool]:
-    """Which of the pixels of one image (N, C) have a norm (cosine) or a row norm (row) of at most eps."""
+def zero_norm_pixels(features: np.ndarray, normalize: str, eps: float) -> list[bool]:
+    """For each pixel of one image (N, C), whether its norm (cosine) or row norm (row) is at most eps."""
     if normalize == "none":
         return [False] * len(features)
     return [norm <= eps for norm in _norms(features, normalize)]
 
 
-def relation_matrix(features: np.ndarray, normalize: str, dead: list[bool]) -> list[list[float]]:
+def relation_matrix(features: np.ndarray, normalize: str, zero_norm: list[bool]) -> list[list[float]]:
     """A_ij of one image (N, C)."""
     pixels = range(len(features))
     gram = [[_dot(features[i], features[j]) for j in pixels] for i in pixels]
@@ -27,7 +27,7 @@ def relation_matrix(features: np.ndarray, normalize: str, dead: list[bool]) -> l
     norm = _norms(features, normalize)
     for i in pixels:
         for j in pixels:
-            if dead[i] or (normalize == "cosine" and dead[j]):
+            if zero_norm[i] or (normalize == "cosine" and zero_norm[j]):
                 gram[i][j] = 0.0
             else:
                 gram[i][j] /= norm[i] * (norm[j] if normalize == "cosine" else 1.0)
@@ -52,12 +52,12 @@ def loss(
     distance: str,
     delta: float = 1.0,
     eps: float = 1e-12,
-    dead: list[bool] | None = None,
+    zero_norm: list[bool] | None = None,
 ) -> float:
-    """The loss of one image from features (N, C_s) and (N, C_t); ``dead``: the student's dead pixels, if settled."""
-    dead = dead_pixels(student, normalize, eps) if dead is None else dead
-    ours = relation_matrix(student, normalize, dead)
-    theirs = relation_matrix(teacher, normalize, dead_pixels(teacher, normalize, eps))
+    """The loss of one image of features (N, C_s), (N, C_t); ``zero_norm``: the student's zero-norm pixels, if given."""
+    zero_norm = zero_norm_pixels(student, normalize, eps) if zero_norm is None else zero_norm
+    ours = relation_matrix(student, normalize, zero_norm)
+    theirs = relation_matrix(teacher, normalize, zero_norm_pixels(teacher, normalize, eps))
     total = 0.0
     for i in range(len(student)):
         for j in range(len(student)):
@@ -77,14 +77,14 @@ def gradient(
     step: float = 1e-6,
 ) -> np.ndarray:
     """dL/dQ_s (N, C_s) by central differences."""
-    dead = dead_pixels(student, normalize, eps)
+    zero_norm = zero_norm_pixels(student, normalize, eps)
     result = np.zeros_like(student)
     for index in np.ndindex(student.shape):
         values = []
         for sign in (1, -1):
             moved = student.copy()
             moved[index] += sign * step
-            values.append(loss(moved, teacher, normalize, distance, delta, eps, dead))
+            values.append(loss(moved, teacher, normalize, distance, delta, eps, zero_norm))
         result[index] = (values[0] - values[1]) / (2 * step)
     return result
 

@@ -1,7 +1,8 @@
-"""``relation_loss`` and ``SRPLoss``: against loops written from the definition, and what they refuse."""
+"""``relation_loss`` and ``SRPLoss`` against plain loops over the definition, and their errors."""
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from srpkd.kernels import BACKENDS, Relation, dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_BACKENDS = list(BACKENDS)
+ROW_L1 = {"normalize": "row", "distance": "l1"}
 
 
 def pair(batch: int = 2, height: int = 3, width: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -27,13 +29,13 @@ def pair(batch: int = 2, height: int = 3, width: int = 4, dtype: torch.dtype = t
 # --- the definition -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dead", [(), (2,), (0, 4)], ids=["alive", "one dead", "two dead"])
+@pytest.mark.parametrize("zero_norm", [(), (2,), (0, 4)], ids=["none", "one pixel", "two pixels"])
 @pytest.mark.parametrize(("backend", "relation"), cases(ALL_BACKENDS))
-def test_loops(backend: str, relation: Relation, dead: tuple[int, ...], device: torch.device) -> None:
-    """Value and gradient of plain loops over NumPy arrays, dead pixels of student and teacher included."""
+def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], device: torch.device) -> None:
+    """Value and gradient of plain loops over NumPy arrays, zero-norm pixels of student and teacher included."""
     student, teacher = features(relation, batch=1, pixels=5, channels=(3, 2), apart=1e-2)
-    # where a pixel is dead in both, the pair ties: there a central difference of |d| is 0, as sign(0) is
-    student[:, dead, :], teacher[:, dead[:1], :] = 0, 0
+    # a pixel of norm 0 in both is a tie: there a central difference of |d| is 0, as sign(0) is
+    student[:, zero_norm, :], teacher[:, zero_norm[:1], :] = 0, 0
     s, t = student[0].numpy(), teacher[0].numpy()
     expected = {"normalize": relation.normalize, "distance": relation.distance, "delta": relation.delta}
 
@@ -47,7 +49,7 @@ def test_loops(backend: str, relation: Relation, dead: tuple[int, ...], device: 
 
 
 def test_loops_by_hand() -> None:
-    """The oracle itself, on two pixels whose relations can be read off."""
+    """The loops themselves, on two pixels with known relations."""
     student, teacher = np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0]])
     assert loops.relation_matrix(student, "row", [False, True]) == [[1, 0], [0, 0]]
     assert loops.relation_matrix(teacher, "none", [False, False]) == [[1, 0], [0, 4]]
@@ -58,11 +60,11 @@ def test_loops_by_hand() -> None:
 
 
 def test_layouts_agree() -> None:
-    """(B, C, H, W) is (B, N, C) with the pixels in rows, and no pixel changes places."""
+    """(B, C, H, W) equals (B, N, C) with the pixels in row-major order."""
     student, teacher = pair(dtype=torch.float64)
     tokens = [x.detach().permute(0, 2, 3, 1).reshape(2, 12, -1) for x in (student, teacher)]
     tokens[0].requires_grad_()
-    loss, same = relation_loss(student, teacher), relation_loss(*tokens, layout="nlc")
+    loss, same = relation_loss(student, teacher, **ROW_L1), relation_loss(*tokens, layout="nlc", **ROW_L1)
     torch.testing.assert_close(loss, same, rtol=1e-14, atol=0)
     gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(same, tokens[0])[0]
     assert error(gradients[0].flatten(2).mT, gradients[1]) <= 1e-13
@@ -100,11 +102,11 @@ def test_reductions(backend: str, relation: Relation) -> None:
 def test_mixed_dtypes_are_promoted(backend: str, ours: torch.dtype, theirs: torch.dtype, result: torch.dtype) -> None:
     student, teacher = pair()
     student, teacher = student.detach().to(ours).requires_grad_(), teacher.to(theirs)
-    loss = relation_loss(student, teacher, backend=backend)
+    loss = relation_loss(student, teacher, backend=backend, **ROW_L1)
     loss.backward()
     assert loss.dtype == result
     assert student.grad.dtype == ours
-    exact = relation_loss(student.double(), teacher.double(), backend="reference")
+    exact = relation_loss(student.double(), teacher.double(), backend="reference", **ROW_L1)
     assert error(loss, exact) <= 4 * torch.finfo(result).eps
 
 
@@ -115,16 +117,16 @@ def test_teacher_in_inference_mode(backend: str) -> None:
     student, teacher = pair()
     with torch.inference_mode():
         inferred = teacher * 1
-    loss = relation_loss(student, inferred, backend=backend)
+    loss = relation_loss(student, inferred, backend=backend, **ROW_L1)
     loss.backward()
-    assert torch.equal(loss, relation_loss(student, teacher, backend=backend))
+    assert torch.equal(loss, relation_loss(student, teacher, backend=backend, **ROW_L1))
     assert student.grad.isfinite().all()
 
 
 # --- the module -----------------------------------------------------------------------------------------------------
 
 
-def test_module_is_the_function() -> None:
+def test_module_equals_the_function() -> None:
     student, teacher = pair()
     assert torch.equal(SRPLoss()(student, teacher), relation_loss(student, teacher))
     given = {
@@ -141,20 +143,73 @@ def test_module_is_the_function() -> None:
     assert torch.equal(module(*tokens), relation_loss(*tokens, **given))
     for name, value in given.items():
         assert f"{name}={value!r}" in repr(module)
+        assert getattr(module, name) == value
     assert not list(module.parameters())
     assert not module.state_dict()
 
 
+def test_default_is_cosine_and_l2_everywhere() -> None:
+    from srpkd.training.options import TrainConfig
+
+    student, teacher = pair()
+    named = relation_loss(student, teacher, normalize="cosine", distance="l2")
+    assert torch.equal(relation_loss(student, teacher), named)
+    for holder in (SRPLoss(), Relation(), TrainConfig()):
+        assert (holder.normalize, holder.distance) == ("cosine", "l2")
+
+
+def test_options_are_validated_when_they_are_set_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SRPLoss()
+    with pytest.raises(ValueError, match=r"normalize='rows' is not one of .* did you mean 'row'"):
+        module.normalize = "rows"
+    module.normalize, module.delta = "row", 2
+    student, teacher = pair()
+    expected = relation_loss(student, teacher, normalize="row")
+    monkeypatch.setattr("srpkd.loss._check_option", lambda *_: pytest.fail("validated again"))
+    assert torch.equal(module(student, teacher), expected)
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.parametrize("layout", ["nchw", "nlc"])
+def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str) -> None:
+    student, teacher = pair(batch=1)
+    student = student.detach()
+    if layout == "nlc":
+        student, teacher = student.flatten(2).mT, teacher.flatten(2).mT
+    single = student[0].clone().requires_grad_()
+    student.requires_grad_()
+    for reduction in ("mean", "sum", "none"):
+        options = {"layout": layout, "scope": scope, "reduction": reduction}
+        loss, expected = relation_loss(single, teacher[0], **options), relation_loss(student, teacher, **options)
+        assert loss.shape == () and torch.equal(loss, expected.squeeze())
+    assert torch.equal(torch.autograd.grad(loss, single)[0], torch.autograd.grad(expected, student)[0][0])
+
+
+# --- the package ----------------------------------------------------------------------------------------------------
+
+
+def test_public_names() -> None:
+    import srpkd.distill_loop
+    from srpkd.kernels.dispatch import BackendUnavailable
+    from srpkd.models.checkpoints import CheckpointError
+
+    assert srpkd.BackendUnavailable is BackendUnavailable and srpkd.CheckpointError is CheckpointError
+    assert srpkd.distill is srpkd.distill_loop.distill
+    assert all(hasattr(srpkd, name) for name in srpkd.__all__)
+    with pytest.raises(ModuleNotFoundError):  # a function, not a module that the function hides
+        importlib.import_module("srpkd.distill")
+
+
 def test_every_option_matters() -> None:
-    """None of the options is dropped on the way."""
+    """Every option reaches the computation."""
     student, teacher = pair()
     base = SRPLoss(distance="huber", delta=0.1)
-    for changed in ({"normalize": "cosine"}, {"distance": "l1"}, {"delta": 0.01}, {"reduction": "sum"}, {"eps": 1e3}):
+    for changed in ({"normalize": "row"}, {"distance": "l1"}, {"delta": 0.01}, {"reduction": "sum"}, {"eps": 1e3}):
         other = SRPLoss(**{"distance": "huber", "delta": 0.1, **changed})
         assert not torch.equal(base(student, teacher), other(student, teacher)), changed
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 IMAGE = torch.ones(2, 3, 4, 4)
 REFUSED = {
@@ -177,9 +232,19 @@ REFUSED = {
     "complex": ({"teacher": IMAGE.to(torch.complex64)}, TypeError, ["teacher", "torch.complex64"]),
     "float8": ({"teacher": IMAGE.to(torch.float8_e4m3fn)}, TypeError, ["teacher", "torch.float8_e4m3fn"]),
     "tokens as nchw": (
-        {"student": torch.ones(2, 16, 3)},
+        {"student": torch.ones(2, 16, 3), "teacher": torch.ones(2, 16, 5)},
         ValueError,
-        ["student", "(2, 16, 3)", "layout='nchw'", "(B, C, H, W)", "use layout='nlc'"],
+        ["(2, 16, 3)", "(2, 16, 5)", "differ in their pixels", "for tokens (B, N, C) use layout='nlc'"],
+    ),
+    "one with a batch": (
+        {"student": torch.ones(3, 4, 4)},
+        ValueError,
+        ["(3, 4, 4)", "(2, 3, 4, 4)", "differ in the batch"],
+    ),
+    "vectors": (
+        {"student": torch.ones(3, 4)},
+        ValueError,
+        ["student", "(3, 4)", "layout='nchw'", "(B, C, H, W) or (C, H, W)"],
     ),
     "images as nlc": (
         {"layout": "nlc"},
@@ -209,7 +274,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("given", "kind", "parts"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused(given: dict, kind: type[Exception], parts: list[str]) -> None:
+def test_wrong_input_is_refused(given: dict, kind: type[Exception], parts: list[str]) -> None:
     """Errors say what was received, what was expected and what to do."""
     with pytest.raises(kind) as caught:
         relation_loss(**{"student": IMAGE, "teacher": IMAGE, **given})
@@ -225,5 +290,5 @@ def test_refused(given: dict, kind: type[Exception], parts: list[str]) -> None:
 def test_eps_of_zero_is_allowed() -> None:
     student, teacher = pair()
     student.data[:, :, 0, 0] = 0
-    relation_loss(student, teacher, eps=0).backward()
+    relation_loss(student, teacher, eps=0, **ROW_L1).backward()
     assert student.grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""Every backend of the registry, held to the definition (``reference``, differentiated by autograd)."""
+"""Every backend of the registry against the definition (``reference``, differentiated by autograd)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from srpkd import relation_loss
-from srpkd.kernels import BACKENDS, NORMALIZATIONS, Relation, TileSums, blocked, closed_form, dispatch, formulas
+from srpkd.kernels import BACKENDS, NORMALIZATIONS, Relation, TileSums, blocked, closed_form, dispatch, formulas, strips
 from srpkd.kernels.reference import relation_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,8 +44,8 @@ every_normalization = pytest.mark.parametrize(("backend", "relation"), few_cases
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_is_tested_here(backend: str) -> None:
-    """A backend that cannot run here shows as skipped, with its reason, rather than not at all."""
+def test_backend_is_tested_here(backend: str) -> None:
+    """A backend that cannot run here is reported as skipped, with the reason."""
     if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
         assert len(reason) > 10
         pytest.skip(f"{backend}: {reason}")
@@ -87,8 +87,8 @@ def test_gradcheck(backend: str, relation: Relation, device: torch.device) -> No
 
 
 @every_case
-def test_tiles_are_the_definition(backend: str, relation: Relation, device: torch.device) -> None:
-    """The primitive alone: U and h, from P and K written out as N x N arrays."""
+def test_tiles_match_the_definition(backend: str, relation: Relation, device: torch.device) -> None:
+    """The primitive: U and h against P and K as N x N arrays."""
     student, teacher = features(relation, dtype=widest(backend), device=device)
     scales = formulas.scales_of(student, teacher, relation, student.dtype)
     tiles, without = (
@@ -99,7 +99,7 @@ def test_tiles_are_the_definition(backend: str, relation: Relation, device: torc
     tolerance, student = rounding(student.dtype), student.double()
     A, D = relation_matrix(student, relation), difference(student, teacher, relation)
     P = {"l1": torch.sign(D), "l2": 2 * D, "huber": D.clamp(-relation.delta, relation.delta)}[relation.distance]
-    # PyTorch's own: the reference calls the same function as the backends
+    # PyTorch's own Huber loss: the reference calls the same function as the backends
     rho = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": partial(F.huber_loss, delta=relation.delta)}[relation.distance]
     total = rho(D, torch.zeros_like(D), reduction="none").sum((1, 2))
     ones = torch.ones_like(student[..., 0])
@@ -123,7 +123,7 @@ def test_tiles_are_the_definition(backend: str, relation: Relation, device: torc
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_huber_has_both_sides(normalize: str) -> None:
-    """What the other tests rely on: delta splits the pairs."""
+    """The other tests rely on a delta with pairs on both sides."""
     relation = Relation(normalize, "huber", DELTA[normalize])
     linear = difference(*features(relation), relation).abs() > relation.delta
     assert 0.2 < linear.double().mean() < 0.8
@@ -133,7 +133,7 @@ def test_huber_has_both_sides(normalize: str) -> None:
 
 
 def as_usually_written(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
-    """The loss as it is usually written in PyTorch, in the features' own dtype: (B, N, C) -> (B,)."""
+    """The loss as usually written in PyTorch, in the features' dtype: (B, N, C) -> (B,)."""
 
     def relations(x: Tensor) -> Tensor:
         if relation.normalize == "cosine":
@@ -149,8 +149,8 @@ def as_usually_written(student: Tensor, teacher: Tensor, relation: Relation) -> 
 
 
 @pytest.mark.parametrize(("backend", "relation"), cases(["reference"]))
-def test_reference_is_what_pytorch_has(backend: str, relation: Relation) -> None:
-    """The oracle itself: by PyTorch's own normalisation, distances and gradients, in float64."""
+def test_reference_matches_pytorch(backend: str, relation: Relation) -> None:
+    """The reference against PyTorch's normalisation, distances and gradients, in float64."""
     student, teacher = features(relation)
     leaf = student.detach().requires_grad_()
     loss = as_usually_written(leaf, teacher, relation)
@@ -162,7 +162,9 @@ def test_reference_is_what_pytorch_has(backend: str, relation: Relation) -> None
 
 @pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
 @every_case
-def test_error_is_that_of_eager(backend: str, relation: Relation, dtype: torch.dtype, device: torch.device) -> None:
+def test_error_is_close_to_that_of_eager(
+    backend: str, relation: Relation, dtype: torch.dtype, device: torch.device
+) -> None:
     """Against float64 of the same rounded features, the error is at most 3 times that of eager PyTorch.
 
     There are two eagers for 16 bits. The reference upcasts the features first and rounds nothing but the gradient
@@ -171,7 +173,7 @@ def test_error_is_that_of_eager(backend: str, relation: Relation, dtype: torch.d
     """
     student, teacher = features(relation, pixels=150, channels=(16, 24), dtype=dtype, device=device)
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
-    # upstream as under loss scaling: float16 gradients of a mean over pairs are below its smallest number
+    # an upstream gradient as with loss scaling: float16 gradients of a mean over pairs underflow
     upstream = 2.0**14 if dtype == torch.float16 else 1.0
     loss, gradient = value_and_gradient(student, teacher, relation, backend, upstream)
     assert loss.dtype == torch.float32
@@ -193,13 +195,13 @@ def test_error_is_that_of_eager(backend: str, relation: Relation, dtype: torch.d
 
 @every_case
 def test_error_near_convergence(backend: str, relation: Relation, device: torch.device) -> None:
-    """The student is nearly the teacher: the relations cancel, in float32 and with l1 many signs are in doubt."""
+    """The student is close to the teacher: the relations cancel, and in float32 many signs of l1 are uncertain."""
     _, teacher = features(batch=1, pixels=256, channels=(1, 24), dtype=torch.float32, device=device)
     student = teacher + 1e-4 * torch.randn_like(teacher)
     loss, gradient = value_and_gradient(student, teacher, relation, backend)
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     eager = value_and_gradient(student, teacher, relation, "reference")
-    # what rounding A to float32 leaves in doubt of D: eager's mean over the pairs may be better by luck
+    # the uncertainty of D after rounding A to float32: eager's mean over the pairs may be better by chance
     A, D = relation_matrix(student.double(), relation), difference(student, teacher, relation)
     doubt = (torch.finfo(torch.float32).eps * A.abs().mean() / D.abs().mean()).item()
     assert error(loss, exact[0]) <= 3 * error(eager[0], exact[0]) + doubt
@@ -209,7 +211,7 @@ def test_error_near_convergence(backend: str, relation: Relation, device: torch.
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("backend", [name for name in FAST if name != "closed_form"])
 def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device: torch.device) -> None:
-    """It keeps its digits in float32 near convergence, by its sums in float64, and so can judge tiles."""
+    """Near convergence closed_form stays accurate for float32 features because it sums in float64."""
     relation = Relation(normalize, "l2")
     teacher = torch.randn(2, 200, 12, device=device)
     student = teacher + 1e-4 * torch.randn_like(teacher)
@@ -234,7 +236,7 @@ def test_two_runs_are_bit_equal(backend: str, relation: Relation, threads: int, 
 
 @every_normalization
 def test_several_threads(backend: str, relation: Relation, device: torch.device) -> None:
-    """No thread writes what another owns: values, and bits in two runs."""
+    """With several threads the values are right, and two runs give the same bits."""
     student, teacher = features(relation, batch=1, pixels=130, dtype=widest(backend), device=device)
     torch.set_num_threads(3)  # put back by one_thread
     loss, gradient = assert_equal_to_reference(student, teacher, relation, backend)
@@ -273,7 +275,7 @@ def test_tokens_of_any_strides(backend: str, relation: Relation, device: torch.d
 
 @every_normalization
 def test_expanded_batch(backend: str, relation: Relation, device: torch.device) -> None:
-    """One image three times, with a stride of 0."""
+    """One image three times, with batch stride 0."""
     student, teacher = features(relation, batch=1, dtype=widest(backend), device=device)
     assert_equal_to_reference(student.expand(3, -1, -1), teacher.expand(3, -1, -1), relation, backend)
 
@@ -317,14 +319,14 @@ DEAD = {
 
 @pytest.mark.parametrize("kill", DEAD.values(), ids=DEAD.keys())
 @every_case
-def test_dead_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
-    """All-zero pixels: nothing is infinite, and no gradient runs through their own normalisation."""
+def test_zero_norm_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
+    """All-zero pixels give finite values, and no gradient through their normalisation."""
     student, teacher = features(relation, dtype=widest(backend), device=device)
     kill(student, teacher)
     _, gradient = assert_equal_to_reference(student, teacher, relation, backend, slack=10)
-    dead = ~student.any(-1)
+    zero_norm = ~student.any(-1)
     if relation.normalize == "cosine":  # related to nothing, however it moves
-        assert not gradient[dead].any()
+        assert not gradient[zero_norm].any()
     narrow = value_and_gradient(student.float(), teacher.float(), relation, backend)
     assert narrow[0].isfinite().all()
     assert narrow[1].isfinite().all()
@@ -333,12 +335,12 @@ def test_dead_pixels(backend: str, relation: Relation, kill: Callable, device: t
 
 @pytest.mark.parametrize("normalize", ["row", "cosine"])
 @pytest.mark.parametrize("backend", FAST)
-def test_eps_is_the_largest_dead_norm(backend: str, normalize: str, device: torch.device) -> None:
-    """A norm of exactly eps is dead, one above it is not."""
+def test_eps_is_the_largest_norm_that_counts_as_zero(backend: str, normalize: str, device: torch.device) -> None:
+    """A norm of exactly eps counts as zero, one above it does not."""
     distance = distances(backend)[0]
     # pixel norms 5 and 13, orthogonal, so that the row norms are 25 and 169
     student = torch.tensor([[[3.0, 4, 0, 0], [0, 0, 5, 12]]], dtype=widest(backend), device=device)
-    teacher = torch.zeros_like(student)  # dead: relation 0
+    teacher = torch.zeros_like(student)  # relation 0
     alive = {"row": (25, 169), "cosine": (5, 13)}[normalize]
     pairs_alive = 2 if normalize == "row" else 0  # of cosine, the diagonal does not count
     for eps, count in ((0.999 * alive[0], 2), (alive[0], 1), (alive[1], 0)):
@@ -357,11 +359,11 @@ def test_eps_is_the_largest_dead_norm(backend: str, normalize: str, device: torc
 def test_identical_teacher(
     backend: str, relation: Relation, dtype: torch.dtype, channels: int, device: torch.device
 ) -> None:
-    """D is exactly 0 as both relation matrices come of the same operations, and sign(0) is 0: no gradient.
+    """D is exactly 0 since both relation matrices come from the same operations, and sign(0) = 0: no gradient.
 
     Were the two scales computed by different routes, l1 would turn their rounding into a gradient of full size.
 
-    closed_form subtracts sums of different products, in float64: 0 but for their rounding.
+    closed_form subtracts sums of different products, in float64: 0 up to rounding.
     """
     if dtype not in dtypes(backend):
         pytest.skip(f"{backend} does not do {dtype}")
@@ -391,10 +393,10 @@ def test_a_nan_is_not_hidden(backend: str, relation: Relation, device: torch.dev
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 34, 35, 100])
 @pytest.mark.parametrize(("backend", "relation"), cases(["blocked"]))
-def test_strips_of_any_height(
+def test_strips_of_any_number_of_rows(
     backend: str, relation: Relation, rows: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(blocked, "block_rows", lambda *_: rows)
+    monkeypatch.setattr(blocked, "strip_rows", lambda *_: rows)
     student, teacher = features(relation, dtype=widest(backend), device=device)
     assert_equal_to_reference(student, teacher, relation, backend)
     student[:, 5], teacher[:, 17] = 0, 0
@@ -404,22 +406,22 @@ def test_strips_of_any_height(
 @pytest.mark.parametrize(
     ("batch", "pixels", "rows"), [(1, 4, 16), (1, 64, 64), (1, 4096, 128), (2, 4096, 64), (64, 65536, 16)]
 )
-def test_height_of_a_strip(batch: int, pixels: int, rows: int) -> None:
-    assert blocked.block_rows(batch, pixels, torch.device("cpu")) == rows
+def test_rows_of_a_strip(batch: int, pixels: int, rows: int) -> None:
+    assert strips.strip_rows(batch, pixels, torch.device("cpu")) == rows
     for device in ("cpu", "cuda", "mps"):
-        assert blocked.block_rows(batch, pixels, torch.device(device)) >= 1
+        assert strips.strip_rows(batch, pixels, torch.device(device)) >= 1
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def interpreted(backend: str, device: torch.device) -> bool:
-    """Whether a backend's kernels run in Triton's interpreter: too slowly for real sizes."""
+    """Whether a backend runs in Triton's interpreter, which is too slow for real sizes."""
     return backend == "triton" and device.type == "cpu"
 
 
 class Allocations(TorchDispatchMode):
-    """The most elements of any tensor that an operation gave out."""
+    """Record the largest number of elements of any tensor that an operation returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -442,14 +444,14 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
     if device.type != "cpu":
         pytest.skip("strips fill the device there")
     with Allocations() as seen:  # inside the operator, which is one opaque step to a mode outside
-        dispatch.value_and_gradient(student, teacher, relation, backend, True)
+        dispatch.compute_loss(student, teacher, relation, backend, True)
     assert 0 < seen.largest < pixels**2 / 4
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
 def test_peak_memory(backend: str, relation: Relation) -> None:
-    """Forward and backward, C++ included, grow the process by less than half an N x N array."""
+    """Forward and backward, C++ included, increase the peak memory of the process by less than half an N x N array."""
     if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
         backend, torch.device("cpu")
     ):
@@ -472,7 +474,7 @@ def _kibibytes(field: str) -> int:
 
 
 def test_tiles_of_closed_form_are_float64() -> None:
-    """Narrow features give float64 sums: what makes it an oracle."""
+    """closed_form returns float64 sums for narrower features too."""
     student, teacher = features(dtype=torch.float32)
     relation = Relation("row", "l2")
     scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE)

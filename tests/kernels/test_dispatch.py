@@ -1,4 +1,4 @@
-"""Which backend is taken: the registry, ``auto``, SRPKD_BACKEND, and what importing brings along."""
+"""The choice of the backend: the registry, ``auto``, SRPKD_BACKEND; and the imports of the package."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RESTRICTED = [
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The backends whose primitive ran, in order."""
+    """Names of the backends whose primitive ran, in order."""
     names = []
     for name in FAST:
         module = dispatch.backend_module(name)
@@ -87,15 +87,17 @@ def test_a_named_backend_that_cannot_run_raises(backend: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("backend", "distance"), RESTRICTED)
-def test_a_distance_that_a_backend_lacks(backend: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_distance_that_a_backend_does_not_support(
+    backend: str, distance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch.backend_module(backend), "unavailable_reason", lambda device: None)
-    with pytest.raises(ValueError, match=rf"backend='{backend}' computes .* not '{distance}'; use backend='auto'"):
+    with pytest.raises(ValueError, match=rf"backend='{backend}' supports .*received '{distance}': use backend='auto'"):
         relation_loss(*features(dtype=torch.float32), layout="nlc", distance=distance, backend=backend)
 
 
-def test_a_dtype_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dtype_that_a_backend_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocked, "DTYPES", (torch.float32, torch.bfloat16), raising=False)
-    message = "backend='blocked' computes features in float32, bfloat16 only, not float64; use backend='auto'"
+    message = "backend='blocked' supports features in float32, bfloat16, received float64: use backend='auto'"
     with pytest.raises(ValueError, match=message):
         relation_loss(*features(dtype=torch.float64), layout="nlc", backend="blocked")
 
@@ -105,7 +107,7 @@ def test_a_dtype_that_a_backend_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("backend", "relation"), cases(["blocked"]))
 def test_auto_never_fails(backend: str, relation: Relation, monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
-    """With all that can be missing missing, PyTorch alone gives the values."""
+    """Without any accelerated backend, PyTorch computes the values."""
     pair = features(relation)
     assert_equal_to_reference(*pair, relation, "auto")
     for name in FAST:
@@ -131,8 +133,8 @@ def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_auto_prefers_the_closed_form_for_l2_where_pixels_are_many(normalize: str, taken: list[str]) -> None:
-    least = dispatch.CLOSED_FORM_FROM[normalize] * (3 + 5)
+def test_auto_prefers_the_closed_form_for_l2_of_many_pixels(normalize: str, taken: list[str]) -> None:
+    least = dispatch.CLOSED_FORM_PIXELS_PER_CHANNEL[normalize] * (3 + 5)
     for pixels in (least, least - 1):
         student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
         relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
@@ -160,14 +162,14 @@ def test_the_argument_overrides_the_environment_variable(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("setting", ["", "auto"])
-def test_an_environment_variable_that_says_nothing(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_environment_variable_is_ignored(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRPKD_BACKEND", setting)
     assert requested_backend("auto") == "auto"
 
 
 def test_the_environment_variable_may_name_the_reference(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
     monkeypatch.setenv("SRPKD_BACKEND", "reference")
-    monkeypatch.setattr(op, "value_and_gradient", lambda *_: pytest.fail("the reference needs no operator"))
+    monkeypatch.setattr(op, "compute_loss", lambda *_: pytest.fail("the reference needs no operator"))
     relation_loss(*features(), layout="nlc")
     assert not taken
 
@@ -183,7 +185,7 @@ def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_needs_no_extras() -> None:
-    """Importing brings no optional package and no backend, and with all of those missing everything still runs."""
+    """The package imports no optional package and no backend, and runs without them."""
     code = """
 import sys
 import torch

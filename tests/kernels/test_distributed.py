@@ -21,7 +21,7 @@ SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last b
 
 
 def images(count: int) -> tuple[Tensor, Tensor]:
-    """(B, 5, 4, 6) and (B, 7, 4, 6) in float64, with a dead pixel in each."""
+    """(B, 5, 4, 6) and (B, 7, 4, 6) in float64, with a zero-norm pixel in each."""
     generator = torch.Generator().manual_seed(count)
     student, teacher = (
         torch.randn(count, channels, 4, 6, generator=generator, dtype=torch.float64) + 0.5 for channels in (5, 7)
@@ -40,7 +40,7 @@ def loss_and_gradient(student: Tensor, teacher: Tensor, **options) -> tuple[Tens
 @pytest.mark.parametrize("scope", ["batch", "global"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_batch_is_one_large_image(normalize: str, scope: str, backend: str) -> None:
-    """And the whole world is the batch, where there are no other processes."""
+    """Without other processes, scope="global" relates the pixels of the batch."""
     student, teacher = images(3)
     wide = (x.permute(1, 0, 2, 3).reshape(1, x.shape[1], 12, 6) for x in (student, teacher))
     expected_loss, expected = loss_and_gradient(*wide, normalize=normalize, backend="reference")
@@ -70,7 +70,7 @@ def test_wrong_scope() -> None:
 
 
 def spawn(case: str, ranks: int, folder: Path) -> None:
-    """Run ``case`` of this file in so many gloo processes."""
+    """Run ``case`` of this file in ``ranks`` gloo processes."""
     command = [sys.executable, __file__, case]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     processes = [
@@ -93,8 +93,8 @@ def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
     spawn("relations", ranks, tmp_path)
 
 
-def test_ranks_with_as_many_pixels_and_several_strips(tmp_path: Path) -> None:
-    """Only a rank's own columns hold its diagonal, which goes on from strip to strip."""
+def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
+    """Only a rank's own columns contain its diagonal, which continues from strip to strip."""
     spawn("strips", 2, tmp_path)
 
 
@@ -102,13 +102,13 @@ def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
 
-def test_ranks_that_do_not_fit_together(tmp_path: Path) -> None:
-    """An error on every rank, and no rank that waits for ever."""
+def test_ranks_with_different_channels(tmp_path: Path) -> None:
+    """Every rank raises an error, and none waits forever."""
     spawn("misfit", 2, tmp_path)
 
 
 def check_relations(rank: int, ranks: int) -> None:
-    """Each rank's loss is that of one process, and its gradient that process's, of its own pixels."""
+    """Each rank's loss, and the gradient of its pixels, equal those of a single process."""
     first = sum(SHARES[:rank])
     own = slice(first, first + SHARES[rank])
     student, teacher = images(sum(SHARES[:ranks]))
@@ -134,7 +134,7 @@ def check_relations(rank: int, ranks: int) -> None:
 
 
 def check_strips(rank: int, ranks: int) -> None:
-    distributed.block_rows = lambda *_: 7
+    distributed.strip_rows = lambda *_: 7
     student, teacher = images(ranks)
     own = slice(rank, rank + 1)
     for normalize in NORMALIZATIONS:
@@ -146,7 +146,7 @@ def check_strips(rank: int, ranks: int) -> None:
 
 
 def check_ddp(rank: int, ranks: int) -> None:
-    """DistributedDataParallel averages the ranks' gradients to that of one process with the whole batch."""
+    """DistributedDataParallel averages the ranks' gradients to the gradient of one process with the whole batch."""
     network = nn.Conv2d(7, 5, 1).double()
     _, teacher = images(4)
     own = slice(2 * rank, 2 * rank + 2)

@@ -1,4 +1,4 @@
-"""Under load: many calls, several threads at once, forked workers, and what an import brings in."""
+"""Many calls, several threads, forked workers, and the modules that an import loads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kibibytes() -> int:
-    """What this process holds in memory."""
+    """Resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow() -> None:
-    """Over 10,000 calls, of all backends: one that kept its features, or a workspace, would take 50 MB and more."""
+    """Over 10,000 calls of all backends: leaking the features or a workspace would take at least 50 MB."""
     pairs = {name: features(batch=1, pixels=48, channels=(12, 16), dtype=torch.float32) for name in BACKENDS}
     relations = {name: Relation("row", distances(name)[0]) for name in BACKENDS}
 
@@ -44,7 +44,7 @@ def test_memory_does_not_grow() -> None:
 
 
 def test_eight_threads_at_once() -> None:
-    """Each gets its own result, to the bit: of several sizes, so that no two threads do the same."""
+    """Each thread gets its own result, bit for bit. The sizes differ, so that no two threads do the same work."""
     jobs = [
         (*features(batch=1 + i % 2, pixels=20 + 37 * (i % 5), channels=(5, 7), dtype=torch.float32), Relation(d), name)
         for i in range(8)
@@ -66,7 +66,7 @@ def test_eight_threads_at_once() -> None:
 
 
 class Losses(Dataset):
-    """A data set whose workers compute with the backend that their parent has computed with already."""
+    """A dataset whose workers use the backend that their parent has already used."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -76,13 +76,13 @@ class Losses(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return value_and_gradient(*self.pairs[index], Relation(), self.backend)[1]
+        return value_and_gradient(*self.pairs[index], Relation("row", "l1"), self.backend)[1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
 def test_forked_workers(backend: str) -> None:
-    """They do not hang on the threads that their parent had, and give the same bits."""
+    """Forked workers do not wait for threads of their parent, and give the same bits."""
     data = Losses(backend)
     torch.set_num_threads(2)  # put back by one_thread
     expected = [data[i] for i in range(len(data))]
@@ -95,8 +95,8 @@ def test_forked_workers(backend: str) -> None:
     assert torch.equal(data[0], alone[0])  # nor is anything of the parent's lost
 
 
-def test_import_brings_in_little() -> None:
-    """Beyond torch: the loss, the distiller, no image library, plotting, Triton or compiler. Modules, not seconds."""
+def test_import_loads_few_modules() -> None:
+    """The import loads torch, the loss and the distiller, but no image library, plotting, Triton or compiler."""
     code = """
 import json, sys
 import torch

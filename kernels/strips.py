@@ -1,0 +1,111 @@
+"""A strip of rows of the relation matrices in PyTorch, as backend ``blocked`` and the ring of ranks compute it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formulas import Relation, distance_grad
+
+# Elements of a strip's matrices that are held at a time: on a CPU they should fit into the cache, on a GPU one launch
+# should fill the device.
+STRIP_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+
+
+class Alphas(NamedTuple):
+    """alpha (B, n) of the student's and the teacher's relation matrix at n pixels; None for ``normalize="none"``."""
+
+    student: Tensor | None
+    teacher: Tensor | None
+
+    def at(self, pixels: slice) -> Alphas:
+        """Return the scales of these pixels."""
+        return Alphas(*(None if alpha is None else alpha[:, pixels] for alpha in self))
+
+
+class Strip(NamedTuple):
+    """A_ij and D_ij of rows i and columns j, (B, rows, columns) each.
+
+    relations: the student's A_ij.
+    difference: D_ij.
+    mirrored_relations, mirrored_difference: A_ji and D_ji, None where A is symmetric.
+    """
+
+    relations: Tensor
+    difference: Tensor
+    mirrored_relations: Tensor | None
+    mirrored_difference: Tensor | None
+
+
+class GradientTerms(NamedTuple):
+    """The elementwise part of the gradient of a strip, (B, rows, columns) each.
+
+    K: K_ij = P_ij alpha_i beta_j + P_ji alpha_j beta_i.
+    h: the summands of h of the rows, None for ``normalize="none"``.
+    mirrored_h: the summands of h of the columns, None for ``normalize="none"``.
+    """
+
+    K: Tensor
+    h: Tensor | None
+    mirrored_h: Tensor | None
+
+
+def strip_rows(batch: int, pixels: int, device: torch.device) -> int:
+    """Return how many rows of (batch, rows, pixels) a strip has."""
+    return max(16, min(pixels, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * pixels)))
+
+
+def relate(
+    gram_s: Tensor,
+    gram_t: Tensor,
+    rows: Alphas,
+    columns: Alphas,
+    relation: Relation,
+    diagonal: int | None,
+) -> Strip:
+    """Return the relations of a strip and their differences. Overwrites the Gram matrices.
+
+    Args:
+        gram_s, gram_t: G_ij (B, rows, columns) of the student and of the teacher.
+        rows, columns: the scales of the pixels i and of the pixels j.
+        diagonal: the offset of the diagonal i = j, as of ``torch.diagonal``; None where the strip does not meet it.
+    """
+    relations = scaled(gram_s, rows.student, columns.student, relation)
+    difference = relations - scaled(gram_t, rows.teacher, columns.teacher, relation)
+    if relation.normalize == "cosine" and diagonal is not None:
+        difference.diagonal(diagonal, 1, 2).mul_(0)  # a pixel's relation to itself: a tie, kept exact; NaN stays
+    if relation.symmetric or columns.student is None or columns.teacher is None:
+        return Strip(relations, difference, None, None)
+    mirrored = gram_s.mul_(columns.student.unsqueeze(1))
+    return Strip(relations, difference, mirrored, mirrored - gram_t.mul_(columns.teacher.unsqueeze(1)))
+
+
+def gradient_terms(
+    strip: Strip, alpha_rows: Tensor | None, alpha_columns: Tensor | None, relation: Relation
+) -> GradientTerms:
+    """Return the ``GradientTerms`` of a strip, whose relations are overwritten.
+
+    Args:
+        alpha_rows, alpha_columns: the student's scales (B, rows), (B, columns).
+    """
+    slope = distance_grad(strip.difference, relation)
+    if alpha_rows is None or alpha_columns is None:
+        return GradientTerms(2 * slope, None, None)
+    if strip.mirrored_relations is None or strip.mirrored_difference is None:
+        K = 2 * slope
+        h = strip.relations.mul_(K)
+        return GradientTerms(K.mul_(alpha_rows.unsqueeze(2)).mul_(alpha_columns.unsqueeze(1)), h, h)
+    mirrored_slope = distance_grad(strip.mirrored_difference, relation)
+    h, mirrored_h = strip.relations.mul_(slope), strip.mirrored_relations.mul_(mirrored_slope)
+    K = slope.mul_(alpha_rows.unsqueeze(2)).addcmul_(mirrored_slope, alpha_columns.unsqueeze(1))
+    return GradientTerms(K, h, mirrored_h)
+
+
+def scaled(gram: Tensor, alpha_rows: Tensor | None, alpha_columns: Tensor | None, relation: Relation) -> Tensor:
+    """Return A_ij of G_ij (B, rows, columns); ``gram`` itself for ``normalize="none"``."""
+    if alpha_rows is None or alpha_columns is None:
+        return gram
+    relations = gram * alpha_rows.unsqueeze(2)
+    return relations if relation.normalize == "row" else relations.mul_(alpha_columns.unsqueeze(1))
