@@ -1,41 +1,51 @@
 # make demo   train, distil and report on generated images
-# make test   lint and the whole test suite, and which lines it runs
-# make mutations   put faults into the kernels, each of which a test must notice (about ten minutes)
+# make quick  the tests without those marked slow: under three minutes on two cores
+# make test   lint and the whole test suite, with coverage
+# make mutations   put faults into the kernels, each of which a test must detect (about ten minutes)
 # make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
-# make test-oldest   make test with the oldest torch that pyproject.toml promises, in .venv-oldest (5 GB, 20 minutes)
-# All make .venv first, with everything in it and with the newest torch: the newest is what make test tests.
+# make test-oldest   the whole test suite with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB, 20 minutes)
+# Every target first creates .venv with all dependencies and the newest torch.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# what the installation is made from: a change makes it anew
+# sources of the installation, which a change of them repeats
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
-# what pip is told beside the packages' names: test-oldest pins some
+# further requirements for pip: test-oldest pins some versions
 PINS :=
+# pytest-xdist: a worker takes over tests from another that still has some, but otherwise runs whole files in order, whose
+# fixtures and builds it shares
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 OLDEST := $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 # Python 3.12 and newer count lines by sys.monitoring, which costs less than a trace function
 COUNTED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
-.PHONY: demo test test-oldest mutations sanitize install lint clean
+.PHONY: demo quick test suite test-oldest mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
 
-# the second run has the Triton kernels in Triton's interpreter, which replaces the compiler in its whole process; which
-# lines of srpkd/ and kernels/ the two have run is reported at the end
-test: $(VENV)/installed lint
-	$(COUNTED) $(BIN)/python -m pytest --cov --cov-report=
-	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py --cov --cov-append --cov-report=term-missing
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
-# In a copy of the tree, lest the extension in this one, built for the torch of .venv, be overwritten; it is built anew
-# every time, the packages stay. Triton 3.6, which torch 2.11 brings, cannot interpret kernels with numpy 2.4.
+test: lint suite
+
+# The second run uses Triton's interpreter, which replaces the compiler in the whole process. The coverage of srpkd/ and
+# kernels/ by both runs is reported at the end.
+suite: $(VENV)/installed
+	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=
+	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py \
+	    $(PARALLEL) --cov --cov-append --cov-report=term-missing
+
+# In a copy of the tree, because the extension in this one is built for the torch of .venv. The copy's extension is
+# rebuilt every time, the packages stay. Triton 3.6, which torch 2.11 requires, cannot interpret kernels with numpy 2.4.
 test-oldest:
 	test -n "$(OLDEST)"  # the bound that was found in pyproject.toml
 	rm -rf build/oldest .venv-oldest/installed
 	mkdir -p build/oldest
-	git ls-files -z | xargs -0 cp -p --parents -t build/oldest
-	$(MAKE) -C build/oldest test VENV=$(CURDIR)/.venv-oldest PINS='"torch==$(OLDEST).*" "numpy<2.4"'
+	git ls-files -z | xargs -0 cp -pP --parents -t build/oldest
+	$(MAKE) -C build/oldest suite VENV=$(CURDIR)/.venv-oldest PINS='"torch==$(OLDEST).*" "numpy<2.4"'
 
 mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations.py

@@ -52,16 +52,9 @@ limit() { # limit SECONDS NAME COMMAND...: run it, not beyond the part's own end
     return $status
 }
 
-tests() { # in several processes, since most of the time goes into compiling kernels; each part's log in OUT
-    local processes=$(($(nproc) < 8 ? $(nproc) : 8))
-    export python out processes
-    # shellcheck disable=SC2016
-    limit 510 tests xargs -P "$processes" -I{} bash -c '
-        SRPKD_TEST_PART={}/$processes "$python" -m pytest -m gpu tests -q -p no:cacheprovider \
-            --continue-on-collection-errors >"$out/tests-{}.log" 2>&1
-        status=$?
-        tail -n 30 "$out/tests-{}.log"
-        exit $status' < <(seq 0 $((processes - 1)))
+tests() { # in parallel, because most of the time goes into compiling kernels
+    limit 510 tests "$python" -m pytest -m gpu tests -q -p no:cacheprovider --continue-on-collection-errors \
+        -n auto --maxprocesses 8 --dist worksteal
 }
 
 sanitize() {

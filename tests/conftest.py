@@ -1,9 +1,10 @@
-"""What every test gets: a seed, uninitialised memory that shows, and no GPU test where there is no GPU."""
+"""Rules for every test: fixed seeds, uninitialised memory filled with NaN, GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +13,54 @@ from srpkd.kernels import unavailable_reason
 
 pytest.register_assert_rewrite("helpers")
 
-# read by cuBLAS when it first starts: without it a deterministic product on a GPU warns
+# cuBLAS reads it when it starts: without it, deterministic products on a GPU warn
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# pytest-xdist sets it in its workers. They share the machine's cores; OMP_NUM_THREADS passes the limit to subprocesses.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # what compiles kernels takes many processes well: bench/gpu_check.sh starts some, each with its part of the tests
-    number, _, parts = os.environ.get("SRPKD_TEST_PART", "0/1").partition("/")
-    items[:] = items[int(number) :: int(parts)]
+DESELECTED = pytest.StashKey[int]()
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    # here and not by markers at collection: all such skips then fold into one line of the summary
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
+# --- GPU tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the GPU tests where there is no GPU: to skip a few thousand one by one takes longer than many tests."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.stash[DESELECTED] = len(gpu)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    deselected = session.config.stash.get(DESELECTED, 0)
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, which reports to its controller
+        session.config.workeroutput["gpu_tests_deselected"] = deselected
+    if deselected and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK  # all that were selected need a GPU: no error, as if they were skipped
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the count of a worker of pytest-xdist: all workers collect the same tests."""
+    if output := getattr(node, "workeroutput", None):  # None after a crash
+        node.config.stash[DESELECTED] = output["gpu_tests_deselected"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if deselected := config.stash.get(DESELECTED, 0):
+        terminalreporter.write_line(f"{deselected} GPU tests deselected: torch sees no CUDA device")
+
+
+# --- fixtures ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +70,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """``torch.empty`` and its like give NaN: an output that a kernel leaves unwritten shows."""
+    """Fill the memory of ``torch.empty`` and similar functions with NaN, which shows values that a kernel omits."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -46,13 +81,13 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SRPKD_BACKEND", raising=False)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tests on small arrays: on a busy machine threads wait for each other many times longer than they work."""
+    """Run a test with one thread: for small arrays, threads on a busy machine wait far longer than they compute."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,10 +96,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device; a test with a ``backend`` is skipped where that backend cannot run."""
-    device = torch.device(request.param)
-    if "backend" in request.fixturenames:
-        backend = request.getfixturevalue("backend")
+    """Every device; a test that also has a parameter ``backend`` is skipped where that backend cannot run."""
+    return torch.device(request.param)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # not in the fixture: from here, pytest folds all skips with the same reason into one line of the summary
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if {"backend", "device"} <= parameters.keys():
+        backend, device = parameters["backend"], torch.device(parameters["device"])
         if (reason := unavailable_reason(backend, device)) is not None:
             pytest.skip(f"{backend} on {device.type}: {reason}")
-    return device

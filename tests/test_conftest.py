@@ -1,0 +1,54 @@
+"""What tests/conftest.py does without a GPU, and in the workers of pytest-xdist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+# copied beside the real conftest.py's rules: one GPU test, and one that prints what its process may use
+PROGRAM = """
+import os
+import pytest
+import torch
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(3))
+def test_on_a_gpu(number):
+    raise AssertionError("runs without a GPU")
+
+def test_threads():
+    assert torch.get_num_threads() == int(os.environ["EXPECTED_THREADS"])
+    assert "PYTEST_XDIST_WORKER" not in os.environ or os.environ["OMP_NUM_THREADS"] == os.environ["EXPECTED_THREADS"]
+"""
+
+
+def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int = 2) -> subprocess.CompletedProcess:
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "test_program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", folder]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    environment["EXPECTED_THREADS"] = str(expected_threads)
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
+    done = run_pytest(tmp_path, f"-n{workers}", expected_threads=1 if workers else 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b1 passed\b", done.stdout)
+    assert done.stdout.count("3 GPU tests deselected: torch sees no CUDA device") == 1
+
+
+@pytest.mark.slow
+def test_a_selection_of_gpu_tests_alone_succeeds(tmp_path):
+    done = run_pytest(tmp_path, "-m", "gpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 GPU tests deselected: torch sees no CUDA device" in done.stdout
+    assert run_pytest(tmp_path, "-k", "no_such_name").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
