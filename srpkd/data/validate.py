@@ -118,7 +118,7 @@ def validate_dataset(
             are not a multiple of `size_multiple`; sizes that differ within a batch.
     """
     root = Path(dataroot)
-    heading = f"The data set {root} ({dataset_mode}, {phase}) cannot be used:"
+    heading = f"The dataset {root} ({dataset_mode}, {phase}) cannot be used:"
     choices = {"dataset_mode": dataset_mode, "direction": direction, "preprocess": preprocess}
     sizes = {"load_size": load_size, "crop_size": crop_size, "size_multiple": size_multiple}
     if problems := _invalid_arguments(choices, sizes):
