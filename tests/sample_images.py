@@ -39,3 +39,20 @@ def ramps(width: int = 32, height: int = 32, blue: int = 0) -> np.ndarray:
     """Return (H, W, 3): red encodes the column and green the row, so that crops and flips can be recognised."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 4, y * 4, np.full_like(x, blue)], -1)
+
+
+def save_mixed(root: Path) -> Path:
+    """Write images of several formats and sizes into a folder and its sub-folders, next to a file that is no image."""
+    rng = np.random.default_rng(0)
+    for name, *size in [
+        ("a.png", 16, 16),
+        ("b.jpg", 16, 16),
+        ("c.JPEG", 16, 16),
+        ("d.bmp", 13, 29),
+        ("deep/a.webp", 1, 3),
+        ("deep/er/e.tif", 40, 8),
+    ]:
+        save(root / name, rng.integers(0, 256, (*size, 3)))
+    save(root / "grey.png", rng.integers(0, 256, (9, 9)))
+    (root / "notes.txt").write_text("no image")
+    return root
