@@ -120,8 +120,6 @@ WRONG = {
     f"{TRAIN} --name {'x' * 300}": (1, "this folder cannot be made: File name too long"),
     f"{TRAIN} --name ../x": (2, r"name='../x': expected a plain name for a folder inside runs"),
     "python -m srpkd.report results/blocked": (2, r"index.html cannot be written: Is a directory; give the name"),
-    "python -m srpkd.report results/plain --readme none.md": (2, "No such file or directory: 'none.md'"),
-    "python -m srpkd.report results/plain --readme README.md": (2, "README.md: expected the markers"),
     "python -m srpkd.report results/plain --overview x.png": (2, "report.json names no pictures yet"),
     "python -m srpkd.report results/missing --overview x.png": (2, "images/none.png: No such file or directory"),
     "python -m srpkd.report results/bombs --overview x.png": (2, "bomb/00000.png: far too large"),
@@ -319,7 +317,6 @@ def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys)
 
 
 def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
-
     save, saved = inference.save_output, []
 
     def at_most_one(output, path):

@@ -8,10 +8,11 @@ import pickle
 import resource
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -115,6 +116,17 @@ def make_files(root: Path) -> Path:
 def tree(root: Path) -> dict[str, bytes | None]:
     """Return the content of every file below a folder, and None for every folder."""
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def assert_rejected(root: Path, call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """Check that a call raises an error with this message and changes no file below `root`.
+
+    So it leaves no partial file, and no file that a payload creates.
+    """
+    before = tree(root)
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
+    assert tree(root) == before
 
 
 @contextmanager

@@ -142,8 +142,8 @@ def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
 def read_palette(name: str) -> Palette:
     """Return the palette "synthetic" (of `srpkd.data.synthetic`), "cityscapes", or that of a file.
 
-    The file has lines ``R G B name``; lines that begin with # are comments. True pixels of a colour named ignore or void
-    are not scored.
+    The file has lines ``R G B name``; lines that begin with # are comments. True pixels of a colour named ignore or
+    void are not scored.
 
     Raises:
         ValueError: the file cannot be read, or has another format.

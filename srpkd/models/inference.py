@@ -137,16 +137,17 @@ def translate_folder(
     was_training = net.training
     net.eval()
     try:
-        loaded = ((path, load(path)) for path in tqdm(paths, unit="image", desc="translating"))
-        images = ((path, image) for path, image in loaded if image is not None)
-        for batch_paths, batch in _batches_of_one_size(images, batch_size):
-            for path, output in zip(batch_paths, translate(net, batch)):
-                try:
-                    written.append(save_output(output, target / os.path.relpath(path, source)))
-                except WriteError as error:
-                    if not written:
-                        raise
-                    raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
+        with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
+            loaded = ((path, load(path)) for path in progress)
+            images = ((path, image) for path, image in loaded if image is not None)
+            for batch_paths, batch in _batches_of_one_size(images, batch_size):
+                for path, output in zip(batch_paths, translate(net, batch)):
+                    try:
+                        written.append(save_output(output, target / os.path.relpath(path, source)))
+                    except WriteError as error:
+                        if not written:
+                            raise
+                        raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
     finally:
         net.train(was_training)
     return written, skipped

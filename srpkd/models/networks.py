@@ -24,15 +24,15 @@ from ..kernels.dispatch import check_choice
 
 Norm = Literal["instance", "batch"]
 InitType = Literal["normal", "xavier", "kaiming", "orthogonal"]
-Discriminator = Literal["basic", "n_layers", "pixel"]
+NetD = Literal["basic", "n_layers", "pixel"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
 # Their default arguments are those of the public code: batch norm has weights and running statistics; instance norm has
 # neither, and the convolution before it has a bias instead.
-NORMS: dict[str, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+NORMS: dict[Norm, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
 
-INITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+INITS: dict[InitType, Callable[[Tensor, float], Tensor]] = {
     "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain),
     "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight, a=0, mode="fan_in"),
@@ -98,7 +98,7 @@ def define_generator(
 
 
 def define_discriminator(
-    netD: Discriminator = "basic",
+    netD: NetD = "basic",
     input_nc: int = 3,
     ndf: int = 64,
     n_layers: int = 3,
