@@ -74,7 +74,7 @@ def open_dataset(
         no_flip: in training, do not mirror half of the images; the halves of an aligned pair are mirrored together.
         serial_batches: `unaligned` has the length of the larger side, and the smaller side repeats. In training "B" is
             drawn at random unless this is set.
-        max_dataset_size: use at most the first so many files of each folder.
+        max_dataset_size: use only so many files of each folder, the first ones in sorted order.
         input_nc, output_nc: channels of "A" and "B", 1 or 3.
 
     All random numbers come from torch's default generator, which a DataLoader seeds in each worker.

@@ -279,7 +279,7 @@ def write_synthetic(
 
     Args:
         folder: the dataset's root; created if it does not exist.
-        count_train, count_test: number of scenes; `unaligned` has so many for each side of the training set.
+        count_train, count_test: number of scenes; for `unaligned`, `count_train` is the number for each side.
         size, seed, variant: see `generate_scenes`.
         layout: "aligned" writes train/ and test/, with the photo on the left and the label map on the right.
             "unaligned" writes trainA/ trainB/ testA/ testB/. trainA and trainB show different scenes; testA and testB

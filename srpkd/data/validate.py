@@ -18,9 +18,9 @@ from .images import EXTENSIONS, DataError, image_files, open_image
 
 Size = tuple[int, int]  # (width, height)
 
-# At most so many files per folder are decoded completely, which alone finds every kind of damage and takes about a
-# second for small photos. In a larger folder they are evenly spaced; of the other files only the header is read
-# (and the checksums of PNG).
+# Files per folder that are decoded completely, at most: only this finds every kind of damage, and it takes about a second
+# for small photos. In a larger folder these files are evenly spaced; of the others only the header is read (and the
+# checksums of PNG).
 DECODED = 500
 
 _FOLDER_NAMES = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
@@ -109,7 +109,7 @@ def validate_dataset(
         size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
             U-Net.
         batch_size: images per batch; more than one must have the same size.
-        max_report: name at most so many files for each kind of problem.
+        max_report: number of files to name for each kind of problem, at most.
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,

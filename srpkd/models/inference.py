@@ -174,7 +174,7 @@ def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
 
 
 def _batches_of_one_size(images: Iterable[tuple[str, Tensor]], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Group (path, image (C, H, W)) to (paths, batch (B, C, H, W)): consecutive images of one size, <= batch_size."""
+    """Group (path, image (C, H, W)) to (paths, batch (B, C, H, W)): of consecutive images of the same size."""
     paths: list[str] = []
     batch: list[Tensor] = []
     for path, image in images:

@@ -359,7 +359,7 @@ def default_tap(net: nn.Module) -> str:
 
 
 def size_multiple(net: nn.Module) -> int:
-    """Return what height and width of a generator's input must be multiples of: ResNet 4, U-Net 2**num_downs.
+    """Return the number that divides the height and width of a generator's input: ResNet 4, U-Net 2**num_downs.
 
     Raises:
         TypeError: `net` was not made by `define_generator`.

@@ -236,7 +236,7 @@ def test_dataset_can_be_pickled(aligned):
 def test_exif_orientation_is_not_applied(tmp_path):
     image = Image.fromarray(np.full((8, 16, 3), 200, dtype=np.uint8))
     exif = image.getexif()
-    exif[0x0112] = 6  # to be shown turned by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees for display
     image.save(tmp_path / "0.jpg", exif=exif)
     assert open_dataset(tmp_path, "single", preprocess="none")[0]["A"].shape == (3, 8, 16)
 

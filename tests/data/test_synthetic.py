@@ -30,7 +30,7 @@ VARIANTS = (0, 1, 2)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_throughout():
-    """Small images gain nothing from a second thread, and on a busy machine wait for it."""
+    """A second thread does not speed up small images, and slows them down on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -137,7 +137,7 @@ def test_every_header_of_a_large_folder_is_read(tmp_path, monkeypatch):
         save_plain(tmp_path / f"{i:02d}.png")
     report = validate_dataset(tmp_path, "single")
     assert report.decoded == 5 and "5 decoded without error" in str(report)
-    for i in range(12):  # wherever it is
+    for i in range(12):  # at every position
         path = tmp_path / f"{i:02d}.png"
         whole = path.read_bytes()
         for broken in (b"", whole[: len(whole) // 2]):
@@ -150,7 +150,7 @@ def test_decoded_files_of_a_large_folder_are_evenly_spaced(tmp_path, monkeypatch
     monkeypatch.setattr(validate, "DECODED", 3)
     for i in range(9):
         path = Path(save(tmp_path / f"{i}.jpg", np.random.default_rng(i).integers(0, 256, (40, 40, 3))))
-        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])  # which a JPEG's header does not show
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])  # a JPEG's header does not show it
     message = single_problem(tmp_path, "single")
     assert "3 of 9 images" in message
     assert [i for i in range(9) if f"{i}.jpg" in message] == [0, 3, 6]
