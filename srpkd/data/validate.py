@@ -18,9 +18,9 @@ from .images import EXTENSIONS, DataError, image_files, open_image
 
 Size = tuple[int, int]  # (width, height)
 
-# Files per folder that are decoded completely, at most: only this finds every kind of damage, and it takes about a second
-# for small photos. In a larger folder these files are evenly spaced; of the others only the header is read (and the
-# checksums of PNG).
+# Number of files per folder that are decoded completely, at most: only this finds every kind of damage, and it takes
+# about a second for small photos. In a larger folder these files are evenly spaced; of the others only the header is
+# read (and the checksums of PNG).
 DECODED = 500
 
 _FOLDER_NAMES = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
