@@ -1,27 +1,30 @@
-"""Checks that functions and commands share: an error says what was received, what was expected, and what to do."""
+"""Checks of arguments, and the parts of a command line that the commands share."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise a TypeError that says what was expected, unless value is of that kind."""
+    """Raise a TypeError that says what was expected, unless value is an instance of `kind`."""
     if not isinstance(value, kind):
         received = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name}: expected {expected}, received {received}")
 
 
 def check_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> None:
-    """Raise a TypeError unless value is a number, a ValueError unless it is finite and not too small."""
+    """Raise a TypeError unless value is a number, a ValueError unless it is finite, >= least and > above."""
     bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r}: expected a number{bound}, received {type(value).__name__}")
-    # in comparisons alone, which torch.compile traces
+    # comparisons only: torch.compile can trace them, but not math.isfinite
     if (
         not -math.inf < value < math.inf
         or (least is not None and value < least)
@@ -31,7 +34,7 @@ def check_number(name: str, value: Any, least: float | None = None, above: float
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """Raise a TypeError unless value is a whole number, a ValueError unless it is large enough."""
+    """Raise a TypeError unless value is an integer, a ValueError unless it is >= least."""
     bound = "" if least is None else f" >= {least}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: expected an integer{bound}, received {type(value).__name__}")
@@ -40,10 +43,10 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of this name.
+    """Return the device of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is not a device, or this machine does not have it.
     """
     try:
         device = torch.device(name)
@@ -52,20 +55,15 @@ def check_device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError("device='meta' holds no data: expected cpu, cuda, cuda:1, ...")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs; --device cpu does without")
+        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs; or use --device cpu")
     return device
 
 
-def default_device() -> str:
-    """cuda where there is a GPU, else cpu."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-# types of argparse
+# --- types for argparse ---
 
 
 def device(text: str) -> str:
-    """The name of a device that there is."""
+    """Return the name of a device that this machine has."""
     try:
         return str(check_device(text))
     except ValueError as error:
@@ -73,14 +71,14 @@ def device(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0."""
+    """Return an integer >= 1."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
 
 
 def number(text: str) -> float:
-    """A finite number that is not negative."""
+    """Return a finite number >= 0."""
     try:
         check_number("number", value := float(text), least=0)
     except ValueError as error:
@@ -89,7 +87,36 @@ def number(text: str) -> float:
 
 
 def json_file(text: str) -> str:
-    """The name of a file of results: by its suffix it is none of the images or weights that a command reads."""
+    """Return the name of an output file; the suffix protects images and weights from being overwritten."""
     if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a file that ends in .json")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file name that ends in .json")
     return text
+
+
+# --- parts of a command ---
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device: by default the GPU if there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", type=device, default=default, help="cpu, cuda, cuda:1, ... (default here: %(default)s)"
+    )
+
+
+def add_train_mode_norm(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --train_mode_norm of commands that run a generator."""
+    parser.add_argument(
+        "--train_mode_norm",
+        action="store_true",
+        help="let batch norms normalise each image by its own statistics, as pix2pix does, not by the running ones",
+    )
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the process with status 1 and a one-line message if the block fails for a reason that a user can fix."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        sys.exit(f"error: {error}")

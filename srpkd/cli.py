@@ -1,4 +1,4 @@
-"""The command ``srpkd``: ``srpkd COMMAND ...`` is ``python -m srpkd.COMMAND ...``."""
+"""The command ``srpkd``: ``srpkd COMMAND ...`` runs ``python -m srpkd.COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "train": "train a generator, or distil a small one from a large one; alone, a demo on generated images",
+    "train": "train a generator, or distil a small one from a large one; without options, a demo on synthetic images",
     "evaluate": "score generated images: FID, KID, PSNR, SSIM, mIoU, FCN scores",
-    "translate": "put every image of a folder through a generator",
-    "profile": "parameters, MACs, size on disk and latency of generators, side by side",
-    "export": "write a generator as ONNX, checked against PyTorch; 8-bit on request",
-    "study": "whether the relation loss helps on generated images, and with which weights",
-    "info": "what is available on this machine, and why the rest is not",
+    "translate": "run a generator on every image of a folder",
+    "profile": "compare parameters, MACs, file size and latency of generators",
+    "export": "convert a generator to ONNX and check it against PyTorch; 8-bit on request",
+    "report": "rewrite the report page of a run",
+    "info": "list the backends that this machine can run, and why it cannot run the others",
 }
 HELP = f"""usage: srpkd COMMAND [OPTION ...]
+       srpkd --version
 
 {chr(10).join(f"  {command:<10} {text}" for command, text in COMMANDS.items())}
 
-From a large generator to a small one in a file that runs elsewhere:
+From a large generator to a small one that runs without PyTorch:
 
   srpkd train --dataroot datasets/horse2zebra --name h2z --teacher latest_net_G_A.pth --ngf 16
   srpkd profile latest_net_G_A.pth runs/h2z/latest_net_G_A.pth
@@ -32,7 +33,7 @@ srpkd COMMAND --help lists a command's options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Ends the process with status 2 for a command that there is not."""
+    """Run the command line. Exits with status 2 if the command is unknown."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(HELP)
@@ -42,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(COMMANDS)}"
-        print(f"error: there is no command {command!r}; {hint}\nsrpkd --help says what each does", file=sys.stderr)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(COMMANDS)}"
+        print(f"error: unknown command {command!r}; {hint}\nsrpkd --help describes the commands", file=sys.stderr)
         sys.exit(2)
     try:
         module = import_module(f"srpkd.{command}")

@@ -1,4 +1,4 @@
-"""Packages that only some of srpkd needs, and what to install where one is missing."""
+"""Import of optional packages, with an error that says what to install."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import a module of an optional package.
 
     Args:
-        module: its name, as ``import`` takes it.
+        module: its name, as in an import statement.
         extra: the extra of srpkd that installs it.
         purpose: what needs it, for the error.
 
     Raises:
-        ImportError: it is not installed, or cannot be imported; says what to install.
+        ImportError: the module cannot be imported; the message says what to install.
     """
     try:
         return import_module(module)

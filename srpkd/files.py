@@ -1,62 +1,65 @@
-"""Writing files: each replaced in one step, errors that say what to do."""
+"""Writing files: atomically, with errors that say what to do."""
 
 import errno
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the message says which, why, and what to do."""
+    """A file cannot be written; the message says which file, the reason, and what to do."""
 
 
 FULL = "make room on that disk, or write to another"
-FORBIDDEN = "write to a folder where that is allowed"
-NO_FOLDER = "a file stands where a folder is needed: remove it, or write elsewhere"
+FORBIDDEN = "write to a folder that you have permission to write to"
+NOT_A_FOLDER = "a file exists where a folder is needed: remove it, or write elsewhere"
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), FORBIDDEN),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), NO_FOLDER),
-    errno.EISDIR: "give the name of a file in it, or another",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), NOT_A_FOLDER),
+    errno.EISDIR: "give the name of a file in it, or another name",
 }
 
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """What the system refuses in the block, which writes `path`, is raised as a `WriteError`."""
+    """Raise a `WriteError` for `path` if the operating system refuses a write in the block."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = error
-        while reason and not isinstance(reason, OSError):  # what torch.save raises of a full disk has it as its context
-            reason = reason.__context__
-        if reason is None or isinstance(reason, WriteError):
+        # torch.save raises a RuntimeError on a full disk, with the OSError as its context
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or isinstance(cause, WriteError):
             raise
-        why = reason.strerror or str(reason)
-        wrong = WriteError(f"{path} cannot be written: {why}; {ADVICE.get(reason.errno, 'write elsewhere')}")
-        wrong.errno = reason.errno
-        raise wrong from error
+        advice = ADVICE.get(cause.errno or 0, "write elsewhere")
+        wrapped = WriteError(f"{path} cannot be written: {cause.strerror or cause}; {advice}")
+        wrapped.errno = cause.errno
+        raise wrapped from error
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes such that at any moment it holds all the new bytes or what it held before.
+    """Open `path` for writing bytes such that at any moment it has either all the new bytes or its previous content.
 
-    The bytes go to a temporary file beside it, which takes its name once they are on the disk. Missing folders are
-    made, and a symbolic link is followed. If the block raises, the temporary file and these folders are removed.
+    The bytes are written to a temporary file in the same folder, which is renamed once they are on the disk. Missing
+    folders are created, and a symbolic link is followed. If the block raises, the temporary file and the new folders
+    are removed.
 
     Raises:
-        WriteError: the system refuses it.
+        WriteError: the operating system refuses it.
     """
     target = Path(path).expanduser().resolve()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    made: list[Path] = []
+    created: list[Path] = []
     with writing(path):
         try:
-            made += [folder for folder in target.parents if not folder.exists()]
+            created += [folder for folder in target.parents if not folder.exists()]
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "xb") as file:
                 yield file
@@ -66,13 +69,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-                for folder in made:
+                for folder in created:
                     folder.rmdir()
             raise
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Write a whole file in one step, and return its path. Errors are those of `atomic_write`."""
+    """Write a file atomically and return its path. Raises the errors of `atomic_write`."""
     with atomic_write(path) as file:
         file.write(content)
     return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a value as JSON, atomically, and return the path. Raises the errors of `atomic_write`."""
+    return write_file(Path(path), json.dumps(value, indent=1).encode())

@@ -1,71 +1,38 @@
-"""What generators cost, side by side: ``python -m srpkd.profile teacher.pth student.pth``."""
+"""Compare the cost of generators: ``python -m srpkd.profile teacher.pth student.pth``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from .arguments import default_device, device, json_file, number, positive
-from .files import atomic_write
-from .models.checkpoints import load_generator
-from .models.inference import SMALLEST
-from .models.latency import MODES, profile_network
-from .models.networks import image_channels, size_multiple
+from .arguments import add_device, exit_on_error, json_file, number, positive
+from .files import write_json
+from .models.latency import MODES, profile_generators
 from .reporting.table import format_table
 
 
-def profile_files(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line asks for, as what ``--json`` writes."""
-    device = torch.device(options.device)
-    networks = {}
-    if options.size < SMALLEST:
-        raise ValueError(f"--size {options.size}: expected at least {SMALLEST} pixels a side")
-    for path, net in {path: load_generator(path) for path in options.weights}.items():
-        multiple = size_multiple(net)
-        if options.size % multiple:
-            raise ValueError(f"--size {options.size}: {path} takes multiples of {multiple}")
-        networks[path] = net
-    results = []
-    for path, net in tqdm(networks.items(), unit="network", desc="profiling"):
-        shape = (options.batch_size, image_channels(net)[0], options.size, options.size)
-        costs = profile_network(
-            net, shape, device=options.device, modes=options.modes, repeats=options.repeats, seconds=options.seconds
-        )
-        results.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
-    return {
-        "size": options.size,
-        "batch_size": options.batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "networks": results,
-    }
-
-
 def tables(result: dict[str, Any]) -> str:
-    """The result as two tables: what is counted, and what is measured."""
-    names = _short([network["weights"] for network in result["networks"]])
-    counted, measured, reasons = [], [], {}
+    """Format the result of `profile_generators` as two tables: counts, and latencies."""
+    names = _short_names([network["weights"] for network in result["networks"]])
+    counted: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
+    unavailable: list[str] = []
     for name, network in zip(names, result["networks"]):
-        size = {
-            "MB": network["bytes"] / 1e6,
-            "output": network["macs"] / 1e9,
-            "input": network["macs_input_grid"] / 1e9,
-        }
-        counted.append({"name": name, "parameters": network["parameters"], **size})
+        counted.append(
+            {
+                "name": name,
+                "parameters": network["parameters"],
+                "MB": network["bytes"] / 1e6,
+                "output": network["macs"] / 1e9,
+                "input": network["macs_input_grid"] / 1e9,
+            }
+        )
         for entry in network["latency"]:
             measured.append({"name": name, **entry})
-            if "why_not" in entry:
-                reasons.setdefault(f"{entry['mode']} {entry['dtype']}: {entry['why_not']}")
+            if reason := entry.get("unavailable_reason"):
+                unavailable.append(f"{entry['mode']} {entry['dtype']}: {reason}")
     image = f"{result['size']} x {result['size']}"
     text = format_table(
         {
@@ -79,7 +46,7 @@ def tables(result: dict[str, Any]) -> str:
             "rows": counted,
             "notes": [
                 f"GMACs of one {image} image. Published numbers count a transposed convolution on its output grid; "
-                "what is computed is the count on its input grid."
+                "the operations that are executed are those on its input grid."
             ],
         }
     )
@@ -90,54 +57,60 @@ def tables(result: dict[str, Any]) -> str:
         {
             "columns": [
                 {"key": "name", "label": "network", "format": ""},
-                {"key": "mode", "label": "run by", "format": ""},
-                {"key": "device", "label": "on", "format": ""},
+                {"key": "mode", "label": "mode", "format": ""},
+                {"key": "device", "label": "device", "format": ""},
                 {"key": "dtype", "label": "dtype", "format": ""},
                 {"key": "p50_ms", "label": "p50 ms", "format": ",.2f"},
                 {"key": "p95_ms", "label": "p95 ms", "format": ",.2f"},
                 {"key": "images_per_second", "label": "images/s", "format": ",.1f"},
             ],
             "rows": measured,
-            "notes": [f"Batches of {result['batch_size']}, {image}; {where}.", *reasons],
+            "notes": [f"Batches of {result['batch_size']}, {image}; {where}.", *dict.fromkeys(unavailable)],
         }
     )
 
 
-def _short(paths: Sequence[str]) -> list[str]:
-    """File names, with their folders where names alone would be the same."""
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """Return the file names, or the paths if two names are the same."""
     names = [Path(path).name for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="srpkd profile",
-        description="Parameters, size on disk, multiply-accumulates and measured latency of generators, side by side.",
+        description="Compare generators: parameters, file size, multiply-accumulates and measured latency.",
         epilog="example: srpkd profile teacher/latest_net_G_A.pth runs/h2z/latest_net_G_A.pth --json costs.json",
     )
     add = result.add_argument
-    add("weights", nargs="+", help="generators: .pth or .safetensors; their architectures are read off the files")
+    add("weights", nargs="+", help="generators: .pth or .safetensors; their architectures are inferred from the files")
     add("--size", type=positive, default=256, help="side of the images, in pixels (default: %(default)s)")
-    add("--batch_size", type=positive, default=1, help="images a pass (default: %(default)s)")
-    add("--device", type=device, default=default_device(), help="cpu, cuda, ... (default here: %(default)s)")
-    add("--modes", nargs="*", choices=MODES, default=list(MODES), help="what is timed (default: all)")
-    add("--repeats", type=positive, default=30, help="timed passes, at most (default: %(default)s)")
-    add("--seconds", type=number, default=10.0, help="time for each of them together (default: %(default)s)")
-    add("--json", type=json_file, metavar="FILE", help="write the results there too")
+    add("--batch_size", type=positive, default=1, help="images per forward pass (default: %(default)s)")
+    add("--modes", nargs="*", choices=MODES, default=list(MODES), help="what to time (default: all)")
+    add("--repeats", type=positive, default=30, help="timed forward passes, at most (default: %(default)s)")
+    add("--seconds", type=number, default=10.0, help="time limit per mode and dtype (default: %(default)s)")
+    add("--json", type=json_file, metavar="FILE", help="also write the results to this file")
+    add_device(result)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     options = parser().parse_args(arguments)
-    try:
-        result = profile_files(options)
-        print(tables(result))  # first, lest it be lost with a file that cannot be written
+    with exit_on_error():
+        result = profile_generators(
+            options.weights,
+            size=options.size,
+            batch_size=options.batch_size,
+            device=options.device,
+            modes=options.modes,
+            repeats=options.repeats,
+            seconds=options.seconds,
+        )
+        print(tables(result))  # before the file is written: if that fails, the results are not lost
         if options.json:
-            with atomic_write(options.json) as file:
-                file.write(json.dumps(result, indent=1).encode())
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
+            write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command ``srpkd`` and the help of its verbs."""
+"""The command ``srpkd`` and the help of its commands."""
 
 from __future__ import annotations
 
@@ -19,71 +19,79 @@ from srpkd.models.networks import define_generator
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 
 
-def test_help_names_every_verb_and_how_to_go_on(capsys):
+def test_help_lists_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"], ["help"]):
         cli.main(arguments)
         out = capsys.readouterr().out
-        assert all(re.search(rf"^  {verb} +\w", out, re.MULTILINE) for verb in cli.COMMANDS)
-        assert "srpkd VERB --help" in out
-    assert cli.COMMANDS.keys() >= {"train", "evaluate", "translate", "profile", "export", "info"}
+        assert all(re.search(rf"^  {command} +\w", out, re.MULTILINE) for command in cli.COMMANDS)
+        assert "srpkd COMMAND --help" in out
+    assert cli.COMMANDS.keys() == {"train", "evaluate", "translate", "profile", "export", "report", "info"}
 
 
-@pytest.mark.parametrize("verb", cli.COMMANDS)
-def test_help_of_a_verb(verb, capsys):
-    if verb == "info":
-        cli.main([verb, "--help"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command(command, capsys):
+    if command == "info":
+        cli.main([command, "--help"])
     else:
         with pytest.raises(SystemExit) as caught:
-            cli.main([verb, "--help"])
+            cli.main([command, "--help"])
         assert caught.value.code in (0, None)
     out = capsys.readouterr().out
-    assert re.search(rf"usage: .*srpkd.{verb}", out)
-    if verb not in ("info", "train"):
-        assert "example" in out
-        # every option is explained
-        options = [action for action in import_module(f"srpkd.{verb}").parser()._actions if not action.help]
-        assert not options
+    assert re.search(rf"usage: .*srpkd.{command}", out)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export"])
+def test_every_option_has_a_help_text_and_there_is_an_example(command):
+    parser = import_module(f"srpkd.{command}").parser()
+    assert "example" in parser.epilog
+    assert not [action for action in parser._actions if not action.help]
 
 
 @pytest.mark.parametrize("name", ["evaluate", "translate", "profile", "export"])
-def test_a_command_without_arguments_says_what_it_needs(name, capsys):
+def test_missing_arguments(name, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([name])
     assert caught.value.code == 2
     assert "the following arguments are required" in capsys.readouterr().err
 
 
-def test_arguments_reach_the_verb(tmp_path, capsys):
+def test_arguments_reach_the_command(tmp_path, capsys):
     save_weights(define_generator("resnet_1blocks", ngf=1), tmp_path / "net.pth")
     cli.main(["profile", str(tmp_path / "net.pth"), "--modes", "--size", "16"])
     assert "GMACs of one 16 x 16 image" in capsys.readouterr().out
 
 
-def test_info_and_version(capsys):
+def test_version(capsys):
     cli.main(["--version"])
     assert capsys.readouterr().out == f"{srpkd.__version__}\n"
+    assert srpkd.__version__ == PYPROJECT["project"]["version"]
+
+
+def test_info(capsys):
     cli.main(["info"])
     assert "SRPKD_BACKEND" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes no options; received now"):
         cli.main(["info", "now"])
 
 
-@pytest.mark.parametrize(("verb", "hint"), [("trian", "did you mean train?"), ("xyz", "there are: train, evaluate,")])
-def test_unknown_verbs(verb, hint, capsys):
+@pytest.mark.parametrize(
+    ("command", "hint"), [("trian", "did you mean train?"), ("xyz", "expected one of train, evaluate,")]
+)
+def test_unknown_commands(command, hint, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([verb])
+        cli.main([command])
     assert caught.value.code == 2
-    assert f"there is no verb '{verb}'; {hint}" in capsys.readouterr().err
+    assert f"unknown command '{command}'; {hint}" in capsys.readouterr().err
 
 
-def test_a_missing_package_names_the_extra():
-    # in a process of its own: modules that were imported twice are two, and tests that patch one would miss the other
+def test_message_for_a_missing_package_names_the_extra():
+    # in another process: importing the modules a second time here would break tests that patch them
     code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['train', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "srpkd train needs tqdm: pip install 'srpkd[train]'" in done.stderr
 
 
-def test_it_is_installed_as_a_command():
+def test_console_script():
     assert PYPROJECT["project"]["scripts"] == {"srpkd": "srpkd.cli:main"}
     (entry,) = [entry for entry in metadata.distribution("srpkd").entry_points if entry.name == "srpkd"]
     assert entry.load() is cli.main
@@ -92,4 +100,4 @@ def test_it_is_installed_as_a_command():
 def test_help_needs_no_extra():
     code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "usage: srpkd VERB" in done.stdout, done.stderr
+    assert done.returncode == 0 and "usage: srpkd COMMAND" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""What must never happen: code out of a file that was only to be read, a connection, a name that becomes markup."""
+"""Security: no code in a file is executed, no command connects to the network, no name becomes markup."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from srpkd.training.run_dir import RunDir, new_folder
 ROOTS = (Path(srpkd.__file__).parent, Path(native.__file__).parent)
 SOURCES = {path: ast.parse(path.read_text(encoding="utf-8")) for root in ROOTS for path in sorted(root.rglob("*.py"))}
 
-# what runs what it is given, or reads in a way that does
+# functions that execute their argument, or may execute code in what they read
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "pickle.Unpickler",
     "marshal.loads", "shelve.open", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load",
     "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file", "urllib.request.urlopen",
     "requests.get", "subprocess.getoutput", "subprocess.getstatusoutput", "joblib.load",
 }  # fmt: skip
-# (file, what it calls): programs, which are documented to be such, and an image opened in the one place for it
+# (file, call): programs, which are documented as such, and the only place that opens images
 ALLOWED = {
-    ("evaluate.py", "torch.export.load"),
-    ("evaluate.py", "torch.jit.load"),
-    ("export.py", "torch.export.load"),
-    ("folders.py", "Image.open"),
+    ("segmentation.py", "torch.export.load"),
+    ("segmentation.py", "torch.jit.load"),
+    ("exporters.py", "torch.export.load"),
+    ("images.py", "Image.open"),
 }
 
 
 def calls() -> list[tuple[Path, str, ast.Call]]:
-    """Every call in the sources: where, of what, with what."""
+    """Return every call in the sources as (file, name of the function, node)."""
     return [
         (path, ast.unparse(node.func), node)
         for path, tree in SOURCES.items()
@@ -48,13 +48,13 @@ def calls() -> list[tuple[Path, str, ast.Call]]:
     ]
 
 
-def test_the_sources_are_all_looked_at():
+def test_all_sources_are_searched():
     names = {path.name for path in SOURCES}
-    assert names >= {"checkpoint.py", "state.py", "train.py", "folders.py", "report.py", "build.py", "dispatch.py"}
+    assert names >= {"checkpoints.py", "resume.py", "train.py", "images.py", "report.py", "build.py", "dispatch.py"}
     assert len(calls()) > 1000
 
 
-def test_nothing_runs_what_it_reads():
+def test_no_source_executes_what_it_reads():
     assert not [f"{path}:{call.lineno} {name}" for path, name, call in calls() if name in FORBIDDEN]
     shells = [f"{path}:{call.lineno}" for path, _, call in calls() if any(k.arg == "shell" for k in call.keywords)]
     assert not shells
@@ -62,9 +62,9 @@ def test_nothing_runs_what_it_reads():
     assert {(path.name, name) for path, name, _ in calls() if name in risky} == ALLOWED
 
 
-def test_files_of_weights_are_read_as_weights_only():
+def test_torch_load_is_called_with_weights_only():
     loads = [(path, call) for path, name, call in calls() if name == "torch.load"]
-    assert {path.name for path, _ in loads} == {"checkpoint.py", "state.py"}
+    assert {path.name for path, _ in loads} == {"checkpoints.py", "resume.py"}
     for path, call in loads:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert given.get("weights_only") == "True", f"{path}:{call.lineno}"
@@ -77,8 +77,8 @@ def test_yaml_is_read_by_the_safe_loader():
 
 @pytest.mark.parametrize("name", ["net.pth", "net.pt", "net.safetensors"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_no_suffix_unpickles(tmp_path, monkeypatch, name, wrapped):
-    """A trap under any name, also one that says safetensors, is not sprung."""
+def test_payload_is_not_executed_under_any_name(tmp_path, monkeypatch, name, wrapped):
+    """Also not in a file that is named .safetensors."""
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"a.weight": Trap()}} if wrapped else Trap(), name)
@@ -87,17 +87,17 @@ def test_no_suffix_unpickles(tmp_path, monkeypatch, name, wrapped):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_state_unpickles_nothing(tmp_path, monkeypatch):
+def test_payload_in_a_resume_state_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"version": 1, "training": Trap()}, NEWEST)
     with pytest.raises(CheckpointError, match="nothing to go on from"):
         load_state(tmp_path)
     assert not (tmp_path / "sprung").exists()
-    torch.load(NEWEST, weights_only=False)  # it does spring
+    torch.load(NEWEST, weights_only=False)  # the payload works
     assert (tmp_path / "sprung").exists()
 
 
-def test_a_state_with_another_byte_is_not_gone_on_from(tmp_path):
+def test_resume_state_with_a_changed_byte_is_rejected(tmp_path):
     save_state(tmp_path, {"weights": torch.full((1000,), 7.0)})
     content = bytearray((tmp_path / NEWEST).read_bytes())
     content[content.index(struct.pack("4f", *[7.0] * 4)) + 9] ^= 1
@@ -107,9 +107,9 @@ def test_a_state_with_another_byte_is_not_gone_on_from(tmp_path):
 
 
 COMMANDS = {
-    "train": "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1 --model pix2pix --device cpu "
-    "--netG resnet_1blocks --netD pixel --ngf 1 --ndf 1 --norm instance --teacher net.pth --epoch_steps 1 --n_epochs 1 "
-    "--n_epochs_decay 0",
+    "train": "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1 --model pix2pix "
+    "--device cpu --netG resnet_1blocks --netD pixel --ngf 1 --ndf 1 --norm instance --teacher net.pth "
+    "--epoch_steps 1 --n_epochs 1 --n_epochs_decay 0",
     "evaluate": "pairs/test pairs/test --metrics psnr ssim miou --palette synthetic --json scores.json",
     "translate": "net.pth pairs translated",
     "export": "net.pth --output net.onnx",
@@ -118,23 +118,23 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_no_command_asks_the_network(tmp_path, monkeypatch, verb):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_connects_to_the_network(tmp_path, monkeypatch, command):
     def refuse(*_, **__):
-        raise AssertionError("a connection was asked for")
+        raise AssertionError("a connection was opened")
 
     make_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
     try:
-        cli.main([verb, *shlex.split(COMMANDS[verb])])
+        cli.main([command, *shlex.split(COMMANDS[command])])
     except SystemExit as stopped:
         assert stopped.code in (0, None)
 
 
-def test_names_become_no_markup(tmp_path):
-    """A run's own names, as a run writes them: its folder, its variants, its options, its files."""
+def test_names_are_escaped_in_the_page(tmp_path):
+    """Names that a run writes: its folder, its variants, its options, its files."""
     evil = "<script>alert(1)</script>"
     folder = new_folder(str(tmp_path), "run <img src=x onerror=alert(1)>")
     record = RunDir(folder, f"name: '{evil}'\n", {"title": evil, "task": evil, "command": evil})

@@ -1,7 +1,7 @@
-"""Every command, fed with what is wrong: one message that says what to do, and not a byte of the disk changed.
+"""Invalid command lines: one message that says what to do, and no change on the disk.
 
-What a train command line may hold is in test_config.py, what is wrong with whole data sets in test_data.py, and with
-files of weights in test_checkpoint.py: here is how the commands tell of it, and what they leave.
+The options of ``srpkd train`` are tested in training/test_config.py, datasets in data/test_validate.py, and files of
+weights in models/test_checkpoints.py; here is how the commands report such errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from wrong_files import REFUSALS, full_disk, make_files, refusing, tree
 
-from srpkd import cli, train, translate
+from srpkd import cli, train
+from srpkd.models import inference
 from srpkd.training.resume import load_state
 from srpkd.training.run_dir import RunDir
 
@@ -33,32 +34,35 @@ SCORE = f"{EVALUATE} --metrics psnr"
 SEGMENT = f"{EVALUATE} --metrics segmentation"
 FULL = "cannot be written: .*make room on that disk"
 
-# command: (exit status, what its message says)
+# command: (exit status, pattern of its message)
 WRONG = {
-    # --- weights, which most commands begin with ---
-    "srpkd translate none.pth pairs out": (1, "none.pth does not exist: in .* there is no none.pth, but"),
+    # --- weights ---
+    "srpkd translate none.pth pairs out": (
+        1,
+        "none.pth does not exist: .* has no none.pth; similar names or weights: ",
+    ),
     "srpkd translate text.pth pairs out": (
         1,
-        r"is a text file \('these are.* expected weights; save the weights alone",
+        r"is a text file \('these are.* expected weights; save only the weights",
     ),
-    "srpkd translate empty.pth pairs out": (1, "is empty: expected weights; copy or download it again"),
-    "srpkd translate cut.pth pairs out": (1, "is truncated: its end is missing .* copy it again"),
-    "srpkd translate code.pth pairs out": (1, "holds more than weights: .* Nothing was run or loaded"),
+    "srpkd translate empty.pth pairs out": (1, "is empty, expected weights: copy or download it again"),
+    "srpkd translate cut.pth pairs out": (1, "is truncated: it ends after .* copy it again"),
+    "srpkd translate code.pth pairs out": (1, "holds more than weights: .* Nothing was executed or loaded"),
     "srpkd translate pickle.pth pairs out": (1, "a Python pickle that torch.save did not write.* it was not loaded"),
     "srpkd translate folder.pth pairs out": (1, "is a folder: give a file of weights"),
     "srpkd translate file/net.pth pairs out": (1, "does not exist"),
     "srpkd translate cut.safetensors pairs out": (1, "is truncated, damaged, or not a file of weights"),
     "srpkd translate linear.pth pairs out": (1, "not the weights of a generator: expected the keys of a ResNet"),
     "srpkd translate discriminator.pth pairs out": (1, "look like a discriminator's: give the generator's"),
-    "srpkd export code.pth": (1, "Nothing was run or loaded"),
+    "srpkd export code.pth": (1, "Nothing was executed or loaded"),
     "srpkd export linear.pth": (1, "not the weights of a generator"),
-    "srpkd profile net.pth code.pth --modes": (1, "Nothing was run or loaded"),
+    "srpkd profile net.pth code.pth --modes": (1, "Nothing was executed or loaded"),
     "srpkd profile net.pth folder.pth --modes": (1, "is a folder"),
-    "srpkd evaluate code.pth pairs/test --input pairs/test": (1, "Nothing was run or loaded"),
-    f"{EVALUATE} --inception_weights code.pth": (1, "Nothing was run or loaded"),
+    "srpkd evaluate code.pth pairs/test --input pairs/test": (1, "Nothing was executed or loaded"),
+    f"{EVALUATE} --inception_weights code.pth": (1, "Nothing was executed or loaded"),
     f"{EVALUATE} --inception_weights net.pth": (1, "holds other weights than torch-fidelity's Inception: download"),
     f"{EVALUATE} --inception_weights empty": (1, "is a folder"),
-    f"{TRAIN} --teacher code.pth": (1, "Nothing was run or loaded"),
+    f"{TRAIN} --teacher code.pth": (1, "Nothing was executed or loaded"),
     f"{TRAIN} --teacher pickle.pth": (1, "was not loaded"),
     f"{TRAIN} --teacher linear.pth": (1, "not the weights of a generator"),
     f"{TRAIN} --teacher empty": (1, "empty/latest_net_G_A.pth does not exist"),
@@ -67,26 +71,26 @@ WRONG = {
     "srpkd train --resume stateless": (1, "holds no state.pt to go on from"),
     "srpkd train --resume file": (2, "--resume file: there is no such run, .*where there are stateless, trapped"),
     "srpkd train --resume": (2, "argument --resume: expected one argument"),
-    f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: neither TorchScript"),
-    f"{SEGMENT} --labels pairs/test --segmenter empty": (1, "--segmenter empty: there is no such file"),
+    f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: expected TorchScript"),
+    f"{SEGMENT} --labels pairs/test --segmenter empty": (1, "--segmenter empty: no such file"),
     # --- images ---
     "srpkd translate net.pth none out": (1, "none is not a folder: give the folder of the images"),
     "srpkd translate net.pth file out": (1, "file is not a folder"),
-    "srpkd translate net.pth empty out": (1, "empty holds no images"),
+    "srpkd translate net.pth empty out": (1, "empty has no images"),
     "srpkd translate two.pth pairs out": (1, "from 2 to 3 channels; image files have 1 or 3"),
-    "srpkd evaluate none pairs/test --metrics psnr": (1, "none: no images there; expected a folder"),
-    "srpkd evaluate pairs/test empty --metrics psnr": (1, "empty: no images there"),
-    "srpkd evaluate text text --metrics psnr": (1, "text/00000.png: not an image, whatever its name says"),
-    "srpkd evaluate cut one --metrics ssim": (1, "cut/00000.png: damaged or cut short"),
-    "srpkd evaluate bomb bomb --metrics psnr": (1, "bomb/00000.png: far too large .* scale it down first"),
-    "srpkd evaluate one bomb --metrics miou --palette world": (1, "bomb/00000.png: far too large"),
+    "srpkd evaluate none pairs/test --metrics psnr": (1, "none: no images found; expected a folder"),
+    "srpkd evaluate pairs/test empty --metrics psnr": (1, "empty: no images found"),
+    "srpkd evaluate text text --metrics psnr": (1, "text/00000.png: not an image; expected one of BMP"),
+    "srpkd evaluate cut one --metrics ssim": (1, "cut/00000.png: damaged or truncated"),
+    "srpkd evaluate bomb bomb --metrics psnr": (1, "bomb/00000.png: far too large .* scale the image down first"),
+    "srpkd evaluate one bomb --metrics miou --palette synthetic": (1, "bomb/00000.png: far too large"),
     "srpkd evaluate eps eps --metrics psnr": (1, "eps/00000.png: not an image"),
     "srpkd evaluate net.pth pairs/test --input bomb --metrics psnr": (
         1,
         "cannot be read: bomb/00000.png: far too large",
     ),
     "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt": (1, "far too large"),
-    "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt --palette world": (
+    "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt --palette synthetic": (
         1,
         "far too large",
     ),
@@ -95,29 +99,27 @@ WRONG = {
     "srpkd export net.pth --int8 --calibration file": (1, "--calibration file: expected a folder of images"),
     f"{TRAIN} --dataroot bombs": (1, r"(?s)1\. bombs/trainA: 1 of 1 images cannot be read: 00000.png \(far too large"),
     f"{TRAIN} --dataroot texts": (1, r"1 of 1 images cannot be read: 00000.png \(not an image"),
-    f"{TRAIN} --dataroot file": (1, "dataroot file is a file, not a folder: if it is an archive, unpack it"),
+    f"{TRAIN} --dataroot file": (1, "dataroot file is a file, expected a folder: if it is an archive, unpack it"),
     f"{TRAIN} --dataroot pairs": (1, "pairs has no trainA .*use --dataset_mode aligned"),
     # --- where to write ---
     "srpkd translate net.pth pairs file": (1, "file is a file: give a folder for the results"),
     "srpkd translate net.pth pairs file/deeper": (
         1,
-        "cannot be written: Not a directory; a file stands where a folder",
+        "cannot be written: Not a directory; a file exists where a folder",
     ),
-    "srpkd translate net.pth pairs pairs/out": (1, "lies in pairs: results would lie among the images"),
-    "srpkd export net.pth --format pt2 --output file/net.pt2": (1, "file/net.pt2 cannot be written: .* a file stands"),
+    "srpkd translate net.pth pairs pairs/out": (1, "pairs/out is inside pairs: give a folder for the results outside"),
+    "srpkd export net.pth --format pt2 --output file/net.pt2": (1, "file/net.pt2 cannot be written: .* a file exists"),
     "srpkd export net.pth --output empty --force": (1, "empty is a folder: --output takes the name of a file"),
-    "srpkd export net.pth --output net.pth --force": (1, "net.pth holds the weights: --output names another file"),
-    f"{SCORE} --json file/x.json": (1, "file/x.json cannot be written: .* a file stands where a folder is needed"),
-    f"{SCORE} --json net.pth": (2, "--json: 'net.pth': expected the name of a file that ends in .json"),
+    "srpkd export net.pth --output net.pth --force": (1, "net.pth is the file of the weights: give another --output"),
+    f"{SCORE} --json file/x.json": (1, "file/x.json cannot be written: .* a file exists where a folder is needed"),
+    f"{SCORE} --json net.pth": (2, "--json: 'net.pth': expected a file name that ends in .json"),
     "srpkd profile net.pth --size 16 --modes --json file/x.json": (1, "file/x.json cannot be written"),
-    "srpkd profile net.pth --size 16 --modes --json net.pth": (2, "expected the name of a file that ends in .json"),
+    "srpkd profile net.pth --size 16 --modes --json net.pth": (2, "expected a file name that ends in .json"),
     f"{TRAIN} --runs_dir file": (1, "runs_dir file: this folder cannot be made: File exists"),
     f"{TRAIN} --runs_dir file/deeper": (1, "this folder cannot be made: Not a directory"),
     f"{TRAIN} --name {'x' * 300}": (1, "this folder cannot be made: File name too long"),
     f"{TRAIN} --name ../x": (2, r"name='../x': expected a plain name for a folder inside runs"),
     "python -m srpkd.report results/blocked": (2, r"index.html cannot be written: Is a directory; give the name"),
-    "python -m srpkd.report results/plain --readme none.md": (2, "No such file or directory: 'none.md'"),
-    "python -m srpkd.report results/plain --readme README.md": (2, "README.md: expected the markers"),
     "python -m srpkd.report results/plain --overview x.png": (2, "report.json names no pictures yet"),
     "python -m srpkd.report results/missing --overview x.png": (2, "images/none.png: No such file or directory"),
     "python -m srpkd.report results/bombs --overview x.png": (2, "bomb/00000.png: far too large"),
@@ -128,29 +130,35 @@ WRONG = {
     "python -m srpkd.data.synthetic file --size 16 --train 1 --test 1": (1, "cannot be written: Not a directory"),
     "python -m srpkd.data.synthetic pairs --size 16": (
         1,
-        "pairs has train and test already, with files in them: give another",
+        "pairs already has train and test with files in them: use another",
     ),
     # --- options ---
-    "srpkd trian": (2, "no verb 'trian'; did you mean train?"),
+    "srpkd trian": (2, "unknown command 'trian'; did you mean train?"),
     "srpkd info now": (1, "srpkd info takes no options; received now"),
     "srpkd translate net.pth pairs out --device gpu": (2, r"device='gpu': expected cpu, cuda"),
-    "srpkd translate net.pth pairs out --device cuda:99": (2, r"device='cuda:99': torch sees \d+ GPUs; --device cpu"),
+    "srpkd translate net.pth pairs out --device cuda:99": (
+        2,
+        r"device='cuda:99': torch sees \d+ GPUs; or use --device cpu",
+    ),
     "srpkd translate net.pth pairs out --device meta": (2, "device='meta' holds no data"),
-    "srpkd translate net.pth pairs out --batch_size 0": (2, "--batch_size: '0': expected a whole number above 0"),
+    "srpkd translate net.pth pairs out --batch_size 0": (2, "--batch_size: '0': expected an integer >= 1"),
     "srpkd translate net.pth pairs out --sise 8": (2, "unrecognized arguments: --sise 8"),
     f"{SCORE} --device gpu": (2, "device='gpu': expected cpu, cuda"),
     f"{EVALUATE} --metrics lpips": (2, r"invalid choice: 'lpips' \(choose from '?fid"),
-    f"{EVALUATE} --metrics miou --palette wrld": (1, "--palette wrld: expected world, cityscapes, or a file of lines"),
-    f"{EVALUATE} --metrics miou --palette empty": (1, "--palette empty: expected world, .*Is a directory"),
-    f"{EVALUATE} --metrics miou --palette colours": (1, "'1 2 x' is not a line 'R G B name' with numbers of 0 to 255"),
-    f"{EVALUATE} --metrics segmentation": (1, "needs --segmenter, a network's file, and --labels"),
+    f"{EVALUATE} --metrics miou --palette wrld": (
+        1,
+        "--palette wrld: expected synthetic, cityscapes, or a file of lines",
+    ),
+    f"{EVALUATE} --metrics miou --palette empty": (1, "--palette empty: expected synthetic, .*Is a directory"),
+    f"{EVALUATE} --metrics miou --palette colours": (1, "line '1 2 x', expected 'R G B name' with numbers of 0 to 255"),
+    f"{EVALUATE} --metrics segmentation": (1, "needs --segmenter, the file of a network, and --labels"),
     "srpkd export net.pth --format tflite": (2, "invalid choice: 'tflite'"),
     "srpkd export net.pth --tolerance nan": (2, "'nan': expected a finite number of at least 0"),
     "srpkd profile net.pth --device gpu": (2, "device='gpu': expected cpu, cuda"),
     "srpkd profile net.pth --seconds -1": (2, "'-1': expected a finite number of at least 0"),
     "srpkd profile net.pth --modes fast": (2, "invalid choice: 'fast'"),
-    "srpkd profile net.pth --size 4": (1, "--size 4: expected at least 8 pixels a side"),
-    "srpkd profile unet.pth --size 40": (1, "--size 40: unet.pth takes multiples of 32"),
+    "srpkd profile net.pth --size 4": (1, "size=4: expected at least 8 pixels per side"),
+    "srpkd profile unet.pth --size 40": (1, "size=40: unet.pth needs a multiple of 32"),
     f"{TRAIN} --device meta": (2, "device='meta' holds no data"),
     f"{TRAIN} --seed {10**30}": (2, f"seed={10**30}: expected a whole number of at most 40 bits"),
     f"{TRAIN} --init_gain -1": (2, "init_gain=-1.0: expected at least 0"),
@@ -174,8 +182,11 @@ WRONG = {
         2,
         "--config unknown.yaml: there is no option 'n_epoch'; did you mean n_epochs?",
     ),
-    "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (1, "size >= 16; received count=2, size=8"),
-    "python -m srpkd.data.synthetic new --train 0": (2, "--train: '0': expected a whole number above 0"),
+    "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (
+        1,
+        "count=2, size=8: expected count >= 1 and size >= 16",
+    ),
+    "python -m srpkd.data.synthetic new --train 0": (2, "--train: '0': expected an integer >= 1"),
     "python -m srpkd.data.synthetic new --layout pairs": (2, "invalid choice: 'pairs'"),
     f"python -m srpkd.data.synthetic new --size 16 --train 1 --test 1 --seed {10**30}": (
         1,
@@ -202,7 +213,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def command(files, monkeypatch, capsys):
-    """Run a command line here: (exit status, what it wrote to stderr)."""
+    """Run a command line in the folder of the files and return (exit status, stderr)."""
     monkeypatch.chdir(files)
 
     def run(line: str) -> tuple[int, str]:
@@ -214,7 +225,7 @@ def command(files, monkeypatch, capsys):
         try:
             main(words[1:])
             code = 0
-        except SystemExit as stopped:  # anything else is a traceback, and fails the test
+        except SystemExit as stopped:  # other exceptions are tracebacks, and fail the test
             code = stopped.code or 0
         message = capsys.readouterr().err
         return (1, f"{message}{code}\n") if isinstance(code, str) else (code, message)
@@ -223,7 +234,7 @@ def command(files, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("line", "status", "message"), [(line, *what) for line, what in WRONG.items()], ids=WRONG)
-def test_a_wrong_command_says_so_and_changes_nothing(command, files, line, status, message):
+def test_invalid_command_fails_and_changes_nothing(command, files, line, status, message):
     before = tree(files)
     found, errors = command(line)
     assert found == status, errors
@@ -233,29 +244,29 @@ def test_a_wrong_command_says_so_and_changes_nothing(command, files, line, statu
 
 
 @pytest.mark.parametrize("line", ["srpkd translate code.pth pairs out", "python -m srpkd.report none", "srpkd trian"])
-def test_a_process_ends_with_the_message(files, line):
+def test_process_exits_with_the_message(files, line):
     words = shlex.split(line.replace("srpkd", "python -m srpkd.cli", 1) if line.startswith("srpkd") else line)
     done = subprocess.run([sys.executable, *words[1:]], cwd=files, capture_output=True, text=True, timeout=120)
     assert done.returncode in (1, 2) and done.stdout == ""
     assert "error: " in done.stderr and "Traceback" not in done.stderr
 
 
-# --- images that cannot be read among those that can ------------------------------------------------------------------
+# --- unreadable images ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("text", "not an image"), ("cut", "damaged or cut short"), ("bomb", "far too large"), ("eps", "not an image")],
+    [("text", "not an image"), ("cut", "damaged or truncated"), ("bomb", "far too large"), ("eps", "not an image")],
 )
-def test_images_that_cannot_be_read_are_skipped_by_name(command, files, tmp_path, kind, why):
+def test_unreadable_images_are_skipped(command, files, tmp_path, kind, why):
     status, errors = command(f"srpkd translate net.pth {kind} {tmp_path}/out")
     assert status == 1 and f"skipped {kind}/00000.png: {why}" in errors
     assert not (tmp_path / "out").exists()
 
 
-# --- disks that take nothing ------------------------------------------------------------------------------------------
+# --- full and read-only disks -----------------------------------------------------------------------------------------
 
-# a command that writes into "out": what it would leave there
+# a command that writes into "out": a size in bytes that its files exceed
 WRITERS = {
     "srpkd translate net.pth pairs out/translated": 500,
     "srpkd export net.pth --format pt2 --output out/net.pt2": 5000,
@@ -270,14 +281,14 @@ WRITERS = {
 
 @pytest.fixture
 def curves(files):
-    """A run with a curve to draw."""
+    """Add a run with a loss curve."""
     (files / "results/curves").mkdir(exist_ok=True)
     lines = [f'{{"stage": "teacher", "step": {step}, "loss": {step}}}\n' for step in (1, 2)]
     (files / "results/curves/metrics.jsonl").write_text("".join(lines))
 
 
 @pytest.mark.parametrize(("line", "room"), WRITERS.items(), ids=WRITERS)
-def test_a_full_disk(command, files, curves, line, room):
+def test_full_disk(command, files, curves, line, room):
     (files / "out").mkdir(exist_ok=True)
     before = tree(files)
     with full_disk(room):
@@ -288,39 +299,38 @@ def test_a_full_disk(command, files, curves, line, room):
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("line", WRITERS)
-def test_a_folder_that_takes_no_file(command, files, curves, monkeypatch, line, number):
+def test_folder_that_is_not_writable(command, files, curves, monkeypatch, line, number):
     (files / "out").mkdir(exist_ok=True)
     before = tree(files)
-    monkeypatch.setattr("srpkd.models.checkpoints.open", refusing(number), raising=False)
+    monkeypatch.setattr("srpkd.files.open", refusing(number), raising=False)
     status, errors = command(line)
     assert status in (1, 2) and f"cannot be written: {os.strerror(number)}; " in errors, errors
     assert REFUSALS[number] in errors
     assert tree(files) == before
 
 
-def test_results_are_shown_before_they_are_lost(files, monkeypatch, capsys):
+def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys):
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit, match=r"file/x\.json cannot be written"):
         cli.main(shlex.split(f"{SCORE} --json file/x.json")[1:])
     assert "PSNR" in capsys.readouterr().out
 
 
-def test_what_is_translated_before_the_disk_is_full_is_kept_and_counted(command, files, tmp_path, monkeypatch):
-
-    save, saved = translate._save, []
+def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
+    save, saved = inference.save_output, []
 
     def at_most_one(output, path):
         with full_disk(500 if saved else 10**6):
             saved.append(save(output, path))
         return saved[-1]
 
-    monkeypatch.setattr(translate, "_save", at_most_one)
+    monkeypatch.setattr(inference, "save_output", at_most_one)
     status, errors = command(f"srpkd translate net.pth unpaired {tmp_path}/out")
     assert status == 1 and re.search(rf"{FULL}.*\. 1 of 6 images are written", errors), errors
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["00000.png"]
 
 
-def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsys):
+def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
     keep, kept = RunDir.keep, []
 
     def at_most_two(self, state):
@@ -347,7 +357,7 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
     assert "report: runs/new" in capsys.readouterr().out
 
 
-def test_a_disk_that_is_really_full(command, files, tmp_path):
+def test_real_full_disk(command, files, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""What a wrong name may lead to: files and folders that are none of what they seem, for the tables of wrong inputs."""
+"""Invalid files and folders of all kinds, for the tests of invalid inputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pickle
 import resource
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -25,14 +26,14 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 
 
 class Trap:
-    """What leaves the file ``sprung`` in the working directory, if it is unpickled."""
+    """A payload that creates the file ``sprung`` in the working directory when it is unpickled."""
 
     def __reduce__(self):
         return open, ("sprung", "w")
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes that says it is so large."""
+    """Return a PNG file of a few bytes whose header claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -44,13 +45,13 @@ def png_of(width: int, height: int) -> bytes:
 
 
 def make_files(root: Path) -> Path:
-    """Fill a folder with them; what is not named after its fault is sound."""
+    """Fill a folder; files that are not named after a fault are valid."""
     save_weights(define_generator("resnet_1blocks", ngf=1), root / "net.pth")
     save_weights(define_generator("unet_32", ngf=1), root / "unet.pth")
     save_weights(define_generator("resnet_1blocks", 2, 3, ngf=1), root / "two.pth")
     save_weights(define_discriminator("pixel", ndf=1), root / "discriminator.pth")
     save_weights(nn.Linear(2, 2), root / "linear.pth")
-    (root / "text.pth").write_text("these are no weights\n")
+    (root / "text.pth").write_text("these are not weights\n")
     (root / "empty.pth").touch()
     whole = (root / "net.pth").read_bytes()
     (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
@@ -65,7 +66,7 @@ def make_files(root: Path) -> Path:
     write_synthetic(root / "unpaired", 2, 1, 32, layout="unaligned")
     photo = (root / "pairs/test/00000.png").read_bytes()
     for name, content in {
-        "text": b"no image",
+        "text": b"not an image",
         "cut": photo[: len(photo) // 2],
         "bomb": png_of(50_000, 50_000),
         "eps": EPS,
@@ -113,13 +114,24 @@ def make_files(root: Path) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Every file with its content, and every folder, below a folder."""
+    """Return the content of every file below a folder, and None for every folder."""
     return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def assert_rejected(root: Path, call: Callable[[], object], error: type[Exception], message: str) -> None:
+    """Check that a call raises an error with this message and changes no file below `root`.
+
+    So it leaves no partial file, and no file that a payload creates.
+    """
+    before = tree(root)
+    with pytest.raises(error, match=f"(?s){message}"):
+        call()
+    assert tree(root) == before
 
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes: the system refuses what is written after that."""
+    """Limit the files that this process writes to so many bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # Python ignores the signal, and gets EFBIG
     try:
@@ -128,11 +140,11 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-REFUSALS = {errno.EACCES: "where that is allowed", errno.EROFS: "where that is allowed", errno.ENOSPC: "make room"}
+REFUSALS = {errno.EACCES: "permission to write", errno.EROFS: "permission to write", errno.ENOSPC: "make room"}
 
 
 def refusing(number: int):
-    """``open`` of a system that opens no new file, for the reason of this number."""
+    """Return an ``open`` that fails with this error number when it would create a file."""
 
     def refuse(path, mode="r", *arguments, **keywords):
         if "x" in mode or "w" in mode:

@@ -1,4 +1,4 @@
-"""Which images make up which batch, in an order that can be taken up again at any batch."""
+"""Batches of a dataset, in an order that can be resumed at any batch."""
 
 from __future__ import annotations
 
@@ -11,58 +11,68 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-Draw = tuple[int, int]  # an item's index, and the seed of its random crop, flip and partner
+SeededIndex = tuple[int, int]  # an item's index, and the seed of its random crop, flip and partner
 
 
-class Batches(Sampler[list[Draw]]):
-    """Batches without end, pass after pass over a data set, each pass in an order of its own.
+class ResumableBatchSampler(Sampler[list[SeededIndex]]):
+    """Infinite batch sampler: pass after pass over a dataset, each in another order.
 
-    A batch follows from the seed and from its number alone: whatever came before it, in whichever process.
+    A batch depends only on the seed and on its number, not on the batches before it or on the process.
 
     Args:
-        length: items of the data set; what does not fill a batch is left out of a pass.
-        batch_size: items in a batch; of a smaller data set, all.
-        seed: of the order, and of the items' own random numbers.
-        shuffle: False keeps to the data set's order.
-        start: the number of the first batch.
-        rank, ranks: give the part of each batch that is process number `rank`'s, of `ranks`.
+        length: items of the dataset; each pass drops the last incomplete batch.
+        batch_size: items per batch, at most `length`.
+        seed: of the order, and of the items' random numbers.
+        shuffle: False keeps the dataset's order.
+        start: number of the first batch.
+        rank, world_size: yield only the items of this process, out of `world_size` processes.
 
-    ``len()`` is the number of batches in a pass.
+    ``len()`` is the number of batches per pass.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, shuffle: bool, start: int = 0, rank: int = 0, ranks: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.length, self.batch_size = length, min(batch_size, length)
         self.seed, self.shuffle, self.start = seed, shuffle, start
-        self.part = slice(rank, None, ranks)
+        self.part = slice(rank, None, world_size)
 
     def __len__(self) -> int:
         return self.length // self.batch_size
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        first, skipped = divmod(self.start, len(self))
-        for number in itertools.count(first):
+    def __iter__(self) -> Iterator[list[SeededIndex]]:
+        first_pass, skipped = divmod(self.start, len(self))
+        for number in itertools.count(first_pass):
             order = self.order(number)
-            for batch in range(skipped if number == first else 0, len(self)):
+            for batch in range(skipped if number == first_pass else 0, len(self)):
                 indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(index, _seed(self.seed, number, index)) for index in indices[self.part]]
+                yield [(index, _hash_seed(self.seed, number, index)) for index in indices[self.part]]
 
     def order(self, number: int) -> list[int]:
-        """The items of a pass, in its order."""
+        """Return the indices of pass `number`, in its order."""
         if not self.shuffle:
             return list(range(self.length))
-        rng = torch.Generator().manual_seed(_seed(self.seed, number))
+        rng = torch.Generator().manual_seed(_hash_seed(self.seed, number))
         return torch.randperm(self.length, generator=rng).tolist()
 
 
-class Seeded(Dataset):
-    """A data set by `Draw`: an item's random numbers come from its own seed, and leave torch's generator as it is."""
+class SeededDataset(Dataset):
+    """Dataset indexed by `SeededIndex`: an item's random numbers follow from its seed alone.
+
+    The state of torch's default generator is restored after each item.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, draw: Draw) -> Any:
+    def __getitem__(self, draw: SeededIndex) -> Any:
         index, seed = draw
         before = torch.get_rng_state()
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
@@ -72,16 +82,16 @@ class Seeded(Dataset):
             torch.set_rng_state(before)
 
 
-def _seed(*numbers: int) -> int:
-    """Numbers to one of 64 bits that is unlike that of their neighbours, on every machine."""
+def _hash_seed(*numbers: int) -> int:
+    """Return a 64-bit seed that differs strongly between neighbouring numbers, the same on every machine."""
     return random.Random(" ".join(map(str, numbers))).getrandbits(64)
 
 
 def collate(items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Items {"A": (C, H, W), "B": ..., paths} -> {"A": (B, C, H, W), "B": ...}."""
+    """Stack items {"A": (C, H, W), "B": (C, H, W), ...} to a batch {"A": (B, C, H, W), "B": (B, C, H, W)}."""
     return {side: torch.stack([item[side] for item in items]) for side in ("A", "B")}
 
 
 def sides(direction: str) -> tuple[str, str]:
-    """Which side of a pair is a direction's input, and which its target."""
+    """Return the keys of a batch that are the input and the target of a generator, "G_A" or "G_B"."""
     return ("B", "A") if direction == "G_B" else ("A", "B")

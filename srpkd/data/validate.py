@@ -1,47 +1,39 @@
-"""Looks at a data set before step 0, and says in plain words all that is wrong with it, at once."""
+"""Validation of an image dataset before training: all its problems in one error."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .folders import (
-    CHOICES,
-    EXTENSIONS,
-    DataError,
-    describe,
-    did_you_mean,
-    effective_load_size,
-    image_files,
-    open_image,
-    plain,
-    scaled_size,
-    source_folders,
-)
+from ..arguments import check_whole
+from ..kernels.dispatch import check_choice
+from . import Direction
+from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size, source_folders
+from .images import EXTENSIONS, DataError, image_files, open_image
 
 Size = tuple[int, int]  # (width, height)
 
-# So many files of a folder are decoded to the last byte, which alone finds every damage, in about a second for
-# small photos. Of a larger folder they are evenly spread, and the other files have only their header read
-# (and, in PNG, their checksums).
+# Number of files per folder that are decoded completely, at most: only this finds every kind of damage, and it takes
+# about a second for small photos. In a larger folder these files are evenly spaced; of the others only the header is
+# read (and the checksums of PNG).
 DECODED = 500
 
-_PROPER = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
+_FOLDER_NAMES = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A sound data set in numbers; `str()` gives one line.
+    """Statistics of a valid dataset; `str()` gives one line.
 
     counts: images per folder, as {"trainA": 1067, "trainB": 1334}
-    sizes: the (width, height) of the files, and how many there are of each
-    network_sizes: the (width, height) of what the network will be given
-    decoded: how many of the files were decoded, not only opened
+    sizes: (width, height) of the files -> how many have it
+    network_sizes: the different (width, height) of the network's inputs
+    decoded: how many files were decoded completely
     """
 
     counts: dict[str, int]
@@ -54,18 +46,54 @@ class DatasetReport:
         total = sum(self.counts.values())
         decoded = "all" if self.decoded == total else f"{self.decoded:,}"
         return (
-            f"{counts}, {_span(self.sizes)} pixels, {decoded} decoded without error; "
-            f"the network gets {_span(self.network_sizes)}"
+            f"{counts}, {_size_range(self.sizes)} pixels, {decoded} decoded without error; "
+            f"the network gets {_size_range(self.network_sizes)}"
         )
+
+
+class _Header(NamedTuple):
+    """What is known of a readable image file."""
+
+    path: str
+    size: Size
+    mode: str  # Pillow's, such as "RGB" or "I;16"
+
+
+class _Check(NamedTuple):
+    """A property of an image that makes it unusable."""
+
+    problem: str
+    fails: Callable[[_Header], bool]
+    detail: Callable[[_Header], str]  # shown in brackets after the file's name
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Sizes of an image on its way from the file to the network."""
+
+    aligned: bool
+    preprocess: Preprocess
+    load_size: int
+    crop_size: int
+
+    def image_size(self, header: _Header) -> Size:
+        """Size of one image: for an aligned pair, of its half."""
+        width, height = header.size
+        return (width // 2 if self.aligned else width), height
+
+    def network_size(self, header: _Header) -> Size:
+        if "crop" in self.preprocess:
+            return self.crop_size, self.crop_size
+        return scaled_size(self.image_size(header), self.preprocess, self.load_size, self.crop_size)
 
 
 def validate_dataset(
     dataroot: str | Path,
-    dataset_mode: str,
+    dataset_mode: DatasetMode,
     phase: str = "train",
     *,
-    direction: str = "AtoB",
-    preprocess: str = "resize_and_crop",
+    direction: Direction = "AtoB",
+    preprocess: Preprocess = "resize_and_crop",
     load_size: int = 286,
     crop_size: int = 256,
     max_dataset_size: int | None = None,
@@ -73,210 +101,236 @@ def validate_dataset(
     batch_size: int = 1,
     max_report: int = 10,
 ) -> DatasetReport:
-    """Checks what `open_dataset` with the same arguments will read. Writes nothing, draws no random number.
+    """Check all images that `open_dataset` would read with the same arguments.
 
-    `size_multiple` is what the sides of the generator's input must be multiples of: 4 for a ResNet,
-    2 ** downs for a U-Net. For each kind of problem at most `max_report` files are named.
+    Writes nothing and draws no random numbers.
 
-    Raises DataError (a ValueError) with *all* that is wrong: options that cannot be, a missing dataroot or
-    folder and what is there instead, folders without images, files that cannot be decoded (`DECODED` says how
-    far this looks) or have more than 8 bits per channel, aligned images that are not two halves, images smaller
-    than the crop, sizes that are no multiple of `size_multiple`, sizes that differ within a batch.
+    Args:
+        size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
+            U-Net.
+        batch_size: images per batch; more than one must have the same size.
+        max_report: number of files to name for each kind of problem, at most.
+
+    Raises:
+        DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
+            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have more
+            than 8 bits per channel; aligned images that are not two halves; images smaller than the crop; sizes that
+            are not a multiple of `size_multiple`; sizes that differ within a batch.
     """
     root = Path(dataroot)
-    problems = [
-        f"--{name} is one of {', '.join(CHOICES[name])}; received {value!r}{did_you_mean(str(value), CHOICES[name])}"
-        for name, value in (("dataset_mode", dataset_mode), ("direction", direction), ("preprocess", preprocess))
-        if value not in CHOICES[name]
-    ]
-    problems += [
-        f"--{name} must be a whole number of at least 1; received {value!r}"
-        for name, value in (("load_size", load_size), ("crop_size", crop_size), ("size_multiple", size_multiple))
-        if not isinstance(value, int) or value < 1
-    ]
-    heading = f"The data set {root} ({dataset_mode}, {phase}) cannot be used:"
-    if problems:
-        raise DataError(heading, problems)  # without these nothing else can be judged
+    heading = f"The dataset {root} ({dataset_mode}, {phase}) cannot be used:"
+    choices = {"dataset_mode": dataset_mode, "direction": direction, "preprocess": preprocess}
+    sizes = {"load_size": load_size, "crop_size": crop_size, "size_multiple": size_multiple}
+    if problems := _invalid_arguments(choices, sizes):
+        raise DataError(heading, problems)  # the other checks need valid arguments
 
-    cropped = "crop" in preprocess
     load_size = effective_load_size(preprocess, load_size, crop_size, phase == "train")
-    problems += _bad_options(preprocess, load_size, crop_size, size_multiple)
-    problems += (missing := _missing(root, dataset_mode, phase))
+    missing = _missing_folders(root, dataset_mode, phase)
+    problems = _size_problems(preprocess, load_size, crop_size, size_multiple) + missing
+    geometry = _Geometry(dataset_mode == "aligned", preprocess, load_size, crop_size)
+    checks = _image_checks(geometry, size_multiple)
 
-    def image(look: _Look) -> Size:  # of which the network sees a view
-        width, height = look.size
-        return (width // 2 if dataset_mode == "aligned" else width, height)
-
-    def view(look: _Look) -> Size:
-        return (crop_size, crop_size) if cropped else scaled_size(image(look), preprocess, load_size, crop_size)
-
-    def as_stored(look: _Look) -> str:
-        return _by(look.size)
-
-    # what can be wrong with a file that can be read, when it is, and what to show of it
-    ailments = [
-        (
-            "have more than 8 bits per channel, which would be cut off: convert them to 8",
-            lambda look: look.mode[0] in "IF",
-            lambda look: look.mode,
-        ),
-        (
-            "are not A and B of one size side by side: their width is odd, or no more than their height (make very "
-            "tall pairs square halves first; if these are single images, use another --dataset_mode)",
-            lambda look: dataset_mode == "aligned" and (look.size[0] % 2 or look.size[0] <= look.size[1]),
-            as_stored,
-        ),
-        (
-            f"are smaller than --crop_size {crop_size}, which needs "
-            f"{_by((crop_size * (2 if dataset_mode == 'aligned' else 1), crop_size))} at least: "
-            "make it smaller or use --preprocess resize_and_crop",
-            lambda look: preprocess == "crop" and min(image(look)) < crop_size,
-            as_stored,
-        ),
-        (
-            f"reach the network with sides that are no multiple of {size_multiple}, as this generator needs: "
-            f"use --preprocess {'scale_width_and_crop' if preprocess == 'scale_width' else 'resize_and_crop'}",
-            lambda look: not cropped and any(side % size_multiple for side in view(look)),
-            lambda look: _by(view(look)),
-        ),
-    ]
-
-    counts, sizes, network_sizes, decoded = {}, Counter(), set(), 0
+    counts: dict[str, int] = {}
+    file_sizes: Counter[Size] = Counter()
+    network_sizes: set[Size] = set()
+    decoded = 0
     for folder in [] if missing else source_folders(root, dataset_mode, phase):
         files = image_files(folder)[:max_dataset_size]
-        looks, broken, whole = _look_at(files)
+        headers, unreadable, complete = _read_headers(files)
         if not files:
-            problems.append(_empty(folder))
-        found = [("cannot be read", broken)]
-        for ailment, has_it, shown in ailments:
-            found.append((ailment, [(look.path, shown(look)) for look in looks if has_it(look)]))
-        for ailment, ill in found:
-            if ill:
-                names = _listed([f"{os.path.relpath(path, folder)} ({why})" for path, why in ill], max_report)
-                problems.append(f"{folder}: {len(ill):,} of {len(files):,} images {ailment}: {names}")
-        views = {view(look) for look in looks}
-        if batch_size > 1 and len(views) > 1:
+            problems.append(_no_images(folder))
+        failures = {"cannot be read": unreadable}
+        for check in checks:
+            failures[check.problem] = [(h.path, check.detail(h)) for h in headers if check.fails(h)]
+        for problem, failed in failures.items():
+            if failed:
+                names = _join([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in failed], max_report)
+                problems.append(f"{folder}: {len(failed):,} of {len(files):,} images {problem}: {names}")
+        folder_sizes = {geometry.network_size(header) for header in headers}
+        if batch_size > 1 and len(folder_sizes) > 1:
             problems.append(
-                f"{folder}: a batch of {batch_size} cannot hold images of {_span(views)}, as --preprocess "
-                f"{preprocess} makes them: use --preprocess resize_and_crop or --batch_size 1"
+                f"{folder}: a batch of {batch_size} needs images of one size; --preprocess {preprocess} gives "
+                f"{_size_range(folder_sizes)}: use --preprocess resize_and_crop or --batch_size 1"
             )
         counts[folder.resolve().name] = len(files)
-        sizes.update(look.size for look in looks)
-        network_sizes |= views
-        decoded += whole
+        file_sizes.update(header.size for header in headers)
+        network_sizes |= folder_sizes
+        decoded += complete
     if problems:
         raise DataError(heading, problems)
-    return DatasetReport(counts, dict(sizes), sorted(network_sizes), decoded)
+    return DatasetReport(counts, dict(file_sizes), sorted(network_sizes), decoded)
 
 
-class _Look(NamedTuple):
-    path: str
-    size: Size
-    mode: str  # Pillow's
-
-
-def _look_at(files: list[str]) -> tuple[list[_Look], list[tuple[str, str]], int]:
-    """(what could be read, what could not and why, how many were decoded)."""
-    looks, broken, decoded = [], [], 0
-    for i, path in enumerate(files):
-        # true of all files of a small folder, and of DECODED evenly spread ones of a large one
-        whole = i * DECODED % len(files) < DECODED
-        decoded += whole
-        try:
-            with open_image(path) as image:
-                look = _Look(path, image.size, image.mode)
-                # a JPEG is decoded at an eighth of its size: that reads every byte, and is faster
-                image.draft("RGB", (1, 1))
-                image.load() if whole else image.verify()
-            looks.append(look)
-        except DataError as error:
-            broken.append((path, describe(error.__cause__)))
-    return looks, broken, decoded
-
-
-def _bad_options(preprocess: str, load_size: int, crop_size: int, size_multiple: int) -> list[str]:
-    """What is wrong with the sizes, whatever the images are."""
+def _invalid_arguments(choices: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
     problems = []
+    for name, choice in choices.items():
+        try:
+            check_choice(f"--{name}", choice, CHOICES[name])
+        except ValueError as error:
+            problems.append(str(error))
+    for name, size in sizes.items():
+        try:
+            check_whole(f"--{name}", size, least=1)
+        except (TypeError, ValueError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _size_problems(preprocess: Preprocess, load_size: int, crop_size: int, size_multiple: int) -> list[str]:
+    """Return the problems of the sizes that do not depend on the images."""
+    problems: list[str] = []
     if "crop" not in preprocess:
         return problems
     if preprocess != "crop" and load_size < crop_size:
         problems.append(
-            f"--crop_size {crop_size} is larger than --load_size {load_size}, to which the images are scaled before: "
-            "make the crop smaller or load_size larger"
+            f"--crop_size {crop_size} is larger than --load_size {load_size}, the size that images are scaled to "
+            "before the crop: use a smaller --crop_size or a larger --load_size"
         )
     if rest := crop_size % size_multiple:
-        near = [size for size in (crop_size - rest, crop_size - rest + size_multiple) if size]
+        nearest = [size for size in (crop_size - rest, crop_size - rest + size_multiple) if size]
         problems.append(
-            f"--crop_size {crop_size} is no multiple of {size_multiple}, as this generator needs: "
-            f"use {' or '.join(map(str, near))}"
+            f"--crop_size {crop_size} is not a multiple of {size_multiple}, as this generator needs: "
+            f"use {' or '.join(map(str, nearest))}"
         )
     return problems
 
 
-def _missing(root: Path, dataset_mode: str, phase: str) -> list[str]:
-    """Which folders do not exist, what there is instead, and what may have been meant."""
+def _image_checks(geometry: _Geometry, size_multiple: int) -> list[_Check]:
+    """Return the checks of a readable image."""
+
+    def file_size(header: _Header) -> str:
+        return _format_size(header.size)
+
+    crop_size, preprocess = geometry.crop_size, geometry.preprocess
+    smallest = (crop_size * (2 if geometry.aligned else 1), crop_size)
+    fixed_size = "scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop"
+    return [
+        _Check(
+            "have more than 8 bits per channel: convert them to 8 bits",
+            lambda header: header.mode[0] in "IF",
+            lambda header: header.mode,
+        ),
+        _Check(
+            "are not A and B of the same size side by side: their width is odd, or not larger than their height "
+            "(pad very tall pairs to square halves first; for images that are not pairs, use another --dataset_mode)",
+            lambda header: geometry.aligned and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
+            file_size,
+        ),
+        _Check(
+            f"are smaller than --crop_size {crop_size}, which needs at least {_format_size(smallest)}: use a smaller "
+            "--crop_size, or --preprocess resize_and_crop",
+            lambda header: preprocess == "crop" and min(geometry.image_size(header)) < crop_size,
+            file_size,
+        ),
+        _Check(
+            f"give the network an input whose sides are not multiples of {size_multiple}, as this generator needs: "
+            f"use --preprocess {fixed_size}",
+            lambda header: (
+                "crop" not in preprocess and any(side % size_multiple for side in geometry.network_size(header))
+            ),
+            lambda header: _format_size(geometry.network_size(header)),
+        ),
+    ]
+
+
+def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]], int]:
+    """Return the headers of the readable files, (path, reason) of the others, and how many were decoded completely."""
+    headers, unreadable, decoded = [], [], 0
+    for i, path in enumerate(files):
+        # true for all files of a small folder, and for DECODED evenly spaced ones of a large folder
+        decode = i * DECODED % len(files) < DECODED
+        decoded += decode
+        try:
+            with open_image(path) as image:
+                header = _Header(path, image.size, image.mode)
+                # a JPEG is decoded at an eighth of its size: this reads every byte, and is faster
+                image.draft("RGB", (1, 1))
+                if decode:
+                    image.load()
+                else:
+                    image.verify()
+            headers.append(header)
+        except DataError as error:
+            unreadable.append((path, str(error).removeprefix(f"{path}: ")))
+    return headers, unreadable, decoded
+
+
+def _missing_folders(root: Path, dataset_mode: DatasetMode, phase: str) -> list[str]:
+    """Return one problem if folders do not exist, with what exists instead and a suggestion; else none."""
     if root.is_file():
-        return [f"dataroot {root} is a file, not a folder: if it is an archive, unpack it"]
+        return [f"dataroot {root} is a file, expected a folder: if it is an archive, unpack it"]
     if not root.is_dir():
-        first = next(p for p in (root, *root.parents) if p.parent.is_dir())  # the first part that is not there
-        beside = _folders_in(first.parent)
+        first = next(p for p in (root, *root.parents) if p.parent.is_dir())  # the topmost missing part of the path
+        siblings = _subfolders(first.parent)
         return [
-            f"dataroot {root} does not exist{did_you_mean(first.name, beside, first.parent)}; "
-            f"{first.parent.absolute()} has {_listed(beside) or 'no folders'}"
+            f"dataroot {root} does not exist{_did_you_mean(first, siblings)}; "
+            f"{first.parent.absolute()} has {_join(siblings) or 'no folders'}"
         ]
     wanted = [folder.name for folder in source_folders(root, dataset_mode, phase)]
-    if dataset_mode == "single" or not (gone := [name for name in wanted if not (root / name).is_dir()]):
+    if dataset_mode == "single" or not (missing := [name for name in wanted if not (root / name).is_dir()]):
         return []
 
-    there = _folders_in(root)
-    deeper = [f"{outer}/{inner}" for outer in there for inner in _folders_in(root / outer)]
-    problem = f"dataroot {root} has no {' and no '.join(gone)}; "
-    problem += f"it has {_listed(there)}" if there else "it has no folders"
+    existing = _subfolders(root)
+    nested = [f"{outer}/{inner}" for outer in existing for inner in _subfolders(root / outer)]
+    problem = f"dataroot {root} has no {' and no '.join(missing)}; "
+    problem += f"it has {_join(existing)}" if existing else "it has no folders"
     hints = []
-    for name in gone:
-        # train_A, Train-A or train/A are as good as trainA; a bare A too
-        good = {plain(name), plain(name[len(phase) :])} - {""}
-        same = [other for other in there + deeper if plain(other) in good]
+    for name in missing:
+        # train_A, Train-A, train/A and A can stand for trainA
+        equivalent = {_letters(name), _letters(name[len(phase) :])} - {""}
+        same = [other for other in existing + nested if _letters(other) in equivalent]
         # but testA is not a misspelt trainA, nor is trainB
-        typos = [other for other in there if plain(other) not in _PROPER]
+        typos = [other for other in existing if _letters(other) not in _FOLDER_NAMES]
         if found := same or difflib.get_close_matches(name, typos, 1, 0.7):
             hints.append(f"rename {found[0]} to {name}")
-    if dataset_mode == "unaligned" and image_files(root / phase) and len(hints) < len(gone):
-        hints.append(f"{phase} has images, which looks like an aligned data set: use --dataset_mode aligned")
+    if dataset_mode == "unaligned" and image_files(root / phase) and len(hints) < len(missing):
+        hints.append(f"{phase} has images, which looks like an aligned dataset: use --dataset_mode aligned")
     if dataset_mode == "aligned" and all((root / f"{phase}{side}").is_dir() for side in "AB"):
-        hints.append("this looks like an unaligned data set: use --dataset_mode unaligned")
+        hints.append("this looks like an unaligned dataset: use --dataset_mode unaligned")
     hints += [
         f"use --dataroot {root / name}"
-        for name in there
+        for name in existing
         if all(folder.is_dir() for folder in source_folders(root / name, dataset_mode, phase))
     ]
-    if not there and image_files(root):
-        hints.append("its images lie in no folder: sort them into these, or use --dataset_mode single")
+    if not existing and image_files(root):
+        hints.append("its images are in no sub-folder: sort them into these folders, or use --dataset_mode single")
     return ["; ".join([problem, *hints])]
 
 
-def _empty(folder: Path) -> str:
+def _no_images(folder: Path) -> str:
     others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
-    instead = _listed([f"{count:,} {suffix}" for suffix, count in others.most_common()], 3)
+    instead = _join([f"{count:,} {suffix}" for suffix, count in others.most_common()], 3)
     return f"{folder}: no images ({' '.join(EXTENSIONS)}); " + (f"it has {instead}" if others else "it is empty")
 
 
-def _folders_in(folder: Path) -> list[str]:
+def _did_you_mean(path: Path, names: list[str]) -> str:
+    """Return the sibling whose name is closest to the path's, as a question in brackets, or ''."""
+    by_letters = {_letters(name): name for name in names}
+    nearest = difflib.get_close_matches(_letters(path.name), by_letters, 1)
+    return f" (did you mean {path.parent / by_letters[nearest[0]]}?)" if nearest else ""
+
+
+def _letters(name: str) -> str:
+    """Return a name in lower case without hyphens, underscores and dots."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def _subfolders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _listed(names: list[str], most: int = 10) -> str:
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+def _join(names: list[str], limit: int = 10) -> str:
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _by(size: Size) -> str:
+def _format_size(size: Size) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _span(sizes: Collection[Size]) -> str:
-    """One size, or the smallest and the largest of each side."""
+def _size_range(sizes: Collection[Size]) -> str:
+    """Return the only size, or the smallest and the largest width and height."""
     if len(set(sizes)) == 1:
-        return _by(next(iter(sizes)))
+        return _format_size(next(iter(sizes)))
     widths, heights = zip(*sizes)
-    return f"{_by((min(widths), min(heights)))} to {_by((max(widths), max(heights)))}"
+    return f"{_format_size((min(widths), min(heights)))} to {_format_size((max(widths), max(heights)))}"

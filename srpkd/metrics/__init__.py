@@ -1,1 +1,1 @@
-"""Image metrics: pixel by pixel, by Inception features, by segmentation."""
+"""Image metrics: of pixels (PSNR, SSIM), of Inception features (FID, KID), of segmentation (mIoU, FCN scores)."""

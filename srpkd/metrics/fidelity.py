@@ -1,25 +1,26 @@
-"""FID and KID of generated images, by torch-fidelity."""
+"""FID and KID of generated images, computed by torch-fidelity."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset
 
 from ..arguments import check_type, check_whole
-from ..data.folders import Images
+from ..data.images import ImageFiles
 from ..extras import require
 from ..models.checkpoints import CheckpointError, load_weights
 
-INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that FID and KID are defined by
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that defines FID and KID
 
 
 def fidelity(
-    generated: Images,
-    real: Mapping[str, Sequence[Images]],
+    generated: ImageFiles,
+    real: Mapping[str, Sequence[ImageFiles]],
     *,
     fid: bool = True,
     kid: bool = True,
@@ -29,47 +30,52 @@ def fidelity(
     device: str = "cpu",
     feature_extractor: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Fréchet and kernel Inception distance of generated images to real ones, by torch-fidelity.
+    """Compute the Fréchet and the kernel Inception distance between generated and real images, with torch-fidelity.
+
+    FID: Heusel et al. 2017; KID: Bińkowski et al. 2018.
 
     Args:
-        generated: the images.
-        real: name -> the sets of images that together are compared with, such as train and test.
+        generated: the generated images.
+        real: name -> the sets of real images that together form one reference, such as train and test.
+        fid, kid: which distances to compute.
         inception_weights: torch-fidelity's file of Inception weights; by default the one in torch's cache.
-        kid_subset_size: images a subset of KID; by default 1000, or as many as there are.
-        batch_size: images a pass, where all have one size.
+        kid_subset_size: images per subset of KID; by default 1000, or as many as there are.
+        batch_size: images per forward pass, if all images have the same size.
         device: "cpu" or "cuda".
-        feature_extractor: one registered with torch-fidelity, in place of Inception.
+        feature_extractor: name of a feature extractor that is registered with torch-fidelity, instead of Inception.
 
     Returns:
-        Per name ``{"FID": ..., "KID": ..., "KID std": ..., "KID subset": ...}``.
+        For each name of `real`: {"FID", "KID", "KID std", "KID subset"}.
 
     Raises:
         ImportError: torch-fidelity is not installed.
-        FileNotFoundError: there are no Inception weights; says which file to put where.
-        CheckpointError, ValueError: the file or the images are not what they should be.
-        TypeError: an argument of another kind.
+        FileNotFoundError: the Inception weights are missing; the message says where to download and put them.
+        CheckpointError: the file of weights cannot be used.
+        ValueError, TypeError: an invalid argument, or fewer than two images.
     """
-    check_type("generated", generated, Images, "Images(paths)")
-    check_type("real", real, Mapping, "{name: [Images(paths), ...], ...}")
+    check_type("generated", generated, ImageFiles, "ImageFiles(paths)")
+    check_type("real", real, Mapping, "{name: [ImageFiles(paths), ...], ...}")
     if not real or not all(isinstance(parts, Sequence) and parts for parts in real.values()):
-        raise ValueError(f"real={dict(real)!r}: expected {{name: [Images(paths), ...], ...}}, with one name at least")
+        raise ValueError(
+            f"real={dict(real)!r}: expected {{name: [ImageFiles(paths), ...], ...}} with at least one name"
+        )
     if not (fid or kid):
-        raise ValueError("fid and kid are both False: nothing to compute")
+        raise ValueError("fid and kid are both False, expected at least one of them to be True")
     check_whole("batch_size", batch_size, least=1)
     library = require("torch_fidelity", "metrics", "FID and KID")
-    weights = None if feature_extractor else _inception(inception_weights)
-    together = {name: parts[0] if len(parts) == 1 else ConcatDataset(parts) for name, parts in real.items()}
-    if not all(images.one_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
+    weights = None if feature_extractor else _inception_file(inception_weights)
+    if not all(images.have_same_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
         batch_size = 1
-    results = {}
-    with tempfile.TemporaryDirectory() as cache:  # the features of the generated images are taken once
-        for name, images in together.items():
-            if min(len(generated), len(images)) < 2:
-                raise ValueError(f"FID and KID need two images at least; received {len(generated)} and {len(images)}")
-            subset = kid_subset_size or min(1000, len(generated), len(images))
-            found = library.calculate_metrics(
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as cache:  # the features of the generated images are computed once
+        for name, parts in real.items():
+            count = sum(map(len, parts))
+            if min(len(generated), count) < 2:
+                raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {count}")
+            subset = kid_subset_size or min(1000, len(generated), count)
+            found: Mapping[str, Any] = library.calculate_metrics(
                 input1=generated,
-                input2=images,
+                input2=parts[0] if len(parts) == 1 else ConcatDataset(parts),
                 input1_cache_name="generated",
                 cache_root=cache,
                 fid=fid,
@@ -77,27 +83,27 @@ def fidelity(
                 kid_subset_size=subset,
                 batch_size=batch_size,
                 cuda=device.startswith("cuda"),
-                save_cpu_ram=not device.startswith("cuda"),  # no loader processes where the network is the slow part
+                save_cpu_ram=not device.startswith("cuda"),  # no loader processes where the network is the bottleneck
                 feature_extractor=feature_extractor or INCEPTION,
                 feature_extractor_weights_path=weights,
                 verbose=False,
             )
             results[name] = {"FID": found["frechet_inception_distance"]} if fid else {}
             if kid:
-                mean, std = (found[f"kernel_inception_distance_{kind}"] for kind in ("mean", "std"))
+                mean, std = (found[f"kernel_inception_distance_{statistic}"] for statistic in ("mean", "std"))
                 results[name] |= {"KID": mean, "KID std": std, "KID subset": subset}
     return results
 
 
-def _inception(path: str | Path | None) -> str:
-    """The file of weights, looked at before torch-fidelity unpickles it."""
+def _inception_file(path: str | Path | None) -> str:
+    """Return the path of the Inception weights, validated before torch-fidelity unpickles them."""
     url = require("torch_fidelity.feature_extractor_inceptionv3", "metrics", "FID and KID").URL_INCEPTION_V3
-    usual = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    file = Path(path).expanduser() if path else usual
+    default = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    file = Path(path).expanduser() if path else default
     if not file.exists():
         raise FileNotFoundError(
-            f"the Inception weights that FID and KID are measured with are not at {file}. Download {url} and put it "
-            f"at {usual}, or give its path: --inception_weights PATH"
+            f"the Inception weights for FID and KID are not at {file}. Download {url} and put it at {default}, or give "
+            "its path: --inception_weights PATH"
         )
     if "Mixed_7c.branch_pool.conv.weight" not in load_weights(file):
         raise CheckpointError(f"{file} holds other weights than torch-fidelity's Inception: download {url}")

@@ -1,91 +1,125 @@
-"""What a generated image is scored by. Exact, and without a network."""
+"""Pixel metrics: PSNR, SSIM, and scores of class maps from their confusion matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..extras import require
 
+PixelMetric = Literal["psnr", "ssim"]
+PIXEL_METRICS: tuple[PixelMetric, ...] = get_args(PixelMetric)
+
 
 def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
-    """(classes, classes) int64: entry (i, j) counts the pixels of true class i that were predicted as j.
+    """Return the confusion matrix (classes, classes), int64: entry (i, j) counts pixels of true class i predicted as j.
 
-    pred, true: integer class maps of one shape, whatever it is. Matrices of several batches may be added.
-    Raises ValueError for different shapes or a class outside 0..classes-1, TypeError for floats.
+    Matrices of several batches can be added.
+
+    Args:
+        pred, true: integer class maps of the same shape, which is arbitrary.
+        classes: number of classes.
+
+    Raises:
+        ValueError: different shapes, or a class outside 0..classes-1.
+        TypeError: maps that are not integers.
     """
     if pred.shape != true.shape:
-        raise ValueError(f"pred and true must have one shape; received {tuple(pred.shape)} and {tuple(true.shape)}")
+        raise ValueError(f"pred has shape {tuple(pred.shape)} and true {tuple(true.shape)}: expected the same shape")
     for name, given in (("pred", pred), ("true", true)):
         if given.is_floating_point() or given.is_complex():
-            raise TypeError(f"{name} holds class numbers, which are integers; received {given.dtype}")
+            raise TypeError(f"{name} is {given.dtype}: expected integers, the number of each pixel's class")
         if given.numel() and not 0 <= given.min() <= given.max() < classes:
             raise ValueError(
-                f"{name} must lie in 0..{classes - 1}; received {given.min().item()}..{given.max().item()}"
+                f"{name} has classes {given.min().item()}..{given.max().item()}: expected 0..{classes - 1}"
             )
     cells = true.flatten().long() * classes + pred.flatten().long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
 def nearest_colour(images: Tensor, palette: Tensor) -> Tensor:
-    """The index of each pixel's nearest palette colour: (B, 3, H, W) and (K, 3), of one scale, to (B, H, W) int64."""
+    """Return the index of each pixel's nearest palette colour, (B, H, W) int64.
+
+    images: (B, 3, H, W). palette: (K, 3), on the same scale.
+    """
     images, palette = images.double(), palette.double()
-    # |x - c|^2 is least where x . c - |c|^2 / 2 is greatest
+    # the c that minimises |x - c|^2 maximises x . c - |c|^2 / 2
     scores = torch.einsum("kc,bchw->bkhw", palette, images) - palette.square().sum(1).view(-1, 1, 1) / 2
     return scores.argmax(1)
 
 
 def mean_iou(conf: Tensor, classes: int | None = None) -> float:
-    """Mean over the classes of |pred and true| / |pred or true|, from a `confusion_matrix`, in [0, 1].
+    """Return the mean intersection over union of the classes, in [0, 1], from a `confusion_matrix`.
 
-    A class absent from both prediction and truth is left out; nan if all are. classes: average over the first so
-    many alone; what was predicted as another is still wrong.
+    A class that is neither predicted nor true is left out; NaN if all are.
+
+    classes: average only over the first `classes` classes; predictions of other classes still count as wrong.
     """
     conf = conf.double()
-    hit = conf.diagonal()
-    union = conf.sum(0) + conf.sum(1) - hit
-    return (hit / union)[:classes][union[:classes] > 0].mean().item()
+    intersection = conf.diagonal()
+    union = conf.sum(0) + conf.sum(1) - intersection
+    return (intersection / union)[:classes][union[:classes] > 0].mean().item()
 
 
 def class_accuracy(conf: Tensor) -> float:
-    """Mean over the classes of the part of their pixels that is right, in [0, 1]; a class absent from the truth is
-    left out, and it is nan if all are."""
+    """Return the mean over the classes of the fraction of their pixels that is predicted correctly, in [0, 1].
+
+    A class without true pixels is left out; NaN if all are.
+    """
     conf = conf.double()
     true = conf.sum(1)
     return (conf.diagonal() / true)[true > 0].mean().item()
 
 
 def pixel_accuracy(conf: Tensor) -> float:
-    """The part of the pixels with the right class, from a `confusion_matrix`, in [0, 1]; nan if there are none."""
+    """Return the fraction of pixels with the correct class, in [0, 1], from a `confusion_matrix`; NaN if empty."""
     conf = conf.double()
     return (conf.trace() / conf.sum()).item()
 
 
 def psnr(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(data_range^2 / MSE) of each image, averaged over the images.
+    """Return the peak signal-to-noise ratio in dB, 10 log10(data_range^2 / MSE), averaged over the images.
 
-    pred, target: (B, C, H, W). data_range: largest minus smallest possible value, 2 for [-1, 1]. An image that
-    equals its target has infinitely many dB, and then so has the mean. Raises ValueError for different shapes.
+    Infinite if one image equals its target.
+
+    Args:
+        pred, target: (B, C, H, W).
+        data_range: largest minus smallest possible value, 2 for [-1, 1].
+
+    Raises:
+        ValueError: different shapes.
     """
     if pred.shape != target.shape:
-        raise ValueError(f"pred and target must have one shape; received {tuple(pred.shape)} and {tuple(target.shape)}")
+        raise ValueError(
+            f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}: expected the same shape"
+        )
     error = (pred.double() - target.double()).square().flatten(1).mean(1)
     return (10 * torch.log10(data_range**2 / error)).mean().item()
 
 
-def similarity(pairs: Iterator[tuple[Tensor, Tensor]], names: Sequence[str] = ("psnr", "ssim")) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM (Wang et al. 2004, 11 x 11 Gaussian window) of pairs of uint8 images (3, H, W)."""
-    if "ssim" in names:
+def similarity(
+    pairs: Iterable[tuple[Tensor, Tensor]], metrics: Sequence[PixelMetric] = PIXEL_METRICS
+) -> dict[str, float]:
+    """Return mean PSNR (dB) and SSIM of pairs of uint8 images (3, H, W), as {"PSNR": ..., "SSIM": ...}.
+
+    SSIM: Wang et al. 2004, with an 11 x 11 Gaussian window, computed by torchmetrics.
+
+    Raises:
+        ValueError: an image is smaller than SSIM's window.
+        ImportError: torchmetrics, which SSIM needs, is not installed.
+    """
+    if "ssim" in metrics:
         ssim = require("torchmetrics.functional.image", "metrics", "SSIM").structural_similarity_index_measure
-    sums, count = dict.fromkeys(names, 0.0), 0
-    for ours, theirs in pairs:
-        if "psnr" in names:
-            sums["psnr"] += psnr(ours[None], theirs[None], data_range=255.0)
-        if "ssim" in names:
-            if min(ours.shape[1:]) < 11:
-                raise ValueError(f"SSIM needs 11 x 11 pixels at least; received an image of {tuple(ours.shape[1:])}")
-            sums["ssim"] += ssim(ours[None].double(), theirs[None].double(), data_range=255.0).item()
+    sums, count = dict.fromkeys(metrics, 0.0), 0
+    for one, other in pairs:
+        if "psnr" in metrics:
+            sums["psnr"] += psnr(one[None], other[None], data_range=255.0)
+        if "ssim" in metrics:
+            if min(one.shape[1:]) < 11:
+                raise ValueError(f"SSIM needs images of at least 11 x 11 pixels; received {tuple(one.shape[1:])}")
+            sums["ssim"] += ssim(one[None].double(), other[None].double(), data_range=255.0).item()
         count += 1
-    return {name.upper(): total / count for name, total in sums.items()}
+    return {metric.upper(): total / count for metric, total in sums.items()}

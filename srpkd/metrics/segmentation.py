@@ -1,21 +1,22 @@
-"""Segmentation scores: of painted label maps, and of a segmentation network on generated photos."""
+"""Segmentation scores of generated label maps, and of a segmentation network on generated photos (FCN scores)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.folders import Images
+from ..data.images import DataError, ImageFiles, open_image
 from ..data.synthetic import PALETTE
 from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
 
-# R G B name, as a palette file has them: the 19 classes that are scored, then what is not
+# Lines "R G B name" of a palette file: the 19 classes that are scored, then the colours that are ignored
 CITYSCAPES = """
 128 64 128 road
 244 35 232 sidewalk
@@ -50,28 +51,42 @@ CITYSCAPES = """
 
 
 class Palette(NamedTuple):
-    """Colours (M, 3) in 0..255, of which the first `classes` are scored and the others ignored in the truth."""
+    """Colours (M, 3) in 0..255: the first `classes` are scored; true pixels of the other colours are ignored."""
 
     colours: Tensor
     classes: int
 
 
-def label_scores(pairs: Iterator[tuple[Tensor, Tensor]], palette: Palette) -> dict[str, float]:
-    """Scores, in percent, of painted label maps: each pixel's class is that of the nearest colour of the palette."""
-    maps = (tuple(nearest_colour(image[None], palette.colours) for image in pair) for pair in pairs)
+def label_scores(pairs: Iterable[tuple[Tensor, Tensor]], palette: Palette) -> dict[str, float]:
+    """Score generated label maps against true ones, in percent: {"mIoU", "pixel accuracy", "class accuracy"}.
+
+    Args:
+        pairs: (generated, true) images (3, H, W), uint8. A pixel's class is that of the nearest colour.
+        palette: the colours of the classes.
+    """
+    maps = ([nearest_colour(image[None], palette.colours) for image in pair] for pair in pairs)
     return _class_scores((pred, true, palette.classes) for pred, true in maps)
 
 
 def segmentation_scores(
-    images: Images, labels: Sequence[Tensor], segmenter: Callable[[Tensor], Any], device: str = "cpu"
+    images: ImageFiles, labels: Iterable[Tensor], segmenter: Callable[[Tensor], Any], device: str = "cpu"
 ) -> dict[str, float]:
-    """FCN scores, in percent: how well a segmentation network finds the true classes in generated photos.
+    """Compute FCN scores, in percent: how well a segmentation network recovers the true classes from generated photos.
+
+    Isola et al. 2017.
 
     Args:
         images: generated photos.
-        labels: the true class of each pixel, (H, W) integers for each; other than 0..K-1 is ignored.
-        segmenter: photos (1, 3, H, W) in [0, 1] -> logits (1, K, h, w), or a mapping with them as "out"; what
-            normalisation it needs is its own. Logits are scaled to the labels' size.
+        labels: for each photo the true classes (H, W), integers; values outside 0..K-1 are ignored.
+        segmenter: photos (1, 3, H, W) in [0, 1] -> logits (1, K, h, w), or a mapping with them as "out". It normalises
+            its input itself. The logits are scaled to the size of the labels.
+        device: where the photos are moved to; the segmenter must be there.
+
+    Returns:
+        {"mIoU", "pixel accuracy", "class accuracy"}.
+
+    Raises:
+        ValueError: the segmenter returns something else.
     """
 
     @torch.no_grad()
@@ -81,7 +96,7 @@ def segmentation_scores(
             logits = logits["out"] if isinstance(logits, Mapping) else logits
             if not isinstance(logits, Tensor) or logits.ndim != 4:
                 received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(f"the segmenter gave {received}; expected logits (1, K, h, w)")
+                raise ValueError(f"the segmenter returned {received}: expected logits (1, K, h, w)")
             logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
             yield logits.argmax(1).cpu(), label[None], logits.shape[1]
 
@@ -89,8 +104,8 @@ def segmentation_scores(
 
 
 def _class_scores(maps: Iterable[tuple[Tensor, Tensor, int]]) -> dict[str, float]:
-    """Scores of (predicted, true, number of classes); another class is wrong if predicted, ignored if true."""
-    total: Any = 0
+    """Score (predicted, true, number of classes); other classes are wrong if predicted, and ignored if true."""
+    total, classes = torch.zeros((), dtype=torch.int64), 0
     for pred, true, classes in maps:
         scored = (true >= 0) & (true < classes)
         total = total + confusion_matrix(pred[scored].clamp_max(classes), true[scored], classes + 1)
@@ -102,35 +117,36 @@ def _class_scores(maps: Iterable[tuple[Tensor, Tensor, int]]) -> dict[str, float
 
 
 def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
-    """A segmentation network from an exported program (.pt2, ``torch.export.save``) or TorchScript (other names).
+    """Load a segmentation network from an exported program (.pt2, ``torch.export.save``) or TorchScript (other names).
 
-    A program is what its file says it is, and ``torch.export.load`` may even unpickle parts of it: unlike a file of
-    weights, take it from a source that you trust alone.
+    Both are programs, and ``torch.export.load`` may unpickle parts of the file: unlike a file of weights, load it only
+    from a source that you trust.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the file does not exist, or is neither.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"--segmenter {path}: there is no such file")
+        raise ValueError(f"--segmenter {path}: no such file")
     try:
         if path.suffix == ".pt2":
             return torch.export.load(path).module().to(device)
         return torch.jit.load(path, map_location=device).eval()
-    except Exception as error:  # either loader may raise anything on other bytes
+    except Exception as error:  # both loaders raise all kinds of exceptions on other files
         raise ValueError(
-            f"--segmenter {path}: neither TorchScript (torch.jit.save) nor, as .pt2, an exported program "
-            f"(torch.export.save): {str(error).splitlines()[0]}"
+            f"--segmenter {path}: expected TorchScript (torch.jit.save), or as .pt2 an exported program "
+            f"(torch.export.save); it cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
 
 
 def read_palette(name: str) -> Palette:
-    """The palette "synthetic" (of the generated data), "cityscapes", or that of a file of lines ``R G B name``.
+    """Return the palette "synthetic" (of `srpkd.data.synthetic`), "cityscapes", or that of a file.
 
-    A colour named ignore or void is left out where the truth has it. Lines that begin with # are comments.
+    The file has lines ``R G B name``; lines that begin with # are comments. True pixels of a colour named ignore or
+    void are not scored.
 
     Raises:
-        ValueError: no such file, or a line that is not like that.
+        ValueError: the file cannot be read, or has another format.
     """
     if name == "synthetic":
         return Palette(PALETTE.clone(), len(PALETTE))
@@ -143,15 +159,34 @@ def read_palette(name: str) -> Palette:
             raise ValueError(
                 f"--palette {name}: expected synthetic, cityscapes, or a file of lines 'R G B name' ({error})"
             ) from error
-    scored, ignored = [], []
+    scored: list[list[int]] = []
+    ignored: list[list[int]] = []
     for line in filter(None, map(str.strip, text.splitlines())):
         if line.startswith("#"):
             continue
         match = re.fullmatch(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)(?:[\s,]+(.*))?", line)
         if not match or max(map(int, match.groups()[:3])) > 255:
-            raise ValueError(f"--palette {name}: {line!r} is not a line 'R G B name' with numbers of 0 to 255")
+            raise ValueError(f"--palette {name}: line {line!r}, expected 'R G B name' with numbers of 0 to 255")
         colour = [int(value) for value in match.groups()[:3]]
         (ignored if match[4] in ("ignore", "void") else scored).append(colour)
     if not scored:
-        raise ValueError(f"--palette {name} has no colours: expected lines 'R G B name'")
+        raise ValueError(f"--palette {name} has no colours to score: expected lines 'R G B name'")
     return Palette(torch.tensor(scored + ignored, dtype=torch.uint8), len(scored))
+
+
+def read_label_map(path: str, palette: Palette | None = None) -> Tensor:
+    """Read the class of each pixel of an image file, (H, W) int64.
+
+    With a palette, the classes are those of the nearest colours, and -1 for colours that are ignored. Without one, they
+    are the pixels' values.
+
+    Raises:
+        DataError: the file cannot be read, or is a colour image and there is no palette.
+    """
+    if palette:
+        classes = nearest_colour(ImageFiles([path])[0][None], palette.colours)[0]
+        return classes.masked_fill(classes >= palette.classes, -1)
+    with open_image(path) as image:
+        if image.mode not in ("L", "P", "I", "I;16"):
+            raise DataError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
+        return torch.from_numpy(np.array(image).astype(np.int64))

@@ -1,1 +1,1 @@
-"""Networks, their checkpoint files, and what they cost."""
+"""Networks: architectures, checkpoint files, inference, export, and cost."""

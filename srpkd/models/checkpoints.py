@@ -1,7 +1,7 @@
-"""Weights from files that were found anywhere, and to files that are whole or not there.
+"""Reading weights from untrusted files, and writing them atomically.
 
-Files are read without running any code that they may hold, and with the keys of the public CycleGAN code
-whatever wrapped the network when it was saved. What cannot be used is answered with a `CheckpointError`.
+No code in a file is executed. The keys are those of the public CycleGAN code, without the prefixes of wrappers such as
+DataParallel. A file that cannot be used raises a `CheckpointError`.
 """
 
 import os
@@ -18,26 +18,37 @@ from torch import Tensor, nn
 
 from ..arguments import check_type
 from ..files import atomic_write
-from .networks import GeneratorSpec, define_generator, infer_generator, normalise_by_image
+from .networks import (
+    GeneratorSpec,
+    ResnetGenerator,
+    UnetGenerator,
+    define_generator,
+    infer_generator,
+    normalize_per_image,
+)
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-HOW_TO_SAVE = "save the weights alone: torch.save(net.state_dict(), path)"
+HOW_TO_SAVE = "save only the weights: torch.save(net.state_dict(), path)"
 
-# DataParallel and DistributedDataParallel wrap a whole network; torch.compile also parts of one.
+# DataParallel and DistributedDataParallel wrap a whole network; torch.compile also wraps parts of one.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
-# What torch.save began every file with before it wrote zip archives (1.6): the first of several pickles.
+# The magic number in the first of several pickles that torch.save wrote before torch 1.6, which writes zip archives.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 
 
 class CheckpointError(ValueError):
-    """A file of weights that cannot be used; the message says what it is, what was expected, what to do."""
+    """A file of weights cannot be used; the message says what was found, what is expected, and what to do."""
 
 
 def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
-    """Write a network's state_dict to `path` atomically: plain CPU tensors by name, as the public code reads it.
+    """Write a network's state_dict to `path` atomically, as CPU tensors by name, which the public code can read.
 
-    Dtypes stay, the prefixes that DataParallel and torch.compile add to the keys do not.
+    Dtypes are kept. The prefixes that DataParallel and torch.compile add to the keys are removed.
+
+    Raises:
+        TypeError: `module` is not a network.
+        WriteError: the file cannot be written.
     """
     check_type("module", module, nn.Module, "a torch.nn.Module")
     weights = {WRAPPERS.sub("", key): value.cpu() for key, value in module.state_dict().items()}
@@ -46,15 +57,15 @@ def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the state_dict in a `.pth`, `.pt` or `.safetensors` file onto the CPU, running none of its code.
+    """Read the state_dict in a `.pth`, `.pt` or `.safetensors` file onto the CPU, without executing code in the file.
 
-    It may lie in a dict as "state_dict". The prefixes `module.` and `_orig_mod.` are stripped from its keys, and
-    the statistics that instance norms stored before torch 0.4, and that nothing reads, are dropped.
+    The file holds the state_dict, or a dict with it as "state_dict". The prefixes `module.` and `_orig_mod.` are
+    removed from its keys, and the unused statistics that instance norms stored before torch 0.4 are dropped.
 
     Raises:
-        CheckpointError: there is no such file; or it is text, truncated, damaged, would have to run code to be
-            loaded, or holds anything but tensors by name.
-        ImportError: a `.safetensors` file, and the package safetensors is not installed.
+        CheckpointError: the file does not exist, is text, truncated or damaged, could be loaded only by executing code,
+            or holds anything but tensors by name.
+        ImportError: it is a `.safetensors` file, and the package safetensors is not installed.
     """
     path = Path(path).expanduser()
     _check_file(path)
@@ -62,85 +73,86 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     content = _check_state_dict(content, path)
     weights = {WRAPPERS.sub("", key): value.detach() for key, value in content.items()}
     if len(weights) < len(content):
-        raise CheckpointError(f"{path} holds keys that differ in a wrapper's prefix alone; {HOW_TO_SAVE}")
+        raise CheckpointError(f"{path} has keys that differ only in a wrapper's prefix; {HOW_TO_SAVE}")
     return {key: value for key, value in weights.items() if not _is_stale_statistic(key, weights)}
 
 
 def load_generator(
     path: str | os.PathLike, spec: GeneratorSpec | None = None, *, train_mode_norm: bool = False
-) -> nn.Module:
-    """Build the generator whose weights a file holds: in float32, on the CPU, in training mode.
+) -> ResnetGenerator | UnetGenerator:
+    """Build the generator whose weights are in a file: in float32, on the CPU, in training mode.
 
     Args:
         path: a file that `load_weights` reads.
-        spec: the generator that it must be; None takes whichever it is (`infer_generator`).
-        train_mode_norm: make it one that is used like pix2pix's (`normalise_by_image`), and no longer trained.
+        spec: the expected architecture; None accepts any (`infer_generator`).
+        train_mode_norm: normalise as pix2pix does at inference (`normalize_per_image`); not for further training.
 
     Raises:
-        CheckpointError: as in `load_weights`; or the weights are not a generator's, or not that generator's.
+        CheckpointError: the errors of `load_weights`, or the weights are not those of a generator or of `spec`.
+        TypeError: `spec` is something else.
     """
     if spec is not None:
-        check_type("spec", spec, GeneratorSpec, "a GeneratorSpec, as GeneratorSpec('resnet_9blocks', ngf=64)")
+        check_type("spec", spec, GeneratorSpec, "a GeneratorSpec, such as GeneratorSpec('resnet_9blocks', ngf=64)")
     weights = load_weights(path)
     try:
         found = infer_generator(weights)
         if spec is not None and found.netG.startswith("unet"):
-            found = replace(found, dropout=spec.dropout)  # a U-Net's weights do not show it
+            found = replace(found, dropout=spec.dropout)  # it does not show in a U-Net's weights
         if spec is not None and spec != found:
             raise ValueError(_difference(asdict(found), asdict(spec)))
-        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        with torch.device("meta"):  # the initial weights are replaced: no memory and no random numbers for them
             net = define_generator(**asdict(found))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _check_fit(net, weights, f"{path} looks like a {found.netG} of ngf {found.ngf}")
     net.load_state_dict(weights, assign=True)
-    return (normalise_by_image(net) if train_mode_norm else net).float()
+    return (normalize_per_image(net) if train_mode_norm else net).float()
 
 
 def _check_file(path: Path) -> None:
-    """Refuse, in plain words, what is seen not to be weights without loading it."""
+    """Raise a CheckpointError for files that are recognisable as something else without loading them."""
     if path.is_dir():
         names = _listing(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES))
-        raise CheckpointError(f"{path} is a folder: give a file of weights. In this folder: {names}")
+        raise CheckpointError(f"{path} is a folder: give a file of weights. This folder has: {names}")
     if not path.exists():
-        # Name the topmost thing that is missing: the file, or one of its folders.
+        # name the topmost missing part of the path: the file, or one of its folders
         folder = next(parent for parent in path.parents if parent.is_dir())
         missing = path.relative_to(folder).parts[0]
-        there = sorted(p.name for p in folder.iterdir())
-        weights = [name for name in there if name.endswith(SUFFIXES)]
-        names = _listing(get_close_matches(missing, there, n=5, cutoff=0.5) or weights)
-        raise CheckpointError(f"{path} does not exist: in {folder} there is no {missing}, but {names}")
+        existing = sorted(p.name for p in folder.iterdir())
+        weights = [name for name in existing if name.endswith(SUFFIXES)]
+        names = _listing(get_close_matches(missing, existing, n=5, cutoff=0.5) or weights)
+        raise CheckpointError(f"{path} does not exist: {folder} has no {missing}; similar names or weights: {names}")
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
-        raise CheckpointError(f"{path} is empty: expected weights; copy or download it again")
+        raise CheckpointError(f"{path} is empty, expected weights: copy or download it again")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights it points to: run git lfs pull")
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise CheckpointError(f"{path} is a web page, not weights: the download went wrong, repeat it")
-    if not re.search(rb"[\x00-\x08\x0e-\x1f]", head):  # control characters that no text has
+        raise CheckpointError(f"{path} is a web page, not weights: the download failed, repeat it")
+    if not re.search(rb"[\x00-\x08\x0e-\x1f]", head):  # text has no such control characters
         begin = head.decode(errors="replace").strip()[:40]
         raise CheckpointError(f"{path} is a text file ({begin!r} ...), expected weights; {HOW_TO_SAVE}")
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
         size = path.stat().st_size
-        raise CheckpointError(f"{path} is truncated: its end is missing after {size} bytes; copy it again")
+        raise CheckpointError(f"{path} is truncated: it ends after {size} bytes; copy it again")
     if head.startswith(b"\x80") and LEGACY_MAGIC not in head:
         raise CheckpointError(
-            f"{path} is a Python pickle that torch.save did not write. Loading it could run any code, so it was "
+            f"{path} is a Python pickle that torch.save did not write. Loading it could execute any code, so it was "
             f"not loaded; {HOW_TO_SAVE}"
         )
 
 
 def _read_torch(path: Path) -> Any:
     try:
-        # No mmap: the tensors outlive this call, and to overwrite the file in place would change them.
+        # no mmap: overwriting the file later would change the loaded tensors
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        # torch's own message would advise to switch the protection off.
+        # torch's message advises to disable the protection
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} holds more than weights: to load it, code would have to run ({unsafe[1]}). "
-                f"Nothing was run or loaded; expected tensors by name: {HOW_TO_SAVE}"
+                f"{path} holds more than weights: loading it would execute code ({unsafe[1]}). Nothing was executed "
+                f"or loaded; expected tensors by name: {HOW_TO_SAVE}"
             ) from error
         raise _unreadable(path) from error
 
@@ -150,11 +162,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load
     except ImportError as error:
         raise ImportError(
-            f"{path} can be read only with the package safetensors, which is not installed: "
-            "pip install safetensors, or give the weights as .pth"
+            f"{path} needs the package safetensors, which is not installed: pip install safetensors, or give the "
+            "weights as .pth"
         ) from error
     try:
-        return load(path.read_bytes())  # load_file would map the file, as mmap above
+        return load(path.read_bytes())  # load_file maps the file into memory, like mmap above
     except Exception as error:
         raise _unreadable(path) from error
 
@@ -162,7 +174,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unreadable(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or not a file of weights. Copy or download "
-        f"it again; if it is whole and of another kind (TorchScript, ONNX), {HOW_TO_SAVE}"
+        f"it again; if it has another format (TorchScript, ONNX), {HOW_TO_SAVE}"
     )
 
 
@@ -175,8 +187,8 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     is_weight = {key: isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()}
     if others := [f"{key!r}: {type(content[key]).__name__}" for key in content if not is_weight[key]]:
         raise CheckpointError(
-            f"{path} holds a dict of more than tensors by name ({_listing(others)}). Expected a state_dict, by "
-            'itself or as "state_dict": save the one that is wanted by itself'
+            f"{path} holds a dict with more than tensors by name ({_listing(others)}). Expected a state_dict, or a "
+            f'dict with one as "state_dict"; {HOW_TO_SAVE}'
         )
     return content
 
@@ -184,31 +196,31 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
 def _is_stale_statistic(key: str, weights: Mapping[str, Tensor]) -> bool:
     owner, _, name = key.rpartition(".")
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return name in statistics and f"{owner}.weight" not in weights  # a batch norm has both
+    return name in statistics and f"{owner}.weight" not in weights  # batch norm has both
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     differ = [name for name in found if found[name] != wanted[name]]
-    facts = [f"{name} is {found[name]!r} in the file, {wanted[name]!r} was asked for" for name in differ]
+    facts = [f"{name} is {found[name]!r} in the file, expected {wanted[name]!r}" for name in differ]
     flags = [f"--no_dropout {not found[name]}" if name == "dropout" else f"--{name} {found[name]}" for name in differ]
     return f"{'; '.join(facts)}: use {' '.join(flags)}"
 
 
 def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
     expected = net.state_dict()
-    # torch < 0.4.1 counted no batches; load_state_dict knows.
+    # torch < 0.4.1 did not count batches; load_state_dict handles it
     missing = [key for key in expected.keys() - weights.keys() if not key.endswith(".num_batches_tracked")]
     surplus = weights.keys() - expected.keys()
     shapes = [
-        f"{key} {tuple(weights[key].shape)} for {tuple(value.shape)}"
+        f"{key} {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
-    problems = {"missing": sorted(missing), "unknown": sorted(surplus), "of another shape": shapes}
+    problems = {"missing": sorted(missing), "unknown": sorted(surplus), "wrong shape": shapes}
     if found := [f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys]:
         raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN code")
 
 
 def _listing(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing of the kind"
+    return ", ".join(names[:limit]) + more or "none"

@@ -1,4 +1,4 @@
-"""Generators as ONNX, int8 ONNX and exported programs, and how far these are from PyTorch."""
+"""Export of generators as ONNX, 8-bit ONNX and PyTorch exported programs, checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,18 +20,151 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
+from ..arguments import check_number
+from ..data.images import image_files, read_image
 from ..extras import require
+from ..files import write_file
+from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
+from .checkpoints import load_generator
+from .inference import PILLOW_MODES, image_to_tensor, pad_images
 from .networks import image_channels, size_multiple
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
-FORMATS = {"onnx": ".onnx", "pt2": ".pt2"}
+ExportFormat = Literal["onnx", "pt2"]
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+CALIBRATION_IMAGES = 64
+
+Runner = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) -> outputs (B, C', H, W), both float32
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """Error of an 8-bit model: PSNR in dB of its outputs to those of the float32 model.
+
+    mean, minimum: over the images
+    images: how many there were
+    held_out: whether the images were not used for the calibration
+    """
+
+    mean: float
+    minimum: float
+    images: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that `export_generator` wrote.
+
+    path, size: the file and its size in bytes
+    size_multiple: height and width of the images must be multiples of it
+    difference: largest absolute difference of its outputs from PyTorch's; None for an 8-bit model
+    quantization: the error of an 8-bit model; else None
+    """
+
+    path: Path
+    size: int
+    size_multiple: int
+    difference: float | None = None
+    quantization: QuantizationError | None = None
+
+
+def export_generator(
+    weights: str | Path,
+    output: str | Path | None = None,
+    *,
+    format: ExportFormat = "onnx",
+    tolerance: float = TOLERANCE,
+    calibration: str | Path | None = None,
+    train_mode_norm: bool = False,
+    force: bool = False,
+) -> list[ExportedFile]:
+    """Export the generator in a file of weights, and check the result against PyTorch before it is written.
+
+    Args:
+        weights: a file that ``load_generator`` reads.
+        output: the file to write; by default the weights' name with another suffix.
+        format: "onnx" or "pt2" (``torch.export``).
+        tolerance: largest allowed difference of the outputs, which are in [-1, 1].
+        calibration: folder of input images; an 8-bit model is written too, as <output>.int8.onnx. Every second image
+            calibrates it, and the others measure its error.
+        train_mode_norm: batch norms normalise each image by its own statistics (`normalize_per_image`).
+        force: replace files that exist.
+
+    Returns:
+        The files: the model, then the 8-bit model if there is one.
+
+    Raises:
+        ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
+            fit the generator, or the output would replace the weights.
+        FileExistsError: a file exists already.
+        IsADirectoryError: the output is a folder.
+        WriteError: a file cannot be written.
+        ImportError: the extra ``export`` is not installed.
+    """
+    check_choice("format", format, tuple(SUFFIXES))
+    check_number("tolerance", tolerance, least=0)
+    if calibration and format != "onnx":
+        raise ValueError(f"format={format!r} with calibration images: 8-bit models are ONNX, use --format onnx")
+    target = Path(output or Path(weights).with_suffix(SUFFIXES[format])).expanduser()
+    int8_target = target.with_suffix(".int8.onnx")
+    for path in (target, int8_target) if calibration else (target,):
+        _check_target(path, weights, force)
+    net = load_generator(weights, train_mode_norm=train_mode_norm)
+    images = _calibration_images(Path(calibration), net) if calibration else []
+    make, runner = {"onnx": (to_onnx, onnx_runner), "pt2": (to_pt2, pt2_runner)}[format]
+    model = make(net)
+    difference = max_difference(net, runner(model))
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the outputs of the exported model differ from PyTorch's by {difference:.2g}, more than the tolerance "
+            f"{tolerance:g}: nothing was written; a larger --tolerance accepts the model"
+        )
+    multiple = size_multiple(net)
+    contents = {target: model}
+    exported = [ExportedFile(target, len(model), multiple, difference)]
+    if images:
+        contents[int8_target] = quantized = quantize(model, images[::2])
+        scores = quantization_psnr(model, quantized, images[1::2] or images)
+        error = QuantizationError(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
+        exported.append(ExportedFile(int8_target, len(quantized), multiple, quantization=error))
+    for path, content in contents.items():
+        write_file(path, content)
+    return exported
+
+
+def _check_target(path: Path, weights: str | Path, force: bool) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: --output takes the name of a file, such as {path / 'net.onnx'}")
+    if path.resolve() == Path(weights).expanduser().resolve():
+        raise ValueError(f"{path} is the file of the weights: give another --output")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists: use --force to replace it, or give another --output")
+
+
+def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
+    """Return at most `CALIBRATION_IMAGES` of the folder's images, evenly spaced, as (1, C, H, W) in [-1, 1]."""
+    paths = image_files(folder.expanduser())
+    channels = image_channels(net)[0]
+    if not paths or channels not in PILLOW_MODES:
+        raise ValueError(
+            f"--calibration {folder}: expected a folder of images, and a generator whose input has 1 or 3 channels; "
+            f"found {len(paths)} images and {channels} channels"
+        )
+    count = min(CALIBRATION_IMAGES, len(paths))
+    chosen = [paths[index * len(paths) // count] for index in range(count)]
+    return [
+        pad_images(image_to_tensor(read_image(path).convert(PILLOW_MODES[channels]))[None], size_multiple(net))
+        for path in chosen
+    ]
 
 
 def to_onnx(net: nn.Module) -> bytes:
-    """A generator as an ONNX model: "image" (batch, C, H, W) float32 in [-1, 1] -> "translated" (batch, C', H, W).
+    """Export a generator as an ONNX model: "image" (B, C, H, W) float32 in [-1, 1] -> "translated" (B, C', H, W).
 
-    Batch and size are free; H and W must be multiples of ``size_multiple(net)``. It is exported in eval mode.
+    Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)``. The model computes
+    what the network does in eval mode.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -49,31 +183,33 @@ def to_onnx(net: nn.Module) -> bytes:
             external_data=False,
             verbose=False,
         )
+    assert program is not None  # with dynamo=True
     return program.model_proto.SerializeToString()
 
 
 def to_pt2(net: nn.Module) -> bytes:
-    """A generator as an exported program, for ``torch.export.load`` without this package; sizes as in `to_onnx`."""
+    """Export a generator as a program that ``torch.export.load`` loads without srpkd; shapes as in `to_onnx`."""
     net, example, shapes = _example(net)
     buffer = io.BytesIO()
-    # or a U-Net's program would refuse images of the net's own size, whose innermost map is a single pixel
-    with experimental.patch(backed_size_oblivious=True):
+    # otherwise a U-Net's program rejects images of its nominal size, whose innermost map is a single pixel;
+    # torch installs `patch` on its config modules at import time, which type checkers do not see
+    with experimental.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(net, (example,), dynamic_shapes=shapes)
     torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
 def _example(net: nn.Module) -> tuple[nn.Module, Tensor, tuple[dict[int, Any]]]:
-    """(copy to export, input, which of its sizes are free)."""
+    """Return a copy of the network to export, an example input, and the input's dynamic shapes."""
     net = copy.deepcopy(net).cpu().eval().requires_grad_(False)
     multiple = size_multiple(net)
-    # a batch of one would be taken for a constant, and so would equal sides for one size
+    # torch.export specialises on a batch of one, and takes equal sides for one dynamic size
     example = torch.zeros(2, image_channels(net)[0], 4 * multiple, 6 * multiple)
     return net, example, ({0: Dim("batch"), 2: multiple * Dim("rows"), 3: multiple * Dim("columns")},)
 
 
-def onnx_runner(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """What runs an ONNX model on the CPU by onnxruntime: image array (B, C, H, W) -> output array.
+def onnx_runner(model: bytes) -> Runner:
+    """Return a function that runs an ONNX model of `to_onnx` on the CPU, with onnxruntime.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -85,15 +221,18 @@ def onnx_runner(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
     return lambda images: session.run(None, {"image": images})[0]
 
 
-def pt2_runner(model: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """What runs an exported program: image array (B, C, H, W) -> output array."""
+def pt2_runner(model: bytes) -> Runner:
+    """Return a function that runs an exported program of `to_pt2`."""
     module = torch.export.load(io.BytesIO(model)).module()
     return lambda images: module(torch.from_numpy(images)).numpy(force=True)
 
 
 @torch.no_grad()
-def parity(net: nn.Module, run: Callable[[np.ndarray], np.ndarray]) -> float:
-    """The largest difference between a network's outputs and those of what was exported, over batches and sizes."""
+def max_difference(net: nn.Module, run: Runner) -> float:
+    """Return the largest absolute difference between the outputs of a network and of its exported model.
+
+    Several batch sizes and image sizes are compared; infinity if the output's shape differs.
+    """
     net = copy.deepcopy(net).cpu().float().eval()
     side = max(size_multiple(net), 8)
     generator, worst = torch.Generator().manual_seed(0), 0.0
@@ -108,23 +247,25 @@ def parity(net: nn.Module, run: Callable[[np.ndarray], np.ndarray]) -> float:
 
 
 def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
-    """An ONNX model with convolutions of 8-bit integers, by onnxruntime's static quantisation.
+    """Quantize the convolutions of an ONNX model to 8-bit integers, by onnxruntime's static quantization.
 
     Args:
-        model: as `to_onnx` gives it.
-        images: (1, C, H, W) in [-1, 1], from which the ranges of the activations are taken.
+        model: the result of `to_onnx`.
+        images: (1, C, H, W) in [-1, 1], which calibrate the ranges of the activations.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
     """
     library = require("onnxruntime.quantization", "export", "int8")
 
-    class Reader(library.CalibrationDataReader):
+    base: Any = library.CalibrationDataReader
+
+    class Reader(base):
         def __init__(self) -> None:
-            self.feeds = iter(images)
+            self.images = iter(images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            image = next(self.feeds, None)
+            image = next(self.images, None)
             return None if image is None else {"image": image.numpy()}
 
     with tempfile.TemporaryDirectory() as folder, _silenced():
@@ -143,19 +284,18 @@ def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
         return after.read_bytes()
 
 
-def cost_of(model: bytes, quantised: bytes, images: Iterable[Tensor]) -> dict[str, float]:
-    """What int8 costs: mean and least PSNR (dB) of its outputs to the float32 model's, over images (1, C, H, W)."""
-    exact, rough = onnx_runner(model), onnx_runner(quantised)
-    scores = [
-        psnr(torch.from_numpy(rough(image.numpy())), torch.from_numpy(exact(image.numpy())))
+def quantization_psnr(model: bytes, quantized: bytes, images: Iterable[Tensor]) -> list[float]:
+    """Return the PSNR (dB) of an 8-bit model's output to the float32 model's, for each image (1, C, H, W)."""
+    exact, rounded = onnx_runner(model), onnx_runner(quantized)
+    return [
+        psnr(torch.from_numpy(rounded(image.numpy())), torch.from_numpy(exact(image.numpy())))
         for image in tqdm(images, unit="image", desc="comparing")
     ]
-    return {"mean": sum(scores) / len(scores), "least": min(scores), "images": len(scores)}
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """No chatter of the exporter and the quantiser about their own insides."""
+    """Silence the log messages and warnings of the exporter and the quantizer."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

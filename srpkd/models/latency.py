@@ -1,23 +1,79 @@
-"""Parameters, MACs and latency of one network."""
+"""Parameters, MACs, file size and latency of generators."""
 
 from __future__ import annotations
 
 import copy
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..arguments import check_number, check_type, check_whole
 from ..kernels.dispatch import check_choice
+from .checkpoints import load_generator
 from .complexity import count_macs, count_parameters
 from .exporters import onnx_runner, to_onnx
+from .inference import MIN_SIZE
+from .networks import image_channels, size_multiple
 
-MODES = ("eager", "compiled", "onnx")
+Mode = Literal["eager", "compiled", "onnx"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARM_UP = 3  # calls that are not timed; the first of them compiles
+WARM_UP = 3  # calls that are not timed; the first one compiles
+MIN_CALLS = 3
+
+
+def profile_generators(
+    weights: Sequence[str],
+    *,
+    size: int = 256,
+    batch_size: int = 1,
+    device: str = "cpu",
+    modes: Sequence[Mode] = MODES,
+    repeats: int = 30,
+    seconds: float = 10.0,
+) -> dict[str, Any]:
+    """Profile the generators in files of weights, on images of size x size pixels.
+
+    Args:
+        weights: files that ``load_generator`` reads.
+        size, batch_size: of the timed batches.
+        device, modes, repeats, seconds: see `profile_network`.
+
+    Returns:
+        {"size", "batch_size", "device", "threads", "torch", "networks"}, where "networks" has the result of
+        `profile_network` for each file, with its path as "weights" and its size as "bytes".
+
+    Raises:
+        ValueError: the size is too small or not a multiple of what a generator needs.
+        CheckpointError: a file does not hold a generator.
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"size={size}: expected at least {MIN_SIZE} pixels per side")
+    nets = {path: load_generator(path) for path in weights}
+    for path, net in nets.items():
+        if size % (multiple := size_multiple(net)):
+            raise ValueError(f"size={size}: {path} needs a multiple of {multiple}")
+    networks = []
+    for path, net in tqdm(nets.items(), unit="network", desc="profiling"):
+        shape = (batch_size, image_channels(net)[0], size, size)
+        costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
+        networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "size": size,
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "networks": networks,
+    }
 
 
 def profile_network(
@@ -25,27 +81,28 @@ def profile_network(
     input_shape: tuple[int, int, int, int],
     *,
     device: str = "cpu",
-    modes: Sequence[str] = MODES,
+    modes: Sequence[Mode] = MODES,
     repeats: int = 30,
     seconds: float = 10.0,
 ) -> dict[str, Any]:
     """Count and time one generator.
 
     Args:
-        net: any network that takes images; "onnx" takes those of ``define_generator`` alone.
-        input_shape: (B, C, H, W) of what is timed. MACs are counted for one image of it.
-        device: where it runs; ONNX runs on the CPU, by onnxruntime.
+        net: any network that takes images; "onnx" needs one of ``define_generator``.
+        input_shape: (B, C, H, W) of the timed batches. MACs are counted for one image.
+        device: where it runs; ONNX always runs on the CPU, with onnxruntime.
         modes: of "eager", "compiled" (torch.compile) and "onnx".
-        repeats: timed calls, at most ...
-        seconds: ... as many as fit into so many seconds, three at least.
+        repeats: number of timed calls, at most.
+        seconds: time limit for the timed calls of one mode and dtype; at least three calls are made.
 
     Returns:
-        "parameters", "macs" (transposed convolutions counted on their output grid, as published), "macs_input_grid" (on
-        their input grid, as computed), and "latency": a list of {"mode", "dtype", "device",
-        "p50_ms", "p95_ms", "images_per_second", "calls"}, or with "why_not" in place of numbers where it cannot run.
+        "parameters"; "macs" (transposed convolutions counted per output pixel, as in published numbers);
+        "macs_input_grid" (per input pixel, as executed); and "latency", a list of {"mode", "dtype", "device", "p50_ms",
+        "p95_ms", "images_per_second", "calls"}, or {"mode", "dtype", "device", "unavailable_reason"} where a mode
+        cannot run.
 
     Raises:
-        TypeError, ValueError: an argument that is none of the above; of an unknown mode the nearest is named.
+        TypeError, ValueError: an invalid argument.
     """
     check_type("net", net, nn.Module, "a torch.nn.Module")
     if len(input_shape) != 4:
@@ -56,33 +113,35 @@ def profile_network(
         check_choice("mode", mode, MODES)
     check_whole("repeats", repeats, least=1)
     check_number("seconds", seconds, least=0)
-    one = (1, *input_shape[1:])
-    result: dict[str, Any] = {
-        "parameters": count_parameters(net),
-        "latency": [],
-    }
+    one_image = (1, *input_shape[1:])
     try:
-        result["macs"], result["macs_input_grid"] = (count_macs(net, one, grid) for grid in ("output", "input"))
+        macs, macs_input_grid = count_macs(net, one_image), count_macs(net, one_image, transposed="input")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"input_shape={tuple(input_shape)}: the network does not take such images ({error})"
         ) from error
     images = torch.rand(input_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latency = []
     for mode in modes:
         for dtype in DTYPES:
             entry: dict[str, Any] = {"mode": mode, "dtype": dtype, "device": "cpu" if mode == "onnx" else device}
             try:
                 with torch.no_grad():
-                    call = _runner(net, images, mode, dtype, torch.device(device))
+                    call = _forward_call(net, images, mode, dtype, torch.device(device))
                     entry |= measure_latency(call, len(images), repeats, seconds)
-            except Exception as error:  # a compiler or a runtime that is not there may raise anything
-                entry["why_not"] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            result["latency"].append(entry)
-    return result
+            except Exception as error:  # a missing compiler or runtime may raise any exception
+                entry["unavailable_reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            latency.append(entry)
+    return {
+        "parameters": count_parameters(net),
+        "latency": latency,
+        "macs": macs,
+        "macs_input_grid": macs_input_grid,
+    }
 
 
-def _runner(net: nn.Module, images: Tensor, mode: str, dtype: str, device: torch.device) -> Callable[[], Any]:
-    """What makes one forward pass and returns when it is done."""
+def _forward_call(net: nn.Module, images: Tensor, mode: Mode, dtype: str, device: torch.device) -> Callable[[], Any]:
+    """Return a function that runs one forward pass and waits for its end."""
     if mode == "onnx":
         if dtype != "fp32":
             raise NotImplementedError("onnxruntime has no bf16 convolutions on the CPU")
@@ -90,11 +149,10 @@ def _runner(net: nn.Module, images: Tensor, mode: str, dtype: str, device: torch
         return lambda: run(array)
     net = copy.deepcopy(net).to(device, DTYPES[dtype]).eval()
     images = images.to(device, DTYPES[dtype])
-    if mode == "compiled":
-        net = torch.compile(net)
+    forward: Callable[[Tensor], Any] = torch.compile(net) if mode == "compiled" else net
 
     def call() -> None:
-        net(images)
+        forward(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -102,18 +160,24 @@ def _runner(net: nn.Module, images: Tensor, mode: str, dtype: str, device: torch
 
 
 def measure_latency(call: Callable[[], Any], images: int, repeats: int, seconds: float) -> dict[str, float]:
-    """Median and 95th percentile of a call's time, and images a second, after a warm-up."""
+    """Time a call after a warm-up: its median and 95th percentile in ms, and images per second.
+
+    Args:
+        call: processes `images` images and returns when it is done.
+        images: per call.
+        repeats: number of calls, at most.
+        seconds: time limit; at least `MIN_CALLS` calls are made.
+    """
     for _ in range(WARM_UP):
         call()
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 3 or (len(times) < repeats and time.perf_counter() - began < seconds):
+    while len(times) < MIN_CALLS or (len(times) < repeats and time.perf_counter() - began < seconds):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    p50, p95 = (
-        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-    )
+    quantiles = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
     return {
         "p50_ms": 1000 * p50,
         "p95_ms": 1000 * p95,

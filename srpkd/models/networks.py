@@ -1,29 +1,38 @@
-"""Generators and discriminators of CycleGAN and pix2pix, and what can be read off their weights.
+"""Generators and discriminators of CycleGAN and pix2pix, and architecture inference from weights.
 
-The module tree, with it every state_dict key, and the forward pass are those of the public code,
-https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix (models/networks.py): its checkpoints load here one to
-one, and ours load there. The architectures are from Johnson et al. 2016 (ResNet), Ronneberger et al. 2015 and
-Isola et al. 2017 (U-Net, PatchGAN) and Zhu et al. 2017 (CycleGAN).
+The module tree, and with it every state_dict key, and the forward pass are those of the public code,
+https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix (models/networks.py): checkpoints are exchangeable in both
+directions. The architectures are from Johnson et al. 2016 (ResNet), Ronneberger et al. 2015 and Isola et al. 2017
+(U-Net, PatchGAN) and Zhu et al. 2017 (CycleGAN).
 """
+
+from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_number, check_whole
+from ..kernels.dispatch import check_choice
 
-# With their own defaults these are the public code's: batch norm learns weights and tracks statistics,
-# instance norm does neither, and so leaves the bias to the conv before it.
-NORMS: dict[str, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+Norm = Literal["instance", "batch"]
+InitType = Literal["normal", "xavier", "kaiming", "orthogonal"]
+NetD = Literal["basic", "n_layers", "pixel"]
 
-INITS = {
+Network = TypeVar("Network", bound=nn.Module)
+
+# Their default arguments are those of the public code: batch norm has weights and running statistics; instance norm has
+# neither, and the convolution before it has a bias instead.
+NORMS: dict[Norm, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+
+INITS: dict[InitType, Callable[[Tensor, float], Tensor]] = {
     "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
     "xavier": lambda weight, gain: nn.init.xavier_normal_(weight, gain),
     "kaiming": lambda weight, gain: nn.init.kaiming_normal_(weight, a=0, mode="fan_in"),
@@ -33,13 +42,13 @@ INITS = {
 
 @dataclass(frozen=True)
 class GeneratorSpec:
-    """What a generator is made of: `define_generator(**asdict(spec))` builds it."""
+    """Architecture of a generator: `define_generator(**asdict(spec))` builds it."""
 
     netG: str = "resnet_9blocks"
     input_nc: int = 3
     output_nc: int = 3
     ngf: int = 64
-    norm: str = "instance"
+    norm: Norm = "instance"
     dropout: bool = False
 
 
@@ -48,89 +57,98 @@ def define_generator(
     input_nc: int = 3,
     output_nc: int = 3,
     ngf: int = 64,
-    norm: str = "instance",
+    norm: Norm = "instance",
     dropout: bool = False,
     *,
-    init_type: str = "normal",
+    init_type: InitType = "normal",
     init_gain: float = 0.02,
-) -> nn.Module:
+) -> ResnetGenerator | UnetGenerator:
     """Build and initialise a generator, (B, input_nc, H, W) -> (B, output_nc, H, W) with values in [-1, 1].
 
     Args:
-        netG: `resnet_<n>blocks` with n >= 1, or `unet_<size>` with a power of two size >= 16, which halves
-            its input log2(size) times. H and W must be multiples of `size_multiple(net)`.
+        netG: "resnet_<n>blocks" with n >= 1, or "unet_<size>" with a power of two size >= 16, which downsamples
+            log2(size) times. H and W must be multiples of `size_multiple(net)`.
         input_nc, output_nc: channels of the images.
         ngf: channels of the first layer, any integer >= 1; every other width is a multiple of it.
         norm: "instance" or "batch".
-        dropout: of 0.5, in every residual block or in the U-Net's middle levels, as in the public code.
+        dropout: use dropout of 0.5 in every residual block, or in the U-Net's middle levels, as in the public code.
         init_type, init_gain: see `init_weights`.
 
     Raises:
-        TypeError: a width that is no integer.
-        ValueError: an unknown netG, norm or init_type (the message names the nearest), or a width below 1.
+        TypeError: a width is not an integer.
+        ValueError: an unknown netG, norm or init_type, or a width below 1; the message names the nearest choice.
     """
     _check_positive(input_nc=input_nc, output_nc=output_nc, ngf=ngf)
-    netG = str(netG)  # what is no name is none of these
-    shared = (input_nc, output_nc, ngf, _choose("norm", norm, NORMS), dropout)
+    check_choice("norm", norm, tuple(NORMS))
+    netG = str(netG)  # values of other types are unknown names
+    shared = (input_nc, output_nc, ngf, NORMS[norm], dropout)
+    net: ResnetGenerator | UnetGenerator
     if match := re.fullmatch(r"resnet_([1-9]\d*)blocks", netG):
         net = ResnetGenerator(*shared, blocks=int(match[1]))
     elif (match := re.fullmatch(r"unet_([1-9]\d*)", netG)) and _is_unet_size(size := int(match[1])):
         net = UnetGenerator(*shared, num_downs=size.bit_length() - 1)
     else:
-        expected = "'resnet_<n>blocks' with n >= 1, or 'unet_<size>' with a power of two size >= 16"
         names = ["resnet_9blocks", "resnet_6blocks", *(f"unet_{2**n}" for n in range(8, 3, -1))]
-        raise _unknown("netG", netG, expected, names)
+        (nearest,) = get_close_matches(netG, names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"netG={netG!r} is unknown: expected 'resnet_<n>blocks' with n >= 1, or 'unet_<size>' with a power of two "
+            f"size >= 16; the nearest is {nearest!r}"
+        )
     return init_weights(net, init_type, init_gain)
 
 
 def define_discriminator(
-    netD: str = "basic",
+    netD: NetD = "basic",
     input_nc: int = 3,
     ndf: int = 64,
     n_layers: int = 3,
-    norm: str = "instance",
+    norm: Norm = "instance",
     *,
-    init_type: str = "normal",
+    init_type: InitType = "normal",
     init_gain: float = 0.02,
 ) -> nn.Module:
     """Build and initialise a discriminator, (B, input_nc, H, W) -> (B, 1, H', W') with one logit per patch.
 
     Args:
-        netD: "basic" (PatchGAN of three layers, which sees patches of 70 x 70), "n_layers" (PatchGAN of
-            `n_layers` layers; the others do not read it), or "pixel" (1 x 1 convs, H' = H and W' = W).
-        input_nc: channels of the image, or of both images where a pair is joined.
+        netD: "basic" (70 x 70 PatchGAN, of three layers), "n_layers" (PatchGAN of `n_layers` layers), or "pixel"
+            (1 x 1 convolutions, H' = H and W' = W).
+        input_nc: channels of the image; for a conditional discriminator, of both images of a pair together.
         ndf: channels of the first layer.
+        n_layers: only for netD "n_layers".
         norm: "instance" or "batch".
         init_type, init_gain: see `init_weights`.
 
     Raises:
-        TypeError: a number that is no integer.
-        ValueError: an unknown netD, norm or init_type (the message names the nearest), or a number below 1.
+        TypeError: a number is not an integer.
+        ValueError: an unknown netD, norm or init_type, or a number below 1; the message names the nearest choice.
     """
     _check_positive(input_nc=input_nc, ndf=ndf, n_layers=n_layers)
-    makers = {
+    makers: dict[str, Callable[[int, int, type[nn.Module]], nn.Module]] = {
         "basic": partial(PatchDiscriminator, n_layers=3),
         "n_layers": partial(PatchDiscriminator, n_layers=n_layers),
         "pixel": PixelDiscriminator,
     }
-    net = _choose("netD", netD, makers)(input_nc, ndf, _choose("norm", norm, NORMS))
-    return init_weights(net, init_type, init_gain)
+    check_choice("netD", netD, tuple(makers))
+    check_choice("norm", norm, tuple(NORMS))
+    return init_weights(makers[netD](input_nc, ndf, NORMS[norm]), init_type, init_gain)
 
 
-def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0.02) -> nn.Module:
+def init_weights(net: Network, init_type: InitType = "normal", init_gain: float = 0.02) -> Network:
     """Initialise `net` in place and return it.
 
     Args:
-        init_type: of conv and linear weights: "normal", "xavier", "kaiming" (reads no gain) or "orthogonal".
+        init_type: distribution of convolution and linear weights: "normal", "xavier", "kaiming" (ignores the gain) or
+            "orthogonal".
         init_gain: standard deviation of "normal", gain of the others. Batch norm weights are drawn from
             N(1, init_gain), and every bias is zero.
 
     Raises:
-        TypeError: init_gain is no number.
-        ValueError: an unknown init_type (the message names the nearest), or an init_gain below 0.
+        TypeError: init_gain is not a number.
+        ValueError: an unknown init_type, or an init_gain below 0.
     """
-    init = _choose("init_type", init_type, INITS)
+    check_choice("init_type", init_type, tuple(INITS))
     check_number("init_gain", init_gain, least=0)
+    init = INITS[init_type]
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             init(module.weight, init_gain)
@@ -144,7 +162,7 @@ def init_weights(net: nn.Module, init_type: str = "normal", init_gain: float = 0
 
 
 class ResnetGenerator(nn.Module):
-    """Two halvings, `blocks` residual blocks at a quarter of the size, two doublings."""
+    """ResNet: downsamples by 4, `blocks` residual blocks at H/4 x W/4, upsamples by 4."""
 
     def __init__(
         self, input_nc: int, output_nc: int, ngf: int, norm: type[nn.Module], dropout: bool, *, blocks: int
@@ -154,7 +172,7 @@ class ResnetGenerator(nn.Module):
         down = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1, bias=bias)
         up = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1, bias=bias)
 
-        def stage(conv: nn.Module) -> tuple[nn.Module, ...]:
+        def stage(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, ...]:
             return conv, norm(conv.out_channels), nn.ReLU(inplace=True)
 
         self.model = nn.Sequential(
@@ -192,7 +210,7 @@ class ResnetBlock(nn.Module):
 
 
 class UnetGenerator(nn.Module):
-    """`num_downs` halvings and as many doublings, each level joined to its mirror image by a skip."""
+    """U-Net: downsamples `num_downs` times by 2 and upsamples as often, with a skip connection at each level."""
 
     def __init__(
         self, input_nc: int, output_nc: int, ngf: int, norm: type[nn.Module], dropout: bool, *, num_downs: int
@@ -200,9 +218,9 @@ class UnetGenerator(nn.Module):
         super().__init__()
         self.num_downs = num_downs
         widths = [ngf * min(2**level, 8) for level in range(num_downs)]
-        block = None
-        for level in range(num_downs - 1, 0, -1):
-            middle = 4 <= level < num_downs - 1  # 8 ngf outside and inside, but not the innermost
+        block = UnetBlock(widths[-2], widths[-1], norm, False, inside=None)
+        for level in range(num_downs - 2, 0, -1):
+            middle = level >= 4  # 8 ngf channels outside and inside
             block = UnetBlock(widths[level - 1], widths[level], norm, dropout and middle, inside=block)
         outermost = nn.Sequential(
             nn.Conv2d(input_nc, ngf, 4, stride=2, padding=1, bias=norm is nn.InstanceNorm2d),
@@ -211,7 +229,7 @@ class UnetGenerator(nn.Module):
             nn.ConvTranspose2d(2 * ngf, output_nc, 4, stride=2, padding=1),
             nn.Tanh(),
         )
-        # The public code's outermost level is a block too: its keys begin with model.model.
+        # In the public code the outermost level is a block too: its keys begin with model.model.
         self.model = nn.Sequential(OrderedDict(model=outermost))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +237,7 @@ class UnetGenerator(nn.Module):
 
 
 class UnetBlock(nn.Module):
-    """A level of the U-Net and all inside it, (B, C, H, W) -> (B, 2 C, H, W): what came in, what came up."""
+    """A level of the U-Net with all levels inside it, (B, C, H, W) -> (B, 2 C, H, W): the skip and the output."""
 
     def __init__(
         self, outer: int, inner: int, norm: type[nn.Module], dropout: bool, *, inside: nn.Module | None
@@ -238,18 +256,18 @@ class UnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.model(x)
-        # As in the public code, the LeakyReLU worked in place and x is activated by now. Only a feature tap can
-        # tell: to the output it makes no difference, as a ReLU follows.
+        # As in the public code, x was activated in place by the LeakyReLU. The output does not depend on it, because a
+        # ReLU follows, but a feature tap on this level sees it.
         return torch.cat([x, out], 1)
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: `n_layers` halvings, then two convs of stride 1."""
+    """PatchGAN: `n_layers` convolutions of stride 2, then two of stride 1."""
 
     def __init__(self, input_nc: int, ndf: int, norm: type[nn.Module], *, n_layers: int) -> None:
         super().__init__()
         widths = [ndf * min(2**layer, 8) for layer in range(n_layers + 1)]
-        layers = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for layer in range(1, n_layers + 1):
             stride = 2 if layer < n_layers else 1
             bias = norm is nn.InstanceNorm2d
@@ -265,7 +283,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """PatchGAN of 1 x 1 patches. As in the public code its last conv has a bias with instance norm only."""
+    """PatchGAN of 1 x 1 patches. As in the public code, its last convolution has a bias only with instance norm."""
 
     def __init__(self, input_nc: int, ndf: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -284,33 +302,33 @@ class PixelDiscriminator(nn.Module):
 
 
 def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
-    """Read off keys and shapes which generator a state_dict, free of `module.` prefixes, belongs to.
+    """Infer the architecture of a generator from the keys and shapes of its state_dict, without `module.` prefixes.
 
-    A U-Net's dropout leaves no trace in its weights and is given as False. Statistics with no weight beside
-    them, which instance norms stored before torch 0.4, are not taken for a batch norm's.
+    A U-Net's dropout does not show in its weights and is returned as False. Running statistics without a weight, which
+    instance norms stored before torch 0.4, do not count as batch norm.
 
     Raises:
-        ValueError: these are not the weights of a generator, or not all of them.
+        ValueError: the state_dict is not that of a generator, or incomplete.
     """
 
     def conv_shape(key: str) -> torch.Size:
         if key not in state_dict or state_dict[key].ndim != 4:
-            raise ValueError(f"the weights of a generator, but incomplete: there is no convolution {key}")
+            raise ValueError(f"the weights of a generator, but incomplete: the convolution {key} is missing")
         return state_dict[key].shape
 
-    # Only a norm has a weight of one dimension, and of the two norms only batch norm has a weight.
+    # Only norms have weights of one dimension, and only batch norm has weights.
     has_norm_weight = any(key.endswith(".weight") and w.ndim == 1 for key, w in state_dict.items())
-    norm = "batch" if has_norm_weight else "instance"
+    norm: Norm = "batch" if has_norm_weight else "instance"
     if "model.model.0.weight" in state_dict:
         ngf, input_nc, *_ = conv_shape("model.model.0.weight")
         output_nc = conv_shape("model.model.3.weight")[1]
-        num_downs = sum(w.ndim == 4 for w in state_dict.values()) // 2  # two convs a level
+        num_downs = sum(w.ndim == 4 for w in state_dict.values()) // 2  # two convolutions per level
         return GeneratorSpec(f"unet_{2**num_downs}", input_nc, output_nc, ngf, norm)
     if "model.10.conv_block.1.weight" in state_dict:
         ngf, input_nc, *_ = conv_shape("model.1.weight")
         blocks = len({key.split(".")[1] for key in state_dict if ".conv_block." in key})
         output_nc = conv_shape(f"model.{17 + blocks}.weight")[0]
-        dropout = "model.10.conv_block.5.weight" not in state_dict  # it moves the second conv to 6
+        dropout = "model.10.conv_block.5.weight" not in state_dict  # dropout moves the second convolution to 6
         return GeneratorSpec(f"resnet_{blocks}blocks", input_nc, output_nc, ngf, norm, dropout)
     hint = ""
     if {"model.0.weight", "net.0.weight"} & state_dict.keys():
@@ -323,78 +341,70 @@ def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
 
 
 def default_tap(net: nn.Module) -> str:
-    """Name of the module whose output is a generator's default relation layer: its encoder's end, activated.
+    """Return the name of a generator's default layer for relation distillation: the activated end of its encoder.
 
-    ResNet: `model.9`, (B, 4 ngf, H/4, W/4). U-Net: its encoder ends in a single pixel, with no relations,
-    so it is the LeakyReLU behind the deepest level that is still 16 x 16 at the net's nominal size: stride 16
-    in unet_256, 8 in unet_128 (2 in unet_16, where every level is smaller). Both lie before any dropout, no
-    later activation overwrites them, and their name depends neither on ngf nor on the number of blocks.
+    ResNet: `model.9`, (B, 4 ngf, H/4, W/4). U-Net: its encoder ends in a single pixel, which has no relations; the
+    layer is the LeakyReLU after the deepest level that is at least 16 x 16 at the net's nominal size: stride 16 in
+    unet_256, 8 in unet_128 (2 in unet_16, where every level is smaller). Both come before any dropout, no later
+    in-place activation overwrites them, and their names depend neither on ngf nor on the number of blocks.
 
     Raises:
         TypeError: `net` was not made by `define_generator`.
     """
-    if isinstance(_generator(net), ResnetGenerator):
+    generator = _check_generator(net)
+    if isinstance(generator, ResnetGenerator):
         return "model.9"
-    level = max(net.num_downs - 4, 1)
+    level = max(generator.num_downs - 4, 1)
     return "model.model.1" + ".model.3" * (level - 1) + ".model.0"
 
 
 def size_multiple(net: nn.Module) -> int:
-    """What height and width of a generator's input must be multiples of: ResNet 4, U-Net 2**num_downs.
+    """Return the number that divides the height and width of a generator's input: ResNet 4, U-Net 2**num_downs.
 
     Raises:
         TypeError: `net` was not made by `define_generator`.
     """
-    return 4 if isinstance(_generator(net), ResnetGenerator) else 2**net.num_downs
+    generator = _check_generator(net)
+    return 4 if isinstance(generator, ResnetGenerator) else 1 << generator.num_downs
 
 
 def image_channels(net: nn.Module) -> tuple[int, int]:
-    """(input, output) channels of a generator.
+    """Return the number of input and output channels of a generator.
 
     Raises:
         TypeError: `net` was not made by `define_generator`.
     """
-    convs = [m for m in _generator(net).modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    return convs[0].in_channels, convs[-1].out_channels  # the outermost two, of a U-Net too
+    convs = [m for m in _check_generator(net).modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return convs[0].in_channels, convs[-1].out_channels  # the outermost two, also of a U-Net
 
 
-def normalise_by_image(net: nn.Module) -> nn.Module:
-    """Make batch norms normalise every image by its own statistics, in place; gives `net`.
+def normalize_per_image(net: Network) -> Network:
+    """Make batch norms normalise each image by its own statistics; changes `net` in place and returns it.
 
-    It is what they do in training mode to a batch of one image, as pix2pix runs its generators, and here to each image
-    of a batch of any size: instance norms with the batch norms' weights take their places. The running statistics go.
+    For a batch of one image, batch norms in training mode do this, which is how pix2pix runs its generators. Here it
+    holds for each image of a batch of any size: instance norms that share the weights replace the batch norms. The
+    running statistics are dropped.
     """
     for parent in list(net.modules()):
         for name, norm in parent.named_children():
             if isinstance(norm, nn.BatchNorm2d):
-                alone = nn.InstanceNorm2d(norm.num_features, norm.eps, affine=True, device="meta")
-                alone.weight, alone.bias = norm.weight, norm.bias
-                setattr(parent, name, alone.train(norm.training))
+                per_image = nn.InstanceNorm2d(norm.num_features, norm.eps, affine=True, device="meta")
+                per_image.weight, per_image.bias = norm.weight, norm.bias
+                parent.register_module(name, per_image.train(norm.training))
     return net
 
 
-def _generator(net: nn.Module) -> nn.Module:
+def _check_generator(net: nn.Module) -> ResnetGenerator | UnetGenerator:
     if not isinstance(net, ResnetGenerator | UnetGenerator):
         raise TypeError(
             f"expected a generator made by define_generator (not wrapped), received {type(net).__name__}; "
-            "for a network of your own give layer names and sizes explicitly"
+            "for another network give layer names and sizes explicitly"
         )
     return net
 
 
-def _choose(what: str, name: str, table: Mapping[str, Any]) -> Any:
-    if not isinstance(name, str) or name not in table:
-        raise _unknown(what, name, " or ".join(map(repr, table)), table)
-    return table[name]
-
-
-def _unknown(what: str, received: str, expected: str, names: Iterable[str]) -> ValueError:
-    nearest = get_close_matches(str(received), list(names), n=1, cutoff=0.0)[0]
-    return ValueError(f"{what}={received!r} is unknown: expected {expected}; the nearest is {nearest!r}")
-
-
 def _is_unet_size(size: int) -> bool:
-    return size >= 16 and size.bit_count() == 1  # four levels at least: the widths ngf, 2 ngf, 4 ngf, 8 ngf
+    return size >= 16 and size.bit_count() == 1  # at least four levels, of widths ngf, 2 ngf, 4 ngf, 8 ngf
 
 
 def _check_positive(**numbers: int) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from ..data.folders import DataError, open_image
+from ..data.images import DataError, open_image
 from ..files import write_file
 from .curves import Metrics, draw_curves, read_metrics
 from .table import layout_table

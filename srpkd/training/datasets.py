@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.batches import Batches, Seeded, collate, sides
+from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import DataError, open_dataset
 from ..data.synthetic import generate_scenes, open_synthetic
 from ..data.validate import validate_dataset
@@ -104,7 +104,7 @@ def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0
     Raises:
         DataError: there are so few images that they cannot be shared out evenly to the processes.
     """
-    batches = Batches(
+    batches = ResumableBatchSampler(
         len(dataset),
         config.batch_size,
         seed,
@@ -118,7 +118,7 @@ def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0
             f"{batches.batch_size} images cannot be shared out evenly to {distributed.world_size()} processes: use fewer"
         )
     return DataLoader(
-        Seeded(dataset),
+        SeededDataset(dataset),
         batch_sampler=batches,
         num_workers=0 if config.is_synthetic else config.num_threads,
         collate_fn=collate,
@@ -138,7 +138,7 @@ def input_size(config: TrainConfig, direction: str = "G_A") -> tuple[int, int]:
         side = config.synthetic_size if config.is_synthetic else config.crop_size
         return side, side
     with torch.device("cpu"):  # also where networks are made on "meta"
-        first = Seeded(open_data(config, "train"))[0, 0]  # draws nothing from torch's generator
+        first = SeededDataset(open_data(config, "train"))[0, 0]  # draws nothing from torch's generator
     height, width = first[sides(direction)[0]].shape[1:]
     return height, width
 

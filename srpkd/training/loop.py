@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..distiller import unwrapped
 from ..loss import SRPLoss
-from ..models.networks import default_tap, define_generator, normalise_by_image
+from ..models.networks import default_tap, define_generator, normalize_per_image
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
 from .objectives import OBJECTIVES, Objective, learning_rate_law, restore, state_of
@@ -195,7 +195,7 @@ def freeze_for_inference(network: nn.Module, config: TrainConfig) -> nn.Module:
     for module in network.modules():
         module._forward_hooks.clear()
     if config.train_mode_norm:
-        network = normalise_by_image(network)
+        network = normalize_per_image(network)
     return network.to(config.torch_device, memory_format=config.memory_format).eval().requires_grad_(False)
 
 

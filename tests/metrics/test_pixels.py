@@ -1,3 +1,5 @@
+"""Confusion matrices and their scores, PSNR and SSIM."""
+
 import math
 
 import numpy as np
@@ -5,7 +7,15 @@ import pytest
 import torch
 
 from srpkd.data.synthetic import PALETTE, classes_of
-from srpkd.metrics.pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy, psnr
+from srpkd.metrics.pixels import (
+    class_accuracy,
+    confusion_matrix,
+    mean_iou,
+    nearest_colour,
+    pixel_accuracy,
+    psnr,
+    similarity,
+)
 
 
 def test_confusion_matrix_by_hand():
@@ -21,11 +31,11 @@ def test_scores_by_hand():
     assert mean_iou(conf) == pytest.approx((1 / 3 + 1 / 2 + 2 / 3) / 3)
     assert pixel_accuracy(conf) == pytest.approx(4 / 6)
     assert class_accuracy(conf) == pytest.approx((1 / 2 + 1 + 2 / 3) / 3)
-    # two classes count; what was predicted as the third is wrong all the same
+    # averaged over two classes; predictions of the third still count as wrong
     assert mean_iou(conf, 2) == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
-def test_class_accuracy_leaves_out_what_the_truth_has_not():
+def test_class_accuracy_leaves_out_classes_without_true_pixels():
     assert class_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])) == pytest.approx((3 / 4 + 1) / 2)
     assert math.isnan(class_accuracy(torch.zeros(2, 2)))
 
@@ -56,32 +66,32 @@ def test_confusion_matrix_agrees_with_numpy(dtype):
     assert pixel_accuracy(conf) == pytest.approx((pred == true).mean(), rel=1e-12)
 
 
-def test_matrices_of_batches_add_up():
+def test_matrices_of_batches_can_be_added():
     true, pred = torch.randint(6, (2, 8, 5, 5))
     parts = confusion_matrix(pred[:3], true[:3], 6) + confusion_matrix(pred[3:], true[3:], 6)
     assert torch.equal(parts, confusion_matrix(pred, true, 6))
 
 
-def test_a_class_absent_from_both_is_left_out_and_one_absent_from_either_counts_as_zero():
+def test_iou_of_absent_classes():
     true = torch.tensor([0, 0, 1, 1])
     assert mean_iou(confusion_matrix(true, true, 6)) == 1
     assert mean_iou(confusion_matrix(torch.tensor([0, 0, 2, 2]), true, 6)) == pytest.approx(1 / 3)
 
 
-def test_nothing_to_score_is_nan():
+def test_scores_without_pixels_are_nan():
     conf = confusion_matrix(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 6)
     assert conf.shape == (6, 6)
     assert math.isnan(mean_iou(conf))
     assert math.isnan(pixel_accuracy(conf))
 
 
-def test_confusion_matrix_refuses_what_it_cannot_count():
+def test_invalid_class_maps():
     maps = torch.zeros(2, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"one shape; received \(2, 2\) and \(4,\)"):
+    with pytest.raises(ValueError, match=r"pred has shape \(2, 2\) and true \(4,\): expected the same shape"):
         confusion_matrix(maps, maps.flatten(), 6)
-    with pytest.raises(ValueError, match=r"pred must lie in 0..5; received 0..6"):
+    with pytest.raises(ValueError, match=r"pred has classes 0..6: expected 0..5"):
         confusion_matrix(torch.tensor([0, 6]), torch.tensor([0, 0]), 6)
-    with pytest.raises(ValueError, match=r"true must lie in 0..5; received -1..0"):
+    with pytest.raises(ValueError, match=r"true has classes -1..0: expected 0..5"):
         confusion_matrix(torch.tensor([0, 0]), torch.tensor([0, -1]), 6)
     with pytest.raises(TypeError, match="integers"):
         confusion_matrix(maps.float(), maps, 6)
@@ -101,8 +111,21 @@ def test_psnr_agrees_with_numpy():
     assert psnr(torch.from_numpy(pred), torch.from_numpy(target)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_psnr_of_equal_images_is_infinite_and_shapes_must_agree():
+def test_psnr_of_equal_images_and_of_different_shapes():
     images = torch.rand(2, 3, 4, 4)
     assert psnr(images, images) == math.inf
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="expected the same shape"):
         psnr(images, images[:1])
+
+
+def test_psnr_and_ssim_by_hand():
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    a = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    b = torch.full((3, 16, 16), 110, dtype=torch.uint8)
+    found = similarity([(a, b), (a, a + 1)])
+    assert found["PSNR"] == pytest.approx((20 * np.log10(25.5) + 20 * np.log10(255)) / 2)
+    c = (0.01 * 255) ** 2  # for uniform images only the luminance term remains
+    ssim = [(2 * 100 * x + c) / (100**2 + x**2 + c) for x in (110, 101)]
+    assert found["SSIM"] == pytest.approx(np.mean(ssim), abs=1e-6)
+    with pytest.raises(ValueError, match="11 x 11"):
+        similarity([(a[:, :10], a[:, :10])])

@@ -1,6 +1,7 @@
+"""Reading and writing weights, and the messages for files that are something else."""
+
 import os
 import pickle
-import stat
 import sys
 import zipfile
 from collections import OrderedDict
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from srpkd.files import atomic_write
 from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights, save_weights
 from srpkd.models.networks import GeneratorSpec, define_discriminator, define_generator
 
@@ -32,12 +32,12 @@ def assert_same(found, expected):
 
 
 def refusal(path, function=load_weights, *args):
-    """The message with which a file is refused; it must name the file."""
+    """Return the error message for a file; it must name the file."""
     with pytest.raises(CheckpointError) as caught:
         function(path, *args)
     message = str(caught.value)
     assert str(path) in message
-    assert "weights_only" not in message  # torch's advice to switch the protection off
+    assert "weights_only" not in message  # torch's advice to disable the protection
     return message
 
 
@@ -54,7 +54,7 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("given", [False, True])
-def test_a_generator_comes_back(tmp_path, spec, given):
+def test_generator_round_trip(tmp_path, spec, given):
     net = make(spec)
     save_weights(net, tmp_path / "net.pth")
     back = load_generator(tmp_path / "net.pth", spec if given else None)
@@ -66,7 +66,7 @@ def test_a_generator_comes_back(tmp_path, spec, given):
     assert all(p.grad is not None for p in back.parameters())
 
 
-def test_a_unets_dropout_is_taken_from_the_spec(tmp_path):
+def test_unet_dropout_is_taken_from_the_spec(tmp_path):
     spec = GeneratorSpec("unet_128", ngf=1, dropout=True)
     save_weights(make(spec), tmp_path / "net.pth")
 
@@ -77,7 +77,7 @@ def test_a_unets_dropout_is_taken_from_the_spec(tmp_path):
     assert dropouts(load_generator(tmp_path / "net.pth")) == 0
 
 
-def test_what_is_saved_is_what_the_public_code_reads(tmp_path):
+def test_saved_weights_can_be_read_by_the_public_code(tmp_path):
     net = make()
     save_weights(net, str(tmp_path / "latest_net_G.pth"))
     plain = torch.load(tmp_path / "latest_net_G.pth", weights_only=True)
@@ -86,7 +86,7 @@ def test_what_is_saved_is_what_the_public_code_reads(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_public_files_are_read(tmp_path, zipped):
+def test_files_of_the_public_code_are_read(tmp_path, zipped):
     net = make()
     torch.save(net.state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
     weights = load_weights(str(tmp_path / "net.pth"))
@@ -103,7 +103,7 @@ def test_half_precision_weights_give_a_float32_generator(tmp_path):
     assert_same(back.state_dict(), net.float().state_dict())
 
 
-def test_safetensors_come_back(tmp_path):
+def test_safetensors_round_trip(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     net = make()
     safetensors.save_file(net.state_dict(), tmp_path / "net.safetensors")
@@ -114,8 +114,8 @@ def test_safetensors_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_outlive_their_file(tmp_path, suffix):
-    """A run that writes its checkpoint over the file that was loaded does not change what was loaded."""
+def test_weights_do_not_depend_on_their_file(tmp_path, suffix):
+    """Overwriting the file in place does not change weights that were loaded from it."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     net, path = make(replace(SMALL, ngf=16)), tmp_path / f"net{suffix}"
     (safetensors.save_file if suffix == ".safetensors" else torch.save)(net.state_dict(), path)
@@ -137,8 +137,8 @@ def test_weights_outlive_their_file(tmp_path, suffix):
     ],
     ids=str,
 )
-def test_everything_is_inferred_from_a_wrapped_file_of_an_old_torch(tmp_path, spec, suffix):
-    """What users have: saved through two wrappers, with the statistics of instance norms that nothing reads."""
+def test_generators_in_files_of_old_torch(tmp_path, spec, suffix):
+    """Saved with two wrappers' prefixes and the unused statistics of instance norms."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     net = make(spec)
     state = net.state_dict()
@@ -176,7 +176,7 @@ def test_prefixes_are_stripped(tmp_path, prefix, nested):
     assert_same(load_weights(tmp_path / "net.pth"), net.state_dict())
 
 
-def test_prefixes_of_compiled_parts_are_stripped_and_other_names_left(tmp_path):
+def test_prefixes_of_compiled_parts_are_stripped(tmp_path):
     torch.save({"model._orig_mod.0.weight": torch.ones(1), "a.module.b": torch.ones(1)}, tmp_path / "net.pth")
     assert set(load_weights(tmp_path / "net.pth")) == {"model.0.weight", "a.module.b"}
 
@@ -189,9 +189,9 @@ def test_wrapped_networks_are_saved_without_prefix(tmp_path):
         assert_same(torch.load(tmp_path / "net.pth", weights_only=True), net.state_dict())
 
 
-def test_keys_that_differ_in_their_prefix_alone_are_refused(tmp_path):
+def test_keys_that_differ_only_in_their_prefix_are_rejected(tmp_path):
     torch.save({"module.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "net.pth")
-    assert "differ in a wrapper's prefix alone" in refusal(tmp_path / "net.pth")
+    assert "differ only in a wrapper's prefix" in refusal(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize("spec", [SMALL, GeneratorSpec("unet_64", ngf=1)], ids=str)
@@ -209,7 +209,7 @@ def test_statistics_of_old_instance_norms_are_dropped(tmp_path, spec):
     assert_same(load_generator(tmp_path / "net.pth").state_dict(), net.state_dict())
 
 
-def test_batch_norms_that_counted_no_batches_load(tmp_path):
+def test_batch_norms_without_num_batches_tracked(tmp_path):
     net = make(replace(SMALL, norm="batch"))
     state = {key: v for key, v in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "net.pth")
@@ -218,7 +218,7 @@ def test_batch_norms_that_counted_no_batches_load(tmp_path):
     assert all(torch.equal(back[key], state.get(key, torch.tensor(0))) for key in back)
 
 
-# Files that are no weights
+# Files of other kinds
 
 
 @pytest.mark.parametrize(
@@ -227,19 +227,19 @@ def test_batch_norms_that_counted_no_batches_load(tmp_path):
         (b"", "is empty"),
         (b"epoch: 3\nlr: 0.0002\n", "is a text file ('epoch: 3"),
         ("größe = 1".encode(), "is a text file"),
-        (b"\n<!DOCTYPE html><html>", "is a web page, not weights: the download went wrong"),
+        (b"\n<!DOCTYPE html><html>", "is a web page, not weights: the download failed"),
         (b"<HTML><head>404", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "run git lfs pull"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "(264 bytes) is truncated, damaged, or not a file of weights"),
-        (b"PK\x03\x04" + bytes(50), "is truncated: its end is missing after 54 bytes"),
+        (b"PK\x03\x04" + bytes(50), "is truncated: it ends after 54 bytes"),
     ],
 )
-def test_other_files_are_named(tmp_path, content, message):
+def test_other_kinds_of_files(tmp_path, content, message):
     (tmp_path / "net.pth").write_bytes(content)
     assert message in refusal(tmp_path / "net.pth")
 
 
-def test_a_zip_of_something_else(tmp_path):
+def test_zip_archive_of_other_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "net.pth", "w") as archive:
         archive.writestr("photos/readme.txt", "hello")
     assert "not a file of weights" in refusal(tmp_path / "net.pth")
@@ -252,7 +252,7 @@ def test_truncated_files(tmp_path, zipped, share):
     data = (tmp_path / "net.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: int(len(data) * share)])
     message = refusal(tmp_path / "cut.pth")
-    assert "is truncated: its end is missing" in message if zipped else "is truncated, damaged" in message
+    assert "is truncated: it ends after" in message if zipped else "is truncated, damaged" in message
     assert "again" in message
 
 
@@ -263,22 +263,22 @@ def test_truncated_files(tmp_path, zipped, share):
         (torch.ones(1), "holds a Tensor, expected tensors by name"),
         ({}, "holds an empty dict, expected tensors by name"),
         ({"state_dict": {}}, "holds an empty dict"),
-        ({"netG": {"a": torch.ones(1)}, "epoch": 3}, "more than tensors by name ('netG': dict, 'epoch': int)"),
-        ({"a": torch.ones(1), "lr": 0.1}, "more than tensors by name ('lr': float)"),
-        ({0: torch.ones(1)}, "more than tensors by name (0: Tensor)"),
+        ({"netG": {"a": torch.ones(1)}, "epoch": 3}, "with more than tensors by name ('netG': dict, 'epoch': int)"),
+        ({"a": torch.ones(1), "lr": 0.1}, "with more than tensors by name ('lr': float)"),
+        ({0: torch.ones(1)}, "with more than tensors by name (0: Tensor)"),
         ({str(i): i for i in range(9)}, "'4': int and 4 more)"),
     ],
 )
-def test_other_contents_are_named(tmp_path, content, message):
+def test_files_with_other_contents(tmp_path, content, message):
     torch.save(content, tmp_path / "net.pth")
     assert message in refusal(tmp_path / "net.pth")
 
 
-# Files that want to run code
+# Files that would execute code
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Unpickled, it creates a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -299,7 +299,7 @@ PICKLERS = {
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("write", PICKLERS.values(), ids=PICKLERS)
-def test_no_code_runs(tmp_path, write, nested):
+def test_no_code_is_executed(tmp_path, write, nested):
     trap = tmp_path / "code_ran"
     write({"state_dict": {"model.1.weight": Payload(trap)}} if nested else Payload(trap), tmp_path / "net.pth")
     for function in (load_weights, load_generator):
@@ -310,7 +310,7 @@ def test_no_code_runs(tmp_path, write, nested):
 
 @pytest.mark.filterwarnings("ignore:.*weights_only")
 @pytest.mark.parametrize("write", PICKLERS.values(), ids=PICKLERS)
-def test_the_traps_above_do_spring(tmp_path, write):
+def test_the_payloads_work_with_an_unsafe_loader(tmp_path, write):
     trap = tmp_path / "code_ran"
     write(Payload(trap), tmp_path / "net.pth")
     if zipfile.is_zipfile(tmp_path / "net.pth") or write is PICKLERS["legacy"]:
@@ -320,58 +320,60 @@ def test_the_traps_above_do_spring(tmp_path, write):
     assert trap.is_dir()
 
 
-def test_code_is_named(tmp_path):
+def test_message_names_the_code(tmp_path):
     torch.save({"a": Payload(tmp_path / "code_ran")}, tmp_path / "net.pth")
     message = refusal(tmp_path / "net.pth")
-    assert f"code would have to run ({os.mkdir.__module__}.mkdir). Nothing was run or loaded" in message
+    assert f"would execute code ({os.mkdir.__module__}.mkdir). Nothing was executed or loaded" in message
 
 
-def test_a_whole_network_is_refused_with_a_way_out(tmp_path):
+def test_whole_network_is_rejected(tmp_path):
     torch.save(make(), tmp_path / "net.pth")
     message = refusal(tmp_path / "net.pth")
-    assert "code would have to run (srpkd.models.networks.ResnetGenerator)" in message
+    assert "would execute code (srpkd.models.networks.ResnetGenerator)" in message
     assert "torch.save(net.state_dict(), path)" in message
 
 
-def test_a_pickle_of_others_is_refused(tmp_path):
+def test_other_pickles_are_rejected(tmp_path):
     (tmp_path / "net.pth").write_bytes(pickle.dumps({"a": 1.0}))
     assert "is a Python pickle that torch.save did not write" in refusal(tmp_path / "net.pth")
 
 
-# Files that are not there
+# Missing files
 
 
-def test_a_missing_file_names_what_resembles_it(tmp_path):
+def test_missing_file_lists_similar_names(tmp_path):
     for name in ("latest_net_G.pth", "latest_net_D.pth", "loss_log.txt"):
         (tmp_path / name).touch()
     message = refusal(tmp_path / "lastest_net_G.pth")
-    assert "does not exist" in message and "but latest_net_G.pth, latest_net_D.pth" in message
+    assert "does not exist" in message and "weights: latest_net_G.pth, latest_net_D.pth" in message
     assert "loss_log.txt" not in message
 
 
-def test_a_missing_file_names_the_weights_there_are(tmp_path):
+def test_missing_file_lists_weights(tmp_path):
     for name in ("10_net_G.pth", "x.safetensors", "notes.md"):
         (tmp_path / name).touch()
-    assert refusal(tmp_path / "teacher").endswith("there is no teacher, but 10_net_G.pth, x.safetensors")
+    assert refusal(tmp_path / "teacher").endswith(
+        "has no teacher; similar names or weights: 10_net_G.pth, x.safetensors"
+    )
 
 
-def test_a_missing_folder_is_what_is_named(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     message = refusal(tmp_path / "checkpoint" / "h2z" / "net.pth")
-    assert message.endswith(f"in {tmp_path} there is no checkpoint, but checkpoints")
-    assert refusal(tmp_path / "checkpoints" / "net.pth").endswith("there is no net.pth, but nothing of the kind")
+    assert message.endswith(f"{tmp_path} has no checkpoint; similar names or weights: checkpoints")
+    assert refusal(tmp_path / "checkpoints" / "net.pth").endswith("has no net.pth; similar names or weights: none")
 
 
-def test_a_missing_file_by_relative_path(tmp_path, monkeypatch):
+def test_missing_file_by_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net_G.pth").touch()
-    assert refusal("net_GG.pth").endswith("in . there is no net_GG.pth, but net_G.pth")
+    assert refusal("net_GG.pth").endswith(". has no net_GG.pth; similar names or weights: net_G.pth")
 
 
-def test_a_folder_is_not_a_file(tmp_path):
+def test_folder_instead_of_a_file(tmp_path):
     (tmp_path / "latest_net_G.pth").touch()
     (tmp_path / "log.txt").touch()
-    assert refusal(tmp_path).endswith("is a folder: give a file of weights. In this folder: latest_net_G.pth")
+    assert refusal(tmp_path).endswith("is a folder: give a file of weights. This folder has: latest_net_G.pth")
 
 
 # Weights of another network
@@ -380,20 +382,20 @@ def test_a_folder_is_not_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"ngf": 4}, "ngf is 2 in the file, 4 was asked for: use --ngf 2"),
-        ({"netG": "resnet_9blocks"}, "'resnet_9blocks' was asked for: use --netG resnet_2blocks"),
+        ({"ngf": 4}, "ngf is 2 in the file, expected 4: use --ngf 2"),
+        ({"netG": "resnet_9blocks"}, "expected 'resnet_9blocks': use --netG resnet_2blocks"),
         ({"netG": "unet_16"}, "use --netG resnet_2blocks"),
         ({"input_nc": 1, "output_nc": 6}, "use --input_nc 3 --output_nc 3"),
         ({"norm": "batch"}, "use --norm instance"),
-        ({"dropout": True}, "dropout is False in the file, True was asked for"),
+        ({"dropout": True}, "dropout is False in the file, expected True"),
     ],
 )
-def test_another_generator_than_asked_for(tmp_path, wanted, message):
+def test_other_architecture_than_the_spec(tmp_path, wanted, message):
     save_weights(make(), tmp_path / "net.pth")
     assert message in refusal(tmp_path / "net.pth", load_generator, replace(SMALL, **wanted))
 
 
-def test_a_discriminator_is_no_generator(tmp_path):
+def test_discriminator_instead_of_a_generator(tmp_path):
     save_weights(define_discriminator(ndf=1), tmp_path / "latest_net_D.pth")
     assert "these look like a discriminator's" in refusal(tmp_path / "latest_net_D.pth", load_generator)
 
@@ -403,20 +405,20 @@ def test_a_discriminator_is_no_generator(tmp_path):
     [
         (lambda s: s.pop("model.11.conv_block.1.bias"), "missing: model.11.conv_block.1.bias."),
         (lambda s: s.update({"extra.weight": torch.ones(2, 2)}), "unknown: extra.weight."),
-        (lambda s: s.update({"model.4.bias": torch.ones(9)}), "of another shape: model.4.bias (9,) for (4,)"),
+        (lambda s: s.update({"model.4.bias": torch.ones(9)}), "wrong shape: model.4.bias (9,), expected (4,)"),
         (lambda s: s.update({"model.2.weight": torch.ones(2)}), "unknown: "),  # an instance norm with weights
-        (lambda s: s.pop("model.19.weight"), "incomplete: there is no convolution model.19.weight"),
+        (lambda s: s.pop("model.19.weight"), "incomplete: the convolution model.19.weight is missing"),
     ],
 )
-def test_generators_that_are_not_whole(tmp_path, change, message):
+def test_incomplete_generators(tmp_path, change, message):
     state = make().state_dict()
     change(state)
     torch.save(state, tmp_path / "net.pth")
     assert message in refusal(tmp_path / "net.pth", load_generator)
 
 
-def test_a_unet_too_shallow_is_refused(tmp_path):
-    # Two levels, as unet_4 would have them.
+def test_unet_with_too_few_levels(tmp_path):
+    # two levels, like a unet_4
     keys = ("model.model.0", "model.model.1.model.1", "model.model.1.model.3", "model.model.3")
     torch.save({f"{key}.weight": torch.ones(2, 2, 4, 4) for key in keys}, tmp_path / "net.pth")
     assert "netG='unet_4' is unknown" in refusal(tmp_path / "net.pth", load_generator)
@@ -425,47 +427,7 @@ def test_a_unet_too_shallow_is_refused(tmp_path):
 # Writing
 
 
-def test_atomic_write_replaces_and_leaves_nothing_behind(tmp_path):
-    path = tmp_path / "new" / "folder" / "a.bin"
-    for data in (b"one", b"three"):
-        with atomic_write(path) as file:
-            file.write(data)
-        assert path.read_bytes() == data
-    assert os.listdir(path.parent) == ["a.bin"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_atomic_write_that_fails_changes_nothing(tmp_path, error):
-    (tmp_path / "a.bin").write_bytes(b"old")
-    with pytest.raises(error), atomic_write(tmp_path / "a.bin") as file:
-        file.write(b"half of the n")
-        file.flush()
-        assert (tmp_path / "a.bin").read_bytes() == b"old"
-        raise error
-    assert (tmp_path / "a.bin").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_atomic_write_reaches_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
-    calls = []
-    fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(a).parent)), rename(a, b)))
-    with atomic_write(tmp_path / "a.bin") as file:
-        file.write(b"12345")
-    assert calls == [("fsync", 5), ("replace", tmp_path.resolve())]
-
-
-def test_atomic_write_keeps_links_and_the_usual_permissions(tmp_path):
-    (tmp_path / "plain").touch()
-    (tmp_path / "link").symlink_to("target")
-    with atomic_write(tmp_path / "link") as file:
-        file.write(b"x")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"x"
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "target")}
-    assert len(modes) == 1
-
-
-def test_a_save_that_fails_keeps_the_old_weights(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_old_weights(tmp_path, monkeypatch):
     save_weights(make(), tmp_path / "net.pth")
     before = (tmp_path / "net.pth").read_bytes()
 

@@ -1,3 +1,5 @@
+"""Counts of parameters and multiply-accumulates."""
+
 import pytest
 import torch
 from torch import nn
@@ -45,7 +47,7 @@ def test_a_module_that_runs_twice_counts_twice():
     assert count_macs(nn.Sequential(conv, nn.ReLU(), conv), (1, 2, 3, 3)) == 2 * 9 * 4
 
 
-def test_the_network_is_left_alone():
+def test_network_is_unchanged():
     net = define_generator("unet_16", ngf=2, norm="batch", dropout=True)
     net.model.model[1].eval()
     fired = []
@@ -61,8 +63,8 @@ def test_the_network_is_left_alone():
     assert not any(p.is_meta for p in net.parameters())
 
 
-def test_what_could_not_be_trained_is_counted():
-    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))  # a norm over a single value
+def test_batch_norm_of_a_single_value_is_counted():
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))  # cannot run in training mode
     assert count_macs(net, (1, 3, 2, 2)) == 48
 
 
@@ -71,6 +73,6 @@ def test_half_precision_counts_the_same():
     assert count_macs(net.bfloat16(), (1, 3, 16, 16)) == count_macs(net.float(), (1, 3, 16, 16))
 
 
-def test_unknown_convention():
-    with pytest.raises(ValueError, match="transposed='both' is unknown: expected 'output' or 'input'"):
+def test_invalid_convention():
+    with pytest.raises(ValueError, match="transposed='both' is not one of 'output', 'input'"):
         count_macs(nn.Conv2d(1, 1, 1), (1, 1, 1, 1), transposed="both")

@@ -1,3 +1,5 @@
+"""Architectures, their keys and forward passes, and what is inferred from weights."""
+
 import re
 from dataclasses import asdict, replace
 
@@ -14,7 +16,7 @@ from srpkd.models.networks import (
     image_channels,
     infer_generator,
     init_weights,
-    normalise_by_image,
+    normalize_per_image,
     size_multiple,
 )
 
@@ -55,14 +57,14 @@ def norm_leaves(norm):
 
 
 def resnet_keys(blocks, norm, dropout):
-    """The public code's keys, written out from its layout rather than from ours."""
+    """The keys of the public code, written from its layout."""
     second = 6 if dropout else 5
     convs = [f"model.{i}" for i in (1, 4, 7)]
     for block in range(10, 10 + blocks):
         convs += [f"model.{block}.conv_block.1", f"model.{block}.conv_block.{second}"]
     convs += [f"model.{10 + blocks}", f"model.{13 + blocks}"]
     keys = {f"{conv}.{leaf}" for conv in convs for leaf in leaves(norm)}
-    for conv in convs:  # each norm stands right behind its conv
+    for conv in convs:  # each norm directly follows its convolution
         head, _, index = conv.rpartition(".")
         keys |= {f"{head}.{int(index) + 1}.{leaf}" for leaf in norm_leaves(norm)}
     return keys | {f"model.{17 + blocks}.weight", f"model.{17 + blocks}.bias"}
@@ -84,7 +86,7 @@ def unet_keys(num_downs, norm):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("blocks", [1, 6, 9, 12])
-def test_resnet_keys_are_the_public_codes(blocks, norm, dropout):
+def test_resnet_keys_are_those_of_the_public_code(blocks, norm, dropout):
     net = on_meta(netG=f"resnet_{blocks}blocks", norm=norm, dropout=dropout, ngf=2)
     assert set(net.state_dict()) == resnet_keys(blocks, norm, dropout)
 
@@ -92,7 +94,7 @@ def test_resnet_keys_are_the_public_codes(blocks, norm, dropout):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("num_downs", [4, 5, 7, 8, 9])
-def test_unet_keys_are_the_public_codes(num_downs, norm, dropout):
+def test_unet_keys_are_those_of_the_public_code(num_downs, norm, dropout):
     net = on_meta(netG=f"unet_{2**num_downs}", norm=norm, dropout=dropout, ngf=2)
     assert set(net.state_dict()) == unet_keys(num_downs, norm)
 
@@ -107,12 +109,12 @@ def test_resnet_layout():
     )
 
 
-def test_unet_drops_out_in_the_middle_levels_only():
+def test_unet_has_dropout_only_in_the_middle_levels():
     def dropped(netG):
         net = on_meta(netG=netG, ngf=1, dropout=True)
         return [name.count(".3") for name, m in net.named_modules() if isinstance(m, nn.Dropout)]
 
-    # Levels 4, 5, 6 of 0 ... 7; the submodule of level k sits behind k - 1 times ".3".
+    # levels 4, 5, 6 of 0 ... 7; the name of level k's submodule has k - 1 times ".3"
     assert sorted(dropped("unet_256")) == [3, 4, 5]
     assert sorted(dropped("unet_128")) == [3, 4]
     assert dropped("unet_32") == []
@@ -127,7 +129,7 @@ def test_unet_drops_out_in_the_middle_levels_only():
         ({"netD": "basic", "n_layers": 5}, {"11": (1, 32, 4, 4)}),
     ],
 )
-def test_patch_discriminators_have_the_public_keys(kwargs, shapes):
+def test_patch_discriminators_have_the_keys_of_the_public_code(kwargs, shapes):
     state = define_discriminator(ndf=4, **kwargs).state_dict()
     for index, shape in shapes.items():
         assert state[f"model.{index}.weight"].shape == shape
@@ -138,7 +140,7 @@ def test_discriminator_biases(norm):
     convs = {"instance": [0, 2, 5, 8, 11], "batch": [0, 3, 6, 9, 11]}[norm]
     state = define_discriminator("basic", ndf=2, norm=norm).state_dict()
     biased = [int(k.split(".")[1]) for k in state if k.endswith(".bias")]
-    assert biased == convs  # with batch norm the norms' own, and of the convs the first and the last
+    assert biased == convs  # with batch norm: those of the norms, of the first and of the last convolution
     pixel = define_discriminator("pixel", ndf=2, norm=norm).state_dict()
     assert [k for k in pixel if k.endswith("bias")] == (
         ["net.0.bias", "net.2.bias", "net.5.bias"] if norm == "instance" else ["net.0.bias", "net.3.bias"]
@@ -150,7 +152,7 @@ def test_basic_discriminator_has_the_published_size():
     assert count(on_meta(define_discriminator, "basic", 6, norm="batch")) == 2_768_705
 
 
-# The forward pass, against the architecture written once more as plain functions of the weights
+# The forward pass, compared with the architecture written as plain functions of the weights
 
 
 def functional_norm(state, key, x):
@@ -189,7 +191,7 @@ def functional_unet(state, x, num_downs):
         return F.conv_transpose2d(F.relu(x), state[f"{key}.weight"], state.get(f"{key}.bias"), stride=2, padding=1)
 
     def block(key, x, level):
-        x = F.leaky_relu(x, 0.2)  # this x, not the raw one, goes over the skip connection
+        x = F.leaky_relu(x, 0.2)  # the skip connection has this x, not the raw one
         y = down(f"{key}.1", x)
         if level == num_downs - 1:
             return torch.cat([x, functional_norm(state, f"{key}.4", up(f"{key}.3", y))], 1)
@@ -201,7 +203,7 @@ def functional_unet(state, x, num_downs):
 
 
 def randomised(net):
-    """Weights, biases and statistics that all matter, and float64, so that two ways of computing must agree."""
+    """Set random weights, biases and statistics in float64, so that every one affects the output."""
     net = net.double().eval()
     for value in net.state_dict().values():
         if value.is_floating_point():
@@ -214,7 +216,7 @@ def randomised(net):
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_resnet_computes_what_the_public_code_does(norm, dropout):
+def test_resnet_forward_is_that_of_the_public_code(norm, dropout):
     net = randomised(define_generator("resnet_2blocks", 2, 4, ngf=3, norm=norm, dropout=dropout))
     x = torch.randn(2, 2, 16, 20, dtype=torch.float64)
     expected = functional_resnet(net.state_dict(), x, 2, second=6 if dropout else 5)
@@ -224,7 +226,7 @@ def test_resnet_computes_what_the_public_code_does(norm, dropout):
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("num_downs", [4, 5, 6])
-def test_unet_computes_what_the_public_code_does(num_downs, norm):
+def test_unet_forward_is_that_of_the_public_code(num_downs, norm):
     net = randomised(define_generator(f"unet_{2**num_downs}", 2, 4, ngf=2, norm=norm, dropout=True))
     x = torch.randn(2, 2, 2**num_downs, 2 ** (num_downs + 1), dtype=torch.float64)
     expected = functional_unet(net.state_dict(), x, num_downs)
@@ -233,7 +235,7 @@ def test_unet_computes_what_the_public_code_does(num_downs, norm):
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_unet_skips_carry_the_activated_tensor(norm):
-    """The output cannot show it, as relu(leaky_relu(x)) = relu(x), but a feature tap on a level does."""
+    """It does not show in the output, as relu(leaky_relu(x)) = relu(x), but in a feature tap on a level."""
     net = randomised(define_generator("unet_32", ngf=3, norm=norm))
     raw, level = [], []
     net.get_submodule("model.model.0").register_forward_hook(lambda _m, _i, out: raw.append(out.clone()))
@@ -263,11 +265,11 @@ def test_discriminator_shapes(netD, n_layers, size):
     assert net(torch.empty(2, 6, 256, 256, device="meta")).shape == (2, 1, size, size)
 
 
-def test_basic_discriminator_sees_70_pixels():
+def test_receptive_field_of_the_basic_discriminator():
     net = define_discriminator("basic", ndf=1)
     for i, module in enumerate(net.model):
         if isinstance(module, nn.InstanceNorm2d):
-            net.model[i] = nn.Identity()  # a norm's gradient covers the whole image
+            net.model[i] = nn.Identity()  # the gradient of a norm covers the whole image
         elif isinstance(module, nn.Conv2d):
             nn.init.ones_(module.weight)
     x = torch.zeros(1, 3, 256, 256, requires_grad=True)
@@ -280,7 +282,7 @@ def test_basic_discriminator_sees_70_pixels():
 
 
 @torch.no_grad()
-def test_init_normal_is_the_papers():
+def test_init_normal_is_that_of_the_paper():
     torch.manual_seed(0)
     net = define_generator("resnet_1blocks", ngf=32, norm="batch")
     for name, module in net.named_modules():
@@ -308,13 +310,13 @@ def test_init_types_and_gain():
     torch.testing.assert_close(w.T @ w, 9 * torch.eye(64), atol=1e-4, rtol=0)
 
 
-def test_init_weights_gives_the_network_back():
+def test_init_weights_returns_the_network():
     net = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(3, affine=True))
     net[0].bias.data.fill_(5)
     assert init_weights(net) is net and not net[0].bias.any()
 
 
-# What can be read off the weights
+# Inference of the architecture from the weights
 
 SPECS = [
     GeneratorSpec(netG, input_nc, output_nc, ngf, norm, dropout)
@@ -328,12 +330,12 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_infer_generator(spec):
     state = on_meta(**asdict(spec)).state_dict()
-    visible = not spec.netG.startswith("unet")  # a U-Net's dropout leaves no key
+    visible = not spec.netG.startswith("unet")  # a U-Net's dropout does not show in the keys
     assert infer_generator(state) == replace(spec, dropout=spec.dropout and visible)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.norm == "instance" and s.ngf == 2], ids=str)
-def test_infer_is_not_misled_by_the_statistics_of_old_instance_norms(spec):
+def test_infer_generator_ignores_statistics_of_old_instance_norms(spec):
     net = on_meta(**asdict(spec))
     state = net.state_dict()
     for name, module in net.named_modules():
@@ -344,7 +346,7 @@ def test_infer_is_not_misled_by_the_statistics_of_old_instance_norms(spec):
     assert infer_generator(state) == infer_generator(net.state_dict())
 
 
-def test_infer_refuses_what_is_no_generator():
+def test_infer_generator_rejects_other_weights():
     with pytest.raises(ValueError, match=r"not the weights of a generator.*model\.0\.weight.*discriminator"):
         infer_generator(define_discriminator(ndf=1).state_dict())
     with pytest.raises(ValueError, match="discriminator"):
@@ -356,10 +358,10 @@ def test_infer_refuses_what_is_no_generator():
 
 
 @pytest.mark.parametrize(("netG", "key"), [("resnet_2blocks", "model.19.weight"), ("unet_32", "model.model.3.weight")])
-def test_infer_names_what_is_missing(netG, key):
+def test_infer_generator_names_missing_weights(netG, key):
     state = on_meta(netG=netG, ngf=1).state_dict()
     del state[key]
-    with pytest.raises(ValueError, match=f"incomplete.*{re.escape(key)}"):
+    with pytest.raises(ValueError, match=f"incomplete: the convolution {re.escape(key)} is missing"):
         infer_generator(state)
 
 
@@ -379,7 +381,7 @@ def test_infer_names_what_is_missing(netG, key):
         ("unet_16", 16, (2, 8, 8)),
     ],
 )
-def test_default_tap_is_a_map_with_relations_that_nothing_overwrites(netG, size, shape):
+def test_default_tap_is_not_overwritten_in_place(netG, size, shape):
     net = define_generator(netG, ngf=2, dropout=True)
     seen = []
     net.get_submodule(default_tap(net)).register_forward_hook(lambda _m, _i, out: seen.extend([out, out.clone()]))
@@ -388,20 +390,20 @@ def test_default_tap_is_a_map_with_relations_that_nothing_overwrites(netG, size,
     assert torch.equal(*seen)
 
 
-def test_default_tap_is_one_name_for_all_widths_and_depths():
+def test_default_tap_does_not_depend_on_width_and_depth():
     assert {default_tap(on_meta(netG=f"resnet_{n}blocks", ngf=g)) for n in (1, 9) for g in (1, 8)} == {"model.9"}
     assert default_tap(on_meta(netG="unet_256", ngf=1)) == default_tap(on_meta(netG="unet_256", ngf=8, norm="batch"))
 
 
 @pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
-def test_normalised_by_image_every_image_is_what_it_is_alone_in_training_mode(netG):
+def test_normalize_per_image_is_training_mode_for_each_image(netG):
     net = define_generator(netG, ngf=2, norm="batch", init_gain=0.2)
     images = torch.rand(3, 3, 32, 48) * torch.tensor([0.1, 1, 3]).view(3, 1, 1, 1)
     with torch.no_grad():
         alone = torch.cat([net(image[None]) for image in images])
         together = net(images)
         names, weights = [name for name, _ in net.named_modules()], dict(net.named_parameters())
-        assert normalise_by_image(net.eval()) is net
+        assert normalize_per_image(net.eval()) is net
         found = net(images)
     torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
     assert (together - alone).abs().max() > 0.01
@@ -410,10 +412,10 @@ def test_normalised_by_image_every_image_is_what_it_is_alone_in_training_mode(ne
     assert net.state_dict().keys() == weights.keys()  # no running statistics
 
 
-def test_normalised_by_image_instance_norms_stay():
+def test_normalize_per_image_keeps_instance_norms():
     net = define_generator("resnet_1blocks", ngf=2)
     before = list(net.modules())
-    assert list(normalise_by_image(net).modules()) == before
+    assert list(normalize_per_image(net).modules()) == before
 
 
 def test_size_multiple():
@@ -427,7 +429,7 @@ def test_image_channels(spec):
 
 
 @pytest.mark.parametrize("function", [default_tap, size_multiple, image_channels])
-def test_networks_of_others_are_refused(function):
+def test_other_networks_are_rejected(function):
     with pytest.raises(TypeError, match=r"made by define_generator .* received Conv2d"):
         function(nn.Conv2d(1, 1, 1))
 
@@ -442,15 +444,27 @@ def test_networks_of_others_are_refused(function):
         (define_generator, {"netG": "resnet_0blocks"}, r"'resnet_<n>blocks' with n >= 1"),
         (define_generator, {"netG": "unet_255"}, "power of two size >= 16; the nearest is 'unet_256'$"),
         (define_generator, {"netG": "unet_8"}, "power of two size >= 16"),
-        (define_generator, {"norm": "batchnorm"}, "norm='batchnorm' is unknown: .*'instance' or 'batch'.*'batch'$"),
+        (
+            define_generator,
+            {"norm": "batchnorm"},
+            "norm='batchnorm' is not one of 'instance', 'batch'; did you mean 'batch'",
+        ),
         (define_generator, {"ngf": 0}, "ngf=0: expected an integer >= 1"),
         (define_generator, {"output_nc": -1}, "output_nc=-1"),
-        (define_generator, {"ngf": 1, "init_type": "kaming"}, "init_type='kaming' is unknown.*'kaiming'$"),
-        (define_discriminator, {"netD": "pixl"}, "netD='pixl' is unknown.*'basic' or 'n_layers' or 'pixel'.*'pixel'$"),
-        (define_discriminator, {"norm": "inst"}, "norm='inst' is unknown.*'instance'$"),
+        (
+            define_generator,
+            {"ngf": 1, "init_type": "kaming"},
+            "init_type='kaming' is not one of .*; did you mean 'kaiming'",
+        ),
+        (
+            define_discriminator,
+            {"netD": "pixl"},
+            "netD='pixl' is not one of 'basic', 'n_layers', 'pixel'; did you mean 'pixel'",
+        ),
+        (define_discriminator, {"norm": "inst"}, "norm='inst' is not one of .*; did you mean 'instance'"),
         (define_discriminator, {"n_layers": 0}, "n_layers=0"),
     ],
 )
-def test_errors_say_what_was_received_and_what_is_nearest(make, kwargs, message):
+def test_invalid_arguments(make, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(**kwargs)

@@ -1,0 +1,79 @@
+"""Image files: search, pairing by name, and safe decoding."""
+
+import pickle
+
+import numpy as np
+import pytest
+from sample_images import ramps, save, save_plain
+
+from srpkd.data.images import (
+    DataError,
+    ImageFiles,
+    find_images,
+    image_files,
+    image_pairs,
+    left_half,
+    pair_by_name,
+    right_half,
+)
+
+
+def test_image_files_are_sorted_and_found_in_subfolders(tmp_path):
+    names = ["b/2.JPG", "a/x.Png", "z.tiff", "b/1.jpeg", "c.webp"]
+    for name in names:
+        save_plain(tmp_path / name)
+    for name in ("notes.txt", "b/._1.jpg", ".hidden.png", ".git/0.png", "jpg"):  # none of these is an image
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert image_files(tmp_path) == [str(tmp_path / name) for name in sorted(names)]
+    assert image_files(tmp_path / "nowhere") == []
+
+
+def test_links_are_followed_without_loops(tmp_path):
+    save_plain(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
+    assert image_files(tmp_path / "data") == [str(tmp_path / "data" / "link" / "0.png")]
+
+
+def test_data_error_without_problems():
+    error = DataError("Too small.")
+    assert str(error) == "Too small." and error.problems == []
+    assert str(pickle.loads(pickle.dumps(error))) == "Too small."
+
+
+def test_find_images_in_a_folder_or_by_pattern(tmp_path):
+    paths = [save_plain(tmp_path / name) for name in ("0_fake_B.png", "0_real_B.png", "1_fake_B.png")]
+    assert find_images(str(tmp_path)) == paths
+    assert find_images(str(tmp_path / "*_fake_B.png")) == paths[::2]
+    with pytest.raises(ValueError, match="no images found; expected a folder of images or a pattern"):
+        find_images(str(tmp_path / "*.gif"))
+
+
+def test_images_are_paired_by_name():
+    assert pair_by_name(["x/a_fake.png", "x/b.jpg"], ["y/b.png", "y/a_real.png", "y/c.png"]) == [
+        ("x/a_fake.png", "y/a_real.png"),
+        ("x/b.jpg", "y/b.png"),
+    ]
+    with pytest.raises(ValueError, match=r"1 of 2 generated images have no real image .* such as x/q.png; .* like y/a"):
+        pair_by_name(["x/a.png", "x/q.png"], ["y/a.png"])
+    with pytest.raises(ValueError, match="have the same name"):
+        pair_by_name(["x/a.png", "x/a.jpg"], ["y/a.png"])
+
+
+def test_halves_of_a_pair(tmp_path):
+    path = save(tmp_path / "0.png", np.concatenate([ramps(blue=0), ramps(blue=255)], 1))
+    for crop, blue in ((left_half, 0), (right_half, 255)):
+        (image,) = ImageFiles([path], crop=crop)
+        np.testing.assert_array_equal(image.permute(1, 2, 0), ramps(blue=blue))
+
+
+def test_image_files_are_scaled(tmp_path):
+    paths = [save_plain(tmp_path / "0.png", (8, 8)), save_plain(tmp_path / "1.png", (8, 12))]
+    images = ImageFiles(paths)
+    assert [image.shape for image in images] == [(3, 8, 8), (3, 12, 8)] and not images.have_same_size()
+    scaled = ImageFiles(paths, size=5)
+    assert [image.shape for image in scaled] == [(3, 5, 5)] * 2 and scaled.have_same_size()
+    with pytest.raises(ValueError, match=r"0.png has \(8, 8\) pixels and .*1.png \(12, 8\): use --size N"):
+        next(image_pairs(ImageFiles(paths[:1]), ImageFiles(paths[1:])))

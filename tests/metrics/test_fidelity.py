@@ -1,0 +1,126 @@
+"""FID and KID, with a small feature extractor that is registered with torch-fidelity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sample_images import noise, save_all
+from torch import nn
+
+from srpkd.data.images import ImageFiles, find_images
+from srpkd.metrics.fidelity import fidelity
+from srpkd.models.checkpoints import CheckpointError, save_weights
+
+fidelity_library = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
+
+
+class Means(fidelity_library.FeatureExtractorBase):
+    """Features (B, 3): the mean of each colour channel, in 0..1."""
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("means",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "means"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return (images.float().mean((2, 3)) / 255,)
+
+
+fidelity_library.register_feature_extractor("test-means", Means)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    sets = {"generated": noise(6, seed=1, high=200), "real": noise(7, seed=2), "train": noise(5, seed=3, low=60)}
+    return {name: save_all(tmp_path / name, images) for name, images in sets.items()}
+
+
+def images(folder):
+    return ImageFiles(find_images(str(folder)))
+
+
+def frechet(a, b):
+    """FID by its definition, with the matrix square root by eigenvalues."""
+    mean = a.mean(0) - b.mean(0)
+    products = np.linalg.eigvals(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False))
+    roots = np.sqrt(np.clip(products.real, 0, None)).sum()
+    return mean @ mean + np.trace(np.cov(a, rowvar=False)) + np.trace(np.cov(b, rowvar=False)) - 2 * roots
+
+
+def kernel(a, b):
+    """KID by its definition: unbiased MMD^2 with the kernel (x.y / d + 1)^3."""
+    k_aa, k_bb, k_ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    m, n = len(a), len(b)
+    return (
+        (k_aa.sum() - np.trace(k_aa)) / (m * (m - 1)) + (k_bb.sum() - np.trace(k_bb)) / (n * (n - 1)) - 2 * k_ab.mean()
+    )
+
+
+def means(*folders):
+    return np.array([image.float().mean((1, 2)).numpy() / 255 for folder in folders for image in images(folder)])
+
+
+def test_fid_and_kid_agree_with_their_definitions(folders):
+    real = {"test": [images(folders["real"])], "train + test": [images(folders["train"]), images(folders["real"])]}
+    found = fidelity(images(folders["generated"]), real, feature_extractor="test-means", kid_subset_size=5)
+    ours, test, both = means(folders["generated"]), means(folders["real"]), means(folders["train"], folders["real"])
+    assert found["test"]["FID"] == pytest.approx(frechet(ours, test), abs=1e-5)
+    assert found["train + test"]["FID"] == pytest.approx(frechet(ours, both), abs=1e-5)
+    assert found["test"]["FID"] != pytest.approx(found["train + test"]["FID"], rel=0.01)
+    assert found["test"]["KID subset"] == 5 and found["test"]["KID std"] > 0
+    # every subset has all images: the mean over the subsets is the KID of all images
+    whole = fidelity(
+        ImageFiles(images(folders["real"]).paths[:6]),
+        {"t": [images(folders["generated"])]},
+        feature_extractor="test-means",
+    )["t"]
+    assert whole["KID"] == pytest.approx(kernel(test[:6], ours), abs=1e-5) and whole["KID subset"] == 6
+
+
+def test_images_of_different_sizes(folders):
+    Image.fromarray(noise(1, (9, 31, 3))[0]).save(folders["real"] / "wide.png")
+    assert not images(folders["real"]).have_same_size()
+    ours, test = images(folders["generated"]), images(folders["real"])
+    found = fidelity(ours, {"test": [test]}, kid=False, feature_extractor="test-means")
+    assert found == {
+        "test": {"FID": pytest.approx(frechet(means(folders["generated"]), means(folders["real"])), abs=1e-5)}
+    }
+
+
+def test_one_image_is_not_enough(folders):
+    one = ImageFiles(images(folders["real"]).paths[:1])
+    with pytest.raises(ValueError, match="at least two images; received 1 and 7"):
+        fidelity(one, {"test": [images(folders["real"])]}, feature_extractor="test-means")
+
+
+def test_missing_and_wrong_inception_weights(folders, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name = "weights-inception-2015-12-05-6726825d.pth"
+    default = tmp_path / "hub" / "checkpoints" / name
+    both = images(folders["generated"]), {"test": [images(folders["real"])]}
+    with pytest.raises(FileNotFoundError) as caught:
+        fidelity(*both)
+    message = str(caught.value)
+    assert f"are not at {default}" in message and f"put it at {default}" in message
+    assert f"Download https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{name}" in message
+    with pytest.raises(FileNotFoundError, match=r"are not at .*mine\.pth\. .*--inception_weights PATH"):
+        fidelity(*both, inception_weights=tmp_path / "mine.pth")
+    save_weights(nn.Linear(2, 2), default)
+    with pytest.raises(CheckpointError, match="holds other weights than torch-fidelity's Inception"):
+        fidelity(*both)
+    default.write_text("<html>not found</html>")
+    with pytest.raises(CheckpointError, match="is a web page"):
+        fidelity(*both)

@@ -1,0 +1,109 @@
+"""Exported models compute what PyTorch computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from srpkd.metrics.pixels import psnr
+from srpkd.models.checkpoints import save_weights
+from srpkd.models.exporters import export_generator, max_difference, onnx_runner, to_onnx
+from srpkd.models.networks import define_generator
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+SMALL = {"netG": "resnet_1blocks", "ngf": 2, "init_gain": 0.2}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    save_weights(define_generator(**SMALL), tmp_path / "latest_net_G.pth")
+    return tmp_path / "latest_net_G.pth"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for index in range(5):
+        pixels = np.random.default_rng(index).integers(0, 256, (17 + index, 21, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"netG": "resnet_1blocks", "norm": "batch", "input_nc": 1, "dropout": True},
+        {"netG": "unet_32", "output_nc": 1, "dropout": True},
+    ],
+    ids=str,
+)
+def test_onnx_for_any_batch_and_size(options):
+    net = define_generator(**{"ngf": 2, "init_gain": 0.2} | options)
+    run = onnx_runner(to_onnx(net))
+    assert net.training  # the network is unchanged
+    net.eval()
+    for shape in [(1, 32, 32), (2, 64, 96), (5, 32, 128)]:
+        images = torch.rand(shape[0], options.get("input_nc", 3), *shape[1:]) * 2 - 1
+        with torch.no_grad():
+            expected = net(images)
+        assert expected.std() > 1e-3
+        np.testing.assert_allclose(run(images.numpy()), expected, atol=1e-5)
+    assert max_difference(net, run) < 1e-5
+
+
+def test_pt2(weights, tmp_path):
+    (exported,) = export_generator(weights, tmp_path / "out" / "net.pt2", format="pt2")
+    assert exported.path == tmp_path / "out" / "net.pt2" and exported.size == exported.path.stat().st_size
+    assert exported.difference < 1e-5 and exported.size_multiple == 4
+    images = torch.rand(3, 3, 16, 24)
+    output = torch.export.load(tmp_path / "out" / "net.pt2").module()(images)
+    net = define_generator(**SMALL)
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    torch.testing.assert_close(output, net.eval()(images), rtol=0, atol=1e-5)
+
+
+def test_model_with_too_large_a_difference_is_not_written(weights, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"differ from PyTorch's by .*, more than the tolerance 0: nothing was written"
+    ):
+        export_generator(weights, tmp_path / "net.onnx", tolerance=0)
+    assert not (tmp_path / "net.onnx").exists()
+    net = define_generator(**SMALL)
+    with torch.no_grad():
+        assert max_difference(net, lambda images: net.eval()(torch.from_numpy(images)).numpy() + 0.5) == pytest.approx(
+            0.5
+        )
+    assert max_difference(net, lambda images: images[:, :, :4]) == float("inf")
+
+
+def test_int8_error(weights, photos):
+    model, quantized = export_generator(weights, calibration=photos)
+    assert (model.path, quantized.path) == (weights.with_suffix(".onnx"), weights.with_name("latest_net_G.int8.onnx"))
+    assert quantized.size == quantized.path.stat().st_size and quantized.difference is None
+    exact, rounded = (onnx_runner(file.path.read_bytes()) for file in (model, quantized))
+    scores = []
+    for index in (1, 3):  # the other images calibrate the model
+        pixels = np.array(Image.open(photos / f"{index}.png")).astype(np.float32) / 127.5 - 1
+        height = pixels.shape[0]
+        padded = np.pad(pixels, ((0, -height % 4), (0, 3), (0, 0)), mode="reflect").transpose(2, 0, 1)[None]
+        scores.append(psnr(*(torch.from_numpy(run(padded)) for run in (rounded, exact))))
+    error = quantized.quantization
+    assert (error.mean, error.minimum) == (pytest.approx(np.mean(scores)), pytest.approx(min(scores)))
+    assert error.images == 2 and error.held_out
+    assert 15 < error.minimum < 80  # close, but not equal
+
+
+def test_int8_is_smaller(photos, tmp_path):
+    save_weights(define_generator("resnet_2blocks", ngf=16), tmp_path / "net.pth")
+    export_generator(tmp_path / "net.pth", calibration=photos)
+    assert (tmp_path / "net.int8.onnx").stat().st_size < (tmp_path / "net.onnx").stat().st_size / 2
+
+
+def test_other_networks_are_rejected():
+    with pytest.raises(TypeError, match="made by define_generator"):
+        to_onnx(nn.Conv2d(3, 3, 1))

@@ -1,0 +1,112 @@
+"""Inference on images of any size, and on folders of any formats."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sample_images import save_mixed
+
+from srpkd.models.inference import reflected_indices, translate, translate_folder
+from srpkd.models.networks import define_generator, size_multiple
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_mixed(tmp_path / "photos")
+
+
+GENERATORS = {
+    "resnet": lambda: define_generator("resnet_1blocks", ngf=2, init_gain=0.2),
+    "unet": lambda: define_generator("unet_16", ngf=2, dropout=True, init_gain=0.2),
+    "grey": lambda: define_generator("resnet_1blocks", 1, 1, ngf=2, norm="batch", init_gain=0.2),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_names_sizes_and_formats_are_kept(folder, tmp_path, kind):
+    net = GENERATORS[kind]()
+    written, skipped = translate_folder(net, folder, tmp_path / "out")
+    assert not skipped and net.training
+    names = {path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix != ".txt"}
+    assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")} == names
+    assert sorted(written) == sorted(str(tmp_path / "out" / name) for name in names)
+    for name in names:
+        with Image.open(folder / name) as before, Image.open(tmp_path / "out" / name) as after:
+            assert (after.format, after.size) == (before.format, before.size)
+            assert after.mode == ("L" if kind == "grey" else "RGB") or after.format == "WEBP"
+
+
+def test_pixels_are_those_of_the_network(folder, tmp_path):
+    net = GENERATORS["resnet"]()
+    translate_folder(net, folder, tmp_path / "out")
+    pixels = torch.from_numpy(np.array(Image.open(folder / "a.png")))
+    with torch.no_grad():
+        output = net.eval()(pixels.permute(2, 0, 1)[None] / 127.5 - 1)[0]
+    expected = ((output + 1) * 127.5).round().permute(1, 2, 0)
+    assert expected.std() > 1  # not uniform
+    np.testing.assert_allclose(np.array(Image.open(tmp_path / "out" / "a.png")), expected, atol=1)
+
+
+def test_results_do_not_depend_on_the_batch_size(folder, tmp_path):
+    net = GENERATORS["resnet"]()
+    translate_folder(net, folder, tmp_path / "one")
+    sizes = []
+    net.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    translate_folder(net, folder, tmp_path / "many", batch_size=8)
+    assert sizes == [3, 1, 1, 1, 1]  # a, b and c have the same size
+    for path in (tmp_path / "one").rglob("*.*"):
+        other = tmp_path / "many" / path.relative_to(tmp_path / "one")
+        np.testing.assert_allclose(*(np.array(Image.open(p)).astype(int) for p in (path, other)), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "unet"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 16), (17, 33), (32, 32)])
+def test_any_size(kind, shape):
+    net = GENERATORS[kind]().eval()
+    images = torch.rand(2, 3, *shape) * 2 - 1
+    output = translate(net, images)
+    assert output.shape == images.shape and output.isfinite().all()
+    if not any(length % size_multiple(net) or length < 8 for length in shape):
+        with torch.no_grad():
+            assert torch.equal(output, net(images))
+
+
+def test_padding_is_reflection():
+    for length in (1, 2, 3, 5):
+        for wanted in range(length, 4 * length + 3):
+            expected = np.pad(np.arange(length), (0, wanted - length), mode="reflect")
+            assert reflected_indices(length, wanted).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("target", [".", "results"])
+def test_target_inside_the_source(folder, target):
+    with pytest.raises(ValueError, match="is inside"):
+        translate_folder(GENERATORS["resnet"](), folder, folder / target, force=True)
+    assert not (folder / "results").exists()
+
+
+def test_size_and_crop(folder, tmp_path):
+    net = GENERATORS["resnet"]()
+
+    def left(image, path):
+        if path.endswith("d.bmp"):
+            raise ValueError(f"{path}: odd")
+        return image.crop((0, 0, 8, 8))
+
+    written, skipped = translate_folder(net, folder, tmp_path / "out", size=12, crop=left)
+    assert {Image.open(path).size for path in written} == {(12, 12)}
+    assert skipped == [f"{folder / 'd.bmp'}: odd"]
+
+
+def test_invalid_folders_and_networks(folder, tmp_path):
+    net = GENERATORS["resnet"]()
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        translate_folder(net, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no images"):
+        translate_folder(net, tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="goes from 2 to 3 channels; image files have 1 or 3"):
+        translate_folder(define_generator("unet_16", 2, 3, ngf=1), folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,49 @@
+"""Atomic writes."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from srpkd.files import atomic_write
+
+
+def test_atomic_write_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.bin"
+    for data in (b"one", b"three"):
+        with atomic_write(path) as file:
+            file.write(data)
+        assert path.read_bytes() == data
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failed_atomic_write_changes_nothing(tmp_path, error):
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with pytest.raises(error), atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"half of the n")
+        file.flush()
+        assert (tmp_path / "a.bin").read_bytes() == b"old"
+        raise error
+    assert (tmp_path / "a.bin").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_atomic_write_syncs_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(a).parent)), rename(a, b)))
+    with atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"12345")
+    assert calls == [("fsync", 5), ("replace", tmp_path.resolve())]
+
+
+def test_atomic_write_keeps_links_and_default_permissions(tmp_path):
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to("target")
+    with atomic_write(tmp_path / "link") as file:
+        file.write(b"x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"x"
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "target")}
+    assert len(modes) == 1
