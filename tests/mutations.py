@@ -51,7 +51,8 @@ DISTRIBUTED, TRITON, TRITON_ALGEBRA = (
     "kernels/triton/scales_and_gradient.py",
 )
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
-CUDA_TILES, CUDA_CONFIG = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/config.h"
+CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/epilogue.cuh"
+CUDA_CONFIG = "csrc/cuda/config.h"
 
 BACKENDS = {
     "blocked": Backend(
@@ -152,8 +153,8 @@ BACKENDS = {
             Fault(
                 "missing transpose",
                 CPU_TILES,
-                "add_share(image, j, K.t(), s_i, space.h[1]);",
-                "add_share(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
+                "accumulate(image, j, K.t(), s_i, space.h[1]);",
+                "accumulate(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
             ),
             Fault(
                 "the padding of a tile is not cleared",
@@ -210,7 +211,7 @@ BACKENDS = {
     "cuda": Backend(
         "tests/csrc/test_cuda_emulation.py",
         [
-            Fault("sign(0) is not 0", CUDA_TILES, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
+            Fault("sign(0) is not 0", CUDA_EPILOGUE, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
             Fault(
                 "lines are not masked",
                 CUDA_TILES,
@@ -218,7 +219,10 @@ BACKENDS = {
                 "const int left = i <= lines ? valid : 0;",
             ),
             Fault(
-                "the tie lies beside the diagonal", CUDA_TILES, "== column(n, i % 2)) sum", "== column(n, i / 2)) sum"
+                "the tie lies beside the diagonal",
+                CUDA_TILES,
+                "== warp.column(n, i % 2)) sum",
+                "== warp.column(n, i / 2)) sum",
             ),
             Fault(
                 "one channel too many is written",
@@ -233,8 +237,8 @@ BACKENDS = {
             Fault(
                 "missing barrier",
                 CUDA_TILES,
-                "sync_block();                     // for all; and",
-                "// for all; and",
+                "sync_block();  // all parts have",
+                "// all parts have",
             ),
             Fault(
                 "missing transpose of the accumulator",
@@ -243,7 +247,10 @@ BACKENDS = {
                 "a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][1]), as_bits(K[m][n + j][2]),",
             ),
             Fault(
-                "row: K is not symmetric", CUDA_TILES, "(e, p.delta) * beta_s : slope", "(e, p.delta) * alpha_s : slope"
+                "row: K is not symmetric",
+                CUDA_EPILOGUE,
+                "(e, p.delta) * beta_s : grad",
+                "(e, p.delta) * alpha_s : grad",
             ),
         ],
     ),
