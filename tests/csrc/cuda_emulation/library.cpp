@@ -10,6 +10,7 @@ namespace {
 using namespace srpkd::cuda;
 using emulation::Machine;
 using emulation::machine;
+using srpkd::Distance;
 
 std::string message;
 
