@@ -243,8 +243,8 @@ BACKENDS = {
             Fault(
                 "missing transpose of the accumulator",
                 CUDA_TILES,
-                "a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][2]), as_bits(K[m][n + j][1]),",
-                "a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][1]), as_bits(K[m][n + j][2]),",
+                "a[1] = as_bits(k[2]), a[2] = as_bits(k[1])",
+                "a[1] = as_bits(k[1]), a[2] = as_bits(k[2])",
             ),
             Fault(
                 "row: K is not symmetric",

@@ -11,8 +11,8 @@
 //
 // K enters that product as tf32, never in 16 bits: 16-bit features convert to tf32 without error, and K keeps eleven
 // bits where bfloat16 has eight, and exponents beyond the range of float16. For float16 features, K has two tf32 terms,
-// because one term has only as many bits as a float16 gradient. There are no atomics: results are bit-identical from run
-// to run.
+// because one term has only as many bits as a float16 gradient. There are no atomics: results are bit-identical from
+// run to run.
 #pragma once
 
 #include "epilogue.cuh"
@@ -176,6 +176,11 @@ struct RelationTiles {
     }
   }
 
+  // Reorders an accumulator into the left operand of the next product.
+  static SRPKD_DEVICE void to_left_operand(uint32_t (&a)[4], const float (&k)[4]) {
+    a[0] = as_bits(k[0]), a[1] = as_bits(k[2]), a[2] = as_bits(k[1]), a[3] = as_bits(k[3]);
+  }
+
   // Adds K q_j over this warp's columns to U, for the channels of one panel. The sum of each tile is computed
   // separately and added in float32: over thousands of tiles, the tensor cores' truncated sums would drift.
   static SRPKD_DEVICE void add_to_U(UPanel& U, const Accumulator<C>& K, const Accumulator<C>& K_rest,
@@ -201,11 +206,11 @@ struct RelationTiles {
             }
 #pragma unroll
             for (int m = 0; m < C::M_TILES; ++m) {
-              const uint32_t a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][2]), as_bits(K[m][n + j][1]),
-                                     as_bits(K[m][n + j][3])};
+              uint32_t a[4];
+              to_left_operand(a, K[m][n + j]);
               if constexpr (C::K_TERMS == 2) {
-                const uint32_t rest[4] = {as_bits(K_rest[m][n + j][0]), as_bits(K_rest[m][n + j][2]),
-                                          as_bits(K_rest[m][n + j][1]), as_bits(K_rest[m][n + j][3])};
+                uint32_t rest[4];
+                to_left_operand(rest, K_rest[m][n + j]);
                 multiply_add<float>(small[m][o], rest, q[0][0], q[0][1]);
               }
               if constexpr (C::FEATURE_TERMS == 2) multiply_add<float>(small[m][o], a, q[1][0], q[1][1]);
@@ -320,7 +325,7 @@ struct RelationTiles {
 
     if (channel_split == 0 && warp.thread == 0) {
       double sum = 0;
-      for (int warp = 0; warp < C::THREADS / 32; ++warp) sum += load_shared<double>(loss_at + warp * 8);
+      for (int i = 0; i < C::THREADS / 32; ++i) sum += load_shared<double>(loss_at + i * 8);
       store_global(p.loss + int64_t{image * p.splits + split} * p.blocks + row_block, sum);
     }
     if constexpr (C::GRAD) {
