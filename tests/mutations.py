@@ -296,13 +296,11 @@ BACKENDS = {
 
 
 def copy_of(folder: Path) -> None:
-    """The tree as it is imported: kernels/ and csrc/ are srpkd.kernels and srpkd.csrc."""
+    """Copy the tree; the links srpkd/kernels and srpkd/csrc are relative."""
     for name in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__", "*.so", ".hypothesis")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for name in ("kernels", "csrc"):
-        (folder / "srpkd" / name).symlink_to(folder / name)
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -329,7 +327,7 @@ def judge(folder: Path, backend: Backend, tests: str = "") -> tuple[str, str]:
     """What the tests say of the copy as it is, "passed", "failed" or "broken", and the first failure."""
     if backend.compiled and (output := compile_native(folder)) is not None:
         return "broken", f"the compiler: {output[-2000:]}"
-    modules = "algebra, blocked, closed_form, distributed, native, triton"
+    modules = "formulas, blocked, closed_form, distributed, native, triton"
     where = f"import srpkd.kernels, sys; from srpkd.kernels import {modules}; print(srpkd.kernels.__file__)"
     imported = run([sys.executable, "-c", where], folder, backend.environment)
     if imported.stdout.strip().splitlines()[-1:] != [str(folder / "srpkd" / "kernels" / "__init__.py")]:
