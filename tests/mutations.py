@@ -51,7 +51,8 @@ DISTRIBUTED, TRITON, TRITON_ALGEBRA = (
     "kernels/triton/scales_and_gradient.py",
 )
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
-CUDA_TILES, CUDA_CONFIG = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/config.h"
+CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/epilogue.cuh"
+CUDA_CONFIG = "csrc/cuda/config.h"
 
 BACKENDS = {
     "blocked": Backend(
@@ -152,8 +153,8 @@ BACKENDS = {
             Fault(
                 "missing transpose",
                 CPU_TILES,
-                "add_share(image, j, K.t(), s_i, space.h[1]);",
-                "add_share(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
+                "accumulate(image, j, K.t(), s_i, space.h[1]);",
+                "accumulate(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
             ),
             Fault(
                 "the padding of a tile is not cleared",
@@ -210,7 +211,7 @@ BACKENDS = {
     "cuda": Backend(
         "tests/csrc/test_cuda_emulation.py",
         [
-            Fault("sign(0) is not 0", CUDA_TILES, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
+            Fault("sign(0) is not 0", CUDA_EPILOGUE, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
             Fault(
                 "lines are not masked",
                 CUDA_TILES,
@@ -218,7 +219,10 @@ BACKENDS = {
                 "const int left = i <= lines ? valid : 0;",
             ),
             Fault(
-                "the tie lies beside the diagonal", CUDA_TILES, "== column(n, i % 2)) sum", "== column(n, i / 2)) sum"
+                "the tie lies beside the diagonal",
+                CUDA_TILES,
+                "== warp.column(n, i % 2)) sum",
+                "== warp.column(n, i / 2)) sum",
             ),
             Fault(
                 "one channel too many is written",
@@ -233,17 +237,20 @@ BACKENDS = {
             Fault(
                 "missing barrier",
                 CUDA_TILES,
-                "sync_block();                     // for all; and",
-                "// for all; and",
+                "sync_block();  // all parts have",
+                "// all parts have",
             ),
             Fault(
                 "missing transpose of the accumulator",
                 CUDA_TILES,
-                "a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][2]), as_bits(K[m][n + j][1]),",
-                "a[4] = {as_bits(K[m][n + j][0]), as_bits(K[m][n + j][1]), as_bits(K[m][n + j][2]),",
+                "a[1] = as_bits(k[2]), a[2] = as_bits(k[1])",
+                "a[1] = as_bits(k[1]), a[2] = as_bits(k[2])",
             ),
             Fault(
-                "row: K is not symmetric", CUDA_TILES, "(e, p.delta) * beta_s : slope", "(e, p.delta) * alpha_s : slope"
+                "row: K is not symmetric",
+                CUDA_EPILOGUE,
+                "(e, p.delta) * beta_s : grad",
+                "(e, p.delta) * alpha_s : grad",
             ),
         ],
     ),
@@ -289,13 +296,11 @@ BACKENDS = {
 
 
 def copy_of(folder: Path) -> None:
-    """The tree as it is imported: kernels/ and csrc/ are srpkd.kernels and srpkd.csrc."""
+    """Copy the tree; the links srpkd/kernels and srpkd/csrc are relative."""
     for name in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__", "*.so", ".hypothesis")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored, symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", folder)
-    for name in ("kernels", "csrc"):
-        (folder / "srpkd" / name).symlink_to(folder / name)
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -322,7 +327,7 @@ def judge(folder: Path, backend: Backend, tests: str = "") -> tuple[str, str]:
     """What the tests say of the copy as it is, "passed", "failed" or "broken", and the first failure."""
     if backend.compiled and (output := compile_native(folder)) is not None:
         return "broken", f"the compiler: {output[-2000:]}"
-    modules = "algebra, blocked, closed_form, distributed, native, triton"
+    modules = "formulas, blocked, closed_form, distributed, native, triton"
     where = f"import srpkd.kernels, sys; from srpkd.kernels import {modules}; print(srpkd.kernels.__file__)"
     imported = run([sys.executable, "-c", where], folder, backend.environment)
     if imported.stdout.strip().splitlines()[-1:] != [str(folder / "srpkd" / "kernels" / "__init__.py")]:

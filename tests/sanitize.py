@@ -1,9 +1,10 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: the CPU extension, and the emulated CUDA kernels.
+"""Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer: CPU extension and emulated CUDA kernels.
 
     python tests/sanitize.py        about three minutes on two cores: make sanitize
 
-Works on a copy of the tree, see mutations.py, whose extension is compiled without its GPU part and with the sanitizers.
-Their libraries are loaded before Python is. Leaks are not looked for: Python and torch leave much behind at exit.
+The tests run in a copy of the tree (see mutations.py), whose extension is compiled with the sanitizers and without
+CUDA. The libraries of the sanitizers are loaded with LD_PRELOAD. Leak detection is off, because Python and torch do not
+free all memory at exit.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 from mutations import compile_native, copy_of, run
 
 FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
-# the emulation jumps from stack to stack, of which the sanitizer knows nothing: it watches the heap, where all of the
-# emulated memory is
+# The emulation switches between stacks, which the sanitizer does not support. Without stack checks, it still checks the
+# heap, which contains all emulated memory.
 EMULATION_FLAGS = "-O0 -fsanitize=address --param=asan-stack=0"
-# the baseline's vectors run in a process of their own; of the emulation, what reads and writes at the edges of memory
+# Without the test that starts a subprocess; of the emulation, the tests that access the boundaries of memory.
 RUNS = (
     ("tests/kernels/test_native.py", "not baseline", FLAGS),
-    ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistake",
+    ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistakes",
      EMULATION_FLAGS),
 )  # fmt: skip
 
@@ -34,7 +35,7 @@ def main() -> int:
     for name in ("libasan.so", "libubsan.so"):
         found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         if not Path(found).is_absolute():
-            sys.exit(f"{compiler} has no {name}: install GCC with its sanitizers, or set CXX to it")
+            sys.exit(f"{compiler} has no {name}: install GCC with the sanitizer libraries, or set CXX to it")
         libraries.append(found)
     environment = {
         "LD_PRELOAD": " ".join(libraries),
@@ -45,7 +46,7 @@ def main() -> int:
         folder = Path(scratch).resolve()
         copy_of(folder)
         if (output := compile_native(folder, FLAGS, **environment)) is not None:
-            sys.exit(f"the extension does not compile with the sanitizers:\n{output[-4000:]}")
+            sys.exit(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}")
         for tests, chosen, flags in RUNS:
             command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", tests, "-k", chosen]
             done = run(command, folder, environment | {"SRPKD_CXX_FLAGS": flags})

@@ -1,27 +1,26 @@
-// What becomes of one tile of the two Gram matrices: its share of the loss and of h, and the tile of K.
-// Free of torch. Compiled once for every instruction set, by epilogue_*.cpp.
+// The elementwise part of one tile: from its two Gram matrices to its part of the loss and of h, and to its tile of K.
+// Free of torch. Compiled once per instruction set, by epilogue_*.cpp.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/relation.h"
+
 namespace srpkd {
 
-enum class Normalize { row, cosine, none };
-enum class Distance { l1, l2, huber };
-
-// Rows of a tile, and what belongs to its columns, have a multiple of this many elements, the last ones zero, and start
-// at a multiple of it: whole vectors are read and written.
+// Elements in a line. The rows of a tile, and the vectors for its columns, start at a multiple of LINE and are padded
+// with zeros to a multiple of LINE, because the epilogue reads and writes whole vectors.
 constexpr int64_t LINE = 16;
 
 // A tile of rows i and columns j.
 template <typename T>
 struct TileOperands {
   int64_t rows, stride;
-  T* gram_s;                     // (rows, stride) G_s; K takes its place
+  T* gram_s;                     // (rows, stride) G_s, overwritten with K
   const T* gram_t;               // (rows, stride) G_t
-  const T *row_s, *row_t;        // alpha of the rows, not read where normalize is none
-  const T *column_s, *column_t;  // alpha of the columns, likewise
-  T *h_row, *h_column;           // out: this tile's share of h
+  const T *row_s, *row_t;        // (rows,) alpha of the rows, not read if normalize is none
+  const T *column_s, *column_t;  // (stride,) alpha of the columns, not read if normalize is none
+  T *h_row, *h_column;           // out: (rows,), (stride,) this tile's part of h
   T delta;
 };
 
@@ -29,10 +28,10 @@ struct Kind {
   Normalize normalize;
   Distance distance;
   bool need_grad;
-  bool mirrored;  // the tile stands for its mirror image too
+  bool mirrored;  // the tile also represents its mirror image
 };
 
-// The sum of rho(D) over the tile, and over its mirror image if it stands for that too.
+// Returns the sum of rho(D) over the tile, and over its mirror image if kind.mirrored.
 template <typename T>
 using Epilogue = double (*)(const TileOperands<T>&, Kind);
 

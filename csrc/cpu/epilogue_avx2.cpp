@@ -1,4 +1,4 @@
-// The epilogue for processors with AVX2, chosen at run time: the binary as a whole stays portable.
+// The epilogue for processors with AVX2, selected at run time, so that the binary stays portable.
 #include "epilogue.h"
 
 #if defined(SRPKD_HAS_AVX2)

@@ -1,11 +1,11 @@
-// The body of the epilogue, included once for every instruction set: into the namespace SRPKD_TARGET, with vectors of
-// SRPKD_VECTOR_BYTES. It includes nothing: what a standard header brings would be compiled for that instruction set
-// too, and the linker might then take it for the whole library. Build it with -ffp-contract=off: with a product
-// contracted into an fma, D would not be exactly 0 where student and teacher agree.
+// The body of the epilogue, included once per instruction set, into the namespace SRPKD_TARGET, with vectors of
+// SRPKD_VECTOR_BYTES. It includes no header: inline functions of a standard header would be compiled for that
+// instruction set too, and the linker could pick that copy for the whole library. Compile it with -ffp-contract=off:
+// if a product were contracted into an fma, D would not be exactly 0 where student and teacher are equal.
 
 namespace srpkd::SRPKD_TARGET {
 
-// Vector types of GCC and clang; a vector's bits are reached through its Mask.
+// Vector types of GCC and clang. Mask is the integer vector with the same bits.
 template <typename T>
 struct Lanes;
 template <>
@@ -22,22 +22,22 @@ struct Lanes<double> {
 };
 
 template <typename T, Distance distance>
-struct Penalty {
+struct DistanceFunction {
   using Vector = typename Lanes<T>::Vector;
   using Mask = typename Lanes<T>::Mask;
   const Vector delta;
 
-  static Vector size(Vector d) { return (Vector)((Mask)d & ~(Mask{} + Lanes<T>::sign)); }
+  static Vector abs(Vector d) { return (Vector)((Mask)d & ~(Mask{} + Lanes<T>::sign)); }
 
   Vector value(Vector d) const {
-    if constexpr (distance == Distance::l1) return size(d);
+    if constexpr (distance == Distance::l1) return abs(d);
     if constexpr (distance == Distance::l2) return d * d;
-    const Vector a = size(d);
+    const Vector a = abs(d);
     return a <= delta ? T(0.5) * d * d : delta * (a - T(0.5) * delta);
   }
 
-  Vector slope(Vector d) const {
-    if constexpr (distance == Distance::l1) {  // 1 with the sign of d, and 0 at a tie
+  Vector grad(Vector d) const {
+    if constexpr (distance == Distance::l1) {  // the sign of d, 0 at 0
       const Vector one = Vector{} + T(1);
       return (Vector)(((Mask)one | ((Mask)d & Lanes<T>::sign)) & (d != Vector{}));
     }
@@ -62,9 +62,9 @@ double run(const TileOperands<T>& tile) {
   constexpr int64_t LANES = sizeof(Vector) / sizeof(T);
   constexpr bool row = normalize == Normalize::row, cosine = normalize == Normalize::cosine;
   constexpr bool scaled = normalize != Normalize::none;
-  // D and K are symmetric but for row: there the mirrored element has a relation of its own, `b`, `e` below
+  // D and K are symmetric unless normalize is row. Then A_ji = b and D_ji = e differ from A_ij = a and D_ij = d.
   constexpr bool both = row && (mirrored || need_grad);
-  const Penalty<T, distance> rho{Vector{} + tile.delta};
+  const DistanceFunction<T, distance> rho{Vector{} + tile.delta};
   const int64_t vectors = tile.stride / LANES;
   const auto* const column_s = reinterpret_cast<const Vector*>(tile.column_s);
   const auto* const column_t = reinterpret_cast<const Vector*>(tile.column_t);
@@ -86,24 +86,24 @@ double run(const TileOperands<T>& tile) {
       if constexpr (scaled) a *= row_s, d *= row_t;
       if constexpr (cosine) a *= column_s[j], d *= column_t[j];
       d = a - d;
-      if constexpr (cosine && !mirrored) {  // a pixel's relation to itself: a tie, kept exact; NaN stays
+      if constexpr (cosine && !mirrored) {  // D_ii is exactly 0; a product, so that NaN stays NaN
         if (j == i / LANES) d[i % LANES] *= 0;
       }
       loss += rho.value(d);
       if constexpr (row && mirrored) loss += rho.value(e);
       if constexpr (need_grad) {
-        const Vector p = rho.slope(d);
+        const Vector p = rho.grad(d);
         if constexpr (row) {
-          const Vector q = rho.slope(e);
+          const Vector q = rho.grad(e);
           h += p * a;
           if constexpr (mirrored) h_column[j] += q * b;
           gram_s[j] = p * row_s + q * column_s[j];
         } else {
           const Vector k = p + p;
           if constexpr (cosine) {
-            const Vector share = k * a;
-            h += share;
-            if constexpr (mirrored) h_column[j] += share;
+            const Vector term = k * a;
+            h += term;
+            if constexpr (mirrored) h_column[j] += term;
             gram_s[j] = k * row_s * column_s[j];
           } else {
             gram_s[j] = k;
@@ -117,9 +117,9 @@ double run(const TileOperands<T>& tile) {
   return (!row && mirrored ? 2 : 1) * total;
 }
 
-// Turns the four run-time choices into template arguments.
+// Turns the four runtime options into template arguments.
 template <typename T, Normalize normalize, Distance distance>
-double choose(const TileOperands<T>& tile, Kind kind) {
+double dispatch(const TileOperands<T>& tile, Kind kind) {
   if (kind.need_grad)
     return kind.mirrored ? run<T, normalize, distance, true, true>(tile)
                          : run<T, normalize, distance, true, false>(tile);
@@ -128,30 +128,30 @@ double choose(const TileOperands<T>& tile, Kind kind) {
 }
 
 template <typename T, Normalize normalize>
-double choose(const TileOperands<T>& tile, Kind kind) {
+double dispatch(const TileOperands<T>& tile, Kind kind) {
   switch (kind.distance) {
     case Distance::l1:
-      return choose<T, normalize, Distance::l1>(tile, kind);
+      return dispatch<T, normalize, Distance::l1>(tile, kind);
     case Distance::l2:
-      return choose<T, normalize, Distance::l2>(tile, kind);
+      return dispatch<T, normalize, Distance::l2>(tile, kind);
     default:
-      return choose<T, normalize, Distance::huber>(tile, kind);
+      return dispatch<T, normalize, Distance::huber>(tile, kind);
   }
 }
 
 template <typename T>
-double choose(const TileOperands<T>& tile, Kind kind) {
+double dispatch(const TileOperands<T>& tile, Kind kind) {
   switch (kind.normalize) {
     case Normalize::row:
-      return choose<T, Normalize::row>(tile, kind);
+      return dispatch<T, Normalize::row>(tile, kind);
     case Normalize::cosine:
-      return choose<T, Normalize::cosine>(tile, kind);
+      return dispatch<T, Normalize::cosine>(tile, kind);
     default:
-      return choose<T, Normalize::none>(tile, kind);
+      return dispatch<T, Normalize::none>(tile, kind);
   }
 }
 
-double epilogue(const TileOperands<float>& tile, Kind kind) { return choose(tile, kind); }
-double epilogue(const TileOperands<double>& tile, Kind kind) { return choose(tile, kind); }
+double epilogue(const TileOperands<float>& tile, Kind kind) { return dispatch(tile, kind); }
+double epilogue(const TileOperands<double>& tile, Kind kind) { return dispatch(tile, kind); }
 
 }  // namespace srpkd::SRPKD_TARGET

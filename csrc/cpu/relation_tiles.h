@@ -1,4 +1,4 @@
-// The primitive on the CPU: csrc/bindings.cpp makes an operator of it.
+// The primitive on the CPU, which csrc/bindings.cpp registers as an operator.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,19 +11,19 @@ struct Options {
   Normalize normalize;
   Distance distance;
   double delta;
-  int64_t tile;  // pixels in a block, 0: as the cache suggests
+  int64_t tile;  // pixels in a block; 0: chosen by tile_size()
 };
 
-// Raw features (B, N, C_s), (B, N, C_t) of one dtype and any strides; alpha (B, N), undefined where normalize is none.
-// Adds to loss (B,) in double, and to U (B, N, C_s), h (B, N) in the accumulator's dtype where they are defined.
+// Takes raw features (B, N, C_s), (B, N, C_t) of one dtype and any strides, and alpha (B, N), undefined if normalize is
+// none. Adds to loss (B,) in double, and to U (B, N, C_s) and h (B, N) in the accumulator's dtype if they are defined.
 void relation_tiles(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& alpha_s,
                     const at::Tensor& alpha_t, const Options& options, const at::Tensor& loss, const at::Tensor& U,
                     const at::Tensor& h);
 
-// Bytes of second-level cache that one core has.
+// Returns the size of the second-level cache of one core in bytes.
 int64_t cache_bytes();
 
-// Pixels in a block where the caller leaves them open.
+// Returns the number of pixels in a block that suits the cache and the number of threads.
 int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t threads);
 
 }  // namespace srpkd::cpu

@@ -1,5 +1,5 @@
-// A launch of the kernels of one precision. Each of the four files kernels_*.cu defines it for one of them, so that
-// they are compiled side by side, and the rest without nvcc.
+// Launches the kernels of one precision. Each of the four files kernels_*.cu instantiates one precision, so that they
+// compile in parallel, and only they need nvcc.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,11 +1,9 @@
-// srpkd::relation_tiles on an NVIDIA GPU: what is asked of the arguments, how they lie in memory, and the launch.
+// srpkd::relation_tiles on an NVIDIA GPU: argument checks, memory layouts and the launch.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -14,17 +12,16 @@
 #include <limits>
 #include <optional>
 #include <string>
-#include <tuple>
 
+#include "../common/arguments.h"
 #include "launch.h"
 
 namespace srpkd::cuda {
 namespace {
 
 using at::Tensor;
-using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// How float32 features are multiplied: as torch is set to multiply them.
+// Returns the precision of float32 products that torch is set to.
 Precision float32_precision() {
   try {
     switch (at::globalContext().float32MatmulPrecision()) {
@@ -35,7 +32,7 @@ Precision float32_precision() {
       default:
         return Precision::bf16;
     }
-  } catch (const c10::Error&) {  // it was set backend by backend, through torch's newer interface
+  } catch (const c10::Error&) {  // it was set per backend, with torch.backends.cuda.matmul.fp32_precision
     const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
     return set == at::Float32Precision::TF32 ? Precision::tf32 : Precision::tf32x3;
   }
@@ -43,8 +40,8 @@ Precision float32_precision() {
 
 bool adjacent(const Tensor& x, int64_t dim) { return x.stride(dim) == 1 || x.size(dim) == 1; }
 
-// Gives both the same of the two layouts that the kernels read, with pixels or with channels adjacent: what they have
-// is kept if it can be, else that of the larger is. Returns whether pixels are adjacent.
+// Gives both tensors one of the two layouts that the kernels read, pixels adjacent or channels adjacent, and returns
+// whether pixels are adjacent. Copies neither if they already share one, else prefers the layout of the larger.
 bool unify_layouts(Tensor& student, Tensor& teacher) {
   for (const int64_t dim : {2, 1})
     if (adjacent(student, dim) && adjacent(teacher, dim)) return dim == 1;
@@ -57,7 +54,9 @@ bool unify_layouts(Tensor& student, Tensor& teacher) {
 }
 
 Features features_of(const Tensor& x, const Tensor& alpha, bool pixels_adjacent) {
-  const auto stride = [&](int64_t dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); };  // of no use, and any, if 1
+  const auto stride = [&](int64_t dim) {
+    return x.size(dim) == 1 ? 0 : x.stride(dim);
+  };  // a stride along a dimension of size 1 is arbitrary
   const int64_t image_stride = stride(0), line_stride = stride(pixels_adjacent ? 2 : 1);
   return {x.const_data_ptr(),
           alpha.defined() ? alpha.const_data_ptr<float>() : nullptr,
@@ -74,49 +73,30 @@ Device device_of(c10::DeviceIndex index) {
     return value;
   };
   const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  TORCH_CHECK_NOT_IMPLEMENTED(major >= 8, "the native backend needs a GPU of compute capability 8.0 or newer, this is ",
-                              major, ".", attribute(cudaDevAttrComputeCapabilityMinor), ": use backend='blocked'");
+  TORCH_CHECK_NOT_IMPLEMENTED(major >= 8,
+                              "the native backend needs a GPU of compute capability 8.0 or newer, received ", major,
+                              ".", attribute(cudaDevAttrComputeCapabilityMinor), ": use backend='blocked'");
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
-}
-
-void check(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
-           const std::optional<Tensor>& alpha_t, const std::string& normalize, const std::string& distance) {
-  TORCH_CHECK_VALUE(student.dim() == 3 && teacher.dim() == 3 && student.size(0) == teacher.size(0) &&
-                        student.size(1) == teacher.size(1),
-                    "expected student (B, N, C_s) and teacher (B, N, C_t), received ", student.sizes(), " and ",
-                    teacher.sizes());
-  TORCH_CHECK_TYPE(student.scalar_type() == teacher.scalar_type(), "expected features of one dtype, received ",
-                   student.scalar_type(), " and ", teacher.scalar_type());
-  TORCH_CHECK_NOT_IMPLEMENTED(student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16 ||
-                                  student.scalar_type() == at::kHalf,
-                              "the native backend computes float32, bfloat16 and float16 features on a GPU, not ",
-                              student.scalar_type(), ": use backend='blocked'");
-  TORCH_CHECK_VALUE(normalize == "row" || normalize == "cosine" || normalize == "none", "normalize=\"", normalize,
-                    "\" is not known");
-  TORCH_CHECK_VALUE(distance == "l1" || distance == "l2" || distance == "huber", "distance=\"", distance,
-                    "\" is not known");
-  for (const auto& alpha : {alpha_s, alpha_t}) {
-    TORCH_CHECK_VALUE(alpha.has_value() == (normalize != "none"),
-                      "both alphas are needed unless normalize=\"none\", and neither then");
-    TORCH_CHECK_VALUE(!alpha || alpha->sizes() == student.sizes().slice(0, 2), "expected alpha (B, N)");
-  }
-  for (const auto& other : {std::optional(teacher), alpha_s, alpha_t})
-    TORCH_CHECK_VALUE(!other || other->device() == student.device(), "expected all on one device, received ",
-                      student.device(), " and ", other->device());
 }
 
 Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
                             const std::optional<Tensor>& alpha_t, const std::string& normalize,
                             const std::string& distance, double delta, bool need_grad, int64_t) {
-  check(student, teacher, alpha_s, alpha_t, normalize, distance);
+  const Normalize kind = parse_normalize(normalize);
+  Params p{};
+  p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
+  p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine;
+  check_tensors(student, teacher, alpha_s, alpha_t, normalize);
+  TORCH_CHECK_NOT_IMPLEMENTED(student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16 ||
+                                  student.scalar_type() == at::kHalf,
+                              "the native backend supports float32, bfloat16 and float16 features on a GPU, received ",
+                              student.scalar_type(), ": use backend='blocked'");
   const c10::cuda::CUDAGuard guard(student.device());
+  if (!student.numel() || !teacher.numel()) return zero_outputs(student, normalize, need_grad);
   const int64_t images = student.size(0), pixels = student.size(1), channels = student.size(2);
-  const bool need_h = need_grad && normalize != "none";
+  const bool need_h = need_grad && kind != Normalize::none;
   const auto sums = student.options().dtype(at::kFloat), double_sums = student.options().dtype(at::kDouble);
-  if (!student.numel() || !teacher.numel())
-    return {at::zeros({images}, double_sums), need_grad ? at::zeros_like(student, sums) : at::empty({0}, sums),
-            need_h ? at::zeros({images, pixels}, sums) : at::empty({0}, sums)};
 
   Precision precision = student.scalar_type() == at::kHalf ? Precision::fp16 : Precision::bf16;
   if (student.scalar_type() == at::kFloat) precision = float32_precision();
@@ -128,15 +108,12 @@ Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const 
   };
   const Tensor scale_s = scale(alpha_s), scale_t = scale(alpha_t);
 
-  Params p{};
-  p.features[0] = features_of(q_t, scale_t, pixels_adjacent),
+  p.features[0] = features_of(q_t, scale_t, pixels_adjacent);
   p.features[1] = features_of(q_s, scale_s, pixels_adjacent);
   p.images = static_cast<int>(images), p.pixels = static_cast<int>(pixels);
-  p.distance = distance == "l1" ? Distance::l1 : distance == "l2" ? Distance::l2 : Distance::huber;
-  p.delta = static_cast<float>(delta), p.row = normalize == "row", p.tied_diagonal = normalize == "cosine";
   const int u_channels = plan(p, precision, need_grad, device_of(student.get_device()));
   TORCH_CHECK_VALUE(pixels <= (1 << 30) && images * p.blocks * p.channel_splits <= std::numeric_limits<int>::max(),
-                    "features ", student.sizes(), " are too many for one launch: split the batch");
+                    "expected features that fit into one launch, received ", student.sizes(), ": split the batch");
 
   const bool split = p.splits > 1;
   Tensor U = need_grad ? at::empty_like(student, sums) : at::empty({0}, sums), U_of_splits = U;

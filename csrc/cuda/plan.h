@@ -1,20 +1,20 @@
-// How the work is cut for a GPU, and which kernel does it: what a launch needs and can be known without a GPU.
+// Selects the kernel and partitions the work for a GPU. Compiles and runs without one.
 #pragma once
 
 #include "config.h"
 
 namespace srpkd::cuda {
 
-constexpr int64_t MAX_SPLIT_BYTES = 64 << 20;  // of U, where splits of the columns have one each
+constexpr int64_t MAX_SPLIT_BYTES = 64 << 20;  // of U, which each split of the columns has its own copy of
 
-// The widest pieces, 16, 4 or 2 bytes, that features can be copied in; strides in elements.
+// Returns the widest unit, 16, 4 or 2 bytes, in which features can be copied; strides in elements.
 inline int copy_bytes(const void* data, int64_t image_stride, int64_t line_stride, int element_bytes) {
   const auto bits = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(image_stride * element_bytes) |
                     static_cast<uintptr_t>(line_stride * element_bytes);
   return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
 }
 
-// Calls f(Config<...>{}) for the kernels of one precision, an integral_constant.
+// Calls f(Config<...>{}) for one precision, an integral_constant.
 template <class P, class F>
 auto with_config(P, bool pixels_adjacent, int u_channels, F f) {
   const auto with_layout = [&](auto adjacent) {
@@ -41,8 +41,8 @@ auto with_precision(Precision precision, F f) {
   }
 }
 
-// Fills in what follows from the sizes of a kernel; as many panels of i are resident as `shared_limit` bytes allow.
-// Returns how many bytes it takes: more than the limit where that is too little for the ring alone.
+// Sets the parameters that follow from the sizes of a kernel, with as many resident row panels as `shared_limit` bytes
+// allow. Returns the bytes of shared memory required, which exceed the limit if the ring alone does not fit.
 template <class C>
 int fill_sizes(Params& p, int shared_limit) {
   for (int i = 0; i < 2; ++i) p.panels[i] = static_cast<int>(ceil_div(p.features[i].channels, C::PANEL_CHANNELS));
@@ -56,8 +56,8 @@ int fill_sizes(Params& p, int shared_limit) {
   return shared_bytes<C>(p);
 }
 
-// In how many splits of the columns the work takes least time on a GPU that runs `concurrent` blocks of threads at
-// once. A block takes a step for each block of columns, and about two more to begin and to end.
+// Returns the number of splits of the columns that takes the least time on a GPU that runs `concurrent` thread blocks
+// at once. A thread block takes one step per column block, and about two more to start and to finish.
 template <class C>
 int best_splits(const Params& p, int concurrent) {
   const int64_t blocks = int64_t{p.images} * p.blocks * p.channel_splits;
@@ -71,13 +71,14 @@ int best_splits(const Params& p, int concurrent) {
   return static_cast<int>(best);
 }
 
-// A GPU, as far as it matters here.
+// The properties of a GPU that the plan depends on.
 struct Device {
-  int multiprocessors, shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; reserved: for each block
+  int multiprocessors, shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; reserved: per thread block
 };
 
-// Fills in everything that follows from the features, and gives the channels of U that a block of threads owns: 64, or
-// 128 where the student has more and the ring has the room. Still more are met in several blocks, each with its own K.
+// Sets all parameters that follow from the features, and returns the number of channels of U that a thread block
+// computes: 64, or 128 if the student has more than 64 and the ring fits. Further channels are computed by further
+// thread blocks, each of which computes K again.
 inline int plan(Params& p, Precision precision, bool grad, const Device& device) {
   return with_precision(precision, [&](auto chosen) {
     int channels = !grad ? 0 : p.features[1].channels <= 64 ? 64 : 128;

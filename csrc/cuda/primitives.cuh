@@ -1,5 +1,5 @@
-// What the kernels ask of the hardware, sm_80 and newer: one function for every instruction that C++ cannot say.
-// tests/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
+// The hardware instructions that the kernels use, sm_80 and newer, one function each.
+// tests/csrc/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
 #pragma once
 
 #include "config.h"
@@ -10,7 +10,7 @@ namespace srpkd::cuda {
 
 using Address = uint32_t;  // of a byte in shared memory
 
-// Volatile, so that they are read again rather than kept in a register for long.
+// Volatile, so that the compiler reads them again rather than keep them in a register.
 SRPKD_DEVICE int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -33,7 +33,7 @@ SRPKD_DEVICE Address shared_memory() {
   return static_cast<Address>(__cvta_generic_to_shared(memory));
 }
 
-// Of 4, 8 or 16 bytes, aligned to as many.
+// T has 4, 8 or 16 bytes, and the address is aligned to its size.
 template <typename T>
 SRPKD_DEVICE T load_shared(Address from) {
   return *static_cast<const T*>(__cvta_shared_to_generic(from));
@@ -52,25 +52,26 @@ SRPKD_DEVICE void store_global(T* to, T value) {
   *to = value;
 }
 
-// Starts to copy `valid` of BYTES bytes from global memory; the others become zeros.
+// Starts to copy BYTES bytes from global memory, of which the first `valid` are read and the others become zeros.
 template <int BYTES>
 SRPKD_DEVICE void copy_async(Address to, const void* from, int valid) {
-  if constexpr (BYTES == 16)  // .cg: past the first-level cache, as each block reads a panel once
+  if constexpr (BYTES == 16)  // .cg bypasses L1, because each thread block reads a panel once
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(valid)
                  : "memory");
 }
-// Makes one group of the copies that this thread has started since the last one.
+// Makes a group of the copies that this thread has started since the last group.
 SRPKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most LEFT of this thread's groups are still under way. Others see its copies after sync_block().
+// Waits until at most LEFT of this thread's groups are in flight. Other threads see the copies after sync_block().
 template <int LEFT>
 SRPKD_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes, of which lane l points at row l % 8 of matrix l / 8. Register m gets four bytes
-// of matrix m: row lane / 4, bytes 4 * (lane % 4) on; TRANSPOSED (16-bit elements): column lane / 4, two rows.
+// Loads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8. Register m receives
+// four bytes of matrix m: of row lane / 4, from byte 4 * (lane % 4). TRANSPOSED (16-bit elements): of column lane / 4,
+// from row 2 * (lane % 4).
 template <bool TRANSPOSED>
 SRPKD_DEVICE void load_matrices(uint32_t (&r)[4], Address row) {
   if constexpr (TRANSPOSED)
@@ -111,7 +112,7 @@ SRPKD_DEVICE T shuffle_xor(T value, int lanes) {
 SRPKD_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 SRPKD_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
 
-// The lower (UPPER = false) or upper of the two elements in a register, as a float: exact, and a tf32 too.
+// Returns the lower (UPPER = false) or upper of the two elements in a register as a float, which is also an exact tf32.
 template <typename T, bool UPPER>
 SRPKD_DEVICE uint32_t widen(uint32_t pair) {
   if constexpr (std::is_same_v<T, Half>) {
@@ -123,7 +124,7 @@ SRPKD_DEVICE uint32_t widen(uint32_t pair) {
   }
 }
 
-// A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 where both are equal.
+// A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 if both are equal.
 SRPKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 
 }  // namespace srpkd::cuda

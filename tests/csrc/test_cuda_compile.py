@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for GPUs that need not be here: no spills, and tensor core instructions in the code."""
+"""The CUDA kernels, compiled without a GPU: no register spills, and the expected instructions in the machine code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 from srpkd.kernels import build
 
 ARCHITECTURES = ("sm_80", "sm_90a")
-NEWER = "sm_100"  # compiled for too where nvcc has it
-SPILLED = 16  # bytes per thread that kernels for NEWER may, with three registers too few of 255; others none
-# the products of features (of 16 bits by 16, of tf32 by 8), and of K
+NEWER = "sm_100"  # tested too if nvcc supports it
+MAX_SPILL = 16  # bytes per thread for NEWER, whose kernels need three registers more than the 255; 0 for the others
+# the instructions that multiply features (k = 16 for 16 bits, k = 8 for tf32), and K
 INSTRUCTIONS = {
     "bf16": ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32"),
     "fp16": ("HMMA.16816.F32", "HMMA.1688.F32.TF32"),
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def tool(name: str) -> str | None:
-    """An executable of the CUDA toolkit; triton's wheel has some of them too."""
+    """Return the path of an executable of the CUDA toolkit, or of Triton's wheel, which includes some of them."""
     folders = [build.cuda_home() and build.cuda_home() / "bin"]
     if triton := importlib.util.find_spec("triton"):
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
@@ -44,13 +44,13 @@ def tool(name: str) -> str | None:
 
 @functools.cache
 def architectures() -> tuple[str, ...]:
-    """What is compiled for."""
+    """Return the architectures to compile for."""
     listed = subprocess.run([tool("nvcc"), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     return (*ARCHITECTURES, NEWER) if NEWER in listed else ARCHITECTURES
 
 
 def kernel(symbol: str) -> tuple[int, int]:
-    """Whether a kernel's pixels are adjacent, and its channels of U."""
+    """Return whether a kernel's pixels are adjacent (0 or 1), and its channels of U."""
     match = FUNCTION.search(symbol)
     assert match, symbol
     return int(match[1]), int(match[2])
@@ -58,7 +58,7 @@ def kernel(symbol: str) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Path]]:
-    """What ptxas says of the kernels of a precision, and the file that they are in. All are compiled side by side."""
+    """Return a function: precision -> the report of ptxas and the path of the binary. Compile all in parallel."""
     if (nvcc := tool("nvcc")) is None:
         pytest.skip("nvcc is not installed")
     folder = tmp_path_factory.mktemp("cuda_compile")
@@ -84,7 +84,7 @@ def test_no_spills(compiled: Callable[[str], tuple[str, Path]], precision: str) 
     for part in report.split("Compiling entry function ")[1:]:
         symbol, architecture = re.match(r"'(\S+)' for '(\w+)'", part).groups()
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", part).groups())
-        assert max(stack, stores, loads) <= (SPILLED if architecture == NEWER else 0), part
+        assert max(stack, stores, loads) <= (MAX_SPILL if architecture == NEWER else 0), part
         seen.add((architecture, *kernel(symbol)))
     assert seen == {(architecture, *config) for architecture in architectures() for config in KERNELS}
     assert "warning" not in report
@@ -106,5 +106,5 @@ def test_tensor_cores_and_asynchronous_copies(compiled: Callable[[str], tuple[st
         assert of_features in words and (of_K in words or not channels)
         assert "LDGSTS.E.BYPASS.128.ZFILL" in words  # 16 bytes at a time
         assert any(word.startswith("LDSM") for word in words) or precision.startswith("tf32")
-        # addresses of which the compiler does not know whether they are shared or global memory
+        # no generic loads and stores, which the compiler emits if it cannot infer the address space
         assert not [word for word in words if re.fullmatch(r"(LD|ST)(\..*)?", word)]

@@ -1,8 +1,8 @@
-"""The CUDA kernels, run on the CPU: csrc/cuda compiled for the host, on the primitives of cuda_emulation/emulation.h.
+"""The CUDA kernels, emulated on the CPU: csrc/cuda compiled for the host with cuda_emulation/emulation.h.
 
-Index arithmetic, masks, copies, barriers and fragment layouts are executed here as on a GPU, at small sizes, and the
-results held to the float64 primitive. The emulation reports races, copies that were not waited for, addresses out of
-bounds. Of the compiler for the GPU, and of time, it says nothing.
+The emulation executes index arithmetic, masks, copies, barriers and fragment layouts as a GPU does, at small sizes, and
+the tests compare the results with the float64 primitive. It reports races, copies that no thread waited for and
+addresses out of bounds. It does not cover nvcc's code generation or performance.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from srpkd.kernels.reference import relation_loss as reference_loss
 TILE = 64
 PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32}
-# the error of U relative to float64 where G is exact: K has 11 bits, or 22
+# the error of U relative to float64 if G is exact: K has 11 bits or 22
 TOLERANCE = {"bf16": 4e-4, "fp16": 1e-6, "tf32": 4e-4, "tf32x3": 1e-6}
 LAYOUTS = ("nlc", "nchw")
 RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
-ROW = Relation(delta=DELTA["row"])
+ROW = Relation("row", "l1")
 
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +76,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         str(target),
         str(source / "library.cpp"),
     ]
-    # the compiler itself does not run in a sanitizer that is loaded before this process
+    # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads
     done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = ctypes.CDLL(str(target))
@@ -100,15 +100,15 @@ def emulate(
     shared_limit: int = 2**30,
     backwards: bool = False,
 ) -> TileSums:
-    """The primitive as the kernels compute it. The features' strides say which of the two layouts they have."""
+    """Compute the primitive with the emulated kernels. The strides of the features determine the layout."""
     batch, pixels, channels = student.shape
     pixels_adjacent = student.stride(1) == 1 and student.stride(2) != 1
-    features, extents, alive = (Features * 2)(), (ctypes.c_int64 * 2)(), []
+    features, extents, kept = (Features * 2)(), (ctypes.c_int64 * 2)(), []
     for i, (x, alpha) in enumerate(((teacher, scales.teacher), (student, scales.student))):
-        alive.append(None if alpha is None else alpha.float().contiguous())
+        kept.append(None if alpha is None else alpha.float().contiguous())
         line_stride = x.stride(2 if pixels_adjacent else 1)
         assert x.stride(1 if pixels_adjacent else 2) == 1
-        features[i] = Features(x.data_ptr(), pointer(alive[i]), x.stride(0), line_stride, x.shape[2])
+        features[i] = Features(x.data_ptr(), pointer(kept[i]), x.stride(0), line_stride, x.shape[2])
         extents[i] = (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * x.element_size()
     loss = torch.full((batch, splits, math.ceil(pixels / TILE)), torch.nan, dtype=torch.float64)
     U = torch.full((splits, batch, pixels, channels), torch.nan) if need_grad else None
@@ -133,8 +133,11 @@ def draw(
     layout: str = "nlc",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Random features (B, N, C) in a layout. In float32 they have bfloat16's values unless dtype says otherwise: one
-    tf32 then holds them, and the Gram matrices are as exact as those of 16-bit features."""
+    """Return random features (B, N, C) of student and teacher in a layout.
+
+    Float32 features have bfloat16 values unless ``dtype`` is given. One tf32 represents them exactly, so their Gram
+    matrices are as exact as those of 16-bit features.
+    """
     dtype = dtype or (torch.bfloat16 if precision.startswith("tf32") else DTYPE[precision])
     pair = ((torch.randn(batch, pixels, count) + 0.5).to(dtype).to(DTYPE[precision]) for count in channels)
     student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
@@ -144,7 +147,7 @@ def draw(
 def assert_equal_to_float64(
     actual: TileSums, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, precision: str
 ) -> None:
-    """The tiles are those of float64 with the same scales."""
+    """Compare with the float64 primitive, computed with the same scales."""
     scales = Scales(*(None if x is None else x.double() for x in scales))
     expected = blocked_tiles(student.double(), teacher.double(), scales, relation, actual.U is not None)
     assert error(actual.loss, expected.loss) < 5e-7
@@ -155,10 +158,10 @@ def assert_equal_to_float64(
 
 
 def check(
-    library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, precision: str, **how
+    library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, precision: str, **options
 ) -> TileSums:
     scales = scales_of(student, teacher, relation, torch.float32)
-    tiles = emulate(library, student, teacher, scales, relation, precision, **how)
+    tiles = emulate(library, student, teacher, scales, relation, precision, **options)
     assert_equal_to_float64(tiles, student, teacher, scales, relation, precision)
     return tiles
 
@@ -177,7 +180,7 @@ def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relat
 @every_layout
 @every_precision
 def test_any_number_of_pixels(library: ctypes.CDLL, precision: str, layout: str, pixels: int) -> None:
-    relation = ROW if pixels > 1 else Relation("none")  # the relation of one pixel to itself is 1 in both: a tie
+    relation = ROW if pixels > 1 else Relation("none", "l1")  # normalised, a single pixel has D = 1 - 1 = 0
     check(library, *draw(precision, 2, pixels, (3, 4), layout), relation, precision)
 
 
@@ -193,10 +196,10 @@ def test_any_number_of_channels(library: ctypes.CDLL, precision: str, layout: st
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @every_precision
-def test_dead_pixels(library: ctypes.CDLL, precision: str, normalize: str) -> None:
+def test_zero_norm_pixels(library: ctypes.CDLL, precision: str, normalize: str) -> None:
     student, teacher = draw(precision, 1, 70, (9, 10))
     student[:, 3:5] = teacher[:, 4:6] = student[:, 66] = 0
-    tiles = check(library, student, teacher, Relation(normalize, delta=DELTA[normalize]), precision)
+    tiles = check(library, student, teacher, Relation(normalize, "l1"), precision)
     if tiles.h is not None:
         assert (tiles.h[:, [3, 4, 66]] == 0).all()
 
@@ -205,12 +208,12 @@ def test_dead_pixels(library: ctypes.CDLL, precision: str, normalize: str) -> No
 @pytest.mark.parametrize("channels", [8, 200])
 @every_layout
 @every_precision
-def test_equal_features_are_a_tie(
+def test_equal_features_give_exactly_zero(
     library: ctypes.CDLL, precision: str, layout: str, channels: int, normalize: str
 ) -> None:
-    """D is exactly 0, whichever channels of U a block owns."""
+    """D is exactly 0, whichever channels of U a thread block computes."""
     student, _ = draw(precision, 1, 33, (channels, 1), layout, torch.float32)
-    relation = Relation(normalize)
+    relation = Relation(normalize, "l1")
     scales = scales_of(student, student, relation, torch.float32)
     tiles = emulate(library, student, student.clone(), scales, relation, precision)
     assert (tiles.loss == 0).all() and (tiles.U == 0).all()
@@ -219,10 +222,10 @@ def test_equal_features_are_a_tie(
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32x3"])
-def test_error_is_that_of_eager(
+def test_error_is_as_small_as_that_of_eager(
     library: ctypes.CDLL, precision: str, relation: Relation, channels: tuple[int, int]
 ) -> None:
-    """Against float64: at most three times the error of autograd through the definition, on features after a ReLU."""
+    """Errors against float64 are at most three times those of eager autograd, on features after a ReLU."""
     student, teacher = (x.relu() for x in draw(precision, 1, 100, channels, "nchw", DTYPE[precision]))
     student[:, 7] = 0
 
@@ -240,20 +243,20 @@ def test_error_is_that_of_eager(
     assert error(loss, exact_loss) < 3 * error(eager_loss, exact_loss) + 5e-7
 
 
-def test_float16_beyond_its_exponents(library: ctypes.CDLL) -> None:
-    """K of features this large or small has no place in float16; nor has one pixel's K beside another's."""
-    for size in (2.0**-12, 2.0**10):
+def test_float16_with_extreme_magnitudes(library: ctypes.CDLL) -> None:
+    """K of such large or small features exceeds the range of float16, and so does the ratio of two pixels' K."""
+    for magnitude in (2.0**-12, 2.0**10):
         student, teacher = draw("fp16", 1, 40, (6, 6))
-        student, teacher = student * size, teacher * size
+        student, teacher = student * magnitude, teacher * magnitude
         student[:, 5] *= 2**-6
         for normalize in NORMALIZATIONS:
-            check(library, student, teacher, Relation(normalize), "fp16")
+            check(library, student, teacher, Relation(normalize, "l1"), "fp16")
 
 
 @every_precision
-def test_not_a_number_shows(library: ctypes.CDLL, precision: str) -> None:
+def test_nan_and_infinity_propagate(library: ctypes.CDLL, precision: str) -> None:
     student, teacher = draw(precision, 1, 20, (5, 6))
-    relation = Relation("none")
+    relation = Relation("none", "l1")
     for broken in (student, teacher):
         before = broken[0, 3, 2].item()
         for value in (math.nan, math.inf):
@@ -268,7 +271,7 @@ def test_not_a_number_shows(library: ctypes.CDLL, precision: str) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 ALL = slice(None)
-# what (B, C, N) or (B, N, C) is a view of, which makes its copies 16, 4 or 2 bytes wide
+# views (B, C, N) or (B, N, C): the index and the adjacent dimension; their copies are 16, 4 or 2 bytes wide
 VIEWS = {
     "aligned": ((ALL, ALL, ALL), 64),
     "every_other_image": ((slice(1, None, 2), ALL, ALL), 64),
@@ -283,7 +286,7 @@ VIEWS = {
 @every_layout
 @every_precision
 def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: str, view: str) -> None:
-    """With NaN around them, which a read too many would bring in."""
+    """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]
     sizes = (66, (adjacent, adjacent)) if layout == "nlc" else (adjacent, (10, 7))
     student, teacher = draw(precision, 2, *sizes)
@@ -296,8 +299,8 @@ def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: s
 
 @every_layout
 @every_precision
-def test_rows_that_do_not_fit_come_through_the_ring(library: ctypes.CDLL, precision: str, layout: str) -> None:
-    """The same bits however many panels of i are resident."""
+def test_rows_that_are_not_resident_pass_through_the_ring(library: ctypes.CDLL, precision: str, layout: str) -> None:
+    """Results are bit-identical for any number of resident row panels."""
     student, teacher = draw(precision, 1, 70, (60, 400), layout)
     scales = scales_of(student, teacher, ROW, torch.float32)
     whole = emulate(library, student, teacher, scales, ROW, precision)
@@ -313,8 +316,8 @@ def test_rows_that_do_not_fit_come_through_the_ring(library: ctypes.CDLL, precis
 
 @every_layout
 @every_precision
-def test_same_bits_from_run_to_run(library: ctypes.CDLL, precision: str, layout: str) -> None:
-    """Also when the threads run in another order."""
+def test_deterministic(library: ctypes.CDLL, precision: str, layout: str) -> None:
+    """Results are bit-identical also if the threads run in reverse order."""
     student, teacher = draw(precision, 1, 70, (30, 20), layout)
     scales = scales_of(student, teacher, ROW, torch.float32)
     first, second = (emulate(library, student, teacher, scales, ROW, precision, backwards=b) for b in (False, True))
@@ -332,24 +335,24 @@ def test_column_splits(library: ctypes.CDLL, precision: str, splits: int) -> Non
 @pytest.mark.parametrize("pixels", [40, 100, 190, 256])
 @every_precision
 def test_forward_only(library: ctypes.CDLL, precision: str, pixels: int, normalize: str) -> None:
-    """Each pair of blocks once: an odd and an even number of blocks."""
-    relation = Relation(normalize, delta=DELTA[normalize])
+    """Each pair of blocks is visited once, for odd and even numbers of blocks."""
+    relation = Relation(normalize, "l1")
     check(library, *draw(precision, 1, pixels, (6, 5)), relation, precision, need_grad=False)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_walk(library: ctypes.CDLL, blocks: int, splits: int) -> None:
-    met = torch.zeros(blocks, blocks, dtype=torch.int32)
-    library.walk(blocks, True, splits, pointer(met))
-    assert (met == 1).all()
-    library.walk(blocks, False, splits, pointer(met.zero_()))
-    assert (met.diagonal() == 1).all()
-    assert (met + met.T + torch.eye(blocks) >= 1).all() and (met.triu(1) + met.tril(-1).T <= 1).all()
-    assert met.sum(1).max() - met.sum(1).min() <= 1  # blocks of rows have equal work
+def test_walk_visits_every_pair_of_blocks(library: ctypes.CDLL, blocks: int, splits: int) -> None:
+    visits = torch.zeros(blocks, blocks, dtype=torch.int32)
+    library.walk(blocks, True, splits, pointer(visits))
+    assert (visits == 1).all()
+    library.walk(blocks, False, splits, pointer(visits.zero_()))
+    assert (visits.diagonal() == 1).all()
+    assert (visits + visits.T + torch.eye(blocks) >= 1).all() and (visits.triu(1) + visits.tril(-1).T <= 1).all()
+    assert visits.sum(1).max() - visits.sum(1).min() <= 1  # row blocks have equal work
 
 
-# multiprocessors, and bytes of shared memory: of a block, of a multiprocessor, reserved for each block
+# multiprocessors; bytes of shared memory per block, per multiprocessor, and reserved per block
 DEVICES = {
     "sm_80": (108, 166_912, 167_936, 1024),
     "sm_86": (84, 101_376, 102_400, 1024),
@@ -375,8 +378,8 @@ def plan(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grad", [False, True])
 @every_precision
-def test_plan_fits(library: ctypes.CDLL, precision: str, grad: bool, device: str) -> None:
-    """Into a block's shared memory, for any number of channels."""
+def test_plan_fits_into_shared_memory(library: ctypes.CDLL, precision: str, grad: bool, device: str) -> None:
+    """The plan fits into a block's shared memory, for any number of channels."""
     for channels in itertools.product((1, 16, 64, 65, 128, 256, 1000), (1, 64, 256, 512, 5000)):
         chosen = plan(library, precision, grad, 4096, channels, DEVICES[device])
         assert chosen.shared <= DEVICES[device][1] and chosen.resident >= 0
@@ -385,7 +388,7 @@ def test_plan_fits(library: ctypes.CDLL, precision: str, grad: bool, device: str
 
 
 def test_plan_keeps_a_gpu_busy(library: ctypes.CDLL) -> None:
-    """132 multiprocessors with two blocks of threads each: as many splits as fill them."""
+    """The number of splits fills 132 multiprocessors with two thread blocks each."""
     for pixels, splits in ((64, 1), (1024, 16), (4096, 4), (65536, 1)):
         chosen = plan(library, "bf16", True, pixels, (64, 256), DEVICES["sm_90"])
         assert chosen == Plan(5 * 8192 + 4 * 8704, 5, 64, 1, splits)
@@ -395,20 +398,20 @@ def test_plan_keeps_a_gpu_busy(library: ctypes.CDLL) -> None:
 
 MISTAKES = {
     "none": "",
-    "no commit": "before the copy to it was waited for",
-    "no wait": "before the copy to it was waited for",
-    "no barrier": "read with no barrier after it was written",
+    "no commit": "before its thread waited for the copy",
+    "no wait": "before its thread waited for the copy",
+    "no barrier": "read without a barrier after it was written",
     "misaligned": "misaligned",
     "out of bounds": "out of bounds",
-    "overwritten": "written with no barrier after it was read",
+    "overwritten": "written without a barrier after it was read",
     "unwritten": "read before it was written",
-    "diverged": "wait for others that never come",
-    "different": "different instructions",
+    "diverged": "threads that never arrive",
+    "different": "execute different instructions",
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(library: ctypes.CDLL, mistake: str) -> None:
+def test_emulation_reports_mistakes(library: ctypes.CDLL, mistake: str) -> None:
     message = library.mistake(mistake.encode()).decode()
     assert MISTAKES[mistake] in message
     assert bool(message) == (mistake != "none")

@@ -174,8 +174,8 @@ def test_operator(normalize: str, need_grad: bool) -> None:
     [
         ({0: torch.ones(2, 35)}, ValueError, "expected student"),
         ({1: torch.ones(2, 34, 7)}, ValueError, "expected student"),
-        ({1: torch.ones(2, 35, 7).double()}, TypeError, "of one dtype"),
-        ({2: None}, ValueError, "both alphas"),
+        ({1: torch.ones(2, 35, 7).double()}, TypeError, "one floating-point dtype"),
+        ({2: None}, ValueError, "expected alpha_student"),
         ({3: torch.ones(2, 34)}, ValueError, "expected alpha"),
         ({4: "rows"}, ValueError, "rows"),
         ({5: "l3"}, ValueError, "l3"),

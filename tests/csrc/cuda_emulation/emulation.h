@@ -1,13 +1,13 @@
-// csrc/cuda/primitives.cuh on the host: the same functions, for a block whose threads are fibers.
+// csrc/cuda/primitives.cuh on the host: the same functions, for a thread block whose threads are fibers.
 //
-// A fiber runs until an instruction that threads meet at: those of a warp (mma, ldmatrix, shuffles) or those of the
-// block (barriers). The last to come does the work for all. Blocks run one after the other. What a GPU would let pass
-// most of the time is an error here:
-//   - shared memory that is read before it was written, or by another thread than the writer with no barrier between;
-//     written by one thread and read or written by another with no barrier between
-//   - an asynchronous copy that is read, or written over, before its thread has waited for it: it lands only then
-//   - misaligned addresses, and global memory outside of what was lent to the kernel
-//   - threads that meet at different instructions, or not at all
+// A fiber runs until a collective instruction: of its warp (mma, ldmatrix, shuffles) or of its block (barriers). The
+// last thread to arrive executes it for all. Blocks run one after the other. The emulation reports errors that often
+// remain unnoticed on a GPU:
+//   - shared memory read before it was written, or read by another thread than the writer without a barrier between
+//   - shared memory written by one thread, and read or written by another without a barrier between
+//   - an asynchronous copy that is read or overwritten before its thread has waited for it; it completes only then
+//   - misaligned addresses, and global memory outside the ranges registered for the kernel
+//   - threads that arrive at different collective instructions, or at none
 // Tensor cores multiply exactly, ignore the last 13 bits of a tf32, and round sums towards zero.
 #pragma once
 
@@ -48,11 +48,11 @@ namespace emulation {
 
 constexpr int WARP = 32;
 constexpr int STACK = 1 << 16;  // bytes
-constexpr int NOBODY = -1, MANY = -2;
+constexpr int NO_THREAD = -1, SEVERAL_THREADS = -2;
 
-// A word of shared memory: who touched it last, and between which barriers.
+// The last accesses to a word of shared memory. An epoch is the interval between two barriers.
 struct Shadow {
-  int writer = NOBODY, write_epoch = -1, reader = NOBODY, read_epoch = -1;
+  int writer = NO_THREAD, write_epoch = -1, reader = NO_THREAD, read_epoch = -1;
   bool in_flight = false;
 };
 
@@ -66,34 +66,34 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[STACK]};
   jmp_buf place;
   bool started = false, waiting = false, done = false;
-  std::vector<Copy> copies;              // not committed
+  std::vector<Copy> copies;              // not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
-// A warp's threads on their way to one instruction, each with its operands.
-struct Meeting {
+// A collective instruction of a warp: the number of threads that have arrived, and the operands of each.
+struct Collective {
   int arrived = 0;
-  void (*work)(void**) = nullptr;
+  void (*execute)(void**) = nullptr;
   void* operands[WARP];
 };
 
 class Machine {
  public:
-  std::string error;  // the first one
+  std::string error;  // the first error, or empty
 
-  // Global memory that the kernel may touch.
-  void lend(const void* data, int64_t bytes) {
-    if (data) lent_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes});
+  // Registers global memory that the kernel may access.
+  void allow(const void* data, int64_t bytes) {
+    if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes});
   }
 
-  // Runs blocks of `threads` threads; backwards: the last thread first.
+  // Runs x * y blocks of `threads` threads, in reverse order of the threads if `backwards`.
   void run(int x, int y, int threads, int shared_bytes, bool backwards, std::function<void()> kernel) {
     kernel_ = std::move(kernel), backwards_ = backwards;
     for (int block = 0; block < x * y && error.empty(); ++block) {
       block_[0] = block % x, block_[1] = block / x;
       memory_.assign(shared_bytes, static_cast<char>(0xff));  // NaN in every format
       shadow_.assign(shared_bytes / 4, Shadow{});
-      threads_.resize(threads), meetings_.assign(threads / WARP, Meeting{});
+      threads_.resize(threads), collectives_.assign(threads / WARP, Collective{});
       epoch_ = arrived_ = 0;
       for (Thread& thread : threads_) thread.started = thread.waiting = thread.done = false;
       current_ = backwards ? threads - 1 : 0;
@@ -102,14 +102,14 @@ class Machine {
       running_ = false;
       for (Thread& thread : threads_) {
         for (const auto& group : thread.groups)
-          if (!group.empty()) fail("a block ended with copies on their way");
+          if (!group.empty()) fail("a block ended with copies in flight");
         if (!thread.copies.empty()) fail("a block ended with copies that were never committed");
         thread.groups.clear(), thread.copies.clear();
       }
     }
   }
 
-  // Notes the first error, which ends the block.
+  // Records the first error and ends the block.
   void fail(const std::string& what) {
     if (error.empty())
       error = what + " (block " + std::to_string(block_[0]) + ", " + std::to_string(block_[1]) + ", thread " +
@@ -120,9 +120,9 @@ class Machine {
   int thread() const { return current_; }
   int block(int axis) const { return block_[axis]; }
 
-  // --- meetings ------------------------------------------------------------------------------------------------------
+  // --- collective instructions ---------------------------------------------------------------------------------------
 
-  void meet_block() {
+  void barrier() {
     if (++arrived_ == static_cast<int>(threads_.size())) {
       arrived_ = 0, ++epoch_;
       for (Thread& thread : threads_) thread.waiting = false;
@@ -131,14 +131,16 @@ class Machine {
     }
   }
 
-  void meet_warp(void (*work)(void**), void* operands) {
+  // Executes `execute` with the operands of all threads of the warp, once the last thread has arrived.
+  void collective(void (*execute)(void**), void* operands) {
     const int warp = current_ / WARP;
-    Meeting& meeting = meetings_[warp];
-    if (meeting.arrived && meeting.work != work) fail("the threads of a warp meet at different instructions");
-    meeting.work = work, meeting.operands[current_ % WARP] = operands;
-    if (++meeting.arrived == WARP) {
-      work(meeting.operands);
-      meeting.arrived = 0;
+    Collective& collective = collectives_[warp];
+    if (collective.arrived && collective.execute != execute)
+      fail("the threads of a warp execute different instructions");
+    collective.execute = execute, collective.operands[current_ % WARP] = operands;
+    if (++collective.arrived == WARP) {
+      execute(collective.operands);
+      collective.arrived = 0;
       for (int lane = 0; lane < WARP; ++lane) threads_[warp * WARP + lane].waiting = false;
     } else {
       wait();
@@ -151,7 +153,7 @@ class Machine {
     const char* at = static_cast<const char*>(data);
     if (reinterpret_cast<uintptr_t>(at) % alignment) fail(std::string(what) + ": misaligned global address");
     if (!bytes) return;
-    for (const auto& range : lent_)
+    for (const auto& range : allowed_)
       if (at >= range.first && at + bytes <= range.second) return;
     fail(std::string(what) + ": global memory out of bounds");
   }
@@ -160,11 +162,11 @@ class Machine {
     check_shared(from, bytes);
     for (Address word = from / 4; word * 4 < from + bytes; ++word) {
       Shadow& shadow = shadow_[word];
-      if (shadow.in_flight) fail("shared memory read before the copy to it was waited for");
-      if (shadow.writer == NOBODY) fail("shared memory read before it was written");
+      if (shadow.in_flight) fail("shared memory read before its thread waited for the copy to it");
+      if (shadow.writer == NO_THREAD) fail("shared memory read before it was written");
       if (shadow.write_epoch == epoch_ && shadow.writer != thread)
-        fail("shared memory read with no barrier after it was written");
-      shadow.reader = shadow.read_epoch == epoch_ && shadow.reader != thread ? MANY : thread;
+        fail("shared memory read without a barrier after it was written");
+      shadow.reader = shadow.read_epoch == epoch_ && shadow.reader != thread ? SEVERAL_THREADS : thread;
       shadow.read_epoch = epoch_;
     }
     std::memcpy(to, &memory_[from], bytes);
@@ -177,7 +179,7 @@ class Machine {
 
   void copy(const Copy& copy) {
     check_global(copy.from, copy.valid, copy.bytes, "asynchronous copy");
-    if (copy.valid < 0 || copy.valid > copy.bytes) fail("asynchronous copy of more bytes than it has");
+    if (copy.valid < 0 || copy.valid > copy.bytes) fail("asynchronous copy with an invalid number of bytes");
     claim(copy.to, copy.bytes);
     for (Address word = copy.to / 4; word * 4 < copy.to + copy.bytes; ++word) shadow_[word].in_flight = true;
     threads_[current_].copies.push_back(copy);
@@ -186,7 +188,7 @@ class Machine {
     threads_[current_].groups.push_back(std::move(threads_[current_].copies));
     threads_[current_].copies.clear();
   }
-  void land(size_t left) {
+  void wait_for_copies(size_t left) {
     for (auto& groups = threads_[current_].groups; groups.size() > left; groups.pop_front())
       for (const Copy& copy : groups.front()) {
         std::memset(&memory_[copy.to], 0, copy.bytes);
@@ -204,16 +206,16 @@ class Machine {
     if (at + bytes > memory_.size()) fail("shared memory out of bounds");
   }
 
-  // Shared memory that this thread is about to overwrite.
+  // Marks shared memory that this thread overwrites.
   void claim(Address to, int bytes) {
     check_shared(to, bytes);
     for (Address word = to / 4; word * 4 < to + bytes; ++word) {
       Shadow& shadow = shadow_[word];
-      if (shadow.in_flight) fail("shared memory written while a copy to it is on its way");
+      if (shadow.in_flight) fail("shared memory written while a copy to it is in flight");
       if (shadow.read_epoch == epoch_ && shadow.reader != current_)
-        fail("shared memory written with no barrier after it was read");
+        fail("shared memory written without a barrier after it was read");
       if (shadow.write_epoch == epoch_ && shadow.writer != current_)
-        fail("shared memory written by two threads with no barrier between");
+        fail("shared memory written by two threads without a barrier between");
       shadow.writer = current_, shadow.write_epoch = epoch_;
     }
   }
@@ -225,7 +227,7 @@ class Machine {
     if (!_setjmp(threads_[current_].place)) next();
   }
 
-  // Goes on with the next thread that can; home if there is none.
+  // Resumes the next thread that can run, or ends the block if there is none.
   void next() {
     const int count = static_cast<int>(threads_.size());
     bool all_done = true;
@@ -236,7 +238,7 @@ class Machine {
       current_ = candidate;
       resume();
     }
-    if (!all_done) fail("threads wait for others that never come");
+    if (!all_done) fail("threads wait for threads that never arrive");
     _longjmp(home_, 1);
   }
 
@@ -258,8 +260,8 @@ class Machine {
   std::vector<char> memory_;
   std::vector<Shadow> shadow_;
   std::vector<Thread> threads_;
-  std::vector<Meeting> meetings_;
-  std::vector<std::pair<const char*, const char*>> lent_;
+  std::vector<Collective> collectives_;
+  std::vector<std::pair<const char*, const char*>> allowed_;
   jmp_buf home_;
 };
 
@@ -273,10 +275,10 @@ inline void Machine::start() {
 
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float size = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                     : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  return bits & 0x8000 ? -size : size;
+  const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                          : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
 }
 
 template <typename T>
@@ -295,7 +297,7 @@ struct Product {
   uint32_t b[2];
 };
 
-// One mma of a warp, by the fragment layouts in primitives.cuh.
+// Executes one mma of a warp, with the fragment layouts documented in primitives.cuh.
 template <typename T>
 void multiply_add_warp(void** operands) {
   constexpr bool NARROW = !std::is_same_v<T, float>;
@@ -367,7 +369,7 @@ void shuffle_warp(void** operands) {
 
 inline int thread_index() { return emulation::machine->thread(); }
 inline int block_index(int axis) { return emulation::machine->block(axis); }
-inline void sync_block() { emulation::machine->meet_block(); }
+inline void sync_block() { emulation::machine->barrier(); }
 inline Address shared_memory() { return 0; }
 
 template <typename T>
@@ -399,23 +401,23 @@ void copy_async(Address to, const void* from, int valid) {
 inline void commit_copies() { emulation::machine->commit(); }
 template <int LEFT>
 void wait_for_copies() {
-  emulation::machine->land(LEFT);
+  emulation::machine->wait_for_copies(LEFT);
 }
 
 template <bool TRANSPOSED>
 void load_matrices(uint32_t (&r)[4], Address row) {
   emulation::Matrices own{r, row};
-  emulation::machine->meet_warp(&emulation::load_matrices_warp<TRANSPOSED>, &own);
+  emulation::machine->collective(&emulation::load_matrices_warp<TRANSPOSED>, &own);
 }
 template <typename T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::Product own{sum, a, {b0, b1}};
-  emulation::machine->meet_warp(&emulation::multiply_add_warp<T>, &own);
+  emulation::machine->collective(&emulation::multiply_add_warp<T>, &own);
 }
 template <typename T>
 T shuffle_xor(T value, int lanes) {
   emulation::Shuffle<T> own{value, T{}, lanes};
-  emulation::machine->meet_warp(&emulation::shuffle_warp<T>, &own);
+  emulation::machine->collective(&emulation::shuffle_warp<T>, &own);
   return own.result;
 }
 

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda on the host, for tests/csrc/test_cuda_emulation.py to call through ctypes.
+// The kernels of csrc/cuda on the host. tests/csrc/test_cuda_emulation.py calls them through ctypes.
 #include <algorithm>
 #include <string>
 
@@ -10,6 +10,7 @@ namespace {
 using namespace srpkd::cuda;
 using emulation::Machine;
 using emulation::machine;
+using srpkd::Distance;
 
 std::string message;
 
@@ -21,9 +22,7 @@ const char* run(Machine& local, int x, int y, int threads, int bytes, bool backw
   return message.c_str();
 }
 
-// --- kernels with a mistake, which the emulation has to find
-// ----------------------------------------------------------
-
+// A kernel that contains one of several mistakes, which the emulation must report.
 void copy_and_read(const float* data, bool commit, bool wait, bool barrier, int shift) {
   copy_async<16>(thread_index() * 16, data + thread_index() * 4 + shift, 16);
   if (commit) commit_copies();
@@ -43,15 +42,15 @@ struct FeaturesOfTest {
   int channels;
 };
 
-// Runs the kernel for these arguments and returns what went wrong, "" if nothing did. extents: bytes that the features
-// span; strides: of U, see Params; splits: of the columns; shared_limit: bytes of shared memory that a block may have.
+// Runs the kernel for these arguments and returns an error message, or "" on success. extents: bytes that the features
+// span; strides: of U, see Params; splits: of the columns; shared_limit: maximum bytes of shared memory of a block.
 const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const FeaturesOfTest* features,
                            const int64_t* extents, int images, int pixels, int splits, int shared_limit, int distance,
-                           bool row, bool tied_diagonal, float delta, double* loss, float* U, const int64_t* strides,
+                           bool row, bool zero_diagonal, float delta, double* loss, float* U, const int64_t* strides,
                            float* h, bool backwards) {
   Params p{};
   p.images = images, p.pixels = pixels;
-  p.distance = static_cast<Distance>(distance), p.delta = delta, p.row = row, p.tied_diagonal = tied_diagonal;
+  p.distance = static_cast<Distance>(distance), p.delta = delta, p.row = row, p.zero_diagonal = zero_diagonal;
   p.loss = loss, p.U = U, p.h = h;
   std::copy(strides, strides + 4, p.U_strides);
   Machine local;
@@ -60,14 +59,14 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
     p.features[i] = {f.data,         f.alpha,
                      f.image_stride, f.line_stride,
                      f.channels,     copy_bytes(f.data, f.image_stride, f.line_stride, precision < 2 ? 2 : 4)};
-    local.lend(f.data, extents[i]);
-    local.lend(f.alpha, int64_t{images} * pixels * 4);
+    local.allow(f.data, extents[i]);
+    local.allow(f.alpha, int64_t{images} * pixels * 4);
   }
   const int u_channels = plan(p, static_cast<Precision>(precision), grad, {1, shared_limit, shared_limit, 0});
   p.splits = splits;
-  local.lend(loss, int64_t{images} * splits * p.blocks * 8);
-  local.lend(U, int64_t{splits} * images * pixels * features[1].channels * 4);
-  local.lend(h, int64_t{splits} * images * pixels * 4);
+  local.allow(loss, int64_t{images} * splits * p.blocks * 8);
+  local.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
+  local.allow(h, int64_t{splits} * images * pixels * 4);
   return with_precision(static_cast<Precision>(precision), [&](auto chosen) {
     return with_config(chosen, pixels_adjacent, u_channels, [&](auto config) {
       using C = decltype(config);
@@ -77,11 +76,12 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   });
 }
 
+// Runs a kernel with the named mistake and returns the error message of the emulation.
 const char* mistake(const char* name) {
   alignas(16) static float data[1024] = {};
   const std::string is = name;
   Machine local;
-  local.lend(data, is == "out of bounds" ? 64 : sizeof data);
+  local.allow(data, is == "out of bounds" ? 64 : sizeof data);
   return run(local, 1, 1, 64, 64 * 16, false, [&] {
     if (is == "none" || is == "out of bounds") copy_and_read(data, true, true, true, 0);
     if (is == "no commit") copy_and_read(data, false, true, true, 0);
@@ -102,17 +102,17 @@ const char* mistake(const char* name) {
   });
 }
 
-// The schedule: adds to met[blocks * blocks] how often each block of rows meets each block of columns.
-void walk(int blocks, bool grad, int splits, int* met) {
+// Adds to visits[blocks * blocks] how often each row block visits each column block.
+void walk(int blocks, bool grad, int splits, int* visits) {
   for (int row = 0; row < blocks; ++row)
     for (int split = 0; split < splits; ++split) {
       const Walk walk = walk_of(row, blocks, grad, split, splits);
-      for (int step = 0; step < walk.steps; ++step) ++met[row * blocks + (walk.first + step) % blocks];
+      for (int step = 0; step < walk.steps; ++step) ++visits[row * blocks + (walk.first + step) % blocks];
     }
 }
 
-// How a GPU would be used: the bytes of shared memory of a block, the resident panels, the channels of U in a block,
-// the splits of those and of the columns.
+// Plans a launch for a GPU. The results are the bytes of shared memory of a block, the resident panels, the channels of
+// U of a block, the splits of these channels and the splits of the columns.
 void plan_of(int precision, bool grad, int images, int pixels, int student_channels, int teacher_channels,
              const Device* device, int* result) {
   Params p{};

@@ -1,0 +1,86 @@
+// The elementwise part of one tile, on the accumulators: from G_s and G_t to the loss, h and K. Free of torch.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace srpkd::cuda {
+
+template <Distance DISTANCE>
+SRPKD_DEVICE float distance_value(float d, float delta) {
+  const float size = fabsf(d);
+  if constexpr (DISTANCE == Distance::l1) return size;
+  if constexpr (DISTANCE == Distance::l2) return d * d;
+  return size <= delta ? 0.5f * d * d : delta * (size - 0.5f * delta);
+}
+
+template <Distance DISTANCE>
+SRPKD_DEVICE float distance_grad(float d, float delta) {
+  if constexpr (DISTANCE == Distance::l1) return (d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f);
+  if constexpr (DISTANCE == Distance::l2) return d + d;
+  return d > delta ? delta : d < -delta ? -delta : d;  // NaN stays NaN
+}
+
+// Adds this thread's part of the loss and of h, and overwrites s = G_s and t = G_t with the two terms of K.
+template <bool ROW, Distance DISTANCE, class C>
+SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>& s, Accumulator<C>& t,
+                           const RowVector<C>& row_s, const RowVector<C>& row_t, Address scales, bool mirrored,
+                           double& loss, RowVector<C>& h) {
+  float tile_loss = 0;
+  RowVector<C> tile_h{};
+#pragma unroll
+  for (int n = 0; n < C::N_TILES; ++n) {
+    float column_s[2], column_t[2];
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      column_s[odd] = load_shared<float>(scales + 4 * warp.column(n, odd));
+      column_t[odd] = load_shared<float>(scales + 4 * (warp.column(n, odd) + TILE));
+    }
+#pragma unroll
+    for (int m = 0; m < C::M_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float alpha_s = row_s[m][i / 2], alpha_t = row_t[m][i / 2], beta_s = column_s[i % 2],
+                    beta_t = column_t[i % 2];
+        const float g = s[m][n][i];
+        const float scale = ROW ? alpha_s : product(alpha_s, beta_s);
+        const float a = product(g, scale), d = a - product(t[m][n][i], ROW ? alpha_t : product(alpha_t, beta_t));
+        tile_loss += distance_value<DISTANCE>(d, p.delta);
+        const float e = ROW ? product(g, beta_s) - product(t[m][n][i], beta_t) : 0;  // D_ji
+        if constexpr (C::GRAD) {
+          const float grad = distance_grad<DISTANCE>(d, p.delta);
+          tile_h[m][i / 2] += grad * a;
+          const float k = ROW ? grad * alpha_s + distance_grad<DISTANCE>(e, p.delta) * beta_s : grad * scale;
+          uint32_t first = nearest_tf32(k), rest = 0;
+          if constexpr (C::K_TERMS == 2) split_float(k, first, rest);
+          s[m][n][i] = as_float(first), t[m][n][i] = as_float(rest);
+        } else if (ROW && mirrored) {
+          tile_loss += distance_value<DISTANCE>(e, p.delta);
+        }
+      }
+  }
+  loss += tile_loss * (!C::GRAD && !ROW && mirrored ? 2.f : 1.f);
+#pragma unroll
+  for (int m = 0; m < C::M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) h[m][half] += tile_h[m][half];
+}
+
+// The same for the relation and the distance in p.
+template <class C>
+SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>& s, Accumulator<C>& t,
+                           const RowVector<C>& row_s, const RowVector<C>& row_t, Address scales, bool mirrored,
+                           double& loss, RowVector<C>& h) {
+#define SRPKD_EPILOGUE(ROW, DISTANCE) \
+  return epilogue<ROW, Distance::DISTANCE>(p, warp, s, t, row_s, row_t, scales, mirrored, loss, h)
+  if (p.row) {  // uniform across threads: one branch per tile
+    if (p.distance == Distance::l1) SRPKD_EPILOGUE(true, l1);
+    if (p.distance == Distance::l2) SRPKD_EPILOGUE(true, l2);
+    SRPKD_EPILOGUE(true, huber);
+  }
+  if (p.distance == Distance::l1) SRPKD_EPILOGUE(false, l1);
+  if (p.distance == Distance::l2) SRPKD_EPILOGUE(false, l2);
+  SRPKD_EPILOGUE(false, huber);
+#undef SRPKD_EPILOGUE
+}
+
+}  // namespace srpkd::cuda
