@@ -232,6 +232,7 @@ def test_a_wrong_command_says_so_and_changes_nothing(command, files, line, statu
     assert tree(files) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["srpkd translate code.pth pairs out", "python -m srpkd.report none", "srpkd trian"])
 def test_a_process_ends_with_the_message(files, line):
     words = shlex.split(line.replace("srpkd", "python -m srpkd.cli", 1) if line.startswith("srpkd") else line)
