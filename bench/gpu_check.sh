@@ -22,12 +22,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 exec > >(tee -a "$out/gpu_check.log") 2>&1
 
-# a copy: here the engine lies in srpkd/, where an installation puts it, and no binary built for another torch beside it
+# a copy, without binaries that were built for another torch; its links also where the tree came without them
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
-cp -r "$root"/{srpkd,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage"
-cp -r "$root/kernels" "$root/csrc" "$stage/srpkd"
-ln -s srpkd/kernels srpkd/csrc "$stage"
+cp -r "$root"/{srpkd,kernels,csrc,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage"
+ln -sfn ../kernels ../csrc "$stage/srpkd"
 find "$stage" -name '*.so' -delete
 cd "$stage" || exit 2
 SRPKD_COMMIT=$(git -C "$root" describe --always --dirty=+ 2>/dev/null || echo "${SRPKD_COMMIT:-unknown}")
@@ -93,7 +92,7 @@ train() {
 ends=$((SECONDS + PART_SECONDS))
 gpu=no
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && gpu=yes
-[ "$gpu" = no ] && echo "torch sees no CUDA device: a rehearsal on the CPU, in which every GPU test skips"
+[ "$gpu" = no ] && echo "torch sees no CUDA device: a rehearsal on the CPU, without the GPU tests"
 echo "$(date -u +%FT%TZ) $SRPKD_COMMIT: $parts"
 build="from srpkd.kernels import native; native.extension(); print(native.status())"
 limit 400 build "$python" -c "$build" || echo "goes on without the native backend"

@@ -22,6 +22,7 @@ def weights(tmp_path):
     return paths
 
 
+@pytest.mark.slow
 def test_table_and_json(weights, tmp_path, capsys, one_thread):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -243,6 +243,7 @@ def test_invalid_command_fails_and_changes_nothing(command, files, line, status,
     assert tree(files) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["srpkd translate code.pth pairs out", "python -m srpkd.report none", "srpkd trian"])
 def test_process_exits_with_the_message(files, line):
     words = shlex.split(line.replace("srpkd", "python -m srpkd.cli", 1) if line.startswith("srpkd") else line)

@@ -218,6 +218,7 @@ def test_the_command_line_writes_rows_once(tmp_path, capsys):
     assert "2 of 2 cases are left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed(tmp_path):
     out = tmp_path / "train.csv"
     small = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1]
@@ -244,6 +245,7 @@ def test_accuracy_writes_errors_and_a_picture(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_auto_chunker_needs_no_other_and_never_holds_the_matrices(tmp_path):
     if (reason := PROVIDERS["auto_chunker"].unavailable_reason(Case())) is not None:
         pytest.skip(reason)
@@ -256,6 +258,7 @@ def test_the_auto_chunker_needs_no_other_and_never_holds_the_matrices(tmp_path):
     assert row["status"] == "skipped" and row["reason"].startswith("it finds nothing to chunk: ")
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_runs_the_same_cases():
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
     # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be

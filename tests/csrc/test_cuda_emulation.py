@@ -176,6 +176,7 @@ def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relat
     check(library, *draw(precision, 1, 75, (5, 7), layout), relation, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 129])
 @every_layout
 @every_precision
@@ -184,6 +185,7 @@ def test_any_number_of_pixels(library: ctypes.CDLL, precision: str, layout: str,
     check(library, *draw(precision, 2, pixels, (3, 4), layout), relation, precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [(1, 1), (8, 65), (64, 32), (65, 33), (150, 70), (260, 8)], ids=str)
 @every_layout
 @every_precision
@@ -219,6 +221,7 @@ def test_equal_features_give_exactly_zero(
     assert (tiles.loss == 0).all() and (tiles.U == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32x3"])
@@ -331,6 +334,7 @@ def test_column_splits(library: ctypes.CDLL, precision: str, splits: int) -> Non
         check(library, *draw(precision, 2, 200, (5, 6)), ROW, precision, splits=splits, need_grad=need_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("pixels", [40, 100, 190, 256])
 @every_precision

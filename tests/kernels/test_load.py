@@ -26,6 +26,7 @@ def kibibytes() -> int:
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow() -> None:
     """Over 10,000 calls of all backends: leaking the features or a workspace would take at least 50 MB."""

@@ -124,6 +124,7 @@ def test_float16s_scale_goes_on_in_a_resumed_run():
     assert all(torch.equal(a, b) for a, b in zip(objective.step(images()).values(), other.step(images()).values()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("model", MODELS)
 def test_compiled_networks_train_the_same(model):
