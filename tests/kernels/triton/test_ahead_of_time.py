@@ -131,7 +131,7 @@ def test_autotuning_measures_once_and_remembers(tmp_path, monkeypatch):
 def test_why_not(monkeypatch):
     assert "runs on NVIDIA GPUs" in unavailable_reason("triton", torch.device("cpu"))
     with pytest.raises(dispatch.BackendUnavailable, match="NVIDIA"):
-        dispatch.value_and_gradient(torch.ones(1, 4, 2), torch.ones(1, 4, 2), Relation(), "triton", True)
+        dispatch.compute_loss(torch.ones(1, 4, 2), torch.ones(1, 4, 2), Relation(), "triton", True)
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -65,7 +65,7 @@ def tokens(features: Tensor) -> Tensor:
 
 def exact(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor, Tensor]:
     """Loss and N^2 times its gradient, of features (B, N, C), by backend ``blocked`` in float64."""
-    loss, gradient = dispatch.value_and_gradient(student.double(), teacher.double(), relation, "blocked", True)
+    loss, gradient = dispatch.compute_loss(student.double(), teacher.double(), relation, "blocked", True)
     return loss, gradient * student.shape[1] ** 2
 
 
@@ -79,7 +79,7 @@ def test_error_of_every_relation(relation, dtype, precision, gpu):
     expected = exact(student, teacher, relation)
     actual = value_and_gradient(student, teacher, relation, "triton", upstream)
     eager = value_and_gradient(student, teacher, relation, "reference", upstream)
-    forward = triton.value_and_gradient(student, teacher, relation, need_grad=False)[0]
+    forward = triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0]
     for one, other, true in ((*pair, true) for *pair, true in zip(actual, eager, expected)):
         assert error(one, true) <= 3 * error(other, true) + ULP
     assert error(forward, expected[0]) <= 3 * error(eager[0], expected[0]) + ULP
@@ -157,9 +157,9 @@ def test_16384_pixels_32_images(dtype, gpu):
 
 def test_a_thousand_runs_give_the_same_bits(gpu):
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
-    expected = triton.value_and_gradient(student, teacher, Relation(), True)
+    expected = triton.loss_and_gradient(student, teacher, Relation(), True)
     for _ in range(1000):
-        for one, other in zip(triton.value_and_gradient(student, teacher, Relation(), True), expected):
+        for one, other in zip(triton.loss_and_gradient(student, teacher, Relation(), True), expected):
             assert torch.equal(one, other)
 
 
@@ -167,14 +167,14 @@ def test_a_thousand_runs_give_the_same_bits(gpu):
 def test_few_launches_and_none_that_waits(relation, gpu):
     """At most 6 kernels for loss and gradient of one image, and no synchronisation of the host."""
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
-    triton.value_and_gradient(student, teacher, relation, True)
+    triton.loss_and_gradient(student, teacher, relation, True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton.value_and_gradient(student, teacher, relation, True)
+        triton.loss_and_gradient(student, teacher, relation, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        triton.value_and_gradient(student, teacher, relation, True)
+        triton.loss_and_gradient(student, teacher, relation, True)
         torch.cuda.synchronize(gpu)
     launched = Counter({event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0})
     assert 0 < launched.total() <= 6, launched

@@ -68,7 +68,7 @@ def assert_as_exact_as_eager(
     """
     pixels = student.shape[1]
     loss, gradient = run(student, teacher, relation)
-    forward = triton.value_and_gradient(student, teacher, relation, need_grad=False)[0]
+    forward = triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0]
     expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", pixels**2)
     with eager or nullcontext():
         errors = [
@@ -306,7 +306,7 @@ def test_float32_of_any_size(relation, size):
 def test_overflow_shows(relation):
     """Where Gram matrices are too large for float32, the loss is NaN."""
     student, teacher = (1e20 * x for x in features(relation, 1, 40, (5, 7), torch.float32))
-    assert triton.value_and_gradient(student, teacher, relation, need_grad=False)[0].isnan().all()
+    assert triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0].isnan().all()
 
 
 def test_the_gradient_has_the_strides_of_the_features():
