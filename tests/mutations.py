@@ -4,9 +4,9 @@
     python tests/mutations.py native      one or more backends
 
 The tests run in a copy of the tree in a temporary folder; the tree itself does not change. First the tests of a backend
-must pass without a fault. Then, with one fault at a time, the assertion of at least one test must fail. A failed import,
-fixture or compilation is reported as "broken", because then no test has detected the fault. The extension of ``native``
-is compiled again for every fault, without CUDA. The exit status is 1 if a fault survives or is broken.
+must pass without a fault. Then, with one fault at a time, the assertion of at least one test must fail. If an import, a
+fixture or the compilation fails, the fault is reported as "broken", because no test has detected it. The extension of
+``native`` is compiled again for every fault, without CUDA. The exit status is 1 if a fault survives or is broken.
 """
 
 from __future__ import annotations
@@ -278,9 +278,7 @@ BACKENDS = {
                 "addcmul_(mirrored_slope, alpha_rows.unsqueeze(2))",
             ),
             Fault("the loss covers one rank's rows", DISTRIBUTED, "sum_over_ranks(loss, group)", "loss"),
-            Fault(
-                "the scales cover one rank's pixels", DISTRIBUTED, "relation, dtype, total, pixels)", "relation, dtype)"
-            ),
+            Fault("scales cover one rank's pixels", DISTRIBUTED, "relation, dtype, total, pixels)", "relation, dtype)"),
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
