@@ -85,7 +85,7 @@ def test_any_number_of_channels(dtype: torch.dtype, channels: tuple[int, int]) -
 def test_any_strides(dtype: torch.dtype, strides: str) -> None:
     student, teacher = (torch.randn(2, count, 9, 14, device=CUDA).to(dtype) for count in (10, 7))
     expected = value_and_gradient(student, teacher, ROW_L1, "native", layout="nchw")
-    for views in ((True, True), (True, False)):  # (False: contiguous) the layouts of the two may differ
+    for views in ((True, True), (True, False)):  # the layouts of the two may differ
         changed = (STRIDES[strides](x) if view else x for x, view in zip((student, teacher), views))
         actual = value_and_gradient(*changed, ROW_L1, "native", layout="nchw")
         assert all(error(one, other) < 1e-3 for one, other in zip(actual, expected))
