@@ -103,7 +103,7 @@ def auto_backend(
     return "blocked"
 
 
-def compute_loss(
+def value_and_gradient(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each image (B,), and its gradient (B, N, C_s) if asked for, by any backend but the reference.
@@ -133,8 +133,8 @@ def compute_loss(
             f"backend={backend!r} computes features in {', '.join(str(dtype)[6:] for dtype in dtypes)} only, not "
             f"{str(student.dtype)[6:]}; use backend='auto', or convert them"
         )
-    if hasattr(module, "loss_and_gradient"):
-        return module.loss_and_gradient(student, teacher, relation, need_grad)
+    if hasattr(module, "value_and_gradient"):
+        return module.value_and_gradient(student, teacher, relation, need_grad)
     accumulator = formulas.accumulator(student.dtype)
     scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
     scales = formulas.scales_of(student, teacher, relation, scale_dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import compute_loss
+from .dispatch import value_and_gradient
 from .formulas import Relation, accumulator, gradient_dtype
 
 
@@ -28,7 +28,7 @@ def relation_loss_op(
     relation = Relation(normalize, distance, delta, eps)
     # autocast would round the algebra's products to 16 bits
     with torch.autocast(student.device.type, enabled=False):
-        loss, gradient = compute_loss(student, teacher, relation, backend, need_grad)
+        loss, gradient = value_and_gradient(student, teacher, relation, backend, need_grad)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
