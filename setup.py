@@ -1,7 +1,7 @@
-"""Everything static is in pyproject.toml; here only what it cannot say: where the packages lie, and the C++ extension.
+"""The parts of the build that pyproject.toml cannot express: the locations of the packages, and the C++ extension.
 
-The extension is built ahead of time where torch can be imported: ``pip install --no-build-isolation .``. Without
-torch the package installs pure Python, and the extension is built on first use. See kernels/build.py.
+The extension is built ahead of time if torch can be imported: ``pip install --no-build-isolation .``. Without torch the
+package is installed as pure Python, and the extension is built on first use. See kernels/build.py.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 
-def native() -> dict:
-    """The arguments of setup() that build the extension; none where it is not to be built."""
+def extension_arguments() -> dict:
+    """Return the arguments of setup() that build the extension, or {} if it is not built."""
     required = build.setting() == "1"
     if build.setting() == "0":
         return {}
@@ -26,7 +26,9 @@ def native() -> dict:
         import torch  # noqa: F401
     except ImportError as error:
         if required:
-            sys.exit(f"SRPKD_BUILD=1, and torch cannot be imported ({error}): install it, use --no-build-isolation")
+            sys.exit(
+                f"SRPKD_BUILD=1, but torch cannot be imported ({error}): install torch and use --no-build-isolation"
+            )
         return {}
     cuda = build.cuda_unavailable_reason() is None
     os.environ.update(build.environment(cuda))
@@ -39,39 +41,50 @@ def native() -> dict:
             extra_compile_args={"cxx": build.flags(cuda), "nvcc": [*build.NVCC_FLAGS]},
         )
 
-    class BuildWherePossible(BuildExtension):
-        """With the GPU part, else without it, else not at all: installing succeeds, unless SRPKD_BUILD=1."""
+    class BuildIfPossible(BuildExtension):
+        """Build with CUDA, or else without, or else not at all. With SRPKD_BUILD=1 the first failure is an error."""
 
         def run(self) -> None:
-            for part in [True, False] if cuda else [False]:
-                vars(self.extensions[0]).update(
-                    {key: value for key, value in vars(extension(part)).items() if not key.startswith("_")}
-                )
-                try:
-                    return super().run()
-                except Exception as error:
-                    if required:
-                        raise
-                    print(f"srpkd: building the extension {'with' if part else 'without'} CUDA failed: {error}")
+            if self.attempt("with" if cuda else "without"):
+                return
+            if cuda:
+                self.distribution.ext_modules = [extension(cuda=False)]
+                inplace, editable_mode = self.inplace, self.editable_mode
+                self.distribution.reinitialize_command(self)
+                self.inplace, self.editable_mode = inplace, editable_mode
+                self.ensure_finalized()
+                if self.attempt("without"):
+                    return
             print("srpkd: installing without the native backend; SRPKD_BUILD=1 makes this an error")
             self.extensions = []
 
-    return {"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": BuildWherePossible}}
+        def attempt(self, part: str) -> bool:
+            try:
+                super().run()
+            except Exception as error:
+                if required:
+                    raise
+                print(f"srpkd: building the extension {part} CUDA failed: {error}")
+                return False
+            return True
+
+    return {"ext_modules": [extension(cuda)], "cmdclass": {"build_ext": BuildIfPossible}}
 
 
 setup(
-    # kernels/ and csrc/ stand at the top level, and are srpkd.kernels and srpkd.csrc where installed
+    # srpkd/kernels and srpkd/csrc are links to kernels/ and csrc/, and text files in a checkout without symbolic links
     package_dir={"srpkd": "srpkd", "srpkd.kernels": "kernels", "srpkd.csrc": "csrc"},
     packages=[
         *find_packages(include=["srpkd", "srpkd.*"], exclude=["srpkd.kernels*"]),
-        *("srpkd.kernels", *(f"srpkd.kernels.{name}" for name in find_packages("kernels"))),
+        "srpkd.kernels",
+        *(f"srpkd.kernels.{name}" for name in find_packages("kernels")),
         "srpkd.csrc",
     ],
-    include_package_data=False,  # what package_data lists, and no folder taken for a package for its sake
+    include_package_data=False,  # package_data lists all data; folders of data are not packages
     package_data={
         "srpkd": ["py.typed", "presets/*.yaml"],
         "srpkd.reporting": ["templates/*"],
         "srpkd.csrc": ["*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"],
     },
-    **native(),
+    **extension_arguments(),
 )

@@ -1,20 +1,21 @@
-"""Building the compiled part, ``csrc/``: what setup.py builds ahead of time, and what is built on first use.
+"""The build of the C++ extension in ``csrc/``: ahead of time by setup.py, or on first use.
 
-setup.py loads this file by its path, so it imports nothing of this package, and torch only inside functions.
+setup.py loads this file by its path. The file therefore imports nothing from this package, and torch only in functions.
 
 Environment:
-    SRPKD_BUILD            0: never build; 1: installing fails where building does; unset: build where possible.
-    SRPKD_BUILD_CUDA       0: leave the GPU part out; it takes most of the time.
-    SRPKD_CXX_FLAGS        further flags for the host's compiler, as in ``-O1 -fsanitize=address``.
-    TORCH_CUDA_ARCH_LIST   the GPU architectures to build for, as in ``8.0;9.0a``; else those of the GPUs that are
-                           here, else DEFAULT_ARCHITECTURES.
-    MAX_JOBS               how many compilers run side by side; else as many as cores and memory allow.
-    TORCH_EXTENSIONS_DIR   where what is built on first use is kept.
+    SRPKD_BUILD            0: never build; 1: a failed build fails the installation; unset: build if possible.
+    SRPKD_BUILD_CUDA       0: build without the CUDA part, which takes most of the time.
+    SRPKD_CXX_FLAGS        additional flags for the C++ compiler, for example ``-O1 -fsanitize=address``.
+    TORCH_CUDA_ARCH_LIST   GPU architectures to build for, for example ``8.0;9.0a``; by default those of the installed
+                           GPUs, or DEFAULT_ARCHITECTURES if there are none.
+    MAX_JOBS               number of parallel compilers; by default limited by cores and memory.
+    TORCH_EXTENSIONS_DIR   folder for extensions that are built on first use.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -28,45 +29,49 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "_native"
-CSRC = Path(__file__).resolve().parent.parent / "csrc"  # beside kernels/, in the repository and where it is installed
+CSRC = Path(__file__).resolve().parent.parent / "csrc"  # csrc/ is beside kernels/, in the repository and in a wheel
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
-BYTES_PER_JOB = 2**31  # the compilers of one source, torch's headers in it, stay below 2 GB
-# -fopenmp is for compiling alone: linked, it could bring a second OpenMP runtime beside the one that torch brings
+BYTES_PER_JOB = 2**31  # one source with torch's headers needs less than 2 GB to compile
+# -fopenmp only for compiling: when linking, it could add a second OpenMP runtime to that of torch
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", *(["-fopenmp"] if sys.platform == "linux" else [])]
 NVCC_FLAGS = ["-O3", "-lineinfo"]
-MARKS = re.compile(rb"srpkd-built-(for-torch|from-sources):([^;]*);")  # csrc/bindings.cpp leaves them in the binary
+MARKERS = re.compile(rb"srpkd-built-(for-torch|from-sources):([^;]*);")  # csrc/bindings.cpp writes them into the binary
+# the program of the process that compiles; its argument is the keywords of cpp_extension.load
+COMPILE = "import json, sys; from torch.utils import cpp_extension; cpp_extension.load(**json.loads(sys.argv[1]))"
 
 
 class BuildError(RuntimeError):
-    """The compiled part could not be built; says why."""
+    """The build of the extension failed. The message contains the end of the compiler's output."""
 
 
 def setting() -> str:
-    """SRPKD_BUILD: "0", "1" or ""."""
+    """Return SRPKD_BUILD: "0", "1" or ""."""
     value = os.environ.get("SRPKD_BUILD", "")
     if value not in ("", "0", "1"):
-        raise ValueError(f"SRPKD_BUILD={value!r}: expected 0 (never build), 1 (fail where building fails) or nothing")
+        raise ValueError(
+            f"SRPKD_BUILD={value!r}: expected 0 (never build), 1 (a failed build is an error), or leave it unset"
+        )
     return value
 
 
 def stale_reason(library: Path) -> str | None:
-    """Why a binary is of no use here, read without loading it: it would fail on a symbol, or worse, not fail.
+    """Return why a binary does not fit this torch or these sources, or None if it does.
 
-    None where it was built for this torch, and from these sources.
+    Reads the markers in the file without loading it: a stale library can fail on a symbol or give wrong results.
     """
     import torch
 
-    marks = {name.decode(): value.decode() for name, value in MARKS.findall(library.read_bytes())}
-    if (version := marks.get("for-torch")) != torch.__version__:
+    markers = {name.decode(): value.decode() for name, value in MARKERS.findall(library.read_bytes())}
+    if (version := markers.get("for-torch")) != torch.__version__:
         return f"it was built for torch {version}, and this is torch {torch.__version__}"
-    return None if marks.get("from-sources") == source_digest() else "it was built from other sources than these"
+    return None if markers.get("from-sources") == source_digest() else "it was built from different sources"
 
 
-# --- what to build with ---------------------------------------------------------------------------------------------
+# --- compiler, sources and flags ------------------------------------------------------------------------------------
 
 
 def sources(cuda: bool) -> list[Path]:
-    """The sources of the extension, with the GPU's or without."""
+    """Return the sources of the extension, with or without the CUDA part."""
     found = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
     if cuda:
         found += [*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")]
@@ -74,7 +79,7 @@ def sources(cuda: bool) -> list[Path]:
 
 
 def source_digest() -> str:
-    """A hash of everything in csrc/."""
+    """Return a hash of all sources and headers in csrc/."""
     digest = hashlib.sha256()
     for path in sorted(CSRC.glob("**/*")):
         if path.is_file() and path.suffix in (".cpp", ".cu", ".cuh", ".h"):
@@ -83,48 +88,50 @@ def source_digest() -> str:
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit that nvcc and its headers are in, or None. Whether there is a GPU does not matter."""
-    nvcc = shutil.which("nvcc")
-    guesses = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).parents[1]]
-    for guess in [*filter(None, guesses), "/usr/local/cuda"]:
-        if (Path(guess) / "bin" / "nvcc").exists() and (Path(guess) / "include" / "cuda_runtime.h").exists():
-            return Path(guess)
+    """Return the folder of a CUDA toolkit that contains nvcc and its headers, or None. It needs no GPU."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(str(Path(nvcc).parents[1]))
+    for folder in map(Path, [*filter(None, candidates), "/usr/local/cuda"]):
+        if (folder / "bin" / "nvcc").exists() and (folder / "include" / "cuda_runtime.h").exists():
+            return folder
     return None
 
 
 def cuda_unavailable_reason() -> str | None:
-    """Why the GPU part is left out, or None where it can be built."""
+    """Return why the CUDA part cannot be built, or None if it can."""
     import torch
 
     if os.environ.get("SRPKD_BUILD_CUDA") == "0":
-        return "SRPKD_BUILD_CUDA=0 leaves it out"
+        return "SRPKD_BUILD_CUDA=0 disables the CUDA part"
     if not list(CSRC.glob("cuda/*.cu")):
-        return "csrc/cuda has no sources"
+        return "csrc/cuda contains no sources"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if (home := cuda_home()) is None:
-        return "no CUDA toolkit was found: set CUDA_HOME to one"
+        return "no CUDA toolkit found: set CUDA_HOME to its folder"
     text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"{home} is CUDA {'.'.join(release.groups()) if release else '?'}, torch's is {torch.version.cuda}"
+        found = ".".join(release.groups()) if release else "of unknown version"
+        return f"{home} is CUDA {found}, but torch is built for CUDA {torch.version.cuda}"
     return None
 
 
 def architectures() -> str:
-    """The GPU architectures to build for, as TORCH_CUDA_ARCH_LIST has them."""
+    """Return the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST."""
     if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return chosen
     import torch
 
-    here = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    # only the "a" of Hopper has its tensor cores' own instructions
-    names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(here)]
+    installed = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    # wgmma, the instructions of Hopper's tensor cores, exist only in architecture 9.0a
+    names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(installed)]
     return ";".join(names) or DEFAULT_ARCHITECTURES
 
 
 def jobs() -> str:
-    """MAX_JOBS, or as many as there are cores, and memory for."""
+    """Return MAX_JOBS, or the number of compilers that cores and memory allow."""
     if chosen := os.environ.get("MAX_JOBS"):
         return chosen
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -133,15 +140,15 @@ def jobs() -> str:
 
 
 def environment(cuda: bool) -> dict[str, str]:
-    """What torch.utils.cpp_extension is to find in the environment."""
-    # ninja, when it was installed by pip, is beside this Python
+    """Return the environment variables for torch.utils.cpp_extension."""
+    # pip installs ninja beside this Python
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {"MAX_JOBS": jobs(), "PATH": path}
     return settings | {"CUDA_HOME": str(cuda_home()), "TORCH_CUDA_ARCH_LIST": architectures()} if cuda else settings
 
 
 def flags(cuda: bool) -> list[str]:
-    """The flags for the host's compiler."""
+    """Return the flags for the C++ compiler."""
     import torch
 
     macros = {"TORCH_VERSION": torch.__version__, "SOURCES": source_digest()}
@@ -154,23 +161,23 @@ def flags(cuda: bool) -> list[str]:
 
 
 def unavailable_reason() -> str | None:
-    """Why the extension cannot be built here, or None."""
+    """Return why the extension cannot be built on this machine and what to do, or None if it can."""
     compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
     if setting() == "0":
-        return "SRPKD_BUILD=0 forbids building it"
+        return "SRPKD_BUILD=0 disables the build"
     if os.name != "posix":
-        return "it is built with GCC or clang, on Linux or macOS"
+        return "it can be built with GCC or clang on Linux or macOS only"
     if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler}): install g++ or clang, or set CXX"
+        return f"no C++ compiler ({compiler}) found: install g++ or clang, or set CXX"
     if shutil.which("ninja", path=environment(cuda=False)["PATH"]) is None:
         return "ninja is not installed: pip install ninja"
     if not sources(cuda=False):
-        return f"{CSRC} has no sources"
+        return f"{CSRC} contains no sources: install srpkd again"
     return None
 
 
 def cached_library() -> Path:
-    """Where the extension lies once it was built on first use: a place for every torch, source and set of flags."""
+    """Return the path of the extension that is built on first use, one for each torch, sources and flags."""
     import torch
 
     cuda = cuda_unavailable_reason() is None
@@ -181,32 +188,26 @@ def cached_library() -> Path:
 
 
 def build() -> Path:
-    """Build the extension for first use, once however many processes ask, and give its place.
+    """Build the extension on first use and return its path. Concurrent processes build it once.
 
     Raises:
-        BuildError: with the compiler's last words.
+        BuildError: the build failed.
     """
     library = cached_library()
     with _locked(library.parent):
-        if library.exists():  # another process built it while this one waited
+        if library.exists():  # another process built it while this one waited for the lock
             return library
-        print(f"srpkd: building the native backend into {library.parent}: once, for about a minute", file=sys.stderr)
+        print(f"srpkd: building the native backend in {library.parent} (once, about a minute)", file=sys.stderr)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            # in a process of its own, that its environment and what it loads stay there; -P, or the files beside this
-            # one would hide modules that they share a name with
-            command = [sys.executable, "-P", str(Path(__file__).resolve()), scratch]
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if result.returncode:
-                raise BuildError(f"building the native backend failed:\n{result.stdout[-4000:]}")
-            os.replace(Path(scratch) / library.name, library)  # at once: nobody finds half a file
+            os.replace(build_in(Path(scratch)), library)  # atomic: no process finds an incomplete file
         print(f"srpkd: built in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return library
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it, however that ends."""
+    """Hold the folder's lock. The system releases it if the process dies."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -215,22 +216,30 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(folder: str) -> None:
-    """Compile, link and load: what ``build`` runs in a process of its own."""
+def build_in(folder: Path) -> Path:
+    """Compile, link and load the extension in another process, with its files in ``folder``; return its path.
+
+    Raises:
+        BuildError: the build failed.
+    """
     cuda = cuda_unavailable_reason() is None
-    os.environ.update(environment(cuda))
-    from torch.utils import cpp_extension
-
-    cpp_extension.load(
-        NAME,
-        [str(source) for source in sources(cuda)],
-        extra_cflags=[shlex.quote(flag) for flag in flags(cuda)],
-        extra_cuda_cflags=NVCC_FLAGS,
-        build_directory=folder,
-        with_cuda=cuda,
-        verbose=True,
+    arguments = {
+        "name": NAME,
+        "sources": [str(source) for source in sources(cuda)],
+        "extra_cflags": [shlex.quote(flag) for flag in flags(cuda)],
+        "extra_cuda_cflags": NVCC_FLAGS,
+        "build_directory": str(folder),
+        "with_cuda": cuda,
+        "verbose": True,
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(arguments)],
+        cwd=folder,  # -c puts it first into sys.path: it has no files that hide modules
+        env=os.environ | environment(cuda),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-
-
-if __name__ == "__main__":
-    _build_into(sys.argv[1])
+    if result.returncode:
+        raise BuildError(f"building the native backend failed:\n{result.stdout[-4000:]}")
+    return folder / f"{NAME}.so"

@@ -1,4 +1,4 @@
-"""What the backends for NVIDIA GPUs need of a device."""
+"""The requirements of the backends for NVIDIA GPUs on a device."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix instructions, asynchronous copie
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Why kernels for NVIDIA GPUs cannot run on ``device`` and what to do, or None where they can."""
+    """Return why kernels for NVIDIA GPUs cannot run on ``device`` and what to do, or None if they can."""
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs: move the features to one, or use backend='auto'"
     if torch.version.hip:
-        return "it is written for NVIDIA GPUs, and this is an AMD one: use backend='blocked'"
+        return "it is written for NVIDIA GPUs, and this is an AMD GPU: use backend='blocked'"
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device: check the driver, or use backend='auto' on the CPU"
-    if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        needed, found = ("{}.{}".format(*capability) for capability in (CAPABILITY, found))
-        return (
-            f"it needs a GPU of compute capability {needed} or higher, and this one has {found}: use backend='blocked'"
-        )
+        return "torch finds no CUDA device: check the driver, or use backend='auto' on the CPU"
+    if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        needed, found = ("{}.{}".format(*version) for version in (CAPABILITY, capability))
+        return f"it needs a GPU of compute capability {needed} or higher, this one has {found}: use backend='blocked'"
     return None

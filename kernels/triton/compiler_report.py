@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels, without a GPU: ``python -m srpkd.kernels.triton.compiler_report``.
+"""A report on the compiled Triton kernels, without a GPU: ``python -m srpkd.kernels.triton.compiler_report``.
 
-Compiles ahead of time every configuration that backend ``triton`` can choose, for one GPU of each kind, and prints
-registers per thread, bytes spilled per thread, shared memory per program, and the matrix instructions.
+Compiles every configuration that backend ``triton`` can choose ahead of time, for one GPU of each architecture, and
+prints registers per thread, spilled bytes per thread, shared memory per program, and the matrix instructions.
 """
 
 from __future__ import annotations
@@ -13,86 +13,114 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
-from . import scales_and_gradient as algebra
-from . import tiles as backend
-from .configurations import TABLE, architecture, configuration
+from .configurations import (
+    BLOCK_CHANNELS,
+    BLOCK_DEPTH,
+    BLOCK_PARTIALS,
+    BLOCK_PIXELS,
+    OPTIONS,
+    TABLE,
+    architecture,
+    configuration,
+)
+from .gradient import gradient_kernel, weighted_moment_kernel
 from .primitives import triton
+from .scales import moment_kernel, scale_kernel
+from .tiles import compile_options, constants, relation_kernel
+
+KERNELS = {
+    "relation": relation_kernel,
+    "moment": moment_kernel,
+    "scale": scale_kernel,
+    "weighted_moment": weighted_moment_kernel,
+    "gradient": gradient_kernel,
+}
 
 CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448}  # bytes per program
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
-POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # of features; float32 otherwise
-ALGEBRA = ("moment", "scale", "weighted_moment", "gradient")
-SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # integers otherwise
+FEATURE_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # "*fp32" for the other number formats
+ALGEBRA = tuple(name for name in KERNELS if name != "relation")
+ROW_L1 = Relation("row", "l1")
+SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it would be launched on features (B, N, C_s), (B, N, C_t).
+    """One kernel as it is launched on features (B, N, C_s), (B, N, C_t).
 
     Attributes:
-        kernel: "relation", the tiles, or one of ALGEBRA.
-        numbers: "bfloat16", "float16", or float32 by its matmul precision: "medium", "high", "highest".
+        kernel: "relation", the tile kernel, or one of ALGEBRA.
+        capability: compute capability of the GPU.
+        numbers: "bfloat16", "float16", or the matmul precision of float32: "medium", "high", "highest".
         channels: (C_s, C_t).
-        layout: "nchw": pixels adjacent in memory, "nlc": channels, or "odd": neither, nothing a multiple of 16 and
-            one of everything that can be: launches compile in integers of 1, and what multiples of 16 there are.
+        layout: "nchw": pixels are adjacent in memory; "nlc": channels are adjacent; "odd": neither are, no argument is
+            a multiple of 16, and every count that can be 1 is 1. Triton specialises kernels on arguments that are 1 or
+            multiples of 16.
     """
 
     kernel: str
     capability: tuple[int, int]
     numbers: str
     channels: tuple[int, int] = (64, 256)
-    relation: Relation = field(default_factory=Relation)
+    relation: Relation = ROW_L1
     need_grad: bool = True
     layout: str = "nchw"
 
     def __str__(self) -> str:
         shape = "{}/{}".format(*self.channels)
-        what = f"{self.relation.normalize} {self.relation.distance}" + ("" if self.need_grad else " forward only")
-        return f"{self.kernel:<15} {self.numbers:<8} {shape:>9} {self.layout} {what}"
+        relation = f"{self.relation.normalize} {self.relation.distance}" + ("" if self.need_grad else " forward only")
+        return f"{self.kernel:<15} {self.numbers:<8} {shape:>9} {self.layout} {relation}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of a case: per thread, and for shared memory per program, in bytes."""
+    """The resources of a compiled case.
+
+    Attributes:
+        registers: per thread.
+        spilled: bytes per thread.
+        shared: bytes of shared memory per program.
+        instructions: number of matrix instructions in the PTX, by name.
+    """
 
     registers: int
     spilled: int
     shared: int
-    instructions: Counter
+    instructions: Counter[str]
 
 
-def arguments(case: Case) -> tuple[dict, dict]:
-    """What is known of a case's arguments when its kernel is compiled, and the compile options."""
+def compile_arguments(case: Case) -> tuple[dict, dict]:
+    """Return the arguments of a case's kernel that are known at compile time, and the compile options."""
     relation = case.relation
     if case.kernel == "relation":
         chosen = configuration(case.capability, case.numbers, *case.channels)
-        known = backend.constants(relation, case.need_grad, case.channels, case.numbers, chosen)
+        known = constants(relation, case.need_grad, case.channels, case.numbers, chosen)
         if not case.need_grad:
             known |= {"U_ptr": None, "h_ptr": None}
         if relation.normalize == "none":
             known |= {"alpha_s_ptr": None, "alpha_t_ptr": None, "h_ptr": None}
-        return known, backend.compile_options(chosen)
-    known = {"BLOCK_M": algebra.PIXELS, "BLOCK_N": algebra.DEPTH, "BLOCK_K": algebra.DEPTH}
-    known |= {"BLOCK_C": algebra.CHANNELS, "BLOCK_P": algebra.PARTIALS, "NORMALIZE": relation.normalize}
-    return known | {"TERMS": {"bfloat16": 1, "float16": 2}.get(case.numbers, 3)}, algebra.OPTIONS
+        return known, compile_options(chosen)
+    known = {"BLOCK_M": BLOCK_PIXELS, "BLOCK_N": BLOCK_DEPTH, "BLOCK_K": BLOCK_DEPTH}
+    known |= {"BLOCK_C": BLOCK_CHANNELS, "BLOCK_P": BLOCK_PARTIALS, "NORMALIZE": relation.normalize}
+    return known | {"TERMS": {"bfloat16": 1, "float16": 2}.get(case.numbers, 3)}, OPTIONS
 
 
 def compile_case(case: Case) -> Report:
-    """Compile ahead of time, as a launch on contiguous, aligned tensors would."""
-    kernel = getattr(backend if case.kernel == "relation" else algebra, f"{case.kernel}_kernel")
-    known, options = arguments(case)
+    """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
+    kernel = KERNELS[case.kernel]
+    known, options = compile_arguments(case)
     ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": r"pixels|splits|\w+_splits|partials"}[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
-    features = POINTERS.get(case.numbers, "*fp32")
+    features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features}
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
     types |= dict.fromkeys(known, "constexpr")
@@ -118,7 +146,7 @@ def compile_case(case: Case) -> Report:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What ``cuobjdump -res-usage`` says of a binary: REG, STACK, ...; on the stack these kernels have only spills."""
+    """Return the output of ``cuobjdump -res-usage``: REG, STACK, ... The stack of these kernels holds only spills."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -128,24 +156,24 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """Every row of the backend's table with the most channels it has room for, and the algebra around the tiles."""
-    beyond = 320  # more channels than any row holds at once
+    """Yield every row of the TABLE with the maximum number of channels that it fits, and the kernels of ALGEBRA."""
+    looped = 320  # more channels than fit into one block of any row
     for (name, numbers), rows in TABLE.items():
         for most_s, most_t, *_ in rows if name == architecture(capability) else ():
-            yield Case("relation", capability, numbers, (min(most_s, beyond), min(most_t, beyond)))
+            yield Case("relation", capability, numbers, (min(most_s, looped), min(most_t, looped)))
     for numbers in ("bfloat16", "highest"):
         for kernel in ALGEBRA:
             yield Case(kernel, capability, numbers)
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Case]:
-    """What else there is: every relation, the forward pass alone, other layouts, fewer channels, float16's algebra."""
+    """Yield further cases: every relation, forward only, other layouts, fewer channels, ALGEBRA in float16."""
     for normalize in NORMALIZATIONS:
         for distance in DISTANCES:
             yield Case("relation", capability, "bfloat16", relation=Relation(normalize, distance))
-        yield Case("relation", capability, "bfloat16", relation=Relation(normalize), need_grad=False)
-        yield Case("gradient", capability, "bfloat16", relation=Relation(normalize))
-    yield Case("scale", capability, "bfloat16", relation=Relation("cosine"))
+        yield Case("relation", capability, "bfloat16", relation=Relation(normalize, "l1"), need_grad=False)
+        yield Case("gradient", capability, "bfloat16", relation=Relation(normalize, "l1"))
+    yield Case("scale", capability, "bfloat16", relation=Relation("cosine", "l1"))
     for numbers in ("bfloat16", "highest"):
         yield Case("relation", capability, numbers, (48, 100))
         for layout in ("nlc", "odd"):
@@ -156,17 +184,17 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
 
 
 def compiler_pool(processes: int | None = None) -> ProcessPoolExecutor:
-    """Processes to compile in. Spawned, for the parent may have threads or a GPU, which do not survive a fork."""
+    """Return a pool of processes that compile. They are spawned: threads and CUDA contexts do not survive a fork."""
     return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m srpkd.kernels.triton.compiler_report", description=__doc__)
     parser.add_argument("--sm", type=int, action="append", choices=[10 * a + b for a, b in CAPABILITIES])
-    parser.add_argument("--variants", action="store_true", help="more relations, layouts and numbers of channels")
-    parser.add_argument("--processes", type=int, help="how many to compile at a time (default: one per core)")
+    parser.add_argument("--variants", action="store_true", help="add further relations, layouts and channel counts")
+    parser.add_argument("--processes", type=int, help="number of compiler processes (default: one per core)")
     options = parser.parse_args()
-    chosen = []
+    chosen: list[Case] = []
     for capability in CAPABILITIES:
         if options.sm is None or 10 * capability[0] + capability[1] in options.sm:
             chosen += cases(capability)

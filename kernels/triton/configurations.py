@@ -1,4 +1,7 @@
-"""How the tile kernel of backend ``triton`` is compiled: a hand-chosen table, or with SRPKD_AUTOTUNE=1 the fastest."""
+"""Tile sizes and compile options of the kernels of backend ``triton``.
+
+For the tile kernel they come from a hand-chosen table or, with SRPKD_AUTOTUNE=1, from measurements.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,21 @@ import torch
 from ..formulas import matmul_precision
 from .primitives import triton
 
+# The kernels in scales.py and gradient.py: pixels and channels of a tile, depth of one step of a sum over pixels or
+# channels, and partial losses that are added at a time.
+BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_DEPTH, BLOCK_PARTIALS = 64, 64, 32, 1024
+OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """How the tile kernel is compiled.
+    """Tile sizes and compile options of the tile kernel.
 
     Attributes:
         block_m, block_n: rows and columns of a tile.
-        block_s, block_t: the student's and the teacher's channels that are held at a time; of more, one block after
-            the other is.
-        warps, stages: warps of a program; depth of the pipeline that loads columns ahead.
+        block_s, block_t: the student's and the teacher's channels per block; the kernel loops over the blocks.
+        warps: warps of a program.
+        stages: depth of the pipeline that prefetches columns.
     """
 
     block_m: int
@@ -35,12 +43,12 @@ class Configuration:
     stages: int
 
 
-# By architecture and number format (of float32, its matmul precision), the first row that has room for the channels:
-# (C_s at most, C_t at most, block_m, block_n, warps, stages). They are the largest tiles, which read features least
-# often, of those that spill at most SPILLED bytes and fit into shared memory (python -m srpkd.kernels.triton.compiler_report). Not
-# timed yet.
+# For an architecture and a number format (of float32: its matmul precision), rows of
+# (maximum C_s, maximum C_t, block_m, block_n, warps, stages); the first row whose maxima fit is used. Each row has the
+# largest tile, which reads features least often, that spills at most MAX_SPILLED bytes and fits into shared memory
+# according to python -m srpkd.kernels.triton.compiler_report. The rows are not timed yet.
 ANY = 1 << 30
-SPILLED = 64  # per thread: 16 registers, by which releases of Triton differ for one and the same kernel (3.6 to 3.9)
+MAX_SPILLED = 64  # bytes per thread: 16 registers, the difference between Triton releases (3.6 to 3.9) for one kernel
 TABLE = {
     ("sm_90", "bfloat16"): (
         (64, 256, 128, 64, 8, 3),
@@ -73,32 +81,33 @@ TABLE = {
     ("sm_86", "high"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_86", "highest"): ((64, ANY, 64, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
 }
-# data-centre Blackwell goes by Hopper's rows, having as much shared memory, but where it would spill more, or where
-# Triton 3.6 would need more tensor memory than there is: that compiles to a kernel which does nothing but trap
+# Data-centre Blackwell has as much shared memory as Hopper and uses its rows. The exceptions are rows that would spill
+# more, and rows for which Triton 3.6 needs more tensor memory than exists: it then compiles a kernel that only traps.
 TABLE |= {("sm_100", numbers): rows for (name, numbers), rows in TABLE.items() if name == "sm_90"}
 TABLE["sm_100", "float16"] = ((64, 256, 128, 32, 8, 3), *TABLE["sm_90", "float16"][1:])
 TABLE["sm_100", "high"] = ((64, ANY, 64, 64, 8, 2), (128, ANY, 64, 64, 8, 3), *TABLE["sm_90", "high"][2:])
 TABLE["sm_100", "highest"] = ((64, ANY, 64, 32, 4, 3), *TABLE["sm_90", "highest"][1:])
-TERMS = {"bfloat16": 1, "float16": 2, "medium": 1, "high": 2, "highest": 3}  # see triton_algebra.py
-LOOPED = {"bfloat16": 64, "float16": 64, "medium": 32, "high": 32, "highest": 32}  # channels of a block, if of several
+TERMS = {"bfloat16": 1, "float16": 2, "medium": 1, "high": 2, "highest": 3}  # see primitives.py
+# channels per block where the kernel loops over several blocks
+LOOP_BLOCK = {"bfloat16": 64, "float16": 64, "medium": 32, "high": 32, "highest": 32}
 
 
 def number_format(dtype: torch.dtype) -> str:
-    """The TABLE's name for features of that dtype."""
+    """Return the TABLE's name for features of that dtype."""
     return matmul_precision() if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The TABLE's name for GPUs of that compute capability; what is unknown goes by the rows that need least."""
+    """Return the TABLE's name for GPUs of that compute capability; unknown ones use the rows that need least memory."""
     return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "sm_86")
 
 
 def configuration(capability: tuple[int, int], numbers: str, channels_s: int, channels_t: int) -> Configuration:
-    """The hand-chosen configuration."""
+    """Return the hand-chosen configuration."""
     rows = TABLE[architecture(capability), numbers]
     row = next(row for row in rows if channels_s <= row[0] and channels_t <= row[1])
     block_s, block_t = (
-        LOOPED[numbers] if most == ANY else max(32, triton.next_power_of_2(channels))
+        LOOP_BLOCK[numbers] if most == ANY else max(32, triton.next_power_of_2(channels))
         for most, channels in zip(row, (channels_s, channels_t))
     )
     block_m, block_n, warps, stages = row[2:]
@@ -106,7 +115,7 @@ def configuration(capability: tuple[int, int], numbers: str, channels_s: int, ch
 
 
 def candidates(chosen: Configuration) -> list[Configuration]:
-    """The hand-chosen configuration, and others with no more elements of a tile per thread than the TABLE has."""
+    """Return the hand-chosen configuration and others with at most as many tile elements per thread as the TABLE."""
     others = [
         replace(chosen, block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         for block_m in (64, 128)
@@ -118,39 +127,38 @@ def candidates(chosen: Configuration) -> list[Configuration]:
     return [chosen, *(other for other in others if other != chosen)]
 
 
-def tuned(case: str, kernel: str, chosen: Configuration, measure: Callable[[Configuration], float]) -> Configuration:
-    """The candidate with the shortest time for a case: measured once on a machine, then read from the disk.
+def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[Configuration], float]) -> Configuration:
+    """Return the fastest candidate for a case. It is measured once per machine and then read from a file.
 
     Args:
-        case: what the winner depends on: the GPU, the number format, the relation, shapes in buckets.
-        kernel: what else makes old measurements worthless: a hash of the kernel's source.
-        chosen: the configuration to start from.
-        measure: the time of a run.
+        case: the properties that the fastest candidate depends on: GPU, number format, relation, bucketed shapes.
+        kernel: a hash of the kernel's source, part of the file name: a changed kernel is measured again.
+        chosen: the hand-chosen configuration.
+        measure: returns the time of a run with a candidate.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = root / "srpkd" / f"triton-{triton.__version__}-{kernel[:16]}.json"
-    known = measured(file)
+    known = cached_winners(file)
     if case not in known:
-        times = {candidate: measure(candidate) for candidate in candidates(chosen)}
-        known[case] = asdict(min(times, key=times.get))
+        known[case] = asdict(min(candidates(chosen), key=measure))
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")  # written aside, so that nobody reads half a file
+        temporary = file.with_suffix(f".{os.getpid()}")  # replaced atomically: no process reads half a file
         temporary.write_text(json.dumps(known, indent=1))
         temporary.replace(file)
     return Configuration(**known[case])
 
 
 @functools.lru_cache(maxsize=1)
-def measured(file: Path) -> dict[str, dict]:
-    """The winners that the file holds, by case."""
+def cached_winners(file: Path) -> dict[str, dict]:
+    """Return the fastest configurations in the file, by case."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median time of a run; infinite if it needs more memory than a multiprocessor has."""
+def run_milliseconds(run: Callable[[], object]) -> float:
+    """Return the median time of a run in ms; infinity if it needs more shared memory than the device has."""
     try:
         return triton.testing.do_bench(run, return_mode="median")
     except triton.runtime.errors.OutOfResources:

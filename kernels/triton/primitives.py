@@ -1,3 +1,10 @@
+"""How the kernels of backend ``triton`` read, multiply and store tiles, and the device queries of their launchers.
+
+A float32 factor is split into bfloat16 terms of 8 bits each, as many as its precision needs. The products of the terms
+are summed, the small ones first. Unlike TF32 this keeps the range of float32, reaches any precision, works with any
+operand layout, and gives the same results under Triton's interpreter.
+"""
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -8,30 +15,30 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # backend triton then says so in unavailable_reason, and nothing below is called
+except ImportError:  # the backend's unavailable_reason reports this, and nothing below is called
     triton = tl = None
 
-# jit functions read globals as constexpr only; under the interpreter those are plain values
+# jit functions can read globals only if they are constexpr; under the interpreter a constexpr is a plain value
 INTERPRET = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
-FULL = triton is not None and tl.constexpr(3)  # how many bfloat16 terms hold a float32
+FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that represent a float32 exactly
 
 
 def jit(function):
-    """``triton.jit``, or the function itself where there is no Triton."""
+    """Return ``triton.jit(function)``, or the function itself if Triton is not installed."""
     return function if triton is None else triton.jit(function)
 
 
-# -- how the kernels read and multiply -------------------------------------------------------------------------------
+# -- tiles -----------------------------------------------------------------------------------------------------------
 
 
 @jit
 def load_tile(
     ptr, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Features (BLOCK_N, BLOCK_C) from pixel start_n and channel start_c on; 0 outside the image."""
+    """Load features (BLOCK_N, BLOCK_C) starting at pixel start_n and channel start_c; 0 outside the image."""
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_c = tl.arange(0, BLOCK_C)[None, :]
-    # 64 bits say where the tile lies; within it 32 do, and take half the registers
+    # the start of the tile needs 64-bit offsets; inside the tile 32 bits suffice and take half the registers
     ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
     mask = (start_n + offs_n < pixels) & (start_c + offs_c < channels)
     return tl.load(ptr + offs_n * stride_n + offs_c * stride_c, mask=mask, other=0.0)
@@ -41,7 +48,7 @@ def load_tile(
 def store_tile(
     ptr, tile, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Store what ``load_tile`` would load."""
+    """Store a tile (BLOCK_N, BLOCK_C) where ``load_tile`` with the same arguments would load it."""
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_c = tl.arange(0, BLOCK_C)[None, :]
     ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
@@ -53,9 +60,9 @@ def store_tile(
 
 @jit
 def to_bfloat16(x):
-    """x rounded to the nearest bfloat16; under the interpreter, a float32 of that value.
+    """Round x to the nearest bfloat16; under the interpreter, return a float32 of that value.
 
-    The interpreter truncates where a GPU rounds, and multiplies bfloat16 wrongly.
+    The interpreter truncates where a GPU rounds, and its products of bfloat16 tensors are wrong.
     """
     if INTERPRET:
         bits = x.to(tl.int32, bitcast=True)
@@ -67,13 +74,13 @@ def to_bfloat16(x):
 
 @jit
 def round_off(x):
-    """x rounded to 8 bits, in float32: by two integer instructions, where a conversion there and back takes longer."""
+    """Round float32 x to 8 bits and keep it in float32: two integer instructions, fewer than two conversions."""
     return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @jit
 def split_terms(x, TERMS: tl.constexpr):
-    """Three bfloat16 tensors, of which the first TERMS add up to x."""
+    """Return three bfloat16 tensors. The first TERMS of them sum to x, up to the precision of TERMS * 8 bits."""
     x = x.to(tl.float32)
     first = round_off(x) if TERMS > 1 else x
     rest = x - first
@@ -83,7 +90,7 @@ def split_terms(x, TERMS: tl.constexpr):
 
 @jit
 def dot(a, b, acc):
-    """acc + a @ b of 16-bit tensors."""
+    """Return acc + a @ b of 16-bit tensors."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -92,7 +99,7 @@ def dot(a, b, acc):
 
 @jit
 def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
-    """acc + a @ b, where a and b have TERMS_A and TERMS_B times 8 bits."""
+    """Return acc + a @ b, with a split into TERMS_A and b into TERMS_B bfloat16 terms."""
     a0, a1, a2 = split_terms(a, TERMS_A)
     b0, b1, b2 = split_terms(b, TERMS_B)
     if TERMS_A > 2:
@@ -110,7 +117,7 @@ def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
 
 @jit
 def features_product(a, b, acc, TERMS: tl.constexpr):
-    """acc + a @ b where both are features: 16-bit ones as they are, float32 ones in TERMS terms."""
+    """Return acc + a @ b of features: 16-bit features as they are, float32 features split into TERMS terms."""
     if a.dtype == tl.float32:
         return product(a, b, acc, TERMS, TERMS)
     else:
@@ -121,20 +128,20 @@ def features_product(a, b, acc, TERMS: tl.constexpr):
 
 
 def guard(device: torch.device) -> AbstractContextManager:
-    """Makes ``device`` the current one: Triton launches there, not where its arguments lie."""
+    """Return a context that makes ``device`` current: Triton launches there, not on the device of its arguments."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def addressable(features: Tensor) -> Tensor:
-    """The features themselves, or a copy if within a tile (256 pixels or channels) their offsets exceed 32 bits."""
+    """Return the features, or a contiguous copy if offsets inside a tile (256 pixels, channels) exceed 32 bits."""
     return features if 256 * sum(features.stride()[1:]) < 2**31 else features.contiguous()
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time at least; under the interpreter a number that makes small images split."""
+    """Return the number of multiprocessors; under the interpreter 4, so that the columns of small images are split."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def feature_terms(dtype: torch.dtype) -> int:
-    """How many bfloat16 terms hold a number of that dtype."""
+    """Return the number of bfloat16 terms that represent a number of that dtype exactly."""
     return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]

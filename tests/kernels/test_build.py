@@ -1,8 +1,9 @@
-"""Building the extension: what is built when, and what is said where it cannot be. Compilers are mostly faked."""
+"""The build of the extension: ahead of time, on first use, and the messages if it fails. Most compilers are fakes."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -19,12 +20,14 @@ import pytest
 import setuptools
 import torch
 from helpers import ROOT, features
+from torch.utils import cpp_extension
 
 from srpkd import relation_loss
 from srpkd.info import describe
 from srpkd.kernels import BackendUnavailable, Relation, auto_backend, build, native
 
 CPU = torch.device("cpu")
+L1 = Relation("row", "l1")
 VARIABLES = (
     "SRPKD_BUILD", "SRPKD_BUILD_CUDA", "SRPKD_CXX_FLAGS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "TORCH_EXTENSIONS_DIR",
     "CXX", "CUDA_HOME", "CUDA_PATH",
@@ -33,21 +36,21 @@ VARIABLES = (
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting from outside, and none that stays; what is known of the extension is asked anew, then and after."""
+    """Run without the environment's settings, and look for the extension again before and after the test."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", os.environ["PATH"])
-    native._existing.cache_clear()
+    native.load_existing.cache_clear()
     yield
-    native._existing.cache_clear()
+    native.load_existing.cache_clear()
 
 
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No extension was built ahead of time, and none on first use: gives where that one would lie."""
+    """Hide the extension that is built ahead of time; return the path of the one to build on first use."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "cuda_unavailable_reason", lambda: "nvcc is not asked: a test fakes whatever is run")
+    monkeypatch.setattr(build, "cuda_unavailable_reason", lambda: "nvcc does not run: tests replace subprocess.run")
     original = importlib.util.find_spec
     ours = f"srpkd.kernels.{build.NAME}"
     monkeypatch.setattr(
@@ -70,12 +73,12 @@ def test_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variable, then the GPUs that are here, then the default list."""
+    """The environment variable has priority over the installed GPUs, and these over the default list."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert build.architectures() == build.DEFAULT_ARCHITECTURES
-    here = [(9, 0), (8, 6), (9, 0)]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here[index])
+    installed = [(9, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(installed))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: installed[index])
     assert build.architectures() == "8.6;9.0a"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
     assert build.architectures() == "7.5"
@@ -85,7 +88,7 @@ def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**30 // 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
-    assert build.jobs() == "12"  # of 2 GB each
+    assert build.jobs() == "12"  # 2 GB each
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert build.jobs() == "2"
     sizes["SC_PHYS_PAGES"] = 1000
@@ -94,10 +97,10 @@ def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.jobs() == "7"
 
 
-def test_why_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By what is there to compile with, never by whether there is a GPU."""
+def test_cuda_unavailable_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The CUDA part needs sources, a toolkit and a CUDA build of torch, but no GPU."""
     monkeypatch.setattr(build, "CSRC", tmp_path)
-    assert build.cuda_unavailable_reason() == "csrc/cuda has no sources"
+    assert build.cuda_unavailable_reason() == "csrc/cuda contains no sources"
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "one.cu").touch()
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -112,12 +115,14 @@ def test_why_no_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.88\n")
         nvcc.chmod(0o755)
         assert (build.cuda_unavailable_reason() is None) == fits
+    nvcc.write_text("#!/bin/sh\n")
+    assert "is CUDA of unknown version, but torch is built for CUDA 13.2" in str(build.cuda_unavailable_reason())
     monkeypatch.setenv("SRPKD_BUILD_CUDA", "0")
-    assert build.cuda_unavailable_reason() == "SRPKD_BUILD_CUDA=0 leaves it out"
+    assert build.cuda_unavailable_reason() == "SRPKD_BUILD_CUDA=0 disables the CUDA part"
 
 
 def test_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A toolkit has headers beside its compiler: a lone nvcc in PATH, as of a wrapper, is none."""
+    """A toolkit contains headers: an nvcc in PATH without headers, such as a wrapper, does not count."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -129,7 +134,7 @@ def test_cuda_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert build.cuda_home() == tmp_path
 
 
-def test_everything_that_a_build_needs_is_installed() -> None:
+def test_all_sources_are_installed() -> None:
     arguments = _setup_arguments({"SRPKD_BUILD": "0"})
     patterns = arguments["package_data"]["srpkd.csrc"]
     assert "srpkd.csrc" in arguments["packages"]
@@ -139,130 +144,130 @@ def test_everything_that_a_build_needs_is_installed() -> None:
             assert any(fnmatch(relative, pattern) and relative.count("/") == pattern.count("/") for pattern in patterns)
 
 
-# --- where it is not built ------------------------------------------------------------------------------------------
+# --- without a build ------------------------------------------------------------------------------------------------
 
 
 def test_auto_does_not_build(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "build", lambda: pytest.fail("auto started a build"))
     assert native.unavailable_reason(CPU) is None
     assert not native.is_built(CPU)
-    assert auto_backend(CPU, Relation()) == "blocked"
-    assert relation_loss(*features(), layout="nlc").isfinite()
+    assert auto_backend(CPU, L1) == "blocked"
+    assert relation_loss(*features(), layout="nlc", distance="l1").isfinite()
     assert 'native       not built: the first use of backend="native" builds it' in describe()
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
     [
-        ("CXX", "no-such-compiler", "there is no C++ compiler (no-such-compiler)"),
-        ("SRPKD_BUILD", "0", "SRPKD_BUILD=0 forbids building it"),
+        ("CXX", "no-such-compiler", "no C++ compiler (no-such-compiler) found"),
+        ("SRPKD_BUILD", "0", "SRPKD_BUILD=0 disables the build"),
     ],
 )
-def test_says_why_it_cannot_be_built(
+def test_reason_if_it_cannot_be_built(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert reason in native.unavailable_reason(CPU)
+    assert reason in str(native.unavailable_reason(CPU))
     assert f"native       not available: {reason}" in describe()
     with pytest.raises(BackendUnavailable, match=re.escape(reason)):
         relation_loss(*features(), layout="nlc", backend="native")
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         native.extension()
-    assert auto_backend(CPU, Relation()) == "blocked"
+    assert auto_backend(CPU, L1) == "blocked"
 
 
-def test_ninja_is_missing(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ninja(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     which = build.shutil.which
     monkeypatch.setattr(build.shutil, "which", lambda name, **rest: None if name == "ninja" else which(name, **rest))
     assert native.unavailable_reason(CPU) == "ninja is not installed: pip install ninja"
 
 
-def test_what_was_built_and_does_not_fit_is_said(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_extension_after_a_build(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build_for_another_torch() -> None:
         unbuilt.parent.mkdir()
         unbuilt.write_bytes(b"\x7fELF\0srpkd-built-for-torch:1.13.1;\0")
 
     monkeypatch.setattr(build, "unavailable_reason", lambda: None)
     monkeypatch.setattr(build, "build", build_for_another_torch)
-    with pytest.raises(RuntimeError, match=r"was built and is not available: .*built for torch 1\.13\.1"):
+    with pytest.raises(RuntimeError, match=r"was built but is not available: .*built for torch 1\.13\.1"):
         native.extension()
 
 
 def test_binary_for_another_torch(unbuilt: Path) -> None:
-    """It is refused by what is written in it, before it is loaded; these could not be."""
+    """It is refused by its markers before it is loaded: these files cannot be loaded."""
     unbuilt.parent.mkdir()
-    for mark, version in ((b"\0srpkd-built-for-torch:1.13.1+cu99;\0", "1.13.1+cu99"), (b"not a binary", "None")):
-        unbuilt.write_bytes(b"\x7fELF" + bytes(1000) + mark + bytes(1000))
-        native._existing.cache_clear()
-        reason = native.unavailable_reason(CPU)
+    for marker, version in ((b"\0srpkd-built-for-torch:1.13.1+cu99;\0", "1.13.1+cu99"), (b"not a binary", "None")):
+        unbuilt.write_bytes(b"\x7fELF" + bytes(1000) + marker + bytes(1000))
+        native.load_existing.cache_clear()
+        reason = str(native.unavailable_reason(CPU))
         assert f"built for torch {version}, and this is torch {torch.__version__}" in reason
         with pytest.raises(BackendUnavailable, match="install srpkd again"):
             relation_loss(*features(), layout="nlc", backend="native")
-        assert relation_loss(*features(), layout="nlc").isfinite()
+        assert relation_loss(*features(), layout="nlc", distance="l1").isfinite()
         assert reason in describe()
 
 
-def marks(sources: str) -> bytes:
-    """What a binary built for this torch says."""
+def markers(sources: str) -> bytes:
+    """Return the markers of a binary that is built for this torch."""
     return f"srpkd-built-for-torch:{torch.__version__};srpkd-built-from-sources:{sources};".encode()
 
 
-def test_binary_from_other_sources(unbuilt: Path) -> None:
-    """As after a pull without a new installation: its operators may be others than Python calls."""
+def test_binary_from_different_sources(unbuilt: Path) -> None:
+    """As after a pull without a new installation: the operators may differ from those that Python calls."""
     unbuilt.parent.mkdir()
-    unbuilt.write_bytes(marks("0123456789abcdef"))
-    assert "built from other sources than these: install srpkd again" in native.unavailable_reason(CPU)
-    assert auto_backend(CPU, Relation()) == "blocked"
+    unbuilt.write_bytes(markers("0123456789abcdef"))
+    assert "built from different sources: install srpkd again" in str(native.unavailable_reason(CPU))
+    assert auto_backend(CPU, L1) == "blocked"
 
 
 def test_binary_that_does_not_load(unbuilt: Path) -> None:
     unbuilt.parent.mkdir()
-    unbuilt.write_bytes(marks(build.source_digest()))
-    assert "does not load" in native.unavailable_reason(CPU)
-    assert auto_backend(CPU, Relation()) == "blocked"
+    unbuilt.write_bytes(markers(build.source_digest()))
+    assert "does not load" in str(native.unavailable_reason(CPU))
+    assert auto_backend(CPU, L1) == "blocked"
 
 
 # --- on first use ---------------------------------------------------------------------------------------------------
 
 
-def test_built_once_by_many(
+def test_concurrent_requests_build_once(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     started, both = [], threading.Barrier(2)
 
     def compiler(command: list[str], **_: Any) -> SimpleNamespace:
         started.append(command)
-        Path(command[-1], unbuilt.name).write_text("a library")
+        Path(json.loads(command[-1])["build_directory"], unbuilt.name).write_text("a library")
         return SimpleNamespace(returncode=0, stdout="")
 
-    def ask() -> None:
+    def request() -> None:
         both.wait()
         assert build.build() == unbuilt
 
     monkeypatch.setattr(build.subprocess, "run", compiler)
-    askers = [threading.Thread(target=ask) for _ in range(2)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join()
+    threads = [threading.Thread(target=request) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(started) == 1
     assert unbuilt.read_text() == "a library"
     assert sorted(path.name for path in unbuilt.parent.iterdir()) == [unbuilt.name, "lock"]
-    said = capfd.readouterr().err
-    assert f"building the native backend into {unbuilt.parent}" in said
-    assert "srpkd: built in" in said
+    output = capfd.readouterr().err
+    assert f"building the native backend in {unbuilt.parent}" in output
+    assert "srpkd: built in" in output
 
 
-def test_build_that_fails(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_build(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failure = SimpleNamespace(returncode=1, stdout="error: expected ';'")
     monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: failure)
     with pytest.raises(build.BuildError, match="expected ';'"):
         native.extension()
     assert not unbuilt.exists()
-    assert relation_loss(*features(), layout="nlc").isfinite()
+    assert relation_loss(*features(), layout="nlc", distance="l1").isfinite()
 
 
-def test_a_change_has_a_place_of_its_own(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_configuration_has_its_own_path(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     other_torch = build.cached_library()
     monkeypatch.setattr(build, "CSRC", tmp_path)
@@ -274,28 +279,24 @@ def test_a_change_has_a_place_of_its_own(unbuilt: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_builds_and_loads(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All of it, with the compiler, for an extension that compiles in seconds."""
+    """A real build of an extension that compiles in seconds."""
     if (reason := build.unavailable_reason()) is not None:
         pytest.skip(reason)
-    csrc = tmp_path / "package" / "csrc"
-    csrc.mkdir(parents=True)
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
     (csrc / "bindings.cpp").write_text(
         "#include <pybind11/pybind11.h>\n"
-        'extern "C" __attribute__((used)) const char marks[] = "srpkd-built-for-torch:" SRPKD_TORCH_VERSION '
+        'extern "C" __attribute__((used)) const char markers[] = "srpkd-built-for-torch:" SRPKD_TORCH_VERSION '
         '";srpkd-built-from-sources:" SRPKD_SOURCES ";";\n'
         'PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.attr("torch_version") = SRPKD_TORCH_VERSION; '
         'm.attr("cuda_architectures") = SRPKD_CUDA_ARCHITECTURES; }\n'
     )
-    kernels = tmp_path / "package" / "kernels"
-    kernels.mkdir()
-    # a name that the standard library has too, as some files beside build.py do: it must not be found
-    (kernels / "inspect.py").write_text("raise ImportError('taken for the standard library')\n")
-    script = kernels / "build.py"
-    # and of another name than the real extension's: of two with one name pybind11 gives the first, if that is loaded
-    script.write_text(Path(build.__file__).read_text().replace(f'NAME = "{build.NAME}"', 'NAME = "_small"'))
+    # files in the current folder must not hide modules of the standard library
+    (tmp_path / "inspect.py").write_text("raise ImportError('imported instead of the standard library')\n")
+    monkeypatch.chdir(tmp_path)
+    # not the name of the real extension: pybind11 returns the first of two modules with the same name
     monkeypatch.setattr(build, "NAME", "_small")
     monkeypatch.setattr(build, "CSRC", csrc)
-    monkeypatch.setattr(build, "__file__", str(script))
     module = native.extension()
     assert module.torch_version == torch.__version__
     assert module.cuda_architectures == ""
@@ -306,20 +307,20 @@ def test_builds_and_loads(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
 # --- ahead of time --------------------------------------------------------------------------------------------------
 
 
-def _setup_arguments(environment: dict[str, str], torch_is_there: bool = True) -> dict[str, Any]:
-    """What setup.py hands to setuptools."""
+def _setup_arguments(environment: dict[str, str], with_torch: bool = True) -> dict[str, Any]:
+    """Return the arguments that setup.py passes to setuptools."""
     arguments: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
+        for name, value in ({"SRPKD_BUILD_CUDA": "0"} | environment).items():
             patch.setenv(name, value)
-        if not torch_is_there:
+        if not with_torch:
             patch.setitem(sys.modules, "torch", None)
         patch.setattr(setuptools, "setup", lambda **given: arguments.update(given))
         runpy.run_path(str(ROOT / "setup.py"))
     return arguments
 
 
-def test_setup_builds_where_torch_is() -> None:
+def test_setup_builds_with_torch() -> None:
     arguments = _setup_arguments({})
     (extension,) = arguments["ext_modules"]
     assert extension.name == f"srpkd.kernels.{build.NAME}"
@@ -328,37 +329,65 @@ def test_setup_builds_where_torch_is() -> None:
     assert not any(flag.startswith("-march") for flag in extension.extra_compile_args["cxx"])
 
 
-def test_setup_skips() -> None:
-    """Before torch is imported at all."""
-    for torch_is_there in (True, False):
-        assert "ext_modules" not in _setup_arguments({"SRPKD_BUILD": "0"}, torch_is_there)
+def test_setup_does_not_build() -> None:
+    """SRPKD_BUILD=0 applies with and without torch."""
+    for with_torch in (True, False):
+        assert "ext_modules" not in _setup_arguments({"SRPKD_BUILD": "0"}, with_torch)
 
 
 def test_setup_without_torch() -> None:
-    assert "ext_modules" not in _setup_arguments({}, torch_is_there=False)
+    assert "ext_modules" not in _setup_arguments({}, with_torch=False)
     with pytest.raises(SystemExit, match="torch cannot be imported"):
-        _setup_arguments({"SRPKD_BUILD": "1"}, torch_is_there=False)
+        _setup_arguments({"SRPKD_BUILD": "1"}, with_torch=False)
 
 
-def _build_that_fails(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list:
-    arguments = _setup_arguments(environment)
-    command_class = arguments["cmdclass"]["build_ext"]
+def _failed_build(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, toolkit: Path | None = None
+) -> tuple[list[list[str]], list[setuptools.Extension]]:
+    """Run setup.py's build_ext with compilers that fail; return the sources of each attempt, and what is installed."""
+    attempts: list[list[str]] = []
 
-    def fail(self) -> None:
+    def fail(command: setuptools.Command) -> None:
+        attempts.append([source for extension in command.extensions for source in extension.sources])
         raise subprocess.CalledProcessError(1, "c++")
 
-    monkeypatch.setattr(command_class.__mro__[1], "run", fail)
-    command = command_class.__new__(command_class)
-    command.extensions = arguments["ext_modules"]
-    command.run()
-    return command.extensions
+    if toolkit is not None:
+        nvcc, header = toolkit / "bin" / "nvcc", toolkit / "include" / "cuda_runtime.h"
+        for file in (nvcc, header):
+            file.parent.mkdir()
+            file.touch(0o755)
+        nvcc.write_text("#!/bin/sh\necho release 13.2\n")
+        environment = environment | {"SRPKD_BUILD_CUDA": "1", "CUDA_HOME": str(toolkit)}
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)  # sources are relative paths
+        patch.setattr(torch.version, "cuda", "13.2")
+        patch.setattr(cpp_extension, "CUDAExtension", cpp_extension.CppExtension)  # the real one needs a real toolkit
+        arguments = _setup_arguments(environment)
+        command = setuptools.Distribution(arguments).get_command_obj("build_ext")
+        patch.setattr(cpp_extension.BuildExtension, "run", fail)
+        command.ensure_finalized()
+        command.run()
+    return attempts, command.extensions
 
 
-def test_setup_survives_a_build_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert _build_that_fails({}, monkeypatch) == []
+def test_setup_continues_after_a_failed_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    attempts, installed = _failed_build({}, monkeypatch)
+    assert installed == []
+    assert len(attempts) == 1
     assert "installing without the native backend" in capsys.readouterr().out
 
 
-def test_setup_fails_where_the_build_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_builds_without_cuda_after_a_failed_build(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    (with_cuda, without), installed = _failed_build({}, monkeypatch, tmp_path)
+    assert installed == []
+    assert any(source.endswith(".cu") for source in with_cuda)
+    assert without == [source for source in with_cuda if "cuda/" not in source]
+    output = capsys.readouterr().out
+    assert output.index("with CUDA failed") < output.index("without CUDA failed")
+
+
+def test_setup_fails_if_the_build_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(subprocess.CalledProcessError):
-        _build_that_fails({"SRPKD_BUILD": "1"}, monkeypatch)
+        _failed_build({"SRPKD_BUILD": "1"}, monkeypatch)

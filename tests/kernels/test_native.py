@@ -1,7 +1,7 @@
-"""Backend ``native`` on the CPU: what the tests of every backend do not reach.
+"""Backend ``native`` on the CPU, beyond the tests of all backends.
 
-Tiles of every size against float64, the same bits from run to run and for any number of threads, the operator itself,
-both instruction sets, and the index mathematics that CPU and GPU share.
+Tiles of every size against float64, determinism for any number of threads, the operator itself, both instruction sets,
+and the index arithmetic that CPU and GPU share.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from srpkd import relation_loss
 from srpkd.kernels import NORMALIZATIONS, Relation, TileSums, formulas, native
 
 CPU = torch.device("cpu")
+ROW_L1 = Relation("row", "l1")
 every_case = pytest.mark.parametrize(("backend", "relation"), cases(["native"]))
 
 
 @pytest.fixture(autouse=True)
 def _built(one_thread: None) -> None:
-    """The extension is built by the first test where it was not, or all are skipped with the reason."""
+    """Build the extension before the first test if necessary, or skip the tests with the reason."""
     if (reason := native.unavailable_reason(CPU)) is not None:
         pytest.skip(f"native: {reason}")
     native.extension()
@@ -34,7 +35,7 @@ def _built(one_thread: None) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Two threads whatever else runs."""
+    """Run a test with two threads."""
     torch.set_num_threads(2)
     yield
 
@@ -57,11 +58,11 @@ def assert_same_bits(one: TileSums, other: TileSums) -> None:
 def test_tiles_of_any_size(
     backend: str, relation: Relation, pixels: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pixels that fill the last tile and that do not, one tile and many, even and odd numbers of blocks."""
+    """Complete and incomplete last tiles, one tile and many, even and odd numbers of blocks."""
     monkeypatch.setattr(native, "TILE", tile)
     student, teacher = features(relation, pixels=pixels)
     assert_equal_to_reference(student, teacher, relation, backend)
-    student[:, 5], teacher[:, 17] = 0, 0  # dead pixels, on and off the diagonal
+    student[:, 5], teacher[:, 17] = 0, 0  # zero-norm pixels, on and off the diagonal
     student[:, 16:32] = 0
     assert_equal_to_reference(student, teacher, relation, backend, slack=10)
 
@@ -72,9 +73,9 @@ def test_tiles_of_any_size(
 def test_any_strides_in_tiles(
     normalize: str, dtype: torch.dtype, strides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks are read in place, or widened with the strides that they have."""
+    """Blocks are read in place, or converted to a wider dtype with the same strides."""
     monkeypatch.setattr(native, "TILE", 16)
-    relation = Relation(normalize)
+    relation = Relation(normalize, "l1")
     student, teacher = (x.mT.unflatten(2, (7, 5)).contiguous() for x in features(relation, dtype=dtype))
     expected = value_and_gradient(student, teacher, relation, "native", layout="nchw")
     view = STRIDES[strides]
@@ -89,7 +90,7 @@ def test_any_strides_in_tiles(
 def test_error_over_many_tiles(
     backend: str, relation: Relation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums over many tiles are no worse than eager's over whole rows."""
+    """The error of sums over many tiles is at most 3 times that of eager PyTorch."""
     monkeypatch.setattr(native, "TILE", 32)
     student, teacher = features(relation, batch=1, pixels=400, channels=(16, 40), dtype=dtype, apart=1e-9)
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
@@ -102,7 +103,7 @@ def test_error_over_many_tiles(
 
 
 @every_case
-def test_without_a_gradient_the_loss_is_the_same(
+def test_loss_without_gradient_is_bit_identical(
     backend: str, relation: Relation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "TILE", 32)
@@ -114,15 +115,15 @@ def test_without_a_gradient_the_loss_is_the_same(
         assert torch.equal(without.loss, tiles(*pair, relation).loss)
 
 
-# --- the same bits --------------------------------------------------------------------------------------------------
+# --- determinism ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("images", "tile"), [(1, 16), (3, 32)])
 @every_case
-def test_same_bits_whatever_the_threads_do(
+def test_deterministic_for_any_number_of_threads(
     backend: str, relation: Relation, images: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads take turns at U in the order of the rounds: run to run, and for every number of threads."""
+    """Threads add to U in the order of the rounds."""
     monkeypatch.setattr(native, "TILE", tile)
     pair = features(batch=images, pixels=250, channels=(8, 12), dtype=torch.float32)
     expected = tiles(*pair, relation)
@@ -131,8 +132,8 @@ def test_same_bits_whatever_the_threads_do(
         assert_same_bits(tiles(*pair, relation), expected)
 
 
-def test_same_bits_at_real_size(threads: None) -> None:
-    relation = Relation()
+def test_deterministic_at_real_size(threads: None) -> None:
+    relation = ROW_L1
     student, teacher = features(batch=1, pixels=1500, channels=(64, 96), dtype=torch.float32)
     expected = value_and_gradient(student, teacher, relation, "native")
     for _ in range(5):
@@ -145,10 +146,10 @@ def test_same_bits_at_real_size(threads: None) -> None:
 
 
 def test_memory_is_bounded() -> None:
-    """Inside the operator nothing grows with N^2: workspaces of a tile, and what goes with N."""
+    """The operator allocates workspaces of the size of a tile and O(N) memory, not O(N^2)."""
     student, teacher = features(batch=1, pixels=6000, channels=(8, 8), dtype=torch.float32)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        tiles(student, teacher, Relation())
+        tiles(student, teacher, ROW_L1)
     total = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert 0 < total < 6000**2 * 4 / 4
 
@@ -158,7 +159,7 @@ def test_memory_is_bounded() -> None:
 
 def arguments(dtype: torch.dtype = torch.float32, normalize: str = "row", need_grad: bool = True) -> tuple:
     student, teacher = features(dtype=dtype)
-    scales = formulas.scales_of(student, teacher, Relation(normalize), formulas.accumulator(dtype))
+    scales = formulas.scales_of(student, teacher, Relation(normalize, "l1"), formulas.accumulator(dtype))
     return student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, need_grad
 
 
@@ -182,18 +183,18 @@ def test_operator(normalize: str, need_grad: bool) -> None:
     ],
     ids=str,
 )
-def test_operator_refuses(change: dict, kind: type, message: str) -> None:
-    given = [change.get(index, value) for index, value in enumerate(arguments())]
+def test_operator_checks_its_arguments(change: dict, kind: type, message: str) -> None:
+    changed = [change.get(index, value) for index, value in enumerate(arguments())]
     with pytest.raises(kind, match=message):
-        torch.ops.srpkd.relation_tiles(*given)
+        torch.ops.srpkd.relation_tiles(*changed)
 
 
 def test_compiles() -> None:
-    """torch.compile takes the whole loss as one operator, native or not."""
+    """torch.compile treats the whole loss as one operator."""
     student, teacher = features(dtype=torch.float32)
 
     def loss(student: Tensor) -> Tensor:
-        return relation_loss(student, teacher, layout="nlc", backend="native")
+        return relation_loss(student, teacher, layout="nlc", distance="l1", backend="native")
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(student), loss(student))
@@ -218,25 +219,25 @@ instructions = native.extension().cpu_capability()["instructions"]
 
 
 def test_vectors_of_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epilogue for any processor gives what the one for this processor gives."""
-    monkeypatch.setattr(native, "TILE", 0)  # to be put back
-    here: dict = {}
-    exec(SAMPLES, here)
+    """The baseline epilogue, for any processor, gives the results of the epilogue for this processor."""
+    monkeypatch.setattr(native, "TILE", 0)  # SAMPLES sets it: restore it after the test
+    samples: dict = {}
+    exec(SAMPLES, samples)
     command = [sys.executable, "-c", SAMPLES + "import json\nprint(json.dumps([numbers, instructions]))"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     numbers, instructions = json.loads(result.stdout)
     assert "AVX2" not in instructions
-    assert numbers == pytest.approx(here["numbers"], rel=1e-12)
+    assert numbers == pytest.approx(samples["numbers"], rel=1e-12)
 
 
-# --- the index mathematics ------------------------------------------------------------------------------------------
+# --- index arithmetic -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks", [*range(1, 41), 127, 128])
 def test_triangle_map(blocks: int) -> None:
-    """Each pair of blocks once, and in every round each block once, of which turns and determinism make use."""
+    """Each pair of blocks occurs once; in every round each block occurs once, so that rounds need no atomics."""
     module = native.extension()
     count = module.tile_count(blocks)
     mapped = [module.tile_at(index, blocks) for index in range(count)]
@@ -250,7 +251,7 @@ def test_triangle_map(blocks: int) -> None:
 
 
 def test_triangle_map_of_many_blocks() -> None:
-    """No overflow, nor a rounded square root, where a map through floating point would have one."""
+    """No overflow and no rounding, as a map with a floating-point square root would have."""
     module, blocks = native.extension(), 3_000_000_019
     for index in (0, 1, module.tile_count(blocks) // 2, module.tile_count(blocks) - 1):
         row, column, turn, mirrored = module.tile_at(index, blocks)
@@ -267,7 +268,7 @@ def test_blocks_cover_the_pixels(pixels: int, size: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 16, 128])
 @pytest.mark.parametrize("pixels", [1, 64, 1000, 4096, 65536])
-def test_size_of_a_tile(pixels: int, threads: int) -> None:
+def test_tile_size(pixels: int, threads: int) -> None:
     module = native.extension()
     size = module.tile_size(1, pixels, 4, threads)
     assert size % 16 == 0

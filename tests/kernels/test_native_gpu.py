@@ -1,4 +1,4 @@
-"""The native backend on an NVIDIA GPU: what only a GPU can show. See test_cuda_emulation.py for the rest."""
+"""Backend ``native`` on an NVIDIA GPU. tests/csrc/test_cuda_emulation.py tests the same kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, native, unavailab
 from srpkd.kernels.formulas import scales_of
 
 CUDA = torch.device("cuda")
-ROW = Relation(delta=DELTA["row"])
+ROW_L1 = Relation("row", "l1", DELTA["row"])
 
 pytestmark = pytest.mark.gpu
 every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
@@ -43,7 +43,7 @@ def draw(pixels: int, channels: tuple[int, int], dtype: torch.dtype, batch: int 
 
 
 def assert_as_good_as_eager(student: Tensor, teacher: Tensor, relation: Relation) -> None:
-    """The errors against float64 are at most three times those of autograd through the definition, in one dtype."""
+    """The errors against float64 are at most 3 times those of autograd through the definition in the same dtype."""
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     eager = value_and_gradient(student, teacher, relation, "reference")
     actual = value_and_gradient(student, teacher, relation, "native")
@@ -70,57 +70,59 @@ def test_float32_follows_the_matmul_precision(normalize: str, precision: str) ->
 @pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 1023])
 @every_dtype
 def test_any_number_of_pixels(dtype: torch.dtype, pixels: int) -> None:
-    assert_as_good_as_eager(*draw(pixels, (5, 6), dtype), ROW)
+    assert_as_good_as_eager(*draw(pixels, (5, 6), dtype), ROW_L1)
 
 
 @pytest.mark.parametrize("channels", [(1, 1), (3, 130), (65, 33), (128, 256), (300, 8), (512, 1024)], ids=str)
 @every_dtype
 def test_any_number_of_channels(dtype: torch.dtype, channels: tuple[int, int]) -> None:
-    """The last has more channels than shared memory holds rows of."""
-    assert_as_good_as_eager(*draw(200, channels, dtype), ROW)
+    """In the last case one row block does not fit into shared memory."""
+    assert_as_good_as_eager(*draw(200, channels, dtype), ROW_L1)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
 @every_dtype
 def test_any_strides(dtype: torch.dtype, strides: str) -> None:
     student, teacher = (torch.randn(2, count, 9, 14, device=CUDA).to(dtype) for count in (10, 7))
-    expected = value_and_gradient(student, teacher, ROW, "native", layout="nchw")
-    for change in ((True, True), (True, False)):  # both features, or the student's alone: layouts that differ
-        changed = (STRIDES[strides](x) if own else x for x, own in zip((student, teacher), change))
-        actual = value_and_gradient(*changed, ROW, "native", layout="nchw")
+    expected = value_and_gradient(student, teacher, ROW_L1, "native", layout="nchw")
+    for views in ((True, True), (True, False)):  # the layouts of the two may differ
+        changed = (STRIDES[strides](x) if view else x for x, view in zip((student, teacher), views))
+        actual = value_and_gradient(*changed, ROW_L1, "native", layout="nchw")
         assert all(error(one, other) < 1e-3 for one, other in zip(actual, expected))
 
 
-def test_a_large_map_in_bounded_memory() -> None:
+def test_memory_of_a_large_map() -> None:
     student, teacher = draw(32768, (64, 64), torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss, gradient = value_and_gradient(student, teacher, ROW, "native")
+    loss, gradient = value_and_gradient(student, teacher, ROW_L1, "native")
     assert torch.cuda.max_memory_allocated() - before < 200 * 2**20  # one matrix would take 4 GB
-    expected = value_and_gradient(student.float(), teacher.float(), ROW, "blocked")
+    expected = value_and_gradient(student.float(), teacher.float(), ROW_L1, "blocked")
     assert error(loss, expected[0]) < 1e-5 and error(gradient, expected[1]) < 5e-3
 
 
-def test_float64_says_what_to_do() -> None:
+def test_float64_is_an_error() -> None:
     with pytest.raises((NotImplementedError, ValueError), match=r"float64.*backend=|Double.*backend="):
-        value_and_gradient(*draw(10, (2, 2), torch.float64), ROW, "native")
+        value_and_gradient(*draw(10, (2, 2), torch.float64), ROW_L1, "native")
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
 
 
-def loss_and_gradient(student: Tensor, teacher: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+def training_step(student: Tensor, teacher: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return a function that computes the loss and its gradient, as a training step does."""
+
     def run() -> tuple[Tensor, Tensor]:
         leaf = student.detach().requires_grad_()
-        loss = relation_loss(leaf, teacher, layout="nlc", backend="native", **options(ROW))
+        loss = relation_loss(leaf, teacher, layout="nlc", backend="native", **options(ROW_L1))
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     return run
 
 
 @every_dtype
-def test_same_bits_from_run_to_run(dtype: torch.dtype) -> None:
-    run = loss_and_gradient(*draw(4096, (64, 128), dtype))
+def test_deterministic(dtype: torch.dtype) -> None:
+    run = training_step(*draw(4096, (64, 128), dtype))
     first = run()
     for _ in range(3):
         assert all(torch.equal(one, other) for one, other in zip(first, run()))
@@ -129,7 +131,7 @@ def test_same_bits_from_run_to_run(dtype: torch.dtype) -> None:
 @every_dtype
 def test_graph_capture(dtype: torch.dtype) -> None:
     student, teacher = draw(1000, (64, 64), dtype)
-    run = loss_and_gradient(student, teacher)
+    run = training_step(student, teacher)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -145,7 +147,7 @@ def test_graph_capture(dtype: torch.dtype) -> None:
 
 
 def test_no_synchronisation() -> None:
-    run = loss_and_gradient(*draw(500, (64, 64), torch.bfloat16))
+    run = training_step(*draw(500, (64, 64), torch.bfloat16))
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -155,14 +157,14 @@ def test_no_synchronisation() -> None:
 
 
 def test_current_stream() -> None:
-    """What the launch reads is written on the same stream just before, slowly."""
+    """The kernels read a tensor that slow earlier work on the same stream writes."""
     student, teacher = draw(500, (64, 64), torch.bfloat16)
-    expected = loss_and_gradient(student, teacher)()
+    expected = training_step(student, teacher)()
     late = torch.zeros_like(student)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10**7)
         late.copy_(student)
-        actual = loss_and_gradient(late, teacher)()
+        actual = training_step(late, teacher)()
     torch.cuda.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(actual, expected))
 
@@ -170,18 +172,18 @@ def test_current_stream() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_device_of_the_features() -> None:
     student, teacher = draw(300, (16, 16), torch.float32)
-    expected = loss_and_gradient(student, teacher)()
-    actual = loss_and_gradient(student.to("cuda:1"), teacher.to("cuda:1"))()
+    expected = training_step(student, teacher)()
+    actual = training_step(student.to("cuda:1"), teacher.to("cuda:1"))()
     assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(actual, expected))
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("need_grad", [True, False])
 def test_operator(normalize: str, need_grad: bool) -> None:
-    """Its schema, and what it says to torch.compile of its outputs."""
+    """The operator's schema and its fake implementation are correct."""
     native.extension()
     student, teacher = draw(100, (20, 30), torch.bfloat16, batch=2)
-    scales = scales_of(student, teacher, Relation(normalize), torch.float32)
+    scales = scales_of(student, teacher, Relation(normalize, "l1"), torch.float32)
     torch.library.opcheck(
         torch.ops.srpkd.relation_tiles.default,
         (student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, need_grad),

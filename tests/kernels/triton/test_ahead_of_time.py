@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU and without the interpreter: compiled ahead of time, and what is chosen."""
+"""The Triton backend without a GPU and without the interpreter: compilation ahead of time, and configurations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 
 from srpkd.kernels import Relation, auto_backend, dispatch, native, unavailable_reason
 from srpkd.kernels.triton import configurations, tiles
-from srpkd.kernels.triton.configurations import ANY, SPILLED, TABLE, Configuration, configuration, tuned
+from srpkd.kernels.triton.configurations import ANY, MAX_SPILLED, TABLE, Configuration, autotune, configuration
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1 takes the place of the compiler", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
 from srpkd.kernels import triton
 from srpkd.kernels.triton.compiler_report import (
@@ -32,34 +32,35 @@ from srpkd.kernels.triton.compiler_report import (
     variants,
 )
 
+ROW_L1 = Relation("row", "l1")
 CASES = [case for capability in CAPABILITIES for case in cases(capability)] + list(variants((9, 0)))
 INSTRUCTION = {(8, 0): "mma.sync", (8, 6): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
 
 
 @pytest.fixture(scope="module")
 def reports() -> Iterator[dict[Case, Future]]:
-    """Every case's report to be, compiled in parallel."""
+    """Compile all cases in parallel, and return the future report of each."""
     with compiler_pool() as pool:
         yield {case: pool.submit(compile_case, case) for case in CASES}
 
 
 def name(case: Case) -> str:
-    """The test id of a case."""
+    """Return the test id of a case."""
     return " ".join(["sm_{}{}".format(*case.capability), *str(case).split()])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_compiled_ahead_of_time(case, reports):
-    """Next to no spilled registers, no more shared memory than there is, the architecture's own matrix instructions."""
+    """Kernels spill few registers, fit into shared memory, and use the matrix instructions of the architecture."""
     report = reports[case].result()
     assert report.shared <= SHARED_LIMIT[case.capability]
-    assert report.spilled <= SPILLED
+    assert report.spilled <= MAX_SPILLED
     multiplies = case.kernel == "relation" or case.relation.normalize == "row"
     assert list(report.instructions) == ([INSTRUCTION[case.capability]] if multiplies else [])
 
 
-# -- what is chosen --------------------------------------------------------------------------------------------------
+# -- configurations --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", TABLE.values(), ids=map(" ".join, TABLE))
@@ -68,7 +69,7 @@ def test_every_row_of_the_table_can_be_chosen(rows):
     for one, other in pairwise(rows):
         assert one[0] < other[0] or one[1] < other[1]
     for _, _, block_m, block_n, warps, _ in rows:
-        assert block_m % block_n == 0  # or tiles would straddle the diagonal block
+        assert block_m % block_n == 0  # no tile is partly inside the diagonal block
         assert block_m * block_n // (32 * warps) <= 32
 
 
@@ -78,7 +79,7 @@ def test_configurations():
     assert configuration((10, 0), "bfloat16", 64, 256) == chosen
     assert configuration((9, 0), "bfloat16", 48, 1).block_s == 64
     assert configuration((9, 0), "bfloat16", 3, 1).block_t == 32
-    assert configuration((9, 0), "bfloat16", 300, 1000).block_s == 64  # looped over
+    assert configuration((9, 0), "bfloat16", 300, 1000).block_s == 64  # several blocks
     for unknown in ((8, 7), (8, 9), (12, 0), (12, 1), (99, 0)):
         assert configurations.architecture(unknown) == "sm_86"
 
@@ -89,7 +90,7 @@ def test_configurations():
 def test_column_splits(batch, pixels, need_grad):
     splits, columns = tiles.column_splits(batch, pixels, 64, need_grad, 128, 132)
     assert columns % 128 == 0
-    assert (splits - 1) * columns < pixels <= splits * columns  # all columns, and no program without any
+    assert (splits - 1) * columns < pixels <= splits * columns  # all columns, and no empty program
     if need_grad:
         assert (splits - 1) * 4 * batch * pixels * 64 <= tiles.WORKSPACE
 
@@ -99,7 +100,7 @@ def test_columns_are_split_to_occupy_the_device():
     assert tiles.column_splits(16, 4096, 64, True, 128, 132) == (1, 4096)
 
 
-def test_autotuning_measures_once_and_remembers(tmp_path, monkeypatch):
+def test_autotuning_measures_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     chosen = configuration((9, 0), "bfloat16", 64, 256)
     measured = []
@@ -108,7 +109,7 @@ def test_autotuning_measures_once_and_remembers(tmp_path, monkeypatch):
         measured.append(candidate)
         return 1.0 if (candidate.block_m, candidate.block_n, candidate.stages) == (64, 32, 2) else 2.0
 
-    best = tuned("case", "hash", chosen, measure)
+    best = autotune("case", "hash", chosen, measure)
     assert (best.block_m, best.block_n, best.stages) == (64, 32, 2)
     assert (best.block_s, best.block_t) == (64, 256)
     assert chosen in measured
@@ -116,22 +117,22 @@ def test_autotuning_measures_once_and_remembers(tmp_path, monkeypatch):
     (file,) = tmp_path.rglob("*.json")
     assert list(json.loads(file.read_text())) == ["case"]
     measured.clear()
-    assert tuned("case", "hash", chosen, measure) == best
-    configurations.measured.cache_clear()  # as in another process
-    assert tuned("case", "hash", chosen, measure) == best
+    assert autotune("case", "hash", chosen, measure) == best
+    configurations.cached_winners.cache_clear()  # as in another process
+    assert autotune("case", "hash", chosen, measure) == best
     assert not measured
-    tuned("other", "hash", chosen, measure)
+    autotune("other", "hash", chosen, measure)
     assert measured
     assert len(json.loads(file.read_text())) == 2
 
 
-# -- where it runs ---------------------------------------------------------------------------------------------------
+# -- availability ----------------------------------------------------------------------------------------------------
 
 
-def test_why_not(monkeypatch):
+def test_unavailable_reason(monkeypatch):
     assert "runs on NVIDIA GPUs" in unavailable_reason("triton", torch.device("cpu"))
     with pytest.raises(dispatch.BackendUnavailable, match="NVIDIA"):
-        dispatch.value_and_gradient(torch.ones(1, 4, 2), torch.ones(1, 4, 2), Relation(), "triton", True)
+        dispatch.compute_loss(torch.ones(1, 4, 2), torch.ones(1, 4, 2), ROW_L1, "triton", True)
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -139,26 +140,26 @@ def test_why_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in unavailable_reason("triton", gpu)
-    assert auto_backend(gpu, Relation()) == "blocked"
+    assert auto_backend(gpu, ROW_L1) == "blocked"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert unavailable_reason("triton", gpu) is None
-    assert auto_backend(gpu, Relation()) == auto_backend(gpu, Relation(), torch.bfloat16) == "triton"
-    assert auto_backend(gpu, Relation(), torch.float64) == "blocked"
-    assert auto_backend(gpu, Relation(distance="l2")) == "closed_form"
+    assert auto_backend(gpu, ROW_L1) == auto_backend(gpu, ROW_L1, torch.bfloat16) == "triton"
+    assert auto_backend(gpu, ROW_L1, torch.float64) == "blocked"
+    assert auto_backend(gpu, Relation("row", "l2")) == "closed_form"
     monkeypatch.setattr(native, "is_built", lambda device: True)
     monkeypatch.setattr(triton, "unavailable_reason", lambda device: "not installed")
-    assert auto_backend(gpu, Relation()) == "native"
-    assert auto_backend(gpu, Relation(), torch.float64) == "blocked"
+    assert auto_backend(gpu, ROW_L1) == "native"
+    assert auto_backend(gpu, ROW_L1, torch.float64) == "blocked"
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
-def test_amd(backend, monkeypatch):
+def test_amd_gpu(backend, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "AMD" in unavailable_reason(backend, torch.device("cuda", 0))
 
 
 def test_without_triton():
-    """The backend can be asked about, auto chooses another, and nothing else needs triton."""
+    """Without triton the backend gives a reason, auto chooses another backend, and losses work."""
     program = """if True:
         import sys
         sys.modules["triton"] = None
@@ -167,7 +168,7 @@ def test_without_triton():
         from srpkd.kernels import Relation, auto_backend, unavailable_reason
         gpu = torch.device("cuda", 0)
         assert "pip install triton" in unavailable_reason("triton", gpu), unavailable_reason("triton", gpu)
-        assert auto_backend(gpu, Relation()) == "blocked"
+        assert auto_backend(gpu, Relation("row", "l1")) == "blocked"
         assert srpkd.relation_loss(torch.rand(1, 2, 3, 3), torch.rand(1, 2, 3, 3)) > 0
     """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: errors at real sizes, memory, launches, streams, graphs, and bits that stay the same."""
+"""The Triton backend on a GPU: errors at real sizes, memory, launches, streams, CUDA graphs and determinism."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from srpkd import relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, dispatch, formulas, triton, unavailable_reason
-from srpkd.kernels.triton import configurations, scales_and_gradient
+from srpkd.kernels.triton import configurations
+from srpkd.kernels.triton import scales as triton_scales
 
 pytestmark = pytest.mark.gpu
 RELATIONS = [
@@ -20,6 +21,7 @@ RELATIONS = [
     for normalize in NORMALIZATIONS
     for distance in DISTANCES
 ]
+ROW_L1 = Relation("row", "l1")
 L1 = [pytest.param(Relation(normalize, "l1"), id=normalize) for normalize in NORMALIZATIONS]
 ULP = 2.0**-23
 PRECISION_OF = {torch.float32: ("highest", "high", "medium"), torch.bfloat16: ("highest",), torch.float16: ("highest",)}
@@ -32,7 +34,7 @@ FORMATS = [
 
 @pytest.fixture(autouse=True)
 def gpu() -> torch.device:
-    """The current GPU, if the backend can run on it."""
+    """Return the current GPU, or skip the test if the backend cannot run on it."""
     device = torch.device("cuda", torch.cuda.current_device())
     if (reason := unavailable_reason("triton", device)) is not None:
         pytest.skip(f"triton: {reason}")
@@ -41,7 +43,7 @@ def gpu() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _precision() -> Iterator[None]:
-    """What a test sets is set back."""
+    """Restore the matmul precision after the test."""
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -54,32 +56,32 @@ def images(
     channels: tuple[int, int] = (64, 256),
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor]:
-    """A student's and a teacher's features (B, C, H, W)."""
+    """Return random features (B, C, H, W) of a student and a teacher."""
     return tuple((torch.randn(batch, count, side, side, device=device) + 0.5).to(dtype) for count in channels)
 
 
 def tokens(features: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C), in place."""
+    """Return features (B, C, H, W) as a view (B, N, C)."""
     return features.flatten(2).mT
 
 
 def exact(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor, Tensor]:
-    """Loss and N^2 times its gradient, of features (B, N, C), by backend ``blocked`` in float64."""
-    loss, gradient = dispatch.value_and_gradient(student.double(), teacher.double(), relation, "blocked", True)
+    """Return the loss and N^2 times its gradient of features (B, N, C), by backend ``blocked`` in float64."""
+    loss, gradient = dispatch.compute_loss(student.double(), teacher.double(), relation, "blocked", True)
     return loss, gradient * student.shape[1] ** 2
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize(("dtype", "precision"), FORMATS)
 def test_error_of_every_relation(relation, dtype, precision, gpu):
-    """At most 3 times the error of eager PyTorch in the same dtype, at the same precision, on the same GPU."""
+    """The error is at most 3 times that of eager PyTorch with the same dtype, precision and GPU."""
     student, teacher = (tokens(x) for x in images(gpu, side=23, channels=(24, 40), dtype=dtype))
     torch.set_float32_matmul_precision(precision)
     upstream = student.shape[1] ** 2
     expected = exact(student, teacher, relation)
     actual = value_and_gradient(student, teacher, relation, "triton", upstream)
     eager = value_and_gradient(student, teacher, relation, "reference", upstream)
-    forward = triton.value_and_gradient(student, teacher, relation, need_grad=False)[0]
+    forward = triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0]
     for one, other, true in ((*pair, true) for *pair, true in zip(actual, eager, expected)):
         assert error(one, true) <= 3 * error(other, true) + ULP
     assert error(forward, expected[0]) <= 3 * error(eager[0], expected[0]) + ULP
@@ -90,7 +92,7 @@ def test_error_of_every_relation(relation, dtype, precision, gpu):
 )
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_row_of_the_table(channels, dtype, gpu):
-    relation = Relation()
+    relation = ROW_L1
     student, teacher = (tokens(x) for x in images(gpu, side=23, channels=channels, dtype=dtype))
     expected = exact(student, teacher, relation)
     actual = value_and_gradient(student, teacher, relation, "triton", student.shape[1] ** 2)
@@ -102,8 +104,8 @@ def test_every_row_of_the_table(channels, dtype, gpu):
 @pytest.mark.parametrize("pixels", [1, 2, 17, 127, 128, 129, 1000])
 def test_any_number_of_pixels(pixels, gpu):
     student, teacher = (torch.randn(3, pixels, count, device=gpu, dtype=torch.bfloat16) for count in (24, 40))
-    loss, gradient = value_and_gradient(student, teacher, Relation(), "triton", pixels**2)
-    expected_loss, expected = exact(student, teacher, Relation())
+    loss, gradient = value_and_gradient(student, teacher, ROW_L1, "triton", pixels**2)
+    expected_loss, expected = exact(student, teacher, ROW_L1)
     assert error(loss, expected_loss, 1e-2) < 1e-4
     assert error(gradient, expected, 1) < 0.02
 
@@ -111,16 +113,16 @@ def test_any_number_of_pixels(pixels, gpu):
 @pytest.mark.parametrize("make", STRIDES.values(), ids=STRIDES.keys())
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_strides_are_read_in_place(make, dtype, gpu):
-    """To the same bits, with NaN between what is read."""
+    """The results are bit-identical, with NaN in the memory between the features."""
     student, teacher = images(gpu, side=17, channels=(24, 40), dtype=dtype)
-    expected = value_and_gradient(student, teacher, Relation(), "triton", layout="nchw")
-    actual = value_and_gradient(make(student), make(teacher), Relation(), "triton", layout="nchw")
+    expected = value_and_gradient(student, teacher, ROW_L1, "triton", layout="nchw")
+    actual = value_and_gradient(make(student), make(teacher), ROW_L1, "triton", layout="nchw")
     for one, other in zip(actual, expected):
         assert torch.equal(one, other)
 
 
 def test_offsets_beyond_32_bits(gpu):
-    """Images 2^31 elements apart."""
+    """The images are 2^31 elements apart."""
     if torch.cuda.mem_get_info(gpu)[0] < 24 << 30:
         pytest.skip("needs 24 GB of free GPU memory")
     student, teacher = images(gpu, side=16, channels=(24, 40))
@@ -129,26 +131,26 @@ def test_offsets_beyond_32_bits(gpu):
         x.new_zeros(stride + x[0].numel()).as_strided(x.shape, (stride, *x.stride()[1:])).copy_(x)
         for x in (student, teacher)
     ]
-    expected = value_and_gradient(student, teacher, Relation(), "triton", layout="nchw")
-    for one, other in zip(value_and_gradient(*far, Relation(), "triton", layout="nchw"), expected):
+    expected = value_and_gradient(student, teacher, ROW_L1, "triton", layout="nchw")
+    for one, other in zip(value_and_gradient(*far, ROW_L1, "triton", layout="nchw"), expected):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_16384_pixels_32_images(dtype, gpu):
-    """One image's error, and memory: at most 3 times the student's features and 16 MB above the inputs."""
+    """The error of one image; memory is at most 3 times the student's features plus 16 MB, beside the inputs."""
     student, teacher = images(gpu, batch=32, side=128, dtype=dtype)
     student.requires_grad_()
-    relation_loss(student[:1], teacher[:1], backend="triton").backward()  # compiled, and cuBLAS has its workspace
+    relation_loss(student[:1], teacher[:1], **options(ROW_L1), backend="triton").backward()  # compile, and init cuBLAS
     student.grad = None
     before = torch.cuda.memory_allocated(gpu)
     torch.cuda.reset_peak_memory_stats(gpu)
-    loss = relation_loss(student, teacher, reduction="none", backend="triton")
+    loss = relation_loss(student, teacher, **options(ROW_L1), reduction="none", backend="triton")
     (gradient,) = torch.autograd.grad(loss, student, torch.full_like(loss, 2.0**28))  # N^2
     allowed = 3 * student.numel() * student.element_size() + (16 << 20)
     assert torch.cuda.max_memory_allocated(gpu) - before <= allowed
     one, other = tokens(student.detach()[:1]), tokens(teacher[:1])
-    expected_loss, expected = exact(one, other, Relation())
+    expected_loss, expected = exact(one, other, ROW_L1)
     assert error(loss[:1], expected_loss) < 1e-5
     assert (
         error(tokens(gradient[:1]), expected) < {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 5e-3}[dtype]
@@ -157,24 +159,24 @@ def test_16384_pixels_32_images(dtype, gpu):
 
 def test_a_thousand_runs_give_the_same_bits(gpu):
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
-    expected = triton.value_and_gradient(student, teacher, Relation(), True)
+    expected = triton.loss_and_gradient(student, teacher, ROW_L1, True)
     for _ in range(1000):
-        for one, other in zip(triton.value_and_gradient(student, teacher, Relation(), True), expected):
+        for one, other in zip(triton.loss_and_gradient(student, teacher, ROW_L1, True), expected):
             assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("relation", L1)
-def test_few_launches_and_none_that_waits(relation, gpu):
-    """At most 6 kernels for loss and gradient of one image, and no synchronisation of the host."""
+def test_few_launches_and_no_synchronisation(relation, gpu):
+    """The loss and gradient of one image take at most 6 kernels and no synchronisation with the host."""
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
-    triton.value_and_gradient(student, teacher, relation, True)
+    triton.loss_and_gradient(student, teacher, relation, True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton.value_and_gradient(student, teacher, relation, True)
+        triton.loss_and_gradient(student, teacher, relation, True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        triton.value_and_gradient(student, teacher, relation, True)
+        triton.loss_and_gradient(student, teacher, relation, True)
         torch.cuda.synchronize(gpu)
     launched = Counter({event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0})
     assert 0 < launched.total() <= 6, launched
@@ -182,7 +184,7 @@ def test_few_launches_and_none_that_waits(relation, gpu):
 
 @pytest.mark.parametrize("relation", L1)
 def test_cuda_graph(relation, gpu):
-    """Captured once, replayed on other features."""
+    """A graph that is captured once can be replayed on other features."""
     student, teacher = images(gpu, batch=1, side=32)
     student.requires_grad_()
 
@@ -211,7 +213,7 @@ def test_torch_compile(gpu):
     student.requires_grad_()
 
     def step(student: Tensor, teacher: Tensor) -> Tensor:
-        return 2 * relation_loss(student.relu(), teacher.relu(), backend="triton")
+        return 2 * relation_loss(student.relu(), teacher.relu(), **options(ROW_L1), backend="triton")
 
     results = []
     for function in (step, torch.compile(step, fullgraph=True)):
@@ -222,28 +224,28 @@ def test_torch_compile(gpu):
 
 
 def test_side_stream(gpu):
-    """It runs on the current stream: after what was launched there before, and without waiting for other streams."""
+    """The kernels run on the current stream, after earlier work on it, and do not wait for other streams."""
     student, teacher = images(gpu, batch=1, side=64)
-    expected = value_and_gradient(student, teacher, Relation(), "triton", layout="nchw")
+    expected = value_and_gradient(student, teacher, ROW_L1, "triton", layout="nchw")
     stream = torch.cuda.Stream(gpu)
     stream.wait_stream(torch.cuda.current_stream(gpu))
     late = torch.zeros_like(student)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         late.copy_(student)
-        actual = value_and_gradient(late, teacher, Relation(), "triton", layout="nchw")
+        actual = value_and_gradient(late, teacher, ROW_L1, "triton", layout="nchw")
     stream.synchronize()
     for one, other in zip(actual, expected):
         assert torch.equal(one, other)
 
 
-def test_another_device_than_the_current_one(gpu):
+def test_device_that_is_not_current(gpu):
     if torch.cuda.device_count() < 2:
-        pytest.skip("there is one GPU")
+        pytest.skip("needs two CUDA devices")
     student, teacher = images(gpu)
-    expected = value_and_gradient(student, teacher, Relation(), "triton", layout="nchw")
+    expected = value_and_gradient(student, teacher, ROW_L1, "triton", layout="nchw")
     other = torch.device("cuda", 1)
-    actual = value_and_gradient(student.to(other), teacher.to(other), Relation(), "triton", layout="nchw")
+    actual = value_and_gradient(student.to(other), teacher.to(other), ROW_L1, "triton", layout="nchw")
     assert actual[0].device == actual[1].device == other
     assert torch.cuda.current_device() == gpu.index
     for one, two in zip(actual, expected):
@@ -252,30 +254,30 @@ def test_another_device_than_the_current_one(gpu):
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_scales_are_float32_under_any_precision(precision, gpu):
-    """Those of every other backend too, which PyTorch computes."""
+    """This includes the scales of the other backends, which PyTorch computes."""
     student, teacher = (tokens(x) for x in images(gpu, dtype=torch.float32))
     torch.set_float32_matmul_precision(precision)
-    expected = formulas.scales_of(student.double(), teacher.double(), Relation(), torch.float64)
+    expected = formulas.scales_of(student.double(), teacher.double(), ROW_L1, torch.float64)
     for scales in (
-        formulas.scales_of(student, teacher, Relation(), torch.float32),
-        scales_and_gradient.scales_of(student, teacher, Relation()),
+        formulas.scales_of(student, teacher, ROW_L1, torch.float32),
+        triton_scales.scales_of(student, teacher, ROW_L1),
     ):
         for one, other in zip(scales, expected):
             assert error(one, other) < 1e-6
-    scales = formulas.scales_of(student, teacher, Relation(), torch.float32)
-    tiles = triton.relation_tiles(student, teacher, scales, Relation(), True)
-    for one, other in zip(tiles, blocked.relation_tiles(student, teacher, scales, Relation(), True)):
+    scales = formulas.scales_of(student, teacher, ROW_L1, torch.float32)
+    tiles = triton.relation_tiles(student, teacher, scales, ROW_L1, True)
+    for one, other in zip(tiles, blocked.relation_tiles(student, teacher, scales, ROW_L1, True)):
         assert error(one, other) < {"high": 5e-3, "medium": 5e-2}[precision]
 
 
 def test_autotuning(gpu, tmp_path, monkeypatch):
-    """Measured candidates give the same result; the winner is on the disk, and a capture does not measure."""
+    """The result does not change, and the fastest configuration is written to a file."""
     monkeypatch.setenv("SRPKD_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    configurations.measured.cache_clear()
+    configurations.cached_winners.cache_clear()
     student, teacher = (tokens(x) for x in images(gpu, batch=1))
-    expected = exact(student, teacher, Relation())
-    actual = value_and_gradient(student, teacher, Relation(), "triton", student.shape[1] ** 2)
+    expected = exact(student, teacher, ROW_L1)
+    actual = value_and_gradient(student, teacher, ROW_L1, "triton", student.shape[1] ** 2)
     for one, other in zip(actual, expected):
         assert error(one, other) < 5e-3
     assert len(list(tmp_path.rglob("*.json"))) == 1

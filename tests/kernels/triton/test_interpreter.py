@@ -1,6 +1,9 @@
-"""The Triton kernels on the CPU, run by Triton's interpreter: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_interpreter.py.
+"""The Triton kernels on the CPU, in Triton's interpreter.
 
-The interpreter takes the place of triton.jit in the whole process, hence a process of their own, and small images.
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_interpreter.py
+
+The interpreter replaces triton.jit in the whole process, so these tests need a separate process. It is slow: the images
+are small.
 """
 
 from __future__ import annotations
@@ -28,8 +31,7 @@ from srpkd.kernels import (
     triton,
     unavailable_reason,
 )
-from srpkd.kernels.triton import configurations, scales_and_gradient, tiles
-from srpkd.kernels.triton import tiles as backend
+from srpkd.kernels.triton import configurations, scales, tiles
 
 CPU = torch.device("cpu")
 RELATIONS = [
@@ -37,38 +39,39 @@ RELATIONS = [
     for normalize in NORMALIZATIONS
     for distance in DISTANCES
 ]
+ROW_L1 = Relation("row", "l1")
 L1 = [Relation(normalize, "l1", DELTA[normalize]) for normalize in NORMALIZATIONS]
-ULP = 2.0**-23  # of float32: where eager is exact to the last bit by chance, 3 times its error is no measure
-LEAST = 1e-2  # what errors are taken relative to at least: some gradients are 0 but for rounding
+ULP = 2.0**-23  # of float32, added to bounds: the error of eager can be 0 by chance
+LEAST = 1e-2  # the smallest norm that errors are relative to: some gradients are 0 up to rounding
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
-    reason="TRITON_INTERPRET=1 is not set: these tests run Triton's interpreter, in a process of their own",
+    reason="TRITON_INTERPRET=1 is not set: these tests run in Triton's interpreter, in a separate process",
 )
 
 
 def name(value: object) -> str | None:
-    """Test ids of dtypes and relations."""
+    """Return the test id of a dtype or relation."""
     if isinstance(value, Relation):
         return value.normalize
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 def run(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor, Tensor]:
-    """Every image's loss and the gradient of their sum times N^2, which float16 can hold."""
+    """Return the loss of each image and N^2 times the gradient of their sum, which float16 can represent."""
     return value_and_gradient(student, teacher, relation, "triton", upstream=student.shape[1] ** 2)
 
 
-def assert_as_exact_as_eager(
+def assert_as_accurate_as_eager(
     student: Tensor, teacher: Tensor, relation: Relation, eager: AbstractContextManager | None = None
 ) -> None:
-    """Loss, with and without a gradient, and gradient: at most 3 times the error of eager PyTorch in the same dtype.
+    """Loss, with and without a gradient, and gradient have at most 3 times the error of eager PyTorch in that dtype.
 
-    Eager is the reference, which for 16-bit features computes in float32: plain bfloat16 would be easily outdone.
+    Eager is backend ``reference``, which computes in float32 for 16-bit features.
     """
     pixels = student.shape[1]
     loss, gradient = run(student, teacher, relation)
-    forward = triton.value_and_gradient(student, teacher, relation, need_grad=False)[0]
+    forward = triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0]
     expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", pixels**2)
     with eager or nullcontext():
         errors = [
@@ -82,7 +85,7 @@ def assert_as_exact_as_eager(
 
 
 class CoarseProduct(torch.autograd.Function):
-    """a @ b, and its gradient, with factors rounded to a mantissa of so many bits: as a GPU's TF32 and bfloat16 do."""
+    """a @ b and its gradient with factors rounded to a mantissa of ``bits`` bits, as TF32 and bfloat16 on a GPU."""
 
     @staticmethod
     def forward(ctx, a: Tensor, b: Tensor, bits: int) -> Tensor:
@@ -98,7 +101,7 @@ class CoarseProduct(torch.autograd.Function):
 
 
 class CoarseProducts(TorchFunctionMode):
-    """Makes every product of matrices coarse."""
+    """Replace every matrix product by a ``CoarseProduct``."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -112,84 +115,84 @@ class CoarseProducts(TorchFunctionMode):
 
 
 def _rounded(x: Tensor, bits: int) -> Tensor:
-    """float32 x rounded to a mantissa of so many bits."""
+    """Round float32 x to a mantissa of ``bits`` bits."""
     step = 2 ** (23 - bits)
     return ((x.contiguous().view(torch.int32) + step // 2) & -step).view(torch.float32)
 
 
-def test_it_runs_here_and_is_not_chosen_unasked():
+def test_available_but_not_chosen_by_auto():
     assert unavailable_reason("triton", CPU) is None
-    assert auto_backend(CPU, Relation()) != "triton"
+    assert auto_backend(CPU, ROW_L1) != "triton"
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_error_of_every_relation(relation, dtype):
-    # for "row" two row blocks, the second one ragged, and columns that are split
+    # for "row" two row blocks, the second of them incomplete, and split columns
     pixels = 130 if relation.normalize == "row" else 70
-    assert_as_exact_as_eager(*features(relation, 1, pixels, (24, 40), dtype), relation)
+    assert_as_accurate_as_eager(*features(relation, 1, pixels, (24, 40), dtype), relation)
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
 def test_float32_follows_the_matmul_precision(precision, bits, relation):
-    """No worse than eager PyTorch on a GPU, which multiplies in TF32 or bfloat16 then."""
+    """The error is at most 3 times that of eager PyTorch on a GPU, which multiplies in TF32 or bfloat16."""
     student, teacher = features(relation, 1, 70, (24, 40), torch.float32)
     torch.set_float32_matmul_precision(precision)
     try:
         assert configurations.number_format(torch.float32) == precision
-        assert_as_exact_as_eager(student, teacher, relation, CoarseProducts(bits))
+        assert_as_accurate_as_eager(student, teacher, relation, CoarseProducts(bits))
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("pixels", [2, 15, 33, 128, 129])
 def test_any_number_of_pixels(pixels):
-    relation = Relation()
-    assert_as_exact_as_eager(*features(relation, 1, pixels, (5, 7), torch.float32), relation)
+    relation = ROW_L1
+    assert_as_accurate_as_eager(*features(relation, 1, pixels, (5, 7), torch.float32), relation)
 
 
-# blocks of 32, 64 and 128 channels, not full, full and looped over; of the student's also U in several programs
+# blocks of 32, 64 and 128 channels: incomplete, full, and several; for the student also U in several programs
 @pytest.mark.parametrize("channels", [(2, 1), (17, 64), (65, 100), (140, 70)], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
 def test_any_number_of_channels(channels, dtype):
-    relation = Relation()
-    assert_as_exact_as_eager(*features(relation, 1, 20, channels, dtype), relation)
+    relation = ROW_L1
+    assert_as_accurate_as_eager(*features(relation, 1, 20, channels, dtype), relation)
 
 
 @pytest.mark.parametrize("relation", L1[1:], ids=name)
 def test_looped_channels_of_symmetric_relations(relation):
-    assert_as_exact_as_eager(*features(relation, 1, 20, (130, 260), torch.bfloat16), relation)
+    assert_as_accurate_as_eager(*features(relation, 1, 20, (130, 260), torch.bfloat16), relation)
 
 
 def test_one_pixel():
-    """Its relation to itself is 1, whatever the features, but for rounding."""
-    loss, gradient = run(*features(None, 1, 1, (5, 7), torch.float32), Relation())
+    """Its relation to itself is 1 up to rounding, for any features."""
+    loss, gradient = run(*features(None, 1, 1, (5, 7), torch.float32), ROW_L1)
     assert loss.item() < 4 * ULP
     assert gradient.norm().item() < 1e-5
 
 
 @pytest.fixture(scope="module")
 def contiguous() -> tuple[Tensor, ...]:
-    """Features (B, C, H, W), and their loss and gradient."""
+    """Return features (B, C, H, W), their loss and their gradient."""
     student, teacher = (torch.rand(2, channels, 5, 7) for channels in (6, 9))
-    return student, teacher, *value_and_gradient(student, teacher, Relation(), "triton", layout="nchw")
+    return student, teacher, *value_and_gradient(student, teacher, ROW_L1, "triton", layout="nchw")
 
 
 @pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
 def test_strides_are_read_in_place(make, contiguous):
-    """And nothing beside the features: what lies between them is NaN."""
+    """The memory between the features is NaN, so that a read outside them fails the test."""
     student, teacher, *expected = contiguous
-    loss, gradient = value_and_gradient(make(student), make(teacher), Relation(), "triton", layout="nchw")
+    loss, gradient = value_and_gradient(make(student), make(teacher), ROW_L1, "triton", layout="nchw")
     assert torch.equal(loss, expected[0])
     assert torch.equal(gradient, expected[1])
 
 
 def test_two_runs_give_the_same_bits(monkeypatch):
-    """With every sum over programs split."""
+    """Also if several programs share every sum."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 64)
     student, teacher = features(None, 1, 130, (8, 8), torch.float32)
-    (loss, gradient), (again, gradient_again) = (run(student, teacher, Relation()) for _ in range(2))
+    (loss, gradient), (again, gradient_again) = (run(student, teacher, ROW_L1) for _ in range(2))
     assert torch.equal(loss, again)
     assert torch.equal(gradient, gradient_again)
 
@@ -197,21 +200,19 @@ def test_two_runs_give_the_same_bits(monkeypatch):
 @pytest.mark.parametrize("slots", [1, 64])
 def test_split_columns_add_up(slots, monkeypatch):
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: slots)
-    relation = Relation()
+    relation = ROW_L1
     student, teacher = features(relation, 1, 130, (8, 8), torch.bfloat16)
-    partials = backend.relation_partials(
-        student, teacher, scales_and_gradient.scales_of(student, teacher, relation), relation, True
-    )
+    partials = tiles.relation_partials(student, teacher, scales.scales_of(student, teacher, relation), relation, True)
     assert len(partials.U) == len(partials.h) == (1 if slots == 1 else 2)
-    assert_as_exact_as_eager(student, teacher, relation)
+    assert_as_accurate_as_eager(student, teacher, relation)
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
-def test_the_primitive(relation):
-    """relation_tiles alone, with the scales of algebra.py, against that of ``blocked`` in float64."""
+def test_relation_tiles(relation):
+    """The primitive with the scales of formulas.py equals that of ``blocked`` in float64."""
     student, teacher = features(relation, 2, 70, (24, 40), torch.float32)
-    scales = formulas.scales_of(student, teacher, relation, torch.float32)
-    actual = triton.relation_tiles(student, teacher, scales, relation, need_grad=True)
+    rounded = formulas.scales_of(student, teacher, relation, torch.float32)
+    actual = triton.relation_tiles(student, teacher, rounded, relation, need_grad=True)
     exact = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
     expected = blocked.relation_tiles(student.double(), teacher.double(), exact, relation, need_grad=True)
     assert actual.loss.shape == (2,)
@@ -223,11 +224,11 @@ def test_the_primitive(relation):
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
 def test_scales(relation, dtype):
-    """Exact to float32 in every dtype, and under every precision."""
+    """Scales have float32 precision for every dtype and matmul precision."""
     student, teacher = features(None, 2, 70, (24, 70), dtype)
     torch.set_float32_matmul_precision("medium")
     try:
-        actual = scales_and_gradient.scales_of(student, teacher, relation)
+        actual = scales.scales_of(student, teacher, relation)
     finally:
         torch.set_float32_matmul_precision("highest")
     expected = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
@@ -235,29 +236,29 @@ def test_scales(relation, dtype):
         assert one is None or error(one, other) < 3e-7
 
 
-def test_forward_alone_visits_only_tiles_on_and_above_the_diagonal():
+def test_forward_visits_only_tiles_on_and_above_the_diagonal():
     student, teacher = features(None, 1, 200, (8, 8), torch.float32)
-    student[0, 0] = torch.nan  # in the first row block: the rows of the second do not read it
+    student[0, 0] = torch.nan  # in the first row block, which the second row block reads only below the diagonal
     chosen = configurations.configuration((9, 0), "highest", 8, 8)
-    nothing = Scales(None, None, None)
+    no_scales = Scales(None, None, None)
     for need_grad, expected in ((True, [True, True]), (False, [True, False])):
-        loss = backend.launch(student, teacher, nothing, Relation("none"), need_grad, chosen).loss
+        loss = tiles.launch(student, teacher, no_scales, Relation("none", "l1"), need_grad, chosen).loss
         assert loss.view(-1, 2).isnan().any(0).tolist() == expected
 
 
 def test_images_are_independent():
     student, teacher = features(None, 3, 50, (24, 40), torch.bfloat16)
-    loss, gradient = run(student, teacher, Relation())
+    loss, gradient = run(student, teacher, ROW_L1)
     for image in range(3):
         alone = slice(image, image + 1)
-        expected, expected_gradient = run(student[alone], teacher[alone], Relation())
+        expected, expected_gradient = run(student[alone], teacher[alone], ROW_L1)
         assert torch.equal(loss[alone], expected)
         assert torch.equal(gradient[alone], expected_gradient)
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
-def test_equal_features_have_no_loss_and_no_gradient(relation, dtype):
+def test_loss_and_gradient_of_equal_features_are_zero(relation, dtype):
     student, _ = features(None, 1, 40, (24, 24), dtype)
     loss, gradient = run(student, student.clone(), relation)
     assert loss.item() == 0
@@ -265,11 +266,11 @@ def test_equal_features_have_no_loss_and_no_gradient(relation, dtype):
 
 
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
-def test_dead_pixels(relation):
-    """Pixels of zeros, in the student, the teacher or both, as the reference has them: no gradient of 1 / eps."""
+def test_zero_norm_pixels(relation):
+    """Zero pixels in the student, the teacher or both are treated as in the reference: no gradient of 1 / eps."""
     student, teacher = features(relation, 1, 70, (24, 40), torch.float32)
     student[:, [3, 69]] = teacher[:, [7, 69]] = 0
-    assert_as_exact_as_eager(student, teacher, relation)
+    assert_as_accurate_as_eager(student, teacher, relation)
 
 
 def test_the_diagonal_of_cosine_is_a_tie():
@@ -283,30 +284,30 @@ def test_the_diagonal_of_cosine_is_a_tie():
 @pytest.mark.parametrize("size", [1e-3, 200.0])
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
 def test_float16_of_any_size(relation, size):
-    """K is as small as 1 / sum_j G_ij^2 and as large: beyond the range of float16."""
+    """K has the magnitude of 1 / sum_j G_ij^2, which is outside the range of float16."""
     student, teacher = (size * x for x in features(None, 1, 60, (24, 40), torch.float16))
-    assert_as_exact_as_eager(student, teacher, replace(relation, eps=0.0))
+    assert_as_accurate_as_eager(student, teacher, replace(relation, eps=0.0))
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
 def test_float32_of_any_size(relation, size):
-    """Relations do not hang on it; squares of row norms have its fourth power, which is beyond float32."""
+    """Relations do not depend on the size of features. Squared row norms grow with its fourth power, beyond float32."""
     student, teacher = features(relation, 2, 60, (24, 70), torch.float32)
     expected = value_and_gradient(student.double(), teacher.double(), replace(relation, eps=0.0), "reference")
-    # by powers of two: whatever is rounded, is so as before
+    # a power of two, so that rounding does not change
     size = 2.0 ** round(math.log2(size))
     loss, gradient = value_and_gradient(size * student, size * teacher, replace(relation, eps=0.0), "triton")
     assert error(loss, expected[0]) < 1e-6
     assert error(gradient.double() * size, expected[1]) < 2e-6
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about the overflow that is tested
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
-def test_overflow_shows(relation):
-    """Where Gram matrices are too large for float32, the loss is NaN."""
+def test_overflow_gives_nan(relation):
+    """The loss is NaN if Gram matrices overflow float32."""
     student, teacher = (1e20 * x for x in features(relation, 1, 40, (5, 7), torch.float32))
-    assert triton.value_and_gradient(student, teacher, relation, need_grad=False)[0].isnan().all()
+    assert triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0].isnan().all()
 
 
 def test_the_gradient_has_the_strides_of_the_features():
@@ -316,7 +317,7 @@ def test_the_gradient_has_the_strides_of_the_features():
         assert gradient.stride() == student.stride()
 
 
-def test_float64_is_refused_by_name():
+def test_float64_is_an_error():
     student, teacher = features(None, 1, 10)
     with pytest.raises(ValueError, match="float32, bfloat16, float16 only, not float64"):
         relation_loss(student, teacher, layout="nlc", backend="triton")
