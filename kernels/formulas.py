@@ -15,13 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 NORMALIZATIONS = ("row", "cosine", "none")
 DISTANCES = ("l1", "l2", "huber")
+Normalize = Literal["row", "cosine", "none"]
+Distance = Literal["l1", "l2", "huber"]
+DEFAULT_NORMALIZE: Normalize = "cosine"
+DEFAULT_DISTANCE: Distance = "l2"
 
 
 @dataclass(frozen=True)
