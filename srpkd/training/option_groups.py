@@ -187,7 +187,7 @@ class RunOptions:
         resume: name or folder of a stopped run to resume. All options keep their values except device, num_threads,
             time_budget, runs_dir and those of logging and saving.
         print_freq: steps between two lines of metrics.jsonl.
-        save_latest_freq: steps between two saves of the state that --resume reads.
+        save_latest_freq: steps between two saves of the state that a run can be resumed from.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
         tensorboard: also write logs to <run>/tensorboard (needs the package tensorboard).
