@@ -65,7 +65,7 @@ WRONG = {
     f"{TRAIN} --teacher two.pth": (1, "goes from 2 to 3 channels, the images from 3 to 3: set --input_nc"),
     "srpkd train --resume trapped": (1, r"state.pt is damaged .*nothing to go on from, start the run anew"),
     "srpkd train --resume stateless": (1, "holds no state.pt to go on from"),
-    "srpkd train --resume file": (2, "--resume file: there is no such run, .*where there are stateless, trapped"),
+    "srpkd train --resume file": (2, "--resume file: expected the path of a run .*which contains stateless, trapped"),
     "srpkd train --resume": (2, "argument --resume: expected one argument"),
     f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: neither TorchScript"),
     f"{SEGMENT} --labels pairs/test --segmenter empty": (1, "--segmenter empty: there is no such file"),
@@ -114,7 +114,7 @@ WRONG = {
     f"{TRAIN} --runs_dir file": (1, "runs_dir file: this folder cannot be made: File exists"),
     f"{TRAIN} --runs_dir file/deeper": (1, "this folder cannot be made: Not a directory"),
     f"{TRAIN} --name {'x' * 300}": (1, "this folder cannot be made: File name too long"),
-    f"{TRAIN} --name ../x": (2, r"name='../x': expected a plain name for a folder inside runs"),
+    f"{TRAIN} --name ../x": (2, r"name='../x': expected the name of a folder inside runs"),
     "python -m srpkd.report results/blocked": (2, r"index.html cannot be written: Is a directory; give the name"),
     "python -m srpkd.report results/plain --readme none.md": (2, "No such file or directory: 'none.md'"),
     "python -m srpkd.report results/plain --readme README.md": (2, "README.md: expected the markers"),
@@ -154,14 +154,14 @@ WRONG = {
     f"{TRAIN} --device meta": (2, "device='meta' holds no data"),
     f"{TRAIN} --seed {10**30}": (2, f"seed={10**30}: expected a whole number of at most 40 bits"),
     f"{TRAIN} --init_gain -1": (2, "init_gain=-1.0: expected at least 0"),
-    f"{TRAIN} --ngff 3": (2, "there is no option --ngff; did you mean --ngf?"),
+    f"{TRAIN} --ngff 3": (2, "unknown option --ngff; did you mean --ngf?"),
     f"{TRAIN} --netG resnet": (1, "netG='resnet' is unknown: .*the nearest is 'resnet_9blocks'"),
     f"{TRAIN} --teacher_netG resnet_1blocks --layers '{{mdel.9: model.9}}'": (
         1,
         "no module named 'mdel.9'; the nearest",
     ),
     f"{TRAIN} --teacher_netG resnet_1blocks --backend blockd": (1, "'blockd' is not one of .* did you mean 'blocked'?"),
-    f"{TRAIN} --preset horse": (2, "there is no preset 'horse'; did you mean horse2zebra"),
+    f"{TRAIN} --preset horse": (2, "unknown preset 'horse'; did you mean horse2zebra"),
     f"{TRAIN} --config none.yaml": (2, "--config none.yaml: cannot be read: No such file or directory"),
     f"{TRAIN} --config empty": (2, "--config empty: cannot be read: Is a directory"),
     f"{TRAIN} --config net.pth": (2, "--config net.pth: is not YAML"),
@@ -172,7 +172,7 @@ WRONG = {
     f"{TRAIN} --config code.yaml": (2, "--config code.yaml: is not YAML: could not determine a constructor"),
     f"{TRAIN} --config unknown.yaml": (
         2,
-        "--config unknown.yaml: there is no option 'n_epoch'; did you mean n_epochs?",
+        "--config unknown.yaml: unknown option 'n_epoch'; did you mean n_epochs?",
     ),
     "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (1, "size >= 16; received count=2, size=8"),
     "python -m srpkd.data.synthetic new --train 0": (2, "--train: '0': expected a whole number above 0"),
@@ -339,7 +339,7 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
     ):
         train.main([*shlex.split(line)[2:], "--save_latest_freq=1"])
     assert kept == [None, 1]
-    assert "it can go on: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
+    assert "resume with: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
     assert load_state(tmp_path / "runs/new")["training"][1]["step"] == 1
     assert not list(tmp_path.rglob(".*.tmp"))
     monkeypatch.setattr(RunDir, "keep", keep)
