@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -56,10 +57,10 @@ class Run(NamedTuple):
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run the command line in a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "srpkd.train", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+    """Run the command line in a process, with one thread like the runs in the tests' process."""
+    arguments = (sys.executable, "-m", "srpkd.train", *arguments)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def as_run(done: subprocess.CompletedProcess, cwd: Path) -> Run:

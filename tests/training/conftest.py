@@ -20,7 +20,7 @@ VARIANTS = "{alone: {lambda_kd: 0, lambda_srp: 0}, output: {lambda_srp: 0}, outp
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch) -> Callable[..., Run]:
+def run(tmp_path, capsys, monkeypatch, one_thread) -> Callable[..., Run]:
     """A run in this process and in an empty folder, without its page: drawing the curves takes most of the time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")

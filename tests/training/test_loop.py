@@ -15,6 +15,8 @@ from srpkd.models.checkpoints import load_weights
 from srpkd.training import loop
 from srpkd.training.config import parse_arguments
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def batches(monkeypatch) -> list[dict[str, Tensor]]:

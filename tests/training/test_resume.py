@@ -163,7 +163,9 @@ def test_what_cannot_be_resumed_says_why(server, undisturbed, root):
         return (cwd / "log").read_text()
 
     assert server(ARGUMENTS["pix2pix"], cwd, ("step", 5)) == -signal.SIGKILL
-    assert "--resume rum: expected the path of a run or the name of one in runs, which contains run" in refusal("--resume=rum")
+    assert "--resume rum: expected the path of a run or the name of one in runs, which contains run" in refusal(
+        "--resume=rum"
+    )
     assert "--resume keeps the options of the run: remove --lr, --preset" in refusal(
         "--resume=run", "--lr=1", "--preset=demo"
     )
