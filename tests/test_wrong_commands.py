@@ -62,7 +62,7 @@ WRONG = {
     f"{TRAIN} --teacher pickle.pth": (1, "was not loaded"),
     f"{TRAIN} --teacher linear.pth": (1, "not the weights of a generator"),
     f"{TRAIN} --teacher empty": (1, "empty/latest_net_G_A.pth does not exist"),
-    f"{TRAIN} --teacher two.pth": (1, "goes from 2 to 3 channels, the images from 3 to 3: set --input_nc"),
+    f"{TRAIN} --teacher two.pth": (1, "maps 2 to 3 channels, the images have 3 and 3: set --input_nc"),
     "srpkd train --resume trapped": (1, r"state.pt is damaged .*nothing to go on from, start the run anew"),
     "srpkd train --resume stateless": (1, "holds no state.pt to go on from"),
     "srpkd train --resume file": (2, "--resume file: expected the path of a run .*which contains stateless, trapped"),
