@@ -57,7 +57,7 @@ def launch(cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Complet
             free.bind(("127.0.0.1", 0))
             where = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where]
-    path = [TESTS.parent, TESTS, TESTS / "training"]
+    path = [TESTS.parent, TESTS]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
@@ -136,12 +136,25 @@ def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys
     assert parse_arguments([*ARGUMENTS["pix2pix"], *TINY, "--batch_size=6"]).batch_size == 6
 
 
-# programs in processes of their own: `test_optimizers` and `gloo_threads` are importable by launch()'s PYTHONPATH
+# programs that launch() runs; its PYTHONPATH makes gloo_threads and small importable
 PAIR = """
 import math, torch
 from gloo_threads import gloo_threads
-from test_optimizers import images, options, spoil
+from small import SIZE, SMALL
 from srpkd.training import distributed, loop
+from srpkd.training.options import TrainConfig
+
+
+def images():
+    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
+
+
+def make_next_output_nan(network):
+    def hook(module, inputs, output):
+        handle.remove()
+        return output.index_fill(0, torch.tensor([1]), math.nan)
+
+    handle = network.register_forward_hook(hook)
 
 
 def test_collectives():
@@ -157,11 +170,12 @@ def test_collectives():
 
 def test_steps(model):
     # a loss that is not finite on one rank makes both ranks skip the step
-    objective = loop.make_objective(options(model, batch_size=2, norm="batch"), 0, {})
+    config = TrainConfig(**SMALL | {"model": model, "norm": "batch", "ngf": 2, "ndf": 2, "lr": 0.01}).resolved()
+    objective = loop.make_objective(config, 0, {})
     objective.step(images())
     before = [p.clone() for net in objective.networks.values() for p in net.parameters()]
     if distributed.rank() == 1:
-        spoil(objective, next(iter(objective.generators)), math.nan)
+        make_next_output_nan(objective.networks[next(iter(objective.generators))])
     objective.step(images())
     after = [p for net in objective.networks.values() for p in net.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
