@@ -1,8 +1,7 @@
 """Train a generator, or distil a small one from a large one: ``python -m srpkd.train``.
 
-A run is a list of stages: the teacher, unless it is loaded from a file, then every student for every seed.
-Whatever they are, ``fit`` trains them. Between two stages, and every save_latest_freq steps of one, the run's state
-is written, from which ``--resume`` goes on.
+A run is a list of stages: the teacher, unless it is loaded from a file, then every student for every seed. The state
+of the run is saved between stages and every `save_latest_freq` steps; ``--resume`` continues from it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ from .training.plan import prepare
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line. A configuration, images or weights that cannot be used end it with one message; what
-    else goes wrong is a mistake in here, and shows its traceback."""
+    """Run the command line.
+
+    A configuration, images or weights that cannot be used end the process with one message. Any other exception is
+    a bug and keeps its traceback.
+    """
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):
@@ -34,18 +36,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_cli(config: TrainConfig, command: str) -> str:
-    """Train and print the table; what was wrong, else nothing. An error raised would keep the networks: see
-    parallel.processes."""
+    """Train, print the table, and return an error message, or "" on success.
+
+    The message is returned and not raised: a traceback would keep networks alive after ``distributed.process_group``.
+    """
     try:
         plan = prepare(config, command)
     except (ValueError, OSError, ImportError) as error:
         return str(error)
     try:
-        record = execute(plan)
+        run_dir = execute(plan)
     except (DataError, CheckpointError, Diverged, WriteError) as error:
         return str(error)
     if distributed.rank() == 0:
-        print(f"\n{format_table(record.report['table'])}\n\nreport: {record.folder / 'index.html'}")
+        print(f"\n{format_table(run_dir.report['table'])}\n\nreport: {run_dir.folder / 'index.html'}")
     return ""
 
 

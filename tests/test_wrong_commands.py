@@ -66,10 +66,10 @@ WRONG = {
     f"{TRAIN} --teacher pickle.pth": (1, "was not loaded"),
     f"{TRAIN} --teacher linear.pth": (1, "not the weights of a generator"),
     f"{TRAIN} --teacher empty": (1, "empty/latest_net_G_A.pth does not exist"),
-    f"{TRAIN} --teacher two.pth": (1, "goes from 2 to 3 channels, the images from 3 to 3: set --input_nc"),
+    f"{TRAIN} --teacher two.pth": (1, "maps 2 to 3 channels, the images have 3 and 3: set --input_nc"),
     "srpkd train --resume trapped": (1, r"state.pt is damaged .*nothing to go on from, start the run anew"),
     "srpkd train --resume stateless": (1, "holds no state.pt to go on from"),
-    "srpkd train --resume file": (2, "--resume file: there is no such run, .*where there are stateless, trapped"),
+    "srpkd train --resume file": (2, "--resume file: expected the path of a run .*which contains stateless, trapped"),
     "srpkd train --resume": (2, "argument --resume: expected one argument"),
     f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: expected TorchScript"),
     f"{SEGMENT} --labels pairs/test --segmenter empty": (1, "--segmenter empty: no such file"),
@@ -118,7 +118,7 @@ WRONG = {
     f"{TRAIN} --runs_dir file": (1, "runs_dir file: this folder cannot be made: File exists"),
     f"{TRAIN} --runs_dir file/deeper": (1, "this folder cannot be made: Not a directory"),
     f"{TRAIN} --name {'x' * 300}": (1, "this folder cannot be made: File name too long"),
-    f"{TRAIN} --name ../x": (2, r"name='../x': expected a plain name for a folder inside runs"),
+    f"{TRAIN} --name ../x": (2, r"name='../x': expected the name of a folder inside runs"),
     "python -m srpkd.report results/blocked": (2, r"index.html cannot be written: Is a directory; give the name"),
     "python -m srpkd.report results/plain --overview x.png": (2, "report.json names no pictures yet"),
     "python -m srpkd.report results/missing --overview x.png": (2, "images/none.png: No such file or directory"),
@@ -162,14 +162,14 @@ WRONG = {
     f"{TRAIN} --device meta": (2, "device='meta' holds no data"),
     f"{TRAIN} --seed {10**30}": (2, f"seed={10**30}: expected a whole number of at most 40 bits"),
     f"{TRAIN} --init_gain -1": (2, "init_gain=-1.0: expected at least 0"),
-    f"{TRAIN} --ngff 3": (2, "there is no option --ngff; did you mean --ngf?"),
+    f"{TRAIN} --ngff 3": (2, "unknown option --ngff; did you mean --ngf?"),
     f"{TRAIN} --netG resnet": (1, "netG='resnet' is unknown: .*the nearest is 'resnet_9blocks'"),
     f"{TRAIN} --teacher_netG resnet_1blocks --layers '{{mdel.9: model.9}}'": (
         1,
         "no module named 'mdel.9'; the nearest",
     ),
     f"{TRAIN} --teacher_netG resnet_1blocks --backend blockd": (1, "'blockd' is not one of .* did you mean 'blocked'?"),
-    f"{TRAIN} --preset horse": (2, "there is no preset 'horse'; did you mean horse2zebra"),
+    f"{TRAIN} --preset horse": (2, "unknown preset 'horse'; did you mean horse2zebra"),
     f"{TRAIN} --config none.yaml": (2, "--config none.yaml: cannot be read: No such file or directory"),
     f"{TRAIN} --config empty": (2, "--config empty: cannot be read: Is a directory"),
     f"{TRAIN} --config net.pth": (2, "--config net.pth: is not YAML"),
@@ -180,7 +180,7 @@ WRONG = {
     f"{TRAIN} --config code.yaml": (2, "--config code.yaml: is not YAML: could not determine a constructor"),
     f"{TRAIN} --config unknown.yaml": (
         2,
-        "--config unknown.yaml: there is no option 'n_epoch'; did you mean n_epochs?",
+        "--config unknown.yaml: unknown option 'n_epoch'; did you mean n_epochs?",
     ),
     "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (
         1,
@@ -350,7 +350,7 @@ def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
     ):
         train.main([*shlex.split(line)[2:], "--save_latest_freq=1"])
     assert kept == [None, 1]
-    assert "it can go on: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
+    assert "resume with: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
     assert load_state(tmp_path / "runs/new")["training"][1]["step"] == 1
     assert not list(tmp_path.rglob(".*.tmp"))
     monkeypatch.setattr(RunDir, "keep", keep)

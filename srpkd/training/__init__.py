@@ -1,1 +1,1 @@
-"""The trainer: options, objectives, the training loop, and what a run leaves on disk."""
+"""The trainer: options, objectives, training loop, and the files that a run writes."""

@@ -1,6 +1,6 @@
-"""From a command line, presets and YAML files to a ``TrainConfig``.
+"""Read a ``TrainConfig`` from the command line, presets and YAML files.
 
-A later source wins over an earlier one: the defaults, --preset files, --config files, flags.
+A later source overrides an earlier one: defaults, --preset files, --config files, flags.
 """
 
 from __future__ import annotations
@@ -13,38 +13,42 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .options import GROUPS, OPTIONS, RESUME_OPTIONS, RunOptions, TrainConfig, check_keys, nearest_hint, public_hint
+from .hints import PUBLIC_VALUES, nearest_hint, public_hint
+from .option_groups import GROUPS, OPTIONS, RunOptions
+from .options import RESUME_OPTIONS, ResolvedConfig, TrainConfig, check_keys
+
+TYPES = get_type_hints(TrainConfig)
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def presets() -> list[str]:
-    """The names that --preset takes."""
+    """Return the names of all presets."""
     return sorted(
         entry.name[:-5] for entry in resources.files("srpkd.presets").iterdir() if entry.name.endswith(".yaml")
     )
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The options of a preset that comes with the package.
+    """Return the options of a preset.
 
     Raises:
-        ValueError: there is none of this name; names those there are.
+        ValueError: There is no preset of this name; the message lists all presets.
     """
     if name not in presets():
-        raise ValueError(
-            f"there is no preset {name!r}{nearest_hint(name, presets())}; there are: {', '.join(presets())}"
-        )
+        raise ValueError(f"unknown preset {name!r}{nearest_hint(name, presets())}; presets: {', '.join(presets())}")
     return check_keys(yaml.safe_load(resources.files("srpkd.presets").joinpath(f"{name}.yaml").read_text()), name)
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The options in a YAML file.
+    """Return the options in a YAML file.
 
     Raises:
-        ValueError: it cannot be read, is not YAML, or has an unknown option (the nearest is named).
+        ValueError: The file cannot be read, is not YAML, or has an unknown option (the message suggests the nearest).
     """
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -55,10 +59,13 @@ def read_config(path: str) -> dict[str, Any]:
     return check_keys({} if content is None else content, f"--config {path}")
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that a command line asks for; preset ``demo`` when it is empty.
+def parse_arguments(arguments: Sequence[str] | None = None) -> ResolvedConfig:
+    """Return the configuration that a command line describes; an empty one means ``--preset demo``.
 
-    Bad arguments end the process with a message and status 2, as command lines do.
+    Invalid arguments print a message and end the process with status 2, as argparse does.
+
+    Args:
+        arguments: the command line without the program's name; default: that of the process.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -70,7 +77,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
         "Without arguments: the demo, on generated images. Presets: " + ", ".join(presets()) + ".",
         exit_on_error=False,
     )
-    parser.add_argument("--preset", action="append", default=[], help="named options; may be repeated, later wins")
+    parser.add_argument("--preset", action="append", default=[], help="preset; may be repeated, a later one overrides")
     parser.add_argument("--config", action="append", default=[], help="YAML file of options; may be repeated")
     for group in GROUPS:
         parser.add_class_arguments(group, as_group=True)
@@ -80,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
         options = _resumed_options(flags, files)
         for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
             options |= read_preset(value) if kind == "preset" else read_config(value)
-        # files become flags that come first, so that the parser checks them alike and flags win
+        # options of files become flags in front of the others: the parser converts all alike, and the last one wins
         parsed = parser.parse_args([*as_flags(options), *flags])
         for variant, own in parsed.variants.items():
             try:
@@ -97,26 +104,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def run_folder(resume: str, runs_dir: str) -> Path:
-    """The folder of a run that is given by its path, or by its name.
+    """Return the folder of an existing run, given by its path or by its name in `runs_dir`.
 
     Raises:
-        ValueError: there is none; names the runs that there are.
+        ValueError: There is no such run; the message lists the runs in `runs_dir`.
     """
     found = [path for path in (Path(runs_dir) / resume, Path(resume).expanduser()) if (path / "config.yaml").is_file()]
     if not found:
-        there = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
+        names = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
         raise ValueError(
-            f"--resume {resume}: there is no such run, neither by this path nor in {runs_dir}, "
-            f"where there {'are ' + ', '.join(there) if there else 'is none'}"
+            f"--resume {resume}: expected the path of a run or the name of one in {runs_dir}, which contains "
+            f"{', '.join(names) or 'no runs'}"
         )
     return found[0]
 
 
 def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """The options of the run that --resume names, if it stands among the flags.
+    """Return the options of the run that --resume names, or {} without that flag.
 
     Raises:
-        ValueError: there is no such run, or other options stand beside it that a run cannot change any more.
+        ValueError: There is no such run, or the command line sets an option that a resumed run cannot change.
     """
     parser = argparse.ArgumentParser("python -m srpkd.train", add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
@@ -127,19 +134,19 @@ def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> 
     given = [flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")] + [kind for kind, _ in files]
     if fixed := [name for name in dict.fromkeys(given) if name not in RESUME_OPTIONS]:
         raise ValueError(
-            f"--resume goes on with a run as it is: leave out {', '.join(f'--{name}' for name in fixed)}, or start "
-            f"another run; it takes {', '.join(f'--{name}' for name in sorted(RESUME_OPTIONS - {'resume'}))}"
+            f"--resume keeps the options of the run: remove {', '.join(f'--{name}' for name in fixed)}, or start "
+            f"a new run; a resumed run accepts {', '.join(f'--{name}' for name in sorted(RESUME_OPTIONS - {'resume'}))}"
         )
     return read_config(str(run_folder(known.resume, known.runs_dir) / "config.yaml"))
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """A command line as (flags, [("preset" or "config", value)]).
+    """Split a command line into flags and [("preset" or "config", value), ...].
 
-    A boolean flag without a value means true, as in the public code.
+    A boolean flag without a value becomes "--flag=true", as in the public code.
 
     Raises:
-        ValueError: an unknown option; the nearest is named.
+        ValueError: An option is unknown (the message suggests the nearest), or a value is missing.
     """
     flags, files = [], []
     rest = list(arguments) or ["--preset=demo"]
@@ -153,48 +160,44 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             files.append((name, value if equals else rest.pop(0)))
         elif name and name not in (*OPTIONS, "help"):
             hint = public_hint(name) or nearest_hint(name, [*OPTIONS, "preset", "config"], "--")
-            raise ValueError(f"there is no option --{name}{hint}")
+            raise ValueError(f"unknown option --{name}{hint}")
         else:
-            flags.append(f"{argument}=true" if alone and name and "bool" in _type_of(name) else argument)
+            flags.append(f"{argument}=true" if alone and bool in _types(name) else argument)
     return flags, files
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
-    """Options as a command line has them."""
+    """Return options as command line flags, ["--name=value", ...]."""
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for name, value in options.items()
     ]
 
 
-def _type_of(name: str) -> str:
-    """An option's type as it is written above; none for --help."""
-    return str(OPTIONS[name].type) if name in OPTIONS else ""
+def _types(name: str) -> list[Any]:
+    """Return the types that an option accepts, without None; [] for a flag that is not an option, such as --help."""
+    if name not in OPTIONS:
+        return []
+    kind = TYPES[name]
+    return (
+        [kind] if get_origin(kind) in (None, dict, Literal) else [part for part in get_args(kind) if part != NoneType]
+    )
 
 
 def _plain(message: str) -> str:
-    """The parser's message about a value, in words instead of types; any other as it is."""
+    """Rewrite the parser's message about an invalid value in plain words; return any other message unchanged."""
     match = re.search(r'Parser key "(\w+)":.*(?:Got value|Given value): ([^\n]*)', message, re.DOTALL)
     if match is None or match[1] not in OPTIONS:
         return message
-    kind = _type_of(match[1]).removesuffix(" | None")
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    if kind.startswith("Literal"):
-        expected = " or ".join(re.findall(r"\w+", kind.removeprefix("Literal")))
+    [kind] = _types(match[1])
+    if get_origin(kind) is Literal:
+        expected = " or ".join(map(str, get_args(kind)))
     else:
-        expected = words.get(kind, "a mapping in YAML, {name: value, ...}")
-    value = match[2].strip().strip("'\"")
-    hint = PUBLIC_VALUES.get((match[1], value))
+        expected = EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
+    hint = PUBLIC_VALUES.get((match[1], match[2].strip().strip("'\"")))
     return f"--{match[1]} {match[2]}: expected {expected}" + (f"; {hint}" if hint else "")
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The configuration as a file that --config reads."""
+    """Return the configuration as YAML that --config reads; `resume` is left out."""
     return yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False, allow_unicode=True)
-
-
-PUBLIC_VALUES = {
-    ("norm", "none"): "without a norm students do not train well; instance learns no weights either",
-    ("gan_mode", "wgangp"): "its gradient penalty is not offered; lsgan is what CycleGAN trains with",
-    ("lambda_identity", "none"): "0 switches it off",
-}

@@ -1,4 +1,4 @@
-"""The images of a run, as its options describe them."""
+"""The data sets and data loaders of a run."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
-from ..data.folders import DataError, open_dataset
-from ..data.synthetic import generate_scenes, open_synthetic
+from ..data.folders import FolderDataset, open_dataset
+from ..data.images import DataError
+from ..data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
 from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
-from .options import TrainConfig
+from .options import ResolvedConfig
 
-TEST_SEED = 1_000_003  # of the generated test scenes: far from the training scenes' 0
+ImageDataset = FolderDataset | SyntheticDataset
+TRAIN_SEED, TEST_SEED = 0, 1_000_003  # of the generated scenes
 
 cached_scenes = functools.cache(generate_scenes)
 
 
-def open_data(config: TrainConfig, phase: str) -> Dataset:
-    """The images of a phase, "train" or "test": a folder's, or the generated ones (always in pairs for the test)."""
+def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
+    """Open the images of a phase, "train" or "test". Generated test images are always pairs."""
     testing = phase == "test"
     limit = None if testing else config.max_dataset_size
     if config.is_synthetic:
-        world = cached_scenes(
+        scenes = cached_scenes(
             config.synthetic_test_pairs if testing else config.synthetic_pairs,
             config.synthetic_size,
-            TEST_SEED if testing else 0,
+            TEST_SEED if testing else TRAIN_SEED,
             config.synthetic_variant,
         )
         paired = testing or config.dataset_mode == "aligned"
         if limit is not None and not paired:
-            limit *= 2  # one half of the scenes gives the photos, the other the label maps
+            limit *= 2  # half of the scenes become photos, the other half label maps
         return open_synthetic(
-            world[:limit],
+            scenes[:limit],
             config.direction,
             aligned=paired,
             flip=not (testing or config.no_flip),
@@ -59,27 +61,32 @@ def open_data(config: TrainConfig, phase: str) -> Dataset:
     )
 
 
-def validate_data(config: TrainConfig, stages: Iterable[TrainConfig], teachers: Mapping[str, nn.Module]) -> str:
-    """What the images are, in a line; raises a DataError that says all that is wrong with them.
+def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]) -> str:
+    """Check the images of all stages and return a one-line summary of them.
 
     Args:
-        stages: the options of all that the run will train.
-        teachers: those that it has loaded.
+        config: options of the run.
+        stages: options of every stage, in which networks, batch sizes and numbers of images may differ.
+        teachers: teachers that were loaded from files, by direction.
+
+    Raises:
+        DataError: Images are missing, damaged or do not fit the networks; the message lists all problems.
     """
     stages = list(stages)
     with torch.device("meta"):
-        nets = [define_generator(netG) for netG in {stage.netG for stage in stages}]
-    multiple = max(size_multiple(net) for net in [*nets, *teachers.values()])
-    limits = [stage.max_dataset_size for stage in stages]
+        networks = [define_generator(netG) for netG in {stage.netG for stage in stages}]
+    multiple = max(size_multiple(network) for network in [*networks, *teachers.values()])
     if config.is_synthetic:
         if config.synthetic_size % multiple:
             raise DataError(
-                f"synthetic_size={config.synthetic_size} must be a multiple of {multiple} for these generators"
+                f"synthetic_size={config.synthetic_size}: expected a multiple of {multiple} for these generators"
             )
         return (
             f"generated scenes of {config.synthetic_size} x {config.synthetic_size} pixels: "
-            f"{config.synthetic_pairs} to train, {config.synthetic_test_pairs} to test"
+            f"{config.synthetic_pairs} for training, {config.synthetic_test_pairs} for testing"
         )
+    limits = [stage.max_dataset_size for stage in stages if stage.max_dataset_size is not None]
+    train_limit = max(limits) if len(limits) == len(stages) else None
     summaries = [
         validate_dataset(
             config.dataroot,
@@ -89,7 +96,7 @@ def validate_data(config: TrainConfig, stages: Iterable[TrainConfig], teachers: 
             load_size=config.load_size,
             crop_size=config.crop_size,
             direction=config.direction,
-            max_dataset_size=max(limits) if phase == "train" and None not in limits else None,
+            max_dataset_size=train_limit if phase == "train" else None,
             batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
             size_multiple=multiple,
         )
@@ -98,11 +105,18 @@ def validate_data(config: TrainConfig, stages: Iterable[TrainConfig], teachers: 
     return "; ".join(map(str, summaries))
 
 
-def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0) -> DataLoader:
-    """Batches of {"A", "B"} without end, shuffled by the seed, from number `start` on; len() is those of one pass.
+def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:
+    """Return a loader of endless batches {"A": (B, C, H, W), "B": (B, C, H, W)}.
+
+    Batch `number` depends only on the seed and its number. ``len(loader.batch_sampler)`` is the number of batches in
+    one pass over the images.
+
+    Args:
+        seed: determines the order of the images and their random crops and flips.
+        start: number of the first batch.
 
     Raises:
-        DataError: there are so few images that they cannot be shared out evenly to the processes.
+        DataError: The images are fewer than a batch and cannot be divided evenly among the processes.
     """
     batches = ResumableBatchSampler(
         len(dataset),
@@ -115,7 +129,8 @@ def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0
     )
     if batches.batch_size % distributed.world_size():
         raise DataError(
-            f"{batches.batch_size} images cannot be shared out evenly to {distributed.world_size()} processes: use fewer"
+            f"{batches.batch_size} images cannot be divided evenly among {distributed.world_size()} processes: use "
+            "fewer processes"
         )
     return DataLoader(
         SeededDataset(dataset),
@@ -123,27 +138,35 @@ def make_loader(dataset: Dataset, config: TrainConfig, seed: int, start: int = 0
         num_workers=0 if config.is_synthetic else config.num_threads,
         collate_fn=collate,
         pin_memory=config.torch_device.type == "cuda",
-        generator=torch.Generator(),  # its own, lest the loader draw from torch's
+        generator=torch.Generator(),  # without one the loader draws from torch's default generator
     )
 
 
-def has_one_size(config: TrainConfig) -> bool:
-    """Whether all training images are of one size, which the options say."""
+def has_one_size(config: ResolvedConfig) -> bool:
+    """Return whether the options give all training images the same size."""
     return config.is_synthetic or "crop" in config.preprocess
 
 
-def input_size(config: TrainConfig, direction: str = "G_A") -> tuple[int, int]:
-    """(H, W) of what a direction's generator is trained on; where images keep their sizes, of the first one."""
+def has_targets(config: ResolvedConfig) -> bool:
+    """Return whether every test image has a target; generated test images always have one."""
+    return config.is_synthetic or config.dataset_mode == "aligned"
+
+
+def input_size(config: ResolvedConfig, direction: str = "G_A") -> tuple[int, int]:
+    """Return (H, W) of the inputs that a direction's generator is trained on.
+
+    If images keep their own sizes, it is the size of the first one.
+    """
     if has_one_size(config):
         side = config.synthetic_size if config.is_synthetic else config.crop_size
         return side, side
-    with torch.device("cpu"):  # also where networks are made on "meta"
-        first = SeededDataset(open_data(config, "train"))[0, 0]  # draws nothing from torch's generator
+    with torch.device("cpu"):  # also inside a "meta" device context
+        first = SeededDataset(open_data(config, "train"))[0, 0]  # does not draw from torch's default generator
     height, width = first[sides(direction)[0]].shape[1:]
     return height, width
 
 
-def channels_of(config: TrainConfig, direction: str) -> tuple[int, int]:
-    """(input, output) channels of a direction's generator."""
+def channels_of(config: ResolvedConfig, direction: str) -> tuple[int, int]:
+    """Return (input, output) channels of a direction's generator."""
     channels = config.input_nc, config.output_nc
     return channels[::-1] if direction == "G_B" else channels

@@ -1,6 +1,6 @@
-"""Several processes, each with its part of every batch: torch.distributed, as torchrun starts it.
+"""Data-parallel training in the processes that torchrun starts; each one gets its part of every batch.
 
-In a process that was not started by torchrun everything here is as if there were one of them.
+Without torchrun, all functions behave as with a world size of 1.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# the first process evaluates and writes while the others wait for it
+T = TypeVar("T")
+# rank 0 evaluates and writes while the other ranks wait for it
 TIMEOUT = timedelta(hours=3)
-# torch 2.14 has another name for it
-SYNC_BUFFERS = next(
+# torch 2.14 renamed broadcast_buffers to forward_sync_buffers
+BUFFER_SYNC_OPTION = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in signature(DistributedDataParallel).parameters
@@ -30,10 +31,13 @@ SYNC_BUFFERS = next(
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did: NCCL between GPUs, gloo between CPUs.
+    """Context in which the processes of torchrun form the default process group: NCCL for GPUs, gloo for CPUs.
 
-    No network that was wrapped here may be kept afterwards: it would keep gloo's threads, and a thread that lets go of
-    a tensor while Python ends takes the process down with SIGABRT.
+    Keep no network that ``wrap`` returned after the context ends: it keeps gloo's threads alive, and a thread that
+    frees a tensor during interpreter shutdown aborts the process (SIGABRT).
+
+    Args:
+        device: the device of this process.
     """
     if launched_world_size() == 1:
         yield
@@ -45,32 +49,32 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        gc.collect()  # networks in cycles, of hooks for example
+        gc.collect()  # frees networks in reference cycles, such as those of hooks
 
 
 def launched_world_size() -> int:
-    """How many processes torchrun started, also before they have joined."""
+    """Return the number of processes that torchrun started; valid before the process group exists."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number; the first, 0, alone writes and prints."""
+    """Return the rank of this process; only rank 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes share every batch."""
+    """Return the number of processes that share every batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def print_rank0(text: str) -> None:
-    """Print in the first process alone."""
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def broadcast_object(value: Any) -> Any:
-    """The first process's value, in all of them."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -78,8 +82,8 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Every process's value, in all of them."""
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all ranks, in order of rank, on every rank."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -87,7 +91,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def all_reduce_and(condition: Tensor) -> Tensor:
-    """Whether a condition, a tensor (), holds in every process; nothing waits for the GPU."""
+    """Return whether a boolean scalar tensor is true on every rank, as a tensor: no host synchronisation."""
     if world_size() == 1:
         return condition
     number = condition.to(torch.int32)
@@ -96,15 +100,15 @@ def all_reduce_and(condition: Tensor) -> Tensor:
 
 
 def wrap(network: nn.Module, compiled: bool = False) -> nn.Module:
-    """The network as training calls it: compiled, if that is wanted, and its gradients averaged over the processes.
+    """Return the network as training calls it: optionally compiled, and with gradients averaged over all ranks.
 
-    Hooks may be registered on the network itself until it runs for the first time.
+    Register hooks on the original network, before its first forward pass. A network on "meta" is returned unchanged.
     """
     if next(network.parameters()).is_meta:
         return network
-    if compiled:
-        network = torch.compile(network)
+    wrapped = cast(nn.Module, torch.compile(network)) if compiled else network
     if world_size() > 1:
-        # a discriminator runs twice before its backward: buffers overwritten in between would break its gradient
-        network = DistributedDataParallel(network, **{SYNC_BUFFERS: False})
-    return network
+        # a discriminator runs twice before its backward pass: a buffer sync in between would break its gradient
+        options: dict[str, Any] = {BUFFER_SYNC_OPTION: False}
+        wrapped = DistributedDataParallel(wrapped, **options)
+    return wrapped

@@ -128,8 +128,8 @@ def fit(
                 for schedule in schedules:
                     schedule.step()
                 if epoch % config.save_epoch_freq == 0 and step < steps:
-                    record.save(stage.folder, str(epoch), ema_or_live(objective))
-                    record.save(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
+                    record.save_checkpoint(stage.folder, str(epoch), ema_or_live(objective))
+                    record.save_checkpoint(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
             if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
                 show(
                     {
@@ -140,7 +140,7 @@ def fit(
             if keep and step % config.save_latest_freq == 0 and _is_sound(objective):
                 keep(_state(objective, schedules, step, durations))
             began += time.perf_counter() - paused
-    record.save(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
+    record.save_checkpoint(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
     folder = stage.folder.relative_to(record.folder)
     record.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
     for distillation in objective.distillations.values():

@@ -1,106 +1,114 @@
-"""A whole run: the teacher, then every student for every seed."""
+"""The stages of a run: the teacher, then every student for every seed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from ..files import WriteError
 from ..models.checkpoints import load_generator
 from . import distributed
-from .datasets import open_data
+from .datasets import ImageDataset, open_data
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
-from .options import TrainConfig, teacher_config
+from .options import TrainConfig
 from .plan import Plan, prepare
 from .resume import has_state, remove_state
 from .run_dir import RunDir
-from .summary import describe, measure, publish
+from .summary import complexity, evaluate_stage, publish
 from .validation import evaluate
 
 
 def run(config: TrainConfig, command: str = "") -> RunDir:
-    """Do a whole run, or what is left of one, and leave its folder.
+    """Run all stages, or resume a stopped run, and return its folder.
 
     Args:
         config: options; with `resume`, those of the run that it names.
-        command: how the run was called, for its page.
+        command: command line that started the run, for the page.
 
-    Raises: as ``prepare``, before anything is trained; then
-        DataError: an image cannot be read.
-        Diverged: a network's losses are not finite any more.
-        WriteError: the disk is full, say; the last state that was written is there to go on from.
+    Raises: as ``prepare``, before training starts; then
+        DataError: An image cannot be read.
+        Diverged: The losses stay non-finite.
+        WriteError: A file cannot be written, for example because the disk is full; resume from the last saved state.
     """
     return execute(prepare(config, command))
 
 
 def execute(plan: Plan) -> RunDir:
-    """Train what is left to train."""
-    config, record = plan.config, plan.record
+    """Run all stages of a plan that are not done, and return the folder of the run."""
+    config, run_dir = plan.config, plan.run_dir
     test_set = open_data(config, "test")
     shown: dict[str, Generators] = {}
     try:
-        if config.teacher_netG:
-            stage = Stage("teacher", teacher_config(config), config.seed, record.folder / "teacher")
+        if plan.teacher:
+            stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher")
             plan.teachers = run_stage(plan, stage, "teacher", {}, test_set, shown)
         elif plan.teachers and "teacher" not in plan.rows and distributed.rank() == 0:
-            plan.rows["teacher"] = [describe(config, plan.teachers) | evaluate(plan.teachers, test_set, config, {})]
-        shown |= {"teacher": plan.teachers} if plan.teachers else {}
+            metrics = evaluate(plan.teachers, test_set, config, {})
+            plan.rows["teacher"] = [complexity(config, plan.teachers) | metrics]
+        if plan.teachers:
+            shown["teacher"] = plan.teachers
         if not plan.done or plan.done == ["teacher"]:
-            publish(record, config, plan.rows, shown, test_set)
+            publish(run_dir, config, plan.variants, plan.rows, shown, test_set)
         if plan.students_began is None:
-            plan.students_began = record.elapsed
+            plan.students_began = run_dir.elapsed
 
         for number in range(config.seeds):
             for name, options in plan.variants.items():
                 several = len(plan.variants) * config.seeds > 1
                 label = f"{name} seed {number}" if several else name
-                folder = record.folder / label.replace(" ", "-") if several else record.folder
+                folder = run_dir.folder / label.replace(" ", "-") if several else run_dir.folder
                 stage = Stage(label, options, config.seed + number, folder)
                 generators = run_stage(plan, stage, name, plan.teachers, test_set, shown)
                 shown.setdefault(name, generators)
-            last = number + 1 == config.seeds or is_over_budget(plan, number + 1)
+            last = number + 1 == config.seeds or is_over_budget(plan, number + 1, plan.students_began)
             if last:
-                record.report["status"] = "finished"
-            publish(record, config, plan.rows, shown, test_set)
+                run_dir.report["status"] = "finished"
+            publish(run_dir, config, plan.variants, plan.rows, shown, test_set)
             if last:
                 break
         if distributed.rank() == 0:
-            remove_state(record.folder)
+            remove_state(run_dir.folder)
     except BaseException:
-        record.report["status"] = "stopped"
-        with suppress(WriteError):  # perhaps what stopped it
-            record.write()
-        if has_state(record.folder):
-            distributed.print_rank0(f"stopped; it can go on: python -m srpkd.train --resume {record.folder}")
+        run_dir.report["status"] = "stopped"
+        with suppress(WriteError):  # a write error may be what stopped the run
+            run_dir.write_report()
+        if has_state(run_dir.folder):
+            distributed.print_rank0(f"stopped; resume with: python -m srpkd.train --resume {run_dir.folder}")
         raise
     finally:
-        record.close()
-    return record
+        run_dir.close()
+    return run_dir
 
 
 def run_stage(
-    plan: Plan, stage: Stage, name: str, teachers: Generators, test_set: Dataset, shown: Mapping[str, Generators]
+    plan: Plan,
+    stage: Stage,
+    name: str,
+    teachers: Generators,
+    test_set: ImageDataset,
+    shown: dict[str, Generators],
 ) -> Generators:
-    """Train and measure a stage, or load what it gave if it is done: its generators, ready for use.
+    """Train and evaluate a stage, or load the result of a finished one.
 
     Args:
-        name: of its row in the table.
-        shown: label -> direction -> generator: what the page shows beside it.
+        name: name of the stage's row in the table.
+        teachers: direction -> frozen generator; {} trains without a teacher.
+        shown: label -> direction -> generator: the other networks on the page.
+
+    Returns:
+        direction -> generator, frozen and in eval mode.
     """
     if stage.name in plan.done:
-        kind = OBJECTIVES[stage.config.model]
-        files = {direction: stage.folder / f"latest_net_{direction}.pth" for direction in kind.directions}
+        directions = OBJECTIVES[stage.config.model].directions
+        files = {direction: stage.folder / f"latest_net_{direction}.pth" for direction in directions}
         return {
             direction: freeze_for_inference(load_generator(path), stage.config) for direction, path in files.items()
         }
 
-    def keep(state: dict[str, Any] | None) -> None:
-        plan.record.keep(
+    def save_state(state: dict[str, Any] | None) -> None:
+        plan.run_dir.save_resume_state(
             {
                 "config": asdict(replace(plan.config, resume=None)),
                 "rows": plan.rows,
@@ -111,25 +119,29 @@ def run_stage(
         )
 
     def show(generators: Generators) -> None:
-        publish(plan.record, plan.config, plan.rows, {name: generators} | shown, test_set)
+        publish(plan.run_dir, plan.config, plan.variants, plan.rows, {name: generators} | shown, test_set)
 
-    stopped = plan.training[1] if plan.training and plan.training[0] == stage.name else None
-    if not plan.done and stopped is None:
-        keep(None)  # from the first step on there is a state to resume from
-    trained = fit(stage, plan.record, teachers, stopped, keep, show)
-    plan.rows.setdefault(name, []).append(measure(stage, plan.record, trained, test_set, teachers))
+    interrupted = plan.training[1] if plan.training and plan.training[0] == stage.name else None
+    if not plan.done and interrupted is None:
+        save_state(None)  # a run can be resumed from its first step on
+    trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show)
+    plan.rows.setdefault(name, []).append(evaluate_stage(stage, plan.run_dir, trained, test_set, teachers))
     plan.done.append(stage.name)
-    keep(None)
+    save_state(None)
     return trained.generators
 
 
-def is_over_budget(plan: Plan, number: int) -> bool:
-    """Whether seed `number`, 0, 1, ..., is one too many for the time budget: two are always run."""
-    budget, elapsed = plan.config.time_budget, plan.record.elapsed
-    seconds_per_seed = (elapsed - plan.students_began) / number
+def is_over_budget(plan: Plan, number: int, students_began: float) -> bool:
+    """Return whether seed `number` (0, 1, ...) would exceed the time budget. Seeds 0 and 1 always run.
+
+    Args:
+        students_began: seconds from the start of the run to the start of the first student.
+    """
+    budget, elapsed = plan.config.time_budget, plan.run_dir.elapsed
+    seconds_per_seed = (elapsed - students_began) / number
     over = number >= 2 and budget is not None and elapsed + seconds_per_seed > budget
-    begun = any(label.endswith(f" seed {number}") for label in [*plan.done, *(plan.training or ())[:1]])
-    over = distributed.broadcast_object(over and not begun)
+    started = any(label.endswith(f" seed {number}") for label in [*plan.done, *(plan.training or ())[:1]])
+    over = distributed.broadcast_object(over and not started)
     if over:
-        distributed.print_rank0(f"{number} seeds: another would take longer than the time budget")
+        distributed.print_rank0(f"{number} seeds: another one would exceed the time budget")
     return over

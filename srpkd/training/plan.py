@@ -1,4 +1,4 @@
-"""Everything that is decided and checked before training starts."""
+"""Everything that a run checks and decides before training starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .datasets import channels_of, input_size, validate_data
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import OBJECTIVES, Objective
-from .options import RESUME_OPTIONS, TrainConfig, teacher_config, variant_config
+from .options import RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .summary import Row, describe_task, device_name
@@ -30,21 +31,25 @@ from .summary import Row, describe_task, device_name
 
 @dataclass
 class Plan:
-    """A run that has been found to fit together, and how far it is.
+    """A validated run and its progress.
 
-    config: as given, with what stood open filled in.
-    variants: name -> the options of a student.
-    teachers: those loaded, or trained by now: direction -> generator, ready for use.
-    rows: name -> its rows of the table, a row per seed.
-    done: names of the stages that are finished.
-    training: the name of the stage that was stopped, and its state, in a run that is resumed.
-    students_began: seconds from the run's beginning to that of the first student.
+    Attributes:
+        config: options of the run.
+        teacher: options of the teacher that the run trains, or None.
+        variants: name -> options of a student.
+        teachers: direction -> teacher that was loaded or trained, frozen and in eval mode.
+        run_dir: folder of the run.
+        rows: name -> rows of the table, one per seed.
+        done: names of the finished stages.
+        training: for a resumed run, the name of the interrupted stage and its state.
+        students_began: seconds from the start of the run to the start of the first student.
     """
 
-    config: TrainConfig
-    variants: dict[str, TrainConfig]
+    config: ResolvedConfig
+    teacher: ResolvedConfig | None
+    variants: dict[str, ResolvedConfig]
     teachers: Generators
-    record: RunDir
+    run_dir: RunDir
     rows: dict[str, list[Row]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     training: tuple[str, dict[str, Any]] | None = None
@@ -52,92 +57,125 @@ class Plan:
 
 
 def prepare(config: TrainConfig, command: str = "") -> Plan:
-    """See that everything fits together, and make the run's folder or find it.
+    """Check that everything fits together, and create the folder of the run or open that of a resumed one.
 
-    Raises, before anything is written:
-        DataError: the images do not fit (see ``srpkd.data.examine``).
-        CheckpointError: the teacher's weights, or a stopped run's state, cannot be used.
-        ValueError: options that contradict each other, or do not fit the networks.
-        ImportError: a package is missing that a flag asks for.
+    Args:
+        config: options of the run.
+        command: command line that started the run, for the page.
+
+    Raises: before anything is written,
+        ValueError: Options contradict each other, or do not fit the networks.
+        DataError: The images do not fit (see ``srpkd.data.validate``).
+        CheckpointError: The teacher's weights or the state of a resumed run cannot be used.
+        ImportError: A logging option needs a package that is not installed.
     """
     config = config.resolved()
     packages = import_loggers(config)
+    teacher = teacher_config(config) if config.teacher_netG else None
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
     teachers = load_teachers(config)
-    stages = [*variants.values(), *([teacher_config(config)] if config.teacher_netG else [])]
-    summary = validate_data(config, stages, teachers)
-    dry_run(config, variants, teachers)
+    data_summary = validate_data(config, [*variants.values(), *([teacher] if teacher else [])], teachers)
+    dry_run(config, teacher, variants, teachers)
 
-    folder = run_folder(config.resume, config.runs_dir) if config.resume else None
-    state = load_state(folder) if folder else {}
-    if state:
+    state: dict[str, Any] = {}
+    if config.resume:
+        folder = run_folder(config.resume, config.runs_dir)
+        state = load_state(folder)
         check_resumed(config, state)
-    folder = distributed.broadcast_object(
-        folder or (new_folder(config.runs_dir, config.name) if distributed.rank() == 0 else None)
-    )
-    environment = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device_name(config.torch_device),
-        "data": summary,
-    }
+    else:
+        created = new_folder(config.runs_dir, config.name) if distributed.rank() == 0 else Path()
+        folder = distributed.broadcast_object(created)
     task = describe_task(config)
-    report = {"title": config.name, "task": task, "command": command, "environment": environment}
+    report = {
+        "title": config.name,
+        "task": task,
+        "command": command,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device_name(config.torch_device),
+            "data": data_summary,
+        },
+    }
+    run_dir = _open_run_dir(folder, config, report, state, packages)
+    distributed.print_rank0(f"{task}\n{data_summary}\n{'resuming' if state else 'writing to'} {folder}")
+    progress = {key: state[key] for key in ("rows", "done", "training", "students_began") if key in state}
+    return Plan(config, teacher, variants, teachers, run_dir, **progress)
+
+
+def _open_run_dir(
+    folder: Path,
+    config: ResolvedConfig,
+    report: dict[str, Any],
+    state: Mapping[str, Any],
+    packages: Mapping[str, ModuleType],
+) -> RunDir:
     try:
-        watchers = open_loggers(packages, folder, config) if distributed.rank() == 0 else []
-        record = RunDir(folder, to_yaml(config), report, state.get("record"), watchers)
+        loggers = open_loggers(packages, folder, config) if distributed.rank() == 0 else []
+        return RunDir(folder, to_yaml(config), report, state.get("record"), loggers)
     except OSError:
         if not state and distributed.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # it was made for this run, which has not begun
+            shutil.rmtree(folder, ignore_errors=True)  # the new folder of a run that cannot start
         raise
-    distributed.print_rank0(f"{task}\n{summary}\n{'going on in' if state else 'writing to'} {folder}")
-    progress = {key: state[key] for key in ("rows", "done", "training", "students_began") if key in state}
-    return Plan(config, variants, teachers, record, **progress)
 
 
-def check_resumed(config: TrainConfig, state: Mapping[str, Any]) -> None:
-    """Whether a run's state is of these options and of as many processes.
+def check_resumed(config: ResolvedConfig, state: Mapping[str, Any]) -> None:
+    """Check that a saved state fits the options and the number of processes.
 
     Raises:
-        ValueError: it is not; says what differs.
+        ValueError: It does not; the message lists the differences.
     """
     ours, theirs = asdict(config), state["config"]
     if changed := [name for name in ours if name not in RESUME_OPTIONS and ours[name] != theirs.get(name)]:
         differences = [f"{name} is {ours[name]!r} and was {theirs.get(name)!r}" for name in changed]
-        raise ValueError(
-            f"--resume {config.resume}: {'; '.join(differences)}: a run goes on with the options that it began with"
-        )
+        raise ValueError(f"--resume {config.resume}: {'; '.join(differences)}: a resumed run must keep its options")
     processes = len(state["training"][1]["processes"]) if state["training"] else distributed.world_size()
     if processes != distributed.world_size():
+        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
         raise ValueError(
-            f"--resume {config.resume}: this run had {processes} processes, and now {distributed.world_size()}: go on with "
-            + (f"torchrun --nproc_per_node={processes} -m srpkd.train ..." if processes > 1 else "one")
+            f"--resume {config.resume}: the number of processes is {distributed.world_size()} and was {processes}: "
+            f"resume with {launcher} -m srpkd.train --resume {config.resume}"
         )
 
 
-def dry_run(config: TrainConfig, variants: Mapping[str, TrainConfig], teachers: Mapping[str, nn.Module]) -> None:
-    """Build every stage's networks and losses on the device "meta", at no cost.
+def dry_run(
+    config: ResolvedConfig,
+    teacher: ResolvedConfig | None,
+    variants: Mapping[str, ResolvedConfig],
+    teachers: Mapping[str, nn.Module],
+) -> None:
+    """Build the networks and losses of every stage on the "meta" device, which allocates no memory.
+
+    Args:
+        teacher: options of the teacher that the run trains, or None.
+        variants: name -> options of a student.
+        teachers: teachers that were loaded from files, by direction.
 
     Raises:
-        ValueError: what does not fit, which else would show when the teacher has been trained.
+        ValueError: Options do not fit together, which would otherwise show only when the student's training starts.
     """
     if config.distils and not any(options.learns_from_teacher for options in variants.values()):
         raise ValueError(
-            "lambda_kd, lambda_srp and lambda_feature are all 0: nothing would be learnt from the teacher; give one of "
-            "them a weight, or leave the teacher out"
+            "lambda_kd, lambda_srp and lambda_feature are all 0, so the student does not learn from the teacher: give "
+            "one of them a weight, or remove the teacher"
         )
-    ghosts = {direction: copy.deepcopy(teacher).to("meta") for direction, teacher in teachers.items()}
-    if config.teacher_netG:
-        ghosts = build_on_meta(teacher_config(config), {}).generators
+    if teacher:
+        meta_teachers: Mapping[str, nn.Module] = build_on_meta(teacher, {}).generators
+    else:
+        meta_teachers = {direction: copy.deepcopy(network).to("meta") for direction, network in teachers.items()}
     for name, options in variants.items():
         try:
-            build_on_meta(options, ghosts)
+            build_on_meta(options, meta_teachers)
         except ValueError as error:
             raise ValueError(f"variant {name!r}: {error}" if config.variants else str(error)) from error
 
 
-def build_on_meta(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Objective:
-    """A stage's objective without data, its tapped layers, discriminators and relation loss tried out."""
+def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module]) -> Objective:
+    """Build the objective of a stage on the "meta" device, and try its relation loss and discriminators.
+
+    Raises:
+        ValueError: Options do not fit the networks or the image size.
+    """
     try:
         with torch.device("meta"):
             objective = make_objective(replace(config, device="meta"), 0, teachers)
@@ -145,7 +183,7 @@ def build_on_meta(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Obj
         make_relation_loss(config)(feature, feature)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    # what a discriminator judges is as large as the inputs of the generators, each one's
+    # outputs, which the discriminators see, are as large as inputs
     sizes = dict.fromkeys(input_size(config, direction) for direction in objective.generators)
     for network, (height, width) in itertools.product(objective.discriminators.values(), sizes):
         images = torch.empty(1, next(network.parameters()).shape[1], height, width, device="meta")
@@ -153,27 +191,30 @@ def build_on_meta(config: TrainConfig, teachers: Mapping[str, nn.Module]) -> Obj
             network(images)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"images of {height} x {width} pixels are too small for netD {config.netD}: use larger ones, "
+                f"images of {height} x {width} pixels are too small for netD {config.netD}: use larger images, "
                 f"or --netD n_layers with fewer --n_layers_D ({error})"
             ) from error
     return objective
 
 
-def load_teachers(config: TrainConfig) -> Generators:
-    """The teachers that ``--teacher`` names: direction -> frozen generator in eval mode.
+def load_teachers(config: ResolvedConfig) -> Generators:
+    """Load the teachers that ``--teacher`` names.
+
+    Returns:
+        direction -> generator, frozen and in eval mode.
 
     Raises:
-        CheckpointError: a file is missing, or is not the weights of a generator of this task.
+        CheckpointError: A file is missing, or does not contain the weights of a generator of this task.
     """
     teachers = {}
     for direction, path in teacher_files(config).items():
         teacher = load_generator(path)
-        wanted = channels_of(config, direction)
-        found = image_channels(teacher)
-        if found != wanted:
+        expected = channels_of(config, direction)
+        received = image_channels(teacher)
+        if received != expected:
             raise CheckpointError(
-                f"{path}: this generator goes from {found[0]} to {found[1]} channels, the images from {wanted[0]} to "
-                f"{wanted[1]}: set --input_nc and --output_nc, or take another teacher"
+                f"{path}: this generator maps {received[0]} to {received[1]} channels, the images have {expected[0]} "
+                f"and {expected[1]}: set --input_nc and --output_nc, or use another teacher"
             )
         teachers[direction] = freeze_for_inference(teacher, config)
     if list(teachers) == ["G_A"]:
@@ -181,14 +222,14 @@ def load_teachers(config: TrainConfig) -> Generators:
     return teachers
 
 
-def teacher_files(config: TrainConfig) -> dict[str, Path]:
-    """direction -> the file of its teacher; for cycle_gan, a direction without a file has no teacher."""
+def teacher_files(config: ResolvedConfig) -> dict[str, Path]:
+    """Return direction -> file of its teacher; cycle_gan may have a teacher for G_A only."""
     if not config.teacher:
         return {}
     path = Path(config.teacher).expanduser()
     direction = OBJECTIVES[config.model].directions[0]
     if path.is_dir():
-        # of a run that trained both, its teacher, not its student
+        # the folder of a run that trained both contains its student, and its teacher in a folder below
         name = f"latest_net_{direction}.pth"
         path = path / "teacher" / name if (path / "teacher" / name).exists() else path / name
     files = {direction: path}

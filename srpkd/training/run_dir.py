@@ -71,13 +71,13 @@ class RunDir:
             for watcher in self._watchers:
                 watcher.log(stage, step, values)
 
-    def save(self, folder: Path, name: str, networks: dict[str, nn.Module]) -> None:
+    def save_checkpoint(self, folder: Path, name: str, networks: dict[str, nn.Module]) -> None:
         """Write weights as the public code names them: ``<folder>/<name>_net_<network>.pth``."""
         if self._metrics is not None:
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
 
-    def keep(self, state: dict[str, Any]) -> None:
+    def save_resume_state(self, state: dict[str, Any]) -> None:
         """Write the run's state, with what this record itself needs to go on."""
         if self._metrics is not None:
             with writing(self.folder / "metrics.jsonl"):
@@ -87,7 +87,7 @@ class RunDir:
             kept = {"metrics_bytes": written, "report": json.dumps(self.report), "elapsed": self.elapsed}
             save_state(self.folder, state | {"record": kept})
 
-    def write(self) -> None:
+    def write_report(self) -> None:
         """Bring ``report.json`` and ``index.html`` up to date."""
         if self._metrics is not None:
             self.report["elapsed_seconds"] = round(self.elapsed, 1)

@@ -1,4 +1,4 @@
-"""What a run found out: the rows of its table, its notes, its pictures, and the page with all of it."""
+"""What a run reports: the rows of its table, notes, sample images, and the page."""
 
 from __future__ import annotations
 
@@ -7,43 +7,56 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from ..models.complexity import count_macs, count_parameters
 from . import distributed
-from .datasets import channels_of, has_one_size, input_size
+from .datasets import ImageDataset, channels_of, has_one_size, input_size
 from .loop import Generators, Stage, Trained
-from .options import TrainConfig, variant_config
+from .options import ResolvedConfig
 from .run_dir import RunDir
-from .validation import evaluate, metric_columns, show_relations, show_samples
+from .samples import write_relation_maps, write_samples
+from .validation import evaluate, metric_columns
 
 Row = dict[str, float]
 
 
-def measure(stage: Stage, record: RunDir, trained: Trained, test_set: Dataset, teachers: Generators) -> Row:
-    """A stage's row of the table, in the first process; its metrics are logged too."""
+def evaluate_stage(
+    stage: Stage, run_dir: RunDir, trained: Trained, test_set: ImageDataset, teachers: Generators
+) -> Row:
+    """Evaluate a stage and log its metrics.
+
+    Returns:
+        The stage's row of the table on rank 0, {} on the others.
+    """
     if distributed.rank() > 0:
         return {}
     metrics = evaluate(trained.generators, test_set, stage.config, teachers)
-    record.log(stage.name, trained.steps, **metrics)
-    return describe(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
+    run_dir.log(stage.name, trained.steps, **metrics)
+    return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
-def describe(config: TrainConfig, generators: Generators) -> Row:
-    """How large one generator is."""
+def complexity(config: ResolvedConfig, generators: Generators) -> Row:
+    """Return parameters and MACs of one generator."""
     direction, generator = next(iter(generators.items()))
     shape = (1, channels_of(config, direction)[0], *input_size(config, direction))
     return {"parameters": count_parameters(generator), "macs": count_macs(generator, shape)}
 
 
 def publish(
-    record: RunDir,
-    config: TrainConfig,
+    run_dir: RunDir,
+    config: ResolvedConfig,
+    variants: Mapping[str, ResolvedConfig],
     rows: Mapping[str, list[Row]],
     shown: Mapping[str, Generators],
-    test_set: Dataset,
+    test_set: ImageDataset,
 ) -> None:
-    """Bring the table, the pictures and the page up to date; the first process does."""
+    """Update the table, the images and the page on rank 0.
+
+    Args:
+        variants: name -> options of a student.
+        rows: name -> rows of the table, one per seed.
+        shown: label -> direction -> generator in eval mode.
+    """
     if distributed.rank() > 0:
         return
     pixels = "{} x {} pixels".format(*input_size(config)) + ("" if has_one_size(config) else ", the first image's size")
@@ -54,43 +67,51 @@ def publish(
         *metric_columns([row for group in rows.values() for row in group]),
         {"key": "seconds_per_step", "label": "s/step", "format": ".4f", "help": "median seconds of a training step"},
     ]
-    record.report["table"] = {
+    run_dir.report["table"] = {
         "columns": columns,
         "rows": [
-            {"name": name} | {column["key"]: summarise(column["key"], group) for column in columns[1:]}
+            {"name": name} | {column["key"]: table_cell(column["key"], group) for column in columns[1:]}
             for name, group in rows.items()
         ],
-        "notes": table_notes(config, rows),
+        "notes": table_notes(config, variants, rows),
     }
-    record.report["samples"] = show_samples(record.folder, shown, test_set, config)
-    record.report["relations"] = show_relations(record.folder, shown, test_set, config)
-    record.write()
+    run_dir.report["samples"] = write_samples(run_dir.folder, shown, test_set, config)
+    run_dir.report["relations"] = write_relation_maps(run_dir.folder, shown, test_set, config)
+    run_dir.write_report()
 
 
-def summarise(key: str, group: list[Row]) -> Any:
-    """One value, or mean and standard deviation over the seeds; None where there is none."""
+def table_cell(key: str, group: list[Row]) -> Any:
+    """Return a single value, {"mean", "std", "n"} over the seeds, or None without values."""
     values = [row[key] for row in group if key in row]
     if len(values) < 2 or key in ("parameters", "macs"):
         return values[0] if values else None
-    spread = torch.tensor(values, dtype=torch.float64)  # statistics.stdev cannot take what diverged
-    return {"mean": spread.mean().item(), "std": spread.std().item(), "n": len(values)}
+    tensor = torch.tensor(values, dtype=torch.float64)  # statistics.stdev raises for infinite values
+    return {"mean": tensor.mean().item(), "std": tensor.std().item(), "n": len(values)}
 
 
-def table_notes(config: TrainConfig, rows: Mapping[str, list[Row]]) -> list[str]:
-    """What each variant gains over output distillation alone, seed by seed: variants of a seed start and draw alike."""
-    variants = [name for name in config.variants if len(rows.get(name, [])) > 1]
-    options = {name: variant_config(config, name) for name in variants}
-    plain = [n for n, o in options.items() if o.lambda_kd and not o.lambda_srp and not o.lambda_feature]
-    if not plain:
+def table_notes(
+    config: ResolvedConfig, variants: Mapping[str, ResolvedConfig], rows: Mapping[str, list[Row]]
+) -> list[str]:
+    """Compare each variant with output distillation alone, seed by seed.
+
+    Variants of the same seed start from the same weights and see the same images, so differences by seed are
+    meaningful. Unpaired tasks are compared by PSNR to the teacher: no target says what the output should be.
+    """
+    finished = [name for name in config.variants if len(rows.get(name, [])) > 1]
+    output_alone = [
+        name
+        for name in finished
+        if variants[name].lambda_kd and not variants[name].lambda_srp and not variants[name].lambda_feature
+    ]
+    if not output_alone:
         return []
-    base, notes = plain[0], []
-    # unpaired, nothing but its teacher says what a student should have made of an image
+    base = output_alone[0]
     by_teacher = config.dataset_mode == "unaligned"
     scores = [column for column in metric_columns(rows[base]) if column["key"].startswith("teacher") == by_teacher]
     if not scores:
         return []
-    score = scores[0]
-    for name in variants:
+    score, notes = scores[0], []
+    for name in finished:
         if name != base:
             gains = [ours[score["key"]] - theirs[score["key"]] for ours, theirs in zip(rows[name], rows[base])]
             notes.append(
@@ -100,16 +121,17 @@ def table_notes(config: TrainConfig, rows: Mapping[str, list[Row]]) -> list[str]
     return notes
 
 
-def describe_task(config: TrainConfig) -> str:
-    """The run in a sentence."""
-    what = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
+def describe_task(config: ResolvedConfig) -> str:
+    """Return the task of a run in one sentence."""
+    task = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
     student = f"{config.netG} of ngf {config.ngf}"
     if config.teacher:
-        return f"{what}: {student}, distilled from {config.teacher}"
+        return f"{task}: {student}, distilled from {config.teacher}"
     if config.teacher_netG:
-        return f"{what}: {student}, distilled from {config.teacher_netG} of ngf {config.teacher_ngf}"
-    return f"{what}: {student}, without a teacher"
+        return f"{task}: {student}, distilled from {config.teacher_netG} of ngf {config.teacher_ngf}"
+    return f"{task}: {student}, without a teacher"
 
 
 def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of threads of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

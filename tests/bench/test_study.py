@@ -198,7 +198,7 @@ def test_what_is_in_the_way_is_named(tmp_path, one_thread):
         (["--worlds", "3", "4"], "--worlds: expected one number, or 3, one for each of the settings"),
         (["--options", "[1"], "is not YAML"),
         (["--options", "3"], "--options: expected options as `name: value` lines, received int"),
-        (["--options", "{nfg: 3}"], "no option 'nfg'; did you mean ngf?"),
+        (["--options", "{nfg: 3}"], "unknown option 'nfg'; did you mean ngf?"),
         (["--options", "{seed: 3}"], "seed cannot be given, the study sets it"),
         (["--options", "{ngf: many}"], "expected a whole number"),
         (["--settings", "fewer"], "invalid choice: 'fewer'"),

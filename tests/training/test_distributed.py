@@ -1,4 +1,4 @@
-"""Two processes, as torchrun starts them, against one."""
+"""Training in two processes, as torchrun starts them, compared with one."""
 
 import json
 import os
@@ -46,15 +46,19 @@ ARGUMENTS = {
 }
 
 
-def launch(cwd: Path, *arguments: str, processes: int = 1, path: Path | None = None) -> subprocess.CompletedProcess:
-    """Run `python arguments` in so many processes on this machine."""
+TESTS = Path(__file__).parents[1]
+
+
+def launch(cwd: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run `python arguments` in a number of processes, which can import srpkd and the modules of the tests."""
     launcher = []
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    path = [TESTS.parent, TESTS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -67,7 +71,7 @@ def server() -> Iterator[Callable[..., int]]:
 
 @pytest.fixture(scope="module", params=ARGUMENTS)
 def runs(request, server, tmp_path_factory) -> tuple[str, Path, Path]:
-    """A model, and the folders of one process's run, and of two processes' on the same global batches."""
+    """A model, the folder of a run in one process, and that of a run in two with the same global batches."""
     cwd = tmp_path_factory.mktemp(request.param)
     write_synthetic(cwd / "images", 8, 2, 20, layout="unaligned")
     for processes in (1, 2):
@@ -80,7 +84,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_do_what_one_does(runs):
+def test_two_processes_train_like_one(runs):
     _, one, two = runs
     ours, theirs = lines(one), lines(two)
     assert [(line["stage"], line["step"]) for line in ours] == [(line["stage"], line["step"]) for line in theirs]
@@ -92,11 +96,11 @@ def test_two_processes_do_what_one_does(runs):
     for file in files:
         expected, found = load_weights(one / file), load_weights(two / file)
         for key in expected:
-            if expected[key].ndim == 4:  # a bias before a norm follows rounding alone
+            if expected[key].ndim == 4:  # a bias before a norm has only rounding errors for a gradient
                 torch.testing.assert_close(found[key], expected[key], rtol=1e-2, atol=1e-4)
 
 
-def test_one_of_them_writes_and_prints(runs):
+def test_only_rank_0_writes_and_prints(runs):
     _, one, two = runs
     assert sorted(p.relative_to(one) for p in one.rglob("*")) == sorted(p.relative_to(two) for p in two.rglob("*"))
     assert sorted(path.name for path in two.parent.glob("of*")) == ["of1", "of2"]
@@ -105,7 +109,7 @@ def test_one_of_them_writes_and_prints(runs):
     assert output.count(f"report: {Path(*two.parts[-2:])}/index.html") == 1
 
 
-def test_torchrun_starts_them(runs):
+def test_torchrun(runs):
     model, _, two = runs
     if model == "cycle_gan":
         pytest.skip("one model is enough")
@@ -115,124 +119,133 @@ def test_torchrun_starts_them(runs):
     assert timeless[0] == timeless[1]
 
 
-def test_images_too_few_to_be_shared_out_evenly(monkeypatch):
-    monkeypatch.setattr("srpkd.training.distributed.ranks", lambda: 2)
-    config = TrainConfig(dataroot=":synthetic:", batch_size=4)
-    with pytest.raises(DataError, match="3 images cannot be shared out evenly to 2 processes: use fewer"):
+def test_images_that_cannot_be_divided_among_the_processes(monkeypatch):
+    monkeypatch.setattr("srpkd.training.distributed.world_size", lambda: 2)
+    config = TrainConfig(dataroot=":synthetic:", batch_size=4).resolved()
+    with pytest.raises(DataError, match="3 images cannot be divided evenly among 2 processes: use fewer"):
         make_loader(open_synthetic(generate_scenes(3, 16)), config, seed=0)
 
 
-def test_a_batch_has_to_be_shared_out_evenly(monkeypatch, capsys):
+def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit):
         parse_arguments([*ARGUMENTS["pix2pix"], *TINY])
     assert (
-        "batch_size=4 cannot be shared out evenly to 3 processes: --batch_size 3, or a mul" in capsys.readouterr().err
+        "batch_size=4 is not divisible by the number of processes, 3: use --batch_size 3 or" in capsys.readouterr().err
     )
     assert parse_arguments([*ARGUMENTS["pix2pix"], *TINY, "--batch_size=6"]).batch_size == 6
 
 
-def threads() -> list[str]:
-    """Gloo's in this process: one that lives on while Python ends may abort it."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return [name for name in names if "gloo" in name]
-
-
-# A program of its own: what two processes do beside each other
+# programs that launch() runs; its PYTHONPATH makes gloo_threads and small importable
 PAIR = """
 import math, torch
-from srpkd import fit, parallel
-from test_parallel import threads
-from test_updates import images, options, spoil
+from gloo_threads import gloo_threads
+from small import SIZE, SMALL
+from srpkd.training import distributed, loop
+from srpkd.training.options import TrainConfig
 
 
-def tell():
-    assert parallel.ranks() == 2
-    assert parallel.share("of 0" if parallel.rank() == 0 else "of 1") == "of 0"
-    assert parallel.gather(parallel.rank()) == [0, 1]
-    for here in (True, False):
-        for there in (True, False):
-            mine = here if parallel.rank() == 0 else there
-            assert parallel.all_reduce_and(torch.tensor(mine)).item() == (here and there)
+def images():
+    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
 
 
-def step(model):
-    # a loss that is not finite in one process leaves the step out in both
-    objective = fit.make_objective(options(model, batch_size=2, norm="batch"), 0, {})
+def make_next_output_nan(network):
+    def hook(module, inputs, output):
+        handle.remove()
+        return output.index_fill(0, torch.tensor([1]), math.nan)
+
+    handle = network.register_forward_hook(hook)
+
+
+def test_collectives():
+    rank = distributed.rank()
+    assert distributed.world_size() == 2
+    assert distributed.broadcast_object(f"of {rank}") == "of 0"
+    assert distributed.all_gather_object(rank) == [0, 1]
+    for on_0 in (True, False):
+        for on_1 in (True, False):
+            found = distributed.all_reduce_and(torch.tensor((on_0, on_1)[rank]))
+            assert found.item() == (on_0 and on_1)
+
+
+def test_steps(model):
+    # a loss that is not finite on one rank makes both ranks skip the step
+    config = TrainConfig(**SMALL | {"model": model, "norm": "batch", "ngf": 2, "ndf": 2, "lr": 0.01}).resolved()
+    objective = loop.make_objective(config, 0, {})
     objective.step(images())
     before = [p.clone() for net in objective.networks.values() for p in net.parameters()]
-    if parallel.rank() == 1:
-        spoil(objective, next(iter(objective.generators)), math.nan)
+    if distributed.rank() == 1:
+        make_next_output_nan(objective.networks[next(iter(objective.generators))])
     objective.step(images())
     after = [p for net in objective.networks.values() for p in net.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert objective.updates.skipped == 1
     assert objective.updates.nonfinite_loss == {"pix2pix": "D_fake", "cycle_gan": "G_A"}[model]
-    torch.manual_seed(parallel.rank())
+    torch.manual_seed(distributed.rank())
     for _ in range(2):
         objective.step(images())
     weights = torch.cat([p.detach().flatten() for net in objective.networks.values() for p in net.parameters()])
     assert weights.isfinite().all()
-    one, other = parallel.gather(weights)
+    one, other = distributed.all_gather_object(weights)
     assert torch.equal(one, other)
-    objective.itself = objective  # a cycle, such as hooks make: it has to be looked for
+    objective.cycle = objective  # a reference cycle, as hooks make: only the garbage collector frees it
 
 
-with parallel.processes(torch.device("cpu")):
-    tell()
-    step("pix2pix")
-    step("cycle_gan")
-    assert threads()
-assert not threads(), threads()
+with distributed.process_group(torch.device("cpu")):
+    test_collectives()
+    test_steps("pix2pix")
+    test_steps("cycle_gan")
+    assert gloo_threads()
+assert not gloo_threads(), gloo_threads()
 print("fine")
 """
 
 
-def test_what_they_tell_each_other(tmp_path):
+def test_collectives_and_steps_of_two_ranks(tmp_path):
     program = tmp_path / "pair.py"
     program.write_text(PAIR)
-    done = launch(tmp_path, str(program), processes=2, path=Path(__file__).parents[1])
+    done = launch(tmp_path, str(program), processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
 
 
-# A program of its own: a run that fails
 FAILS = """
 import sys
-from srpkd import objectives, train
-from srpkd.data import DataError
-from test_parallel import threads
+from gloo_threads import gloo_threads
+from srpkd import train
+from srpkd.data.folders import DataError
+from srpkd.training import objectives
 
 def step(objective, batch):
-    assert threads()
-    raise DataError("an image that is none")
+    assert gloo_threads()
+    raise DataError("a damaged image")
 
 objectives.Pix2Pix.step = step
 try:
     train.main(sys.argv[1:])
 except SystemExit as end:
-    assert str(end) == "error: an image that is none", end
-    assert not threads(), threads()
+    assert str(end) == "error: a damaged image", end
+    assert not gloo_threads(), gloo_threads()
 print("fine")
 """
 
 
-def test_a_run_that_fails_leaves_no_threads(tmp_path):
+def test_a_failed_run_leaves_no_threads(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
-    done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2, path=Path(__file__).parents[1])
+    done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
 
 
-def test_both_go_on_with_what_each_had(server, runs):
-    """Pools and random numbers are each process's own."""
+def test_resumed_processes_continue_bit_identically(server, runs):
+    """Each process has its own image pools and random state."""
     model, _, expected = runs
     cwd = expected.parent.parent
     arguments = [*ARGUMENTS[model], *TINY, "--name=killed", "--save_latest_freq=2"]
     assert server(arguments, cwd, ("step", 10), processes=2) == -signal.SIGKILL
     assert server(["--resume=killed"], cwd) == 1
-    message = "this run had 2 processes, and now 1: go on with torchrun --nproc_per_node=2"
+    message = "the number of processes is 1 and was 2: resume with torchrun --nproc_per_node=2 -m srpkd.train --resume"
     assert message in (cwd / "log").read_text()
     assert server(["--resume=killed"], cwd, processes=2) == 0, (cwd / "log").read_text()
     for file in expected.rglob("*.pth"):

@@ -1,3 +1,5 @@
+"""The presets: their options, and that they run."""
+
 import json
 import shlex
 from dataclasses import fields
@@ -6,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from srpkd import train
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import load_generator
 from srpkd.models.complexity import count_macs, count_parameters
 from srpkd.models.networks import define_generator
 from srpkd.training import pipeline
 from srpkd.training.config import parse_arguments, presets
-from srpkd.training.options import SYNTHETIC, LossOptions, TrainConfig
+from srpkd.training.option_groups import SYNTHETIC, LossOptions
+from srpkd.training.options import ResolvedConfig, variant_config
 
 # student and teacher as (netG, ngf)
 PAIRS = {
@@ -32,15 +34,15 @@ DATA_SETS = {
 DEMOS = {"demo": "pix2pix", "demo-unpaired": "cycle_gan"}
 
 
-def parse(*names: str, flags: tuple[str, ...] = ()) -> TrainConfig:
+def parse(*names: str, flags: tuple[str, ...] = ()) -> ResolvedConfig:
     return parse_arguments([*(f"--preset={name}" for name in names), *flags])
 
 
-def test_all_are_known_here():
+def test_all_presets_are_tested():
     assert set(presets()) == PAIRS.keys() | DATA_SETS.keys() | DEMOS.keys()
 
 
-# What they say
+# Options
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -52,10 +54,10 @@ def test_a_pair_of_networks(name):
     assert config.model == ("pix2pix" if paired else "cycle_gan")
     assert config.norm == ("batch" if paired else "instance")
     assert config.dataset_mode == ("aligned" if paired else "unaligned")
-    # it sets nothing but the networks
+    # it sets only the networks
     plain = parse_arguments(["--dataroot=x", f"--model={config.model}", f"--netG={config.netG}"])
     losses = [entry.name for entry in fields(LossOptions)]
-    assert [getattr(config, loss) for loss in losses] == [getattr(plain, loss) for loss in losses]
+    assert [vars(config)[loss] for loss in losses] == [vars(plain)[loss] for loss in losses]
     assert (config.lr, config.n_epochs, config.name) == (plain.lr, plain.n_epochs, plain.name)
 
 
@@ -68,7 +70,7 @@ def test_a_pair_of_networks(name):
         ("unet256-64to16", (3_404_451, 54_413_955), (1.2, 18.1)),
     ],
 )
-def test_how_large_a_pair_is(name, parameters, macs):
+def test_parameters_and_macs_of_a_pair(name, parameters, macs):
     config = parse(name, flags=("--dataroot=x",))
     with torch.device("meta"):
         nets = [
@@ -89,7 +91,7 @@ def test_a_data_set(name):
     assert (config.load_size, config.crop_size, config.batch_size) == (286, 256, 1)
     assert (config.n_epochs, config.n_epochs_decay) == (100, 100)
     assert not config.distils
-    # with a pair of networks, in either order, it is the whole recipe
+    # with a pair of networks, in either order, it is a complete configuration
     pair = "unet256-64to16" if model == "pix2pix" else "resnet9-64to16"
     both = parse(name, pair)
     assert both == parse(pair, name)
@@ -102,13 +104,13 @@ def test_a_demo(name):
     config = parse(name)
     assert (config.name, config.dataroot, config.model) == (name, SYNTHETIC, DEMOS[name])
     assert config.seeds >= 2
-    variants = {variant: train.arm_config(config, variant) for variant in config.variants}
+    variants = {variant: variant_config(config, variant) for variant in config.variants}
 
-    def terms(variant: TrainConfig) -> tuple[bool, bool, bool]:
+    def terms(variant: ResolvedConfig) -> tuple[bool, bool, bool]:
         return variant.lambda_kd > 0, variant.lambda_srp > 0, variant.lambda_feature > 0
 
     found = [terms(variant) for variant in variants.values()]
-    # without teacher, output, output and relations, output and features
+    # no teacher, output, output and relations, output and features
     expected = {(False, False, False), (True, False, False), (True, True, False), (True, False, True)}
     assert len(set(found)) == len(found) and expected <= set(found)
     steps = {
@@ -129,7 +131,7 @@ def test_the_demos_students_see_few_pairs_and_their_teacher_many():
     assert config.teacher_max_dataset_size >= 400
 
 
-# That they run
+# Runs
 
 TWO_STEPS = shlex.split(
     "--epoch_steps=2 --n_epochs=1 --n_epochs_decay=0 --teacher_n_epochs=1 --teacher_n_epochs_decay=0 --seeds=1 "
@@ -139,10 +141,10 @@ TWO_STEPS = shlex.split(
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Two steps of a preset's own networks on a few images; gives the run's folder."""
+    """Train the networks of presets for two steps on a few images; return the run's folder and options."""
     monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
 
-    def main(*names: str, size: int = 32, flags: tuple[str, ...] = ()) -> tuple[Path, TrainConfig]:
+    def main(*names: str, size: int = 32, flags: tuple[str, ...] = ()) -> tuple[Path, ResolvedConfig]:
         config = parse(*names, flags=("--dataroot=x",))
         if not any(name in DEMOS for name in names):
             layout = config.dataset_mode
@@ -155,7 +157,7 @@ def run(tmp_path, monkeypatch):
     return main
 
 
-def check(folder: Path, config: TrainConfig, teacher: bool) -> None:
+def check(folder: Path, config: ResolvedConfig, teacher: bool) -> None:
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "finished"
     variants = list(config.variants) or ["student"]
@@ -179,7 +181,7 @@ def check(folder: Path, config: TrainConfig, teacher: bool) -> None:
         "resnet9-64to32",
         "resnet9-64to16",
         "resnet9-to-resnet6",
-        # a U-Net of eight halvings takes no smaller images
+        # a U-Net that halves its input eight times needs 256 x 256 pixels
         pytest.param("unet256-64to16", marks=pytest.mark.slow),
     ],
 )
@@ -192,7 +194,7 @@ def test_a_pair_runs(run, name):
 def test_a_data_set_runs_alone_and_with_a_pair(run, name):
     pair, size = ("unet256-64to16", 256) if name == "cityscapes" else ("resnet9-64to16", 32)
     check(*run(name, size=size, flags=("--ngf=2", "--ndf=4")), teacher=False)
-    # narrow: the pairs are run at their full width above
+    # narrow: test_a_pair_runs uses the full width
     folder, config = run(name, pair, size=size, flags=("--ngf=2", "--teacher_ngf=4", "--ndf=4"))
     check(folder.with_name("run-2"), config, teacher=True)
 

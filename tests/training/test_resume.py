@@ -163,14 +163,16 @@ def test_what_cannot_be_resumed_says_why(server, undisturbed, root):
         return (cwd / "log").read_text()
 
     assert server(ARGUMENTS["pix2pix"], cwd, ("step", 5)) == -signal.SIGKILL
-    assert "there is no such run, neither by this path nor in runs, where there are run" in refusal("--resume=rum")
-    assert "--resume goes on with a run as it is: leave out --lr, --preset" in refusal(
+    assert "--resume rum: expected the path of a run or the name of one in runs, which contains run" in refusal(
+        "--resume=rum"
+    )
+    assert "--resume keeps the options of the run: remove --lr, --preset" in refusal(
         "--resume=run", "--lr=1", "--preset=demo"
     )
     before = {path: path.read_bytes() for path in cwd.rglob("runs/**/*") if path.is_file()}
     config = cwd / "runs/run/config.yaml"
     config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.02"))
-    assert "lr is 0.02 and was 0.01: a run goes on with the options that it began with" in refusal("--resume=run")
+    assert "lr is 0.02 and was 0.01: a resumed run must keep its options" in refusal("--resume=run")
     config.write_text(config.read_text().replace("lr: 0.02", "lr: 0.01"))
     for name in NAMES:
         if (cwd / "runs/run" / name).exists():

@@ -1,0 +1,55 @@
+"""Data sets and loaders, as the options describe them."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import CYCLE_GAN, TEACHER, TINY
+
+from srpkd.training import datasets
+from srpkd.training.config import parse_arguments
+from srpkd.training.options import teacher_config
+
+
+def test_all_images_of_all_stages_are_validated(refusal, unpaired, tmp_path):
+    shutil.copytree(unpaired, tmp_path / "images")
+    (tmp_path / "images/trainA/00004.png").write_bytes(b"broken")
+    arguments = [
+        "--dataroot=images",
+        *CYCLE_GAN,
+        *TINY,
+        *TEACHER,
+        "--max_dataset_size=2",
+        "--teacher_max_dataset_size=5",
+    ]
+    assert "00004.png" in refusal(*arguments)
+    config = parse_arguments([argument.replace("=5", "=4") for argument in arguments])
+    assert "4 images in trainA" in datasets.validate_data(config, [config, teacher_config(config)], {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "size_A", "size_B"),
+    [
+        ("--preprocess=none --crop_size=8", (40, 24), (36, 48)),
+        ("--preprocess=none --direction=BtoA", (36, 48), (40, 24)),
+        ("--preprocess=none --model=pix2pix", (36, 48), (36, 48)),
+        ("--preprocess=scale_width --load_size=12 --crop_size=16", (20, 12), (16, 12)),
+        ("--preprocess=scale_width_and_crop --load_size=24 --crop_size=16", (16, 16), (16, 16)),
+        ("--preprocess=crop --crop_size=20", (20, 20), (20, 20)),
+    ],
+)
+def test_the_input_size_of_each_direction(oblong, flags, size_A, size_B):
+    config = parse_arguments([f"--dataroot={oblong}", *TINY, *flags.split()])
+    before = torch.get_rng_state()
+    assert (datasets.input_size(config, "G_A"), datasets.input_size(config, "G_B")) == (size_A, size_B)
+    assert torch.equal(torch.get_rng_state(), before)
+    item = datasets.open_data(config, "train")[0]
+    assert (item["A"].shape[1:], item["B"].shape[1:]) == (size_A, size_B)
+
+
+@pytest.mark.parametrize("module", ["srpkd.training.datasets", "srpkd.data.batches"])
+def test_data_loading_does_not_import_plotting(module):
+    program = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,0 +1,254 @@
+"""Whole runs: what they write, their stages, and how they end."""
+
+import json
+import re
+import shlex
+import shutil
+import statistics
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+import yaml
+from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
+
+from srpkd import train
+from srpkd.data.folders import DataError
+from srpkd.data.synthetic import write_synthetic
+from srpkd.models.checkpoints import load_generator, load_weights
+from srpkd.models.complexity import count_macs, count_parameters
+from srpkd.training import datasets, loop, pipeline, summary
+from srpkd.training.config import parse_arguments
+from srpkd.training.options import TrainConfig
+
+FULL = [
+    ("pix2pix", ["teacher", "alone", "output", "output + SRP"], ["G"], ["D"]),
+    ("cycle_gan", ["teacher", "a", "b"], ["G_A", "G_B"], ["D_A", "D_B"]),
+]
+
+
+def stage_folders(names: list[str]) -> dict[str, str]:
+    """Return stage -> folder of a run with two seeds."""
+    students = [f"{name} seed {seed}" for seed in (0, 1) for name in names[1:]]
+    return {"teacher": "teacher"} | {stage: stage.replace(" ", "-") for stage in students}
+
+
+@pytest.mark.parametrize(("model", "names", "generators", "discriminators"), FULL, ids=["pix2pix", "cycle_gan"])
+class TestWholeRun:
+    @pytest.fixture
+    def done(self, request, model) -> Run:
+        return request.getfixturevalue(model)
+
+    def test_files(self, done, model, names, generators, discriminators):
+        assert done.folder.name == {"pix2pix": "tiny", "cycle_gan": "experiment"}[model]
+        there = {path.name for path in done.folder.iterdir()}
+        assert there == {
+            "config.yaml",
+            "metrics.jsonl",
+            "report.json",
+            "index.html",
+            "images",
+            *stage_folders(names).values(),
+        }
+        assert parse_arguments([f"--config={done.folder / 'config.yaml'}"]).model == model
+        for folder in stage_folders(names).values():
+            assert {path.name for path in (done.folder / folder).iterdir()} == {
+                f"latest_net_{network}.pth" for network in generators + discriminators
+            }
+        assert done.report["status"] == "finished"
+        assert done.report["elapsed_seconds"] > 0
+        assert not list(done.folder.rglob("*.tmp"))
+
+    def test_metrics_of_every_stage_and_step(self, done, model, names, generators, discriminators):
+        assert list(dict.fromkeys(line["stage"] for line in done.metrics)) == list(stage_folders(names))
+        losses = {
+            "pix2pix": {"G_GAN", "G_L1", "D_fake", "D_real"},
+            "cycle_gan": {"G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B", "D_A", "D_B"},
+        }
+        for stage in stage_folders(names):
+            lines = [line for line in done.metrics if line["stage"] == stage and "epoch" in line]
+            assert [(line["step"], line["epoch"]) for line in lines] == list(enumerate([1, 1, 1, 2, 2, 2], 1))
+            assert all(losses[model] <= line.keys() for line in lines)
+        assert [line["seconds"] for line in done.metrics] == sorted(line["seconds"] for line in done.metrics)
+
+    def test_checkpoints_are_the_generators_of_the_table(self, done, model, names, generators, discriminators):
+        for stage, folder in stage_folders(names).items():
+            row = done.rows[re.sub(" seed .*", "", stage)]
+            for name in generators:
+                net = load_generator(done.folder / folder / f"latest_net_{name}.pth")
+                assert count_parameters(net) == row["parameters"]
+                assert count_macs(net, (1, 3, SIZE, SIZE)) == row["macs"]
+        listed = [entry["file"] for entry in done.report["files"]]
+        assert listed == [
+            f"{folder}/latest_net_{name}.pth" for folder in stage_folders(names).values() for name in generators
+        ]
+
+    def test_the_table_has_the_logged_metrics(self, done, model, names, generators, discriminators):
+        assert list(done.rows) == names
+        metrics = {
+            "pix2pix": ["mIoU", "accuracy", "teacher_psnr"],
+            "cycle_gan": ["teacher_psnr A to B", "teacher_psnr B to A"],
+        }[model]
+        columns = [column["key"] for column in done.report["table"]["columns"]]
+        assert columns == ["name", "parameters", "macs", *metrics, "seconds_per_step"]
+        for name, row in done.rows.items():
+            for metric in metrics:
+                if name == "teacher":
+                    assert [row[metric]] == (done.logged("teacher", metric) or [None])
+                    continue
+                values = [value for seed in (0, 1) for value in done.logged(f"{name} seed {seed}", metric)]
+                assert row[metric]["n"] == len(values) == 2
+                assert row[metric]["mean"] == pytest.approx(statistics.mean(values))
+                assert row[metric]["std"] == pytest.approx(statistics.stdev(values))
+
+    def test_the_table_is_printed(self, done, model, names, generators, discriminators):
+        lines = {re.split(r"\s{2,}", line)[0]: line for line in done.output.splitlines()}
+        for name, row in done.rows.items():
+            assert f"{row['parameters']:,}" in lines[name]
+            assert f"{row['macs']:,}" in lines[name]
+        assert all(note in done.output for note in done.report["table"]["notes"])
+
+    def test_the_page_shows_all_networks(self, done, model, names, generators, discriminators):
+        page = (done.folder / "index.html").read_text()
+        assert all(name in page for name in names)
+        samples = done.report["samples"]
+        assert len(samples) == len(generators)
+        shown = ["input", *names, *(["truth"] if model == "pix2pix" else [])]
+        assert all([entry["label"] for entry in sample["images"]] == shown for sample in samples)
+        for relation in done.report["relations"]:
+            assert [entry["label"] for entry in relation["panels"]] == ["the chosen pixel", *names]
+        linked = re.findall(r'(?:href|src)="([^"#]+\.(?:png|pth))"', page)
+        assert linked and all((done.folder / unquote(link)).is_file() for link in linked)
+        assert {"images/curves_srp.png", "images/curves_kd_A.png"} & set(linked)
+
+    def test_the_command_can_be_repeated(self, done, model, names, generators, discriminators):
+        prefix = "python -m srpkd.train "
+        assert done.report["command"].startswith(prefix)
+        repeated = parse_arguments(shlex.split(done.report["command"].removeprefix(prefix)))
+        assert repeated == parse_arguments([f"--config={done.folder / 'config.yaml'}"])
+
+
+def test_a_run_without_a_teacher(run):
+    done = run(*PIX2PIX, "--seeds=1")
+    assert list(done.rows) == ["student"]
+    assert "without a teacher" in done.report["task"]
+    assert load_generator(done.folder / "latest_net_G.pth")
+    assert not {"kd", "srp"} & set().union(*done.metrics)
+
+
+def test_direction_b_to_a(run):
+    done = run(*PIX2PIX, "--direction=BtoA")
+    assert isinstance(done.rows["student"]["psnr"], float)
+    assert "mIoU" not in done.rows["student"]
+
+
+def test_pairs_from_files(run, tmp_path):
+    write_synthetic(tmp_path / "pairs", 4, 2, 20)
+    arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", *TEACHER, *TINY]
+    done = run("--dataroot=pairs", *arguments)
+    assert list(done.rows) == ["teacher", "student"]
+    assert isinstance(done.rows["student"]["psnr"], float)
+
+
+@pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+def test_the_same_seed_gives_bit_identical_weights(run, model):
+    arguments = ["--model", model, *SYNTHETIC, *TEACHER, "--lambda_feature=1", "--name=same"]
+    arguments.append("--no_dropout=false")
+    results = [run(*arguments, f"--seed={seed}") for seed in (5, 5, 6)]
+    files = sorted(path.relative_to(results[0].folder) for path in results[0].folder.rglob("*.pth"))
+    assert len(files) == {"pix2pix": 4, "cycle_gan": 8}[model]
+    first, second, other = ([load_weights(done.folder / file) for file in files] for done in results)
+    for a, b, c in zip(first, second, other):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_time_budget_stops_after_two_seeds(run):
+    done = run(*PIX2PIX, *TEACHER, "--seeds=9", "--time_budget=0", "--epoch_steps=1")
+    assert "2 seeds: another one would exceed the time budget" in done.output
+    assert done.rows["student"]["mIoU"]["n"] == 2
+
+
+def test_a_run_can_be_called_from_python(tmp_path):
+    # few options, not resolved
+    config = TrainConfig(
+        dataroot=":synthetic:", model="pix2pix", netG="resnet_1blocks", ngf=2, ndf=2, n_epochs=1, samples=1
+    )
+    config = replace(config, n_epochs_decay=0, epoch_steps=1, runs_dir=str(tmp_path), name="from python")
+    run_dir = pipeline.run(config)
+    assert run_dir.folder == tmp_path / "from python"
+    assert yaml.safe_load((run_dir.folder / "config.yaml").read_text())["name"] == "from python"
+    with pytest.raises(DataError, match="nowhere"):
+        pipeline.run(replace(config, dataroot="nowhere"))
+    with pytest.raises(ValueError, match=r"variant 'a': unknown option 'ngff'; did you mean ngf\?"):
+        pipeline.run(replace(config, teacher="x", variants={"a": {"ngff": 3}}))
+
+
+def test_macs_are_of_the_image_size(run, oblong):
+    done = run(f"--dataroot={oblong}", *TINY, *TEACHER, "--preprocess=none", "--crop_size=8", "--epoch_steps=1")
+    net = load_generator(done.folder / "latest_net_G_A.pth")
+    assert done.rows["student"]["macs"] == count_macs(net, (1, 3, 40, 24))
+    [column] = [column for column in done.report["table"]["columns"] if column["key"] == "macs"]
+    assert column["help"] == "multiply-accumulates of 40 x 24 pixels, the first image's size"
+
+
+# Folders
+
+
+def test_a_second_run_of_the_same_name_gets_a_numbered_folder(run):
+    first = run(*PIX2PIX, "--name=same")
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    again = [run(*PIX2PIX, "--name=same", f"--seed={seed}").folder.name for seed in (1, 2)]
+    assert (first.folder.name, *again) == ("same", "same-2", "same-3")
+    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+def test_runs_dir_is_created(run, tmp_path):
+    done = run(*PIX2PIX, "--runs_dir=a/b", "--name=c")
+    assert done.folder == tmp_path / "a/b/c"
+
+
+# How a run ends
+
+
+def test_every_page_is_written_once(monkeypatch, tmp_path):
+    pages = []
+    monkeypatch.setattr(
+        "srpkd.training.run_dir.write_report",
+        lambda folder: pages.append(json.loads((folder / "report.json").read_text())),
+    )
+    train.main([*PIX2PIX, *TEACHER, "--seeds=2", f"--runs_dir={tmp_path}"])
+    shown = [(page["status"], len(page["table"]["rows"])) for page in pages]
+    assert shown == [("running", 1), ("running", 2), ("finished", 2)]
+
+
+def test_an_interrupted_run_is_marked_as_stopped(monkeypatch, tmp_path):
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(summary, "evaluate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=broken"])
+    folder = tmp_path / "broken"
+    assert json.loads((folder / "report.json").read_text())["status"] == "stopped"
+    assert "stopped" in (folder / "index.html").read_text()
+    assert (folder / "latest_net_G.pth").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_during_training_ends_the_run_with_a_message(
+    run, unpaired, tmp_path, monkeypatch, workers
+):
+    shutil.copytree(unpaired, tmp_path / "images")
+    open_data = datasets.open_data
+
+    def broken(config: TrainConfig, phase: str) -> Any:
+        for path in (tmp_path / "images/trainA").iterdir() if phase == "train" else ():
+            path.write_bytes(b"broken")
+        return open_data(config, phase)
+
+    monkeypatch.setattr(loop, "open_data", broken)
+    with pytest.raises(SystemExit, match=r"(?s)error: .*trainA/0000\d\.png: not an image"):
+        run("--dataroot=images", *CYCLE_GAN, *TINY, f"--num_threads={workers}")

@@ -1,0 +1,86 @@
+"""Sample images and relation maps of networks whose outputs are known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from known_outputs import PHOTO_TO_LABEL, SCENES, folder, options, scenes
+from PIL import Image
+from torch import Tensor, nn
+
+from srpkd.models.networks import define_generator
+from srpkd.reporting.pictures import relation_picture
+from srpkd.training.samples import tapped_feature, write_relation_maps, write_samples
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).long()
+
+
+def as_pixels(image: Tensor) -> Tensor:
+    return ((image + 1) * 127.5).round().clamp(0, 255).long()
+
+
+def test_samples_have_input_outputs_and_target(tmp_path):
+    shown = {"teacher": {"G": PHOTO_TO_LABEL}, "a student": {"G": nn.Identity()}}
+    samples = write_samples(tmp_path, shown, scenes(), options(model="pix2pix", samples=2))
+    assert [sample["caption"] for sample in samples] == ["test image 0", "test image 1"]
+    for index, sample in enumerate(samples):
+        files = {entry["label"]: tmp_path / entry["file"] for entry in sample["images"]}
+        assert list(files) == ["input", "teacher", "a student", "truth"]
+        photo, label = as_pixels(SCENES.photos[index]), as_pixels(SCENES.labels[index])
+        for name, expected in {"input": photo, "teacher": label, "a student": photo, "truth": label}.items():
+            assert torch.equal(pixels(files[name]), expected)
+
+
+def test_samples_show_every_direction_of_any_network(tmp_path):
+    net = nn.Identity()
+    config = options(dataroot="x", model="cycle_gan", dataset_mode="unaligned", samples=1)
+    shown = {"teacher": {"G_A": net}, "student": {"G_A": net, "G_B": net}}
+    samples = write_samples(tmp_path, shown, folder([8, 8]), config)
+    labels = {sample["caption"]: [entry["label"] for entry in sample["images"]] for sample in samples}
+    assert labels == {
+        "test image 0 A to B": ["input", "teacher", "student"],
+        "test image 0 B to A": ["input", "student"],
+    }
+    assert len({entry["file"] for sample in samples for entry in sample["images"]}) == 5
+
+
+@pytest.mark.parametrize(("samples", "count"), [(0, 0), (5, 2)])
+def test_number_of_samples(tmp_path, samples, count):
+    config = options(dataroot="x", dataset_mode="aligned", model="pix2pix", samples=samples)
+    assert len(write_samples(tmp_path, {"student": {"G": nn.Identity()}}, folder([8, 8]), config)) == count
+    assert write_samples(tmp_path, {}, folder([8, 8]), config) == []
+
+
+def test_relation_maps_are_those_of_the_tapped_layer(tmp_path):
+    teacher, student = (define_generator("resnet_1blocks", ngf=ngf).eval() for ngf in (3, 2))
+    config = options(model="pix2pix", normalize="cosine", layers={"model.10": "model.9"})
+    shown = {"teacher": {"G": teacher}, "student": {"G": student}}
+    relations = write_relation_maps(tmp_path, shown, scenes(), config, places=[(0.5, 0.25)])
+    [relation] = relations
+    files = {entry["label"]: tmp_path / entry["file"] for entry in relation["panels"]}
+    assert list(files) == ["the chosen pixel", "teacher", "student"]
+    with torch.no_grad():
+        features = {
+            "teacher": teacher.model[:10](SCENES.photos[:1])[0],
+            "student": student.model[:11](SCENES.photos[:1])[0],
+        }
+    for name, feature in features.items():
+        expected = relation_picture(feature, (2, 1), (16, 16), "cosine")  # of a map of 4 x 4
+        assert torch.equal(pixels(files[name]), torch.tensor(expected).permute(2, 0, 1).long())
+    assert write_relation_maps(tmp_path, {}, scenes(), config) == []
+    assert all(not module._forward_hooks for net in (teacher, student) for module in net.modules())
+
+
+@pytest.mark.parametrize(("is_teacher", "layer"), [(True, "model.6"), (False, "model.3")])
+def test_the_first_of_several_layers_is_shown(is_teacher, layer):
+    net = define_generator("resnet_1blocks", ngf=2).eval()
+    config = options(layers={"model.3": "model.6", "model.9": "model.9"})
+    expected = {"model.3": (2, 16, 16), "model.6": (4, 8, 8)}[layer]
+    assert tuple(tapped_feature(net, is_teacher, SCENES.photos[0], config).shape) == expected
+    assert tuple(tapped_feature(net, is_teacher, SCENES.photos[0], options()).shape) == (8, 4, 4)
+    unet = define_generator("unet_16", ngf=2).eval()  # a variant's architecture, without such layers
+    assert tuple(tapped_feature(unet, is_teacher, SCENES.photos[0], config).shape) == (2, 8, 8)
