@@ -104,7 +104,7 @@ def test_a_data_loader_an_own_optimizer_and_a_bar(networks, capsys):
         ([{"A": IMAGES}], TypeError, "the data gave a dict; expected image tensors"),
         ([(IMAGES, "path")], TypeError, "gave a tuple of Tensor, str; expected"),
         ([(IMAGES,) * 3], TypeError, "of Tensor, Tensor, Tensor; expected"),
-        ([], ValueError, "gave nothing in epoch 1"),
+        ([], ValueError, "gave no batch in epoch 1"),
         ([(IMAGES, IMAGES[..., :4])], ValueError, r"output is \(6, 3, 8, 8\) and the target \(6, 3, 8, 4\)"),
     ],
 )
@@ -114,7 +114,7 @@ def test_data_that_do_not_fit(networks, data, error, message):
 
 
 def test_data_that_can_be_read_once_only(networks):
-    with pytest.raises(ValueError, match=r"nothing in epoch 2.*a generator can be gone through once"):
+    with pytest.raises(ValueError, match=r"no batch in epoch 2.*a generator can be iterated only once"):
         distill(*networks, iter([IMAGES]), LAYERS, epochs=2, progress=False)
 
 
@@ -148,6 +148,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(networks):
 
 def test_without_tqdm(networks, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError, match=r"progress=False does without.*pip install 'srpkd\[train\]'"):
+    with pytest.raises(ImportError, match=r"pass progress=False.*pip install 'srpkd\[train\]'"):
         distill(*networks, [IMAGES], LAYERS)
     assert len(distill(*networks, [IMAGES], LAYERS, progress=False)) == 1

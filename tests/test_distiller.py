@@ -124,7 +124,7 @@ def test_a_module_that_gives_no_tensor(image: Tensor) -> None:
 
     network = nn.ModuleDict({"pair": Pair()})
     tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' gave a tuple"), tap.recording():
+    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
         network["pair"](image)
 
 

@@ -150,7 +150,7 @@ def test_names_become_no_markup(tmp_path):
     record.report["files"] = [{"file": "javascript:alert(1)"}, {"file": f"{evil}.pth", "label": evil}]
     for step in (1, 2):
         record.log(evil, step, **{evil: float(step)})
-    record.write()
+    record.write_report()
     record.close()
     page = (folder / "index.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and 'href="javascript' not in page

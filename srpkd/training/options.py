@@ -439,3 +439,6 @@ def public_hint(name: str) -> str:
 def nearest_hint(name: str, names: Any, prefix: str = "") -> str:
     nearest = difflib.get_close_matches(name, list(names), 1, cutoff=0.6)
     return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+ResolvedConfig = TrainConfig

@@ -74,7 +74,7 @@ def execute(plan: Plan) -> RunDir:
     except BaseException:
         record.report["status"] = "stopped"
         with suppress(WriteError):  # perhaps what stopped it
-            record.write()
+            record.write_report()
         if has_state(record.folder):
             distributed.print_rank0(f"stopped; it can go on: python -m srpkd.train --resume {record.folder}")
         raise
@@ -100,7 +100,7 @@ def run_stage(
         }
 
     def keep(state: dict[str, Any] | None) -> None:
-        plan.record.keep(
+        plan.record.save_resume_state(
             {
                 "config": asdict(replace(plan.config, resume=None)),
                 "rows": plan.rows,

@@ -64,7 +64,7 @@ def publish(
     }
     record.report["samples"] = show_samples(record.folder, shown, test_set, config)
     record.report["relations"] = show_relations(record.folder, shown, test_set, config)
-    record.write()
+    record.write_report()
 
 
 def summarise(key: str, group: list[Row]) -> Any:
