@@ -62,7 +62,7 @@ class StudentTeacher(nn.Module):
             student_shape, teacher_shape = student_shapes[student_name], teacher_shapes[teacher_name]
             if student_shape[1:] != teacher_shape[1:]:
                 raise ValueError(
-                    f"student layer {student_name!r} has features {tuple(student_shape)} and teacher layer "
+                    f"student layer {student_name!r} gives {tuple(student_shape)} and teacher layer "
                     f"{teacher_name!r} {tuple(teacher_shape)} (C, H, W) for an image of the training size: tap layers "
                     "of the same height and width"
                 )
