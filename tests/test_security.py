@@ -90,7 +90,7 @@ def test_no_suffix_unpickles(tmp_path, monkeypatch, name, wrapped):
 def test_a_state_unpickles_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"version": 1, "training": Trap()}, NEWEST)
-    with pytest.raises(CheckpointError, match="nothing to go on from"):
+    with pytest.raises(CheckpointError, match="no state to resume from"):
         load_state(tmp_path)
     assert not (tmp_path / "sprung").exists()
     torch.load(NEWEST, weights_only=False)  # it does spring

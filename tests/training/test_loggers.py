@@ -14,15 +14,16 @@ from srpkd.training.loggers import import_loggers
 
 ARGUMENTS = shlex.split(
     "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 "
-    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 --n_epochs_decay 0 "
-    "--print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks --teacher_ngf 3"
+    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 "
+    "--n_epochs_decay 0 --print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks "
+    "--teacher_ngf 3"
 )
 PAGES = "srpkd.training.run_dir.write_report"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """A function that trains and returns the run's folder; `page` receives report.json instead of a page being written."""
+    """A function that trains and returns the run's folder; `page` gets report.json whenever the page is updated."""
     monkeypatch.chdir(tmp_path)
 
     def main(*arguments: str, name: str = "run", page: Callable[[dict[str, Any]], None] = lambda report: None) -> Path:
