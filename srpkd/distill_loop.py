@@ -1,7 +1,7 @@
 """Distil any generator from any other: ``distill(teacher, student, images, layers={...})``.
 
-The whole trainer (GAN losses, schedules, checkpoints, a report) is ``python -m srpkd.train``. This is for networks
-that it does not know, or a loop that needs no discriminator.
+The trainer with GAN losses, schedules, checkpoints and a report is ``python -m srpkd.train``. Use ``distill`` for
+networks that the trainer does not know, or for a loop without a discriminator.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arguments import check_number, check_type, check_whole
-from .distiller import RelationDistiller
+from .defaults import KD_WEIGHT, SRP_WEIGHT
+from .distiller import RelationDistiller, preserved_modes, total
 from .extras import require
-from .loss import SRPLoss
 
 
 def distill(
@@ -27,44 +27,50 @@ def distill(
     layers: Mapping[str, str],
     *,
     epochs: int = 1,
-    lambda_kd: float = 10.0,
-    lambda_srp: float = 180.0,
+    lambda_kd: float = KD_WEIGHT["distill"],
+    lambda_srp: float = SRP_WEIGHT["distill"],
     lambda_target: float = 10.0,
-    loss: nn.Module | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     weights: Mapping[str, float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 2e-4,
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Train a student, in place, to do what its teacher does: in its output and in its pixels' relations.
+    """Train a student in place to match its teacher's output and the relations between the pixels of its features.
 
     A step minimises lambda_kd * L1(student output, teacher output) + lambda_srp * relation loss at the layers
-    + lambda_target * L1(student output, target), the last where the data have targets.
+    + lambda_target * L1(student output, target). A term with weight 0 is not computed, nor is the last one without
+    targets.
 
     Args:
-        teacher: any network, image batch (B, C, H, W) -> (B, C', H', W'). It runs in eval mode without a gradient, and
-            is in the end as it was. It may lie on another device: it is moved to the student's.
-        student: the network to train, on its device; in eval mode afterwards.
-        data: image batches (B, C, H, W), or (images, targets (B, C', H', W')); gone through once per epoch, so a
-            DataLoader, a list, or anything else that can be iterated again.
-        layers: student module name -> teacher module name, as ``named_modules()`` has them; see ``RelationDistiller``.
+        teacher: any network that maps images (B, C, H, W) to images (B, C', H', W'). It runs in eval mode without
+            gradients, on the student's device, to which it is moved; its modes and weights are unchanged afterwards.
+        student: network to train, on its device; in eval mode afterwards.
+        data: image batches (B, C, H, W), or pairs (images, targets (B, C', H', W')). Each epoch iterates over it once,
+            so pass a DataLoader, a list, or anything else that can be iterated again.
+        layers: student module name -> teacher module name, as in ``named_modules()``; see ``RelationDistiller``.
         epochs: passes over the data.
-        loss: how two features are compared; by default, as in the trainer, ``SRPLoss("cosine", "l2")``.
-        weights: student module name -> factor of that layer's loss; 1 where not given.
-        optimizer: of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) of GANs.
+        lambda_kd: weight of the distance between the outputs.
+        lambda_srp: weight of the relation loss; the default suits the default loss.
+        lambda_target: weight of the distance to the targets.
+        loss: loss of two features; by default ``SRPLoss()``, as in the trainer.
+        weights: student module name -> weight of the layer's loss; by default 1.
+        optimizer: optimizer of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) that
+            are usual for GANs.
+        lr: learning rate of the default optimizer.
         on_step: called after each step with its number (from 1) and the weighted losses by name.
-        progress: whether a progress bar is shown (by tqdm).
+        progress: whether to show a progress bar (needs tqdm).
 
     Returns:
-        Per epoch, the mean of each weighted loss: ``{"kd": ..., "srp": ..., "target": ...}``.
+        For each epoch, the mean of each weighted loss: ``{"kd": ..., "srp": ..., "target": ...}``.
 
     Raises:
-        TypeError: an argument, or what the data or a network gave, is none of the above.
-        ValueError: a layer or a weight that does not fit, outputs of unlike shapes, no data in an epoch, or nothing to
-            train.
-        ImportError: a progress bar is wanted and tqdm is not installed.
-        FloatingPointError: a loss is not finite; the student is as it was before that step.
+        TypeError: an argument, a batch or an output has the wrong type.
+        ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, or there is nothing
+            to train.
+        ImportError: ``progress`` is set and tqdm is not installed.
+        FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
     """
     check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
     check_type("student", student, nn.Module, "a torch.nn.Module")
@@ -77,65 +83,81 @@ def distill(
         check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
-    if progress:
-        tqdm = require("tqdm", "train", "the progress bar of distill (progress=False does without)").tqdm
+    tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
-    loss = SRPLoss("cosine", "l2") if loss is None else loss
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights)
-    modes = {module: module.training for module in teacher.modules()}
-    teacher.eval()
-    student.train()
-    history, step = [], 0
-    try:
-        for epoch in range(1, epochs + 1):
-            sums: dict[str, float] = {}
-            began = step
-            bar = tqdm(data, desc=f"epoch {epoch}/{epochs}", unit="step") if progress else data
-            for batch in bar:
-                images, target = _images_and_target(batch, device)
-                output, teacher_output, relation = distiller(images)
-                losses = {"kd": lambda_kd * _l1(output, teacher_output, "teacher's output")} if lambda_kd else {}
-                if lambda_srp:
-                    losses["srp"] = lambda_srp * relation
-                if target is not None and lambda_target:
-                    losses["target"] = lambda_target * _l1(output, target, "target")
-                if not losses:
-                    raise ValueError("every weight (lambda_kd, lambda_srp, lambda_target) is 0: nothing to learn")
-                if relation.ndim:
+    history: list[dict[str, float]] = []
+    step = 0
+    with preserved_modes(teacher):
+        teacher.eval()
+        student.train()
+        try:
+            for epoch in range(1, epochs + 1):
+                sums: dict[str, float] = {}
+                first = step + 1
+                bar = tqdm(data, desc=f"epoch {epoch}/{epochs}", unit="step") if tqdm else None
+                for batch in data if bar is None else bar:
+                    step += 1
+                    images, target = _images_and_target(batch, device)
+                    losses = _losses(distiller, images, target, lambda_kd, lambda_srp, lambda_target)
+                    values = {name: value.item() for name, value in losses.items()}
+                    if nonfinite := {name: value for name, value in values.items() if not math.isfinite(value)}:
+                        raise FloatingPointError(
+                            f"step {step}: the loss is not finite ({nonfinite}); the student keeps the weights from "
+                            "before this step. Check the images of this step, or use a lower lr or weight"
+                        )
+                    optimizer.zero_grad(set_to_none=True)
+                    total(losses.values()).backward()
+                    optimizer.step()
+                    sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+                    if bar is not None:
+                        bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+                    if on_step:
+                        on_step(step, values)
+                if step < first:
                     raise ValueError(
-                        f"loss gave the shape {tuple(relation.shape)}: expected one number, as reduction='mean' gives"
+                        f"the data gave no batch in epoch {epoch}: expected batches in every epoch, as from a "
+                        "DataLoader or a list (a generator can be iterated only once)"
                     )
-                values = {name: value.item() for name, value in losses.items()}
-                if wrong := {name: value for name, value in values.items() if not math.isfinite(value)}:
-                    raise FloatingPointError(
-                        f"step {step + 1}: the loss is not finite ({wrong}); the student is as it was before. Look at "
-                        "the images of that step, or take a smaller lr or weight"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                sum(losses.values()).backward()
-                optimizer.step()
-                step += 1
-                sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-                if progress:
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-                if on_step:
-                    on_step(step, values)
-            if step == began:
-                raise ValueError(
-                    f"the data gave nothing in epoch {epoch}: expected batches in every epoch, as from a DataLoader "
-                    "or a list (a generator can be gone through once only)"
-                )
-            history.append({name: total / (step - began) for name, total in sums.items()})
-    finally:
-        distiller.close()
-        for module, mode in modes.items():
-            module.training = mode
-        student.eval()
+                history.append({name: value / (step + 1 - first) for name, value in sums.items()})
+        finally:
+            distiller.close()
+            student.eval()
     return history
 
 
+def _losses(
+    distiller: RelationDistiller,
+    images: Tensor,
+    target: Tensor | None,
+    lambda_kd: float,
+    lambda_srp: float,
+    lambda_target: float,
+) -> dict[str, Tensor]:
+    """Run both networks and return the weighted losses that have a weight."""
+    passes = distiller.run(images, record_features=lambda_srp > 0)
+    losses = {}
+    if lambda_kd:
+        losses["kd"] = lambda_kd * _l1(passes.student_output, passes.teacher_output, "teacher's output")
+    if lambda_srp:
+        relation = distiller.compare(passes.student_features, passes.teacher_features)
+        if relation.ndim:
+            raise ValueError(
+                f"loss returned the shape {tuple(relation.shape)}: expected one number, as reduction='mean' gives"
+            )
+        losses["srp"] = lambda_srp * relation
+    if target is not None and lambda_target:
+        losses["target"] = lambda_target * _l1(passes.student_output, target, "target")
+    if not losses:
+        raise ValueError(
+            "every weight (lambda_kd, lambda_srp, and lambda_target if the data have targets) is 0: set one of them"
+        )
+    return losses
+
+
 def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Move the images (B, C, H, W) of a batch, and its targets if it has any, to the device."""
     parts = list(batch) if isinstance(batch, tuple | list) else [batch]
     if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(
@@ -149,12 +171,14 @@ def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor
     return images, target[0] if target else None
 
 
-def _l1(output: Any, wanted: Tensor, what: str) -> Tensor:
-    for value in (output, wanted):
+def _l1(output: Any, expected: Any, role: str) -> Tensor:
+    """Return the mean absolute difference of two outputs of the same shape; ``role`` names the second in errors."""
+    for value in (output, expected):
         if not isinstance(value, Tensor):
             raise TypeError(f"a network gave a {type(value).__name__}; expected one image tensor (B, C, H, W)")
-    if output.shape != wanted.shape:  # l1_loss would broadcast
+    if output.shape != expected.shape:  # l1_loss would broadcast
         raise ValueError(
-            f"the student's output is {tuple(output.shape)} and the {what} {tuple(wanted.shape)}: expected one shape"
+            f"the student's output is {tuple(output.shape)} and the {role} {tuple(expected.shape)}: expected the same "
+            "shape"
         )
-    return F.l1_loss(output, wanted)
+    return F.l1_loss(output, expected)

@@ -1,42 +1,48 @@
-"""Features of named layers, and the relation loss between those of a student and its teacher."""
+"""Features of named layers, and the relation loss between the layers of a student and its teacher."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .arguments import check_number, check_type
 from .loss import SRPLoss
 
 
 class FeatureTap:
-    """Keeps what named modules of a network give out while ``recording()``; a hook each, removed by ``close()``.
+    """Forward hooks that record the outputs of named modules inside ``recording()``.
 
-    A feature is cloned: an in-place activation that follows the tapped module would overwrite it otherwise
-    (in the public U-Net the next block's LeakyReLU does). Attach it before torch.compile: hooks that come
-    later are not seen by compiled code, which shows as a layer that did not fire.
+    Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
+    the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
+    compiled code ignores later hooks, and ``recording()`` then raises.
 
     Args:
-        network: any module, also one wrapped by torch.compile or DataParallel.
-        names: names of its submodules, as ``named_modules()`` has them.
-        role: what errors call the network.
+        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
+        names: names of its submodules, as in ``named_modules()``.
+        role: how error messages call the network.
 
     Raises:
-        TypeError: no module, or no list of names.
-        ValueError: a name is not a submodule's; says which names are nearest.
+        TypeError: ``network`` is not a module, or ``names`` is a string.
+        ValueError: a name is not that of a submodule; the message lists the nearest names.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
         check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
         if isinstance(names, str):
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
-        self.role, self.features, self._active = role, {}, False
-        modules = dict(unwrapped(network).named_modules())
+        self.names = list(names)
+        self.role = role
+        self._features: dict[str, Tensor] = {}
+        self._active = False
+        modules = dict(unwrap(network).named_modules())
         for name in names:
             if name not in modules or not name:
                 nearest = difflib.get_close_matches(str(name), [other for other in modules if other], 5, cutoff=0)
@@ -44,43 +50,49 @@ class FeatureTap:
                     f"the {role} has no module named {name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
-        self.names = list(names)
         self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)]
 
-    def _hook(self, name: str):
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
             if not self._active:
                 return
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"{self.role} module {name!r} gave a {type(output).__name__}; tap one that gives a tensor"
+                    f"{self.role} module {name!r} returned a {type(output).__name__}: tap a module that returns a "
+                    "tensor"
                 )
-            if name in self.features:
+            if name in self._features:
                 raise RuntimeError(
                     f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
                     "tap a module that runs once"
                 )
-            self.features[name] = output.clone()
+            self._features[name] = output.clone()
 
-        return keep
+        return record
 
     @contextmanager
-    def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Record one forward pass: gives a dict that holds the features by name once the pass has run.
+    def recording(self, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Record one forward pass: ``with tap.recording() as features: network(images)``.
+
+        Args:
+            enabled: if False, nothing is recorded.
+
+        Yields:
+            A dict that contains the features by module name after the pass.
 
         Raises:
-            RuntimeError: a tapped layer did not run, or ran twice, in the pass.
+            RuntimeError: a tapped module did not run, or ran twice, in the pass.
         """
-        self.features, self._active = {}, True
+        self._features, self._active = {}, enabled
         try:
-            yield self.features
+            yield self._features
         finally:
             self._active = False
-        silent = [name for name in self.names if name not in self.features]
-        if silent:
+        missing = [name for name in self.names if name not in self._features]
+        if enabled and missing:
             raise RuntimeError(
-                f"{self.role} layers {silent} did not run in this pass: run the network inside the recording, "
-                "tap layers that its forward uses, and attach taps before torch.compile"
+                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
+                "layers that its forward uses, and create the tap before torch.compile"
             )
 
     def close(self) -> None:
@@ -89,24 +101,35 @@ class FeatureTap:
             handle.remove()
 
 
+class ForwardPasses(NamedTuple):
+    """Outputs and tapped features of a student and its teacher on the same input."""
+
+    student_output: Any
+    teacher_output: Any
+    student_features: dict[str, Tensor]
+    teacher_features: dict[str, Tensor]
+
+
 class RelationDistiller(nn.Module):
-    """The relation loss between layers of a student and of a teacher, tapped by name.
+    """The relation loss between layers of a student and a teacher, tapped by name.
 
         distiller = RelationDistiller(student, teacher, layers={"model.9": "model.9"})
         output, teacher_output, loss = distiller(images)
 
-    The teacher runs without a gradient and in the mode (train or eval) that it is in. The student is a submodule of
-    the distiller, the teacher is not: ``parameters()`` and ``state_dict()`` are the student's alone.
+    The teacher runs without gradients, in its current mode (train or eval). It is not a submodule of the distiller:
+    ``parameters()`` and ``state_dict()`` are those of the student.
 
     Args:
-        student, teacher: networks that take the same input.
-        layers: student module name -> teacher module name; their features may differ in channels only.
-        loss: how two features (B, C, H, W) are compared.
-        weights: student module name -> factor of that layer's loss; 1 where not given.
+        student: network to train.
+        teacher: network that takes the same input.
+        layers: student module name -> teacher module name; their features may differ only in channels.
+        loss: loss of two features (B, C, H, W); by default ``SRPLoss()``.
+        weights: student module name -> weight of the layer's loss; by default 1.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: no layers, a name that is no module's (the nearest are named), or a weight for an untapped layer.
+        TypeError: an argument has the wrong type.
+        ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names), or
+            ``weights`` names a layer that is not tapped.
     """
 
     def __init__(
@@ -114,7 +137,7 @@ class RelationDistiller(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         layers: Mapping[str, str],
-        loss: nn.Module | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
@@ -124,44 +147,70 @@ class RelationDistiller(nn.Module):
         if not layers:
             raise ValueError(f"layers is empty: expected {names}")
         check_type("the student", student, nn.Module, "a torch.nn.Module")
-        check_type("weights", {} if weights is None else weights, Mapping, "{student module name: factor, ...}")
-        for name, weight in (weights or {}).items():
+        weights = {} if weights is None else weights
+        check_type("weights", weights, Mapping, "{student module name: factor, ...}")
+        for name, weight in weights.items():
             check_number(f"weights[{name!r}]", weight)
         if loss is not None and (isinstance(loss, type) or not callable(loss)):
             check_type("loss", loss, nn.Module, "a module such as SRPLoss(), which compares two features")
-        self.student = student
-        self._teacher = [teacher]  # in a list, lest it be registered as a submodule
-        self.layers, self.weights = dict(layers), dict(weights or {})
+        self.layers, self.weights = dict(layers), dict(weights)
         if unknown := [name for name in self.weights if name not in self.layers]:
-            raise ValueError(f"weights name layers {unknown} that are not tapped: {list(self.layers)} are")
+            raise ValueError(f"weights name layers {unknown} that are not tapped: the tapped layers are {list(layers)}")
+        self.student = student
+        self._teacher = (teacher,)  # a tuple, so that the teacher is not registered as a submodule
         self.loss = SRPLoss() if loss is None else loss
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
         except ValueError:
-            self.student_tap.close()  # a distiller that was never made leaves no hook behind
+            self.student_tap.close()
             raise
 
     @property
     def teacher(self) -> nn.Module:
+        """The teacher."""
         return self._teacher[0]
 
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]:
-        """Run both networks on the same input: (student output, teacher output, weighted sum of the layers' losses).
+        """Run both networks on the same input.
+
+        Returns:
+            The student's output, the teacher's output, and the weighted sum of the layers' losses.
 
         Raises:
             RuntimeError: a tapped layer did not run.
-            ValueError: a pair of features differs in more than channels; names the layers.
+            ValueError: a pair of features differs in more than channels; the message names the layers.
         """
-        with self.teacher_tap.recording() as teacher_features, torch.no_grad():
+        passes = self.run(*inputs, **keywords)
+        loss = self.compare(passes.student_features, passes.teacher_features)
+        return passes.student_output, passes.teacher_output, loss
+
+    def run(self, *inputs: Any, record_features: bool = True, **keywords: Any) -> ForwardPasses:
+        """Run both networks on the same input and record the tapped features, without a loss.
+
+        Args:
+            record_features: if False, both dicts of features stay empty.
+
+        Raises:
+            RuntimeError: a tapped layer did not run.
+        """
+        with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self.teacher(*inputs, **keywords)
-        with self.student_tap.recording() as student_features:
+        with self.student_tap.recording(record_features) as student_features:
             student_output = self.student(*inputs, **keywords)
-        return student_output, teacher_output, self.compare(student_features, teacher_features)
+        return ForwardPasses(student_output, teacher_output, student_features, teacher_features)
 
     def compare(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the layers' losses from features by name, as ``FeatureTap.recording`` gives them."""
-        total = 0.0
+        """Return the weighted sum of the layers' losses.
+
+        Args:
+            student: features by module name, as ``run`` returns them.
+            teacher: features by module name.
+
+        Raises:
+            ValueError: a pair of features differs in more than channels; the message names the layers.
+        """
+        losses = []
         for student_name, teacher_name in self.layers.items():
             try:
                 loss = self.loss(student[student_name], teacher[teacher_name])
@@ -169,8 +218,8 @@ class RelationDistiller(nn.Module):
                 raise type(error)(
                     f"student layer {student_name!r} with teacher layer {teacher_name!r}: {error}"
                 ) from error
-            total = total + self.weights.get(student_name, 1.0) * loss
-        return total
+            losses.append(self.weights.get(student_name, 1.0) * loss)
+        return total(losses)
 
     def close(self) -> None:
         """Remove the hooks from both networks."""
@@ -181,12 +230,34 @@ class RelationDistiller(nn.Module):
         return f"layers={self.layers}" + (f", weights={self.weights}" if self.weights else "")
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network inside torch.compile's and the data-parallel wrappers."""
+def total(losses: Iterable[Tensor]) -> Tensor:
+    """Return the sum of at least one loss, added in order."""
+    return reduce(operator.add, losses)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of torch.compile and data-parallel training."""
     while True:
-        inner = getattr(network, "_orig_mod", None)
-        if inner is None and type(network).__name__ in ("DataParallel", "DistributedDataParallel"):
-            inner = network.module
-        if inner is None:
+        if isinstance(network, DataParallel | DistributedDataParallel):
+            network = network.module
+        elif (compiled := dict(network.named_children()).get("_orig_mod")) is not None:
+            network = compiled
+        else:
             return network
-        network = inner
+
+
+@contextmanager
+def preserved_modes(network: nn.Module) -> Iterator[None]:
+    """Context after which each module of a network is in its previous mode, train or eval."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def remove_hooks(network: nn.Module) -> None:
+    """Remove all forward hooks, such as the feature taps that a copy of a tapped network inherits."""
+    for module in network.modules():
+        module._forward_hooks.clear()

@@ -1,10 +1,10 @@
-"""A server of training runs in forks, which may be several processes, and may be killed.
+"""A server that runs trainings in forked processes, several per run if asked, and can kill them at a chosen point.
 
     with serving() as server:
         code = server(arguments, cwd, kill=("step", 3), processes=2)
 
-Imports are done once, which takes longer than the runs; no tensor is made in the server, so that a fork may do what
-it likes.
+The server imports srpkd once, which takes longer than a run. It creates no tensor itself: torch's threads do not
+survive a fork.
 """
 
 import json
@@ -30,7 +30,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def at(number: int, function: Callable, instead: Callable = die) -> Callable:
-    """The function, but for its call of this number: that is another's."""
+    """Wrap a function so that its call with this number (from 1) calls ``instead``."""
     calls = 0
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
@@ -42,15 +42,16 @@ def at(number: int, function: Callable, instead: Callable = die) -> Callable:
 
 
 def save_half(content: Any, file: Any) -> None:
-    whole(content, file)
+    """Write half of a file, and kill the process."""
+    save(content, file)
     file.flush()
     file.truncate(file.tell() // 2)
     die()
 
 
-whole = torch.save
-WAYS = {
-    # before a training step; in an evaluation; in a write of a state or of weights; before a state takes its name
+save = torch.save
+KILL_POINTS = {
+    # before a training step; in an evaluation; while a state or weights are written; before a state is renamed
     "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
     "evaluate": lambda n: setattr(summary, "evaluate", at(n, summary.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
@@ -60,10 +61,13 @@ WAYS = {
 
 @contextmanager
 def serving() -> Iterator[Callable[..., int]]:
-    """Start a server: server(arguments, cwd, kill, processes) is the exit code of a run, negative for the signal that
-    killed it; of several processes, that of the first. Their output is appended to <cwd>/log."""
+    """Start a server, and yield a function that runs ``python -m srpkd.train`` with given arguments.
+
+    ``server(arguments, cwd, kill, processes)`` returns the exit code of rank 0; it is negative after a signal. Output
+    is appended to <cwd>/log.
+    """
     command = [sys.executable, __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # bits are compared with those of runs that torchrun starts
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: tests compare bits
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -79,7 +83,7 @@ def serving() -> Iterator[Callable[..., int]]:
 
 
 def main() -> None:
-    # a page takes longer than the training
+    # writing the page takes longer than the training
     run_dir.write_report = lambda folder: folder / "index.html"
     for line in sys.stdin:
         request = json.loads(line)
@@ -98,12 +102,12 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(request["cwd"])
-    if request["processes"] > 1:  # as torchrun has it
+    if request["processes"] > 1:  # as torchrun does
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if request["kill"]:
-        way, number = request["kill"]
-        WAYS[way](number)
+        point, number = request["kill"]
+        KILL_POINTS[point](number)
     code = 1
     try:
         train.main(request["arguments"])

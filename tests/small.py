@@ -1,6 +1,6 @@
-"""What the trainer's tests share: options of networks so small that a step takes no time."""
+"""Options of networks so small that a training step takes milliseconds."""
 
-SIZE = 16  # pixels a side
+SIZE = 16  # side of an image in pixels
 SMALL = {
     "dataroot": ":synthetic:",
     "netG": "resnet_1blocks",

@@ -1,4 +1,4 @@
-"""``srpkd.distill``: any generator from any other, in a few lines. The networks here are not ours."""
+"""``srpkd.distill`` with networks that the trainer does not know."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from srpkd import SRPLoss, distill
+from srpkd.defaults import KD_WEIGHT, SRP_WEIGHT
 
 
 class Generator(nn.Module):
-    """An encoder, separable convolutions, an upsampling: nothing that define_generator makes."""
+    """An encoder, separable convolutions, an upsampling: not an architecture of define_generator."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 
 LAYERS = {"encoder": "encoder"}
 
 
-def test_a_students_losses_fall_and_nothing_is_left_behind(networks):
+def test_losses_decrease_and_the_teacher_is_unchanged(networks):
     teacher, student = networks
     teacher.head[1].eval()
     modes = [module.training for module in teacher.modules()]
@@ -64,9 +65,9 @@ def test_a_students_losses_fall_and_nothing_is_left_behind(networks):
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
-def test_a_step_is_the_weighted_sum_of_its_parts(networks):
+def test_a_step_minimises_the_weighted_sum(networks):
     teacher, student = networks
-    student.head[1] = nn.Identity()  # dropout would make two passes differ
+    student.head[1] = nn.Identity()  # with dropout two passes would differ
     expected = copy.deepcopy(student)
     targets = IMAGES.flip(0)
     options = {"lambda_kd": 3.0, "lambda_srp": 7.0, "lambda_target": 2.0, "weights": {"encoder": 0.5}}
@@ -87,9 +88,9 @@ def test_a_step_is_the_weighted_sum_of_its_parts(networks):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_data_loader_an_own_optimizer_and_a_bar(networks, capsys):
+def test_data_loader_optimizer_and_progress_bar(networks, capsys):
     teacher, student = networks
-    loader = DataLoader(TensorDataset(IMAGES), batch_size=4)  # gives lists of one tensor
+    loader = DataLoader(TensorDataset(IMAGES), batch_size=4)  # yields lists of one tensor
     frozen = student.head[2].weight.clone()
     optimizer = torch.optim.SGD(student.encoder.parameters(), lr=0.1)
     (means,) = distill(teacher, student, loader, LAYERS, lambda_srp=0, optimizer=optimizer)
@@ -98,27 +99,68 @@ def test_a_data_loader_an_own_optimizer_and_a_bar(networks, capsys):
     assert "epoch 1/1" in capsys.readouterr().err
 
 
+class CountedLoss(nn.Module):
+    """SRPLoss, and how often it was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss, self.calls = SRPLoss(), 0
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        self.calls += 1
+        return self.loss(student, teacher)
+
+
+@pytest.mark.parametrize(("lambda_srp", "calls"), [(0, 0), (0.5, 3)])
+def test_no_relation_loss_is_computed_at_weight_0(networks, lambda_srp, calls):
+    loss = CountedLoss()
+    history = distill(*networks, IMAGES.split(2), LAYERS, lambda_srp=lambda_srp, loss=loss, progress=False)
+    assert loss.calls == calls
+    assert history[0].keys() == ({"kd", "srp"} if lambda_srp else {"kd"})
+
+
+def test_features_are_not_tapped_at_weight_0(networks):
+    """A layer that no forward pass uses raises only if its features are needed."""
+    for network in networks:
+        network.unused = nn.Conv2d(3, 3, 1)
+    layers = {"unused": "unused"}
+    distill(*networks, [IMAGES], layers, lambda_srp=0, progress=False)
+    with pytest.raises(RuntimeError, match=r"teacher layers \['unused'\] did not run"):
+        distill(*networks, [IMAGES], layers, progress=False)
+
+
+def test_default_loss_and_weights(networks):
+    """The defaults are ``SRPLoss()`` and the weights of srpkd.defaults."""
+    teacher, student = networks
+    student.head[1] = nn.Identity()  # with dropout two runs would differ
+    options = {"lambda_kd": KD_WEIGHT["distill"], "lambda_srp": SRP_WEIGHT["distill"], "loss": SRPLoss()}
+    default, explicit = (
+        distill(teacher, copy.deepcopy(student), [IMAGES], LAYERS, progress=False, **given) for given in ({}, options)
+    )
+    assert default == explicit
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
         ([{"A": IMAGES}], TypeError, "the data gave a dict; expected image tensors"),
         ([(IMAGES, "path")], TypeError, "gave a tuple of Tensor, str; expected"),
         ([(IMAGES,) * 3], TypeError, "of Tensor, Tensor, Tensor; expected"),
-        ([], ValueError, "gave nothing in epoch 1"),
+        ([], ValueError, "gave no batch in epoch 1"),
         ([(IMAGES, IMAGES[..., :4])], ValueError, r"output is \(6, 3, 8, 8\) and the target \(6, 3, 8, 4\)"),
     ],
 )
-def test_data_that_do_not_fit(networks, data, error, message):
+def test_invalid_data(networks, data, error, message):
     with pytest.raises(error, match=message):
         distill(*networks, data, LAYERS, progress=False)
 
 
-def test_data_that_can_be_read_once_only(networks):
-    with pytest.raises(ValueError, match=r"nothing in epoch 2.*a generator can be gone through once"):
+def test_data_that_can_be_iterated_only_once(networks):
+    with pytest.raises(ValueError, match=r"no batch in epoch 2.*a generator can be iterated only once"):
         distill(*networks, iter([IMAGES]), LAYERS, epochs=2, progress=False)
 
 
-def test_options_that_do_not_fit(networks):
+def test_invalid_options(networks):
     with pytest.raises(ValueError, match="no module named 'encodr'; the nearest names are 'encoder'"):
         distill(*networks, [IMAGES], {"encodr": "encoder"}, progress=False)
     with pytest.raises(ValueError, match=r"every weight .* is 0"):
@@ -128,7 +170,7 @@ def test_options_that_do_not_fit(networks):
         distill(networks[0], small, [IMAGES], {"0.encoder": "encoder"}, progress=False)
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_does_harm(networks):
+def test_non_finite_loss_stops_before_the_update(networks):
     teacher, student = networks
     broken = IMAGES.clone()
     broken[0, 0, 0, 0] = torch.nan
@@ -148,6 +190,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(networks):
 
 def test_without_tqdm(networks, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError, match=r"progress=False does without.*pip install 'srpkd\[train\]'"):
+    with pytest.raises(ImportError, match=r"pass progress=False.*pip install 'srpkd\[train\]'"):
         distill(*networks, [IMAGES], LAYERS)
     assert len(distill(*networks, [IMAGES], LAYERS, progress=False)) == 1

@@ -1,4 +1,4 @@
-"""Taps by name, and the distiller that compares what they hold."""
+"""Feature taps by module name, and the distiller that compares tapped features."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def hooks(module: nn.Module) -> int:
 # --- taps -----------------------------------------------------------------------------------------------------------
 
 
-def test_tap_sees_what_the_module_gave_not_what_became_of_it(student: nn.Module, image: Tensor) -> None:
-    """encoder.norm's output is overwritten by the in-place activation that follows it."""
+def test_tap_records_the_output_before_in_place_changes(student: nn.Module, image: Tensor) -> None:
+    """The in-place activation after encoder.norm overwrites its output."""
     tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])
     with tap.recording() as features:
         student(image)
@@ -67,7 +67,7 @@ def test_tap_sees_what_the_module_gave_not_what_became_of_it(student: nn.Module,
     torch.testing.assert_close(features["encoder.act"], F.instance_norm(convolved).relu())
 
 
-def test_tap_lets_the_gradient_through_and_keeps_the_output(student: nn.Module, image: Tensor) -> None:
+def test_tap_passes_gradients_and_does_not_change_the_output(student: nn.Module, image: Tensor) -> None:
     expected = student(image)
     tap = FeatureTap(student, ["encoder.norm"])
     with tap.recording() as features:
@@ -78,11 +78,11 @@ def test_tap_lets_the_gradient_through_and_keeps_the_output(student: nn.Module, 
     assert student.decoder.weight.grad is None
 
 
-def test_each_recording_is_of_its_own_pass(student: nn.Module, image: Tensor) -> None:
+def test_each_recording_contains_its_own_pass(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["decoder"])
     with tap.recording() as first:
         student(image)
-    student(image)  # no recording, no trace
+    student(image)  # not recorded
     with tap.recording() as second:
         student(2 * image)
     torch.testing.assert_close(first["decoder"], student(image))
@@ -90,19 +90,19 @@ def test_each_recording_is_of_its_own_pass(student: nn.Module, image: Tensor) ->
 
 
 @pytest.mark.parametrize("name", ["encoder.nrom", "encodr.norm", "norm", "", "model.9"])
-def test_a_wrong_name_lists_the_nearest(name: str, student: nn.Module) -> None:
+def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
         FeatureTap(student, [name], "student")
     assert hooks(student) == 0
 
 
-def test_one_wrong_name_among_right_ones_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
         RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
     assert hooks(teacher) == 0
 
 
-def test_a_layer_that_does_not_run(student: nn.Module, image: Tensor) -> None:
+def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["encoder", "decoder"], "student")
     with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
         student.encoder(image)
@@ -110,30 +110,30 @@ def test_a_layer_that_does_not_run(student: nn.Module, image: Tensor) -> None:
         pass
 
 
-def test_a_module_that_runs_twice(student: nn.Module, image: Tensor) -> None:
+def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["encoder"], "student")
     with pytest.raises(RuntimeError, match="'encoder' ran more than once"), tap.recording():
         student.encoder(image)
         student.encoder(image)
 
 
-def test_a_module_that_gives_no_tensor(image: Tensor) -> None:
+def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
 
     network = nn.ModuleDict({"pair": Pair()})
     tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' gave a tuple"), tap.recording():
+    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
         network["pair"](image)
 
 
-def test_a_pass_that_fails_tells_its_own_error_and_leaves_the_tap_usable(student: nn.Module, image: Tensor) -> None:
+def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["encoder"])
     with pytest.raises(RuntimeError, match="channels"), tap.recording():
         student(torch.randn(1, 5, 8, 8))
     student(image)
-    student(image)  # not recording any more: twice is no error
+    student(image)  # not recording: running twice is no error
     with tap.recording() as features:
         student(image)
     assert set(features) == {"encoder"}
@@ -150,8 +150,8 @@ def test_one_layer(student: nn.Module, teacher: nn.Module, image: Tensor) -> Non
     torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher.encoder(image).detach()))
 
 
-def test_layers_weights_and_a_loss_of_ones_own(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
-    """Several layers, of other names and sizes; a teacher's layer may serve twice."""
+def test_several_layers_with_weights_and_another_loss(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Several layers of different names and sizes; a teacher's layer may be used twice."""
     layers = {"encoder.conv": "encoder.norm", "encoder.act": "encoder.norm", "decoder": "encoder"}
     weights = {"encoder.conv": 0.5, "decoder": 3}
     loss_fn = SRPLoss("cosine", "huber", delta=0.1)
@@ -174,7 +174,7 @@ def test_layers_weights_and_a_loss_of_ones_own(student: nn.Module, teacher: nn.M
     torch.testing.assert_close(loss, expected)
 
 
-def test_only_the_student_learns(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+def test_only_the_student_receives_gradients(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
     distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
     output, teacher_output, loss = distiller(image)
     (loss + output.mean()).backward()
@@ -193,7 +193,7 @@ def test_the_teacher_keeps_its_mode(student: nn.Module, teacher: nn.Module) -> N
     assert not teacher.training
 
 
-def test_training_brings_the_relations_together(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+def test_training_reduces_the_loss(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
     distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
     optimizer = torch.optim.Adam(distiller.parameters(), 1e-2)
     losses = []
@@ -206,7 +206,7 @@ def test_training_brings_the_relations_together(student: nn.Module, teacher: nn.
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_twins_have_no_loss(teacher: nn.Module, image: Tensor) -> None:
+def test_equal_networks_have_zero_loss(teacher: nn.Module, image: Tensor) -> None:
     twin = network(6)
     twin.load_state_dict(teacher.state_dict())
     *_, loss = RelationDistiller(twin, teacher, {"encoder.norm": "encoder.norm"})(image)
@@ -215,7 +215,7 @@ def test_twins_have_no_loss(teacher: nn.Module, image: Tensor) -> None:
     assert not twin.encoder.conv.weight.grad.any()
 
 
-def test_a_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+def test_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
     teacher.encoder.conv.stride = (1, 1)
     distiller = RelationDistiller(student, teacher, {"encoder.norm": "encoder.act"})
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_a_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, ima
         ({"layers": {"encoder": "encoder.cnov"}}, "the teacher has no module named 'encoder.cnov'"),
     ],
 )
-def test_refused(given: dict, message: str, student: nn.Module, teacher: nn.Module) -> None:
+def test_invalid_layers_and_weights(given: dict, message: str, student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=message):
         RelationDistiller(student, teacher, **given)
     assert hooks(student) == hooks(teacher) == 0
@@ -249,7 +249,7 @@ def test_close_removes_the_hooks(student: nn.Module, teacher: nn.Module, image: 
     assert hooks(student) == hooks(teacher) == 0
     with pytest.raises(RuntimeError, match="did not run"):
         distiller(image)
-    distiller.close()  # twice does no harm
+    distiller.close()  # closing twice is allowed
 
 
 def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> None:
@@ -260,28 +260,28 @@ def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> Non
         torch.testing.assert_close(loss, expected)
 
 
-def test_shows_its_layers(student: nn.Module, teacher: nn.Module) -> None:
+def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -> None:
     text = repr(RelationDistiller(student, teacher, {"encoder": "encoder.act"}, weights={"encoder": 2.0}))
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_student_compiled_after_it_was_tapped(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
-    """Features of each pass, pre-activation ones too, and their gradients are those of the student itself."""
+def test_student_compiled_after_tapping(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Features of each pass, also before in-place activations, and their gradients are those without torch.compile."""
     distiller = RelationDistiller(student, teacher, {"encoder.norm": "encoder.norm", "decoder": "encoder"})
     results = []
     for compiled in (False, True):
         if compiled:
             distiller.student = torch.compile(student, backend="aot_eager")
-        for scale in (1, -3):  # the second pass runs the graph of the first
+        for scale in (1, -3):  # the second pass reuses the graph of the first
             output, _, loss = distiller(scale * image)
             results.append((output.detach(), loss.detach(), *torch.autograd.grad(loss, student.parameters())))
     torch.testing.assert_close(results[2:], results[:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_student_tapped_after_it_was_compiled_and_run(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
-    """Whatever the compiler makes of late hooks, no stale or missing feature passes in silence."""
+def test_student_tapped_after_compilation(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """The compiler may or may not see late hooks: the distiller works, or raises instead of using stale features."""
     compiled = torch.compile(student, backend="aot_eager")
     compiled(image)
     distiller = RelationDistiller(compiled, teacher, {"encoder": "encoder"})

@@ -90,7 +90,7 @@ def test_payload_is_not_executed_under_any_name(tmp_path, monkeypatch, name, wra
 def test_payload_in_a_resume_state_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"version": 1, "training": Trap()}, NEWEST)
-    with pytest.raises(CheckpointError, match="nothing to go on from"):
+    with pytest.raises(CheckpointError, match="no state to resume from"):
         load_state(tmp_path)
     assert not (tmp_path / "sprung").exists()
     torch.load(NEWEST, weights_only=False)  # the payload works
@@ -150,7 +150,7 @@ def test_names_are_escaped_in_the_page(tmp_path):
     record.report["files"] = [{"file": "javascript:alert(1)"}, {"file": f"{evil}.pth", "label": evil}]
     for step in (1, 2):
         record.log(evil, step, **{evil: float(step)})
-    record.write()
+    record.write_report()
     record.close()
     page = (folder / "index.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and 'href="javascript' not in page

@@ -67,8 +67,8 @@ WRONG = {
     f"{TRAIN} --teacher linear.pth": (1, "not the weights of a generator"),
     f"{TRAIN} --teacher empty": (1, "empty/latest_net_G_A.pth does not exist"),
     f"{TRAIN} --teacher two.pth": (1, "maps 2 to 3 channels, the images have 3 and 3: set --input_nc"),
-    "srpkd train --resume trapped": (1, r"state.pt is damaged .*nothing to go on from, start the run anew"),
-    "srpkd train --resume stateless": (1, "holds no state.pt to go on from"),
+    "srpkd train --resume trapped": (1, r"state.pt is damaged .*no state to resume from, start a new run"),
+    "srpkd train --resume stateless": (1, "has no state.pt to resume from"),
     "srpkd train --resume file": (2, "--resume file: expected the path of a run .*which contains stateless, trapped"),
     "srpkd train --resume": (2, "argument --resume: expected one argument"),
     f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: expected TorchScript"),
@@ -332,7 +332,7 @@ def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_pa
 
 
 def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
-    keep, kept = RunDir.keep, []
+    keep, kept = RunDir.save_resume_state, []
 
     def at_most_two(self, state):
         with full_disk(10**6 if len(kept) < 2 else 1000):
@@ -340,7 +340,7 @@ def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
         kept.append(state["training"] and state["training"][1]["step"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(RunDir, "keep", at_most_two)
+    monkeypatch.setattr(RunDir, "save_resume_state", at_most_two)
     monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
     line = TRAIN.replace(
         "--dataroot unpaired", "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1"
@@ -353,7 +353,7 @@ def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
     assert "resume with: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
     assert load_state(tmp_path / "runs/new")["training"][1]["step"] == 1
     assert not list(tmp_path.rglob(".*.tmp"))
-    monkeypatch.setattr(RunDir, "keep", keep)
+    monkeypatch.setattr(RunDir, "save_resume_state", keep)
     train.main(["--resume=new"])
     assert "report: runs/new" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
-"""Where else a run's metrics go, beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio, each by a flag.
+"""Optional loggers of a run's metrics beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio.
 
-Their packages are imported only if their flag is set.
+Each has an option; its package is imported only if the option is set.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
-from .options import TrainConfig
+from .options import ResolvedConfig
 
 
 class Logger(Protocol):
-    """What the metrics of a run are given to."""
+    """A receiver of the metrics of a run."""
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Values by name, of a step of a stage."""
+        """Log the values of one step of a stage, by name."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Finish the log."""
 
 
 class TensorBoard:
-    """Event files in ``<run>/tensorboard``, which ``tensorboard --logdir`` reads."""
+    """Event files in ``<run>/tensorboard``, for ``tensorboard --logdir``."""
 
     def __init__(self, package: ModuleType, folder: Path) -> None:
         self.writer = package.SummaryWriter(str(folder / "tensorboard"))
@@ -40,42 +40,50 @@ class TensorBoard:
 
 
 class Tracker:
-    """A run of Weights & Biases, or of Trackio, which takes after it."""
+    """A run of Weights & Biases or of Trackio, which have the same interface."""
 
-    def __init__(self, package: ModuleType, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, package: ModuleType, folder: Path, config: ResolvedConfig) -> None:
         self.run = package.init(project="srpkd", name=folder.name, config=asdict(config))
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        # every stage begins with step 1 again, which the trackers' own count of steps cannot do
+        # steps start at 1 in every stage, but a tracker's step must increase: log it as a value
         self.run.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
         self.run.finish()
 
 
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
-def import_loggers(config: TrainConfig) -> dict[str, ModuleType]:
-    """The packages that the flags ask for.
+def import_loggers(config: ResolvedConfig) -> dict[str, ModuleType]:
+    """Return name -> package of the loggers that the options select.
 
     Raises:
-        ImportError: one is not installed; says how to install it.
+        ImportError: a package is not installed; the message says how to install it.
     """
+    options = {
+        "tensorboard": (config.tensorboard, "torch.utils.tensorboard"),
+        "wandb": (config.wandb, "wandb"),
+        "trackio": (config.trackio, "trackio"),
+    }
     packages = {}
-    for name, module in PACKAGES.items():
-        if getattr(config, name):
+    for name, (selected, module) in options.items():
+        if selected:
             try:
                 packages[name] = import_module(module)
             except ImportError as error:
                 raise ImportError(
-                    f'--{name} needs the package {name}: pip install "srpkd[{name}]", or leave it out'
+                    f'--{name} needs the package {name}: pip install "srpkd[{name}]", or remove the option'
                 ) from error
     return packages
 
 
-def open_loggers(packages: Mapping[str, ModuleType], folder: Path, config: TrainConfig) -> list[Logger]:
-    """Begin to log to each of the packages; call it in one process."""
+def open_loggers(packages: Mapping[str, ModuleType], folder: Path, config: ResolvedConfig) -> list[Logger]:
+    """Open a logger with each package; call this on rank 0 only.
+
+    Args:
+        packages: what ``import_loggers`` returned.
+        folder: folder of the run.
+        config: options of the run.
+    """
     return [
         TensorBoard(package, folder) if name == "tensorboard" else Tracker(package, folder, config)
         for name, package in packages.items()

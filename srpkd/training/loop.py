@@ -1,4 +1,4 @@
-"""Training one stage of a run: a teacher, or a student with its teachers. Whatever it is, the loop is the same."""
+"""Training of one stage of a run: a teacher, or a student with its teachers."""
 
 from __future__ import annotations
 
@@ -6,46 +6,54 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..distiller import unwrapped
+from ..distiller import remove_hooks, unwrap
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
-from .objectives import OBJECTIVES, Objective, learning_rate_law, restore, state_of
-from .options import TrainConfig
+from .objectives import OBJECTIVES, Objective, lr_factor, to_device
+from .optimizers import Losses
+from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
 from .student_teacher import StudentTeacher
 
 Generators = dict[str, nn.Module]
-PATIENCE = 10  # steps in a row that may be left out because a loss is not finite
+MAX_CONSECUTIVE_SKIPS = 10
 
 
 class Diverged(ArithmeticError):
-    """Training that only gives losses that are not finite any more."""
+    """The loss of MAX_CONSECUTIVE_SKIPS consecutive steps was not finite."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One network (pair of networks for cycle_gan) to train: its name, options, seed and folder."""
+    """One network (for cycle_gan a pair of networks) to train: its name, options, seed and folder."""
 
     name: str
-    config: TrainConfig
+    config: ResolvedConfig
     seed: int
     folder: Path
 
 
 class Trained(NamedTuple):
-    """What a stage gave: generators by direction, `ready` for use, the steps taken, a step's median seconds."""
+    """The result of a stage.
+
+    Attributes:
+        generators: direction -> generator, frozen and in eval mode.
+        steps: number of training steps.
+        seconds_per_step: median duration of a step.
+    """
 
     generators: Generators
     steps: int
@@ -54,106 +62,93 @@ class Trained(NamedTuple):
 
 def fit(
     stage: Stage,
-    record: RunDir,
+    run_dir: RunDir,
     teachers: Mapping[str, nn.Module],
     state: Mapping[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] | None = None,
+    save_state: Callable[[dict[str, Any]], None] | None = None,
     show: Callable[[Generators], None] | None = None,
 ) -> Trained:
     """Train one stage, with a progress bar, metrics and checkpoints.
 
     Args:
-        teachers: direction -> frozen generator; {} trains without one.
-        state: what `keep` was given when the stage was stopped: it goes on from there, and ends as it would have.
-        keep: takes the stage's state, every save_latest_freq steps.
-        show: takes a copy of the generators, `ready` for use, every update_html_freq steps.
+        stage: what to train.
+        run_dir: folder of the run.
+        teachers: direction -> frozen generator; {} trains without a teacher.
+        state: state that ``save_state`` received in an interrupted run, to resume from.
+        save_state: called with the state of the stage every save_latest_freq steps.
+        show: called with frozen copies of the generators every update_html_freq steps.
 
     Raises:
-        Diverged: PATIENCE steps in a row had a loss that is not finite.
+        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: learning_rate_law(epoch + 1, config.n_epochs, config.n_epochs_decay)
-        )
+    schedulers = [
+        LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, config.n_epochs, config.n_epochs_decay))
         for optimizer in objective.optimizers.values()
     ]
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
     batches = iter(loader)
-    epoch_steps = config.epoch_steps or len(loader.batch_sampler)
+    epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
-    # after the networks are made, whose number of random draws differs: all variants of a seed draw the same; and each
-    # process draws its own
+    # initialisation draws a varying number of random numbers: seed again, so that all variants of a seed draw the same
+    # numbers in training; each rank draws its own
     seed_everything(stage.seed + 1_000_003 * distributed.rank())
-    durations: list[float] = []
-    if state:
-        durations = _restore(objective, schedules, state)
+    durations = load_training_state(objective, schedulers, state) if state else []
 
-    measured, began = first - 1, time.perf_counter()
-    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no thousand lines
-    with tqdm(
-        total=steps,
-        initial=first - 1,
-        desc=stage.name,
-        unit="step",
-        mininterval=interval,
-        disable=distributed.rank() > 0,
-    ) as progress:
-        for step in range(first, steps + 1):
+    timer = _StepTimer(first - 1)
+    with _progress_bar(stage.name, first - 1, steps) as progress:
+        for step, batch in zip(range(first, steps + 1), batches):
             epoch = (step - 1) // epoch_steps + 1
-            batch = {
-                side: images.to(config.torch_device, non_blocking=True, memory_format=config.memory_format)
-                for side, images in next(batches).items()
-            }
-            losses = objective.step(batch)
-            if objective.updates.consecutive_skips == 0:
-                for name, average in objective.averages.items():
-                    average.update_parameters(objective.generators[name])
-            elif objective.updates.consecutive_skips == PATIENCE:
-                raise Diverged(_why_diverged(stage, record, objective, step))
+            losses = objective.step(
+                {
+                    side: images.to(config.torch_device, non_blocking=True, memory_format=config.memory_format)
+                    for side, images in batch.items()
+                }
+            )
+            if objective.optimizers.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
+                raise Diverged(_divergence_message(stage, run_dir, objective, step))
             if step % config.print_freq == 0 or step == 1:
-                values = _values(losses)  # waits for the GPU
-                now = time.perf_counter()
-                durations.append((now - began) / (step - measured))
-                measured, began = step, now
-                skipped = {"skipped": objective.updates.skipped} if objective.updates.skipped else {}
-                record.log(stage.name, step, epoch=epoch, **values, **skipped)
-                shown = {name: f"{value:.3g}" for name, value in values.items()} | skipped
-                progress.set_postfix({"img/s": f"{config.batch_size / durations[-1]:.3g}"} | shown, refresh=False)
+                values = _mean_over_ranks(losses)  # waits for the GPU
+                durations.append(timer.lap(step))
+                if objective.optimizers.skipped:
+                    values["skipped"] = objective.optimizers.skipped
+                run_dir.log(stage.name, step, epoch=epoch, **values)
+                shown = {"img/s": config.batch_size / durations[-1]} | values
+                progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
             progress.update()
-            paused = time.perf_counter()
-            if step % epoch_steps == 0:
-                for schedule in schedules:
-                    schedule.step()
-                if epoch % config.save_epoch_freq == 0 and step < steps:
-                    record.save_checkpoint(stage.folder, str(epoch), ema_or_live(objective))
-                    record.save_checkpoint(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
-            if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
-                show(
-                    {
-                        name: freeze_for_inference(copy.deepcopy(network), config)
-                        for name, network in ema_or_live(objective).items()
-                    }
-                )
-            if keep and step % config.save_latest_freq == 0 and _is_sound(objective):
-                keep(_state(objective, schedules, step, durations))
-            began += time.perf_counter() - paused
-    record.save_checkpoint(stage.folder, "latest", ema_or_live(objective) | objective.discriminators)
-    folder = stage.folder.relative_to(record.folder)
-    record.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
-    for distillation in objective.distillations.values():
-        distillation.close()
-    generators = {name: freeze_for_inference(network, config) for name, network in ema_or_live(objective).items()}
+            with timer.paused():
+                if step % epoch_steps == 0:
+                    for scheduler in schedulers:
+                        scheduler.step()
+                    if epoch % config.save_epoch_freq == 0 and step < steps:
+                        run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
+                        run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+                if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
+                    live = copy.deepcopy(objective.ema_or_live())
+                    show({name: freeze_for_inference(network, config) for name, network in live.items()})
+                if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
+                    save_state(training_state(objective, schedulers, step, durations))
+    run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+    folder = stage.folder.relative_to(run_dir.folder)
+    run_dir.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    objective.close()
+    generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
     return Trained(generators, steps, statistics.median(durations[1:] or durations))
 
 
-def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Module]) -> Objective:
-    """The task's networks, optimizers and losses, on the device and in training mode."""
-    kind, device = OBJECTIVES[config.model], config.torch_device
+def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.Module]) -> Objective:
+    """Return the task's networks, optimizers and losses, on the device and in training mode.
+
+    Args:
+        config: options of the stage.
+        seed: determines the initial weights.
+        teachers: direction -> frozen generator; {} trains without a teacher.
+    """
+    kind = OBJECTIVES[config.model]
     seed_everything(seed)
-    generators, distillations = {}, {}
+    generators, student_teachers = {}, {}
     for direction in kind.directions:
         input_nc, output_nc = channels_of(config, direction)
         network = define_generator(
@@ -166,89 +161,111 @@ def make_objective(config: TrainConfig, seed: int, teachers: Mapping[str, nn.Mod
             init_type=config.init_type,
             init_gain=config.init_gain,
         )
-        network = network.to(device, memory_format=config.memory_format)
-        generators[direction] = distributed.wrap(network, config.compile)
+        generators[direction] = distributed.wrap(to_device(network, config), config.compile)
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
-        distillations[direction] = StudentTeacher(
+        student_teachers[direction] = StudentTeacher(
             generator,
             teacher,
-            config.layers or {default_tap(unwrapped(generator)): default_tap(teacher)},
+            config.layers or {default_tap(unwrap(generator)): default_tap(teacher)},
             make_relation_loss(config),
             lambda_kd=config.lambda_kd,
             lambda_srp=config.lambda_srp,
             lambda_feature=config.lambda_feature,
             input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
         )
-    # adapters drew random numbers: the discriminators start alike in every variant all the same
+    # adapters drew random numbers: seed again, so that discriminators start from the same weights in every variant
     seed_everything(seed + 1)
-    return kind(config, generators, distillations)
+    return kind(config, generators, student_teachers)
 
 
-def make_relation_loss(config: TrainConfig) -> SRPLoss:
+def make_relation_loss(config: ResolvedConfig) -> SRPLoss:
+    """Return the relation loss that the options select."""
     return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend, scope=config.scope)
 
 
-def freeze_for_inference(network: nn.Module, config: TrainConfig) -> nn.Module:
-    """The generator itself, for use: on the device, frozen, without dropout, and its batch norms by the running
-    statistics or, with train_mode_norm, by each image's own."""
-    for module in network.modules():
-        module._forward_hooks.clear()
+def freeze_for_inference(network: nn.Module, config: ResolvedConfig) -> nn.Module:
+    """Return a generator for inference, changed in place: on the device, without gradients, hooks and dropout.
+
+    Its batch norms use running statistics or, with train_mode_norm, those of each image.
+    """
+    remove_hooks(network)
     if config.train_mode_norm:
         network = normalize_per_image(network)
-    return network.to(config.torch_device, memory_format=config.memory_format).eval().requires_grad_(False)
+    return to_device(network, config).eval().requires_grad_(False)
 
 
-def ema_or_live(objective: Objective) -> Generators:
-    """The generators that a stage is for: their averages, if there are such."""
-    return objective.generators | {name: average.module for name, average in objective.averages.items()}
-
-
-def _state(objective: Objective, schedules: list[Any], step: int, durations: list[float]) -> dict[str, Any]:
-    """All that the next step hangs on, and each process's own."""
-    pools = getattr(objective, "pools", {})
-    own = {
-        "random": random_state(),
-        # stacked, since an image by itself would be saved with the batch that it was a part of
-        "pools": {name: torch.stack(pool.images).cpu() for name, pool in pools.items() if pool.images},
-    }
+def training_state(
+    objective: Objective, schedulers: Sequence[LambdaLR], step: int, durations: list[float]
+) -> dict[str, Any]:
+    """Return everything that the next training step depends on, of all ranks."""
+    own = {"random": random_state(), **objective.rank_state_dict()}
     return {
         "step": step,
         "durations": durations,
-        "objective": state_of(objective),
-        "schedules": [schedule.state_dict() for schedule in schedules],
+        "objective": objective.state_dict(),
+        "schedules": [scheduler.state_dict() for scheduler in schedulers],
         "processes": distributed.all_gather_object(own),
     }
 
 
-def _restore(objective: Objective, schedules: list[Any], state: Mapping[str, Any]) -> list[float]:
-    """Undo `_state`; gives the durations."""
-    restore(objective, state["objective"])
-    for schedule, kept in zip(schedules, state["schedules"]):
-        schedule.load_state_dict(kept)
+def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], state: Mapping[str, Any]) -> list[float]:
+    """Load what ``training_state`` returned, and return its durations."""
+    objective.load_state_dict(state["objective"])
+    for scheduler, scheduler_state in zip(schedulers, state["schedules"]):
+        scheduler.load_state_dict(scheduler_state)
     own = state["processes"][distributed.rank()]
-    for name, images in own["pools"].items():
-        objective.pools[name].images = list(images.to(objective.config.torch_device))
+    objective.load_rank_state_dict(own)
     set_random_state(own["random"])
     return list(state["durations"])
 
 
-def _is_sound(objective: Objective) -> bool:
-    """Whether this is a state to go on from; the one that was kept last stays otherwise."""
-    parameters = [p for network in objective.networks.values() for p in network.parameters()]
-    return objective.updates.consecutive_skips == 0 and all(bool(p.isfinite().all()) for p in parameters)
+class _StepTimer:
+    """Seconds per training step, without pauses.
+
+    Args:
+        step: number of the last step before the timer starts.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step, self.start = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        """Return the mean duration of the steps since the last lap."""
+        now = time.perf_counter()
+        seconds = (now - self.start) / (step - self.step)
+        self.step, self.start = step, now
+        return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context whose duration does not count."""
+        paused = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - paused
 
 
-def _values(losses: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """The losses of all processes, averaged: those of the whole batch."""
-    everywhere = distributed.all_gather_object({name: float(loss) for name, loss in losses.items()})
-    return {name: statistics.fmean(values[name] for values in everywhere) for name in losses}
+def _progress_bar(name: str, done: int, steps: int) -> tqdm:
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds: keeps log files short
+    return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, disable=distributed.rank() > 0)
 
 
-def _why_diverged(stage: Stage, record: RunDir, objective: Objective, step: int) -> str:
+def _latest_networks(objective: Objective) -> Generators:
+    return objective.ema_or_live() | objective.discriminators
+
+
+def _mean_over_ranks(losses: Losses) -> dict[str, float]:
+    """Return the losses of the whole batch, as numbers."""
+    gathered = distributed.all_gather_object({name: float(loss) for name, loss in losses.items()})
+    return {name: statistics.fmean(values[name] for values in gathered) for name in losses}
+
+
+def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int) -> str:
+    first = step - MAX_CONSECUTIVE_SKIPS + 1
     return (
-        f"{stage.name}: {PATIENCE} steps in a row had a loss that is not finite, first {objective.updates.nonfinite_loss}, "
-        f"at step {step - PATIENCE + 1}; none of them changed the networks. {record.folder} keeps the last good state "
-        "and weights. Start anew with a lower --lr, with --clip_grad_norm 1"
-        + (", or with --precision bf16" if stage.config.precision == "fp16" else "")
+        f"{stage.name}: {MAX_CONSECUTIVE_SKIPS} consecutive steps had a non-finite loss, first "
+        f"{objective.optimizers.nonfinite_loss}, at step {first}; none of them changed the networks. {run_dir.folder} "
+        "contains the last finite state and weights: start a new run with a lower --lr or with --clip_grad_norm 1"
+        + (" or with --precision bf16" if stage.config.precision == "fp16" else "")
+        + f", or resume with --resume {run_dir.folder}"
     )

@@ -1,4 +1,4 @@
-"""The state of a run: one file, from which the run goes on as if it had never been stopped."""
+"""The state of an interrupted run, in one file: a resumed run gives the same results as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import torch
 from ..files import atomic_write
 from ..models.checkpoints import CheckpointError
 
-# newest first; the first is there only if the run was stopped in between two renamings
+# newest first; NEXT remains only if the run was stopped between two renames
 NEXT, NEWEST, PREVIOUS = NAMES = ("state.next.pt", "state.pt", "state.previous.pt")
 VERSION = 1
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write ``state.pt``, and keep the one before it: at any moment a whole one lies in the folder.
+    """Write ``state.pt`` and keep the previous state: at any moment the folder contains a complete one.
 
     Args:
-        state: tensors, numbers, texts and None in dicts, lists and tuples: what ``load_state`` reads back.
+        folder: folder of the run.
+        state: tensors, numbers, strings and None in dicts, lists and tuples, which ``load_state`` reads.
     """
     with atomic_write(folder / NEXT) as file:
         torch.save({"version": VERSION} | state, file)
@@ -34,50 +35,50 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """The newest state in a run's folder that is whole; says so on stderr where a newer one is not.
+    """Return the newest undamaged state in the folder of a run; report damaged newer ones on stderr.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the folder has no state, all states are damaged, or the state has another version.
     """
     found = [folder / name for name in NAMES if (folder / name).exists()]
     problems = []
     for path in found:
         try:
-            # torch does not compare the checksums that it writes
+            # torch does not verify the checksums that it writes
             if (damaged := zipfile.ZipFile(path).testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged file makes of the readers can be anything
+        except Exception as error:  # a damaged file can raise any exception
             problems.append(f"{path.name} is damaged ({str(error).splitlines()[0]})")
             continue
         if state.get("version") != VERSION:
             raise CheckpointError(
-                f"{path} is a state of version {state.get('version')}, this srpkd reads {VERSION}: go on with the one "
-                "that wrote it"
+                f"{path}: unsupported state version {state.get('version')} (this srpkd reads {VERSION}): resume with "
+                "the version that wrote it"
             )
         if problems:
-            print(f"{folder}: {'; '.join(problems)}: going on from {path.name}", file=sys.stderr)
+            print(f"{folder}: {'; '.join(problems)}: resuming from {path.name}", file=sys.stderr)
         return state
     if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}: nothing to go on from, start the run anew")
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}: no state to resume from, start a new run")
     raise CheckpointError(
-        f"{folder} holds no {NEWEST} to go on from: the run has finished, or was stopped before its first step"
+        f"{folder} has no {NEWEST} to resume from: the run has finished, or was stopped before its first step"
     )
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is anything to go on from."""
+    """Return whether a folder has a state to resume from."""
     return any((folder / name).exists() for name in NAMES)
 
 
 def remove_state(folder: Path) -> None:
-    """Nothing is left to go on with."""
+    """Delete the states in the folder of a finished run."""
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
 
 
 def random_state() -> dict[str, Any]:
-    """The random number generators of torch on the CPU and on the GPUs, of Python and of NumPy."""
+    """Return the states of the random number generators of torch (CPU and GPUs), Python and NumPy."""
     numpy = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state(),
@@ -88,7 +89,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on with the numbers that would have come next; GPUs beyond those that there were keep theirs."""
+    """Restore what ``random_state`` returned; GPUs that it does not include keep their state."""
     torch.set_rng_state(state["torch"])
     for device, generator in zip(range(torch.cuda.device_count()), state["cuda"]):
         torch.cuda.set_rng_state(generator, device)
@@ -97,7 +98,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (all devices), NumPy, and Python's generator, which the image pool draws from."""
+    """Seed torch (all devices), NumPy, and Python's generator, which the image pools use."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

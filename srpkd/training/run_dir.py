@@ -1,13 +1,13 @@
-"""What a run leaves in its folder while it goes on: metrics, pictures, checkpoints, its state, and the page."""
+"""The folder of a run and what is written there: metrics, checkpoints, the state to resume from, and the report."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import nn
 
@@ -20,29 +20,33 @@ from .resume import save_state
 
 
 class RunDir:
-    """The folder of a run; only the first of several processes writes there.
+    """The folder of a run; only rank 0 writes there.
 
     Args:
-        folder: of the run; see ``new_folder``.
-        config: the configuration as YAML, written to ``config.yaml``.
-        report: what the page says from the start: title, task, command, environment; see ``srpkd.report``.
-        resumed: what ``kept`` gave, as the state holds it: the record then goes on from there. What was logged after
-            that is cut off, since it will be logged again.
-        watchers: what else metrics are given to; see ``srpkd.training.loggers``.
+        folder: an existing folder; see ``new_folder``.
+        config: the configuration as YAML, for ``config.yaml``.
+        report: initial content of ``report.json``: title, task, command, environment; see ``srpkd.report``.
+        resumed: entry "record" of the state of an interrupted run, to continue its files. Metrics that were logged
+            after that state are deleted: they will be logged again.
+        loggers: further receivers of the metrics; see ``srpkd.training.loggers``.
+
+    Attributes:
+        folder: the folder.
+        report: content of ``report.json``.
     """
 
     def __init__(
         self,
         folder: Path,
         config: str = "",
-        report: dict[str, Any] | None = None,
-        resumed: dict[str, Any] | None = None,
-        watchers: Sequence[Logger] = (),
+        report: Mapping[str, Any] | None = None,
+        resumed: Mapping[str, Any] | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
-        self.folder, self._watchers = folder, watchers
-        self.report = {"samples": [], "relations": [], "files": [], **(report or {})}
+        self.folder, self._loggers = folder, loggers
+        self.report: dict[str, Any] = {"samples": [], "relations": [], "files": [], **(report or {})}
         elapsed = 0.0
-        self._metrics = None
+        self._metrics: TextIO | None = None
         if distributed.rank() == 0:
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             if resumed is None:
@@ -59,36 +63,36 @@ class RunDir:
 
     @property
     def elapsed(self) -> float:
-        """Seconds that the run has taken, before it was resumed too."""
+        """Duration of the run in seconds, including the time before it was resumed."""
         return time.perf_counter() - self._start
 
     def log(self, stage: str, step: int, **values: Any) -> None:
-        """Append a line to ``metrics.jsonl``."""
+        """Append a line to ``metrics.jsonl``, and pass the values to the loggers."""
         if self._metrics is not None:
             line = {"stage": stage, "step": step, "seconds": round(self.elapsed, 3), **values}
             with writing(self.folder / "metrics.jsonl"):
                 self._metrics.write(json.dumps(line) + "\n")
-            for watcher in self._watchers:
-                watcher.log(stage, step, values)
+            for logger in self._loggers:
+                logger.log(stage, step, values)
 
-    def save_checkpoint(self, folder: Path, name: str, networks: dict[str, nn.Module]) -> None:
-        """Write weights as the public code names them: ``<folder>/<name>_net_<network>.pth``."""
+    def save_checkpoint(self, folder: Path, name: str, networks: Mapping[str, nn.Module]) -> None:
+        """Write weights to ``<folder>/<name>_net_<network>.pth``, the file names of the public code."""
         if self._metrics is not None:
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
 
     def save_resume_state(self, state: dict[str, Any]) -> None:
-        """Write the run's state, with what this record itself needs to go on."""
+        """Write the state of the run, and what this class needs to resume."""
         if self._metrics is not None:
             with writing(self.folder / "metrics.jsonl"):
                 self._metrics.flush()
                 os.fsync(self._metrics.fileno())
-            written = os.fstat(self._metrics.fileno()).st_size
-            kept = {"metrics_bytes": written, "report": json.dumps(self.report), "elapsed": self.elapsed}
-            save_state(self.folder, state | {"record": kept})
+            size = os.fstat(self._metrics.fileno()).st_size
+            own = {"metrics_bytes": size, "report": json.dumps(self.report), "elapsed": self.elapsed}
+            save_state(self.folder, state | {"record": own})
 
     def write_report(self) -> None:
-        """Bring ``report.json`` and ``index.html`` up to date."""
+        """Write ``report.json`` and ``index.html``."""
         if self._metrics is not None:
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
             with atomic_write(self.folder / "report.json") as file:
@@ -96,20 +100,19 @@ class RunDir:
             write_report(self.folder)
 
     def close(self) -> None:
-        """Close ``metrics.jsonl``, and what else was watching."""
+        """Close ``metrics.jsonl`` and the loggers."""
         if self._metrics is not None:
             with writing(self.folder / "metrics.jsonl"):
                 self._metrics.close()
-            for watcher in self._watchers:
-                watcher.close()
+            for logger in self._loggers:
+                logger.close()
 
 
 def new_folder(runs_dir: str, name: str) -> Path:
-    """Make and return the first of name, name-2, name-3, ... in runs_dir that does not exist yet: nothing is
-    overwritten.
+    """Create and return the first folder of name, name-2, name-3, ... in runs_dir that does not exist yet.
 
     Raises:
-        ValueError: it, or runs_dir, cannot be made.
+        ValueError: the folder, or runs_dir, cannot be created.
     """
     folder = Path(runs_dir)
     try:

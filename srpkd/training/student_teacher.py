@@ -1,4 +1,4 @@
-"""What a generator learns from its teacher, beside its own task: output, relations, features.
+"""Losses between a student generator and its teacher: outputs, relations, features.
 
 lambda_kd * L1(student output, teacher output)
 + lambda_srp * SRPLoss at the tapped layers
@@ -7,30 +7,33 @@ lambda_kd * L1(student output, teacher output)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distiller import FeatureTap, RelationDistiller, unwrapped
+from ..distiller import FeatureTap, RelationDistiller, preserved_modes, total, unwrap
 from .distributed import wrap
 
 
 class StudentTeacher(nn.Module):
-    """Runs a student and its teacher on the same images and weighs what sets them apart.
+    """A student, its teacher, and the distillation losses between them.
 
-    The student and the adapters are its submodules, the teacher is not: ``parameters()`` gives what is trained.
+    The student and the adapters are submodules, the teacher is not: ``parameters()`` returns what is trained.
 
     Args:
-        student, teacher: generators (B, C, H, W) -> (B, C', H, W); what ``parallel.wrap`` gives is fine too.
-        layers: student module name -> teacher module name; used by lambda_srp and lambda_feature.
-        loss: the relation loss.
-        lambda_kd, lambda_srp, lambda_feature: weights; a part of weight 0 costs nothing.
-        input_shape: (C, H, W) of an image; both networks see one at first, to learn their tapped layers' shapes.
+        student: generator (B, C, H, W) -> (B, C', H, W), also one that ``distributed.wrap`` returned.
+        teacher: generator of the same signature.
+        layers: student module name -> teacher module name, for lambda_srp and lambda_feature.
+        loss: relation loss of two features.
+        lambda_kd: weight of the L1 distance of the outputs; a term with weight 0 is not computed.
+        lambda_srp: weight of the relation loss.
+        lambda_feature: weight of the feature loss.
+        input_shape: (C, H, W) of an image; both networks process one zero image, for the shapes of tapped features.
 
     Raises:
-        ValueError: a pair of tapped layers differs in height or width; or as RelationDistiller raises.
+        ValueError: a pair of tapped features differs in height or width; or as RelationDistiller raises.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class StudentTeacher(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         layers: Mapping[str, str],
-        loss: nn.Module,
+        loss: Callable[[Tensor, Tensor], Tensor],
         *,
         lambda_kd: float,
         lambda_srp: float,
@@ -50,53 +53,56 @@ class StudentTeacher(nn.Module):
         self.layers = self.relations.layers
         self.lambda_kd, self.lambda_srp, self.lambda_feature = lambda_kd, lambda_srp, lambda_feature
         self.adapters = nn.ModuleList()
-        if not (lambda_srp or lambda_feature):
+        if not self.compares_features:
             return
         images = torch.zeros(1, *input_shape, device=next(student.parameters()).device)
-        student_shapes = feature_shapes(self.relations.student_tap, unwrapped(student), images)
+        student_shapes = feature_shapes(self.relations.student_tap, unwrap(student), images)
         teacher_shapes = feature_shapes(self.relations.teacher_tap, teacher, images)
-        for ours, theirs in self.layers.items():
-            shapes = student_shapes[ours], teacher_shapes[theirs]
-            if shapes[0][1:] != shapes[1][1:]:
+        for student_name, teacher_name in self.layers.items():
+            student_shape, teacher_shape = student_shapes[student_name], teacher_shapes[teacher_name]
+            if student_shape[1:] != teacher_shape[1:]:
                 raise ValueError(
-                    f"student layer {ours!r} gives {tuple(shapes[0])} and teacher layer {theirs!r} {tuple(shapes[1])} "
-                    "(C, H, W) for an image of the training size: tap layers whose maps have one height and width"
+                    f"student layer {student_name!r} gives {tuple(student_shape)} and teacher layer "
+                    f"{teacher_name!r} {tuple(teacher_shape)} (C, H, W) for an image of the training size: tap layers "
+                    "of the same height and width"
                 )
             if lambda_feature:
-                self.adapters.append(wrap(nn.Conv2d(shapes[0][0], shapes[1][0], 1).to(images.device)))
+                self.adapters.append(wrap(nn.Conv2d(student_shape[0], teacher_shape[0], 1).to(images.device)))
 
     @property
     def student(self) -> nn.Module:
+        """The student."""
         return self.relations.student
 
     @property
     def teacher(self) -> nn.Module:
+        """The teacher."""
         return self.relations.teacher
 
+    @property
+    def compares_features(self) -> bool:
+        """Whether a loss of tapped features has a weight."""
+        return bool(self.lambda_srp or self.lambda_feature)
+
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(student's output, {"kd": ..., "srp": ..., "feature": ...}): the weighted losses that have a weight."""
-        relations, losses = self.relations, {}
-        if not (self.lambda_srp or self.lambda_feature):
-            output = self.student(images)
-            if self.lambda_kd:
-                with torch.no_grad():
-                    teacher_output = self.teacher(images)
-                losses["kd"] = self.lambda_kd * F.l1_loss(output, teacher_output)
-            return output, losses
-        with relations.teacher_tap.recording() as theirs, torch.no_grad():
-            teacher_output = self.teacher(images)
-        with relations.student_tap.recording() as ours:
-            output = self.student(images)
+        """Run both networks on images (B, C, H, W).
+
+        Returns:
+            The student's output, and the weighted losses that have a weight: {"kd": ..., "srp": ..., "feature": ...}.
+        """
+        if not (self.lambda_kd or self.compares_features):
+            return self.student(images), {}
+        passes, losses = self.relations.run(images, record_features=self.compares_features), {}
         if self.lambda_kd:
-            losses["kd"] = self.lambda_kd * F.l1_loss(output, teacher_output)
+            losses["kd"] = self.lambda_kd * F.l1_loss(passes.student_output, passes.teacher_output)
         if self.lambda_srp:
-            losses["srp"] = self.lambda_srp * relations.compare(ours, theirs)
+            losses["srp"] = self.lambda_srp * self.relations.compare(passes.student_features, passes.teacher_features)
         if self.lambda_feature:
-            losses["feature"] = self.lambda_feature * sum(
-                F.mse_loss(adapter(ours[name]), theirs[self.layers[name]])
-                for adapter, name in zip(self.adapters, self.layers)
+            losses["feature"] = self.lambda_feature * total(
+                F.mse_loss(adapter(passes.student_features[student_name]), passes.teacher_features[teacher_name])
+                for adapter, (student_name, teacher_name) in zip(self.adapters, self.layers.items())
             )
-        return output, losses
+        return passes.student_output, losses
 
     def close(self) -> None:
         """Remove the hooks from both networks."""
@@ -105,13 +111,12 @@ class StudentTeacher(nn.Module):
 
 @torch.no_grad()
 def feature_shapes(tap: FeatureTap, network: nn.Module, images: Tensor) -> dict[str, torch.Size]:
-    """The (C, H, W) of each tapped layer, from one pass in eval mode (running statistics stay as they are)."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+    """Return the shape (C, H, W) of each tapped feature, from one pass in eval mode.
+
+    Modes and running statistics of the network do not change.
+    """
+    with preserved_modes(network):
+        network.eval()
         with tap.recording() as features:
             network(images)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return {name: feature.shape[1:] for name, feature in features.items()}

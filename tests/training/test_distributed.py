@@ -179,8 +179,8 @@ def test_steps(model):
     objective.step(images())
     after = [p for net in objective.networks.values() for p in net.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
-    assert objective.updates.skipped == 1
-    assert objective.updates.nonfinite_loss == {"pix2pix": "D_fake", "cycle_gan": "G_A"}[model]
+    assert objective.optimizers.skipped == 1
+    assert objective.optimizers.nonfinite_loss == {"pix2pix": "D_fake", "cycle_gan": "G_A"}[model]
     torch.manual_seed(distributed.rank())
     for _ in range(2):
         objective.step(images())

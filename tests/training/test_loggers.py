@@ -13,16 +13,17 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.loggers import import_loggers
 
 ARGUMENTS = shlex.split(
-    "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 --netG resnet_1blocks "
-    "--ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 --n_epochs_decay 0 "
-    "--print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks --teacher_ngf 3"
+    "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 "
+    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 "
+    "--n_epochs_decay 0 --print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks "
+    "--teacher_ngf 3"
 )
 PAGES = "srpkd.training.run_dir.write_report"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """A run's folder; without its page, unless `page` is given the page as report.json has it, at each update."""
+    """A function that trains and returns the run's folder; `page` gets report.json whenever the page is updated."""
     monkeypatch.chdir(tmp_path)
 
     def main(*arguments: str, name: str = "run", page: Callable[[dict[str, Any]], None] = lambda report: None) -> Path:
@@ -54,8 +55,8 @@ def test_tensorboard(run):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_are_given_what_metrics_jsonl_holds(run, monkeypatch, name):
-    """With a stand-in for the package, which would ask for an account."""
+def test_trackers_receive_the_values_of_metrics_jsonl(run, monkeypatch, name):
+    """With a fake package: the real one would ask for an account."""
     calls: list[Any] = []
 
     def init(**options: Any) -> SimpleNamespace:
@@ -75,7 +76,7 @@ def test_trackers_are_given_what_metrics_jsonl_holds(run, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_package_that_is_missing_is_said_first(tmp_path, monkeypatch, name):
+def test_missing_package_is_reported_before_training(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     for module in ("torch.utils.tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -85,7 +86,7 @@ def test_a_package_that_is_missing_is_said_first(tmp_path, monkeypatch, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_page_grows_during_the_training(run):
+def test_page_is_updated_during_training(run):
     pages: list[tuple[int, list[str], list[str]]] = []
 
     def page(report: dict[str, Any]) -> None:
@@ -102,13 +103,13 @@ def test_the_page_grows_during_the_training(run):
     ]
 
 
-def test_to_look_at_it_does_not_change_the_training(run):
+def test_page_updates_do_not_change_training(run):
     options = ["--no_dropout=false", "--norm=batch", "--ema=0.9", "--print_freq=1"]
     often, never = (logged(run(*options, f"--update_html_freq={freq}", name=f"run{freq}")) for freq in (1, 9))
     assert often == never
 
 
-def test_the_bar_shows_losses_and_images_per_second(run, capsys):
+def test_progress_bar_shows_losses_and_images_per_second(run, capsys):
     run("--batch_size=2")
     bar = capsys.readouterr().err.rsplit("\r", 1)[-1]
     assert "4/4" in bar and "img/s=" in bar and "G_L1=" in bar and "kd=" in bar and "D_real=" in bar

@@ -13,14 +13,14 @@ from srpkd import SRPLoss
 from srpkd.distiller import FeatureTap
 from srpkd.training import objectives
 from srpkd.training.loop import make_objective
-from srpkd.training.objectives import ImagePool, gan_loss, learning_rate_law
+from srpkd.training.objectives import ImagePool, gan_loss, lr_factor
 from srpkd.training.options import TrainConfig
 
 MODELS = ("pix2pix", "cycle_gan")
 
 
 def options(model: str, **others) -> TrainConfig:
-    """Networks so small that a step takes no time; every weight is another number."""
+    """Options of very small networks; every loss has a different weight."""
     config = TrainConfig(
         **SMALL,
         model=model,
@@ -43,7 +43,7 @@ def images() -> dict[str, Tensor]:
     return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
 
 
-def make(config: TrainConfig, distilled: bool = False) -> objectives.Objective:
+def make_small(config: TrainConfig, distilled: bool = False) -> objectives.Objective:
     if not distilled:
         return make_objective(config, 0, {})
     teachers = make_objective(replace(config, ngf=4), 1, {}).generators
@@ -68,12 +68,12 @@ def assert_gradients(networks: dict[str, nn.Module], expected: tuple[Tensor, ...
 # The learning rate
 
 
-def test_the_learning_rate_stays_and_then_falls():
-    assert [learning_rate_law(epoch, 2, 3) for epoch in range(1, 6)] == [1, 1, 0.75, 0.5, 0.25]
-    assert [learning_rate_law(epoch, 0, 1) for epoch in (1, 2)] == [0.5, 0]
-    assert learning_rate_law(100, 100, 100) == 1
-    assert learning_rate_law(200, 100, 100) == pytest.approx(1 / 101)
-    assert {learning_rate_law(epoch, 3, 0) for epoch in (1, 2, 3)} == {1}
+def test_lr_factor_is_constant_and_then_decays():
+    assert [lr_factor(epoch, 2, 3) for epoch in range(1, 6)] == [1, 1, 0.75, 0.5, 0.25]
+    assert [lr_factor(epoch, 0, 1) for epoch in (1, 2)] == [0.5, 0]
+    assert lr_factor(100, 100, 100) == 1
+    assert lr_factor(200, 100, 100) == pytest.approx(1 / 101)
+    assert {lr_factor(epoch, 3, 0) for epoch in (1, 2, 3)} == {1}
 
 
 # The optimizers
@@ -81,9 +81,9 @@ def test_the_learning_rate_stays_and_then_falls():
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("distilled", [False, True])
-def test_two_adams_share_the_parameters(model, distilled):
-    objective = make(options(model, lr=0.003, beta1=0.4), distilled)
-    adapters = {name: entry.adapters for name, entry in objective.distillations.items()}
+def test_one_adam_for_generators_and_one_for_discriminators(model, distilled):
+    objective = make_small(options(model, lr=0.003, beta1=0.4), distilled)
+    adapters = {name: entry.adapters for name, entry in objective.student_teachers.items()}
     assert bool(parameters(adapters)) == distilled
     expected = {
         "G": parameters(objective.generators) + parameters(adapters),
@@ -97,16 +97,16 @@ def test_two_adams_share_the_parameters(model, distilled):
         assert [id(p) for p in group["params"]] == [id(p) for p in expected[name]]
 
 
-def test_adams_momenta_are_the_public_codes():
-    assert make(options("pix2pix")).optimizers["G"].defaults["betas"] == (0.5, 0.999)
+def test_default_betas_are_those_of_the_public_code():
+    assert make_small(options("pix2pix")).optimizers["G"].defaults["betas"] == (0.5, 0.999)
 
 
 @pytest.mark.parametrize(("model", "order"), [("pix2pix", ["D", "G"]), ("cycle_gan", ["G", "D"])])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_order_of_updates_and_that_neither_reaches_the_other(model, order, distilled):
-    objective = make(options(model), distilled)
+def test_update_order_and_separate_gradients(model, order, distilled):
+    objective = make_small(options(model), distilled)
     networks = {"G": objective.generators, "D": objective.discriminators}
-    teachers = {name: entry.teacher for name, entry in objective.distillations.items()}
+    teachers = {name: entry.teacher for name, entry in objective.student_teachers.items()}
     seen, updated = [], []
 
     def watch(name: str) -> None:
@@ -128,28 +128,28 @@ def test_the_order_of_updates_and_that_neither_reaches_the_other(model, order, d
     first, second = order
     assert all(gradient is not None for gradient in seen[0][first])
     assert all(gradient is None for gradient in seen[0][second])
-    # the second backward left the first network's gradients as they were
+    # the second backward pass did not change the gradients of the first networks
     assert all(torch.equal(a, b) for a, b in zip(seen[0][first], seen[1][first]))
     assert all(gradient is not None for gradient in seen[1][second])
     assert all(p.grad is None for p in parameters(teachers))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_network_and_adapter_learns(model):
-    objective = make(options(model), distilled=True)
-    adapters = {name: entry.adapters for name, entry in objective.distillations.items()}
+def test_a_step_changes_every_network_and_adapter(model):
+    objective = make_small(options(model), distilled=True)
+    adapters = {name: entry.adapters for name, entry in objective.student_teachers.items()}
     networks = [objective.generators, objective.discriminators, adapters]
     before = [[p.detach().clone() for p in parameters(group)] for group in networks]
-    teachers = [copy.deepcopy(entry.teacher.state_dict()) for entry in objective.distillations.values()]
+    teachers = [copy.deepcopy(entry.teacher.state_dict()) for entry in objective.student_teachers.values()]
     objective.step(images())
     for old, group in zip(before, networks):
-        # a bias in front of an instance norm has no effect, and so no gradient but for rounding
+        # only weights: a bias before an instance norm has no effect, so its gradient is rounding error
         assert all(not torch.equal(a, b) for a, b in zip(old, parameters(group)) if a.ndim == 4)
-    for old, entry in zip(teachers, objective.distillations.values()):
+    for old, entry in zip(teachers, objective.student_teachers.values()):
         assert all(torch.equal(value, entry.teacher.state_dict()[key]) for key, value in old.items())
 
 
-# The losses, computed once more from their definitions
+# The losses, computed again from their definitions
 
 
 def mean_bce(logits: Tensor, real: bool) -> Tensor:
@@ -161,7 +161,7 @@ def mean_square(logits: Tensor, real: bool) -> Tensor:
 
 
 def distilled_losses(student: nn.Module, teacher: nn.Module, adapter: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The three terms of distillation, from passes of their own."""
+    """The three distillation losses, from separate forward passes."""
     ours, theirs = (FeatureTap(network, ["model.9"]) for network in (student, teacher))
     with ours.recording() as student_features:
         output = student(x)
@@ -172,17 +172,17 @@ def distilled_losses(student: nn.Module, teacher: nn.Module, adapter: nn.Module,
     a, b = student_features["model.9"], teacher_features["model.9"]
     return {
         "kd": 11 * (output - target).abs().mean(),
-        "srp": 13 * SRPLoss()(a, b),
+        "srp": 13 * SRPLoss("row", "l1")(a, b),
         "feature": 17 * ((adapter(a) - b) ** 2).mean(),
     }
 
 
 @pytest.mark.parametrize(("gan_mode", "gan"), [("vanilla", mean_bce), ("lsgan", mean_square)])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_losses_of_pix2pix(gan_mode, gan, distilled):
-    objective = make(options("pix2pix", gan_mode=gan_mode), distilled)
+def test_pix2pix_losses(gan_mode, gan, distilled):
+    objective = make_small(options("pix2pix", gan_mode=gan_mode), distilled)
     G, D = (copy.deepcopy(net) for net in (objective.generators["G"], objective.discriminators["D"]))
-    adapters = [copy.deepcopy(entry.adapters[0]) for entry in objective.distillations.values()]
+    adapters = [copy.deepcopy(entry.adapters[0]) for entry in objective.student_teachers.values()]
     batch = images()
     a, b = batch["A"], batch["B"]
     losses = objective.step(batch)
@@ -195,10 +195,10 @@ def test_the_losses_of_pix2pix(gan_mode, gan, distilled):
     half = (expected["D_fake"] + expected["D_real"]) / 2
     assert_gradients(objective.discriminators, torch.autograd.grad(half, D.parameters()))
 
-    D = objective.discriminators["D"]  # G is judged by the discriminator that was just updated
+    D = objective.discriminators["D"]  # G sees the updated discriminator
     expected_G = {"G_GAN": gan(D(torch.cat([a, fake], 1)), True), "G_L1": 7 * (fake - b).abs().mean()}
     if distilled:
-        expected_G |= distilled_losses(G, objective.distillations["G"].teacher, adapters[0], a)
+        expected_G |= distilled_losses(G, objective.student_teachers["G"].teacher, adapters[0], a)
     assert_gradients(objective.generators, torch.autograd.grad(sum(expected_G.values()), G.parameters()))
     expected |= expected_G
     assert losses.keys() == expected.keys()
@@ -209,10 +209,10 @@ def test_the_losses_of_pix2pix(gan_mode, gan, distilled):
 @pytest.mark.parametrize(("gan_mode", "gan"), [("vanilla", mean_bce), ("lsgan", mean_square)])
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("identity", [0.25, 0])
-def test_the_losses_of_cycle_gan(gan_mode, gan, distilled, identity):
-    objective = make(options("cycle_gan", gan_mode=gan_mode, lambda_identity=identity), distilled)
+def test_cycle_gan_losses(gan_mode, gan, distilled, identity):
+    objective = make_small(options("cycle_gan", gan_mode=gan_mode, lambda_identity=identity), distilled)
     generators, discriminators = copy.deepcopy(objective.generators), copy.deepcopy(objective.discriminators)
-    adapters = {name: copy.deepcopy(entry.adapters[0]) for name, entry in objective.distillations.items()}
+    adapters = {name: copy.deepcopy(entry.adapters[0]) for name, entry in objective.student_teachers.items()}
     (G_A, G_B), (D_A, D_B) = generators.values(), discriminators.values()
     batch = images()
     a, b = batch["A"], batch["B"]
@@ -229,13 +229,13 @@ def test_the_losses_of_cycle_gan(gan_mode, gan, distilled, identity):
         expected_G["idt_A"] = 5 * 0.25 * (G_A(b) - b).abs().mean()
         expected_G["idt_B"] = 3 * 0.25 * (G_B(a) - a).abs().mean()
     for direction, adapter in adapters.items():
-        student, teacher = generators[direction], objective.distillations[direction].teacher
+        student, teacher = generators[direction], objective.student_teachers[direction].teacher
         terms = distilled_losses(student, teacher, adapter, a if direction == "G_A" else b)
         expected_G |= {f"{name}_{direction[-1]}": term for name, term in terms.items()}
     assert_gradients(
         objective.generators, torch.autograd.grad(sum(expected_G.values()), parameters(generators), retain_graph=True)
     )
-    # the pools are empty at first, so that both see the new images
+    # the pools are empty at first, so both discriminators see the new images
     expected_D = {
         "D_A": (gan(D_A(b), True) + gan(D_A(fake_b.detach()), False)) / 2,
         "D_B": (gan(D_B(a), True) + gan(D_B(fake_a.detach()), False)) / 2,
@@ -248,8 +248,8 @@ def test_the_losses_of_cycle_gan(gan_mode, gan, distilled, identity):
     torch.testing.assert_close(losses, {name: loss.detach() for name, loss in expected.items()})
 
 
-def test_cycle_gans_discriminators_see_the_pools():
-    objective = make(options("cycle_gan"))
+def test_cycle_gan_discriminators_query_the_pools():
+    objective = make_small(options("cycle_gan"))
     queried = {}
     for name, pool in objective.pools.items():
         pool.query = lambda fake, name=name: queried.setdefault(name, torch.zeros_like(fake)).detach()
@@ -261,16 +261,38 @@ def test_cycle_gans_discriminators_see_the_pools():
     torch.testing.assert_close(losses["D_A"], expected.detach())
 
 
-def test_identity_needs_equal_channels():
+@pytest.mark.parametrize("model", MODELS)
+def test_states_are_restored(model):
+    """A restored objective takes the same step: networks, adapters, averages, optimizers and image pools."""
+    config = options(model, pool_size=3, ema=0.9)
+    first, second = (make_small(config, distilled=True) for _ in range(2))
+    for _ in range(2):
+        first.step(images())
+    assert {len(pool.images) for pool in first.pools.values()} == ({3} if model == "cycle_gan" else set())
+    state, rank_state = copy.deepcopy((first.state_dict(), first.rank_state_dict()))
+    second.load_state_dict(state)
+    second.load_rank_state_dict(rank_state)
+    batch, losses = images(), []
+    for objective in (first, second):
+        random.seed(1)  # of the pools
+        losses.append(objective.step(batch))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(first.rank_state_dict(), second.rank_state_dict(), rtol=0, atol=0)
+
+
+def test_identity_loss_needs_equal_channels():
     uneven = {"dataroot": "x", "input_nc": 1, "output_nc": 3}
     with pytest.raises(ValueError, match=r"lambda_identity=0\.25 needs images of equal channels .* set lambda_ident"):
-        make(options("cycle_gan", **uneven))
-    objective = make(options("cycle_gan", lambda_identity=0, **uneven), distilled=True)
+        make_small(options("cycle_gan", **uneven))
+    objective = make_small(options("cycle_gan", lambda_identity=0, **uneven), distilled=True)
     objective.step({"A": torch.zeros(1, 1, SIZE, SIZE), "B": torch.zeros(1, 3, SIZE, SIZE)})
-    make(options("pix2pix", **uneven)).step({"A": torch.zeros(1, 1, SIZE, SIZE), "B": torch.zeros(1, 3, SIZE, SIZE)})
+    make_small(options("pix2pix", **uneven)).step(
+        {"A": torch.zeros(1, 1, SIZE, SIZE), "B": torch.zeros(1, 3, SIZE, SIZE)}
+    )
 
 
-# The parts
+# GAN loss and image pools
 
 
 @pytest.mark.parametrize(
@@ -280,14 +302,14 @@ def test_identity_needs_equal_channels():
         ("vanilla", (0.313262 + 0.693147 + 2.126928) / 3, (1.313262 + 0.693147 + 0.126928) / 3),  # log(1 + exp(-+x))
     ],
 )
-def test_gan_loss_by_hand(mode, real, fake):
+def test_gan_loss_of_known_logits(mode, real, fake):
     logits = torch.tensor([1.0, 0.0, -2.0]).view(1, 1, 1, 3)
     assert gan_loss(logits, True, mode).item() == pytest.approx(real, rel=1e-5)
     assert gan_loss(logits, False, mode).item() == pytest.approx(fake, rel=1e-5)
 
 
 def numbered(first: int, count: int = 1) -> Tensor:
-    """Images whose pixels are all one number, their own."""
+    """Images first, first + 1, ...: every pixel of an image is its number."""
     return torch.arange(first, first + count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).clone()
 
 
@@ -295,23 +317,23 @@ def number(batch: Tensor) -> list[int]:
     return batch[:, 0, 0, 0].int().tolist()
 
 
-def test_a_pool_fills_first():
+def test_pool_first_stores_images():
     pool = ImagePool(3)
     assert [number(pool.query(numbered(i))) for i in range(3)] == [[0], [1], [2]]
     assert sorted(number(torch.stack(pool.images))) == [0, 1, 2]
 
 
-def test_a_full_pool_swaps_half_of_the_time(monkeypatch):
+def test_full_pool_swaps_half_of_the_time(monkeypatch):
     pool = ImagePool(2)
     pool.query(numbered(0, 2))
     monkeypatch.setattr(random, "random", lambda: 0.5)
-    assert number(pool.query(numbered(2))) == [2]  # passed on, not remembered
+    assert number(pool.query(numbered(2))) == [2]  # returned, not stored
     assert number(torch.stack(pool.images)) == [0, 1]
     monkeypatch.setattr(random, "random", lambda: 0.49)
     monkeypatch.setattr(random, "randrange", lambda size: size - 1)
     assert number(pool.query(numbered(3))) == [1]
     assert number(torch.stack(pool.images)) == [0, 3]
-    assert number(pool.query(numbered(4, 2))) == [3, 4]  # image by image
+    assert number(pool.query(numbered(4, 2))) == [3, 4]  # each image is drawn separately
     monkeypatch.undo()
     random.seed(0)
     count = 2000
@@ -319,14 +341,14 @@ def test_a_full_pool_swaps_half_of_the_time(monkeypatch):
     assert abs(swapped / count - 0.5) < 4 * 0.5 / math.sqrt(count)
 
 
-def test_a_batch_may_be_larger_than_the_pool():
+def test_batch_larger_than_the_pool():
     pool = ImagePool(2)
     given = pool.query(numbered(0, 5))
     assert given.shape == (5, 3, 2, 2) and len(pool.images) == 2
     assert set(number(given)) <= set(range(5))
 
 
-def test_a_pool_of_size_0_remembers_nothing():
+def test_pool_of_size_0_stores_nothing():
     pool, batch = ImagePool(0), numbered(0, 3)
     for _ in range(3):
         assert torch.equal(pool.query(batch), batch)
@@ -334,10 +356,10 @@ def test_a_pool_of_size_0_remembers_nothing():
 
 
 @pytest.mark.parametrize("size", [0, 1, 5])
-def test_a_pool_cuts_the_graph_and_keeps_its_images(size):
+def test_pool_detaches_and_keeps_its_images(size):
     pool, batch = ImagePool(size), numbered(0, 2).requires_grad_()
     made = batch * 1
     given = pool.query(made)
     assert not given.requires_grad
-    given.add_(100)  # what a caller does with them does not reach the history
+    given.add_(100)  # must not change the stored images
     assert size == 0 or set(number(torch.stack(pool.images))) <= {0, 1}

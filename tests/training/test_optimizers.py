@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from srpkd.models.checkpoints import load_weights
 from srpkd.models.networks import define_generator
 from srpkd.training import loop
-from srpkd.training.loop import PATIENCE, Diverged, Stage, freeze_for_inference
+from srpkd.training.loop import MAX_CONSECUTIVE_SKIPS, Diverged, Stage, freeze_for_inference
 from srpkd.training.optimizers import GuardedOptimizers
 from srpkd.training.options import TrainConfig
 from srpkd.training.run_dir import RunDir, new_folder
@@ -48,23 +48,23 @@ def weights(objective: Any) -> dict[str, Tensor]:
 
 
 def changed(before: dict[str, Tensor], objective: Any) -> set[str]:
-    """The networks that have changed."""
+    """Names of the networks whose weights changed."""
     after = weights(objective)
     return {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
 
 
 @pytest.fixture
 def trained(tmp_path) -> Callable[..., tuple[Any, list[dict[str, Any]], Path]]:
-    """Train a stage: what it gave, its lines of metrics, its folder."""
+    """A function that trains a stage and returns its result, its lines of metrics and its folder."""
 
     def train(config: TrainConfig, **others: Any) -> tuple[Any, list[dict[str, Any]], Path]:
-        record = RunDir(new_folder(str(tmp_path), "run"))
+        run_dir = RunDir(new_folder(str(tmp_path), "run"))
         try:
-            done = loop.fit(Stage("student", config, 0, record.folder), record, {}, **others)
+            result = loop.fit(Stage("student", config, 0, run_dir.folder), run_dir, {}, **others)
         finally:
-            record.close()
-        lines = [json.loads(line) for line in (record.folder / "metrics.jsonl").read_text().splitlines()]
-        return done, lines, record.folder
+            run_dir.close()
+        lines = [json.loads(line) for line in (run_dir.folder / "metrics.jsonl").read_text().splitlines()]
+        return result, lines, run_dir.folder
 
     return train
 
@@ -73,7 +73,7 @@ def trained(tmp_path) -> Callable[..., tuple[Any, list[dict[str, Any]], Path]]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_gradients_are_clipped_by_group(precision):
+def test_gradients_are_clipped_per_group(precision):
     config = options(clip_grad_norm=1e-3, precision=precision)
     objective = loop.make_objective(config, 0, {})
     norms = {}
@@ -85,16 +85,16 @@ def test_gradients_are_clipped_by_group(precision):
             step()
 
         optimizer.step = measured
-    for _ in range(12):  # float16 finds its scale first
+    for _ in range(12):  # the loss scale of float16 adapts first
         objective.step(images())
     assert norms == {"G": pytest.approx(1e-3, rel=1e-3), "D": pytest.approx(1e-3, rel=1e-3)}
 
 
-# Losses that are not finite
+# Non-finite losses
 
 
 def spoil(objective: Any, network: str, value: float) -> None:
-    """Let a network's next output hold a number that is not finite."""
+    """Put a non-finite value into a network's next output."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         handle.remove()
@@ -114,30 +114,34 @@ def spoil(objective: Any, network: str, value: float) -> None:
         ("cycle_gan", "D_B", "G_B", set()),
     ],
 )
-def test_a_step_with_a_loss_that_is_not_finite_is_left_out(model, network, nonfinite_loss, updated, value):
+def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, updated, value):
     objective = loop.make_objective(options(model), 0, {})
     objective.step(images())
     before = weights(objective)
-    pools = {name: len(pool.images) for name, pool in getattr(objective, "pools", {}).items()}
+    pools = {name: len(pool.images) for name, pool in objective.pools.items()}
     spoil(objective, network, value)
     losses = objective.step(images())
     assert not losses[nonfinite_loss].isfinite()
     assert changed(before, objective) == updated
-    assert (objective.updates.nonfinite_loss, objective.updates.skipped, objective.updates.consecutive_skips) == (
+    assert (
+        objective.optimizers.nonfinite_loss,
+        objective.optimizers.skipped,
+        objective.optimizers.consecutive_skips,
+    ) == (
         nonfinite_loss,
         1,
         1,
     )
-    assert {name: len(pool.images) for name, pool in getattr(objective, "pools", {}).items()} == pools
+    assert {name: len(pool.images) for name, pool in objective.pools.items()} == pools
     assert all(loss.isfinite() for loss in objective.step(images()).values())
     assert changed(before, objective) == objective.networks.keys()
-    assert (objective.updates.skipped, objective.updates.consecutive_skips) == (1, 0)
+    assert (objective.optimizers.skipped, objective.optimizers.consecutive_skips) == (1, 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
-def test_on_a_gpu_too(model, precision):
+def test_step_with_a_non_finite_loss_is_skipped_on_a_gpu(model, precision):
     objective = loop.make_objective(options(model, device="cuda", precision=precision, clip_grad_norm=1), 0, {})
     batch = {side: image.cuda() for side, image in images().items()}
     objective.step(batch)
@@ -145,45 +149,45 @@ def test_on_a_gpu_too(model, precision):
     spoiled = {side: image.clone() for side, image in batch.items()}
     spoiled["A"][:] = math.nan
     objective.step(spoiled)
-    assert not changed(before, objective) and objective.updates.skipped == 1
+    assert not changed(before, objective) and objective.optimizers.skipped == 1
     for _ in range(12):
         losses = objective.step(batch)
     assert all(loss.isfinite() for loss in losses.values())
     assert changed(before, objective) == objective.networks.keys()
 
 
-def test_the_second_update_may_be_left_out_alone():
+def test_only_the_second_update_is_skipped():
     objective = loop.make_objective(options(), 0, {})
     before = weights(objective)
     batch = images()
     objective.config.lambda_L1 = math.inf
     objective.step(batch)
     assert changed(before, objective) == {"D"}
-    assert objective.updates.nonfinite_loss == "G_L1"
+    assert objective.optimizers.nonfinite_loss == "G_L1"
 
 
-def test_a_sum_may_overflow():
+def test_overflow_of_the_sum_is_skipped():
     net = nn.Linear(1, 1)
-    updates = GuardedOptimizers(options(), {"G": [net]})
+    optimizers = GuardedOptimizers(options(), {"G": [net]})
     x = net(torch.ones(1, 1)).sum() * 0 + 3e38
-    assert not updates.apply("G", {"a": x, "b": x})
-    assert updates.nonfinite_loss == "the sum of a, b"
+    assert not optimizers.step("G", {"a": x, "b": x})
+    assert optimizers.nonfinite_loss == "the sum of a, b"
 
 
-def test_batch_norms_forget_what_is_not_finite():
+def test_batch_norms_reset_non_finite_statistics():
     objective = loop.make_objective(options(norm="batch"), 0, {})
     objective.step(images())
     batch = images()
     batch["A"][0, 0, 0, 0] = math.nan
     objective.step(batch)
-    assert objective.updates.skipped == 1
+    assert objective.optimizers.skipped == 1
     assert all(value.isfinite().all() for value in weights(objective).values())
     objective.generators["G"].eval()
     assert objective.generators["G"](images()["A"]).isfinite().all()
 
 
-def test_a_run_that_diverges_stops_at_its_last_good_state(trained, monkeypatch):
-    make, kept = loop.make_objective, []
+def test_diverged_run_stops_at_its_last_finite_state(trained, monkeypatch):
+    make, states = loop.make_objective, []
 
     def diverging(*arguments: Any) -> Any:
         objective = make(*arguments)
@@ -192,7 +196,7 @@ def test_a_run_that_diverges_stops_at_its_last_good_state(trained, monkeypatch):
         def stepped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             nonlocal number
             number += 1
-            if number == 2 or number > 4:  # the first is got over
+            if number == 2 or number > 4:  # training continues after the first
                 batch["B"][0] = math.nan
             return step(batch)
 
@@ -202,14 +206,15 @@ def test_a_run_that_diverges_stops_at_its_last_good_state(trained, monkeypatch):
     monkeypatch.setattr(loop, "make_objective", diverging)
     config = options(save_latest_freq=1, epoch_steps=50)
     message = (
-        rf"student: {PATIENCE} steps in a row had a loss that is not finite, first D_real, at step 5; none of them"
+        rf"student: {MAX_CONSECUTIVE_SKIPS} consecutive steps had a non-finite loss, first D_real, at step 5; none of "
+        r"them changed the networks\. \S+run contains the last finite state .* or resume with --resume \S+run$"
     )
     with pytest.raises(Diverged, match=message):
-        trained(config, keep=kept.append)
-    assert [state["step"] for state in kept] == [1, 3, 4]
+        trained(config, save_state=states.append)
+    assert [state["step"] for state in states] == [1, 3, 4]
 
 
-def test_the_number_of_steps_left_out_is_logged(trained, monkeypatch):
+def test_skipped_steps_are_logged(trained, monkeypatch):
     step = loop.OBJECTIVES["pix2pix"].step
     calls = []
 
@@ -224,18 +229,18 @@ def test_the_number_of_steps_left_out_is_logged(trained, monkeypatch):
     assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 2, 2, 2]
 
 
-# The average of the weights
+# Moving averages of the weights
 
 
-def test_the_average_is_what_a_stage_gives(trained):
+def test_a_stage_returns_the_average(trained):
     decay = 0.7
     history: list[dict[str, Tensor]] = []
 
-    def keep(state: dict[str, Any]) -> None:
+    def save_state(state: dict[str, Any]) -> None:
         history.append({key: value.clone() for key, value in state["objective"]["networks"]["G"].items()})
 
     config = options(ema=decay, save_latest_freq=1, norm="batch")
-    done, _, folder = trained(config, keep=keep)
+    result, _, folder = trained(config, save_state=save_state)
     expected = history[0]
     for later in history[1:]:
         expected = {
@@ -243,26 +248,26 @@ def test_the_average_is_what_a_stage_gives(trained):
             for key, value in expected.items()
         }
     saved, latest = load_weights(folder / "latest_net_G.pth"), history[-1]
-    found = done.generators["G"].state_dict()
+    found = result.generators["G"].state_dict()
     for key in expected:
         if expected[key].is_floating_point():
             torch.testing.assert_close(saved[key], expected[key])
             assert torch.equal(saved[key], found[key])
     assert any(not torch.equal(saved[key], latest[key]) for key in latest)
-    assert not any(module.training or module._forward_hooks for module in done.generators["G"].modules())
+    assert not any(module.training or module._forward_hooks for module in result.generators["G"].modules())
 
 
-def test_averages_do_not_change_the_training(trained):
+def test_averages_do_not_change_training(trained):
     lines = [trained(options(ema=ema))[1] for ema in (None, 0.5)]
     for a, b in zip(*lines, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-# Generators in use
+# Generators for inference
 
 
 @pytest.mark.parametrize("train_mode_norm", [False, True])
-def test_a_generator_in_use_is_deterministic_and_stays_as_it_is(train_mode_norm):
+def test_frozen_generator_is_deterministic_and_does_not_change(train_mode_norm):
     net = define_generator("resnet_1blocks", ngf=2, norm="batch", dropout=True)
     x = torch.rand(2, 3, SIZE, SIZE)
     net(x)
@@ -271,6 +276,6 @@ def test_a_generator_in_use_is_deterministic_and_stays_as_it_is(train_mode_norm)
     before = copy.deepcopy(used.state_dict())
     assert torch.equal(used(x), used(x))
     assert all(torch.equal(value, used.state_dict()[key]) for key, value in before.items())
-    torch.testing.assert_close(used(x)[:1], used(x[:1]), rtol=0, atol=1e-5)  # whatever is beside it
+    torch.testing.assert_close(used(x)[:1], used(x[:1]), rtol=0, atol=1e-5)  # independent of the rest of the batch
     assert torch.allclose(used(x), running, atol=1e-4) != train_mode_norm
     assert not any(p.requires_grad for p in used.parameters())

@@ -1,4 +1,4 @@
-"""Mixed precision, torch.compile and channels_last: the same training, but for rounding."""
+"""Mixed precision, torch.compile and channels_last give the same training up to rounding."""
 
 import copy
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def options(model: str, **others: Any) -> TrainConfig:
 
 
 def objective_of(config: TrainConfig) -> Any:
-    """Students and teachers that are the same in all configurations."""
+    """An objective whose students and teachers have the same weights in all configurations."""
     plain = options(config.model)
     teachers = make_objective(plain, 1, {}).generators
     return make_objective(
@@ -48,8 +48,10 @@ def images() -> dict[str, Tensor]:
 
 
 def train(config: TrainConfig, steps: int = 3) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Losses of every step, and the generators' weights after them (a bias before a norm has rounding alone for a
-    gradient, of which Adam makes whole steps)."""
+    """Losses of every step, and the generators' weights after the last one.
+
+    Only weights: the gradient of a bias before a norm is rounding error, which Adam scales to full steps.
+    """
     objective = objective_of(config)
     batch = {side: image.to(memory_format=config.memory_format) for side, image in images().items()}
     losses = [objective.step(batch) for _ in range(steps)]
@@ -70,9 +72,9 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("precision", DTYPES)
-def test_networks_compute_in_the_precision_and_losses_in_float32(model, precision):
+def test_networks_run_in_the_precision_and_losses_in_float32(model, precision):
     objective = objective_of(options(model, precision=precision))
-    teachers = {f"teacher {name}": entry.teacher for name, entry in objective.distillations.items()}
+    teachers = {f"teacher {name}": entry.teacher for name, entry in objective.student_teachers.items()}
     seen: dict[str, set[torch.dtype]] = {}
     for name, network in (objective.networks | teachers).items():
         for module in network.modules():
@@ -82,26 +84,24 @@ def test_networks_compute_in_the_precision_and_losses_in_float32(model, precisio
     assert seen == {name: {DTYPES[precision]} for name in objective.networks | teachers}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {p.dtype for net in objective.networks.values() for p in net.parameters()} == {torch.float32}
-    assert all(
-        image.dtype == torch.float32 for pool in getattr(objective, "pools", {}).values() for image in pool.images
-    )
-    assert objective.updates.scaler.is_enabled() == (precision == "fp16")
+    assert all(image.dtype == torch.float32 for pool in objective.pools.values() for image in pool.images)
+    assert objective.optimizers.scaler.is_enabled() == (precision == "fp16")
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.01)])
-def test_the_first_losses_are_those_of_float32(model, precision, tolerance):
+def test_first_losses_match_float32(model, precision, tolerance):
     [expected], _ = train(options(model), steps=1)
     [found], _ = train(options(model, precision=precision), steps=1)
     assert found.keys() == expected.keys()
     for name, loss in expected.items():
-        # of a student and a teacher in 16 bits each, relations and features are small differences
+        # relation and feature losses are small differences between student and teacher, both in 16 bits
         allowed = 2 * tolerance if name.startswith(("srp", "feature")) else tolerance
         assert found[name].item() == pytest.approx(loss.item(), rel=allowed), name
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_it_learns_in_16_bits(precision):
+def test_training_in_16_bits_matches_float32(precision):
     expected, found = (train(options("pix2pix", precision=p, lr=0.003), steps=40)[0] for p in ("fp32", precision))
     for name in ("kd", "srp", "G_L1"):
         first, last, wanted = (
@@ -111,23 +111,23 @@ def test_it_learns_in_16_bits(precision):
         assert name != "G_L1" or last < 0.9 * first
 
 
-def test_float16s_scale_goes_on_in_a_resumed_run():
+def test_resumed_run_restores_the_loss_scale():
     config = options("pix2pix", precision="fp16")
     objective = objective_of(config)
     for _ in range(5):
         objective.step(images())
-    objective.updates.scaler.update(8.0)
-    state = copy.deepcopy(loop._state(objective, [], 5, []))
+    objective.optimizers.scaler.update(8.0)
+    state = copy.deepcopy(loop.training_state(objective, [], 5, []))
     other = objective_of(config)
-    loop._restore(other, [], state)
-    assert other.updates.scaler.get_scale() == 8.0
+    loop.load_training_state(other, [], state)
+    assert other.optimizers.scaler.get_scale() == 8.0
     assert all(torch.equal(a, b) for a, b in zip(objective.step(images()).values(), other.step(images()).values()))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("model", MODELS)
-def test_compiled_networks_train_the_same(model):
+def test_compiled_networks_train_alike(model):
     expected = train(options(model))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_ = torch.compile
@@ -143,10 +143,10 @@ def test_compiled_networks_train_the_same(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_channels_last_is_a_matter_of_layout(model):
+def test_channels_last_changes_only_the_layout(model):
     config = options(model, channels_last=True)
     objective = objective_of(config)
-    teachers = {name: entry.teacher for name, entry in objective.distillations.items()}
+    teachers = {name: entry.teacher for name, entry in objective.student_teachers.items()}
     weights = [p for net in [*objective.networks.values(), *teachers.values()] for p in net.parameters() if p.ndim == 4]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
     torch.testing.assert_close(train(config), train(options(model)), rtol=1e-3, atol=1e-4)

@@ -30,7 +30,7 @@ ARGUMENTS = {
         "--variants={a: {}, b: {lambda_srp: 0, ema: null}}",
         *TINY,
     ],
-    # random crops and partners, drawn in two other processes; pools that overflow
+    # random crops and partners from two loader processes; image pools that overflow
     "cycle_gan": [
         *shlex.split("--model cycle_gan --dataroot ../images --load_size 20 --crop_size 16 --num_threads 2"),
         *shlex.split("--pool_size 3 --init_gain 0.1"),
@@ -56,7 +56,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(server, root) -> Callable[[str], Path]:
-    """The folder of a model's run that was never stopped."""
+    """A function that returns the folder of a model's uninterrupted run."""
 
     def done(model: str) -> Path:
         cwd = root / f"undisturbed {model}"
@@ -69,7 +69,7 @@ def undisturbed(server, root) -> Callable[[str], Path]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run left, but for times."""
+    """Everything that a run wrote, except times."""
     report = json.loads((run / "report.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -94,8 +94,8 @@ def assert_equal(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ARGUMENTS)
-def test_a_second_run_ends_like_the_first(server, undisturbed, root, model):
-    """To the bit, in another process: weights, metrics and pictures."""
+def test_two_runs_are_bit_identical(server, undisturbed, root, model):
+    """Weights, metrics and images are bit-identical in another process."""
     cwd = root / f"again {model}"
     cwd.mkdir()
     assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
@@ -107,10 +107,10 @@ KILLS = {
         [("step", 1)],
         [("step", 4)],
         [("step", 7)],
-        [("step", 10)],  # in the first variant, with a state of its own
-        [("save", 3)],  # of the teacher's second state
-        [("save", 5)],  # of its weights
-        [("rename", 2)],  # the older of two states has got its new name, the newer one not
+        [("step", 10)],  # in the first variant, after its first state
+        [("save", 3)],  # the teacher's second state
+        [("save", 5)],  # the teacher's weights
+        [("rename", 2)],  # the older of two states is renamed, the newer is not
         [("rename", 5)],
         [("evaluate", 1)],
         [("step", 3), ("step", 3), ("save", 2), ("rename", 3), ("step", 2)],
@@ -124,7 +124,7 @@ KILLS = {
     [(model, kills) for model, cases in KILLS.items() for kills in cases],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
 )
-def test_a_run_that_was_killed_ends_like_one_that_was_not(server, undisturbed, tmp_path, root, model, kills):
+def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, root, model, kills):
     expected = undisturbed(model)
     cwd = root / f"{model} {kills}"
     cwd.mkdir()
@@ -137,23 +137,23 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(server, undisturbed, t
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_state_is_passed_over(server, undisturbed, root, damage):
+def test_damaged_state_is_skipped(server, undisturbed, root, damage):
     cwd = root / f"damaged {damage}"
     cwd.mkdir()
     assert server(ARGUMENTS["pix2pix"], cwd, ("step", 12)) == -signal.SIGKILL
     newest = cwd / "runs/run/state.pt"
     content = newest.read_bytes()
     middle = len(content) // 2
-    # enough bits that not all of them are padding
+    # enough bytes that some are not padding
     flipped = content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 256]) + content[middle + 256 :]
     newest.write_bytes({"cut": content[:middle], "flipped": flipped}[damage])
     assert server(["--resume", "runs/run"], cwd) == 0
     assert "state.pt is damaged" in (cwd / "log").read_text()
-    assert "going on from state.previous.pt" in (cwd / "log").read_text()
+    assert "resuming from state.previous.pt" in (cwd / "log").read_text()
     assert_equal(cwd / "runs/run", undisturbed("pix2pix"))
 
 
-def test_what_cannot_be_resumed_says_why(server, undisturbed, root):
+def test_reasons_why_a_run_cannot_be_resumed(server, undisturbed, root):
     cwd = root / "refused"
     cwd.mkdir()
 
@@ -177,24 +177,24 @@ def test_what_cannot_be_resumed_says_why(server, undisturbed, root):
     for name in NAMES:
         if (cwd / "runs/run" / name).exists():
             (cwd / "runs/run" / name).write_bytes(b"PK")
-    assert "nothing to go on from, start the run anew" in refusal("--resume=run")
+    assert "no state to resume from, start a new run" in refusal("--resume=run")
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
-    assert changed <= set(NAMES)  # nothing else was touched
+    assert changed <= set(NAMES)  # no other file changed
     (cwd / "runs/run/state.pt").unlink()
     (cwd / "runs/run/state.previous.pt").unlink()
-    assert "holds no state.pt to go on from: the run has finished, or was stopped before" in refusal("--resume=run")
+    assert "has no state.pt to resume from: the run has finished, or was stopped before" in refusal("--resume=run")
 
 
-def test_what_only_watches_may_change(server, undisturbed, root):
+def test_options_that_may_change_on_resume(server, undisturbed, root):
     cwd = root / "changed"
     cwd.mkdir()
     assert server(ARGUMENTS["cycle_gan"], cwd, ("step", 9)) == -signal.SIGKILL
-    # images come from the main process now, and in the same order
+    # the main process now loads the images, in the same order
     assert server(["--resume=run", "--num_threads=0", "--save_latest_freq=5", "--time_budget=9"], cwd) == 0
     assert_equal(cwd / "runs/run", undisturbed("cycle_gan"))
 
 
-def test_resume_finds_the_options(tmp_path, monkeypatch):
+def test_resume_reads_the_options_of_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere/x").mkdir(parents=True)
     (tmp_path / "elsewhere/x/config.yaml").write_text("{dataroot: d, ngf: 5, num_threads: 3}")
@@ -206,7 +206,7 @@ def test_resume_finds_the_options(tmp_path, monkeypatch):
 # The state
 
 
-def test_a_state_is_read_back(tmp_path):
+def test_load_state_returns_what_was_saved(tmp_path):
     content = {"tensors": {"x": torch.rand(3), "i": torch.arange(2)}, "list": [(1, 2.5, None, "é", True)]}
     save_state(tmp_path, content)
     save_state(tmp_path, content | {"number": 2})
@@ -216,7 +216,7 @@ def test_a_state_is_read_back(tmp_path):
     torch.testing.assert_close(found["tensors"], content["tensors"], rtol=0, atol=0)
 
 
-def test_a_state_runs_no_code(tmp_path):
+def test_load_state_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return print, ("run",)
@@ -226,13 +226,13 @@ def test_a_state_runs_no_code(tmp_path):
         load_state(tmp_path)
 
 
-def test_a_state_of_another_version(tmp_path):
+def test_unsupported_state_version(tmp_path):
     torch.save({"version": 0}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match="is a state of version 0, this srpkd reads 1"):
+    with pytest.raises(CheckpointError, match=r"unsupported state version 0 \(this srpkd reads 1\): resume with"):
         load_state(tmp_path)
 
 
-def test_every_generator_goes_on(tmp_path):
+def test_all_random_states_are_restored(tmp_path):
     def draw() -> list[float]:
         return [torch.rand(()).item(), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn()]
 

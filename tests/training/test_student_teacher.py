@@ -22,7 +22,7 @@ def frozen(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def distil(
+def make_pair(
     student: nn.Module, teacher: nn.Module, layers: dict[str, str] | None = None, size: int = SIZE, **weights: float
 ) -> StudentTeacher:
     layers = layers or {default_tap(student): default_tap(teacher)}
@@ -36,14 +36,14 @@ def images(size: int = SIZE) -> Tensor:
 
 
 def counted(network: nn.Module) -> list[Tensor]:
-    """A list that grows by its input whenever the network runs."""
+    """A list of the network's inputs, which grows with each forward pass."""
     calls: list[Tensor] = []
     network.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0]))
     return calls
 
 
 def not_in_place(network: nn.Module) -> nn.Module:
-    """A copy whose activations overwrite nothing."""
+    """A copy without in-place activations."""
     network = copy.deepcopy(network)
     for module in network.modules():
         if hasattr(module, "inplace"):
@@ -52,7 +52,7 @@ def not_in_place(network: nn.Module) -> nn.Module:
 
 
 def features(network: nn.Module, name: str, x: Tensor) -> Tensor:
-    """A layer's output, taken when it has just run."""
+    """A layer's output, copied in a forward hook."""
     found = []
     handle = network.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output + 0))
     network(x)
@@ -60,36 +60,36 @@ def features(network: nn.Module, name: str, x: Tensor) -> Tensor:
     return found[0]
 
 
-# What is computed
+# The losses
 
 
 @pytest.mark.parametrize(
     "weights", [{}, {"lambda_kd": 3}, {"lambda_srp": 5}, {"lambda_feature": 7}, dict.fromkeys(WEIGHTS, 2)]
 )
-def test_the_terms_are_those_of_the_definition(weights):
+def test_losses_match_their_definitions(weights):
     student, teacher, x = generator(), frozen(generator("resnet_2blocks", ngf=3)), images()
-    distillation = distil(student, teacher, **weights)
-    output, losses = distillation(x)
+    pair = make_pair(student, teacher, **weights)
+    output, losses = pair(x)
     assert torch.equal(output, student(x)) and output.requires_grad
     ours, theirs = features(student, "model.9", x), features(teacher, "model.9", x)
     expected = {"kd": (output - teacher(x)).abs().mean(), "srp": SRPLoss()(ours, theirs)}
     if "lambda_feature" in weights:
-        expected["feature"] = F.mse_loss(distillation.adapters[0](ours), theirs)
+        expected["feature"] = F.mse_loss(pair.adapters[0](ours), theirs)
     expected = {
         name: weights[f"lambda_{name}"] * loss for name, loss in expected.items() if f"lambda_{name}" in weights
     }
     torch.testing.assert_close(losses, expected)
-    assert distillation.student is student and distillation.teacher is teacher
+    assert pair.student is student and pair.teacher is teacher
 
 
-def test_several_layers_are_summed():
+def test_losses_of_several_layers_are_summed():
     student, teacher, x = generator("resnet_2blocks"), frozen(generator("resnet_3blocks", ngf=3)), images()
     layers = {"model.9": "model.9", "model.11": "model.12", "model.1": "model.1"}
-    distillation = distil(student, teacher, layers, lambda_srp=2, lambda_feature=3)
-    _, losses = distillation(x)
+    pair = make_pair(student, teacher, layers, lambda_srp=2, lambda_feature=3)
+    _, losses = pair(x)
     pairs = [(features(student, ours, x), features(teacher, theirs, x)) for ours, theirs in layers.items()]
     torch.testing.assert_close(losses["srp"], 2 * sum(SRPLoss()(ours, theirs) for ours, theirs in pairs))
-    matches = [F.mse_loss(adapter(a), b) for adapter, (a, b) in zip(distillation.adapters, pairs, strict=True)]
+    matches = [F.mse_loss(adapter(a), b) for adapter, (a, b) in zip(pair.adapters, pairs, strict=True)]
     torch.testing.assert_close(losses["feature"], 3 * sum(matches))
 
 
@@ -98,89 +98,89 @@ def test_several_layers_are_summed():
     [({}, 0, 0), ({"lambda_kd": 1}, 0, 1), ({"lambda_srp": 1}, 1, 1), ({"lambda_feature": 1}, 1, 1)],
     ids=str,
 )
-def test_a_weight_of_0_costs_nothing(weights, student_runs, teacher_runs):
-    """Runs before the first step, of a blank image for the shapes; then one each, the teacher's if it is needed."""
+def test_terms_of_weight_0_are_not_computed(weights, student_runs, teacher_runs):
+    """One pass of a zero image for the shapes, if features are compared; then one pass per network that is needed."""
     student, teacher = generator(), frozen(generator())
     students, teachers = counted(student), counted(teacher)
-    distillation = distil(student, teacher, **weights)
+    pair = make_pair(student, teacher, **weights)
     assert (len(students), len(teachers)) == (student_runs, student_runs)
     assert all(x.shape == (1, 3, SIZE, SIZE) for x in students + teachers)
-    assert bool(distillation.adapters) == ("lambda_feature" in weights)
+    assert bool(pair.adapters) == ("lambda_feature" in weights)
     students.clear()
     teachers.clear()
     x = images()
-    _, losses = distillation(x)
+    _, losses = pair(x)
     assert (len(students), len(teachers)) == (1, teacher_runs)
     assert all(given is x for given in students + teachers)
     assert losses.keys() == {name.removeprefix("lambda_") for name in weights}
 
 
-# Who learns
+# Gradients
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_gradients_reach_the_student_and_the_adapters_alone(name):
+def test_only_student_and_adapters_receive_gradients(name):
     student, teacher = generator(), frozen(generator(ngf=3))
-    distillation = distil(student, teacher, **{name: 1})
-    _, losses = distillation(images())
+    pair = make_pair(student, teacher, **{name: 1})
+    _, losses = pair(images())
     [loss] = losses.values()
     loss.backward()
     encoder, decoder = student.model[1].weight, student.model[-2].weight
     assert encoder.grad.abs().sum() > 0
-    assert (decoder.grad is None) == (name != "lambda_kd")  # the default tap lies before the decoder
+    assert (decoder.grad is None) == (name != "lambda_kd")  # the default tap is before the decoder
     assert all(p.grad is None for p in teacher.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in distillation.adapters.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in pair.adapters.parameters())
 
 
-def test_the_teacher_is_no_part_of_it():
+def test_teacher_is_not_a_submodule():
     student, teacher = generator(), frozen(generator(ngf=3))
-    distillation = distil(student, teacher, lambda_feature=1)
-    assert {id(p) for p in distillation.parameters()} == {
-        id(p) for module in (student, distillation.adapters) for p in module.parameters()
+    pair = make_pair(student, teacher, lambda_feature=1)
+    assert {id(p) for p in pair.parameters()} == {
+        id(p) for module in (student, pair.adapters) for p in module.parameters()
     }
-    distillation.train()
+    pair.train()
     assert not teacher.training and student.training
-    [adapter] = distillation.adapters
+    [adapter] = pair.adapters
     assert (adapter.in_channels, adapter.out_channels, adapter.kernel_size) == (8, 12, (1, 1))
 
 
-def test_a_teacher_that_could_learn_does_not():
+def test_teacher_that_requires_gradients_receives_none():
     student, teacher = generator(), generator(ngf=3)  # not frozen by the caller
-    _, losses = distil(student, teacher, **dict.fromkeys(WEIGHTS, 1))(images())
+    _, losses = make_pair(student, teacher, **dict.fromkeys(WEIGHTS, 1))(images())
     sum(losses.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_close_removes_the_hooks():
     student, teacher = generator(), frozen(generator())
-    distillation = distil(student, teacher, lambda_srp=1)
+    pair = make_pair(student, teacher, lambda_srp=1)
 
     def hooks() -> int:
         return sum(len(m._forward_hooks) for network in (student, teacher) for m in network.modules())
 
     assert hooks() == 2
-    distillation.close()
+    pair.close()
     assert hooks() == 0
 
 
 # Shapes and layers, before the first step
 
 
-def test_a_wrong_name_is_answered_with_the_nearest():
+def test_unknown_layer_lists_the_nearest_names():
     with pytest.raises(
         ValueError, match=r"the teacher has no module named 'model\.99'; the nearest names are 'model\.9'"
     ):
-        distil(generator(), frozen(generator()), {"model.9": "model.99"}, lambda_srp=1)
+        make_pair(generator(), frozen(generator()), {"model.9": "model.99"}, lambda_srp=1)
 
 
 @pytest.mark.parametrize("weights", [{"lambda_srp": 1}, {"lambda_feature": 1}])
-def test_maps_of_different_size_are_refused_before_the_first_step(weights):
+def test_features_of_different_sizes_raise_before_the_first_step(weights):
     message = (
         r"student layer 'model\.4' gives \(4, 8, 8\) and teacher layer 'model\.9' \(12, 4, 4\) \(C, H, W\) for an "
-        r"image of the training size: tap layers whose maps have one height and width"
+        r"image of the training size: tap layers of the same height and width"
     )
     with pytest.raises(ValueError, match=message):
-        distil(generator(), frozen(generator(ngf=3)), {"model.4": "model.9"}, **weights)
+        make_pair(generator(), frozen(generator(ngf=3)), {"model.4": "model.9"}, **weights)
 
 
 class Idle(nn.Module):
@@ -194,44 +194,44 @@ class Idle(nn.Module):
         return self.used(x)
 
 
-def test_every_tapped_layer_must_fire():
+def test_tapped_layer_that_does_not_run_raises():
     layers = {"used": "used", "idle": "idle"}
     with pytest.raises(RuntimeError, match=r"student layers \['idle'\] did not run in this pass"):
-        distil(Idle(), Idle(), layers, lambda_srp=1)
-    distillation = distil(Idle(), Idle(), {"used": "used"}, lambda_srp=1)
-    distillation.student.forward = lambda x: x  # it stops to run later on
+        make_pair(Idle(), Idle(), layers, lambda_srp=1)
+    pair = make_pair(Idle(), Idle(), {"used": "used"}, lambda_srp=1)
+    pair.student.forward = lambda x: x  # the layer no longer runs
     with pytest.raises(RuntimeError, match=r"student layers \['used'\] did not run in this pass"):
-        distillation(images())
+        pair(images())
 
 
-def test_a_pass_outside_of_the_distillation_is_not_recorded():
+def test_other_passes_are_not_recorded():
     student, teacher, x = generator(), frozen(generator(ngf=3)), images()
-    distillation = distil(student, teacher, lambda_srp=1)
-    _, losses = distillation(x)
-    for _ in range(2):  # as CycleGAN's cycle and identity passes
+    pair = make_pair(student, teacher, lambda_srp=1)
+    _, losses = pair(x)
+    for _ in range(2):  # like the cycle and identity passes of CycleGAN
         student(images())
-    torch.testing.assert_close(distillation(x)[1], losses)
+    torch.testing.assert_close(pair(x)[1], losses)
 
 
-# What a dry run must leave alone
+# The pass that finds the shapes
 
 
 @pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
-def test_the_dry_run_leaves_no_trace(netG):
+def test_construction_does_not_change_the_networks(netG):
     student, teacher = generator(netG, norm="batch", dropout=True), frozen(generator(netG, norm="batch", ngf=3))
-    student.model[0].eval()  # modes differ within the network
+    student.model[0].eval()  # modes differ between modules
     before = [copy.deepcopy(network.state_dict()) for network in (student, teacher)]
     modes = [[m.training for m in network.modules()] for network in (student, teacher)]
     state = torch.get_rng_state()
-    distil(student, teacher, lambda_srp=1)
-    assert torch.equal(torch.get_rng_state(), state)  # not even dropout drew a number
+    make_pair(student, teacher, lambda_srp=1)
+    assert torch.equal(torch.get_rng_state(), state)  # not even dropout drew a random number
     for network, old, mode in zip((student, teacher), before, modes):
         assert all(torch.equal(value, old[key]) for key, value in network.state_dict().items())
         assert [m.training for m in network.modules()] == mode
         assert all(p.grad is None for p in network.parameters())
 
 
-def test_modes_come_back_when_the_dry_run_fails():
+def test_modes_are_restored_after_an_error():
     network = Idle().train()
     with pytest.raises(RuntimeError, match="did not run"):
         feature_shapes(FeatureTap(network, ["idle"]), network, images())
@@ -249,7 +249,7 @@ def test_feature_shapes():
     }
 
 
-# Activations that work in place
+# In-place activations
 
 
 @pytest.mark.parametrize(
@@ -263,23 +263,23 @@ def test_feature_shapes():
         ("unet_32", "model.model.1.model.2"),  # the norm before one
     ],
 )
-def test_taps_see_what_the_layer_gave_out(netG, layer):
+def test_taps_record_the_output_of_the_layer(netG, layer):
     student, teacher = generator(netG, norm="batch"), frozen(generator(netG, ngf=3, norm="batch"))
     layer = layer or default_tap(student)
     x = images(32)
     results = []
     for networks in ((student, teacher), (not_in_place(student), not_in_place(teacher))):
-        torch.manual_seed(1)  # of the adapter
-        distillation = distil(*networks, {layer: layer}, size=32, lambda_srp=1, lambda_feature=1)
-        losses = distillation(x)[1]
+        torch.manual_seed(1)  # initialises the adapter
+        pair = make_pair(*networks, {layer: layer}, size=32, lambda_srp=1, lambda_feature=1)
+        losses = pair(x)[1]
         (losses["srp"] + losses["feature"]).backward()
         grads = [p.grad for p in networks[0].parameters() if p.grad is not None]
         results.append((losses, grads))
-    # bit for bit: the same numbers went through the same operations
+    # bit-identical: the same operations on the same numbers
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-def test_a_unets_default_tap_by_hand():
+def test_default_tap_of_a_unet_computed_step_by_step():
     network, x = frozen(generator("unet_32", norm="batch")), images(32)
     name = default_tap(network)
     tap = FeatureTap(network, [name])
