@@ -2,8 +2,8 @@
 
     python -m bench readme runs/demo [--readme README.md]
 
-The table replaces the text between the README's markers ``<!-- demo table: begin -->`` and ``<!-- demo table: end -->``;
-docs/demo.png and docs/demo.json, beside the README, are the picture and the numbers of the table.
+The table replaces the text between the README's markers ``<!-- demo table: begin -->`` and
+``<!-- demo table: end -->``; docs/demo.png and docs/demo.json, beside the README, are the picture and the numbers.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ SETTINGS = {
 }
 SELECTION_SETTING = "few pairs"
 RESERVED_OPTIONS = {  # the study sets these for every run
-    "name", "runs_dir", "seed", "seeds", "variants", "resume", "teacher", "teacher_B", "dataroot", "synthetic_variant", "model",
-    "dataset_mode", "direction", "time_budget", "layers", "normalize", "distance", "delta", *NO_DISTILLATION,
+    "name", "runs_dir", "seed", "seeds", "variants", "resume", "teacher", "teacher_B", "dataroot", "synthetic_variant",
+    "model", "dataset_mode", "direction", "time_budget", "layers", "normalize", "distance", "delta", *NO_DISTILLATION,
 }  # fmt: skip
 
 
