@@ -33,8 +33,8 @@ the mean difference (Student's t over data sets, separately for each comparison)
 interval excludes 0. All images are small and training is short. Hardware: {device}; torch {torch}."""
 SELECTION = """\
 Mean and standard deviation over {seeds} seeds, for students that see 12 pairs of one data set, and differences to the
-student in the first row. The best of many candidates looks better than it is, so it is evaluated on other data sets. The
-relation loss had more candidates than feature matching."""
+student in the first row. The best of many candidates looks better than it is, so it is evaluated on other data sets.
+The relation loss had more candidates than feature matching."""
 COMPARISONS = (
     ("output", "alone"),
     ("SRP", "alone"),

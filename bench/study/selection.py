@@ -22,9 +22,9 @@ RELATION_FORMS: tuple[tuple[Options, tuple[float, ...]], ...] = (
     ({"normalize": "cosine", "distance": "l2"}, (60.0, 200.0, 600.0)),
     ({"normalize": "none", "distance": "l1"}, (1.0,)),
 )
-# Layers of a ResNet whose encoder ends at model.9, each with factors of the weight that was selected for model.9: in the
-# middle of the residual blocks and after them, and two layers at once; then halfway down and halfway up, where the maps
-# have four times as many pixels and row-normalised relations are smaller.
+# Layers of a ResNet whose encoder ends at model.9, each with factors of the weight that was selected for model.9: in
+# the middle of the residual blocks and after them, and two layers at once; then halfway down and halfway up, where the
+# maps have four times as many pixels and row-normalised relations are smaller.
 LAYERS: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = (
     (("model.12",), (1.0,)),
     (("model.15",), (1.0,)),
@@ -83,7 +83,11 @@ def select(study: Study, dataset: int = 1) -> list[dict[str, Any]]:
 
 
 def variants_of(steps: Sequence[Mapping[str, Any]], factor: float) -> dict[str, Options]:
-    """Return the variants to evaluate: each selected loss with and without output distillation, weights times `factor`."""
+    """Return the variants to evaluate: each selected loss with and without output distillation.
+
+    Args:
+        factor: factor of all weights.
+    """
     chosen = {step["step"]: step["chosen"] for step in steps}
     output, feature = chosen["output distillation"], chosen["feature matching"]
     relation = chosen["relation loss: layers"]
