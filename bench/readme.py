@@ -63,12 +63,13 @@ def _split(file: Path, name: str) -> Marked:
     return Marked(*found.groups())
 
 
-def update_readme(run_dir: Path, readme: Path) -> None:
+def update_readme(run_dir: str | Path, readme: str | Path) -> None:
     """Put a run's table between the README's markers, and its overview and the table's numbers into `docs/` beside it.
 
     Raises:
         ValueError: The README has no markers, or the run has no table yet.
     """
+    run_dir, readme = Path(run_dir), Path(readme)
     between_markers(readme, NAME)  # raises before any file is written
     report, _ = read_report(run_dir / "report.json")
     if not report.get("table"):

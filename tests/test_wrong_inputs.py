@@ -400,7 +400,7 @@ WRONG = {
     "a report of another kind": (
         lambda: write_report("results/broken"),
         ValueError,
-        "report.json is not what a run writes",
+        "report.json has an invalid structure",
     ),
     "a page that is a folder": (
         lambda: write_report("results/blocked"),
@@ -472,7 +472,7 @@ def test_a_report_of_another_shape_leaves_the_page_before(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     before = tree(tmp_path)
     with pytest.raises(
-        ValueError, match=r"report\.json is not what a run writes \(\w+Error: .*mend it, or move it away"
+        ValueError, match=r"report\.json has an invalid structure \(\w+Error: .*fix or remove it"
     ):
         write_report(tmp_path)
     assert tree(tmp_path) == before
@@ -481,7 +481,7 @@ def test_a_report_of_another_shape_leaves_the_page_before(tmp_path, content):
 def test_numbers_too_large_to_draw_are_left_out_and_said(tmp_path):
     lines = [f'{{"stage": "a", "step": {step}, "loss": {10**400 if step == 2 else step}}}\n' for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert "could not be read: 1." in write_report(tmp_path).read_text()
+    assert "Invalid lines in metrics.jsonl: 1." in write_report(tmp_path).read_text()
 
 
 # --- disks that take nothing ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from srpkd.files import write_file
-from srpkd.reporting.curves import VARIANT_COLOURS
+from srpkd.reporting.figures import VARIANT_COLOURS, to_png
 
 from .comparison import paired_difference
 from .plan import SETTINGS, describe_options
@@ -116,9 +115,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
         _draw_setting(axes, entry, variants)
     panels[0].set_yticks(range(len(variants)), variants)
     panels[0].invert_yaxis()
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    return to_png(figure, dpi=120)
 
 
 def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str]) -> None:

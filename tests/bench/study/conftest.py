@@ -12,8 +12,8 @@ from bench.study.plan import Study
 
 TINY = {
     "synthetic_size": 16, "synthetic_pairs": 4, "synthetic_test_pairs": 2, "max_dataset_size": 2, "epoch_steps": 1,
-    "n_epochs": 1, "n_epochs_decay": 0, "teacher_n_epochs": 1, "teacher_n_epochs_decay": 0, "ngf": 2, "teacher_ngf": 3, "ndf": 2,
-    "n_layers_D": 1, "teacher_netG": "resnet_3blocks", "netG": "resnet_3blocks",
+    "n_epochs": 1, "n_epochs_decay": 0, "teacher_n_epochs": 1, "teacher_n_epochs_decay": 0, "ngf": 2, "teacher_ngf": 3,
+    "ndf": 2, "n_layers_D": 1, "teacher_netG": "resnet_3blocks", "netG": "resnet_3blocks",
 }  # fmt: skip
 
 
