@@ -1,1 +1,1 @@
-"""Benchmarks, run from the repository's root: ``python -m bench relation|train|accuracy|scaling|plot|table``."""
+"""Benchmarks and the study; run from the repository's root: ``python -m bench COMMAND``."""

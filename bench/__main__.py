@@ -1,23 +1,28 @@
-"""The command line of the benchmarks: one sub-command per module."""
+"""Benchmarks of srpkd, the study, and the tables of the README."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
+from collections.abc import Sequence
 
-COMMANDS = {
-    "relation": "time and memory of the relation loss, by every backend and by what one would use instead",
-    "train": "seconds per training step, and what the relation loss costs of them",
-    "accuracy": "error of every backend against float64 as the student converges to its teacher",
-    "scaling": "how recorded times and memory grow with pixels and with images",
-    "plot": "pictures of recorded times and memory",
-    "table": "the README's table of recorded results",
+COMMANDS = {  # each is a module of this package with add_arguments(parser) and run(arguments)
+    "relation": "time and memory of the relation loss: srpkd's backends and their alternatives in PyTorch",
+    "train": "time per training step, and the share of the relation loss",
+    "accuracy": "errors of the backends against float64 as the student converges to its teacher",
+    "scaling": "growth of the recorded times and memory with the pixels and the batch size",
+    "plot": "plots of the recorded times and memory",
+    "table": "tables of the recorded results, for the README",
+    "readme": "table and picture of a demo run, for the README",
+    "study": "whether the relation loss improves students, on generated images",
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run one benchmark."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run one command."""
+    words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
@@ -26,11 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+        command.set_defaults(run=module.run, command_line=shlex.join(["python", "-m", "bench", *words]))
+    parsed = parser.parse_args(words)
     try:
-        options.run(options)
-    except (ValueError, OSError) as error:
+        parsed.run(parsed)
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,4 +1,4 @@
-"""Write the page of a run again: ``python -m srpkd.report RUN_DIR``."""
+"""Write the HTML page of a run: ``python -m srpkd.report RUN_DIR``."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,10 +7,12 @@ from .reporting.page import overview, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m srpkd.report RUN_DIR`: write the page again and print its path."""
-    parser = argparse.ArgumentParser(prog="python -m srpkd.report", description="Write a run's index.html again.")
-    parser.add_argument("run_dir", help="the run's folder, such as runs/demo")
-    parser.add_argument("--overview", metavar="PNG", help="also paint samples and relations into one picture")
+    """Write the page of a run, from the files in its folder, and print its path."""
+    parser = argparse.ArgumentParser(
+        prog="python -m srpkd.report", description="Write index.html of a run again, from the files in its folder."
+    )
+    parser.add_argument("run_dir", help="folder of the run, such as runs/demo")
+    parser.add_argument("--overview", metavar="PNG", help="also write samples and relations into one picture")
     options = parser.parse_args(arguments)
     try:
         print(write_report(options.run_dir))

@@ -123,7 +123,7 @@ WRONG = {
     "python -m srpkd.report results/plain --overview x.png": (2, "report.json names no pictures yet"),
     "python -m srpkd.report results/missing --overview x.png": (2, "images/none.png: No such file or directory"),
     "python -m srpkd.report results/bombs --overview x.png": (2, "bomb/00000.png: far too large"),
-    "python -m srpkd.report results/broken": (2, "report.json is not what a run writes .*mend it, or move it away"),
+    "python -m srpkd.report results/broken": (2, "report.json has an invalid structure .*fix or remove it"),
     "python -m srpkd.report file": (2, "file is not the folder of a run: .*pass a folder that python -m srpkd.train"),
     "python -m srpkd.report none": (2, "found no such folder, expected config.yaml"),
     "python -m srpkd.report empty": (2, "found nothing in it"),

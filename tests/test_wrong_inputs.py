@@ -167,7 +167,7 @@ WRONG = {
     "a report of another kind": (
         lambda: write_report("results/broken"),
         ValueError,
-        "report.json is not what a run writes",
+        "report.json has an invalid structure",
     ),
     "a page that is a folder": (
         lambda: write_report("results/blocked"),
@@ -235,9 +235,7 @@ def test_invalid_report_keeps_the_previous_page(tmp_path, content):
     lines = [f'{{"stage": "teacher", "step": {step}, "loss": {step}}}\n' for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     before = tree(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"report\.json is not what a run writes \(\w+Error: .*mend it, or move it away"
-    ):
+    with pytest.raises(ValueError, match=r"report\.json has an invalid structure \(\w+Error: .*fix or remove it"):
         write_report(tmp_path)
     assert tree(tmp_path) == before
 
@@ -245,4 +243,4 @@ def test_invalid_report_keeps_the_previous_page(tmp_path, content):
 def test_numbers_that_cannot_be_drawn_are_reported(tmp_path):
     lines = [f'{{"stage": "a", "step": {step}, "loss": {10**400 if step == 2 else step}}}\n' for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert "could not be read: 1." in write_report(tmp_path).read_text()
+    assert "Invalid lines in metrics.jsonl: 1." in write_report(tmp_path).read_text()

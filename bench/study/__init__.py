@@ -1,13 +1,17 @@
-"""Does the relation loss help, and in which form, at which layer, with which weight? ``python -m bench.study``.
+"""Study whether the relation loss improves students, and in which form, at which layer and with which weight.
 
-Choosing: on one generated world, one thing after the other, by the mean over the seeds. First the weight of output
-distillation; upon it the weight of feature matching (FitNet), and the form and weight of the relation loss; then the
-layers that it compares. Judging: on other worlds, each with textures, colours, training scenes, a teacher and a seed of
-its own. Students that are compared start alike and see the same images in the same order, so their scores are compared
-pair by pair: an effect is claimed where the 95 % confidence interval of the mean difference does not hold 0.
+    python -m bench study                                                      hours on a CPU
+    python -m bench study --options "{synthetic_size: 128, batch_size: 8}" --workers 1        on a GPU
 
-Every student is a run of ``srpkd.train`` in a folder of its own. A study that was stopped goes on: what is there is
-not trained again.
+Selection: on one generated data set, one choice at a time, by the mean score over seeds: first the weight of output
+distillation; given that, the weight of feature matching (FitNet), and the form and weight of the relation loss; last,
+the layers that the relation loss compares.
+
+Evaluation: on other data sets, which differ in textures, colours, training scenes, teacher and seed. Students that are
+compared start from the same weights and see the same images in the same order, so their scores are compared in pairs.
+The study claims an effect only if the 95 % confidence interval of the mean difference excludes 0.
+
+Each run of ``srpkd.train`` has a folder in RUNS_DIR. Call the study again to resume it: finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -15,48 +19,34 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import yaml
 
 from srpkd.arguments import positive
-from srpkd.data.folders import DataError
 from srpkd.extras import require
-from srpkd.models.checkpoints import CheckpointError
 from srpkd.training.config import as_flags, parse_arguments
-from srpkd.training.loop import Diverged
 from srpkd.training.options import check_keys
 from srpkd.training.summary import device_name
 
-from .plan import CHOOSING, OWN_OPTIONS, SETTINGS, Options, Study, teacher
+from .plan import RESERVED_OPTIONS, SELECTION_SETTING, SETTINGS, Options, Study, teacher_run
 from .report import render, write
-from .selection import choose, judge
-
-# --- the command line -----------------------------------------------------------------------------------------------
+from .selection import evaluate, select
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="srpkd study",
-        description="Whether the relation loss helps on generated images: weights are chosen on one world and judged "
-        "on others. Takes hours on a CPU; a study that was stopped goes on when it is called again.",
-        epilog='example, on a GPU: srpkd study --options "{synthetic_size: 128, batch_size: 8}" --workers 1',
-    )
-    add = result.add_argument
-    add("--runs_dir", default="runs/study", help="where its runs are kept, and the report (default: %(default)s)")
-    add("--seeds", type=positive, default=5, help="students of each kind in choosing (default: %(default)s)")
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="what is judged (default: all)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``python -m bench study``."""
+    add = parser.add_argument
+    add("--runs_dir", default="runs/study", help="folder of the runs and of the report (default: %(default)s)")
+    add("--seeds", type=positive, default=5, help="students of each kind in the selection (default: %(default)s)")
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to evaluate (default: all)")
     add(
-        "--worlds",
+        "--datasets",
         nargs="+",
         type=positive,
         default=[6],
-        help="worlds that each is judged on, or one number for all (6)",
+        help="data sets to evaluate on: one number for all settings, or one per setting (default: 6)",
     )
     add(
         "--workers",
@@ -64,54 +54,59 @@ def parser() -> argparse.ArgumentParser:
         default=min(2, os.cpu_count() or 1),
         help="runs at a time (default here: %(default)s)",
     )
-    add("--options", default="{}", metavar="YAML", help="options of srpkd train that all runs have, {name: value, ...}")
-    add("--docs", type=Path, metavar="FOLDER", help="write the report there too")
-    return result
+    add("--options", default="{}", metavar="YAML", help="options of srpkd train for all runs, {name: value, ...}")
+    add("--report", type=Path, metavar="DIR", help="also write the report to this folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run or resume the study, print its report and write it to the folder of the runs."""
+    study = study_of(arguments)
+    steps = select(study)
+    device = teacher_run(study, SELECTION_SETTING, 1).torch_device
+    result = {
+        "command": arguments.command_line,
+        "environment": {
+            "torch": torch.__version__, "python": platform.python_version(), "device": device_name(device),
+        },
+        "choice": steps,
+        "judged": [evaluate(study, setting, steps) for setting in study.settings],
+    }  # fmt: skip
+    path = write(result, Path(study.runs_dir))
+    if arguments.report:
+        path = write(result, arguments.report)
+    print(f"{render(result)}\nreport: {path}")
+
+
+def study_of(arguments: argparse.Namespace) -> Study:
+    """Return the study that the command line describes.
+
+    Raises:
+        ValueError: The numbers of settings and data sets differ, or ``--options`` is invalid.
+        ImportError: scipy is missing.
+    """
+    settings, counts = arguments.settings, arguments.datasets
+    if len(counts) == 1:
+        counts = counts * len(settings)
+    if len(counts) != len(settings):
+        raise ValueError(
+            f"--datasets: received {len(counts)} numbers, expected one number or {len(settings)}, one per setting"
+        )
+    options = common_options(arguments.options)
+    require("scipy.stats", "study", "a confidence interval")
+    return Study(arguments.runs_dir, arguments.seeds, dict(zip(settings, counts)), arguments.workers, options)
 
 
 def common_options(text: str) -> Options:
-    """The options of all runs, from YAML; a value of the wrong type ends the process, as on srpkd train's command line.
+    """Parse the options of all runs from YAML; exit as the command line of ``srpkd train`` does if a type is wrong.
 
     Raises:
-        ValueError: it is not a mapping of options, or has some that are the study's own.
+        ValueError: The text is not a mapping of options, or contains options that the study sets.
     """
     try:
         options = check_keys(yaml.safe_load(text), "--options")
     except yaml.YAMLError as error:
-        raise ValueError(f"--options {text}: is not YAML: {error}") from error
-    if own := sorted(OWN_OPTIONS & options.keys()):
-        raise ValueError(f"--options: {', '.join(own)} cannot be given, the study sets it in every run by itself")
+        raise ValueError(f"--options {text}: invalid YAML: {error}") from error
+    if reserved := sorted(RESERVED_OPTIONS & options.keys()):
+        raise ValueError(f"--options: remove {', '.join(reserved)}: the study sets it for every run")
     checked = parse_arguments(["--preset=demo", *as_flags(options)])
     return {name: getattr(checked, name) for name in options}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Options or folders that cannot be used end it with one message."""
-    given = parser().parse_args(arguments)
-    try:
-        worlds = given.worlds * len(given.settings) if len(given.worlds) == 1 else given.worlds
-        if len(worlds) != len(given.settings):
-            raise ValueError(f"--worlds: expected one number, or {len(given.settings)}, one for each of the settings")
-        options = common_options(given.options)
-        require("scipy.stats", "study", "a confidence interval")
-        study = Study(given.runs_dir, given.seeds, dict(zip(given.settings, worlds)), given.workers, options)
-        device = teacher(study, CHOOSING, 1).torch_device
-        steps = choose(study)
-        result = {
-            "command": shlex.join(["srpkd", "study", *(sys.argv[1:] if arguments is None else arguments)]),
-            "environment": {
-                "torch": torch.__version__, "python": platform.python_version(), "device": device_name(device),
-            },
-            "choice": steps,
-            "judged": [judge(study, setting, steps) for setting in study.settings],
-        }  # fmt: skip
-        report = write(result, Path(given.runs_dir))
-        if given.docs:
-            report = write(result, given.docs)
-    except (ValueError, TypeError, OSError, ImportError, DataError, CheckpointError, Diverged) as error:
-        sys.exit(f"error: {error}")
-    print(f"{render(result)}\nreport: {report}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the study trains: settings, weights to try, and the configuration of each run."""
+"""The study's settings, and the configuration of each of its runs."""
 
 from __future__ import annotations
 
@@ -11,44 +11,32 @@ from srpkd.training.options import TrainConfig, teacher_config
 
 Options = dict[str, Any]
 
-NOTHING: Options = {"lambda_kd": 0.0, "lambda_srp": 0.0, "lambda_feature": 0.0}
-# Weights beside an L1 loss to the target that weighs 100. An untrained student is 0.5 from its teacher's output (L1),
-# 0.7 from its features (MSE), and its row-normalised relations are 0.03 apart in l1. Every form of the relation loss is
-# tried from a tenth of what output distillation of weight 100 begins with to about as much.
-OUTPUT_WEIGHTS = (10.0, 30.0, 100.0, 300.0)
-FEATURE_WEIGHTS = (10.0, 30.0, 100.0)
-RELATION_FORMS: tuple[tuple[Options, tuple[float, ...]], ...] = (
-    ({"normalize": "row", "distance": "l1"}, (100.0, 300.0, 1000.0)),
-    ({"normalize": "row", "distance": "l2"}, (2000.0, 6000.0, 20000.0)),
-    ({"normalize": "row", "distance": "huber", "delta": 0.03}, (15000.0,)),
-    ({"normalize": "cosine", "distance": "l1"}, (15.0, 50.0, 150.0)),
-    ({"normalize": "cosine", "distance": "l2"}, (60.0, 200.0, 600.0)),
-    ({"normalize": "none", "distance": "l1"}, (1.0,)),
-)
-# Of a ResNet whose encoder ends at model.9, with factors of the weight that was chosen there: amid and behind the
-# blocks, two at once; and half-way down and up, where row-normalised relations, of four times as many pixels, are
-# smaller.
-LAYERS: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = (
-    (("model.12",), (1.0,)),
-    (("model.15",), (1.0,)),
-    (("model.9", "model.15"), (1.0,)),
-    (("model.6",), (1.0, 3.0)),
-    (("model.18",), (1.0, 3.0)),
-)
+NO_DISTILLATION: Options = {"lambda_kd": 0.0, "lambda_srp": 0.0, "lambda_feature": 0.0}
 
 
 class Setting(NamedTuple):
-    """A task to judge on: a preset, what is different from it, the factor of all chosen weights, and the score.
+    """A task on which variants are evaluated.
 
-    CycleGAN's cycle loss weighs a tenth of pix2pix's L1 loss, and so do the others beside it. No unpaired image says
-    which colour is which class, and CycleGAN settles on any mapping: a student of it is held to its teacher's.
+    Attributes:
+        preset: preset of ``srpkd train``.
+        options: options that differ from the preset.
+        factor: factor of all selected weights. CycleGAN's cycle loss has a tenth of the weight of pix2pix's L1 loss,
+            and so do the losses beside it.
+        metric: score, as named in metrics.jsonl. Without pairs, nothing determines which colour stands for which class
+            and CycleGAN may learn any mapping, so unpaired students are compared with their teacher's output.
+        label: name of the score in the report.
     """
 
     preset: str
     options: Options
     factor: float
-    metric: str  # as in metrics.jsonl
+    metric: str
     label: str
+
+    @property
+    def compares_with_teacher(self) -> bool:
+        """Whether the score is a distance to the teacher's output, which needs a student with a teacher."""
+        return self.metric.startswith("teacher")
 
 
 SETTINGS = {
@@ -56,55 +44,60 @@ SETTINGS = {
     "many pairs": Setting("demo", {"max_dataset_size": None}, 1.0, "mIoU", "mIoU %"),
     "unpaired": Setting("demo-unpaired", {}, 0.1, "teacher_psnr A to B", "PSNR to teacher dB"),
 }
-CHOOSING = "few pairs"
-EXTENSIONS = 3  # times that a larger weight is tried because the largest was the best
-OWN_OPTIONS = {  # what the study itself says of every run
-    "name", "runs_dir", "seed", "seeds", "variants", "resume", "teacher", "teacher_B", "dataroot", "synthetic_variant", "model",
-    "dataset_mode", "direction", "time_budget", "layers", "normalize", "distance", "delta", *NOTHING,
+SELECTION_SETTING = "few pairs"
+RESERVED_OPTIONS = {  # the study sets these for every run
+    "name", "runs_dir", "seed", "seeds", "variants", "resume", "teacher", "teacher_B", "dataroot", "synthetic_variant",
+    "model", "dataset_mode", "direction", "time_budget", "layers", "normalize", "distance", "delta", *NO_DISTILLATION,
 }  # fmt: skip
 
 
-# --- training -------------------------------------------------------------------------------------------------------
-
-
 class Study(NamedTuple):
-    """What a study's command line says; see ``parser``."""
+    """The arguments of a study.
+
+    Attributes:
+        runs_dir: folder of the runs.
+        seeds: students of each kind in the selection.
+        settings: setting to evaluate -> number of data sets.
+        workers: runs at a time.
+        options: options of ``srpkd train`` that all runs share.
+    """
 
     runs_dir: str
     seeds: int
-    settings: dict[str, int]  # what is judged, and on how many worlds
+    settings: dict[str, int]
     workers: int
     options: Options
 
 
-def teacher(study: Study, setting: str, world: int) -> TrainConfig:
-    """The run of a world's teacher. All paired settings share it."""
-    config = run_config(study, setting, world, NOTHING)
-    seen = replace(teacher_config(config), teacher_netG=None, max_dataset_size=config.teacher_max_dataset_size)
-    return replace(seen, name=f"teacher-{config.model}-world{world}", seed=world)
+def teacher_run(study: Study, setting: str, dataset: int) -> TrainConfig:
+    """Return the run that trains the teacher of a data set. All paired settings share it."""
+    config = run_config(study, setting, dataset, NO_DISTILLATION)
+    own = replace(teacher_config(config), teacher_netG=None, max_dataset_size=config.teacher_max_dataset_size)
+    return replace(own, name=f"teacher-{config.model}-dataset{dataset}", seed=dataset)
 
 
-def students(study: Study, setting: str, world: int, seed: int, seeds: int, options: Options) -> TrainConfig:
-    """The run of a world's students of `seeds` seeds from `seed` on, all alike otherwise."""
-    config = run_config(study, setting, world, SETTINGS[setting].options | options)
-    name = f"{setting.replace(' ', '-')}-world{world}-seed{seed}-{spelled(options).replace(' ', '-')}"
-    # one that learns nothing from a teacher goes without, as the trainer wants it
-    taught_by = str(run_folder(teacher(study, setting, world))) if config.learns_from_teacher else None
-    return replace(config, name=name, teacher=taught_by, teacher_netG=None, seed=seed, seeds=seeds)
+def student_run(study: Study, setting: str, dataset: int, seed: int, seeds: int, options: Options) -> TrainConfig:
+    """Return the run that trains the students of one data set for the seeds `seed`, ..., `seed + seeds - 1`."""
+    config = run_config(study, setting, dataset, SETTINGS[setting].options | options)
+    name = f"{setting}-dataset{dataset}-seed{seed}-{describe_options(options)}".replace(" ", "-")
+    # the trainer refuses a teacher if no loss uses it
+    teacher = str(run_folder(teacher_run(study, setting, dataset))) if config.learns_from_teacher else None
+    return replace(config, name=name, teacher=teacher, teacher_netG=None, seed=seed, seeds=seeds)
 
 
-def run_config(study: Study, setting: str, world: int, options: Options) -> TrainConfig:
+def run_config(study: Study, setting: str, dataset: int, options: Options) -> TrainConfig:
+    """Return the configuration that the runs of a setting and a data set share."""
     preset = read_preset(SETTINGS[setting].preset)
     for name in ("variants", "seeds", "time_budget"):
         preset.pop(name, None)
-    # what a student learns hangs on no default of the trainer's, since those are chosen from this
-    form = {"normalize": "row", "distance": "l1", "delta": 1.0}
-    common = {"synthetic_variant": world, "runs_dir": study.runs_dir, "samples": 2} | form
+    # named here because the study selects the trainer's defaults and must not depend on them
+    relation = {"normalize": "row", "distance": "l1", "delta": 1.0}
+    common = {"synthetic_variant": dataset, "runs_dir": study.runs_dir, "samples": 2} | relation
     return TrainConfig(**preset | common | study.options | options).resolved()
 
 
-def spelled(options: Options) -> str:
-    """Options in a few words, such as "kd 100, srp 300 row l2"."""
+def describe_options(options: Options) -> str:
+    """Describe options in a few words, such as "kd 100 srp 300 row l2"."""
     words = []
     for name, value in options.items():
         if name == "layers":
@@ -113,8 +106,9 @@ def spelled(options: Options) -> str:
             words.append(value)
         elif value:
             words.append(f"{name.removeprefix('lambda_')} {value:g}")
-    return " ".join(words) or "alone"
+    return " ".join(words) or "no distillation"
 
 
 def run_folder(config: TrainConfig) -> Path:
+    """Return the folder of a run."""
     return Path(config.runs_dir, config.name)

@@ -1,4 +1,4 @@
-"""The study's report: Markdown, JSON and a picture."""
+"""The study's report: Markdown, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -6,87 +6,83 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from srpkd.files import atomic_write
-from srpkd.reporting.curves import VARIANT_COLOURS
+from srpkd.files import write_file
+from srpkd.reporting.figures import VARIANT_COLOURS, to_png
 
-from .plan import SETTINGS, spelled
-from .statistics import difference
-
-# --- the report -----------------------------------------------------------------------------------------------------
-
-
-def render(result: Mapping[str, Any]) -> str:
-    """The report in Markdown: what was found on the other worlds first, then how the weights were chosen."""
-    lines = ["# Does the relation loss help?", ""]
-    lines += [
-        INTRODUCTION.format(**result["environment"], command=result["command"]),
-        "",
-        "![Differences](study.png)",
-        "",
-    ]
-    lines += ["## Judged on other worlds", ""]
-    for judged in result["judged"]:
-        lines += _judged(judged)
-    lines += ["## Chosen on world 1", "", CHOICE.format(seeds=len(result["choice"][0]["base"]["scores"])), ""]
-    for step in result["choice"]:
-        lines += _chosen(step)
-    return "\n".join(lines).rstrip() + "\n"
-
+from .comparison import paired_difference
+from .plan import SETTINGS, describe_options
 
 INTRODUCTION = """\
 This page is written by `{command}`.
 
-Students of a seventh of their teacher's parameters turn photos of generated scenes into label maps; the score is the
-mean intersection over union of the six classes, in percent, or, of unpaired students, the likeness to their teacher's
-output, since without pairs CycleGAN settles on any mapping of classes to colours. What was chosen on one world
-(below) is judged on others, whose textures, colours, training scenes, teachers and seeds are their own. Students of
-one world start alike and see the same images in the same order, so that they are compared pair by pair. In brackets
-stands the 95 % confidence interval of the mean difference (Student's t, over worlds, each comparison by itself): a
-claim is made only where it does not hold 0. Everything is on small images, after short training; {device}, torch
-{torch}."""
-CHOICE = """\
-Means over {seeds} seeds of one world's students, which saw a dozen pairs, and differences to the student named first.
-The best of many that were tried looks better than it is: that is why it is judged elsewhere. The relation loss had more
-tries than feature matching had."""
+Students with 1/7 of their teacher's parameters translate photos of generated scenes into label maps. The score is the
+mean intersection over union of the six classes, in percent. Without pairs, CycleGAN may learn any mapping of classes to
+colours, so the score of unpaired students is the PSNR to their teacher's output.
+
+The loss, its weight and its layer are selected on one data set (below) and evaluated on others, which differ in
+textures, colours, training scenes, teacher and seed. Students of one data set start from the same weights and see the
+same images in the same order, so their scores are compared in pairs. Brackets contain the 95 % confidence interval of
+the mean difference (Student's t over data sets, separately for each comparison). An effect is claimed only if the
+interval excludes 0. All images are small and training is short. Hardware: {device}; torch {torch}."""
+SELECTION = """\
+Mean and standard deviation over {seeds} seeds, for students that see 12 pairs of one data set, and differences to the
+student in the first row. The best of many candidates looks better than it is, so it is evaluated on other data sets.
+The relation loss had more candidates than feature matching."""
+COMPARISONS = (
+    ("output", "alone"),
+    ("SRP", "alone"),
+    ("FitNet", "alone"),
+    ("output + SRP", "output"),
+    ("output + FitNet", "output"),
+    ("output + SRP", "output + FitNet"),
+)
 
 
-def _judged(judged: Mapping[str, Any]) -> list[str]:
+def render(result: Mapping[str, Any]) -> str:
+    """Return the report as Markdown: the evaluation on other data sets, then the selection."""
+    lines = ["# Does the relation loss help?", ""]
+    lines += [INTRODUCTION.format(**result["environment"], command=result["command"]), ""]
+    lines += ["![Differences to output distillation](study.png)", "", "## Evaluation on other data sets", ""]
+    for judged in result["judged"]:
+        lines += _evaluation(judged)
+    seeds = len(result["choice"][0]["base"]["scores"])
+    lines += ["## Selection on data set 1", "", SELECTION.format(seeds=seeds), ""]
+    for step in result["choice"]:
+        lines += _selection(step)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _evaluation(judged: Mapping[str, Any]) -> list[str]:
+    """Return the section of one setting: a table of the variants, and the verdicts."""
     scores = {variant: entry["scores"] for variant, entry in judged["variants"].items()}
-    count, label = len(judged["worlds"]), SETTINGS[judged["setting"]].label
+    count, label = len(judged["datasets"]), SETTINGS[judged["setting"]].label
     bases = [variant for variant in ("alone", "output") if variant in scores]
     lines = [f"### {judged['setting'].capitalize()}", ""]
-    lines += [f"| student | its options | {label} | {' | '.join(f'minus {base}' for base in bases)} |"]
+    lines += [f"| student | options | {label} | {' | '.join(f'minus {base}' for base in bases)} |"]
     lines += [f"| --- | --- | ---: |{' ---: |' * len(bases)}"]
     if judged["teachers"]:
         lines += [f"| teacher | | {_mean(judged['teachers'])} |{' |' * len(bases)}"]
     for variant, own in scores.items():
-        cells = [str(difference(own, scores[base])) if variant != base else "" for base in bases]
-        lines.append(
-            f"| {variant} | {spelled(judged['variants'][variant]['options'])} | {_mean(own)} | {' | '.join(cells)} |"
-        )
-    lines += ["", f"Mean ± standard deviation over {count} world{'s' if count > 1 else ''}.", ""]
-    for variant, base in (
-        ("output", "alone"),
-        ("SRP", "alone"),
-        ("FitNet", "alone"),
-        ("output + SRP", "output"),
-        ("output + FitNet", "output"),
-        ("output + SRP", "output + FitNet"),
-    ):
+        differences = [str(paired_difference(own, scores[base])) if variant != base else "" for base in bases]
+        options = describe_options(judged["variants"][variant]["options"])
+        lines.append(f"| {variant} | {options} | {_mean(own)} | {' | '.join(differences)} |")
+    lines += ["", f"Mean ± standard deviation over {count} data set{'s' if count > 1 else ''}.", ""]
+    for variant, base in COMPARISONS:
         if base in scores:
-            gain = difference(scores[variant], scores[base])
-            wins = sum(a > b for a, b in zip(scores[variant], scores[base]))
-            lines.append(f"- {variant} minus {base}: {gain}, better in {wins} of {count}: **{gain.verdict}**")
+            gain = paired_difference(scores[variant], scores[base])
+            wins = sum(ours > theirs for ours, theirs in zip(scores[variant], scores[base]))
+            lines.append(f"- {variant} minus {base}: {gain}, better on {wins} of {count}: **{gain.verdict}**")
     return [*lines, ""]
 
 
-def _chosen(step: Mapping[str, Any]) -> list[str]:
+def _selection(step: Mapping[str, Any]) -> list[str]:
+    """Return the section of one step: a table of the candidates."""
     base = step["base"]
     lines = [
         f"### {step['step'].capitalize()}",
@@ -94,11 +90,11 @@ def _chosen(step: Mapping[str, Any]) -> list[str]:
         "| student | mIoU % | difference | |",
         "| --- | ---: | ---: | --- |",
     ]
-    lines.append(f"| {spelled(base['options'])} | {_mean(base['scores'])} | | |")
+    lines.append(f"| {describe_options(base['options'])} | {_mean(base['scores'])} | | |")
     for entry in step["tried"]:
-        gain = difference(entry["scores"], base["scores"])
-        mark = "chosen" if entry["options"] == step["chosen"] else ""
-        lines.append(f"| {spelled(entry['options'])} | {_mean(entry['scores'])} | {gain} | {mark} |")
+        gain = paired_difference(entry["scores"], base["scores"])
+        mark = "selected" if entry["options"] == step["chosen"] else ""
+        lines.append(f"| {describe_options(entry['options'])} | {_mean(entry['scores'])} | {gain} | {mark} |")
     return [*lines, ""]
 
 
@@ -108,47 +104,40 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def draw(result: Mapping[str, Any]) -> bytes:
-    """The differences to output distillation, world by world and with their intervals, as PNG."""
+    """Plot the differences to output distillation, per data set and with their intervals, and return the PNG."""
     judged = result["judged"]
-    figure = Figure(figsize=(4.2 * len(judged), 2.9), layout="constrained")
-    plots = figure.subplots(1, len(judged), sharey=True, squeeze=False)[0]
     variants = [
-        variant
-        for variant in dict.fromkeys(variant for entry in judged for variant in entry["variants"])
-        if variant != "output"
+        name for name in dict.fromkeys(name for entry in judged for name in entry["variants"]) if name != "output"
     ]
-    for plot, entry in zip(plots, judged):
-        base = entry["variants"]["output"]["scores"]
-        for place, variant in enumerate(variants):
-            if variant not in entry["variants"]:
-                continue
-            own, colour = entry["variants"][variant]["scores"], VARIANT_COLOURS[1 + place]
-            gain = difference(own, base)
-            plot.plot(
-                [a - b for a, b in zip(own, base)], [place] * len(own), "o", color=colour, alpha=0.3, markersize=4
-            )
-            reach = 0.0 if math.isnan(gain.low) else gain.high - gain.mean
-            plot.errorbar(gain.mean, place, xerr=reach, fmt="D", color=colour, capsize=4, markersize=6)
-        plot.axvline(0, color="#555555", linewidth=1)
-        plot.set_title(f"{entry['setting']}, {len(entry['worlds'])} worlds", fontsize=10)
-        plot.set_xlabel(f"{SETTINGS[entry['setting']].label}, minus that of output", fontsize=9)
-        plot.spines[["top", "right"]].set_visible(False)
-    plots[0].set_yticks(range(len(variants)), variants)
-    plots[0].invert_yaxis()
-    png = BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()
+    figure = Figure(figsize=(4.2 * len(judged), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(judged), sharey=True, squeeze=False)[0]
+    for axes, entry in zip(panels, judged):
+        _draw_setting(axes, entry, variants)
+    panels[0].set_yticks(range(len(variants)), variants)
+    panels[0].invert_yaxis()
+    return to_png(figure, dpi=120)
+
+
+def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str]) -> None:
+    """Plot one setting: a line per variant, with a dot per data set and the mean with its interval."""
+    base = entry["variants"]["output"]["scores"]
+    for y, (variant, colour) in enumerate(zip(variants, VARIANT_COLOURS[1:])):
+        if variant not in entry["variants"]:
+            continue
+        scores = entry["variants"][variant]["scores"]
+        differences = [ours - theirs for ours, theirs in zip(scores, base)]
+        axes.plot(differences, [y] * len(differences), "o", color=colour, alpha=0.3, markersize=4)
+        gain = paired_difference(scores, base)
+        margin = 0.0 if math.isnan(gain.low) else gain.high - gain.mean
+        axes.errorbar(gain.mean, y, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6)
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.set_title(f"{entry['setting']}, {len(entry['datasets'])} data sets", fontsize=10)
+    axes.set_xlabel(f"{SETTINGS[entry['setting']].label}, difference to output", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write study.json, study.md and study.png, and give the report's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "study.json": json.dumps(result, indent=1).encode(),
-        "study.png": draw(result),
-        "study.md": render(result).encode(),
-    }
-    for name, content in contents.items():
-        with atomic_write(folder / name) as file:
-            file.write(content)
-    return folder / "study.md"
+    """Write study.json, study.png and study.md, and return the path of study.md."""
+    write_file(folder / "study.json", json.dumps(result, indent=1).encode())
+    write_file(folder / "study.png", draw(result))
+    return write_file(folder / "study.md", render(result).encode())

@@ -1,4 +1,4 @@
-"""Train the study's runs in worker processes, and read their scores."""
+"""Train the study's runs in worker processes and read their scores."""
 
 from __future__ import annotations
 
@@ -23,75 +23,81 @@ from srpkd.training.resume import has_state
 from .plan import SETTINGS, Study, run_folder
 
 
-def train(study: Study, setting: str, runs: Sequence[TrainConfig]) -> list[list[float]]:
-    """Do those runs that are not finished, a few at a time: the setting's scores of each, seed by seed.
+def train(study: Study, setting: str, configs: Sequence[TrainConfig]) -> list[list[float]]:
+    """Train the runs that are not finished, `study.workers` at a time, and return the scores of each run by seed.
 
     Raises:
-        ValueError: a folder of a run's name holds something else.
-        DataError, CheckpointError, Diverged: as ``srpkd.train.run``.
+        ValueError: A folder with the name of a run has other contents.
+        DataError, CheckpointError, Diverged: As ``srpkd.training.pipeline.run``.
     """
-    missing = [config for config in runs if not is_finished(config)]
+    missing = [config for config in configs if not is_finished(config)]
     if study.workers == 1 or len(missing) < 2:
         for config in tqdm(missing, desc="runs", disable=not missing):
             train_one(config)
     else:
-        # a run at a time in each process; forked ones would inherit torch's threads
+        # spawned processes, because forked ones would inherit torch's threads
         context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // study.workers)
-        with ProcessPoolExecutor(study.workers, context, _begin_worker, (threads,)) as pool:
-            waiting = [pool.submit(train_one, config) for config in missing]
+        with ProcessPoolExecutor(study.workers, context, _initialize_worker, (threads,)) as pool:
+            futures = [pool.submit(train_one, config) for config in missing]
             try:
-                for done in tqdm(waiting, desc="runs"):
-                    done.result()
+                for future in tqdm(futures, desc="runs"):
+                    future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return [scores(config, SETTINGS[setting].metric) for config in runs]
+    return [scores(config, SETTINGS[setting].metric) for config in configs]
 
 
-def _begin_worker(threads: int) -> None:
-    """Have so many threads, and end when the study does, however it is ended."""
+def _initialize_worker(threads: int) -> None:
+    """Set the number of threads, and end this process when the study's process ends for any reason."""
     torch.set_num_threads(threads)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def train_one(config: TrainConfig) -> None:
-    """Do a run, or what is left of it; what it prints goes to a file beside its folder."""
+    """Start or resume a run; its output goes to a log file beside its folder."""
     folder = run_folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    stopped = str(folder) if has_state(folder) else None
+    resume = str(folder) if has_state(folder) else None
     with (
         open(folder.with_name(f"{folder.name}.log"), "a", buffering=1) as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):
-        run(replace(config, resume=stopped))
+        run(replace(config, resume=resume))
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether a run is there, whole.
+    """Return whether a run is complete.
 
     Raises:
-        ValueError: its folder is there, but is of other options, or can neither be read nor gone on with.
+        ValueError: The folder of the run has other options, or contains no run that can be read or resumed.
     """
     folder = run_folder(config)
     if not folder.exists():
         return False
     try:
-        there = read_config(str(folder / "config.yaml"))
+        recorded = read_config(str(folder / "config.yaml"))
         finished = json.loads((folder / "report.json").read_text())["status"] == "finished"
     except (ValueError, OSError, KeyError) as error:
         if has_state(folder):
-            return False  # stopped before its page was written
-        raise ValueError(f"{folder} is in the way: it is not a run that can be gone on with; move it away") from error
+            return False  # stopped before it wrote its page
+        raise ValueError(f"{folder} is not a run that can be resumed: move or remove this folder") from error
     wanted = yaml.safe_load(to_yaml(config))
-    moved = RESUME_OPTIONS | {"teacher"}  # which lies beside it, wherever that is
-    if changed := [name for name in wanted if name not in moved and wanted[name] != there.get(name)]:
-        differences = ", ".join(f"{name} was {there.get(name)!r} and is {wanted[name]!r}" for name in changed)
-        raise ValueError(f"{folder} is of another study: {differences}; take another --runs_dir")
+    ignored = RESUME_OPTIONS | {"teacher"}  # a path that moves with runs_dir
+    if changed := [name for name in wanted if name not in ignored and wanted[name] != recorded.get(name)]:
+        differences = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted[name]!r}" for name in changed)
+        raise ValueError(f"{folder} belongs to another study: {differences}; choose another --runs_dir")
     return finished
 
 
 def scores(config: TrainConfig, metric: str) -> list[float]:
-    """A finished run's students by this metric, seed by seed."""
+    """Return a metric of a finished run's students, by seed."""
     lines = map(json.loads, (run_folder(config) / "metrics.jsonl").read_text().splitlines())
     return [values[metric] for values in lines if metric in values]

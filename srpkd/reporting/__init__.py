@@ -1,1 +1,1 @@
-"""A run's page: pictures, tables, curves."""
+"""The page of a training run: its pictures, curves and tables."""

@@ -1,19 +1,18 @@
-"""The page that a training run leaves behind, and the pictures on it.
+"""The HTML page of a training run.
 
     python -m srpkd.report runs/demo
 
-`write_report` is a pure function of the run's folder, so a page can be rewritten while the run goes on, after
-it, or on another machine. What the folder may hold, all of it optional:
+`write_report` depends only on the files in the run's folder, so a page can be written again during the run, after it,
+or on another machine. It reads these files, all of which are optional:
 
-| file | what |
+| file | contents |
 | --- | --- |
 | `config.yaml` | the resolved configuration |
-| `metrics.jsonl` | one JSON object a line: `stage`, `step`, `epoch`, `seconds`, and any named values |
+| `metrics.jsonl` | one JSON object per line: `stage`, `step`, `epoch`, `seconds`, and metrics by name |
 | `report.json` | title, task, command, environment, status, table, samples, relations, files |
-| `images/*.png` | the pictures that `report.json` names; the curves are added as `curves_<value>.png` |
+| `images/*.png` | the pictures that `report.json` names; the curves are added as `curves_<metric>.png` |
 """
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -27,30 +26,28 @@ from matplotlib.figure import Figure
 from ..data.images import DataError, open_image
 from ..files import write_file
 from .curves import Metrics, draw_curves, read_metrics
+from .figures import to_png
 from .table import layout_table
 
-PAGE_WIDTH = 1240  # CSS pixels of the page's content; index.html.j2 is told the same number
-SMALL_IMAGE = 200  # narrower pictures are enlarged pixel by pixel, never blurred
-
-
-# --- the page -----------------------------------------------------------------------------------------------
+PAGE_WIDTH = 1240  # of the page's content, in CSS pixels; also passed to index.html.j2
+SMALL_IMAGE = 200  # narrower pictures are enlarged by whole multiples, without interpolation
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Draw a run's curves and write its page, `index.html`, from what its folder holds so far.
+    """Draw a run's curves and write its page, `index.html`, from the files that exist so far.
 
-    The page stands alone: it loads nothing but the folder's own pictures, by relative links. It says which
-    parts are not there yet. Each file is replaced in one step, so a reader never meets half of one.
+    The page is self-contained: it loads only pictures of the run's folder, by relative links, and names the parts that
+    are missing. Each file is replaced atomically, so a reader never sees a partial file.
 
     Args:
-        run_dir: the folder of one run, such as `runs/demo`; the module's docstring says what may be in it.
+        run_dir: folder of a run, such as `runs/demo`; see the module's docstring.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: it is no folder, there is nothing of a run in it, or its report.json is none that a run writes.
-        WriteError: the page or a picture cannot be written.
+        ValueError: The folder does not exist or contains no file of a run, or report.json has an invalid structure.
+        WriteError: The page or a picture cannot be written.
     """
     run = Path(run_dir)
     pictures = [path for path in run.glob("images/*.png") if not path.name.startswith("curves_")]
@@ -75,12 +72,12 @@ def write_report(run_dir: str | Path) -> Path:
         }
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{known[2]} is not what a run writes ({type(error).__name__}: {error}): mend it, or move it away, and the "
-            "page is made of the rest"
+            f"{known[2]} has an invalid structure ({type(error).__name__}: {error}): fix or remove it; without it, the "
+            "page is written from the other files"
         ) from error
     metrics = read_metrics(metrics_file) if metrics_file else Metrics({}, Counter(), None, [])
     curves = draw_curves(metrics, run / "images")
-    # select_autoescape goes by the file's ending and would leave .j2 unescaped
+    # select_autoescape depends on the file's suffix and would not escape .j2
     templates = Environment(
         loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -99,40 +96,40 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], str]:
-    """The report, empty where there is none, and then why."""
+    """Read report.json: (report, "") on success, ({}, error message) if it is missing or unreadable."""
     if not path.is_file():
-        return {}, "report.json is not there yet."
+        return {}, "report.json does not exist yet."
     try:
         report = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
         return {}, f"report.json cannot be read: {error}."
     if not isinstance(report, dict):
-        return {}, f"report.json cannot be read: expected an object, got {type(report).__name__}."
+        return {}, f"report.json cannot be read: expected an object, received {type(report).__name__}."
     return report, ""
 
 
 def _grid(run: Path, items: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Samples or relations as a table of pictures: a row per item, a column per label as first seen."""
+    """Arrange samples or relations as a grid of pictures: a row per item, a column per label."""
     labels = list(dict.fromkeys(entry["label"] for item in items for entry in item.get(key, [])))
-    room = PAGE_WIDTH // max(len(labels), 3) - 14  # CSS pixels that a column has on a wide screen
+    column_width = PAGE_WIDTH // max(len(labels), 3) - 14  # on a wide screen, in CSS pixels
     rows = []
     for item in items:
         files = {entry["label"]: entry["file"] for entry in item.get(key, [])}
-        cells = [_picture(run, files[label], room) if label in files else None for label in labels]
+        cells = [_picture(run, files[label], column_width) if label in files else None for label in labels]
         rows.append({"caption": item.get("caption", ""), "cells": cells})
     widest = max((cell["width"] for row in rows for cell in row["cells"] if cell), default=0)
     return {"labels": labels, "rows": rows, "column": max(widest, 120) + 14}
 
 
-def _picture(run: Path, file: str, room: int) -> dict[str, Any]:
-    """How to show a picture; without a width it is not there yet (or only half of it)."""
+def _picture(run: Path, file: str, column_width: int) -> dict[str, Any]:
+    """Return the link and the displayed size of a picture; width 0 if it does not exist yet or is incomplete."""
     try:
         with open_image(run / file) as image:
             width, height = image.size
     except DataError:
         return {"link": relative_link(file), "width": 0}
-    # a whole multiple, so that all pixels are the same size
-    scale = max(1, room // width) if width < SMALL_IMAGE else min(1.0, room / width)
+    # a whole multiple, so that all pixels have the same size
+    scale = max(1, column_width // width) if width < SMALL_IMAGE else min(1.0, column_width / width)
     return {
         "link": relative_link(file),
         "width": round(width * scale),
@@ -147,7 +144,7 @@ def _file(run: Path, entry: dict[str, str]) -> dict[str, str]:
 
 
 def relative_link(file: str | Path) -> str:
-    """A relative link: with its colon quoted, no name of a file is read as a scheme such as javascript:."""
+    """Return a relative link with a quoted colon, so that no file name is read as a scheme such as javascript:."""
     return quote(Path(file).as_posix())
 
 
@@ -162,17 +159,26 @@ def _duration(seconds: float | None) -> str:
 
 
 def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations: int = 2) -> Path:
-    """Paint a run's first sample rows and relation rows into one PNG, for a README or a slide.
+    """Write the first rows of a run's samples and relations into one PNG, for a README or a slide.
+
+    Args:
+        run_dir: folder of the run.
+        path: path of the PNG.
+        samples: maximum number of sample rows.
+        relations: maximum number of relation rows.
+
+    Returns:
+        The path of the PNG.
 
     Raises:
-        ValueError: the run has no pictures yet.
+        ValueError: The run has no pictures yet.
     """
     run = Path(run_dir)
     report, _ = read_report(run / "report.json")
     rows = [entry["images"] for entry in report.get("samples", [])[:samples]]
     rows += [entry["panels"] for entry in report.get("relations", [])[:relations]]
     if not rows:
-        raise ValueError(f"{run}: report.json names no pictures yet; expected samples or relations")
+        raise ValueError(f"{run}: report.json names no pictures yet, expected samples or relations")
     columns = max(map(len, rows))
     figure = Figure(figsize=(1.5 * columns, 1.65 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -183,6 +189,4 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
             with open_image(run / panel["file"]) as image:
                 axis.imshow(np.asarray(image), interpolation="nearest")
             axis.set_title(panel["label"], fontsize=8)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120)
-    return write_file(Path(path), png.getvalue())
+    return write_file(Path(path), to_png(figure, dpi=120))

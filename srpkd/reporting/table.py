@@ -2,34 +2,39 @@
 
 from typing import Any, NamedTuple
 
-# --- the table ----------------------------------------------------------------------------------------------
-
 
 class Table(NamedTuple):
-    """A table of report.json as text: what the page, the terminal and markdown have in common."""
+    """A table with formatted cells.
+
+    Attributes:
+        columns: {"key", "label", "help"} per column.
+        numeric: whether a column contains numbers, which are aligned right.
+        cells: formatted values by row.
+        notes: paragraphs below the table.
+    """
 
     columns: list[dict[str, str]]
-    numeric: list[bool]  # per column: numbers stand to the right
+    numeric: list[bool]
     cells: list[list[str]]
     notes: list[str]
 
 
 def format_table(table: dict[str, Any], markdown: bool = False) -> str:
-    """A run's table as aligned text for a terminal, or as GitHub markdown, with its notes below.
+    """Format a table as aligned text or as GitHub Markdown, followed by its notes.
 
     Args:
-        table: `{"columns": [{"key", "label", "format", "help"}], "rows": [{key: value}], "notes": [str]}`; a
-            value is a number, a text, `{"mean", "std", "n"}` or None (not measured), "format" a Python format
-            spec such as ".1f" or ",".
-        markdown: GitHub markdown in place of aligned text.
+        table: `{"columns": [{"key", "label", "format", "help"}], "rows": [{key: value}], "notes": [str]}`. A value is
+            a number, a string, `{"mean", "std", "n"}` or None (not measured); "format" is a Python format specifier
+            for numbers, such as ".1f" or ",".
+        markdown: return GitHub Markdown instead of aligned text.
 
     Raises:
-        ValueError: a number does not go with its column's format.
+        ValueError: A number does not fit the format of its column.
     """
     columns, numeric, cells, notes = layout_table(table)
     lines = [[column["label"] for column in columns], *cells]
     if markdown:
-        # a bar would end the cell, an angle bracket start a tag
+        # a bar would end the cell, and an angle bracket would start a tag
         lines = [[cell.replace("|", r"\|").replace("<", "&lt;") for cell in line] for line in lines]
         notes = [note.replace("<", "&lt;") for note in notes]
         lines.insert(1, ["---:" if right else "---" for right in numeric])
@@ -47,6 +52,7 @@ def format_table(table: dict[str, Any], markdown: bool = False) -> str:
 
 
 def layout_table(table: dict[str, Any]) -> Table:
+    """Format the cells of a table; see ``format_table``."""
     columns = [{"label": column["key"], "help": ""} | column for column in table.get("columns", [])]
     rows = [[row.get(column["key"]) for column in columns] for row in table.get("rows", [])]
     cells = [[_cell(value, column.get("format", "")) for value, column in zip(row, columns)] for row in rows]
@@ -60,7 +66,7 @@ def layout_table(table: dict[str, Any]) -> Table:
 
 
 def _has_spread(value: Any) -> bool:
-    """Whether it is a {"mean", "std", "n"} of more than one run."""
+    """Return whether a value is a {"mean", "std", "n"} of more than one run."""
     return isinstance(value, dict) and value.get("std") is not None and (value.get("n") or 0) > 1
 
 

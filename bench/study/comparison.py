@@ -11,7 +11,7 @@ from srpkd.extras import require
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, and the 95 % confidence interval of it."""
+    """The mean of paired differences and its 95 % confidence interval, NaN for a single pair."""
 
     mean: float
     low: float
@@ -20,26 +20,27 @@ class Difference(NamedTuple):
     @property
     def verdict(self) -> str:
         if math.isnan(self.low):
-            return "too few pairs to say"
+            return "too few pairs to tell"
         return "helped" if self.low > 0 else "hurt" if self.high < 0 else "no difference shown"
 
     def __str__(self) -> str:
         return f"{self.mean:+.2f}" + ("" if math.isnan(self.low) else f" ({self.low:+.2f} to {self.high:+.2f})")
 
 
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """How much better `ours` are than `theirs`, scores of the same worlds and seeds in the same order.
+def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Return the mean of `scores` - `baseline` with a Student's t interval, which assumes normal differences.
 
-    The interval is Student's t: it holds for differences that scatter about normally. Of one pair there is none (NaN).
+    Args:
+        scores, baseline: one score per pair, for the same data sets and seeds in the same order.
 
     Raises:
-        ValueError: they are not as many.
+        ValueError: The lengths differ.
         ImportError: scipy is missing.
     """
-    gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+    gains = [ours - theirs for ours, theirs in zip(scores, baseline, strict=True)]
     mean, count = statistics.fmean(gains), len(gains)
     if count < 2:
         return Difference(mean, math.nan, math.nan)
     stats = require("scipy.stats", "study", "a confidence interval")
-    reach = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(gains) / math.sqrt(count)
-    return Difference(mean, mean - reach, mean + reach)
+    margin = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(gains) / math.sqrt(count)
+    return Difference(mean, mean - margin, mean + margin)

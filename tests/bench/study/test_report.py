@@ -1,0 +1,24 @@
+"""The report of the recorded study."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers import ROOT
+
+from bench.study import report
+from bench.study.plan import SETTINGS
+
+pytest.importorskip("scipy.stats", reason="scipy is not installed")
+
+DOCS = ROOT / "docs"
+
+
+def test_docs_contain_the_recorded_report():
+    result = json.loads((DOCS / "study.json").read_text())
+    assert (DOCS / "study.md").read_text() == report.render(result), (
+        "write it with: python -m bench study --report docs"
+    )
+    assert (DOCS / "study.png").is_file()
+    assert {entry["setting"] for entry in result["judged"]} == set(SETTINGS)

@@ -1,0 +1,80 @@
+"""The curves of a run's metrics."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from example_run import Page, metrics_line
+
+from srpkd.reporting import curves
+from srpkd.reporting.page import write_report
+
+
+def test_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
+    lines = [metrics_line("teacher", step, D=1 / step) for step in range(1, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + lines[-1][:-9])
+    page = Page(write_report(tmp_path))
+    assert "last logged step: 9 of teacher" in page.text
+    assert "Invalid lines" not in page.text
+
+
+def test_omitted_values_become_remarks(tmp_path: Path) -> None:
+    lines = [metrics_line("teacher", step, D=float("nan") if step in (3, 5) else 0.1) for step in range(1, 10)]
+    lines[6:6] = ["\n", "no json\n", '"text"\n', '{"stage": "teacher"}\n', "\N{SNOWMAN}\udcff\n"]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+    text = Page(write_report(tmp_path)).text
+    assert "D of teacher is not finite at 2 of 9 points, first at step 3;" in text
+    assert "Invalid lines in metrics.jsonl: 4." in text
+
+
+def test_seeds_of_a_variant_share_a_colour_and_a_bold_mean() -> None:
+    steps = np.arange(1.0, 101.0)
+    stages = {f"srp seed {k}": np.stack([steps, 0 * steps + k]) for k in range(3)}
+    stages["teacher"] = np.stack([steps, steps])
+    axes = curves._curve("D", stages, {"srp": "#0072B2", "teacher": "#555555"}, sparse=False).axes[0]
+    raw, bold = axes.lines[:4], axes.lines[4:]
+    assert [line.get_color() for line in raw] == ["#0072B2"] * 3 + ["#555555"]
+    assert [(line.get_label(), line.get_color()) for line in bold] == [("srp", "#0072B2"), ("teacher", "#555555")]
+    np.testing.assert_allclose(bold[0].get_ydata(), 1.0)  # the mean of 0, 1 and 2
+    assert max(line.get_alpha() for line in raw) < 0.5 and bold[0].get_linewidth() > raw[0].get_linewidth()
+
+
+def test_axis_scales() -> None:
+    steps = np.arange(1.0, 101.0)
+    colours = {"teacher": "k", "srp": "b"}
+
+    def scales(values: np.ndarray, sparse: bool = False, teacher: int = 1) -> tuple[str, str]:
+        stages = {"teacher": np.stack([steps * teacher, values]), "srp": np.stack([steps, values])}
+        axes = curves._curve("D", stages, colours, sparse).axes[0]
+        return axes.get_xscale(), axes.get_yscale()
+
+    assert scales(np.exp(-steps / 10)) == ("linear", "log")
+    assert scales(np.exp(-steps / 10), sparse=True) == ("linear", "linear")
+    assert scales(np.exp(-steps / 10) - 0.5) == ("linear", "linear")
+    assert scales(1 + steps / 100) == ("linear", "linear")
+    assert scales(1 + steps / 100, teacher=5) == ("log", "linear")
+
+
+def test_smoothing_averages_bins() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.arange(20_000.0)
+    noisy = np.stack([steps, steps / 20_000 + rng.normal(size=steps.size)])
+    at, values = curves._smooth(noisy[:, rng.permutation(steps.size)], share=0.05)
+    assert len(at) <= 1001 and (np.diff(at) > 0).all()
+    inner = slice(25, -25)  # the window is shorter at the ends
+    assert abs(values - at / 20_000)[inner].max() < 0.2
+    at, values = curves._smooth(np.array([[5.0], [2.0]]), share=0.05)
+    assert (at, values) == ([5.0], [2.0])
+
+
+def test_long_run_is_drawn_quickly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step, values in enumerate(rng.uniform(0.5, 1.5, (50_000, 4)).round(4).tolist()):
+            file.write(metrics_line(f"srp seed {step % 2}", step, **dict(zip(("G", "D", "kd", "srp"), values))))
+    start = time.process_time()  # independent of other processes
+    write_report(tmp_path)
+    assert time.process_time() - start < 5
+    assert (tmp_path / "images/curves_srp.png").stat().st_size < 300_000

@@ -1,0 +1,95 @@
+"""Images and relation maps as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srpkd.reporting import pictures
+from srpkd.reporting.pictures import mark_pixel, relation_picture, relation_row, save_image
+
+
+@pytest.mark.parametrize("normalize", ["row", "cosine", "none"])
+def test_relation_row_is_a_row_of_the_matrix(normalize: str) -> None:
+    feature = np.random.default_rng(0).normal(size=(5, 3, 4))
+    feature[:, 2, 1] = 0  # a zero-norm pixel
+    q = feature.reshape(5, 12).T
+    gram = q @ q.T
+    norms = np.sqrt(np.diag(gram))
+    with np.errstate(invalid="ignore"):
+        matrix = {
+            "row": gram / np.linalg.norm(gram, axis=1, keepdims=True),
+            "cosine": gram / (norms[:, None] * norms[None, :]),
+            "none": gram,
+        }[normalize]
+    for y, x in [(0, 0), (1, 3), (2, 1)]:
+        row = relation_row(torch.tensor(feature), (y, x), normalize)
+        assert row.dtype == torch.float32 and row.shape == (3, 4)
+        expected = np.nan_to_num(matrix[y * 4 + x]).reshape(3, 4)
+        np.testing.assert_allclose(row.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", ["row", "cosine", "none"])
+def test_relation_picture_colours(normalize: str, dtype: torch.dtype) -> None:
+    # columns of the map: similar, unrelated, opposite
+    feature = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=dtype, requires_grad=True)
+    picture = relation_picture(feature[:, None].expand(2, 3, 3), (0, 0), (30, 60), normalize).astype(int)
+    assert picture.shape == (30, 60, 3)
+    red, white, blue = picture[25, 5], picture[25, 30], picture[25, 55]
+    assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240
+    assert (picture[20:, :20] == red).all() and (picture[20:, 40:] == blue).all()  # nearest neighbour
+    assert (picture[5, 10] == red).all() and not picture[10, 5].any()  # the cell is visible and framed
+
+
+def test_relation_picture_of_zero_features_is_white() -> None:
+    picture = relation_picture(torch.zeros(3, 4, 4), (0, 0), (16, 16), "row")
+    assert (picture[8:, 8:] > 240).all()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 7), (3, 3), (37, 64)])
+@pytest.mark.parametrize("pixel", [(0, 0), (4, 6), (2, 3)])
+def test_frame_surrounds_the_cell_of_the_pixel(size: tuple[int, int], pixel: tuple[int, int]) -> None:
+    """The frame is outside of the cell and thinner than 5 pixels, also if the image is smaller than the map."""
+    image = torch.zeros(3, *size)
+    image[0] = 0.5
+    marked = mark_pixel(image, pixel, (8, 5, 7))
+    framed = (marked != pictures._to_pixels(image)).any(-1)
+    assert marked.shape == (*size, 3) and framed.any()
+    rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, (5, 7)))
+    cell = (rows == pixel[0])[:, None] & (columns == pixel[1])
+    assert not (framed & cell).any()
+    near = [np.flatnonzero(inside.any(axis)) for inside in (framed | cell,) for axis in (1, 0)]
+    assert all(len(places) <= n // cells + 1 + 4 for places, n, cells in zip(near, size, (5, 7)))
+
+
+def test_invalid_arguments() -> None:
+    feature = torch.randn(4, 5, 6)
+    with pytest.raises(ValueError, match=r"\(y, x\) inside the 5 x 6 feature map, received \(5, 0\)"):
+        relation_picture(feature, (5, 0), (20, 24), "row")
+    with pytest.raises(ValueError, match=r"\(C, h, w\) of one image, received \(1, 4, 5, 6\)"):
+        relation_row(feature[None], (0, 0), "row")
+    with pytest.raises(ValueError, match='"row", "cosine" or "none", received \'rows\''):
+        relation_row(feature, (0, 0), "rows")
+    with pytest.raises(ValueError, match=r"received \(0, -1\)"):
+        mark_pixel(torch.zeros(3, 20, 24), (0, -1), feature.shape)
+    with pytest.raises(ValueError, match=r"received \(4, 5, 6\)"):
+        save_image(feature, "never.png")
+    with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), received float64 \(4, 4, 3\)"):
+        save_image(np.zeros((4, 4, 3)), "never.png")
+
+
+def test_save_image(tmp_path: Path) -> None:
+    ramp = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, float("nan")], dtype=torch.float64, requires_grad=True)
+    path = save_image(ramp.expand(1, 2, 6), tmp_path / "new" / "ramp.png")
+    pixels = np.asarray(Image.open(path))
+    assert pixels.shape == (2, 6, 3) and pixels[0, :, 1].tolist() == [0, 0, 128, 255, 255, 0]
+    colour = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 2, 2)
+    save_image(colour, path)
+    assert np.asarray(Image.open(path)).reshape(-1, 3).tolist() == [[255, 0, 0]] * 4
+    array = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert (np.asarray(Image.open(save_image(array, path))) == array).all()
