@@ -140,7 +140,7 @@ TWO_STEPS = shlex.split(
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, one_thread):
     """Train the networks of presets for two steps on a few images; return the run's folder and options."""
     monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
 
