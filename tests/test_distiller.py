@@ -197,7 +197,7 @@ def test_training_reduces_the_loss(student: nn.Module, teacher: nn.Module, image
     distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
     optimizer = torch.optim.Adam(distiller.parameters(), 1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         *_, loss = distiller(image)
         optimizer.zero_grad()
         loss.backward()

@@ -107,7 +107,8 @@ def test_training_in_16_bits_matches_float32(precision):
         first, last, wanted = (
             sum(step[name].item() for step in part) / 5 for part in (found[:5], found[-5:], expected[-5:])
         )
-        assert last == pytest.approx(wanted, rel=0.1), name
+        # at most 0.055 on all instruction sets that were tried; without learning srp and G_L1 differ by 0.5 and more
+        assert last == pytest.approx(wanted, rel=0.2), name
         assert name != "G_L1" or last < 0.9 * first
 
 
