@@ -101,7 +101,6 @@ def few_candidates(monkeypatch):
     monkeypatch.setattr(plan, "LAYERS", ((("model.10",), (1.0, 3.0)),))
 
 
-@pytest.mark.slow
 def test_a_whole_study(tmp_path, few_candidates, monkeypatch, capsys, one_thread):
     arguments = ["--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--worlds", "2", "3", "--workers", "1"]
     arguments += ["--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(TINY)]
