@@ -73,7 +73,7 @@ def all_relations() -> list[Relation]:
 
 @pytest.mark.parametrize("relation", all_relations(), ids=lambda relation: f"{relation.normalize}-{relation.distance}")
 def test_peers_and_truth_compute_the_relation_loss(relation, monkeypatch):
-    monkeypatch.setattr(providers.peers, "LEAST_ROWS", 7)
+    monkeypatch.setattr(providers.peers, "MIN_ROWS", 7)
     monkeypatch.setitem(providers.peers.STRIP_ELEMENTS, "cpu", 1)  # strips of 7 rows, the last of 5
     case = Case(40, (5, 7), 2, "float64", normalize=relation.normalize, distance=relation.distance)
     student, teacher = features(case)
@@ -82,7 +82,7 @@ def test_peers_and_truth_compute_the_relation_loss(relation, monkeypatch):
         student, teacher, case,
     )  # fmt: skip
     results = [evaluate(PROVIDERS[name].make(case), student, teacher, case) for name in ("eager", "chunked", "blocked")]
-    for loss, gradient in [*results, gate.truth(student, teacher, case)]:
+    for loss, gradient in [*results, gate.float64_result(student, teacher, case)]:
         torch.testing.assert_close(loss, expected[0], rtol=1e-10, atol=0)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-8, atol=1e-12)
 
@@ -117,11 +117,11 @@ def spoilt(kind: str):
 def test_the_gate_stops_what_is_wrong(kind):
     case = Case(pixels=1024, channels=(8, 8), dtype="float32")
     student, teacher = features(case)
-    expected = gate.truth(student, teacher, case)
-    found = gate.judge(spoilt(kind)(case), case, student, teacher, expected)
-    assert gate.why_wrong(found, case) is not None
-    found = gate.judge(spoilt("nothing")(case), case, student, teacher, expected)
-    assert gate.why_wrong(found, case) is None
+    expected = gate.float64_result(student, teacher, case)
+    found = gate.measure_errors(spoilt(kind)(case), case, student, teacher, expected)
+    assert gate.failure_reason(found, case) is not None
+    found = gate.measure_errors(spoilt("nothing")(case), case, student, teacher, expected)
+    assert gate.failure_reason(found, case) is None
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -129,8 +129,10 @@ def test_the_gate_stops_what_is_wrong(kind):
 def test_backends_pass_the_gate(name, dtype):
     case = Case(pixels=200, channels=(8, 16), dtype=dtype)
     student, teacher = features(case)
-    found = gate.judge(PROVIDERS[name].make(case), case, student, teacher, gate.truth(student, teacher, case))
-    assert gate.why_wrong(found, case) is None
+    found = gate.measure_errors(
+        PROVIDERS[name].make(case), case, student, teacher, gate.float64_result(student, teacher, case)
+    )
+    assert gate.failure_reason(found, case) is None
 
 
 # --- a measurement ----------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def test_every_provider_is_a_row_and_only_right_ones_have_numbers(monkeypatch):
         "missing": "skipped", "huge": "out of memory", "greedy": "out of memory",
     }  # fmt: skip
     for row in rows.values():
-        timed = [row[name] for name in ("median_s", "p20_s", "p80_s", "times_faster_than_eager", "percent_of_floor")]
+        timed = [row[name] for name in ("median_s", "p20_s", "p80_s", "times_faster_than_eager", "percent_of_roofline")]
         assert all(value > 0 for value in timed) if row["status"] == "ok" else timed == [None] * 5
         assert row["reason"] or row["status"] == "ok"
         assert len({tuple(row)} | {tuple(rows["eager"])}) == 1
@@ -222,8 +224,8 @@ def test_training_steps_are_timed(tmp_path):
     small = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "auto_backend", lambda device, relation: "blocked")
-        ways = ["--ways", "channels_last", "bf16"]
-        run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *ways)
+        speedups = ["--speedups", "channels_last", "bf16"]
+        run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *speedups)
     rows = {row["variant"]: row for row in results.read(out)}
     faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
     default = "auto, the trainer's cosine l2"
@@ -252,7 +254,7 @@ def test_the_auto_chunker_needs_no_other_and_never_holds_the_matrices(tmp_path):
     done = subprocess.run([sys.executable, "-m", "bench", "relation", "--device", "cpu", *arguments], cwd=ROOT)
     assert done.returncode == 0
     [row] = results.read(out)
-    assert row["status"] == "skipped" and row["reason"].startswith("it finds nothing to chunk: ")
+    assert row["status"] == "skipped" and row["reason"].startswith("the auto chunker finds nothing to chunk: ")
 
 
 def test_pytest_benchmark_runs_the_same_cases():
@@ -290,7 +292,7 @@ def made_up(device_type: str = "cpu", **fixed) -> list[dict]:
         trials["keops"] = relation.Trial("skipped", "not installed")
         for name in trials:
             peak = {"eager": 6 * case.matrix_bytes, "native": 1000 * pixels}.get(name)
-            row = relation.as_row(name, case, trials, peak, relation.machine.Ceilings(1e12, 1e11))
+            row = relation.as_row(name, case, trials, peak, relation.machine.PeakRates(1e12, 1e11))
             rows.append(row | {"device": f"some {device_type}", "device_type": device_type})
     return rows
 
