@@ -1,18 +1,17 @@
-"""Error of every backend against float64 as the student converges to its teacher.
+"""Errors of all backends against float64 as the student converges to its teacher.
 
     python -m bench accuracy
 
-The student's features are the teacher's plus noise of a given size. The smaller it is, the smaller are the differences
-of the two relation matrices, and the more of l1's signs are turned by rounding. Errors are relative to float64 on the
-same, rounded features: what is shown is what a backend loses, not what its input lost. On a GPU float32 features are
-tried with every precision of ``torch.set_float32_matmul_precision``.
+The student's features are the teacher's plus noise. As the noise decreases, the two relation matrices become similar,
+and rounding flips more signs of l1. Errors are relative to float64 on the same rounded features: they show the loss of
+precision in a backend, not that of its input. On a GPU, float32 runs with all precisions of
+``torch.set_float32_matmul_precision``.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,16 +28,16 @@ NOISES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pixels", type=int, default=1024, metavar="N", help="%(default)s")
-    parser.add_argument("--channels", type=int, default=64, metavar="C", help="of student and teacher (%(default)s)")
+    parser.add_argument("--pixels", type=int, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument("--channels", type=int, default=64, metavar="C", help="of both networks (default: %(default)s)")
     parser.add_argument("--normalize", choices=NORMALIZATIONS, default="row")
     parser.add_argument("--distance", choices=DISTANCES, default="l1")
-    parser.add_argument("--device", help="cpu or cuda; by default a GPU where there is one")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help="%(default)s; the picture lies beside")
+    cases.add_device(parser)
+    results.add_csv(parser, RESULTS, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, write the rows and the picture."""
+    """Measure, and write the rows and the plot."""
     device = cases.device_of(options)
     base = Case(
         options.pixels,
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         threads=torch.get_num_threads(),
     )
     kinds = [(dtype, "highest") for dtype in ("float32", "bfloat16", "float16")]
-    if device != "cpu":  # precision chooses among the units of a GPU
+    if device != "cpu":  # float32 precision only affects GPUs
         kinds[1:1] = [("float32", "high"), ("float32", "medium")]
     for dtype, precision in kinds:
         case = replace(base, dtype=dtype, precision=precision)
@@ -61,16 +60,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def errors_at(noise: float, case: Case) -> list[dict[str, Any]]:
-    """A row for eager PyTorch and for every backend that can run: relative errors of loss and gradient."""
+    """Return a row with the relative errors of loss and gradient for eager PyTorch and each available backend."""
     teacher, other = features(case)
     student = (teacher.float() + noise * other.float()).to(teacher.dtype)
-    expected = gate.truth(student, teacher, case)
+    expected = gate.float64_result(student, teacher, case)
     rows = []
     for name in ("eager", *BACKENDS):
         provider = PROVIDERS[name]
         if provider.unavailable_reason(case) is not None:
             continue
-        found = gate.judge(provider.make(case), case, student, teacher, expected)
+        found = gate.measure_errors(provider.make(case), case, student, teacher, expected)
         rows.append(
             {"provider": name, "noise": noise, "device": machine.device_name(case.device), **case.columns()}
             | {"loss": expected.loss.item(), "loss_error": found.loss, "gradient_error": found.gradient}

@@ -1,4 +1,4 @@
-"""The machine: what it is called, what it has free, and how fast it can multiply and copy at best.
+"""The machine: names, versions, free memory, and peak rates of matrix products and copies.
 
 python -m bench.machine
 """
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def device_name(device: str) -> str:
-    """What the device calls itself."""
+    """Return the name of a device."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     try:
@@ -35,7 +35,7 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Columns of every row: torch's and triton's versions, and the commit, with a + where code differs from it."""
+    """Return the versions of torch and triton, and the commit, with a + if the code has uncommitted changes."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def _commit() -> str:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can still be had there."""
+    """Return the memory that is free on a device."""
     if device != "cpu":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -69,46 +69,52 @@ def free_bytes(device: str) -> int:
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU."""
+    """Wait until a GPU is idle."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
 
-class Ceilings(NamedTuple):
-    """What the device reaches at best: operations a second of matrix products, bytes a second, read and written."""
+class PeakRates(NamedTuple):
+    """Measured peak rates of a device: the roofs of the roofline model.
 
-    matrix_rate: float
-    copy_rate: float
+    Attributes:
+        matrix_flops: floating-point operations per second in matrix products.
+        copy_bytes: bytes per second of a copy, read plus written.
+    """
+
+    matrix_flops: float
+    copy_bytes: float
 
 
 @functools.cache
-def ceilings(device: str, dtype: torch.dtype, precision: str, threads: int) -> Ceilings:
-    """Measured now: the best of several products of random matrices, large and in the cache, and of a large copy.
+def peak_rates(device: str, dtype: torch.dtype, precision: str, threads: int) -> PeakRates:
+    """Measure the best of several matrix products, from cache-sized to large, and a large copy.
 
-    precision and threads are what torch is set to; they are here to tell measurements apart.
+    Args:
+        precision, threads: torch's present settings, as keys of the cache.
     """
     on_gpu = device != "cpu"
     rates = []
     for size in (4096, 8192) if on_gpu else (256, 1024, 2048):
-        # many products of matrices that stay in the cache, where they are small: as many for every thread
+        # small matrices stay in the cache; a batch gives each thread the same number of products
         batch = 16 * threads if size == 256 else 1
         left, right = (torch.randn(batch, size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
         seconds = _best(functools.partial(torch.matmul, left, right, out=out), device)
         rates.append(2 * batch * size**3 / seconds)
-    source = torch.randn(2**28 if on_gpu else 2**26, device=device)  # floats: far more than a cache holds
+    source = torch.randn(2**28 if on_gpu else 2**26, device=device)  # far larger than the caches
     seconds = _best(functools.partial(torch.empty_like(source).copy_, source), device)
-    return Ceilings(max(rates), 2 * source.nbytes / seconds)
+    return PeakRates(max(rates), 2 * source.nbytes / seconds)
 
 
-def _best(function: Callable[[], object], device: str, least: float = 0.5) -> float:
-    """The seconds of the fastest of the calls that ``least`` seconds have room for, five at the least.
+def _best(function: Callable[[], object], device: str, duration: float = 0.5) -> float:
+    """Return the seconds of the fastest call, over at least five calls and ``duration`` seconds.
 
-    Milliseconds would not do: on a shared machine they can lie wholly in a moment that others use.
+    On a shared machine, a measurement of milliseconds may fall entirely into a busy moment.
     """
     function()
     seconds: list[float] = []
-    while len(seconds) < 5 or sum(seconds) < least:
+    while len(seconds) < 5 or sum(seconds) < duration:
         synchronize(device)
         start = time.perf_counter()
         function()
@@ -118,14 +124,14 @@ def _best(function: Callable[[], object], device: str, least: float = 0.5) -> fl
 
 
 def report() -> str:
-    """The machine in a few lines."""
+    """Describe the machine in a few lines."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = ", ".join(f"{name} {value or 'missing'}" for name, value in versions().items())
     lines = [f"{device_name(device)}; {found}; {free_bytes(device) / 1e9:.1f} GB free"]
     for dtype in (torch.float32, torch.bfloat16):
-        rates = ceilings(device, dtype, torch.get_float32_matmul_precision(), torch.get_num_threads())
+        rates = peak_rates(device, dtype, torch.get_float32_matmul_precision(), torch.get_num_threads())
         lines.append(
-            f"{dtype}: products at {rates.matrix_rate / 1e12:.2f} TFLOP/s, copy {rates.copy_rate / 1e9:.0f} GB/s"
+            f"{dtype}: matrix products {rates.matrix_flops / 1e12:.2f} TFLOP/s, copy {rates.copy_bytes / 1e9:.0f} GB/s"
         )
     return "\n".join(lines)
 

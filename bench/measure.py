@@ -1,8 +1,8 @@
-"""Time and memory of functions: interleaved rounds, and the peak above what was there before.
+"""Time and peak memory of functions.
 
-On a shared machine the seconds of one function differ by tens of percent from minute to minute, and those of its
-neighbours with them. So all providers of a case take turns, round by round: every round gives ratios of times that
-were taken side by side, and the median of these is what is reported.
+On a shared machine, the time of a function varies by tens of percent from minute to minute, for all functions alike.
+Therefore all providers of a case take turns: each round gives ratios of times that were measured side by side, and the
+benchmarks report the median ratio.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .cases import Case, features
 from .machine import synchronize
 from .providers import PROVIDERS, evaluate
 
-SAMPLE_SECONDS = 5e-3  # a sample on the CPU lasts at least so long, that the clock's reading is nothing beside it
-ROUNDS = (3, 50)
+SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
+ROUNDS = (3, 50)  # minimum and maximum
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:
-    """Seconds of one call, by the host's clock; on a GPU until it has nothing left to do."""
+    """Return the seconds of one call by the host's clock, including the work queued on a GPU."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -40,12 +40,15 @@ def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) ->
 def interleaved(
     functions: Mapping[str, Callable[[], object]], estimates: Mapping[str, float], device: str, budget: float
 ) -> dict[str, list[float]]:
-    """Seconds a call of every function, round by round; each round starts with another one.
+    """Time all functions in rounds; each round starts with the next function.
 
     Args:
-        functions: by name, warmed up.
-        estimates: seconds that a call takes, roughly.
-        budget: seconds to spend on all rounds; there are at least ROUNDS[0] all the same, and at most ROUNDS[1].
+        functions: functions by name, warmed up.
+        estimates: approximate seconds of a call.
+        budget: seconds for all rounds; the number of rounds stays within ROUNDS.
+
+    Returns:
+        Seconds of a call, by name and round.
     """
     names = list(functions)
     repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / estimates[name])) for name in names}
@@ -65,9 +68,9 @@ def _cpu_sample(function: Callable[[], object], repeats: int) -> float:
 
 
 def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:
-    """Between two events, one call, after the second-level cache was overwritten.
+    """Return a function that times one call between two events, with a cold L2 cache.
 
-    While the GPU overwrites it, the host already launches: its own time shows only where it is the longer.
+    The host launches the call while the GPU overwrites the cache, so the host's time counts only if it is longer.
     """
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
 
@@ -84,17 +87,17 @@ def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
-    """How many times faster than the baseline: the median over rounds of paired ratios.
+    """Return the speed relative to the baseline: the median over rounds of paired ratios.
 
-    That of the medians where one of the two was timed once.
+    If the numbers of rounds differ, because a slow function is timed once, it is the ratio of the medians.
     """
     if len(samples) != len(baseline):
         return statistics.median(baseline) / statistics.median(samples)
-    return statistics.median(theirs / ours for ours, theirs in zip(samples, baseline))
+    return statistics.median(base / own for own, base in zip(samples, baseline))
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """The median and the 20th and 80th percentiles, in seconds, as columns."""
+    """Return the median and the 20th and 80th percentiles, in seconds, as columns."""
     values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
     return dict(zip(("median_s", "p20_s", "p80_s"), values.tolist()))
 
@@ -103,7 +106,7 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 
 def peak_on_gpu(call: Callable[[], object], device: str) -> int:
-    """The most memory that a call, which is warm, holds beside its inputs, its results counted: the allocator's."""
+    """Return the peak memory of a warm call in addition to its inputs, including its results, by the allocator."""
     synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -113,12 +116,13 @@ def peak_on_gpu(call: Callable[[], object], device: str) -> int:
 
 
 def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
-    """The same on the CPU, by the resident memory of a process of its own; None where nothing tells (but on Linux).
+    """Return the peak memory on the CPU as ``peak_on_gpu`` does, or None if the system does not tell (not Linux).
 
-    The process is forked from one that never ran anything: threads do not survive a fork.
+    It is the resident memory of a separate process, which is forked from a server that has no threads: threads do not
+    survive a fork.
 
     Args:
-        warm: call it once before: what a first call alone allocates is not counted.
+        warm: call the provider once before, to exclude what only the first call allocates.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -131,7 +135,7 @@ def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
     try:
         result = receiver.recv()
     except EOFError:
-        result = None  # it was killed
+        result = None  # the process was killed
     process.join()
     return result
 
@@ -139,7 +143,7 @@ def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
 def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        # glibc: arrays go back to the system when they are freed, not into a reserve of unknown size
+        # glibc: return freed arrays to the system, instead of keeping a reserve of unknown size
         m_trim_threshold, m_mmap_threshold = -1, -3
         library.mallopt(m_mmap_threshold, 2**16)
         library.mallopt(m_trim_threshold, 0)
@@ -152,7 +156,7 @@ def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         sender.send(None)
         return

@@ -1,7 +1,4 @@
-"""The providers that are measured side by side: every backend of srpkd's registry, and the peers.
-
-A provider is a name, a reason why it cannot run a case, and a function that makes (student, teacher) -> loss.
-"""
+"""The implementations to compare: every backend in srpkd's registry, and the peers."""
 
 from __future__ import annotations
 
@@ -25,17 +22,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class CannotRun(RuntimeError):
-    """A provider found out, when it was run, that it has nothing to offer for this case; says why."""
+    """A provider detects only when it runs that it does not apply to a case; the message is the reason."""
 
 
 class Provider(NamedTuple):
-    """One way to compute the relation loss.
+    """An implementation of the relation loss.
 
     Attributes:
-        make: case -> (student, teacher) -> scalar loss.
-        unavailable_reason: case -> why it cannot run there, None where it can.
-        compiles: whether its first call compiles, for seconds, and for this shape alone.
-        matrices: case -> how many N x N arrays of the features' dtype it holds at once at the least, as measured.
+        make: case -> function (student, teacher) -> scalar loss.
+        unavailable_reason: case -> the reason why the provider cannot run, or None.
+        compiles: whether the first call compiles for the shape of the case, which takes seconds.
+        matrices: case -> minimum number of N x N arrays in the features' dtype that exist at once, as measured.
     """
 
     make: Callable[[Case], Loss]
@@ -44,7 +41,7 @@ class Provider(NamedTuple):
     matrices: Callable[[Case], int] = lambda case: 0
 
     def bytes_needed(self, case: Case) -> int:
-        """The memory that it needs at the least, beside the inputs."""
+        """Return the minimum memory in addition to the inputs."""
         return self.matrices(case) * case.matrix_bytes
 
 
@@ -54,9 +51,9 @@ def _backend(name: str) -> Provider:
             return missing
         module = backend_module(name)
         if case.distance not in getattr(module, "DISTANCES", (case.distance,)):
-            return f"it computes distance in {module.DISTANCES} only"
+            return f"{name} supports the distances {', '.join(module.DISTANCES)}, received {case.distance}"
         if case.torch_dtype not in getattr(module, "DTYPES", (case.torch_dtype,)):
-            return f"it does not compute in {case.dtype}"
+            return f"{name} does not support {case.dtype}"
         return None
 
     def make(case: Case) -> Loss:
@@ -88,47 +85,47 @@ def _chunker_missing(case: Case) -> str | None:
 
     if not hasattr(config, "auto_chunker"):
         return f"torch {torch.__version__} has no auto chunker"
-    return None if case.need_grad else "it chunks joint graphs, of forward and backward, alone"
+    return None if case.need_grad else "the auto chunker needs a joint graph of forward and backward"
 
 
 def _auto_chunked(case: Case) -> Loss:
-    """torch.compile with inductor's auto chunker; raises where that finds nothing, lest compile be timed twice."""
-    from torch._inductor import config, inductor_prims  # noqa: F401 (the chunker uses its operators and does not import it)
+    """Compile with inductor's auto chunker; the loss raises CannotRun if there is nothing to chunk."""
+    from torch._inductor import config, inductor_prims  # noqa: F401 (defines operators that the chunker uses)
     from torch._inductor.fx_passes import auto_chunker
 
-    def eager(student: Tensor, teacher: Tensor) -> Tensor:  # a function of its own: compile's graph is not taken for it
+    def eager(student: Tensor, teacher: Tensor) -> Tensor:  # not shared, or torch.compile would reuse another graph
         return peers.eager(student, teacher, case.relation)
 
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    chunked = []
+    outcomes: list[str] = []  # of the chunker: "" on success, else the reason
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        if chunked:
+        if outcomes:
             return compiled(student, teacher)
         original = auto_chunker.chunk
 
-        def watched(graph):
+        def recorded_chunk(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
             try:
-                graph = original(graph)
+                graph = original(gm)
             except auto_chunker.CantChunk as error:
-                chunked.append(f"it finds nothing to chunk: {error}")
-                raise CannotRun(chunked[0]) from error  # lest it be run with the whole matrices, which may not fit
-            chunked.append(None)
+                outcomes.append(f"the auto chunker finds nothing to chunk: {error}")
+                raise CannotRun(outcomes[0]) from error  # stops before the N x N matrices are allocated
+            outcomes.append("")
             return graph
 
-        auto_chunker.chunk = watched
+        auto_chunker.chunk = recorded_chunk
         try:
-            # a graph from the cache would not pass through the chunker
+            # a cached graph would bypass the chunker
             with config.patch({"auto_chunker.enable": True, "force_disable_caches": True}):
                 result = compiled(student, teacher)
         except Exception:
-            if chunked and chunked[0]:  # whatever the compiler made of the error
-                raise CannotRun(chunked[0]) from None
+            if outcomes and outcomes[0]:  # the compiler may have wrapped the error
+                raise CannotRun(outcomes[0]) from None
             raise
         finally:
             auto_chunker.chunk = original
-        if not chunked:
-            raise CannotRun("it was not asked")
+        if not outcomes:
+            raise CannotRun("torch.compile did not call the auto chunker")
         return result
 
     return loss
@@ -137,13 +134,13 @@ def _auto_chunked(case: Case) -> Loss:
 def _keops_missing(case: Case) -> str | None:
     if importlib.util.find_spec("pykeops") is None:
         return "pykeops is not installed: pip install pykeops"
-    return "KeOps does not compute in bfloat16" if case.dtype == "bfloat16" else None
+    return "KeOps does not support bfloat16" if case.dtype == "bfloat16" else None
 
 
 def _keops(case: Case) -> Loss:
     loss = _peer(peers.keops, case)
     tiny = replace(case, pixels=2, batch=1)
-    evaluate(loss, *features(tiny), tiny)  # its formulas are compiled now, for any number of pixels
+    evaluate(loss, *features(tiny), tiny)  # compiles the formulas, for any number of pixels
     return loss
 
 
@@ -163,9 +160,9 @@ OURS = tuple(name for name in BACKENDS if name != "reference")
 
 
 def evaluate(loss: Loss, student: Tensor, teacher: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:
-    """The loss, and its gradient for the student's features if the case asks for it: what is timed.
+    """Compute the loss and, if the case needs it, the gradient of the student's features: the timed work.
 
-    A float16 gradient is ``case.loss_scale`` times as large.
+    A float16 gradient is scaled by ``case.loss_scale``.
     """
     if not case.need_grad:
         with torch.no_grad():

@@ -1,13 +1,12 @@
-"""Time and memory of the relation loss, by every backend and by what one would use instead.
+"""Time and memory of the relation loss: srpkd's backends and their alternatives in PyTorch.
 
-    python -m bench relation                               a few sizes, for a CPU: under two minutes
-    python -m bench relation --sweep full                  everything
+    python -m bench relation                               a few sizes, less than two minutes on a CPU
+    python -m bench relation --sweep full                  all sizes and options
     python -m bench relation --pixels 16384 --dtype bfloat16 --providers eager native
 
-All providers of a case run in one process and take turns, so what is reported of two providers on a shared machine is
-the median of ratios of times that were taken side by side. Before that each has to pass a gate: its loss and its
-gradient are compared with float64, and a provider that is off gets the reason in place of a number. So does one that
-would need more memory than there is; it is not even tried.
+All providers of a case run in one process and take turns; relative speeds are medians of ratios of times that were
+measured side by side, which are reliable on a shared machine. A provider is timed only if its loss and its gradient
+agree with float64 and if it fits into memory; otherwise its row contains the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,44 +30,57 @@ KEY = (
     "device", "threads",
 )  # fmt: skip
 BASELINES = ("eager", "compile")
-SLOW = 10.0  # seconds: a call that takes longer is timed once
+SLOW = 10.0  # seconds; a longer call is timed once
 
 
 @dataclass
 class Trial:
-    """One provider on one case: a function to time, or why there is none."""
+    """A provider on a case.
 
-    status: str  # "ok", or "skipped", "out of memory", "failed", "wrong"
+    Attributes:
+        status: "ok", or "skipped", "out of memory", "failed" or "wrong" for a provider that is not timed.
+        reason: reason of the status.
+        call: function to time; only used if the status is "ok".
+        seconds: seconds of one warm call.
+        found: relative errors, None if the provider gave no result.
+        samples: seconds of a call by round.
+    """
+
+    status: str
     reason: str = ""
-    call: Callable[[], object] | None = None
-    seconds: float = 0.0  # of one call, once it was warm
+    call: Callable[[], object] = field(default=lambda: None)
+    seconds: float = 0.0
     found: gate.Errors | None = None
     samples: list[float] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=list(PROVIDERS), help="all by default")
+    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=list(PROVIDERS), help="default: all")
     parser.add_argument(
-        "--budget", type=float, default=6.0, metavar="SECONDS", help="for a case's rounds (%(default)s)"
+        "--budget",
+        type=float,
+        default=6.0,
+        metavar="SECONDS",
+        help="time per case (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no further case after so many")
-    parser.add_argument("--missing", action="store_true", help="only cases of which nothing is recorded yet")
+    parser.add_argument("--minutes", type=float, metavar="M", help="start no case after this time")
+    parser.add_argument("--missing", action="store_true", help="skip cases that have recorded rows")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="CSV", help="%(default)s")
+    results.add_csv(parser, RESULTS, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the chosen cases one after the other; each one's rows are written when it is done."""
-    began = time.monotonic()
-    todo = cases.chosen(options)
+    """Measure the selected cases, and write the rows of each case when it is complete."""
+    start = time.monotonic()
+    todo = cases.selected(options)
     if options.missing:
         recorded = {tuple(row.get(name, "") for name in KEY[1:]) for row in results.read(options.out)}
         todo = [case for case in todo if _identity(case) not in recorded]
-    print("Seconds on a shared machine are noisy; what compares is the ratios, of times taken side by side.")
+    print("Times on a shared machine are noisy: compare the ratios, which are measured side by side.")
     for number, case in enumerate(todo):
-        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
-            print(f"\nout of time: {len(todo) - number} of {len(todo)} cases are left, --missing goes on with them")
+        if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:
+            print(f"\nout of time: {len(todo) - number} of {len(todo)} cases are left; resume with --missing")
             break
         print(f"\n[{number + 1}/{len(todo)}] {case.describe()}", flush=True)
         rows = measure_case(case, options.providers, options.budget, not options.no_memory)
@@ -85,19 +96,19 @@ def _identity(case: Case) -> tuple[str, ...]:
 
 
 def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> list[dict[str, Any]]:
-    """A row for every provider.
+    """Measure the providers `names` and return a row for each.
 
     Args:
-        names: of providers.
-        budget: seconds for the rounds of all of them.
-        memory: whether to measure it too.
+        names: names of providers.
+        budget: seconds for the rounds of all providers.
+        memory: measure the peak memory too.
     """
-    torch._dynamo.reset()  # a graph for every shape, and no limit of them is reached
+    torch._dynamo.reset()  # the number of graphs per function is limited
     with settings(case):
-        ceilings = machine.ceilings(case.device, case.torch_dtype, case.precision, case.threads)
+        peak_rates = machine.peak_rates(case.device, case.torch_dtype, case.precision, case.threads)
         student, teacher = features(case)
-        expected = gate.truth(student, teacher, case)
-        trials = {name: attempt(name, case, student, teacher, expected) for name in names}
+        expected = gate.float64_result(student, teacher, case)
+        trials = {name: prepare(name, case, student, teacher, expected) for name in names}
         timed = {name: trial for name, trial in trials.items() if trial.status == "ok" and trial.seconds < SLOW}
         samples = measure.interleaved(
             {name: trial.call for name, trial in timed.items()},
@@ -114,11 +125,11 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
                 peaks[name] = measure.peak_on_gpu(trial.call, case.device)
             elif memory:
                 peaks[name] = measure.peak_on_cpu(name, case, warm=trial.seconds < SLOW)
-    return [as_row(name, case, trials, peaks.get(name), ceilings) for name in names]
+    return [as_row(name, case, trials, peaks.get(name), peak_rates) for name in names]
 
 
-def attempt(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor, expected: gate.Result) -> Trial:
-    """Run a provider for the first time, if it can run, and put what it gives through the gate."""
+def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor, expected: gate.Result) -> Trial:
+    """Run a provider for the first time, if it is available, and check its result."""
     provider = PROVIDERS[name]
     if (reason := provider.unavailable_reason(case)) is not None:
         return Trial("skipped", reason)
@@ -127,57 +138,58 @@ def attempt(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
         return Trial("out of memory", f"needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     try:
         loss = provider.make(case)
-        began = time.perf_counter()
-        found = gate.judge(loss, case, student, teacher, expected)
-        seconds = time.perf_counter() - began
-        if (reason := gate.why_wrong(found, case)) is not None:
+        start = time.perf_counter()
+        found = gate.measure_errors(loss, case, student, teacher, expected)
+        seconds = time.perf_counter() - start
+        if (reason := gate.failure_reason(found, case)) is not None:
             return Trial("wrong", reason, found=found)
 
         call = partial(evaluate, loss, student, teacher, case)
         if seconds < SLOW or provider.compiles:
-            # the least of a few, where they cost nothing: a stray long one would leave time for few rounds
+            # the minimum of a few fast calls: one slow outlier would reduce the number of rounds
             seconds = min(measure.seconds_of(call, case.device) for _ in range(3 if seconds < 0.5 else 1))
         return Trial("ok", "" if seconds < SLOW else "timed once", call, seconds, found)
     except CannotRun as error:
         return Trial("skipped", str(error))
-    except Exception as error:  # a peer's failure is a row of the results, not the end of them
+    except Exception as error:  # the failure of a peer must not stop the benchmark
         message = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
-            return Trial("out of memory", f"it ran out: {message}")
+            return Trial("out of memory", message)
         return Trial("failed", f"{type(error).__name__}: {message}")
 
 
 def as_row(
-    name: str, case: Case, trials: dict[str, Trial], peak: int | None, ceilings: machine.Ceilings
+    name: str, case: Case, trials: dict[str, Trial], peak: int | None, peak_rates: machine.PeakRates
 ) -> dict[str, Any]:
-    """One row of the CSV; the module ``bench.results`` says how it is written."""
+    """Return the row of a provider, as ``bench.results`` writes it."""
     trial = trials[name]
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
     row["device_type"] = torch.device(case.device).type
-    floors = case.operations / ceilings.matrix_rate, case.bytes_moved / ceilings.copy_rate
-    times = measure.quantiles(trial.samples) if trial.samples else dict.fromkeys(("median_s", "p20_s", "p80_s"))
-    row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None} | times
+    rooflines = case.operations / peak_rates.matrix_flops, case.bytes_moved / peak_rates.copy_bytes
+    row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None}
+    times = measure.quantiles(trial.samples) if trial.samples else {}
+    row |= {column: times.get(column) for column in ("median_s", "p20_s", "p80_s")}
     for baseline in BASELINES:
-        other = trials.get(baseline)
-        both = other is not None and trial.samples and other.samples
-        row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, other.samples) if both else None
+        base = trials[baseline].samples if baseline in trials else []
+        both = trial.samples and base
+        row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, base) if both else None
     return row | {
         "peak_extra_bytes": peak,
         "needed_bytes": PROVIDERS[name].bytes_needed(case) or None,
         "loss_error": trial.found and trial.found.loss,
         "gradient_error": trial.found and trial.found.gradient,
         "pixel_error": trial.found and trial.found.pixel,
-        "matrix_flops": ceilings.matrix_rate,
-        "copy_bytes_per_s": ceilings.copy_rate,
-        "floor_matrix_s": floors[0],
-        "floor_copy_s": floors[1],
-        "percent_of_floor": 100 * max(floors) / times["median_s"] if trial.samples else None,
+        "matrix_flops": peak_rates.matrix_flops,
+        "copy_bytes_per_s": peak_rates.copy_bytes,
+        "roofline_matmul_s": rooflines[0],
+        "roofline_copy_s": rooflines[1],
+        "percent_of_roofline": 100 * max(rooflines) / times["median_s"] if times else None,
         **machine.versions(),
     }
 
 
 def describe(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
+    """Format a row for the terminal."""
     if row["status"] != "ok":
         return f"{row['provider']:<13} {row['status']}: {row['reason']}"
     faster = row["times_faster_than_eager"]
@@ -187,5 +199,5 @@ def describe(row: dict[str, Any]) -> str:
         f"({1000 * row['p20_s']:.3f} to {1000 * row['p80_s']:.3f}, {row['rounds']} rounds)"
         + ("" if faster is None else f"  {faster:6.2f} x eager's speed")
         + ("" if peak is None else f"  {peak / 1e6:9.1f} MB")
-        + f"  {row['percent_of_floor']:5.1f} % of the floor"
+        + f"  {row['percent_of_roofline']:5.1f} % of roofline"
     )

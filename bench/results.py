@@ -1,7 +1,8 @@
-"""Results as CSV files: one row per thing measured, a newer row in the place of the older."""
+"""Results as CSV files with one row per measurement; a newer measurement replaces the older row."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +16,10 @@ Row = dict[str, str]
 
 
 def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
-    """The rows of a file, all values as text; none if there is no file.
+    """Return the rows of a file, with all values as text; [] if the file does not exist.
 
     Raises:
-        ValueError: it is no such file, or lacks one of the columns.
+        ValueError: The file is not CSV or lacks one of the columns.
     """
     if not path.exists():
         return []
@@ -27,16 +28,16 @@ def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
             reader = csv.DictReader(file)
             rows, found = list(reader), reader.fieldnames or []
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no file of results: {error}") from error
-    if lacking := [name for name in columns if name not in found]:
-        raise ValueError(f"{path} is no file of these results: it has no columns {', '.join(lacking)}")
+            raise ValueError(f"{path} cannot be read as CSV: {error}") from error
+    if missing := [name for name in columns if name not in found]:
+        raise ValueError(f"{path}: expected a file of results, the columns {', '.join(missing)} are missing")
     return rows
 
 
 def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> None:
-    """Put rows into a file: each in the place of the one that agrees with it in the columns ``key``, or at its end.
+    """Insert rows into a file; a row replaces the one with the same values in the columns ``key``.
 
-    None is written as an empty cell, a float with six digits. The file is replaced in one step.
+    None becomes an empty cell; floats have six digits. The file is replaced atomically.
     """
     merged = {_key(row, key): row for row in read(path)}
     for row in rows:
@@ -52,9 +53,22 @@ def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) ->
         file.write(text.getvalue().encode())
 
 
+def group_by(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
+    """Group rows by their values in some columns, in the order of first appearance."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
+    return groups
+
+
 def number(row: Row, column: str) -> float | None:
-    """A cell as a number, None where it is empty or there is no such column."""
+    """Return a cell as a number, None if it is empty or the column does not exist."""
     return float(row[column]) if row.get(column) else None
+
+
+def add_csv(parser: argparse.ArgumentParser, default: Path, name: str = "--csv") -> None:
+    """Add the option with the path of a file of results."""
+    parser.add_argument(name, type=Path, default=default, metavar="CSV", help="file of results (default: %(default)s)")
 
 
 def _key(row: Mapping[str, str], key: Sequence[str]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Small relation losses on the GPU backends, for compute-sanitizer: ``python -m bench.sanitize [NAME ...]``.
+"""Small relation losses on the GPU backends, for compute-sanitizer: ``python -m bench.sanitize [BACKEND ...]``.
 
-Shapes are those at which tiles go wrong: a single pixel, one more than a tile, channels that fill no fragment, several
-images. The results are put through the gate too. Under compute-sanitizer set PYTORCH_NO_CUDA_MEMORY_CACHING=1, or an
-access beyond an array falls into the allocator's pool and is not seen.
+The shapes cover typical errors of tiled kernels: a single pixel, one pixel more than a tile, channels that do not fill
+a fragment, several images. The results must also pass the gate. Under compute-sanitizer, set
+PYTORCH_NO_CUDA_MEMORY_CACHING=1: otherwise an access beyond an array stays inside the allocator's pool and is missed.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import sys
 import torch
 
 from . import gate
-from .cases import Case, features, settings
+from .cases import Case, Distance, Normalize, features, settings
 from .providers import PROVIDERS, evaluate
 
 SHAPES = [(1, (1, 1), 1), (65, (16, 64), 2), (129, (20, 33), 1), (200, (64, 256), 1)]  # N, (C_s, C_t), B
-NUMBERS = [("float32", "highest"), ("float32", "high"), ("bfloat16", "highest"), ("float16", "highest")]
-KINDS = itertools.cycle([("row", "l1"), ("cosine", "huber"), ("none", "l1")])
+FORMATS = [("float32", "highest"), ("float32", "high"), ("bfloat16", "highest"), ("float16", "highest")]
+RELATIONS: list[tuple[Normalize, Distance]] = [("row", "l1"), ("cosine", "huber"), ("none", "l1")]
 
 
 def main(names: list[str]) -> None:
-    """Run every case on every backend; exit with status 1 if a result is wrong."""
+    """Run every case on every backend and exit with status 1 if a result is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        print("torch sees no CUDA device: the same cases on the CPU, as a rehearsal")
+        print("torch sees no CUDA device: dry run of the same cases on the CPU")
     cases = [
-        Case(pixels, channels, batch, dtype, precision, *next(KINDS), device=device)
-        for (pixels, channels, batch), (dtype, precision) in itertools.product(SHAPES, NUMBERS)
+        Case(pixels, channels, batch, dtype, precision, *relation, device=device)
+        for ((pixels, channels, batch), (dtype, precision)), relation in zip(
+            itertools.product(SHAPES, FORMATS), itertools.cycle(RELATIONS)
+        )
     ]
     ran = wrong = 0
     for name in names or ("native", "triton"):
         if name not in PROVIDERS:
-            print(f"{name}: there is no such backend")
+            print(f"{name}: unknown backend")
             continue
         for case in cases:
             if (reason := PROVIDERS[name].unavailable_reason(case)) is not None:
@@ -50,16 +52,18 @@ def main(names: list[str]) -> None:
 
 
 def check(name: str, case: Case) -> str | None:
-    """What is wrong with a backend's result, None if nothing is."""
+    """Return an error message for a wrong result, or None."""
     student, teacher = features(case)
     loss = PROVIDERS[name].make(case)
-    if case.pixels == 1:  # its relations are 1 whatever it is: there is nothing for an error to be relative to
-        value, gradient = evaluate(loss, student, teacher, case)
-        return None if value.isfinite() and gradient.isfinite().all() else "one pixel gives what is not finite"
-    # on the CPU: under the sanitizer, float64 products on the GPU would take most of the time
-    expected = gate.truth(student.cpu(), teacher.cpu(), case)
-    expected = gate.Result(*(part.to(case.device) for part in expected))
-    return gate.why_wrong(gate.judge(loss, case, student, teacher, expected), case)
+    if case.pixels == 1:  # the relation of a pixel to itself is constant: the exact gradient is 0, relative errors fail
+        outputs = evaluate(loss, student, teacher, case)
+        is_finite = all(output.isfinite().all() for output in outputs if output is not None)
+        return None if is_finite else "the loss or the gradient of a single pixel is not finite"
+    # on the CPU, because float64 products on the GPU are slow under the sanitizer
+    expected = gate.float64_result(student.cpu(), teacher.cpu(), case)
+    assert expected.gradient is not None
+    expected = gate.Result(expected.loss.to(case.device), expected.gradient.to(case.device))
+    return gate.failure_reason(gate.measure_errors(loss, case, student, teacher, expected), case)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""How recorded times and memory grow: exponents of pixels and of images, fitted in logarithms.
+"""Exponents of the recorded times and memory in the number of pixels and the batch size, by log-log regression.
 
     python -m bench scaling
 
-A time of about N^2 has exponent 2; the memory of anything but eager PyTorch and the reference has to be linear, 1.
+Time that grows as N^2 has exponent 2. Memory must have exponent 1, except for eager PyTorch and the reference.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,35 +18,35 @@ from .results import Row
 
 MEASURES = {"time": "median_s", "memory": "peak_extra_bytes"}
 AXES = {"pixels": "N", "batch": "B"}
-# below, what does not depend on the axis is most of it: starting threads, launching kernels, blocks of a fixed size
-LEAST = {"pixels": 1024, "batch": 1}
+# below these sizes, constant costs dominate: starting threads, launching kernels, blocks of a fixed size
+MINIMUM = {"pixels": 1024, "batch": 1}
 
 
 class Fit(NamedTuple):
-    """value ~ axis ** exponent of one provider, all else fixed."""
+    """A fit value ~ axis ** exponent for one provider, all other columns fixed."""
 
     measure: str
     axis: str
     exponent: float
     points: list[int]
-    row: Row  # one of those fitted: what is fixed
+    row: Row  # one of the fitted rows, for the fixed columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, default=relation.RESULTS, help="%(default)s")
+    results.add_csv(parser, relation.RESULTS)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print every exponent that three recorded points or more allow."""
+    """Print the exponents of all groups with at least three recorded points."""
     found = fits(results.read(options.csv, relation.KEY))
     if not found:
-        raise ValueError(f"{options.csv} records no three sizes of anything: run python -m bench relation first")
+        raise ValueError(f"{options.csv}: no case is recorded for three sizes: run python -m bench relation first")
     groups: dict[str, list[Fit]] = {}
     for fit in found:
         fixed = (f"{name} {fit.row[name]}" for name in relation.KEY[1:] if name != fit.axis)
         groups.setdefault(", ".join(fixed), []).append(fit)
-    for fixed, group in groups.items():
-        print(f"\n{fixed}")
+    for label, group in groups.items():
+        print(f"\n{label}")
         for fit in group:
             axis = AXES[fit.axis]
             sizes = ", ".join(map(str, fit.points))
@@ -56,18 +54,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def fits(rows: Sequence[Row]) -> list[Fit]:
-    """The exponents of time and memory against N and against B, wherever three points are recorded."""
+    """Fit time and memory against N and B, for all groups with at least three recorded points."""
     found = []
     for measure, column in MEASURES.items():
         for axis in AXES:
-            groups: dict[tuple[str, ...], list[Row]] = {}
-            for row in rows:
-                if (results.number(row, column) or 0) > 0 and int(row[axis]) >= LEAST[axis]:
-                    groups.setdefault(tuple(row[name] for name in relation.KEY if name != axis), []).append(row)
-            for group in groups.values():
-                points = sorted((int(row[axis]), results.number(row, column)) for row in group)
+            usable = [row for row in rows if results.number(row, column) and int(row[axis]) >= MINIMUM[axis]]
+            fixed = [name for name in relation.KEY if name != axis]
+            for group in results.group_by(usable, fixed).values():
+                points = sorted((int(row[axis]), float(row[column])) for row in group)
                 if len(points) >= 3:
-                    logarithms = [[math.log(value) for value in point] for point in points]
-                    exponent = np.polyfit(*zip(*logarithms), 1)[0]
-                    found.append(Fit(measure, axis, float(exponent), [size for size, _ in points], group[0]))
+                    sizes, values = zip(*points)
+                    exponent = np.polyfit(np.log(sizes), np.log(values), 1)[0]
+                    found.append(Fit(measure, axis, float(exponent), list(sizes), group[0]))
     return found

@@ -1,7 +1,7 @@
-"""The README's tables of recorded results: the relation loss by itself, and in a training step.
+"""Tables of recorded results: the relation loss alone, and training steps.
 
-python -m bench table                        prints them
-python -m bench table --readme README.md     puts them between the README's markers
+python -m bench table                        print the tables
+python -m bench table --readme README.md     put the tables between the README's markers
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from .providers import PROVIDERS
 from .readme import between_markers, put_between_markers
 from .results import Row, number
 
-NAME = "bench table"  # of the README's markers
-# what the table shows of every device, where it is recorded
+NAME = "bench table"  # in the README's markers
+# cases in the table, for every device on which they are recorded
 SHOWN = (
-    Case(pixels=4096),
-    Case(pixels=4096, dtype="bfloat16"),
-    Case(pixels=16384),
-    Case(pixels=65536, channels=(64, 64)),
-    Case(pixels=4096, normalize="cosine", distance="l2"),  # the trainer's default
+    Case(pixels=4096, normalize="row", distance="l1"),
+    Case(pixels=4096, normalize="row", distance="l1", dtype="bfloat16"),
+    Case(pixels=16384, normalize="row", distance="l1"),
+    Case(pixels=65536, normalize="row", distance="l1", channels=(64, 64)),
+    Case(pixels=4096, normalize="cosine", distance="l2"),  # the default of SRPLoss
 )
-ON_GPU_ONLY = ("bfloat16",)  # a CPU widens it, which says nothing of a kernel
+GPU_ONLY = ("bfloat16",)  # the CPU backends convert it to float32
 COLUMNS = [
     {"key": "case", "label": "case"},
-    {"key": "provider", "label": "by"},
+    {"key": "provider", "label": "provider"},
     {"key": "milliseconds", "label": "ms", "format": ",.2f"},
     {"key": "eager", "label": "x eager's speed", "format": ".2f"},
     {"key": "compile", "label": "x compile's speed", "format": ".2f"},
     {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
-    {"key": "percent", "label": "% of floor", "format": ".1f"},
+    {"key": "percent", "label": "% of roofline", "format": ".1f"},
 ]
 TRAIN_COLUMNS = [
-    {"key": "variant", "label": "a training step"},
+    {"key": "variant", "label": "training step"},
     {"key": "median_s", "label": "s", "format": ".2f"},
     {"key": "steps_per_s", "label": "steps/s", "format": ".3f"},
-    {"key": "srp_percent_of_step", "label": "of it the relation loss, %", "format": ".1f"},
+    {"key": "srp_percent_of_step", "label": "relation loss, % of step", "format": ".1f"},
     {"key": "times_faster_than_auto", "label": "x auto's speed", "format": ".2f"},
 ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, default=relation.RESULTS, help="%(default)s")
-    parser.add_argument("--train-csv", type=Path, default=train.RESULTS, help="%(default)s")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between this file's markers")
+    results.add_csv(parser, relation.RESULTS)
+    results.add_csv(parser, train.RESULTS, "--train-csv")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between the markers of this file")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables, or put them into the README."""
+    """Print the tables or put them into the README."""
     text = tables(results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY))
     if options.readme is None:
         print(text)
@@ -62,24 +62,24 @@ def run(options: argparse.Namespace) -> None:
 
 
 def block(readme: Path) -> str:
-    """The tables that a README shows; as `between_markers`."""
+    """Return the tables in a README; raises as ``between_markers``."""
     return between_markers(readme, NAME).rstrip("\n")
 
 
 def tables(rows: Sequence[Row], train_rows: Sequence[Row]) -> str:
-    """Both, as markdown; the second only where training was measured.
+    """Return both tables as Markdown; the second is missing if no training step is recorded.
 
     Raises:
-        ValueError: none of the shown cases is recorded.
+        ValueError: None of the cases in the table is recorded.
     """
     return "\n\n".join(filter(None, [table(rows), train_table(train_rows)]))
 
 
 def train_table(rows: Sequence[Row]) -> str:
-    """What the relation loss costs of a training step, a part for everything that it was measured on."""
+    """Return the table of training steps as Markdown, a part per device and model."""
     parts = []
     same = ("device", "threads", "model", "student", "teacher", "size", "batch")
-    for own in _groups(rows, same):
+    for own in results.group_by(rows, same).values():
         first = own[0]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
         parts.append(
@@ -93,32 +93,24 @@ def train_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _groups(rows: Sequence[Row], columns: Sequence[str]) -> list[list[Row]]:
-    """Rows that agree in some columns, together, in the order in which they first came."""
-    found: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in columns), []).append(row)
-    return list(found.values())
-
-
 def table(rows: Sequence[Row]) -> str:
-    """The table as markdown: for every device the shown cases, a row per provider.
+    """Return the table of the relation loss as Markdown: a part per device, a row per case and provider.
 
     Raises:
-        ValueError: none of the shown cases is recorded.
+        ValueError: None of the cases in the table is recorded.
     """
     parts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        own = [row for row in rows if row["device"] == device]
+    for (device,), own in results.group_by(rows, ["device"]).items():
         most_threads = max(own, key=lambda row: int(row["threads"]))["threads"]
         on_cpu = own[0]["device_type"] == "cpu"
-        lines, measured = [], []
+        lines: list[dict[str, object]] = []
+        measured: list[Row] = []
         for case in SHOWN:
-            if on_cpu and case.dtype in ON_GPU_ONLY:
+            if on_cpu and case.dtype in GPU_ONLY:
                 continue
             wanted = {name: str(value) for name, value in case.columns().items()} | {"threads": most_threads}
             found = {row["provider"]: row for row in own if wanted.items() <= row.items()}
-            # what cannot do this distance, or is not installed, has nothing to tell
+            # omit providers that do not support the case or are not installed
             found = {name: row for name, row in found.items() if row["status"] != "skipped"}
             lines += [_line(case, found[name], first=name == next(iter(found))) for name in PROVIDERS if name in found]
             measured += found.values()
@@ -129,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
             parts.append(f"{where}; torch {torch_versions}; commit {commits}:")
             parts.append(format_table({"columns": COLUMNS, "rows": lines}, markdown=True))
     if not parts:
-        raise ValueError("none of the table's cases is recorded: run python -m bench relation first")
+        raise ValueError("no case of the table is recorded: run python -m bench relation first")
     return "\n\n".join(parts)
 
 
@@ -140,7 +132,7 @@ def _line(case: Case, row: Row, first: bool) -> dict[str, object]:
         "provider": row["provider"],
         "eager": number(row, "times_faster_than_eager"),
         "compile": number(row, "times_faster_than_compile"),
-        "percent": number(row, "percent_of_floor"),
+        "percent": number(row, "percent_of_roofline"),
     }
     for key, column, scale in (("milliseconds", "median_s", 1e3), ("megabytes", "peak_extra_bytes", 1e-6)):
         value = number(row, column)

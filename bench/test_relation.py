@@ -1,7 +1,7 @@
-"""The relation benchmark for people who live in pytest: ``pytest bench --benchmark-only``.
+"""The relation benchmark as tests of pytest-benchmark: ``pytest bench --benchmark-only``.
 
-The gate and the reasons are those of ``python -m bench relation``; ``--benchmark-compare`` and the like are
-pytest-benchmark's. A plain ``pytest`` does not collect this folder.
+Providers must pass the gate and are skipped for the same reasons as in ``python -m bench relation``. Without arguments,
+``pytest`` does not collect this folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def test_relation(benchmark, case: Case, name: str) -> None:
         pytest.skip(reason)
     if provider.bytes_needed(case) > machine.free_bytes(case.device):
         pytest.skip(f"needs at least {provider.bytes_needed(case) / 1e9:.1f} GB")
-    torch._dynamo.reset()  # a graph for every shape, and no limit of them is reached
+    torch._dynamo.reset()  # the number of graphs per function is limited
     student, teacher = features(case)
     loss = provider.make(case)
     try:
-        found = gate.judge(loss, case, student, teacher, gate.truth(student, teacher, case))
+        found = gate.measure_errors(loss, case, student, teacher, gate.float64_result(student, teacher, case))
     except CannotRun as error:
         pytest.skip(str(error))
-    assert gate.why_wrong(found, case) is None
+    assert gate.failure_reason(found, case) is None
 
     def call() -> None:
         evaluate(loss, student, teacher, case)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srpkd.training.config import read_preset
-from srpkd.training.options import TrainConfig, teacher_config
+from srpkd.training.options import ResolvedConfig, TrainConfig, teacher_config
 
 Options = dict[str, Any]
 
@@ -69,14 +69,14 @@ class Study(NamedTuple):
     options: Options
 
 
-def teacher_run(study: Study, setting: str, dataset: int) -> TrainConfig:
+def teacher_run(study: Study, setting: str, dataset: int) -> ResolvedConfig:
     """Return the run that trains the teacher of a data set. All paired settings share it."""
     config = run_config(study, setting, dataset, NO_DISTILLATION)
     own = replace(teacher_config(config), teacher_netG=None, max_dataset_size=config.teacher_max_dataset_size)
     return replace(own, name=f"teacher-{config.model}-dataset{dataset}", seed=dataset)
 
 
-def student_run(study: Study, setting: str, dataset: int, seed: int, seeds: int, options: Options) -> TrainConfig:
+def student_run(study: Study, setting: str, dataset: int, seed: int, seeds: int, options: Options) -> ResolvedConfig:
     """Return the run that trains the students of one data set for the seeds `seed`, ..., `seed + seeds - 1`."""
     config = run_config(study, setting, dataset, SETTINGS[setting].options | options)
     name = f"{setting}-dataset{dataset}-seed{seed}-{describe_options(options)}".replace(" ", "-")
@@ -85,7 +85,7 @@ def student_run(study: Study, setting: str, dataset: int, seed: int, seeds: int,
     return replace(config, name=name, teacher=teacher, teacher_netG=None, seed=seed, seeds=seeds)
 
 
-def run_config(study: Study, setting: str, dataset: int, options: Options) -> TrainConfig:
+def run_config(study: Study, setting: str, dataset: int, options: Options) -> ResolvedConfig:
     """Return the configuration that the runs of a setting and a data set share."""
     preset = read_preset(SETTINGS[setting].preset)
     for name in ("variants", "seeds", "time_budget"):
@@ -109,6 +109,6 @@ def describe_options(options: Options) -> str:
     return " ".join(words) or "no distillation"
 
 
-def run_folder(config: TrainConfig) -> Path:
+def run_folder(config: ResolvedConfig) -> Path:
     """Return the folder of a run."""
     return Path(config.runs_dir, config.name)

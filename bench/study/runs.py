@@ -16,14 +16,14 @@ import yaml
 from tqdm import tqdm
 
 from srpkd.training.config import read_config, to_yaml
-from srpkd.training.options import RESUME_OPTIONS, TrainConfig
+from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
 from srpkd.training.pipeline import run
 from srpkd.training.resume import has_state
 
 from .plan import SETTINGS, Study, run_folder
 
 
-def train(study: Study, setting: str, configs: Sequence[TrainConfig]) -> list[list[float]]:
+def train(study: Study, setting: str, configs: Sequence[ResolvedConfig]) -> list[list[float]]:
     """Train the runs that are not finished, `study.workers` at a time, and return the scores of each run by seed.
 
     Raises:
@@ -60,7 +60,7 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def train_one(config: TrainConfig) -> None:
+def train_one(config: ResolvedConfig) -> None:
     """Start or resume a run; its output goes to a log file beside its folder."""
     folder = run_folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def train_one(config: TrainConfig) -> None:
         run(replace(config, resume=resume))
 
 
-def is_finished(config: TrainConfig) -> bool:
+def is_finished(config: ResolvedConfig) -> bool:
     """Return whether a run is complete.
 
     Raises:
@@ -97,7 +97,7 @@ def is_finished(config: TrainConfig) -> bool:
     return finished
 
 
-def scores(config: TrainConfig, metric: str) -> list[float]:
+def scores(config: ResolvedConfig, metric: str) -> list[float]:
     """Return a metric of a finished run's students, by seed."""
     lines = map(json.loads, (run_folder(config) / "metrics.jsonl").read_text().splitlines())
     return [values[metric] for values in lines if metric in values]

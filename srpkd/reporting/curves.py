@@ -60,7 +60,7 @@ def read_metrics(path: Path) -> Metrics:
         for stage, pairs in stages.items():
             points = np.array(pairs, dtype=np.float64).T
             points = points[:, np.argsort(points[0], kind="stable")]  # a resumed run repeats steps
-            finite: np.ndarray = np.isfinite(points).all(axis=0)
+            finite = np.isfinite(points[0]) & np.isfinite(points[1])
             if not finite.all():
                 remarks.append(
                     f"{name} of {stage} is not finite at {(~finite).sum():,} of {len(finite):,} points, first at"

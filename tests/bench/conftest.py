@@ -1,0 +1,17 @@
+"""Invented results of the relation benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench_helpers import relation_rows
+
+from bench import relation, results
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    path = tmp_path / "relation.csv"
+    results.upsert(path, relation_rows(), relation.KEY)
+    return path

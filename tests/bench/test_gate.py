@@ -1,0 +1,56 @@
+"""The peers and the correctness gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_helpers import incorrect_loss
+from helpers import options as loss_options
+
+from bench import cases, gate, providers
+from bench.cases import Case, features
+from bench.providers import PROVIDERS, evaluate
+from srpkd import relation_loss
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
+
+
+def all_relations() -> list[Relation]:
+    return [Relation(normalize, distance) for normalize in NORMALIZATIONS for distance in DISTANCES]
+
+
+@pytest.mark.parametrize("relation", all_relations(), ids=lambda relation: f"{relation.normalize}-{relation.distance}")
+def test_peers_and_float64_result_compute_the_relation_loss(relation, monkeypatch):
+    monkeypatch.setattr(providers.peers, "MIN_ROWS", 7)
+    monkeypatch.setitem(providers.peers.STRIP_ELEMENTS, "cpu", 1)  # strips of 7 rows; the last has 5
+    case = Case(40, (5, 7), 2, "float64", normalize=relation.normalize, distance=relation.distance)
+    student, teacher = features(case)
+    expected = evaluate(
+        lambda s, t: relation_loss(s, t, layout="nlc", backend="reference", **loss_options(case.relation)),
+        student, teacher, case,
+    )  # fmt: skip
+    results = [evaluate(PROVIDERS[name].make(case), student, teacher, case) for name in ("eager", "chunked", "blocked")]
+    for loss, gradient in [*results, gate.float64_result(student, teacher, case)]:
+        torch.testing.assert_close(loss, expected[0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradient, expected[1], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["loss", "scaled", "missing pixel", "nan"])
+def test_gate_rejects_incorrect_results(kind):
+    case = Case(pixels=1024, channels=(8, 8), dtype="float32")
+    student, teacher = features(case)
+    expected = gate.float64_result(student, teacher, case)
+    found = gate.measure_errors(incorrect_loss(kind)(case), case, student, teacher, expected)
+    assert gate.failure_reason(found, case) is not None
+    found = gate.measure_errors(incorrect_loss("none")(case), case, student, teacher, expected)
+    assert gate.failure_reason(found, case) is None
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", ["reference", "blocked"])
+def test_backends_pass_the_gate(name, dtype):
+    case = Case(pixels=200, channels=(8, 16), dtype=dtype)
+    student, teacher = features(case)
+    found = gate.measure_errors(
+        PROVIDERS[name].make(case), case, student, teacher, gate.float64_result(student, teacher, case)
+    )
+    assert gate.failure_reason(found, case) is None

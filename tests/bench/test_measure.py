@@ -1,0 +1,32 @@
+"""Time and peak memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import measure
+from bench.cases import Case
+from bench.providers import PROVIDERS
+
+
+def test_providers_take_turns():
+    order: list[str] = []
+    functions = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples = measure.interleaved(functions, dict.fromkeys("abc", 1.0), "cpu", budget=0)
+    assert "".join(order) == "abcbcacab"
+    assert {len(values) for values in samples.values()} == {measure.ROUNDS[0]}
+    assert measure.ratio([1.0, 2.0, 100.0], [2.0, 6.0, 100.0]) == 2.0
+    assert measure.ratio([4.0], [2.0, 1.0, 3.0]) == 0.5
+    assert measure.quantiles([3.0, 1.0, 2.0]) == pytest.approx({"median_s": 2.0, "p20_s": 1.4, "p80_s": 2.6})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")
+def test_peak_memory_matches_the_matrices():
+    case = Case(pixels=1024, channels=(8, 8))
+    predicted = PROVIDERS["eager"].bytes_needed(case)
+    assert predicted == 6 * 1024**2 * 4
+    assert 0.95 * predicted <= measure.peak_on_cpu("eager", case) <= 1.3 * predicted
+    # blocked stores strips of a fixed size and the gradient
+    assert measure.peak_on_cpu("blocked", Case(pixels=4096, channels=(8, 8))) < 0.5 * 4096**2 * 4

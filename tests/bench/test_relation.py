@@ -1,0 +1,101 @@
+"""The command ``python -m bench relation``, and its cases in pytest-benchmark."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bench_helpers import incorrect_loss, run
+from helpers import ROOT
+from torch import Tensor
+
+from bench import relation, results
+from bench.cases import Case
+from bench.providers import PROVIDERS, CannotRun, Provider
+
+SMALL = Case(pixels=40, channels=(5, 7), batch=2, dtype="float64")
+
+
+def raises(error: Exception):
+    def make(case: Case):
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            raise error
+
+        return loss
+
+    return make
+
+
+def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
+    extra = {
+        "wrong": Provider(incorrect_loss("scaled")),
+        "broken": Provider(raises(RuntimeError("no such kernel"))),
+        "unsuited": Provider(raises(CannotRun("nothing to do"))),
+        "missing": Provider(raises(AssertionError), lambda case: "it is not installed"),
+        "huge": Provider(raises(AssertionError("it was tried")), matrices=lambda case: 10**12),
+        "greedy": Provider(raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))),
+    }
+    for name, provider in extra.items():
+        monkeypatch.setitem(PROVIDERS, name, provider)
+    names = ["eager", "compile", "blocked", *extra]
+    monkeypatch.setitem(PROVIDERS, "compile", PROVIDERS["eager"])  # compiling is slow
+    rows = {row["provider"]: row for row in relation.measure_case(SMALL, names, budget=0.05, memory=False)}
+    assert list(rows) == names
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status == {
+        "eager": "ok", "compile": "ok", "blocked": "ok", "wrong": "wrong", "broken": "failed", "unsuited": "skipped",
+        "missing": "skipped", "huge": "out of memory", "greedy": "out of memory",
+    }  # fmt: skip
+    for row in rows.values():
+        timed = [row[name] for name in ("median_s", "p20_s", "p80_s", "times_faster_than_eager", "percent_of_roofline")]
+        assert all(value > 0 for value in timed) if row["status"] == "ok" else timed == [None] * 5
+        assert row["reason"] or row["status"] == "ok"
+        assert len({tuple(row)} | {tuple(rows["eager"])}) == 1
+    assert rows["eager"]["times_faster_than_eager"] == 1
+    assert rows["huge"]["needed_bytes"] == 10**12 * SMALL.matrix_bytes
+    assert rows["wrong"]["gradient_error"] == pytest.approx(0.1)
+    assert "no such kernel" in rows["broken"]["reason"]
+    for row in rows.values():
+        assert relation.describe(row).startswith(row["provider"])
+
+
+def test_command_updates_rows(tmp_path, capsys):
+    out = tmp_path / "relation.csv"
+    arguments = ["relation", "--out", out, "--pixels", 48, 64, "--providers", "eager", "blocked", "--budget", 0.01]
+    run(*arguments, "--no-memory", "--device", "cpu", "--threads", 1, "--channels", "4/6")
+    run(*arguments, "--no-memory", "--device", "cpu", "--threads", 1, "--channels", "4/6")
+    rows = results.read(out)
+    assert [(row["pixels"], row["provider"]) for row in rows] == [
+        ("48", "eager"), ("48", "blocked"), ("64", "eager"), ("64", "blocked"),
+    ]  # fmt: skip
+    assert all(row["status"] == "ok" and row["commit"] and row["torch"] == torch.__version__ for row in rows)
+    capsys.readouterr()
+    run(*arguments, "--missing", "--device", "cpu", "--threads", 1, "--channels", "4/6")
+    assert "eager" not in capsys.readouterr().out
+    run(*arguments, "--minutes", 0, "--device", "cpu")
+    assert "2 of 2 cases are left" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_auto_chunker_runs_alone_and_stops_before_the_matrices_are_allocated(tmp_path):
+    if (reason := PROVIDERS["auto_chunker"].unavailable_reason(Case())) is not None:
+        pytest.skip(reason)
+    out = tmp_path / "relation.csv"
+    arguments = ["--pixels", "48", "--channels", "4/6", "--providers", "auto_chunker", "--no-memory", "--out", str(out)]
+    # a new process, which has not compiled anything
+    done = subprocess.run([sys.executable, "-m", "bench", "relation", "--device", "cpu", *arguments], cwd=ROOT)
+    assert done.returncode == 0
+    [row] = results.read(out)
+    assert row["status"] == "skipped" and row["reason"].startswith("the auto chunker finds nothing to chunk: ")
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_runs_the_same_cases():
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,41 @@
+"""The command ``python -m bench table``."""
+
+from __future__ import annotations
+
+import pytest
+from bench_helpers import relation_rows, run, train_rows
+
+from bench import relation, results, table, train
+
+
+def test_table_of_training_steps(tmp_path):
+    results.upsert(tmp_path / "train.csv", train_rows(), train.KEY)
+    text = table.train_table(results.read(tmp_path / "train.csv"))
+    assert text.count("| auto: native | 2.50 | 0.400 | 20.0 | – |") == 2
+    assert text.count("| without relation loss | 2.00 | 0.500 | – | – |") == 2
+    assert text.index("some cpu, 2 threads; cycle_gan, resnet_9blocks 64 to resnet_9blocks 16, 256 x 256 pixels") == 0
+    assert table.train_table([]) == ""
+
+
+def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
+    results.upsert(recorded, relation_rows("cuda", dtype="bfloat16"), relation.KEY)
+    training = tmp_path / "train.csv"
+    results.upsert(training, train_rows(), train.KEY)
+    run("table", "--csv", recorded, "--train-csv", training)
+    text = capsys.readouterr().out.strip()
+    assert text == table.tables(results.read(recorded), results.read(training))
+    assert text.startswith(table.table(results.read(recorded)))
+    assert text.endswith(table.train_table(results.read(training)))
+    assert "some cpu, 2 threads" in text and "some cuda;" in text
+    assert "| N = 4,096, C = 64/256, float32, row l1 | eager | 671.09 | 1.00 | 0.50 |" in text
+    assert "|  | native | 83.89 | 8.00 | 4.00 | 4.1 |" in text
+    assert "out of memory" in text and "keops" not in text
+    readme = tmp_path / "README.md"
+    readme.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
+    run("table", "--csv", recorded, "--train-csv", training, "--readme", readme)
+    assert table.block(readme) == text
+    assert readme.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
+    assert readme.read_text().endswith("<!-- bench table: end -->\nb\n")
+    readme.write_text("# a\n")
+    with pytest.raises(SystemExit, match="expected the markers"):
+        run("table", "--csv", recorded, "--readme", readme)
