@@ -321,7 +321,7 @@ def test_what_is_translated_before_the_disk_is_full_is_kept_and_counted(command,
 
 
 def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsys):
-    keep, kept = RunDir.keep, []
+    keep, kept = RunDir.save_resume_state, []
 
     def at_most_two(self, state):
         with full_disk(10**6 if len(kept) < 2 else 1000):
@@ -329,7 +329,7 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
         kept.append(state["training"] and state["training"][1]["step"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(RunDir, "keep", at_most_two)
+    monkeypatch.setattr(RunDir, "save_resume_state", at_most_two)
     monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
     line = TRAIN.replace(
         "--dataroot unpaired", "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1"
@@ -342,7 +342,7 @@ def test_training_on_a_disk_that_fills_up_can_go_on(tmp_path, monkeypatch, capsy
     assert "resume with: python -m srpkd.train --resume runs/new" in capsys.readouterr().out
     assert load_state(tmp_path / "runs/new")["training"][1]["step"] == 1
     assert not list(tmp_path.rglob(".*.tmp"))
-    monkeypatch.setattr(RunDir, "keep", keep)
+    monkeypatch.setattr(RunDir, "save_resume_state", keep)
     train.main(["--resume=new"])
     assert "report: runs/new" in capsys.readouterr().out
 
