@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU is asked once: builds, tests, sanitizes, measures. Writes CSV, PNG and a log.
+# Build, test, sanitize and measure on a machine with a GPU. Writes CSV and PNG files and a log to OUT.
 #
 #   bench/gpu_check.sh OUT                 all parts
-#   bench/gpu_check.sh OUT --only bench    one of: tests sanitize bench train, each below nine minutes
+#   bench/gpu_check.sh OUT --only bench    one part: tests, sanitize, bench or train; each takes less than nine minutes
 #
-# Run again with the same OUT, `bench` goes on with the cases that are missing. No network, no installation: it takes
-# the Python that is there (PYTHON=python3.12 chooses another) and a copy of this tree laid out as if installed. A part
-# that fails keeps no other from running; the summary at the end says which did, and the exit status is theirs.
-# Without a GPU it is a rehearsal of itself on the CPU.
+# With the same OUT, `bench` resumes with the missing cases. The script needs no network and installs nothing: it uses
+# python3 (or PYTHON=python3.12) and a copy of this tree in the layout of an installation. If a part fails, the others
+# still run; the summary at the end lists the failures, and the exit status is 1. Without a GPU it is a dry run on the
+# CPU.
 set -uo pipefail
 
 usage="usage: bench/gpu_check.sh OUT [--only tests|sanitize|bench|train]"
@@ -22,7 +22,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 exec > >(tee -a "$out/gpu_check.log") 2>&1
 
-# a copy, without binaries that were built for another torch; its links also where the tree came without them
+# a copy without binaries that were built for another torch; its links are restored where the tree has none
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 cp -r "$root"/{srpkd,kernels,csrc,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage"
@@ -34,12 +34,12 @@ export SRPKD_COMMIT PYTHONPATH="$stage" PYTHONUNBUFFERED=1
 
 PART_SECONDS=525
 failed=()
-limit() { # limit SECONDS NAME COMMAND...: run it, not beyond the part's own end, and remember if it failed
+limit() { # limit SECONDS NAME COMMAND...: run a command until its limit or the end of the part, and record failures
     local seconds=$1 name=$2 status
     shift 2
     [ "$seconds" -gt $((ends - SECONDS)) ] && seconds=$((ends - SECONDS))
     if [ "$seconds" -le 0 ]; then
-        echo "--- $name: no time is left"
+        echo "--- $name: no time left"
         failed+=("$name (no time)")
         return 1
     fi
@@ -58,14 +58,14 @@ tests() { # in parallel, because most of the time goes into compiling kernels
 
 sanitize() {
     if [ "$gpu" = no ]; then
-        limit 120 "sanitize, rehearsal" "$python" -m bench.sanitize native
+        limit 120 "sanitize, dry run" "$python" -m bench.sanitize native
     elif ! command -v compute-sanitizer >/dev/null; then
         echo "compute-sanitizer is not installed: skipped"
     elif ! timeout 60 compute-sanitizer --error-exitcode 9 "$python" -c "import torch; torch.ones(1, device='cuda')"; then
         echo "compute-sanitizer does not work here: skipped"
     else
-        # without it first, that the kernels are compiled
-        limit 200 "sanitize, without" "$python" -m bench.sanitize
+        # first without compute-sanitizer, to compile the kernels
+        limit 200 "sanitize, compile" "$python" -m bench.sanitize
         for tool in memcheck racecheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 limit 150 "$tool" \
                 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m bench.sanitize
@@ -76,7 +76,7 @@ sanitize() {
 bench() {
     local choice=(--sweep full --minutes $(((ends - SECONDS - 60 - 210) / 60)))
     [ "$gpu" = no ] && choice=(--sweep quick --minutes 2 --budget 1)
-    limit 60 ceilings "$python" -m bench.machine
+    limit 60 "peak rates" "$python" -m bench.machine
     limit $((ends - SECONDS - 130)) relation "$python" -m bench relation "${choice[@]}" --missing --out "$out/relation.csv"
     limit 30 plot "$python" -m bench plot --csv "$out/relation.csv"
     limit 30 scaling "$python" -m bench scaling --csv "$out/relation.csv"
@@ -92,19 +92,19 @@ train() {
 ends=$((SECONDS + PART_SECONDS))
 gpu=no
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && gpu=yes
-[ "$gpu" = no ] && echo "torch sees no CUDA device: a rehearsal on the CPU, without the GPU tests"
+[ "$gpu" = no ] && echo "torch sees no CUDA device: dry run on the CPU, GPU tests are deselected"
 echo "$(date -u +%FT%TZ) $SRPKD_COMMIT: $parts"
 build="from srpkd.kernels import native; native.extension(); print(native.status())"
-limit 400 build "$python" -c "$build" || echo "goes on without the native backend"
+limit 400 build "$python" -c "$build" || echo "continue without the native backend"
 "$python" -m srpkd.info
 
 for part in $parts; do
     "$part"
     echo "=== $part: $((PART_SECONDS + SECONDS - ends)) s"
-    ends=$((SECONDS + PART_SECONDS)) # the first part's time includes the build
+    ends=$((SECONDS + PART_SECONDS)) # the time of the first part includes the build
 done
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}"
     exit 1
 fi
-echo "all of it went well; results are in $out"
+echo "success; the results are in $out"
