@@ -22,11 +22,10 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 exec > >(tee -a "$out/gpu_check.log") 2>&1
 
-# a copy with kernels/ and csrc/ in srpkd/, as in an installation, and without binaries that were built for another torch
+# as in an installation, kernels/ and csrc/ are folders of srpkd/, without binaries that were built for another torch
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
-cp -r "$root"/{srpkd,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage"
-cp -r "$root/kernels" "$root/csrc" "$stage/srpkd"
+cp -rL "$root"/{srpkd,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage" # follows the links in srpkd/
 ln -s srpkd/kernels srpkd/csrc "$stage"
 find "$stage" -name '*.so' -delete
 cd "$stage" || exit 2
