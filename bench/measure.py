@@ -116,7 +116,7 @@ def peak_on_gpu(call: Callable[[], object], device: str) -> int:
 
 
 def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
-    """Return the peak memory on the CPU as ``peak_on_gpu`` does, or None if the system does not tell (not Linux).
+    """Return the peak memory on the CPU as ``peak_on_gpu`` does, or None on systems other than Linux.
 
     It is the resident memory of a separate process, which is forked from a server that has no threads: threads do not
     survive a fork.

@@ -46,7 +46,7 @@ def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation
 
 
 def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
-    """Strips of rows, and the share of all rows that each holds."""
+    """Yield strips of rows, each with its share of all rows."""
     batch, pixels, _ = student.shape
     size = max(MIN_ROWS, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
     for start in range(0, pixels, size):

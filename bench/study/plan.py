@@ -21,7 +21,7 @@ class Setting(NamedTuple):
         preset: preset of ``srpkd train``.
         options: options that differ from the preset.
         factor: factor of all selected weights. CycleGAN's cycle loss has a tenth of the weight of pix2pix's L1 loss,
-            and so do the losses beside it.
+            and the same factor applies to the other losses.
         metric: score, as named in metrics.jsonl. Without pairs, nothing determines which colour stands for which class
             and CycleGAN may learn any mapping, so unpaired students are compared with their teacher's output.
         label: name of the score in the report.
