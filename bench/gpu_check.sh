@@ -22,19 +22,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 exec > >(tee -a "$out/gpu_check.log") 2>&1
 
-<<<<<<< HEAD
 # a copy without binaries that were built for another torch; its links are restored where the tree has none
 stage=$(mktemp -d)
 trap 'rm -rf "$stage"' EXIT
 cp -r "$root"/{srpkd,kernels,csrc,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage"
 ln -sfn ../kernels ../csrc "$stage/srpkd"
-=======
-# as in an installation, kernels/ and csrc/ are folders of srpkd/, without binaries that were built for another torch
-stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
-cp -rL "$root"/{srpkd,bench,tests,docs,pyproject.toml,setup.py,README.md} "$stage" # follows the links in srpkd/
-ln -s srpkd/kernels srpkd/csrc "$stage"
->>>>>>> area2-B
 find "$stage" -name '*.so' -delete
 cd "$stage" || exit 2
 SRPKD_COMMIT=$(git -C "$root" describe --always --dirty=+ 2>/dev/null || echo "${SRPKD_COMMIT:-unknown}")
