@@ -7,15 +7,14 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
+from srpkd.kernels.formulas import Distance, Normalize
 
-Normalize = Literal["row", "cosine", "none"]
-Distance = Literal["l1", "l2", "huber"]
 MODES = ("forward", "forward+backward")
 DTYPES = {
     "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

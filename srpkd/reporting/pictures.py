@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import write_file
+from ..kernels.formulas import Normalize
 
 
 def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
@@ -33,9 +33,7 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     return write_file(Path(path), png.getvalue())
 
 
-def relation_row(
-    feature: Tensor, pixel: tuple[int, int], normalize: Literal["row", "cosine", "none"], eps: float = 1e-12
-) -> Tensor:
+def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: Normalize, eps: float = 1e-12) -> Tensor:
     """Return the relations of one pixel i to all pixels: row i of the relation matrix, as a map.
 
     Args:
@@ -71,7 +69,7 @@ def relation_row(
 
 
 def relation_picture(
-    feature: Tensor, pixel: tuple[int, int], size: tuple[int, int], normalize: Literal["row", "cosine", "none"]
+    feature: Tensor, pixel: tuple[int, int], size: tuple[int, int], normalize: Normalize
 ) -> np.ndarray:
     """Render `relation_row` as a heat map: red is similar, white unrelated, blue opposite; the pixel is framed.
 
