@@ -33,6 +33,7 @@ def run(*arguments):
     return {row["metric"]: row["value"] for row in evaluate(parser().parse_args(list(map(str, arguments))))["rows"]}
 
 
+@pytest.mark.slow
 def test_fid_and_kid_with_inception(folders, tmp_path, monkeypatch, capsys, one_thread):
     """The real network in the whole command, with random weights instead of the downloaded ones."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception

@@ -46,6 +46,7 @@ def test_command_line(weights, capsys):
     assert target.stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "images"), [(5, "2 images"), (1, r"1 images \(the one that calibrated it\)")], ids=["several", "one"]
 )
@@ -61,6 +62,7 @@ def test_int8(weights, tmp_path, capsys, count, images):
     assert 15 < minimum <= mean < 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 @pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
 def test_train_mode_norm(tmp_path, netG, format):

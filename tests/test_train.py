@@ -9,6 +9,7 @@ from srpkd import train
 from srpkd.training import summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--dataroot=nowhere"], ["--dataroot=:synthetic:", "--teacher=none.pth"]])
 def test_invalid_input_ends_the_process_without_a_traceback(tmp_path, arguments):
     done = command(*arguments, *TINY, cwd=tmp_path)

@@ -88,20 +88,23 @@ def spawn(case: str, ranks: int, folder: Path) -> None:
         assert process.returncode == 0, failure
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
     spawn("relations", ranks, tmp_path)
 
 
+@pytest.mark.slow
 def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
     """Only a rank's own columns contain its diagonal, which continues from strip to strip."""
     spawn("strips", 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_channels(tmp_path: Path) -> None:
     """Every rank raises an error, and none waits forever."""
     spawn("misfit", 2, tmp_path)

@@ -81,6 +81,7 @@ def test_model_with_too_large_a_difference_is_not_written(weights, tmp_path):
     assert max_difference(net, lambda images: images[:, :, :4]) == float("inf")
 
 
+@pytest.mark.slow
 def test_int8_error(weights, photos):
     model, quantized = export_generator(weights, calibration=photos)
     assert (model.path, quantized.path) == (weights.with_suffix(".onnx"), weights.with_name("latest_net_G.int8.onnx"))
@@ -98,6 +99,7 @@ def test_int8_error(weights, photos):
     assert 15 < error.minimum < 80  # close, but not equal
 
 
+@pytest.mark.slow
 def test_int8_is_smaller(photos, tmp_path):
     save_weights(define_generator("resnet_2blocks", ngf=16), tmp_path / "net.pth")
     export_generator(tmp_path / "net.pth", calibration=photos)

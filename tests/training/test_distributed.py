@@ -109,6 +109,7 @@ def test_only_rank_0_writes_and_prints(runs):
     assert output.count(f"report: {Path(*two.parts[-2:])}/index.html") == 1
 
 
+@pytest.mark.slow
 def test_torchrun(runs):
     model, _, two = runs
     if model == "cycle_gan":
@@ -201,6 +202,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_collectives_and_steps_of_two_ranks(tmp_path):
     program = tmp_path / "pair.py"
     program.write_text(PAIR)
@@ -230,6 +232,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_no_threads(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
@@ -238,6 +241,7 @@ def test_a_failed_run_leaves_no_threads(tmp_path):
     assert done.stdout.count("fine") == 2
 
 
+@pytest.mark.slow
 def test_resumed_processes_continue_bit_identically(server, runs):
     """Each process has its own image pools and random state."""
     model, _, expected = runs

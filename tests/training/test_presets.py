@@ -175,6 +175,7 @@ def check(folder: Path, config: ResolvedConfig, teacher: bool) -> None:
         assert count_parameters(net) == report["table"]["rows"][teacher]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
