@@ -75,7 +75,7 @@ WRONG = {
         "sparse, nested or packed: expected a dense tensor",
     ),
     "features in a list": (lambda: SRPLoss()([IMAGES], IMAGES), TypeError, r"expected a tensor \(B, C, H, W\).* list"),
-    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool; expected float64.*by .float"),
+    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool: expected float64.*by .float"),
     "features of the module": (lambda: SRPLoss()(IMAGES, IMAGES[:1]), ValueError, "differ in the batch"),
     # --- the distiller and its taps ---
     "layers in a list": (
@@ -183,12 +183,12 @@ WRONG = {
     "a table before it is there": (
         lambda: update_readme("results/plain", "marked.md"),
         ValueError,
-        "results/plain: report.json has no table yet: expected a run that has measured a network",
+        "results/plain: report.json has no table, expected a run that has evaluated a network",
     ),
     "a picture of nothing": (
         lambda: save_image(torch.ones(2, 8, 8), "x.png"),
         ValueError,
-        r"\(3, H, W\) .* got \(2, 8, 8",
+        r"\(3, H, W\) .* received \(2, 8, 8",
     ),
 }
 
