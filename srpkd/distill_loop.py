@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .arguments import check_number, check_type, check_whole
 from .defaults import KD_WEIGHT, SRP_WEIGHT
-from .distiller import RelationDistiller, preserved_modes, total
+from .distiller import RelationDistiller, check_gradient, preserved_modes, total
 from .extras import require
 
 
@@ -70,6 +70,7 @@ def distill(
         ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, or there is nothing
             to train.
         ImportError: ``progress`` is set and tqdm is not installed.
+        RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
         FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
     """
     check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
@@ -83,6 +84,8 @@ def distill(
         check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
@@ -138,6 +141,8 @@ def _losses(
     """Run both networks and return the weighted losses that have a weight."""
     passes = distiller.run(images, record_features=lambda_srp > 0)
     losses = {}
+    if (lambda_kd or (target is not None and lambda_target)) and isinstance(passes.student_output, Tensor):
+        check_gradient(distiller.student, passes.student_output, "the student's output")
     if lambda_kd:
         losses["kd"] = lambda_kd * _l1(passes.student_output, passes.teacher_output, "teacher's output")
     if lambda_srp:

@@ -178,7 +178,7 @@ class RelationDistiller(nn.Module):
             The student's output, the teacher's output, and the weighted sum of the layers' losses.
 
         Raises:
-            RuntimeError: a tapped layer did not run.
+            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
             ValueError: a pair of features differs in more than channels; the message names the layers.
         """
         passes = self.run(*inputs, **keywords)
@@ -192,12 +192,14 @@ class RelationDistiller(nn.Module):
             record_features: if False, both dicts of features stay empty.
 
         Raises:
-            RuntimeError: a tapped layer did not run.
+            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
         """
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self.teacher(*inputs, **keywords)
         with self.student_tap.recording(record_features) as student_features:
             student_output = self.student(*inputs, **keywords)
+        for name, feature in student_features.items():
+            check_gradient(self.student, feature, f"the feature of student layer {name!r}")
         return ForwardPasses(student_output, teacher_output, student_features, teacher_features)
 
     def compare(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
@@ -233,6 +235,27 @@ class RelationDistiller(nn.Module):
 def total(losses: Iterable[Tensor]) -> Tensor:
     """Return the sum of at least one loss, added in order."""
     return reduce(operator.add, losses)
+
+
+def check_gradient(student: nn.Module, value: Tensor, role: str) -> None:
+    """Raise a RuntimeError if a value that a student computed would make a loss that is a constant.
+
+    Under ``torch.no_grad()``, and for a student without a parameter that requires a gradient, any value is accepted.
+
+    Args:
+        student: network that computed the value.
+        value: its output, or a feature.
+        role: how the error calls the value.
+    """
+    if value.requires_grad or not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        raise RuntimeError(
+            f"{role} requires no gradient, so its loss would be a constant and train nothing. Usual causes: it is "
+            "computed under reentrant checkpointing (pass use_reentrant=False to torch.utils.checkpoint.checkpoint, "
+            "which gives the exact gradient), under torch.no_grad() or .detach(), or all parameters up to it are "
+            "frozen (requires_grad=False). To compute the loss without training, use torch.no_grad()"
+        )
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -170,6 +170,20 @@ def test_invalid_options(networks):
         distill(networks[0], small, [IMAGES], {"0.encoder": "encoder"}, progress=False)
 
 
+def test_losses_without_a_gradient(networks):
+    """A frozen tapped layer, an output that is computed without gradients, or a call under no_grad."""
+    teacher, student = networks
+    student.encoder.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="student layer 'encoder' requires no gradient"):
+        distill(teacher, student, [IMAGES], LAYERS, progress=False)
+    distill(teacher, student, [IMAGES], LAYERS, lambda_srp=0, progress=False)  # the layer is not compared
+    student.head.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(RuntimeError, match="the student's output requires no gradient"):
+        distill(teacher, student, [IMAGES], LAYERS, lambda_srp=0, progress=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="call distill outside"):
+        distill(teacher, student, [IMAGES], LAYERS, progress=False)
+
+
 def test_non_finite_loss_stops_before_the_update(networks):
     teacher, student = networks
     broken = IMAGES.clone()

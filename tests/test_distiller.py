@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from srpkd import RelationDistiller, SRPLoss, relation_loss
 from srpkd.distiller import FeatureTap
@@ -263,6 +264,68 @@ def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> Non
 def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -> None:
     text = repr(RelationDistiller(student, teacher, {"encoder": "encoder.act"}, weights={"encoder": 2.0}))
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
+
+
+# --- features without a gradient ------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A network whose encoder runs under activation checkpointing, under no_grad, or as usual."""
+
+    def __init__(self, mode: str, width: int = 4) -> None:
+        super().__init__()
+        self.mode = mode
+        self.stem, self.encoder, self.decoder = (
+            nn.Conv2d(3, width, 1),
+            nn.Conv2d(width, width, 3),
+            nn.Conv2d(width, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.mode == "no_grad":
+            with torch.no_grad():
+                return self.decoder(self.encoder(x))
+        if self.mode == "usual":
+            return self.decoder(self.encoder(x))
+        return self.decoder(checkpoint(self.encoder, x, use_reentrant=self.mode == "reentrant"))
+
+
+def test_checkpointing_without_reentry_is_exact(image: Tensor) -> None:
+    results = []
+    for mode in ("usual", "not reentrant"):
+        torch.manual_seed(0)
+        student, teacher = Checkpointed(mode), Checkpointed("usual", 6)
+        output, _, loss = RelationDistiller(student, teacher, {"encoder": "encoder"})(image)
+        (loss + output.mean()).backward()
+        assert student.encoder.weight.grad.any()
+        results.append((loss, *(parameter.grad for parameter in student.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own, if use_reentrant=True
+@pytest.mark.parametrize("mode", ["reentrant", "no_grad"])
+def test_feature_without_a_gradient_raises(mode: str, image: Tensor) -> None:
+    student = Checkpointed(mode)
+    distiller = RelationDistiller(student, Checkpointed("usual"), {"encoder": "encoder"})
+    with pytest.raises(RuntimeError, match=r"student layer 'encoder' requires no gradient.*use_reentrant=False"):
+        distiller(image)
+    distiller.run(image, record_features=False)  # nothing is compared
+    with torch.no_grad():  # a validation
+        *_, loss = distiller(image)
+    assert loss.isfinite() and not loss.requires_grad
+
+
+def test_frozen_layer_raises_unless_the_student_is_not_trained(student: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, network(6), {"decoder": "decoder", "encoder.norm": "encoder.norm"})
+    student.encoder.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"student layer 'encoder.norm' requires no gradient.*frozen"):
+        distiller(image)
+    *_, loss = distiller(image.clone().requires_grad_())  # the gradient of the input is computed
+    assert loss.requires_grad
+    student.requires_grad_(False)
+    *_, loss = distiller(image)
+    assert loss.isfinite() and not loss.requires_grad
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -151,6 +151,17 @@ def test_teacher_that_requires_gradients_receives_none():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("name", ["lambda_srp", "lambda_feature"])
+def test_frozen_layer_of_a_student_in_training_raises(name):
+    student = generator()
+    student.model[:10].requires_grad_(False)
+    pair = make_pair(student, frozen(generator(ngf=3)), {"model.9": "model.9"}, **{name: 1})
+    with pytest.raises(RuntimeError, match=r"student layer 'model\.9' requires no gradient"):
+        pair(images())
+    with torch.no_grad():
+        assert pair(images())[1][name.removeprefix("lambda_")].isfinite()
+
+
 def test_close_removes_the_hooks():
     student, teacher = generator(), frozen(generator())
     pair = make_pair(student, teacher, lambda_srp=1)
