@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .arguments import check_number, check_type, check_whole
 from .defaults import KD_WEIGHT, SRP_WEIGHT
-from .distiller import RelationDistiller, check_gradient, preserved_modes, total
+from .distiller import FeatureLoss, LayerLayout, RelationDistiller, check_gradient, preserved_modes, total
 from .extras import require
 
 
@@ -30,8 +30,9 @@ def distill(
     lambda_kd: float = KD_WEIGHT["distill"],
     lambda_srp: float = SRP_WEIGHT["distill"],
     lambda_target: float = 10.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: FeatureLoss | Mapping[str, FeatureLoss] | None = None,
     weights: Mapping[str, float] | None = None,
+    layout: LayerLayout | Mapping[str, LayerLayout] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 2e-4,
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
@@ -54,8 +55,9 @@ def distill(
         lambda_kd: weight of the distance between the outputs.
         lambda_srp: weight of the relation loss; the default suits the default loss.
         lambda_target: weight of the distance to the targets.
-        loss: loss of two features; by default ``SRPLoss()``, as in the trainer.
+        loss: loss of two features, or student module name -> loss; by default ``SRPLoss()``, as in the trainer.
         weights: student module name -> weight of the layer's loss; by default 1.
+        layout: layout of the features, or student module name -> layout; see ``RelationDistiller``.
         optimizer: optimizer of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) that
             are usual for GANs.
         lr: learning rate of the default optimizer.
@@ -89,7 +91,7 @@ def distill(
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
-    distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights)
+    distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout)
     history: list[dict[str, float]] = []
     step = 0
     with preserved_modes(teacher):

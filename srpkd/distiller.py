@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .arguments import check_number, check_type
+from .kernels.dispatch import check_choice
+from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
+
+FeatureLoss = Callable[[Tensor, Tensor], Tensor]
+LayerLayout = Layout | tuple[Layout, Layout]  # of both features, or of the student's and the teacher's
 
 
 class FeatureTap:
@@ -123,13 +128,18 @@ class RelationDistiller(nn.Module):
         student: network to train.
         teacher: network that takes the same input.
         layers: student module name -> teacher module name; their features may differ only in channels.
-        loss: loss of two features (B, C, H, W); by default ``SRPLoss()``.
+        loss: loss of two features (B, C, H, W); by default ``SRPLoss()``. Or student module name -> loss; layers that
+            it does not name have the default.
         weights: student module name -> weight of the layer's loss; by default 1.
+        layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
+            the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
+            the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
+            default.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names), or
-            ``weights`` names a layer that is not tapped.
+        ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names),
+            ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
 
     def __init__(
@@ -137,8 +147,9 @@ class RelationDistiller(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         layers: Mapping[str, str],
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: FeatureLoss | Mapping[str, FeatureLoss] | None = None,
         weights: Mapping[str, float] | None = None,
+        layout: LayerLayout | Mapping[str, LayerLayout] | None = None,
     ) -> None:
         super().__init__()
         names = "{student module name: teacher module name, ...}"
@@ -151,14 +162,25 @@ class RelationDistiller(nn.Module):
         check_type("weights", weights, Mapping, "{student module name: factor, ...}")
         for name, weight in weights.items():
             check_number(f"weights[{name!r}]", weight)
-        if loss is not None and (isinstance(loss, type) or not callable(loss)):
-            check_type("loss", loss, nn.Module, "a module such as SRPLoss(), which compares two features")
+        losses = dict(loss) if isinstance(loss, Mapping) else {}
+        default = SRPLoss() if loss is None or isinstance(loss, Mapping) else loss
+        for name, value in {"loss": default, **{f"loss[{name!r}]": value for name, value in losses.items()}}.items():
+            if isinstance(value, type) or not callable(value):
+                check_type(name, value, nn.Module, "a module such as SRPLoss(), which compares two features")
         self.layers, self.weights = dict(layers), dict(weights)
-        if unknown := [name for name in self.weights if name not in self.layers]:
-            raise ValueError(f"weights name layers {unknown} that are not tapped: the tapped layers are {list(layers)}")
+        layouts = dict(layout) if isinstance(layout, Mapping) else dict.fromkeys(self.layers, layout)
+        self.layouts = {name: _layout_pair(value) for name, value in layouts.items() if value is not None}
+        for option, named in (("weights", self.weights), ("loss", losses), ("layout", self.layouts)):
+            if unknown := [name for name in named if name not in self.layers]:
+                raise ValueError(
+                    f"{option} names layers {unknown} that are not tapped: the tapped layers are {list(layers)}"
+                )
         self.student = student
         self._teacher = (teacher,)  # a tuple, so that the teacher is not registered as a submodule
-        self.loss = SRPLoss() if loss is None else loss
+        self.loss = default
+        self.layer_losses = losses
+        self._loss_modules = nn.ModuleList(module for module in losses.values() if isinstance(module, nn.Module))
+        self._warned_layers: set[str] = set()
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
@@ -215,7 +237,7 @@ class RelationDistiller(nn.Module):
         losses = []
         for student_name, teacher_name in self.layers.items():
             try:
-                loss = self.loss(student[student_name], teacher[teacher_name])
+                loss = self._layer_loss(student_name, student[student_name], teacher[teacher_name])
             except (TypeError, ValueError) as error:
                 raise type(error)(
                     f"student layer {student_name!r} with teacher layer {teacher_name!r}: {error}"
@@ -223,13 +245,44 @@ class RelationDistiller(nn.Module):
             losses.append(self.weights.get(student_name, 1.0) * loss)
         return total(losses)
 
+    def _layer_loss(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of a layer, for features that are brought to the layout that it expects."""
+        loss = self.layer_losses.get(name, self.loss)
+        expected = loss.layout if isinstance(loss, SRPLoss) else "nchw"
+        ours, theirs = self.layouts.get(name, (expected, expected))
+        if name not in self._warned_layers and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
+            if warn_if_unlikely(student, teacher, (ours, theirs), where):
+                self._warned_layers.add(name)
+                if isinstance(loss, SRPLoss):
+                    loss.has_warned = True  # it would give the same warning without the names
+        if (ours, theirs) != (expected, expected):
+            check_ndim("student", student, ours)
+            check_ndim("teacher", teacher, theirs)
+            student, teacher = (
+                convert(student, ours, expected, teacher, theirs),
+                convert(teacher, theirs, expected, student, ours),
+            )
+        return loss(student, teacher)
+
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.student_tap.close()
         self.teacher_tap.close()
 
     def extra_repr(self) -> str:
-        return f"layers={self.layers}" + (f", weights={self.weights}" if self.weights else "")
+        options = {"layers": self.layers, "weights": self.weights, "layout": self.layouts}
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value)
+
+
+def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
+    """Return the layouts of student and teacher; raise a ValueError if one does not exist."""
+    pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
+    if len(pair) != 2:
+        raise ValueError(f"layout={layout!r}: expected a layout, or a pair (student's, teacher's)")
+    for name in pair:
+        check_choice("layout", name, LAYOUTS)
+    return pair
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ WRONG = {
         "sparse, nested or packed: expected a dense tensor",
     ),
     "features in a list": (lambda: SRPLoss()([IMAGES], IMAGES), TypeError, r"expected a tensor \(B, C, H, W\).* list"),
-    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool; expected float64.*by .float"),
+    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool: expected float64.*by .float"),
     "features of the module": (lambda: SRPLoss()(IMAGES, IMAGES[:1]), ValueError, "differ in the batch"),
     # --- the distiller and its taps ---
     "layers in a list": (
