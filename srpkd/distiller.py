@@ -1,109 +1,24 @@
-"""Features of named layers, and the relation loss between the layers of a student and its teacher."""
+"""The relation loss between tapped layers of a student and its teacher."""
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .arguments import check_number, check_type
 from .kernels.dispatch import check_choice
 from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
+from .taps import FeatureTap
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
 LayerLayout = Layout | tuple[Layout, Layout]  # of both features, or of the student's and the teacher's
-
-
-class FeatureTap:
-    """Forward hooks that record the outputs of named modules inside ``recording()``.
-
-    Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
-    the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
-    compiled code ignores later hooks, and ``recording()`` then raises.
-
-    Args:
-        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
-        names: names of its submodules, as in ``named_modules()``.
-        role: how error messages call the network.
-
-    Raises:
-        TypeError: ``network`` is not a module, or ``names`` is a string.
-        ValueError: a name is not that of a submodule; the message lists the nearest names.
-    """
-
-    def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
-        check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
-        if isinstance(names, str):
-            raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
-        self.names = list(names)
-        self.role = role
-        self._features: dict[str, Tensor] = {}
-        self._active = False
-        modules = dict(unwrap(network).named_modules())
-        for name in names:
-            if name not in modules or not name:
-                nearest = difflib.get_close_matches(str(name), [other for other in modules if other], 5, cutoff=0)
-                raise ValueError(
-                    f"the {role} has no module named {name!r}; "
-                    + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
-                )
-        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not self._active:
-                return
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"{self.role} module {name!r} returned a {type(output).__name__}: tap a module that returns a "
-                    "tensor"
-                )
-            if name in self._features:
-                raise RuntimeError(
-                    f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
-                    "tap a module that runs once"
-                )
-            self._features[name] = output.clone()
-
-        return record
-
-    @contextmanager
-    def recording(self, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Record one forward pass: ``with tap.recording() as features: network(images)``.
-
-        Args:
-            enabled: if False, nothing is recorded.
-
-        Yields:
-            A dict that contains the features by module name after the pass.
-
-        Raises:
-            RuntimeError: a tapped module did not run, or ran twice, in the pass.
-        """
-        self._features, self._active = {}, enabled
-        try:
-            yield self._features
-        finally:
-            self._active = False
-        missing = [name for name in self.names if name not in self._features]
-        if enabled and missing:
-            raise RuntimeError(
-                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
-                "layers that its forward uses, and create the tap before torch.compile"
-            )
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
 
 
 class ForwardPasses(NamedTuple):
@@ -135,6 +50,9 @@ class RelationDistiller(nn.Module):
             the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
             the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
             default.
+        forward: how a network processes an input, ``forward(network, *inputs, **keywords)``; by default
+            ``network(*inputs, **keywords)``. It is called for the teacher, then for the student, so random numbers that
+            both need must be part of the input.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -150,6 +68,7 @@ class RelationDistiller(nn.Module):
         loss: FeatureLoss | Mapping[str, FeatureLoss] | None = None,
         weights: Mapping[str, float] | None = None,
         layout: LayerLayout | Mapping[str, LayerLayout] | None = None,
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         names = "{student module name: teacher module name, ...}"
@@ -167,6 +86,9 @@ class RelationDistiller(nn.Module):
         for name, value in {"loss": default, **{f"loss[{name!r}]": value for name, value in losses.items()}}.items():
             if isinstance(value, type) or not callable(value):
                 check_type(name, value, nn.Module, "a module such as SRPLoss(), which compares two features")
+        if forward is not None and not callable(forward):
+            check_type("forward", forward, Callable, "a function forward(network, batch)")
+        self._run_network = forward or _call
         self.layers, self.weights = dict(layers), dict(weights)
         layouts = dict(layout) if isinstance(layout, Mapping) else dict.fromkeys(self.layers, layout)
         self.layouts = {name: _layout_pair(value) for name, value in layouts.items() if value is not None}
@@ -217,9 +139,9 @@ class RelationDistiller(nn.Module):
             RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
         """
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
-            teacher_output = self.teacher(*inputs, **keywords)
+            teacher_output = self._run_network(self.teacher, *inputs, **keywords)
         with self.student_tap.recording(record_features) as student_features:
-            student_output = self.student(*inputs, **keywords)
+            student_output = self._run_network(self.student, *inputs, **keywords)
         for name, feature in student_features.items():
             check_gradient(self.student, feature, f"the feature of student layer {name!r}")
         return ForwardPasses(student_output, teacher_output, student_features, teacher_features)
@@ -275,6 +197,10 @@ class RelationDistiller(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
 
 
+def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
+    return network(*inputs, **keywords)
+
+
 def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
     """Return the layouts of student and teacher; raise a ValueError if one does not exist."""
     pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
@@ -311,17 +237,6 @@ def check_gradient(student: nn.Module, value: Tensor, role: str) -> None:
         )
 
 
-def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network inside the wrappers of torch.compile and data-parallel training."""
-    while True:
-        if isinstance(network, DataParallel | DistributedDataParallel):
-            network = network.module
-        elif (compiled := dict(network.named_children()).get("_orig_mod")) is not None:
-            network = compiled
-        else:
-            return network
-
-
 @contextmanager
 def preserved_modes(network: nn.Module) -> Iterator[None]:
     """Context after which each module of a network is in its previous mode, train or eval."""
@@ -331,9 +246,3 @@ def preserved_modes(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def remove_hooks(network: nn.Module) -> None:
-    """Remove all forward hooks, such as the feature taps that a copy of a tapped network inherits."""
-    for module in network.modules():
-        module._forward_hooks.clear()

@@ -1,31 +1,21 @@
-"""Feature taps by module name, and the distiller that compares tapped features."""
+"""The distiller that compares tapped features."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import pytest
 import torch
+from tapped import COPIES, hooks, network
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from srpkd import RelationDistiller, SRPLoss, relation_loss
-from srpkd.distiller import FeatureTap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def network(width: int) -> nn.Sequential:
-    """Named modules: encoder (encoder.conv, encoder.norm, encoder.act, the last in place) and decoder."""
-    encoder = nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(3, width, 3, stride=2, padding=1), norm=nn.InstanceNorm2d(width), act=nn.ReLU(inplace=True)
-        )
-    )
-    return nn.Sequential(OrderedDict(encoder=encoder, decoder=nn.Conv2d(width, 3, 1)))
 
 
 @pytest.fixture
@@ -48,97 +38,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(len(each._forward_hooks) for each in module.modules())
-
-
-# --- taps -----------------------------------------------------------------------------------------------------------
-
-
-def test_tap_records_the_output_before_in_place_changes(student: nn.Module, image: Tensor) -> None:
-    """The in-place activation after encoder.norm overwrites its output."""
-    tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])
-    with tap.recording() as features:
-        student(image)
-    convolved = student.encoder.conv(image)
-    torch.testing.assert_close(features["encoder.conv"], convolved)
-    torch.testing.assert_close(features["encoder.norm"], F.instance_norm(convolved))
-    assert (features["encoder.norm"] < 0).any()
-    torch.testing.assert_close(features["encoder.act"], F.instance_norm(convolved).relu())
-
-
-def test_tap_passes_gradients_and_does_not_change_the_output(student: nn.Module, image: Tensor) -> None:
-    expected = student(image)
-    tap = FeatureTap(student, ["encoder.norm"])
-    with tap.recording() as features:
-        output = student(image)
-    assert torch.equal(output, expected)
-    features["encoder.norm"].square().sum().backward()
-    assert student.encoder.conv.weight.grad.abs().sum() > 0
-    assert student.decoder.weight.grad is None
-
-
-def test_each_recording_contains_its_own_pass(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["decoder"])
-    with tap.recording() as first:
-        student(image)
-    student(image)  # not recorded
-    with tap.recording() as second:
-        student(2 * image)
-    torch.testing.assert_close(first["decoder"], student(image))
-    torch.testing.assert_close(second["decoder"], student(2 * image))
-
-
-@pytest.mark.parametrize("name", ["encoder.nrom", "encodr.norm", "norm", "", "model.9"])
-def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
-    with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
-        FeatureTap(student, [name], "student")
-    assert hooks(student) == 0
-
-
-def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
-        RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
-    assert hooks(teacher) == 0
-
-
-def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder", "decoder"], "student")
-    with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
-        student.encoder(image)
-    with pytest.raises(RuntimeError, match=r"\['encoder', 'decoder'\] did not run"), tap.recording():
-        pass
-
-
-def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder"], "student")
-    with pytest.raises(RuntimeError, match="'encoder' ran more than once"), tap.recording():
-        student.encoder(image)
-        student.encoder(image)
-
-
-def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
-    network = nn.ModuleDict({"pair": Pair()})
-    tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
-        network["pair"](image)
-
-
-def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder"])
-    with pytest.raises(RuntimeError, match="channels"), tap.recording():
-        student(torch.randn(1, 5, 8, 8))
-    student(image)
-    student(image)  # not recording: running twice is no error
-    with tap.recording() as features:
-        student(image)
-    assert set(features) == {"encoder"}
 
 
 # --- the distiller --------------------------------------------------------------------------------------------------
@@ -174,6 +73,30 @@ def test_several_layers_with_weights_and_another_loss(student: nn.Module, teache
     ours, theirs = run(student), {name: feature.detach() for name, feature in run(teacher).items()}
     expected = sum(weights.get(name, 1) * loss_fn(ours[name], theirs[other]) for name, other in layers.items())
     torch.testing.assert_close(loss, expected)
+
+
+def test_forward_runs_both_networks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(
+        student, teacher, {"encoder": "encoder"}, forward=lambda network, batch, scale: network(scale * batch["image"])
+    )
+    output, teacher_output, loss = distiller({"image": image}, scale=2)
+    assert torch.equal(output, student(2 * image)) and torch.equal(teacher_output, teacher(2 * image))
+    torch.testing.assert_close(loss, relation_loss(student.encoder(2 * image), teacher.encoder(2 * image).detach()))
+    with pytest.raises(TypeError, match=r"forward: expected a function forward\(network, batch\), received str"):
+        RelationDistiller(student, teacher, {"encoder": "encoder"}, forward="forward")
+
+
+def test_layers_may_be_elements_of_a_tuple(image: Tensor) -> None:
+    class Pair(nn.Conv2d):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = super().forward(x)
+            return x, x.square()
+
+    student, teacher = nn.Sequential(Pair(3, 4, 1)), nn.Sequential(Pair(3, 6, 1))
+    distiller = RelationDistiller(student, teacher, {"0[0]": "0[0]", "0[1]": "0[1]"}, weights={"0[1]": 2.0})
+    ours, theirs = student(image), [feature.detach() for feature in teacher(image)]
+    expected = relation_loss(ours[0], theirs[0]) + 2 * relation_loss(ours[1], theirs[1])
+    torch.testing.assert_close(distiller(image)[2], expected)
 
 
 def test_only_the_student_receives_gradients(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
@@ -229,6 +152,12 @@ def test_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image
     assert loss.isfinite()
 
 
+def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
+        RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
+    assert hooks(teacher) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -265,6 +194,34 @@ def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> Non
 def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -> None:
     text = repr(RelationDistiller(student, teacher, {"encoder": "encoder.act"}, weights={"encoder": 2.0}))
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copy_of_a_distiller_has_its_own_taps(make_copy, student, teacher, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder"})
+    *_, loss = distiller(image)
+    twin = make_copy(distiller)
+    assert twin.student is not student and twin.teacher is not teacher
+    with torch.no_grad():
+        student.encoder.conv.weight.neg_()
+    *_, same = twin(image)
+    torch.testing.assert_close(same, loss)
+    assert torch.autograd.grad(same, twin.student.encoder.conv.weight)[0].any()
+    twin.close()
+    assert (hooks(twin.student), hooks(twin.teacher)) == (0, 0)
+    assert (hooks(student), hooks(teacher)) == (2, 1)
+    distiller(image)
+
+
+def test_copies_of_both_networks_can_be_distilled(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    first = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    *_, loss = first(image)
+    second = RelationDistiller(copy.deepcopy(student), copy.deepcopy(teacher), {"encoder": "encoder"})
+    torch.testing.assert_close(second(image)[2], loss)
+    torch.testing.assert_close(first(image)[2], loss)
 
 
 # --- losses and layouts of layers ---

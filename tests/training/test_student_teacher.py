@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srpkd import SRPLoss
-from srpkd.distiller import FeatureTap
 from srpkd.models.networks import default_tap, define_generator
+from srpkd.taps import FeatureTap
 from srpkd.training.student_teacher import StudentTeacher, feature_shapes
 
 SIZE = 16
