@@ -220,10 +220,12 @@ def _select(value: Any, output: Output | None, network: str) -> Tensor:
         selected = output(value)
     if isinstance(selected, Tensor):
         return selected
-    received = f"output= selected a {describe(selected)}" if output is not None else f"gave a {describe(selected)}"
+    received = f"the {network} gave a {describe(value)}"
+    if output is not None:
+        received += f", of which output= selects a {describe(selected)}"
     raise TypeError(
-        f"the {network} {received}; expected one image tensor (B, C, H, W): pass output=, the index or field of the "
-        "tensor to compare, or a function of the output"
+        f"{received}; expected one image tensor (B, C, H, W): pass output=, the index or field of the tensor to "
+        "compare, or a function of the output"
     )
 
 

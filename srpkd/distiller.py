@@ -92,7 +92,7 @@ class RelationDistiller(nn.Module):
         self.layers, self.weights = dict(layers), dict(weights)
         layouts = dict(layout) if isinstance(layout, Mapping) else dict.fromkeys(self.layers, layout)
         self.layouts = {name: _layout_pair(value) for name, value in layouts.items() if value is not None}
-        for option, named in (("weights", self.weights), ("loss", losses), ("layout", self.layouts)):
+        for option, named in (("weights", self.weights), ("loss", losses), ("layout", layouts)):
             if unknown := [name for name in named if name not in self.layers]:
                 raise ValueError(
                     f"{option} names layers {unknown} that are not tapped: the tapped layers are {list(layers)}"

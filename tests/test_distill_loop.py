@@ -272,7 +272,11 @@ def test_networks_of_different_outputs():
             ValueError,
             r"output='image': the student's output has no element \[image\] in a dict with",
         ),
-        ({"output": lambda output: output}, TypeError, "the student output= selected a dict"),
+        (
+            {"output": lambda output: output},
+            TypeError,
+            "the student gave a dict .*, of which output= selects a dict with",
+        ),
         ({"output": 1.5}, TypeError, "output: expected a field such as 'sample', .* received float"),
         ({"output": "sample", "target": lambda batch: batch["more"]}, TypeError, "the target is a tuple"),
         ({"target": "sample"}, TypeError, "target: expected a function of a batch"),
