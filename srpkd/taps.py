@@ -71,7 +71,7 @@ class FeatureTap:
         try:
             feature = element(output, keys)
         except LookupError as error:
-            raise TypeError(f"{self.role} layer {name!r}: {error}") from error
+            raise ValueError(f"{self.role} layer {name!r}: {error}") from error
         if not isinstance(feature, Tensor):
             raise TypeError(
                 f"{self.role} module {name!r} returned a {describe(feature)}: tap a module that returns a tensor, or "
@@ -100,6 +100,8 @@ class FeatureTap:
 
         Raises:
             RuntimeError: a tapped module did not run, or ran twice, in the pass.
+            TypeError: a tapped module returned no tensor.
+            ValueError: the output of a tapped module has no element or field of that name.
         """
         self._features, self._active = {}, enabled
         try:
