@@ -16,22 +16,29 @@ from torch import Tensor, nn
 
 from .arguments import check_number, check_type, check_whole
 from .defaults import KD_WEIGHT, SRP_WEIGHT
-from .distiller import RelationDistiller, preserved_modes, total
+from .distiller import FeatureLoss, LayerLayout, RelationDistiller, check_gradient, preserved_modes, total
 from .extras import require
+from .structures import describe, element, parse_path, to_device
+
+Output = str | int | Callable[[Any], Tensor]
 
 
 def distill(
     teacher: nn.Module,
     student: nn.Module,
-    data: Iterable[Tensor | tuple[Tensor, Tensor]],
+    data: Iterable[Any],
     layers: Mapping[str, str],
     *,
     epochs: int = 1,
     lambda_kd: float = KD_WEIGHT["distill"],
     lambda_srp: float = SRP_WEIGHT["distill"],
     lambda_target: float = 10.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: FeatureLoss | Mapping[str, FeatureLoss] | None = None,
     weights: Mapping[str, float] | None = None,
+    layout: LayerLayout | Mapping[str, LayerLayout] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    output: Output | None = None,
+    target: Callable[[Any], Tensor | None] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     lr: float = 2e-4,
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
@@ -44,18 +51,28 @@ def distill(
     targets.
 
     Args:
-        teacher: any network that maps images (B, C, H, W) to images (B, C', H', W'). It runs in eval mode without
-            gradients, on the student's device, to which it is moved; its modes and weights are unchanged afterwards.
+        teacher: any network that maps images (B, C, H, W) to images (B, C', H', W'), or what ``forward`` runs. It runs
+            in eval mode without gradients, on the student's device, to which it is moved; its modes and weights are
+            unchanged afterwards.
         student: network to train, on its device; in eval mode afterwards.
-        data: image batches (B, C, H, W), or pairs (images, targets (B, C', H', W')). Each epoch iterates over it once,
-            so pass a DataLoader, a list, or anything else that can be iterated again.
+        data: image batches (B, C, H, W), or pairs (images, targets (B, C', H', W')); with ``forward``, batches of any
+            structure. Each epoch iterates over it once, so pass a DataLoader, a list, or anything else that can be
+            iterated again.
         layers: student module name -> teacher module name, as in ``named_modules()``; see ``RelationDistiller``.
         epochs: passes over the data.
         lambda_kd: weight of the distance between the outputs.
         lambda_srp: weight of the relation loss; the default suits the default loss.
         lambda_target: weight of the distance to the targets.
-        loss: loss of two features; by default ``SRPLoss()``, as in the trainer.
+        loss: loss of two features, or student module name -> loss; by default ``SRPLoss()``, as in the trainer.
         weights: student module name -> weight of the layer's loss; by default 1.
+        layout: layout of the features, or student module name -> layout; see ``RelationDistiller``.
+        forward: how a network processes a batch, ``forward(network, batch)``, for networks with several inputs; by
+            default ``network(images)``. Tensors in the batch are moved to the student's device before. It is called for
+            the teacher, then for the student: random numbers that both need must be part of the batch.
+        output: the tensor to compare, where a network returns a tuple, a dict or an object with fields: an index, a
+            field, a path such as ``"[0][sample]"``, or a function of the output. If a network returns a tensor, an
+            index or a path does not apply to it.
+        target: function of a batch (its tensors moved) that returns its target or None; only with ``forward``.
         optimizer: optimizer of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) that
             are usual for GANs.
         lr: learning rate of the default optimizer.
@@ -70,6 +87,7 @@ def distill(
         ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, or there is nothing
             to train.
         ImportError: ``progress`` is set and tqdm is not installed.
+        RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
         FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
     """
     check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
@@ -81,12 +99,18 @@ def distill(
         check_number(name, value, least=0)
     if optimizer is not None:
         check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
+    if target is not None and (forward is None or not callable(target)):
+        raise TypeError("target: expected a function of a batch, together with forward=")
+    if output is not None and not callable(output):
+        check_type("output", output, (str, int), "a field such as 'sample', an index, or a function of the output")
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
-    distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights)
+    distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
     step = 0
     with preserved_modes(teacher):
@@ -99,8 +123,12 @@ def distill(
                 bar = tqdm(data, desc=f"epoch {epoch}/{epochs}", unit="step") if tqdm else None
                 for batch in data if bar is None else bar:
                     step += 1
-                    images, target = _images_and_target(batch, device)
-                    losses = _losses(distiller, images, target, lambda_kd, lambda_srp, lambda_target)
+                    if forward is None:
+                        inputs, expected = _images_and_target(batch, device)
+                    else:
+                        inputs = to_device(batch, device)
+                        expected = None if target is None else target(inputs)
+                    losses = _losses(distiller, inputs, expected, output, lambda_kd, lambda_srp, lambda_target)
                     values = {name: value.item() for name, value in losses.items()}
                     if nonfinite := {name: value for name, value in values.items() if not math.isfinite(value)}:
                         raise FloatingPointError(
@@ -129,17 +157,22 @@ def distill(
 
 def _losses(
     distiller: RelationDistiller,
-    images: Tensor,
+    inputs: Any,
     target: Tensor | None,
+    output: Output | None,
     lambda_kd: float,
     lambda_srp: float,
     lambda_target: float,
 ) -> dict[str, Tensor]:
     """Run both networks and return the weighted losses that have a weight."""
-    passes = distiller.run(images, record_features=lambda_srp > 0)
-    losses = {}
+    passes = distiller.run(inputs, record_features=lambda_srp > 0)
+    losses, has_target = {}, target is not None and lambda_target > 0
+    if lambda_kd or has_target:
+        student_output = _select(passes.student_output, output, "student")
+        check_gradient(distiller.student, student_output, "the student's output")
     if lambda_kd:
-        losses["kd"] = lambda_kd * _l1(passes.student_output, passes.teacher_output, "teacher's output")
+        teacher_output = _select(passes.teacher_output, output, "teacher")
+        losses["kd"] = lambda_kd * _l1(student_output, teacher_output, "teacher's output")
     if lambda_srp:
         relation = distiller.compare(passes.student_features, passes.teacher_features)
         if relation.ndim:
@@ -147,8 +180,8 @@ def _losses(
                 f"loss returned the shape {tuple(relation.shape)}: expected one number, as reduction='mean' gives"
             )
         losses["srp"] = lambda_srp * relation
-    if target is not None and lambda_target:
-        losses["target"] = lambda_target * _l1(passes.student_output, target, "target")
+    if has_target:
+        losses["target"] = lambda_target * _l1(student_output, target, "target")
     if not losses:
         raise ValueError(
             "every weight (lambda_kd, lambda_srp, and lambda_target if the data have targets) is 0: set one of them"
@@ -163,7 +196,8 @@ def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor
         raise TypeError(
             f"the data gave a {type(batch).__name__}"
             + (f" of {', '.join(type(part).__name__ for part in parts)}" if isinstance(batch, tuple | list) else "")
-            + "; expected image tensors (B, C, H, W), or pairs of tensors (images, targets)"
+            + "; expected image tensors (B, C, H, W), or pairs of tensors (images, targets); for other batches pass "
+            "forward=, a function (network, batch) that runs a network on one"
         )
     if not parts[0].is_floating_point():
         raise TypeError(f"the data gave images of {parts[0].dtype}: expected floats, such as images / 127.5 - 1")
@@ -171,11 +205,34 @@ def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor
     return images, target[0] if target else None
 
 
-def _l1(output: Any, expected: Any, role: str) -> Tensor:
+def _select(value: Any, output: Output | None, network: str) -> Tensor:
+    """Return the tensor that ``output`` selects in the output of a network; ``network`` names it in errors."""
+    selected = value
+    if isinstance(output, int):
+        output = f"[{output}]"
+    if isinstance(output, str):
+        name, keys = parse_path(output)
+        try:
+            selected = value if isinstance(value, Tensor) else element(value, (name, *keys) if name else keys)
+        except LookupError as error:
+            raise ValueError(f"output={output!r}: the {network}'s output has {error}") from error
+    elif output is not None:
+        selected = output(value)
+    if isinstance(selected, Tensor):
+        return selected
+    received = f"the {network} gave a {describe(value)}"
+    if output is not None:
+        received += f", of which output= selects a {describe(selected)}"
+    raise TypeError(
+        f"{received}; expected one image tensor (B, C, H, W): pass output=, the index or field of the tensor to "
+        "compare, or a function of the output"
+    )
+
+
+def _l1(output: Tensor, expected: Any, role: str) -> Tensor:
     """Return the mean absolute difference of two outputs of the same shape; ``role`` names the second in errors."""
-    for value in (output, expected):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"a network gave a {type(value).__name__}; expected one image tensor (B, C, H, W)")
+    if not isinstance(expected, Tensor):
+        raise TypeError(f"the {role} is a {describe(expected)}; expected one tensor, such as an image (B, C, H, W)")
     if output.shape != expected.shape:  # l1_loss would broadcast
         raise ValueError(
             f"the student's output is {tuple(output.shape)} and the {role} {tuple(expected.shape)}: expected the same "

@@ -1,104 +1,24 @@
-"""Features of named layers, and the relation loss between the layers of a student and its teacher."""
+"""The relation loss between tapped layers of a student and its teacher."""
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .arguments import check_number, check_type
+from .kernels.dispatch import check_choice
+from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
+from .taps import FeatureTap
 
-
-class FeatureTap:
-    """Forward hooks that record the outputs of named modules inside ``recording()``.
-
-    Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
-    the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
-    compiled code ignores later hooks, and ``recording()`` then raises.
-
-    Args:
-        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
-        names: names of its submodules, as in ``named_modules()``.
-        role: how error messages call the network.
-
-    Raises:
-        TypeError: ``network`` is not a module, or ``names`` is a string.
-        ValueError: a name is not that of a submodule; the message lists the nearest names.
-    """
-
-    def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
-        check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
-        if isinstance(names, str):
-            raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
-        self.names = list(names)
-        self.role = role
-        self._features: dict[str, Tensor] = {}
-        self._active = False
-        modules = dict(unwrap(network).named_modules())
-        for name in names:
-            if name not in modules or not name:
-                nearest = difflib.get_close_matches(str(name), [other for other in modules if other], 5, cutoff=0)
-                raise ValueError(
-                    f"the {role} has no module named {name!r}; "
-                    + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
-                )
-        self._handles = [modules[name].register_forward_hook(self._hook(name)) for name in dict.fromkeys(names)]
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not self._active:
-                return
-            if not isinstance(output, Tensor):
-                raise TypeError(
-                    f"{self.role} module {name!r} returned a {type(output).__name__}: tap a module that returns a "
-                    "tensor"
-                )
-            if name in self._features:
-                raise RuntimeError(
-                    f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
-                    "tap a module that runs once"
-                )
-            self._features[name] = output.clone()
-
-        return record
-
-    @contextmanager
-    def recording(self, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Record one forward pass: ``with tap.recording() as features: network(images)``.
-
-        Args:
-            enabled: if False, nothing is recorded.
-
-        Yields:
-            A dict that contains the features by module name after the pass.
-
-        Raises:
-            RuntimeError: a tapped module did not run, or ran twice, in the pass.
-        """
-        self._features, self._active = {}, enabled
-        try:
-            yield self._features
-        finally:
-            self._active = False
-        missing = [name for name in self.names if name not in self._features]
-        if enabled and missing:
-            raise RuntimeError(
-                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
-                "layers that its forward uses, and create the tap before torch.compile"
-            )
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+FeatureLoss = Callable[[Tensor, Tensor], Tensor]
+LayerLayout = Layout | tuple[Layout, Layout]  # of both features, or of the student's and the teacher's
 
 
 class ForwardPasses(NamedTuple):
@@ -123,13 +43,21 @@ class RelationDistiller(nn.Module):
         student: network to train.
         teacher: network that takes the same input.
         layers: student module name -> teacher module name; their features may differ only in channels.
-        loss: loss of two features (B, C, H, W); by default ``SRPLoss()``.
+        loss: loss of two features (B, C, H, W); by default ``SRPLoss()``. Or student module name -> loss; layers that
+            it does not name have the default.
         weights: student module name -> weight of the layer's loss; by default 1.
+        layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
+            the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
+            the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
+            default.
+        forward: how a network processes an input, ``forward(network, *inputs, **keywords)``; by default
+            ``network(*inputs, **keywords)``. It is called for the teacher, then for the student, so random numbers that
+            both need must be part of the input.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names), or
-            ``weights`` names a layer that is not tapped.
+        ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names),
+            ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
 
     def __init__(
@@ -137,8 +65,10 @@ class RelationDistiller(nn.Module):
         student: nn.Module,
         teacher: nn.Module,
         layers: Mapping[str, str],
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: FeatureLoss | Mapping[str, FeatureLoss] | None = None,
         weights: Mapping[str, float] | None = None,
+        layout: LayerLayout | Mapping[str, LayerLayout] | None = None,
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         names = "{student module name: teacher module name, ...}"
@@ -151,14 +81,28 @@ class RelationDistiller(nn.Module):
         check_type("weights", weights, Mapping, "{student module name: factor, ...}")
         for name, weight in weights.items():
             check_number(f"weights[{name!r}]", weight)
-        if loss is not None and (isinstance(loss, type) or not callable(loss)):
-            check_type("loss", loss, nn.Module, "a module such as SRPLoss(), which compares two features")
+        losses = dict(loss) if isinstance(loss, Mapping) else {}
+        default = SRPLoss() if loss is None or isinstance(loss, Mapping) else loss
+        for name, value in {"loss": default, **{f"loss[{name!r}]": value for name, value in losses.items()}}.items():
+            if isinstance(value, type) or not callable(value):
+                check_type(name, value, nn.Module, "a module such as SRPLoss(), which compares two features")
+        if forward is not None and not callable(forward):
+            check_type("forward", forward, Callable, "a function forward(network, batch)")
+        self._run_network = forward or _call
         self.layers, self.weights = dict(layers), dict(weights)
-        if unknown := [name for name in self.weights if name not in self.layers]:
-            raise ValueError(f"weights name layers {unknown} that are not tapped: the tapped layers are {list(layers)}")
+        layouts = dict(layout) if isinstance(layout, Mapping) else dict.fromkeys(self.layers, layout)
+        self.layouts = {name: _layout_pair(value) for name, value in layouts.items() if value is not None}
+        for option, named in (("weights", self.weights), ("loss", losses), ("layout", layouts)):
+            if unknown := [name for name in named if name not in self.layers]:
+                raise ValueError(
+                    f"{option} names layers {unknown} that are not tapped: the tapped layers are {list(layers)}"
+                )
         self.student = student
         self._teacher = (teacher,)  # a tuple, so that the teacher is not registered as a submodule
-        self.loss = SRPLoss() if loss is None else loss
+        self.loss = default
+        self.layer_losses = losses
+        self._loss_modules = nn.ModuleList(module for module in losses.values() if isinstance(module, nn.Module))
+        self._warned_layers: set[str] = set()
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
@@ -178,7 +122,7 @@ class RelationDistiller(nn.Module):
             The student's output, the teacher's output, and the weighted sum of the layers' losses.
 
         Raises:
-            RuntimeError: a tapped layer did not run.
+            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
             ValueError: a pair of features differs in more than channels; the message names the layers.
         """
         passes = self.run(*inputs, **keywords)
@@ -192,12 +136,14 @@ class RelationDistiller(nn.Module):
             record_features: if False, both dicts of features stay empty.
 
         Raises:
-            RuntimeError: a tapped layer did not run.
+            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
         """
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
-            teacher_output = self.teacher(*inputs, **keywords)
+            teacher_output = self._run_network(self.teacher, *inputs, **keywords)
         with self.student_tap.recording(record_features) as student_features:
-            student_output = self.student(*inputs, **keywords)
+            student_output = self._run_network(self.student, *inputs, **keywords)
+        for name, feature in student_features.items():
+            check_gradient(self.student, feature, f"the feature of student layer {name!r}")
         return ForwardPasses(student_output, teacher_output, student_features, teacher_features)
 
     def compare(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
@@ -213,7 +159,7 @@ class RelationDistiller(nn.Module):
         losses = []
         for student_name, teacher_name in self.layers.items():
             try:
-                loss = self.loss(student[student_name], teacher[teacher_name])
+                loss = self._layer_loss(student_name, student[student_name], teacher[teacher_name])
             except (TypeError, ValueError) as error:
                 raise type(error)(
                     f"student layer {student_name!r} with teacher layer {teacher_name!r}: {error}"
@@ -221,13 +167,48 @@ class RelationDistiller(nn.Module):
             losses.append(self.weights.get(student_name, 1.0) * loss)
         return total(losses)
 
+    def _layer_loss(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the loss of a layer, for features that are brought to the layout that it expects."""
+        loss = self.layer_losses.get(name, self.loss)
+        expected = loss.layout if isinstance(loss, SRPLoss) else "nchw"
+        ours, theirs = self.layouts.get(name, (expected, expected))
+        if name not in self._warned_layers and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
+            if warn_if_unlikely(student, teacher, (ours, theirs), where):
+                self._warned_layers.add(name)
+                if isinstance(loss, SRPLoss):
+                    loss.has_warned = True  # it would give the same warning without the names
+        if (ours, theirs) != (expected, expected):
+            check_ndim("student", student, ours)
+            check_ndim("teacher", teacher, theirs)
+            student, teacher = (
+                convert(student, ours, expected, teacher, theirs),
+                convert(teacher, theirs, expected, student, ours),
+            )
+        return loss(student, teacher)
+
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.student_tap.close()
         self.teacher_tap.close()
 
     def extra_repr(self) -> str:
-        return f"layers={self.layers}" + (f", weights={self.weights}" if self.weights else "")
+        options = {"layers": self.layers, "weights": self.weights, "layout": self.layouts}
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value)
+
+
+def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
+    return network(*inputs, **keywords)
+
+
+def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
+    """Return the layouts of student and teacher; raise a ValueError if one does not exist."""
+    pair = tuple(layout) if isinstance(layout, tuple | list) else (layout, layout)
+    if len(pair) != 2:
+        raise ValueError(f"layout={layout!r}: expected a layout, or a pair (student's, teacher's)")
+    for name in pair:
+        check_choice("layout", name, LAYOUTS)
+    return pair
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:
@@ -235,15 +216,25 @@ def total(losses: Iterable[Tensor]) -> Tensor:
     return reduce(operator.add, losses)
 
 
-def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network inside the wrappers of torch.compile and data-parallel training."""
-    while True:
-        if isinstance(network, DataParallel | DistributedDataParallel):
-            network = network.module
-        elif (compiled := dict(network.named_children()).get("_orig_mod")) is not None:
-            network = compiled
-        else:
-            return network
+def check_gradient(student: nn.Module, value: Tensor, role: str) -> None:
+    """Raise a RuntimeError if a value that a student computed would make a loss that is a constant.
+
+    Under ``torch.no_grad()``, and for a student without a parameter that requires a gradient, any value is accepted.
+
+    Args:
+        student: network that computed the value.
+        value: its output, or a feature.
+        role: how the error calls the value.
+    """
+    if value.requires_grad or not torch.is_grad_enabled():
+        return
+    if any(parameter.requires_grad for parameter in student.parameters()):
+        raise RuntimeError(
+            f"{role} requires no gradient, so its loss would be a constant and train nothing. Usual causes: it is "
+            "computed under reentrant checkpointing (pass use_reentrant=False to torch.utils.checkpoint.checkpoint, "
+            "which gives the exact gradient), under torch.no_grad() or .detach(), or all parameters up to it are "
+            "frozen (requires_grad=False). To compute the loss without training, use torch.no_grad()"
+        )
 
 
 @contextmanager
@@ -255,9 +246,3 @@ def preserved_modes(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def remove_hooks(network: nn.Module) -> None:
-    """Remove all forward hooks, such as the feature taps that a copy of a tapped network inherits."""
-    for module in network.modules():
-        module._forward_hooks.clear()

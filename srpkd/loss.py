@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from .arguments import check_number
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
+from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
-Layout = Literal["nchw", "nlc"]
 Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,15 +42,15 @@ def relation_loss(
     Distillation for Image-to-Image Translation*, ECCV 2020; ``normalize="row"`` is the paper's row-normalised matrix.
 
     Args:
-        student: features (B, C_s, H, W), or (B, N, C_s) with ``layout="nlc"``; float64, float32, bfloat16 or float16.
-            Any strides: NCHW and channels_last are read in place. Features without a batch, (C_s, H, W) or (N, C_s),
-            are a batch of one.
-        teacher: features (B, C_t, H, W) or (B, N, C_t) without a gradient. C_t may differ from C_s.
+        student: features (B, C_s, H, W), tokens (B, N, C_s) with ``layout="nlc"``, or (B, H, W, C_s) with
+            ``layout="nhwc"``; float64, float32, bfloat16 or float16. Any strides: NCHW and channels_last are read in
+            place. Features without a batch, such as (C_s, H, W), are a batch of one.
+        teacher: features of the same layout without a gradient. Their number of channels C_t may differ from C_s.
         normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
         distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear beyond.
         delta: where the Huber distance becomes linear, > 0.
         reduction: ``"mean"`` or ``"sum"`` over the B images, or ``"none"``: the loss of each image.
-        layout: ``"nchw"`` or ``"nlc"``.
+        layout: ``"nchw"``, ``"nlc"`` or ``"nhwc"``. A shape that looks like another layout gives a warning.
         eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to all pixels, and no gradient
             through its own normalisation.
         backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``. The environment variable SRPKD_BACKEND, if set,
@@ -83,6 +82,9 @@ def relation_loss(
         ("scope", scope),
     ):
         _check_option(name, value)
+    _check_features(student, teacher, layout)
+    if not torch.compiler.is_compiling():
+        warn_if_unlikely(student, teacher, (layout, layout))
     relation = Relation(normalize, distance, float(delta), float(eps))
     return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group)
 
@@ -103,6 +105,7 @@ class SRPLoss(nn.Module):
     eps: float
     backend: str
     scope: Scope
+    has_warned = False  # that features look like another layout: once is enough
 
     def __init__(
         self,
@@ -126,7 +129,12 @@ class SRPLoss(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or (B, N, C) with ``layout="nlc"``."""
+        """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or those of another ``layout``."""
+        _check_features(student, teacher, self.layout)
+        if not (torch.compiler.is_compiling() or self.has_warned) and warn_if_unlikely(
+            student, teacher, (self.layout, self.layout)
+        ):
+            self.has_warned = True
         relation = Relation(self.normalize, self.distance, float(self.delta), float(self.eps))
         return _relation_loss(
             student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group
@@ -147,13 +155,14 @@ def _relation_loss(
     scope: Scope,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """``relation_loss`` with options that have been validated."""
-    _check_features(student, teacher, layout)
-    is_batch = student.ndim == (4 if layout == "nchw" else 3)
+    """``relation_loss`` with options and features that have been validated."""
+    is_batch = student.ndim == NDIM[layout]
     if not is_batch:
         student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
     if layout == "nchw":
         student, teacher = (features.flatten(2).transpose(1, 2) for features in (student, teacher))
+    elif layout == "nhwc":
+        student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
 
@@ -206,11 +215,11 @@ def _check_option(name: str, value: Any) -> None:
 
 
 def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
-    expected, single = ("(B, C, H, W)", "(C, H, W)") if layout == "nchw" else ("(B, N, C)", "(N, C)")
-    ndim = len(expected.split(","))
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
-            raise TypeError(f"{name} features: expected a tensor {expected}, received {type(features).__name__}")
+            raise TypeError(
+                f"{name} features: expected a tensor {SHAPES[layout][0]}, received {type(features).__name__}"
+            )
         if features.layout is not torch.strided or features.is_nested:
             raise TypeError(f"{name} features are sparse, nested or packed: expected a dense tensor, as by .to_dense()")
         if features.dtype not in DTYPES:
@@ -218,15 +227,10 @@ def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
                 f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16, for example by "
                 ".float()"
             )
-        if features.ndim not in (ndim, ndim - 1):
-            hint = "; for this shape use layout='nchw'" if features.ndim == 4 else ""
-            raise ValueError(
-                f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or "
-                f"{single}{hint}"
-            )
+        check_ndim(name, features, layout)
         if features.numel() == 0:
             raise ValueError(f"{name} features are empty: shape {tuple(features.shape)}")
-    _check_sizes(student, teacher, layout, ndim)
+    _check_sizes(student, teacher, layout)
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device} and teacher on {teacher.device}: move them to one device")
     if teacher.requires_grad:
@@ -236,21 +240,32 @@ def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
         )
 
 
-def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout, ndim: int) -> None:
+def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     """Raise a ValueError unless the features have the same batch and the same pixels."""
-    is_batch = student.ndim == ndim
-    channel = (1 if is_batch else 0) if layout == "nchw" else -1
-    sizes = [list(features.shape) for features in (student, teacher)]
-    for size in sizes:
-        del size[channel]
-    if sizes[0] == sizes[1]:
+    if _equal_but_for_channels(student, teacher, layout):
         return
+    is_batch = student.ndim == NDIM[layout]
     if student.ndim != teacher.ndim or (is_batch and student.shape[0] != teacher.shape[0]):
         reason = "in the batch"
     else:
         reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:
         reason += "; for tokens (B, N, C) use layout='nlc'"
+    other: Layout = "nhwc" if layout == "nchw" else "nchw"
+    if layout != "nlc" and is_batch and _equal_but_for_channels(student, teacher, other):
+        reason += f"; for maps {SHAPES[other][0]} use layout={other!r}"
+    elif len(likely := {likely_layout(features, layout) for features in (student, teacher)}) == 2 and is_batch:
+        reason += (
+            f"; one of them looks like {SHAPES[next(filter(None, likely))][0]}: permute it, or give RelationDistiller "
+            "the layouts of both networks"
+        )
     raise ValueError(
         f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} may differ only in C, but differ {reason}"
     )
+
+
+def _equal_but_for_channels(student: Tensor, teacher: Tensor, layout: Layout) -> bool:
+    sizes = [list(features.shape) for features in (student, teacher)]
+    for size in sizes:
+        del size[channel_dim(layout)]
+    return sizes[0] == sizes[1]

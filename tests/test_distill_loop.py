@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 
 import pytest
 import torch
@@ -168,6 +169,132 @@ def test_invalid_options(networks):
     small = nn.Sequential(Generator(4), nn.AvgPool2d(2))
     with pytest.raises(ValueError, match=r"output is \(6, 3, 4, 4\) and the teacher's output \(6, 3, 8, 8\)"):
         distill(networks[0], small, [IMAGES], {"0.encoder": "encoder"}, progress=False)
+
+
+def test_losses_without_a_gradient(networks):
+    """A frozen tapped layer, an output that is computed without gradients, or a call under no_grad."""
+    teacher, student = networks
+    student.encoder.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="student layer 'encoder' requires no gradient"):
+        distill(teacher, student, [IMAGES], LAYERS, progress=False)
+    distill(teacher, student, [IMAGES], LAYERS, lambda_srp=0, progress=False)  # the layer is not compared
+    student.head.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(RuntimeError, match="the student's output requires no gradient"):
+        distill(teacher, student, [IMAGES], LAYERS, lambda_srp=0, progress=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="call distill outside"):
+        distill(teacher, student, [IMAGES], LAYERS, progress=False)
+
+
+class Conditional(nn.Module):
+    """A generator of an image and a condition, with two outputs, as in diffusion models."""
+
+    def __init__(self, width: int, kind: str = "object") -> None:
+        super().__init__()
+        self.kind = kind
+        self.encoder, self.embed = nn.Conv2d(3, width, 1), nn.Embedding(4, width)
+        self.head = nn.Conv2d(width, 3, 1)
+
+    def forward(self, image: Tensor, label: Tensor) -> object:
+        features = self.encoder(image) + self.embed(label)[..., None, None]
+        output = self.head(features)
+        return {
+            "tensor": output,
+            "tuple": (features, output),
+            "dict": {"features": features, "sample": output},
+            "object": types.SimpleNamespace(sample=output, features=features),
+            "nested": [{"outputs": (output,)}],
+        }[self.kind]
+
+
+CONDITIONAL = [{"image": IMAGES, "prompt": ["a"] * 6, "more": (torch.arange(6) % 4, None)}]
+
+
+def run_conditional(network: nn.Module, batch: dict) -> object:
+    return network(batch["image"], batch["more"][0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "output"),
+    [
+        ("tensor", None),
+        ("tensor", "sample"),  # a tensor is compared as it is
+        ("tuple", 1),
+        ("tuple", -1),
+        ("tuple", "[1]"),
+        ("dict", "sample"),
+        ("object", "sample"),
+        ("object", lambda output: output.sample),
+        ("nested", "[0][outputs][0]"),
+    ],
+)
+def test_batches_and_outputs_of_any_structure(kind, output):
+    teacher, student = Conditional(7, kind), Conditional(5, kind)
+    image, label, targets = IMAGES, CONDITIONAL[0]["more"][0], IMAGES.flip(0)
+    expected = copy.deepcopy((teacher, student))
+    for network in expected:
+        network.kind = "tensor"
+    (means,) = distill(
+        teacher,
+        student,
+        CONDITIONAL,
+        LAYERS,
+        forward=run_conditional,
+        output=output,
+        target=lambda batch: batch["image"].flip(0),
+        lambda_kd=1.0,
+        lambda_srp=1.0,
+        lambda_target=1.0,
+        progress=False,
+    )
+    theirs, ours = (network(image, label) for network in expected)
+    srp = SRPLoss()(expected[1].encoder(image), expected[0].encoder(image).detach())
+    kd, target = (ours - theirs).abs().mean(), (ours - targets).abs().mean()
+    assert means == pytest.approx({"kd": kd.item(), "srp": srp.item(), "target": target.item()}, rel=1e-5)
+    assert not torch.equal(student.head.weight, expected[1].head.weight)
+    assert not torch.equal(student.embed.weight, expected[1].embed.weight)
+
+
+def test_networks_of_different_outputs():
+    """The student returns a tensor, the teacher an object; the output is a field of it."""
+    options = {"forward": run_conditional, "progress": False}
+    history = distill(Conditional(7), Conditional(5, "tensor"), CONDITIONAL, LAYERS, output="sample", **options)
+    assert history[0].keys() == {"kd", "srp"}
+    history = distill(Conditional(7), Conditional(5, "tuple"), CONDITIONAL, LAYERS, lambda_kd=0, **options)
+    assert history[0].keys() == {"srp"}  # no output is compared
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, TypeError, r"the student gave a dict with the keys 'features', 'sample'; expected .* pass output="),
+        (
+            {"output": "image"},
+            ValueError,
+            r"output='image': the student's output has no element \[image\] in a dict with",
+        ),
+        (
+            {"output": lambda output: output},
+            TypeError,
+            "the student gave a dict .*, of which output= selects a dict with",
+        ),
+        ({"output": 1.5}, TypeError, "output: expected a field such as 'sample', .* received float"),
+        ({"output": "sample", "target": lambda batch: batch["more"]}, TypeError, "the target is a tuple"),
+        ({"target": "sample"}, TypeError, "target: expected a function of a batch"),
+        ({"forward": None}, TypeError, "the data gave a dict; expected image tensors .* pass forward="),
+        ({"forward": "sample"}, TypeError, "forward: expected a function forward"),
+        ({"forward": None, "target": lambda batch: IMAGES}, TypeError, "target: .* together with forward="),
+    ],
+)
+def test_wrong_structures(given, error, message):
+    with pytest.raises(error, match=message):
+        distill(
+            Conditional(7, "dict"),
+            Conditional(5, "dict"),
+            CONDITIONAL,
+            LAYERS,
+            progress=False,
+            **{"forward": run_conditional, **given},
+        )
 
 
 def test_non_finite_loss_stops_before_the_update(networks):

@@ -1,29 +1,21 @@
-"""Feature taps by module name, and the distiller that compares tapped features."""
+"""The distiller that compares tapped features."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+from tapped import COPIES, hooks, network
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from srpkd import RelationDistiller, SRPLoss, relation_loss
-from srpkd.distiller import FeatureTap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def network(width: int) -> nn.Sequential:
-    """Named modules: encoder (encoder.conv, encoder.norm, encoder.act, the last in place) and decoder."""
-    encoder = nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(3, width, 3, stride=2, padding=1), norm=nn.InstanceNorm2d(width), act=nn.ReLU(inplace=True)
-        )
-    )
-    return nn.Sequential(OrderedDict(encoder=encoder, decoder=nn.Conv2d(width, 3, 1)))
 
 
 @pytest.fixture
@@ -46,97 +38,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(len(each._forward_hooks) for each in module.modules())
-
-
-# --- taps -----------------------------------------------------------------------------------------------------------
-
-
-def test_tap_records_the_output_before_in_place_changes(student: nn.Module, image: Tensor) -> None:
-    """The in-place activation after encoder.norm overwrites its output."""
-    tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])
-    with tap.recording() as features:
-        student(image)
-    convolved = student.encoder.conv(image)
-    torch.testing.assert_close(features["encoder.conv"], convolved)
-    torch.testing.assert_close(features["encoder.norm"], F.instance_norm(convolved))
-    assert (features["encoder.norm"] < 0).any()
-    torch.testing.assert_close(features["encoder.act"], F.instance_norm(convolved).relu())
-
-
-def test_tap_passes_gradients_and_does_not_change_the_output(student: nn.Module, image: Tensor) -> None:
-    expected = student(image)
-    tap = FeatureTap(student, ["encoder.norm"])
-    with tap.recording() as features:
-        output = student(image)
-    assert torch.equal(output, expected)
-    features["encoder.norm"].square().sum().backward()
-    assert student.encoder.conv.weight.grad.abs().sum() > 0
-    assert student.decoder.weight.grad is None
-
-
-def test_each_recording_contains_its_own_pass(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["decoder"])
-    with tap.recording() as first:
-        student(image)
-    student(image)  # not recorded
-    with tap.recording() as second:
-        student(2 * image)
-    torch.testing.assert_close(first["decoder"], student(image))
-    torch.testing.assert_close(second["decoder"], student(2 * image))
-
-
-@pytest.mark.parametrize("name", ["encoder.nrom", "encodr.norm", "norm", "", "model.9"])
-def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
-    with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
-        FeatureTap(student, [name], "student")
-    assert hooks(student) == 0
-
-
-def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
-        RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
-    assert hooks(teacher) == 0
-
-
-def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder", "decoder"], "student")
-    with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
-        student.encoder(image)
-    with pytest.raises(RuntimeError, match=r"\['encoder', 'decoder'\] did not run"), tap.recording():
-        pass
-
-
-def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder"], "student")
-    with pytest.raises(RuntimeError, match="'encoder' ran more than once"), tap.recording():
-        student.encoder(image)
-        student.encoder(image)
-
-
-def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
-    class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
-    network = nn.ModuleDict({"pair": Pair()})
-    tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
-        network["pair"](image)
-
-
-def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module, image: Tensor) -> None:
-    tap = FeatureTap(student, ["encoder"])
-    with pytest.raises(RuntimeError, match="channels"), tap.recording():
-        student(torch.randn(1, 5, 8, 8))
-    student(image)
-    student(image)  # not recording: running twice is no error
-    with tap.recording() as features:
-        student(image)
-    assert set(features) == {"encoder"}
 
 
 # --- the distiller --------------------------------------------------------------------------------------------------
@@ -172,6 +73,30 @@ def test_several_layers_with_weights_and_another_loss(student: nn.Module, teache
     ours, theirs = run(student), {name: feature.detach() for name, feature in run(teacher).items()}
     expected = sum(weights.get(name, 1) * loss_fn(ours[name], theirs[other]) for name, other in layers.items())
     torch.testing.assert_close(loss, expected)
+
+
+def test_forward_runs_both_networks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(
+        student, teacher, {"encoder": "encoder"}, forward=lambda network, batch, scale: network(scale * batch["image"])
+    )
+    output, teacher_output, loss = distiller({"image": image}, scale=2)
+    assert torch.equal(output, student(2 * image)) and torch.equal(teacher_output, teacher(2 * image))
+    torch.testing.assert_close(loss, relation_loss(student.encoder(2 * image), teacher.encoder(2 * image).detach()))
+    with pytest.raises(TypeError, match=r"forward: expected a function forward\(network, batch\), received str"):
+        RelationDistiller(student, teacher, {"encoder": "encoder"}, forward="forward")
+
+
+def test_layers_may_be_elements_of_a_tuple(image: Tensor) -> None:
+    class Pair(nn.Conv2d):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = super().forward(x)
+            return x, x.square()
+
+    student, teacher = nn.Sequential(Pair(3, 4, 1)), nn.Sequential(Pair(3, 6, 1))
+    distiller = RelationDistiller(student, teacher, {"0[0]": "0[0]", "0[1]": "0[1]"}, weights={"0[1]": 2.0})
+    ours, theirs = student(image), [feature.detach() for feature in teacher(image)]
+    expected = relation_loss(ours[0], theirs[0]) + 2 * relation_loss(ours[1], theirs[1])
+    torch.testing.assert_close(distiller(image)[2], expected)
 
 
 def test_only_the_student_receives_gradients(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
@@ -227,6 +152,12 @@ def test_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image
     assert loss.isfinite()
 
 
+def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
+        RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
+    assert hooks(teacher) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -263,6 +194,197 @@ def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> Non
 def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -> None:
     text = repr(RelationDistiller(student, teacher, {"encoder": "encoder.act"}, weights={"encoder": 2.0}))
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copy_of_a_distiller_has_its_own_taps(make_copy, student, teacher, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder"})
+    *_, loss = distiller(image)
+    twin = make_copy(distiller)
+    assert twin.student is not student and twin.teacher is not teacher
+    with torch.no_grad():
+        student.encoder.conv.weight.neg_()
+    *_, same = twin(image)
+    torch.testing.assert_close(same, loss)
+    assert torch.autograd.grad(same, twin.student.encoder.conv.weight)[0].any()
+    twin.close()
+    assert (hooks(twin.student), hooks(twin.teacher)) == (0, 0)
+    assert (hooks(student), hooks(teacher)) == (2, 1)
+    distiller(image)
+
+
+def test_copies_of_both_networks_can_be_distilled(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    first = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    *_, loss = first(image)
+    second = RelationDistiller(copy.deepcopy(student), copy.deepcopy(teacher), {"encoder": "encoder"})
+    torch.testing.assert_close(second(image)[2], loss)
+    torch.testing.assert_close(first(image)[2], loss)
+
+
+# --- losses and layouts of layers ---
+
+
+class ChannelsLast(nn.Module):
+    """Return a layer's map (B, C, H, W) as (B, H, W, C), or as tokens (B, N, C)."""
+
+    def __init__(self, module: nn.Module, tokens: bool = False) -> None:
+        super().__init__()
+        self.module, self.tokens = module, tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.module(x).permute(0, 2, 3, 1)
+        return x.flatten(1, 2) if self.tokens else x
+
+
+@pytest.mark.parametrize("loss_fn", [SRPLoss("row", "l1"), SRPLoss(layout="nhwc"), SRPLoss(layout="nlc"), F.mse_loss])
+def test_layouts_of_both_networks(loss_fn: nn.Module, image: Tensor) -> None:
+    """The loss is that of the maps (B, C, H, W), whatever the layouts of the features and that of the loss."""
+    convolutions = [nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4 if loss_fn is F.mse_loss else 6, 1)]
+    wrapped = {
+        "nchw": lambda module: module,
+        "nhwc": ChannelsLast,
+        "nlc": lambda module: ChannelsLast(module, tokens=True),
+    }
+    losses = []
+    for ours in wrapped:
+        for theirs in wrapped:
+            networks = [
+                nn.Sequential(wrapped[name](conv)) for name, conv in zip((ours, theirs), convolutions, strict=True)
+            ]
+            *_, loss = RelationDistiller(*networks, {"0": "0"}, loss_fn, layout={"0": (ours, theirs)})(image)
+            losses.append(loss)
+            assert torch.autograd.grad(loss, convolutions[0].weight)[0].any()
+            if ours == theirs:
+                *_, same = RelationDistiller(*networks, {"0": "0"}, loss_fn, layout=ours)(image)
+                assert torch.equal(same, loss)
+    torch.testing.assert_close(losses, losses[:1] * 9)
+
+
+def test_a_loss_and_a_layout_per_layer(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    student.decoder, teacher.decoder = ChannelsLast(student.decoder), ChannelsLast(teacher.decoder)
+    layers = {"encoder.conv": "encoder.conv", "encoder": "encoder", "decoder": "decoder"}
+    losses = {"encoder": SRPLoss("row", "l1"), "decoder": lambda ours, theirs: (ours - theirs).square().mean()}
+    distiller = RelationDistiller(student, teacher, layers, losses, {"encoder": 2.0}, {"decoder": "nhwc"})
+    passes = distiller.run(image)
+    pairs = [(passes.student_features[name], passes.teacher_features[name]) for name in layers]
+    expected = SRPLoss()(*pairs[0]) + 2 * losses["encoder"](*pairs[1]) + losses["decoder"](*pairs[2])
+    torch.testing.assert_close(distiller.compare(passes.student_features, passes.teacher_features), expected)
+    assert "layout={'decoder': ('nhwc', 'nhwc')}" in repr(distiller)
+
+
+def test_parameters_of_a_layers_loss_are_trained(student: nn.Module, teacher: nn.Module) -> None:
+    class Learned(nn.Conv2d):
+        def forward(self, ours: Tensor, theirs: Tensor) -> Tensor:
+            return F.mse_loss(super().forward(ours), theirs)
+
+    loss_fn = Learned(4, 6, 1)
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": loss_fn})
+    assert [*distiller.parameters()] == [*student.parameters(), *loss_fn.parameters()]
+
+
+def test_unlikely_layout_warns_once_for_each_layer() -> None:
+    networks = [nn.Sequential(ChannelsLast(nn.Conv2d(3, 32, 1)), nn.Identity()) for _ in range(2)]
+    layers = {"0": "0", "1": "1"}
+    distiller, image = RelationDistiller(*networks, layers), torch.randn(2, 3, 8, 8)
+    with pytest.warns(UserWarning) as caught:
+        distiller(image)
+    assert [str(warning.message)[:36] for warning in caught] == [
+        f"student layer '{name}' with teacher layer" for name in layers
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller(image)
+        RelationDistiller(*networks, layers, layout="nhwc")(image)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("NHWC", "layout='NHWC' is not one of 'nchw', 'nlc', 'nhwc'"),
+        ({"encoder": ("nchw", "nchw", "nhwc")}, "expected a layout, or a pair"),
+        ({"decoder": "nhwc"}, r"layout names layers \['decoder'\] that are not tapped"),
+    ],
+)
+def test_invalid_layouts(layout: object, message: str, student: nn.Module, teacher: nn.Module) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelationDistiller(student, teacher, {"encoder": "encoder"}, layout=layout)
+
+
+def test_layouts_that_do_not_fit_the_features(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout=("nchw", "nlc"))
+    with pytest.raises(
+        ValueError, match=r"'encoder'.*: teacher features have shape .* layout='nlc' expects \(B, N, C\)"
+    ):
+        distiller(image)
+    with pytest.raises(TypeError, match=r"loss\['encoder'\]: expected a module such as"):
+        RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": "l1"})
+    with pytest.raises(ValueError, match=r"loss names layers \['decoder'\] that are not tapped"):
+        RelationDistiller(student, teacher, {"encoder": "encoder"}, {"decoder": SRPLoss()})
+
+
+# --- features without a gradient ------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A network whose encoder runs under activation checkpointing, under no_grad, or as usual."""
+
+    def __init__(self, mode: str, width: int = 4) -> None:
+        super().__init__()
+        self.mode = mode
+        self.stem, self.encoder, self.decoder = (
+            nn.Conv2d(3, width, 1),
+            nn.Conv2d(width, width, 3),
+            nn.Conv2d(width, 3, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.mode == "no_grad":
+            with torch.no_grad():
+                return self.decoder(self.encoder(x))
+        if self.mode == "usual":
+            return self.decoder(self.encoder(x))
+        return self.decoder(checkpoint(self.encoder, x, use_reentrant=self.mode == "reentrant"))
+
+
+def test_checkpointing_without_reentry_is_exact(image: Tensor) -> None:
+    results = []
+    for mode in ("usual", "not reentrant"):
+        torch.manual_seed(0)
+        student, teacher = Checkpointed(mode), Checkpointed("usual", 6)
+        output, _, loss = RelationDistiller(student, teacher, {"encoder": "encoder"})(image)
+        (loss + output.mean()).backward()
+        assert student.encoder.weight.grad.any()
+        results.append((loss, *(parameter.grad for parameter in student.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's own, if use_reentrant=True
+@pytest.mark.parametrize("mode", ["reentrant", "no_grad"])
+def test_feature_without_a_gradient_raises(mode: str, image: Tensor) -> None:
+    student = Checkpointed(mode)
+    distiller = RelationDistiller(student, Checkpointed("usual"), {"encoder": "encoder"})
+    with pytest.raises(RuntimeError, match=r"student layer 'encoder' requires no gradient.*use_reentrant=False"):
+        distiller(image)
+    distiller.run(image, record_features=False)  # nothing is compared
+    with torch.no_grad():  # a validation
+        *_, loss = distiller(image)
+    assert loss.isfinite() and not loss.requires_grad
+
+
+def test_frozen_layer_raises_unless_the_student_is_not_trained(student: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, network(6), {"decoder": "decoder", "encoder.norm": "encoder.norm"})
+    student.encoder.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"student layer 'encoder.norm' requires no gradient.*frozen"):
+        distiller(image)
+    *_, loss = distiller(image.clone().requires_grad_())  # the gradient of the input is computed
+    assert loss.requires_grad
+    student.requires_grad_(False)
+    *_, loss = distiller(image)
+    assert loss.isfinite() and not loss.requires_grad
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -68,6 +69,35 @@ def test_layouts_agree() -> None:
     torch.testing.assert_close(loss, same, rtol=1e-14, atol=0)
     gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(same, tokens[0])[0]
     assert error(gradients[0].flatten(2).mT, gradients[1]) <= 1e-13
+
+
+@pytest.mark.parametrize("relation", [ROW_L1, {}], ids=["row l1", "cosine l2"])
+def test_channels_last_maps(relation: dict) -> None:
+    """(B, H, W, C), contiguous or a view of (B, C, H, W), has the loss and gradient of (B, C, H, W)."""
+    student, teacher = pair(dtype=torch.float64)
+    expected = relation_loss(student, teacher, **relation)
+    (gradient,) = torch.autograd.grad(expected, student)
+    for is_contiguous in (False, True):
+        maps = [x.detach().permute(0, 2, 3, 1) for x in (student, teacher)]
+        maps = [x.contiguous() if is_contiguous else x for x in maps]
+        maps[0].requires_grad_()
+        loss = relation_loss(*maps, layout="nhwc", **relation)
+        torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+        assert error(torch.autograd.grad(loss, maps[0])[0].permute(0, 3, 1, 2), gradient) <= 1e-13
+
+
+def test_channels_last_maps_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+
+    def record(student: Tensor, teacher: Tensor, *options: object) -> tuple[Tensor, None]:
+        received.extend([student, teacher])
+        return torch.zeros(2), None
+
+    monkeypatch.setattr("srpkd.loss.relation_loss_op", record)
+    maps = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 3, 4).permute(0, 2, 3, 1)
+    relation_loss(*maps, layout="nhwc")
+    assert [x.data_ptr() for x in received] == [x.data_ptr() for x in maps]
+    assert [tuple(x.shape) for x in received] == [(2, 12, 5), (2, 12, 7)]
 
 
 @pytest.mark.parametrize(("backend", "relation"), few_cases(ALL_BACKENDS))
@@ -170,12 +200,14 @@ def test_options_are_validated_when_they_are_set_and_not_again(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
-@pytest.mark.parametrize("layout", ["nchw", "nlc"])
+@pytest.mark.parametrize("layout", ["nchw", "nlc", "nhwc"])
 def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str) -> None:
     student, teacher = pair(batch=1)
     student = student.detach()
     if layout == "nlc":
         student, teacher = student.flatten(2).mT, teacher.flatten(2).mT
+    elif layout == "nhwc":
+        student, teacher = student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1)
     single = student[0].clone().requires_grad_()
     student.requires_grad_()
     for reduction in ("mean", "sum", "none"):
@@ -183,6 +215,35 @@ def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str) ->
         loss, expected = relation_loss(single, teacher[0], **options), relation_loss(student, teacher, **options)
         assert loss.shape == () and torch.equal(loss, expected.squeeze())
     assert torch.equal(torch.autograd.grad(loss, single)[0], torch.autograd.grad(expected, student)[0][0])
+
+
+def test_module_warns_once_of_an_unlikely_layout() -> None:
+    swin = torch.ones(2, 16, 16, 96)  # (B, H, W, C)
+    module = SRPLoss()
+    with pytest.warns(UserWarning, match=r"\(2, 16, 16, 96\) are read as \(B, C, H, W\), .* pass layout='nhwc'"):
+        module(swin, swin)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(swin, swin)
+        SRPLoss(layout="nhwc")(swin, swin)
+        SRPLoss()(swin.permute(0, 3, 1, 2), swin.permute(0, 3, 1, 2))
+    with pytest.warns(UserWarning, match="pass layout='nhwc'"):
+        relation_loss(swin, swin)
+    with pytest.warns(UserWarning, match="pass layout='nchw'"):
+        SRPLoss(layout="nhwc")(swin.permute(0, 3, 1, 2), swin.permute(0, 3, 1, 2))
+
+
+def test_compiled_module_reads_channels_last_maps() -> None:
+    """A full graph, also for a shape that would give a warning."""
+    torch.compiler.reset()
+    student, teacher = torch.randn(2, 4, 4, 16, requires_grad=True), torch.randn(2, 4, 4, 16)
+    for layout in ("nhwc", "nchw"):
+        module = SRPLoss(layout=layout)
+        loss = torch.compile(module, fullgraph=True, backend="aot_eager")(student, teacher)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(loss, module(student, teacher))
+    torch.compiler.reset()
 
 
 # --- the package ----------------------------------------------------------------------------------------------------
@@ -217,7 +278,7 @@ REFUSED = {
     "distance": ({"distance": "L1"}, ValueError, ["distance='L1'", "'l1', 'l2', 'huber'", "did you mean 'l"]),
     "far from all": ({"distance": "wasserstein"}, ValueError, ["'wasserstein'", "'huber'"]),
     "reduction": ({"reduction": "means"}, ValueError, ["reduction='means'", "did you mean 'mean'?"]),
-    "layout": ({"layout": "NCHW"}, ValueError, ["layout='NCHW'", "'nchw', 'nlc'"]),
+    "layout": ({"layout": "NCHW"}, ValueError, ["layout='NCHW'", "'nchw', 'nlc', 'nhwc'"]),
     "not a word": ({"normalize": None}, ValueError, ["normalize=None", "'none'"]),
     "backend": ({"backend": "blockd"}, ValueError, ["backend='blockd'", "'auto'", "did you mean 'blocked'?"]),
     "delta 0": ({"delta": 0.0}, ValueError, ["delta=0.0", "above 0"]),
@@ -249,7 +310,27 @@ REFUSED = {
     "images as nlc": (
         {"layout": "nlc"},
         ValueError,
-        ["student", "(2, 3, 4, 4)", "layout='nlc'", "(B, N, C)", "use layout='nchw'"],
+        ["student", "(2, 3, 4, 4)", "layout='nlc'", "(B, N, C)", "use layout='nchw' or 'nhwc'"],
+    ),
+    "channels last as nchw": (
+        {"student": torch.ones(2, 16, 16, 32), "teacher": torch.ones(2, 16, 16, 96)},
+        ValueError,
+        ["(2, 16, 16, 32)", "(2, 16, 16, 96)", "for maps (B, H, W, C) use layout='nhwc'"],
+    ),
+    "one channels last": (
+        {"student": torch.ones(2, 32, 16, 16), "teacher": torch.ones(2, 16, 16, 96)},
+        ValueError,
+        ["(2, 32, 16, 16)", "(2, 16, 16, 96)", "one of them looks like (B, H, W, C)", "the layouts of both networks"],
+    ),
+    "nchw as channels last": (
+        {"student": torch.ones(2, 32, 8, 8), "teacher": torch.ones(2, 96, 8, 8), "layout": "nhwc"},
+        ValueError,
+        ["(2, 32, 8, 8)", "(2, 96, 8, 8)", "for maps (B, C, H, W) use layout='nchw'"],
+    ),
+    "tokens as channels last": (
+        {"student": torch.ones(9, 5), "layout": "nhwc"},
+        ValueError,
+        ["student", "(9, 5)", "(B, H, W, C) or (H, W, C)"],
     ),
     "one image": ({"student": IMAGE[0, 0]}, ValueError, ["student", "(4, 4)", "(B, C, H, W)"]),
     "video": ({"teacher": IMAGE[..., None]}, ValueError, ["teacher", "(2, 3, 4, 4, 1)"]),

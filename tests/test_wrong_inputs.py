@@ -15,11 +15,11 @@ from wrong_files import assert_rejected, make_files, tree
 from bench.readme import update_readme
 from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
 from srpkd.data.images import DataError
-from srpkd.distiller import FeatureTap
 from srpkd.files import WriteError
 from srpkd.models.networks import define_generator
 from srpkd.reporting.page import overview, write_report
 from srpkd.reporting.pictures import save_image
+from srpkd.taps import FeatureTap
 
 IMAGES = torch.ones(2, 3, 8, 8)
 LAYERS = {"0": "0"}
@@ -155,7 +155,7 @@ WRONG = {
     "a network of two outputs": (
         lambda: run(layers={"encoder": "0"}, student=Pair()),
         TypeError,
-        "a network gave a tuple; expected one image tensor",
+        r"the student gave a tuple \(Tensor, Tensor\); expected one image tensor .*pass output=",
     ),
     # --- the page ---
     "a page of a file": (

@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..distiller import remove_hooks, unwrap
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
+from ..taps import remove_hooks, unwrap
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
 from .objectives import OBJECTIVES, Objective, lr_factor, to_device

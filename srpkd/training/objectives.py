@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..distiller import remove_hooks, unwrap
 from ..models.networks import define_discriminator
+from ..taps import remove_hooks, unwrap
 from .distributed import wrap
 from .optimizers import GuardedOptimizers, Losses
 from .options import ResolvedConfig

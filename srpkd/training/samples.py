@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import collate, sides
-from ..distiller import FeatureTap
 from ..models.networks import default_tap
 from ..reporting.pictures import mark_pixel, relation_picture, save_image
+from ..taps import FeatureTap
 from .datasets import ImageDataset, has_targets
 from .options import ResolvedConfig
 from .validation import DIRECTION_NAMES

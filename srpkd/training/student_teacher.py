@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distiller import FeatureTap, RelationDistiller, preserved_modes, total, unwrap
+from ..distiller import RelationDistiller, preserved_modes, total
+from ..taps import FeatureTap, unwrap
 from .distributed import wrap
 
 

@@ -10,7 +10,7 @@ from small import SIZE, SMALL
 from torch import Tensor, nn
 
 from srpkd import SRPLoss
-from srpkd.distiller import FeatureTap
+from srpkd.taps import FeatureTap
 from srpkd.training import objectives
 from srpkd.training.loop import make_objective
 from srpkd.training.objectives import ImagePool, gan_loss, lr_factor

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srpkd import SRPLoss
-from srpkd.distiller import FeatureTap
 from srpkd.models.networks import default_tap, define_generator
+from srpkd.taps import FeatureTap
 from srpkd.training.student_teacher import StudentTeacher, feature_shapes
 
 SIZE = 16
@@ -149,6 +149,17 @@ def test_teacher_that_requires_gradients_receives_none():
     _, losses = make_pair(student, teacher, **dict.fromkeys(WEIGHTS, 1))(images())
     sum(losses.values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["lambda_srp", "lambda_feature"])
+def test_frozen_layer_of_a_student_in_training_raises(name):
+    student = generator()
+    student.model[:10].requires_grad_(False)
+    pair = make_pair(student, frozen(generator(ngf=3)), {"model.9": "model.9"}, **{name: 1})
+    with pytest.raises(RuntimeError, match=r"student layer 'model\.9' requires no gradient"):
+        pair(images())
+    with torch.no_grad():
+        assert pair(images())[1][name.removeprefix("lambda_")].isfinite()
 
 
 def test_close_removes_the_hooks():

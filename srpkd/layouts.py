@@ -1,0 +1,120 @@
+"""Layouts of features: their names, conversions between them, and the check for a layout that looks wrong."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Layout = Literal["nchw", "nlc", "nhwc"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# layout -> shape of a batch, shape without a batch
+SHAPES: dict[Layout, tuple[str, str]] = {
+    "nchw": ("(B, C, H, W)", "(C, H, W)"),
+    "nlc": ("(B, N, C)", "(N, C)"),
+    "nhwc": ("(B, H, W, C)", "(H, W, C)"),
+}
+NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
+
+
+def channel_dim(layout: Layout) -> int:
+    """Return the dimension of the channels, counted from the end."""
+    return -3 if layout == "nchw" else -1
+
+
+def check_ndim(name: str, features: Tensor, layout: Layout) -> None:
+    """Raise a ValueError unless features have the number of dimensions of a layout, with or without a batch."""
+    if features.ndim in (NDIM[layout], NDIM[layout] - 1):
+        return
+    fitting = [repr(other) for other in LAYOUTS if NDIM[other] == features.ndim]
+    expected, single = SHAPES[layout]
+    hint = f"; for this shape use layout={' or '.join(fitting)}" if fitting else ""
+    raise ValueError(
+        f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or {single}{hint}"
+    )
+
+
+def convert(features: Tensor, layout: Layout, target: Layout, partner: Tensor, partner_layout: Layout) -> Tensor:
+    """Return a view of features in another layout.
+
+    Args:
+        features: features in ``layout``, with or without a batch.
+        layout: layout of the features.
+        target: layout of the result.
+        partner: the features that these are compared with. Their height and width are those of tokens that become a
+            map; if they are tokens too, the map is one pixel wide.
+        partner_layout: layout of the partner.
+
+    Raises:
+        ValueError: the tokens are not as many as the pixels of the partner's map.
+    """
+    if layout == target:
+        return features
+    if layout == "nhwc":
+        features = features.movedim(-1, -3)
+    elif layout == "nlc":
+        tokens = features.shape[-2]
+        height, width = tokens, 1
+        if partner_layout != "nlc":
+            height, width = partner.shape[-2:] if partner_layout == "nchw" else partner.shape[-3:-1]
+        if height * width != tokens:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} have {tokens} tokens and a map {tuple(partner.shape)} has "
+                f"{height} x {width} pixels: tap layers of equal size, without class tokens"
+            )
+        features = features.transpose(-1, -2).unflatten(-1, (height, width))
+    if target == "nhwc":
+        return features.movedim(-3, -1)
+    return features if target == "nchw" else features.flatten(-2).transpose(-1, -2)
+
+
+def likely_layout(features: Tensor, layout: Layout) -> Layout | None:
+    """Return another layout that the shape of features suggests, or None.
+
+    A map is taken to be square, and a number of channels to be a multiple of 4 and at least 16. Tokens are as many as
+    the pixels of a square map, with or without a class token.
+    """
+    if layout == "nlc" or features.ndim not in (3, 4):
+        return None
+    first, second, third = features.shape[-3:]
+    if layout == "nchw" and first == second != third and _is_usual_width(third):
+        return "nhwc"
+    if layout == "nhwc" and second == third != first and _is_usual_width(first):
+        return "nchw"
+    if features.ndim == 3 and first != second != third and _is_usual_width(third) and _is_token_count(second):
+        return "nlc"
+    return None
+
+
+def warn_if_unlikely(
+    student: Tensor, teacher: Tensor, layouts: tuple[Layout, Layout], where: str = "", stacklevel: int = 2
+) -> bool:
+    """Warn if the features of both networks look like another layout than the one that is stated.
+
+    Args:
+        layouts: stated layouts of student and teacher.
+        where: start of the warning, such as the names of the layers.
+
+    Returns:
+        Whether it warned.
+    """
+    likely = likely_layout(student, layouts[0])
+    if likely is None or likely_layout(teacher, layouts[1]) != likely:
+        return False
+    stated = " and ".join(dict.fromkeys(SHAPES[layout][NDIM[layout] - student.ndim] for layout in layouts))
+    warnings.warn(
+        f"{where}features of shape {tuple(student.shape)} and {tuple(teacher.shape)} are read as {stated}, but look "
+        f"like {SHAPES[likely][NDIM[likely] - student.ndim]}: if they are, pass layout={likely!r}",
+        stacklevel=stacklevel + 1,
+    )
+    return True
+
+
+def _is_usual_width(channels: int) -> bool:
+    return channels >= 16 and channels % 4 == 0
+
+
+def _is_token_count(count: int) -> bool:
+    return count >= 49 and any(math.isqrt(number) ** 2 == number for number in (count, count - 1))

@@ -1,0 +1,138 @@
+"""Features of named layers, recorded by forward hooks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .arguments import check_type
+from .structures import Keys, describe, element, parse_path
+
+
+class FeatureTap:
+    """Forward hooks that record the outputs of named modules inside ``recording()``.
+
+    Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
+    the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
+    compiled code ignores later hooks, and ``recording()`` then raises.
+
+    A copy of a tapped network, by ``copy.deepcopy`` or ``torch.save``, has an idle tap of its own, which
+    ``remove_hooks`` removes. A copy of the network together with the tap, as in a copied distiller, works like the
+    original.
+
+    Args:
+        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
+        names: names of its submodules, as in ``named_modules()``. Where a module returns a tuple, a dict or an object
+            with fields, a name ends in the index or field of a tensor: ``"down_blocks.0[0]"``, ``"encoder[sample]"``.
+        role: how error messages call the network.
+
+    Raises:
+        TypeError: ``network`` is not a module, or ``names`` is a string.
+        ValueError: a name is not that of a submodule; the message lists the nearest names.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
+        check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
+        if isinstance(names, str):
+            raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
+        self.names = list(names)
+        self.role = role
+        self._features: dict[str, Tensor] = {}
+        self._active = False
+        modules = dict(unwrap(network).named_modules())
+        paths: dict[str, tuple[str, Keys]] = {}
+        for name in names:
+            paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
+            module_name = paths[name][0]
+            if module_name not in modules or not module_name:
+                nearest = difflib.get_close_matches(
+                    str(module_name), [other for other in modules if other], 5, cutoff=0
+                )
+                raise ValueError(
+                    f"the {role} has no module named {module_name!r}; "
+                    + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
+                )
+        # bound methods: a copy of the network then refers to the copy of this tap
+        self._handles = [
+            modules[module_name].register_forward_hook(partial(self._record, name, keys))
+            for name, (module_name, keys) in paths.items()
+        ]
+
+    def _record(self, name: str, keys: Keys, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Record the output of a module, or an element of it, while recording."""
+        if not self._active:
+            return
+        try:
+            feature = element(output, keys)
+        except LookupError as error:
+            raise ValueError(f"{self.role} layer {name!r}: {error}") from error
+        if not isinstance(feature, Tensor):
+            raise TypeError(
+                f"{self.role} module {name!r} returned a {describe(feature)}: tap a module that returns a tensor, or "
+                f"name an element or field that is one, such as '{name}[0]'"
+            )
+        if name in self._features:
+            raise RuntimeError(
+                f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
+                "tap a module that runs once"
+            )
+        self._features[name] = feature.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and files: without features, and idle."""
+        return {**self.__dict__, "_features": {}, "_active": False}
+
+    @contextmanager
+    def recording(self, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Record one forward pass: ``with tap.recording() as features: network(images)``.
+
+        Args:
+            enabled: if False, nothing is recorded.
+
+        Yields:
+            A dict that contains the features by module name after the pass.
+
+        Raises:
+            RuntimeError: a tapped module did not run, or ran twice, in the pass.
+            TypeError: a tapped module returned no tensor.
+            ValueError: the output of a tapped module has no element or field of that name.
+        """
+        self._features, self._active = {}, enabled
+        try:
+            yield self._features
+        finally:
+            self._active = False
+        missing = [name for name in self.names if name not in self._features]
+        if enabled and missing:
+            raise RuntimeError(
+                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
+                "layers that its forward uses, and create the tap before torch.compile"
+            )
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network inside the wrappers of torch.compile and data-parallel training."""
+    while True:
+        if isinstance(network, DataParallel | DistributedDataParallel):
+            network = network.module
+        elif (compiled := dict(network.named_children()).get("_orig_mod")) is not None:
+            network = compiled
+        else:
+            return network
+
+
+def remove_hooks(network: nn.Module) -> None:
+    """Remove all forward hooks, such as the feature taps that a copy of a tapped network inherits."""
+    for module in network.modules():
+        module._forward_hooks.clear()

@@ -1,0 +1,77 @@
+"""Conversions between layouts of features, and the shapes that look like another layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from srpkd.layouts import LAYOUTS, Layout, convert, likely_layout, warn_if_unlikely
+
+
+def as_layout(image: Tensor, layout: Layout) -> Tensor:
+    """(B, C, H, W) or (C, H, W) in another layout, by its definition."""
+    if layout == "nchw":
+        return image
+    channels_last = torch.stack(image.unbind(-3), -1)
+    return channels_last if layout == "nhwc" else torch.cat(channels_last.unbind(-3), -2)
+
+
+@pytest.mark.parametrize("has_batch", [True, False])
+@pytest.mark.parametrize(("layout", "target"), [*itertools.product(LAYOUTS, LAYOUTS)])
+def test_conversions(layout: Layout, target: Layout, has_batch: bool) -> None:
+    image = torch.randn(2, 3, 4, 5) if has_batch else torch.randn(3, 4, 5)
+    for partner_layout in ("nchw", "nhwc"):
+        features, partner = as_layout(image, layout), as_layout(image, partner_layout)
+        converted = convert(features, layout, target, partner, partner_layout)
+        assert torch.equal(converted, as_layout(image, target))
+        assert converted.untyped_storage().data_ptr() == features.untyped_storage().data_ptr()
+
+
+def test_tokens_of_both_networks_become_a_map_of_one_column() -> None:
+    tokens = torch.randn(2, 6, 3)
+    assert torch.equal(convert(tokens, "nlc", "nchw", tokens, "nlc"), tokens.mT[..., None])
+
+
+def test_tokens_that_are_not_the_pixels_of_the_map_raise() -> None:
+    with pytest.raises(
+        ValueError, match=r"\(2, 17, 3\) have 17 tokens .* \(2, 3, 4, 4\) has 4 x 4 pixels: .*class tokens"
+    ):
+        convert(torch.ones(2, 17, 3), "nlc", "nchw", torch.ones(2, 3, 4, 4), "nchw")
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "likely"),
+    [
+        ((2, 16, 16, 96), "nchw", "nhwc"),  # stages of Swin and SwinIR
+        ((2, 7, 7, 768), "nchw", "nhwc"),
+        ((2, 64, 64, 180), "nchw", "nhwc"),
+        ((16, 16, 96), "nchw", "nhwc"),
+        ((2, 96, 16, 16), "nchw", None),
+        ((2, 64, 64, 64), "nchw", None),
+        ((2, 64, 32, 64), "nchw", None),
+        ((2, 3, 3, 5), "nchw", None),
+        ((96, 16, 16), "nchw", None),
+        ((2, 96, 16, 16), "nhwc", "nchw"),
+        ((2, 16, 16, 96), "nhwc", None),
+        ((2, 12, 16, 96), "nhwc", None),
+        ((8, 196, 384), "nchw", "nlc"),  # tokens of a vision transformer, without and with its class token
+        ((8, 197, 384), "nchw", "nlc"),
+        ((8, 196, 384), "nhwc", "nlc"),
+        ((8, 100, 100), "nchw", None),
+        ((8, 196, 384), "nlc", None),
+        ((196, 384), "nlc", None),
+    ],
+)
+def test_likely_layout(shape: tuple[int, ...], layout: Layout, likely: Layout | None) -> None:
+    assert likely_layout(torch.empty(shape), layout) == likely
+
+
+def test_one_of_two_features_is_not_enough_for_a_warning() -> None:
+    """A map (B, C, H, W) with C = H that is not square: the other network has other channels."""
+    student, teacher = torch.empty(2, 64, 64, 128), torch.empty(2, 256, 64, 128)
+    assert not warn_if_unlikely(student, teacher, ("nchw", "nchw"))
+    with pytest.warns(UserWarning, match="look like"):
+        assert warn_if_unlikely(student, student, ("nchw", "nchw"))

@@ -1,0 +1,184 @@
+"""Features of named layers, and copies of tapped networks."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from tapped import COPIES, hooks, network
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from srpkd.taps import FeatureTap, remove_hooks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def student() -> nn.Sequential:
+    return network(4)
+
+
+@pytest.fixture
+def image() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def test_tap_records_the_output_before_in_place_changes(student: nn.Module, image: Tensor) -> None:
+    """The in-place activation after encoder.norm overwrites its output."""
+    tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])
+    with tap.recording() as features:
+        student(image)
+    convolved = student.encoder.conv(image)
+    torch.testing.assert_close(features["encoder.conv"], convolved)
+    torch.testing.assert_close(features["encoder.norm"], F.instance_norm(convolved))
+    assert (features["encoder.norm"] < 0).any()
+    torch.testing.assert_close(features["encoder.act"], F.instance_norm(convolved).relu())
+
+
+def test_tap_passes_gradients_and_does_not_change_the_output(student: nn.Module, image: Tensor) -> None:
+    expected = student(image)
+    tap = FeatureTap(student, ["encoder.norm"])
+    with tap.recording() as features:
+        output = student(image)
+    assert torch.equal(output, expected)
+    features["encoder.norm"].square().sum().backward()
+    assert student.encoder.conv.weight.grad.abs().sum() > 0
+    assert student.decoder.weight.grad is None
+
+
+def test_each_recording_contains_its_own_pass(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["decoder"])
+    with tap.recording() as first:
+        student(image)
+    student(image)  # not recorded
+    with tap.recording() as second:
+        student(2 * image)
+    torch.testing.assert_close(first["decoder"], student(image))
+    torch.testing.assert_close(second["decoder"], student(2 * image))
+
+
+@pytest.mark.parametrize("name", ["encoder.nrom", "encodr.norm", "norm", "", "model.9"])
+def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
+    with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
+        FeatureTap(student, [name], "student")
+    assert hooks(student) == 0
+
+
+def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder", "decoder"], "student")
+    with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
+        student.encoder(image)
+    with pytest.raises(RuntimeError, match=r"\['encoder', 'decoder'\] did not run"), tap.recording():
+        pass
+
+
+def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder"], "student")
+    with pytest.raises(RuntimeError, match="'encoder' ran more than once"), tap.recording():
+        student.encoder(image)
+        student.encoder(image)
+
+
+def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    network = nn.ModuleDict({"pair": Pair()})
+    tap = FeatureTap(network, ["pair"], "teacher")
+    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
+        network["pair"](image)
+
+
+def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder"])
+    with pytest.raises(RuntimeError, match="channels"), tap.recording():
+        student(torch.randn(1, 5, 8, 8))
+    student(image)
+    student(image)  # not recording: running twice is no error
+    with tap.recording() as features:
+        student(image)
+    assert set(features) == {"encoder"}
+
+
+class Several(nn.Module):
+    """A module whose output contains two features: in a tuple, a dict, an object with fields, or nested."""
+
+    def __init__(self, kind: str, width: int = 4) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, width, 1)
+
+    def forward(self, x: Tensor) -> object:
+        x = self.conv(x)
+        return {
+            "tuple": (x, 2 * x),
+            "dict": {"0": x, "last": 2 * x},
+            "object": types.SimpleNamespace(first=x, last=2 * x),
+            "nested": ({"last": [x, 2 * x]}, None),
+        }[self.kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("tuple", ["0[0]", "0[1]", "0[-1]"]),
+        ("dict", ["0[0]", "0[last]", '0["last"]']),
+        ("object", ["0[first]", "0[last]", "0['last']"]),
+        ("nested", ["0[0][last][0]", "0[0][last][1]", "0[0][last][-1]"]),
+    ],
+)
+def test_taps_of_elements_and_fields(kind: str, names: list[str], image: Tensor) -> None:
+    network = nn.Sequential(Several(kind))
+    tap = FeatureTap(network, names)
+    with tap.recording() as features:
+        network(image)
+    expected = network[0].conv(image)
+    assert list(features) == names
+    for name, scale in zip(names, (1, 2, 2), strict=True):
+        torch.testing.assert_close(features[name], scale * expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("tuple", "0", r"module '0' returned a tuple \(Tensor, Tensor\): .* such as '0\[0\]'"),
+        ("tuple", "0[2]", r"layer '0\[2\]': no element \[2\] in a tuple \(Tensor, Tensor\)"),
+        ("dict", "0[first]", r"no element \[first\] in a dict with the keys '0', 'last'"),
+        ("tuple", "0.conv[0]", r"no element \[0\] in a Tensor of shape \(2, 4, 8, 8\)"),
+        ("nested", "0[1]", "returned a NoneType: tap a module"),
+    ],
+)
+def test_elements_that_do_not_exist(kind: str, name: str, message: str, image: Tensor) -> None:
+    network = nn.Sequential(Several(kind))
+    tap = FeatureTap(network, [name])
+    with pytest.raises((TypeError, ValueError), match=message), tap.recording():
+        network(image)
+
+
+def test_unknown_module_of_an_element_lists_the_nearest(student: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"no module named 'encodr'; the nearest names are 'encoder'"):
+        FeatureTap(student, ["encodr[0]"])
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copy_of_a_tapped_network_does_not_record(make_copy, student: nn.Module, image: Tensor) -> None:
+    tap = FeatureTap(student, ["encoder"])
+    with tap.recording() as features:
+        output = student(image)
+        twin = make_copy(student)
+        assert torch.equal(twin(2 * image), student.decoder(twin.encoder(2 * image)))
+    assert torch.equal(twin(image), output)
+    torch.testing.assert_close(features["encoder"], student.encoder(image))
+    own = FeatureTap(twin, ["encoder"])
+    with own.recording() as features:
+        twin(image)
+    torch.testing.assert_close(features["encoder"], student.encoder(image))
+    tap.close()
+    remove_hooks(twin)
+    assert hooks(student) == hooks(twin) == 0
