@@ -197,7 +197,7 @@ WRONG = {
     "python -m bench relation --pixels 0 --out new.csv": (1, "--pixels: received .*expected integers >= 1"),
     "python -m bench relation --device gpu --out new.csv": (1, "--device gpu: expected cpu, or cuda"),
     "python -m bench table --csv none.csv": (1, "run python -m bench relation first"),
-    "python -m bench table --csv table.csv": (1, "table.csv: expected a file of results, the columns mode, .* are missing"),
+    "python -m bench table --csv table.csv": (1, "table.csv: expected a file of results, the columns mode, .* missing"),
     "python -m bench plot --csv net.pth": (1, "net.pth cannot be read as CSV"),
     "python -m bench plot --csv none.csv": (1, "run python -m bench relation first"),
     "python -m bench scaling --csv empty": (1, "Is a directory: 'empty'"),
