@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         backend, device = parameters["backend"], torch.device(parameters["device"])
         if (reason := unavailable_reason(backend, device)) is not None:
             pytest.skip(f"{backend} on {device.type}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of ``wrong_files.make_files``, for tests that only read them."""
+    from wrong_files import make_files  # here, because it needs the extra `train`
+
+    return make_files(tmp_path_factory.mktemp("files"))

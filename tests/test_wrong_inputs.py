@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from wrong_files import assert_rejected, make_files, tree
+from wrong_files import assert_rejected, tree
 
 from bench.readme import update_readme
 from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
@@ -191,11 +191,6 @@ WRONG = {
         r"\(3, H, W\) .* received \(2, 8, 8",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)

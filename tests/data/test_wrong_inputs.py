@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from wrong_files import assert_rejected, make_files
+from wrong_files import assert_rejected
 
 from srpkd.data.folders import open_dataset
 from srpkd.data.images import DataError, ImageFiles, find_images
@@ -108,11 +108,6 @@ WRONG = {
         "no images found; expected a folder of images",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)

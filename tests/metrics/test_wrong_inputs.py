@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from wrong_files import assert_rejected, make_files
+from wrong_files import assert_rejected
 
 from srpkd.data.images import ImageFiles
 from srpkd.metrics.fidelity import fidelity
@@ -46,11 +46,6 @@ WRONG = {
         "--palette empty: expected synthetic, citysc",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)

@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 from torch import nn
-from wrong_files import assert_rejected, full_disk, make_files, refusing, tree
+from wrong_files import assert_rejected, full_disk, refusing, tree
 
 from srpkd.files import WriteError
 from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights, save_weights
@@ -157,11 +157,6 @@ WRONG = {
         "transposed='in' is not one of 'output', 'input'",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)
