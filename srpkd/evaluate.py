@@ -17,7 +17,16 @@ from tqdm import tqdm
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import Crop, ImageFiles, find_images, image_pairs, left_half, pair_by_name, right_half
+from .data.images import (
+    Crop,
+    ImageFiles,
+    count_other_files,
+    find_images,
+    image_pairs,
+    left_half,
+    pair_by_name,
+    right_half,
+)
 from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity
@@ -40,11 +49,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             source_crop, target_crop = target_crop, source_crop
     with tempfile.TemporaryDirectory() as scratch:
         source = options.generated
+        notes: list[str] = []
         if source.endswith(SUFFIXES):
             if not options.input:
                 raise ValueError(f"{source} is a generator: give the folder of the images to translate, --input")
             net = load_generator(source, train_mode_norm=options.train_mode_norm).to(options.device)
-            _, skipped = translate_folder(net, options.input, scratch, size=options.size, crop=source_crop, force=True)
+            _, skipped = translate_folder(
+                net, options.input, scratch, size=options.size, crop=source_crop, force=True, notes=notes
+            )
             if skipped:
                 raise ValueError(f"images that cannot be read: {'; '.join(skipped)}")
             source = scratch
@@ -55,7 +67,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             )
         elif options.train_mode_norm:
             raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
-        return _scores(options, find_images(source), find_images(options.real), target_crop)
+        result = _scores(options, find_images(source), find_images(options.real), target_crop)
+        for folder in filter(None, (options.input or options.generated, options.real, options.real_train)):
+            if others := count_other_files(folder):
+                notes.append(f"{folder}: {others} left out.")
+        result["notes"] += notes
+        return result
 
 
 def _scores(options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None) -> dict[str, Any]:

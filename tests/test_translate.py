@@ -49,7 +49,7 @@ def test_unreadable_images_are_reported_and_skipped(folder, tmp_path, capsys):
         main([str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device", "cpu"])
     assert caught.value.code == 1
     out, err = capsys.readouterr()
-    assert out == f"7 images written to {tmp_path / 'out'}, 2 skipped\n"
+    assert out == f"7 images written to {tmp_path / 'out'}, 2 skipped, 1 other file (1 .txt) left out\n"
     assert f"skipped {folder / 'cut.jpg'}: damaged or truncated" in err
     assert f"skipped {folder / 'text.png'}: not an image" in err
     assert not (tmp_path / "out" / "cut.jpg").exists() and (tmp_path / "out" / "grey.png").exists()
