@@ -23,7 +23,7 @@ def save_deep(path: Path, array: np.ndarray, **options) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     array = array[:, :, 0] if array.shape[2] == 1 else array
     if path.suffix == ".png":
-        path.write_bytes(imagecodecs.png_encode(array, **options))
+        path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(array), **options))
     else:
         kind = "rgb" if array.ndim == 3 and array.shape[2] >= 3 else "minisblack"
         tifffile.imwrite(path, array, **{"photometric": kind, "metadata": None} | options)

@@ -146,7 +146,7 @@ def read_tiff_header(path: str | os.PathLike) -> TiffHeader:
         size = page.imagewidth, page.imagelength
         profile = page.tags.get(34675)
         return TiffHeader(
-            size[::-1] if _tiff_orientation(page) >= 5 else size,
+            size[::-1] if _tiff_orientation(page) in (5, 6, 7, 8) else size,
             len(file.pages),
             f"{page.dtype} {getattr(page.photometric, 'name', page.photometric)}",
             bytes(profile.value) if profile else None,

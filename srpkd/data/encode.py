@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..extras import require
 from .images import ImageFile
-from .picture import Picture, byte_levels, picture_to_levels, unit_levels
+from .levels import byte_levels, unit_levels
+from .picture import Picture, picture_to_levels
 
 # what the files of a format hold
 WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}

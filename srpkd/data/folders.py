@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..arguments import check_whole
@@ -158,6 +159,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
             left, right = split_pair(images[0], paths[0])
             paths, images = paths * 2, [right, left] if self.swap else [left, right]
         images = [with_channels(image, 1) if nc == 1 else image for image, nc in zip(images, self.channels)]
+        images = [_marked(image) for image in images]
         try:
             # in one call, the two images of a pair share their crop and flip
             tensors = self.transform(*images) if self.aligned else [self.transform(image) for image in images]
@@ -204,4 +206,9 @@ def _scale(image: Picture, preprocess: Preprocess, load_size: int, crop_size: in
             f"{width} x {height} pixels are smaller than crop_size {crop_size}: use a smaller crop_size, or "
             "preprocess resize_and_crop"
         )
-    return resize_picture(image, width, height)
+    return _marked(resize_picture(image, width, height))
+
+
+def _marked(picture: Picture) -> Picture:
+    """Mark a tensor as an image: of several plain tensors torchvision transforms only the first."""
+    return tv_tensors.Image(picture) if isinstance(picture, Tensor) else picture

@@ -61,21 +61,6 @@ def picture_to_levels(picture: Picture) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def unit_levels(levels: Tensor) -> Tensor:
-    """Return the result of `picture_to_levels` as float64 in [0, 1]."""
-    return levels if levels.is_floating_point() else levels.double() / 255
-
-
-def levels_to_255(levels: Tensor) -> Tensor:
-    """Return the result of `picture_to_levels` on a scale of 0 to 255, not rounded."""
-    return levels * 255 if levels.is_floating_point() else levels
-
-
-def byte_levels(levels: Tensor) -> Tensor:
-    """Return the result of `picture_to_levels` as uint8; deeper images are rounded to 8 bits."""
-    return (levels * 255).round().to(torch.uint8) if levels.is_floating_point() else levels
-
-
 def image_to_tensor(picture: Picture) -> Tensor:
     """Convert an image to (C, H, W) float32 in [-1, 1]."""
     if isinstance(picture, Tensor):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
-from ..data.picture import levels_to_255
+from ..data.levels import levels_to_255
 from ..data.synthetic import PALETTE
 from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
 

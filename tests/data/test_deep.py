@@ -3,6 +3,7 @@
 import struct
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -64,7 +65,7 @@ def test_floats(tmp_path, dtype, channels):
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pnm(tmp_path, maximum, plain, channels):
-    pixels = RGB[:, :, :channels] % (maximum + 1)
+    pixels = RGB[:, :, :channels].astype(int) % (maximum + 1)
     kind = (2 if plain else 5) + (channels == 3)
     data = " ".join(map(str, pixels.ravel())).encode() if plain else pixels.astype(">u2").tobytes()
     path = tmp_path / "0.ppm"
@@ -114,10 +115,7 @@ def test_deep_files_that_would_lose_precision_are_refused(tmp_path, suffix):
     if suffix == "jp2":
         Image.fromarray(RGB[:, :, 0]).save(path)
     else:
-        Image.new("RGB", (9, 9)).save(path)
-        content = path.read_bytes()
-        read_image(path)
-        path.write_bytes(content.replace(b"\3\x08\x08\x08", b"\3\x0a\x0a\x0a", 1))
+        path.write_bytes(imagecodecs.avif_encode(RGB // 64, bitspersample=10))
     with pytest.raises(DataError, match=r"of more than 8 bits per channel; convert it to a 16-bit PNG or TIFF"):
         read_image(path)
 
