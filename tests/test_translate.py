@@ -130,8 +130,8 @@ def test_phone_photos(tmp_path, identity, capsys):
     assert run(tmp_path, photos) == 0
     out, err = capsys.readouterr()
     assert out == f"4 images written to {tmp_path / 'out'}, 1 other file (1 .heic) left out\n"
-    assert "note: 1 images: without the alpha channel (JPEG has none), such as" in err
-    assert "note: 1 images: only the first page or frame of an image with several (use --all_frames" in err
+    assert "note: 1 image: without the alpha channel (JPEG has none), such as" in err
+    assert "note: 1 image: only the first page or frame of an image with several (use --all_frames" in err
     with Image.open(tmp_path / "out" / "phone.jpg") as result:
         assert result.size == (12, 20) and result.info["icc_profile"] == profile and not result.getexif().get(0x0112)
         upright = np.array(Image.open(photos / "phone.jpg").transpose(Image.Transpose.ROTATE_270)).astype(int)

@@ -127,6 +127,9 @@ def _encode_8_bits(frames: Sequence[np.ndarray], source: Source, format: str, pr
     has_alpha = frames[0].shape[2] in (2, 4)
     if has_alpha and format in ("AVIF", "GIF"):
         images = [image.convert("RGBA") for image in images]
+    if has_alpha and format == "GIF":  # a pixel is opaque or transparent
+        for image in images:
+            image.putalpha(image.getchannel("A").point([0] * 128 + [255] * 128))
     options = dict(_QUALITY.get(format, {}))
     if profile:
         options["icc_profile"] = profile

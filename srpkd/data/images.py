@@ -211,7 +211,12 @@ class ImageFile:
         if image is None:
             return decode_deep(self.path, None, frame, 1)
         if image.tell() != frame:
-            image.seek(frame)
+            try:
+                image.seek(frame)
+            except Exception:  # Pillow raises several kinds for pages that it does not read
+                if image.format != "TIFF":
+                    raise
+                return decode_deep(self.path, None, frame, 1)
         if frame and image.format == "TIFF":
             bits = bits_per_channel(image, self.path)
         if bits > 8:

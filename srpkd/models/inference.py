@@ -174,7 +174,7 @@ def translate_folder(
         net.train(was_training)
     if notes is not None:
         for what, where in lacking.items():
-            notes.append(f"{len(where)} images: {what}, such as {where[0]}")
+            notes.append(f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}")
     return written, skipped
 
 

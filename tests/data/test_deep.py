@@ -183,3 +183,19 @@ def test_orientation_is_applied_once(tmp_path, kind, orientation):
         picture = image.read()
     found = np.array(picture) if depth == "8" else (picture * 255).round().permute(1, 2, 0).numpy()
     np.testing.assert_allclose(found, expected, atol=2)
+
+
+def test_pages_of_different_depths(tmp_path):
+    path = tmp_path / "0.tif"
+    pages = [(RGB >> 8).astype(np.uint8), RGB, FLOATS]
+    with tifffile.TiffWriter(path) as file:
+        for pixels in pages:
+            file.write(pixels, photometric="rgb", metadata=None, extratags=[(274, "H", 1, 6, True)])
+    with open_image(path) as image:
+        assert image.frames == 3 and image.size == (9, 14)
+        for frame in (0, 2, 1, 0):
+            picture, expected = image.read(frame), np.rot90(pages[frame], -1)
+            if frame:
+                assert torch.equal(picture, unit(expected, 65535 if frame == 1 else 1))
+            else:
+                np.testing.assert_array_equal(picture, expected)
