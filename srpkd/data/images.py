@@ -144,7 +144,15 @@ class ImageFile:
     @property
     def frames(self) -> int:
         """Number of pages or frames."""
-        return self._tiff.frames if self._tiff else getattr(self._image, "n_frames", 1)
+        if self._tiff:
+            return self._tiff.frames
+        try:
+            return getattr(self._image, "n_frames", 1)
+        except Exception:  # Pillow raises several kinds for pages that it does not read
+            if not self._image or self._image.format != "TIFF":
+                raise
+            self._image.seek(0)
+            return read_tiff_header(self.path).frames
 
     @property
     def mode(self) -> str:
