@@ -7,6 +7,7 @@ training run reports are computed in ``srpkd.training.validation``.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -22,6 +23,7 @@ from .data.images import (
     ImageFiles,
     count_other_files,
     find_images,
+    further_frames,
     image_pairs,
     left_half,
     pair_by_name,
@@ -49,14 +51,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             source_crop, target_crop = target_crop, source_crop
     with tempfile.TemporaryDirectory() as scratch:
         source = options.generated
-        notes: list[str] = []
         if source.endswith(SUFFIXES):
             if not options.input:
                 raise ValueError(f"{source} is a generator: give the folder of the images to translate, --input")
             net = load_generator(source, train_mode_norm=options.train_mode_norm).to(options.device)
-            _, skipped = translate_folder(
-                net, options.input, scratch, size=options.size, crop=source_crop, force=True, notes=notes
-            )
+            _, skipped = translate_folder(net, options.input, scratch, size=options.size, crop=source_crop, force=True)
             if skipped:
                 raise ValueError(f"images that cannot be read: {'; '.join(skipped)}")
             source = scratch
@@ -68,11 +67,13 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         elif options.train_mode_norm:
             raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
         result = _scores(options, find_images(source), find_images(options.real), target_crop)
-        for folder in filter(None, (options.input or options.generated, options.real, options.real_train)):
-            if others := count_other_files(folder):
-                notes.append(f"{folder}: {others} left out.")
-        result["notes"] += notes
-        return result
+    folders = (options.input or options.generated, options.real, options.real_train)
+    for folder in filter(None, dict.fromkeys(folders)):
+        if several := further_frames(find_images(folder)):
+            result["notes"].append(f"{several}.")
+        if others := count_other_files(os.path.expanduser(folder)):
+            result["notes"].append(f"{folder}: {others} left out.")
+    return result
 
 
 def _scores(options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None) -> dict[str, Any]:

@@ -102,8 +102,12 @@ def test_scores_of_deep_images(tmp_path, name):
 
 def test_other_files_are_counted(folders, capsys):
     (folders["real"] / "x.heic").touch()
+    image = Image.new("RGB", (12, 12))
+    image.save(folders["real"] / "p.gif", save_all=True, append_images=[Image.new("RGB", (12, 12), "red")])
     main([str(folders["real"]), str(folders["real"]), "--metrics", "psnr"])
-    assert f"{folders['real']}: 1 other file (1 .heic) left out." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count(f"{folders['real']}: 1 other file (1 .heic) left out.") == 1
+    assert out.count("1 image has further pages or frames, which are not used, such as") == 1
 
 
 @pytest.mark.parametrize("train_mode_norm", [False, True])

@@ -299,6 +299,24 @@ def read_image(path: str) -> Picture:
         return image.read()
 
 
+def further_frames(paths: Sequence[str]) -> str:
+    """Return how many images have further pages or frames, in words; '' if none has. Reads only headers."""
+    several = []
+    for path in paths:
+        with open_image(path) as image:
+            if image.frames > 1:
+                several.append(path)
+    return describe_further_frames(several)
+
+
+def describe_further_frames(paths: Sequence[str]) -> str:
+    """Return "3 images have further pages or frames, which are not used, such as a.gif", or '' for no paths."""
+    if not paths:
+        return ""
+    subject = f"{len(paths):,} images have" if len(paths) > 1 else "1 image has"
+    return f"{subject} further pages or frames, which are not used, such as {paths[0]}"
+
+
 def split_pair(image: Picture, path: str) -> tuple[Picture, Picture]:
     """Return the left half (A) and the right half (B) of an aligned image.
 

@@ -14,7 +14,7 @@ from ..arguments import check_whole
 from ..kernels.dispatch import check_choice
 from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size, source_folders
-from .images import EXTENSIONS, DataError, count_other_files, image_files, open_image
+from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, image_files, open_image
 
 Size = tuple[int, int]  # (width, height)
 
@@ -35,6 +35,7 @@ class DatasetReport:
     network_sizes: the different (width, height) of the network's inputs
     decoded: how many files were decoded completely
     others: for each folder with files that are no images, how many, in words
+    further_frames: how many images have more than one page or frame, in words
     """
 
     counts: dict[str, int]
@@ -42,6 +43,7 @@ class DatasetReport:
     network_sizes: list[Size]
     decoded: int
     others: dict[str, str] = field(default_factory=dict)
+    further_frames: str = ""
 
     def __str__(self) -> str:
         counts = " and ".join(f"{count:,} images in {name}" for name, count in self.counts.items())
@@ -51,6 +53,7 @@ class DatasetReport:
             f"{counts}, {_size_range(self.sizes)} pixels, {decoded} decoded without error; "
             f"the network gets {_size_range(self.network_sizes)}"
             + "".join(f"; {others} in {name} left out" for name, others in self.others.items())
+            + (f"; {self.further_frames}" if self.further_frames else "")
         )
 
 
@@ -59,6 +62,7 @@ class _Header(NamedTuple):
 
     path: str
     size: Size  # upright
+    frames: int
 
 
 class _Check(NamedTuple):
@@ -136,6 +140,7 @@ def validate_dataset(
     file_sizes: Counter[Size] = Counter()
     network_sizes: set[Size] = set()
     others: dict[str, str] = {}
+    several: list[str] = []
     decoded = 0
     for folder in [] if missing else source_folders(root, dataset_mode, phase):
         files = image_files(folder)[:max_dataset_size]
@@ -158,12 +163,15 @@ def validate_dataset(
         counts[folder.resolve().name] = len(files)
         if left_out := count_other_files(folder):
             others[folder.resolve().name] = left_out
+        several += [header.path for header in headers if header.frames > 1]
         file_sizes.update(header.size for header in headers)
         network_sizes |= folder_sizes
         decoded += complete
     if problems:
         raise DataError(heading, problems)
-    return DatasetReport(counts, dict(file_sizes), sorted(network_sizes), decoded, others)
+    return DatasetReport(
+        counts, dict(file_sizes), sorted(network_sizes), decoded, others, describe_further_frames(several)
+    )
 
 
 def _invalid_arguments(choices: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
@@ -242,7 +250,7 @@ def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]
         decoded += decode
         try:
             with open_image(path) as image:
-                header = _Header(path, image.size)
+                header = _Header(path, image.size, image.frames)
                 image.check(decode)
             headers.append(header)
         except DataError as error:

@@ -175,6 +175,14 @@ def test_other_files_are_counted(unaligned):
     assert str(report).endswith("; 3 other files (2 .heic, 1 .txt) in trainA left out")
 
 
+def test_further_frames_are_counted(unaligned):
+    image = Image.new("RGB", (32, 32))
+    for name in ("a.gif", "b.tif"):
+        image.save(unaligned / "trainA" / name, save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
+    report = str(validate_dataset(unaligned, "unaligned"))
+    assert f"; 2 images have further pages or frames, which are not used, such as {unaligned}/trainA/a.gif" in report
+
+
 def test_aligned_images_that_are_not_pairs(aligned):
     save_plain(aligned / "train" / "odd.png", size=(63, 20))
     save_plain(aligned / "train" / "square.png", size=(64, 64))
