@@ -7,6 +7,7 @@ training run reports are computed in ``srpkd.training.validation``.
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -17,7 +18,17 @@ from tqdm import tqdm
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import Crop, ImageFiles, find_images, image_pairs, left_half, pair_by_name, right_half
+from .data.images import (
+    Crop,
+    ImageFiles,
+    count_other_files,
+    find_images,
+    further_frames,
+    image_pairs,
+    left_half,
+    pair_by_name,
+    right_half,
+)
 from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity
@@ -55,7 +66,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             )
         elif options.train_mode_norm:
             raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
-        return _scores(options, find_images(source), find_images(options.real), target_crop)
+        result = _scores(options, find_images(source), find_images(options.real), target_crop)
+    folders = (options.input or options.generated, options.real, options.real_train)
+    for folder in filter(None, dict.fromkeys(folders)):
+        if several := further_frames(find_images(folder)):
+            result["notes"].append(f"{several}.")
+        if others := count_other_files(os.path.expanduser(folder)):
+            result["notes"].append(f"{folder}: {others} left out.")
+    return result
 
 
 def _scores(options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None) -> dict[str, Any]:

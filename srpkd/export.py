@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from .arguments import add_train_mode_norm, exit_on_error, number
+from .data.images import count_other_files
 from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generator
 
 
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     for file in exported:
         print(describe(file, options.tolerance))
+    if options.calibration and (others := count_other_files(Path(options.calibration).expanduser())):
+        print(f"{options.calibration}: {others} left out")
 
 
 if __name__ == "__main__":

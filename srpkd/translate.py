@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, positive
+from .data.images import count_other_files
 from .models.checkpoints import load_generator
 from .models.inference import translate_folder
 
@@ -16,7 +18,8 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="srpkd translate",
         description="Run a generator on every image of a folder and its sub-folders. Images may have any size; names "
-        "and formats are kept. Files that cannot be read are reported and skipped (exit status 1).",
+        "and formats are kept, and so are 16-bit depth, alpha channels and ICC profiles where the format allows it. "
+        "Files that cannot be read are reported and skipped (exit status 1).",
         epilog="example: srpkd translate runs/h2z/latest_net_G_A.pth photos/ zebras/ --batch_size 4",
     )
     add = result.add_argument
@@ -25,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add("out_folder", help="folder for the results")
     add("--batch_size", type=positive, default=1, help="images per batch, at most (default: %(default)s)")
     add("--size", type=positive, help="scale images to SIZE x SIZE first (default: keep their sizes)")
+    add("--all_frames", action="store_true", help="translate all pages or frames of a file (default: only the first)")
     add("--force", action="store_true", help="replace files that exist")
     add_device(result)
     add_train_mode_norm(result)
@@ -34,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 1 if images were skipped."""
     options = parser().parse_args(arguments)
+    notes: list[str] = []
     with exit_on_error():
         net = load_generator(options.weights, train_mode_norm=options.train_mode_norm).to(options.device)
         written, skipped = translate_folder(
@@ -43,10 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_size=options.batch_size,
             size=options.size,
             force=options.force,
+            all_frames=options.all_frames,
+            notes=notes,
         )
+        others = count_other_files(Path(options.in_folder).expanduser())
     for reason in skipped:
         print(f"skipped {reason}", file=sys.stderr)
-    print(f"{len(written)} images written to {options.out_folder}" + (f", {len(skipped)} skipped" if skipped else ""))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    counts = [f"{len(written)} images written to {options.out_folder}"]
+    counts += [f"{len(skipped)} skipped"] if skipped else []
+    counts += [f"{others} left out"] if others else []
+    print(", ".join(counts))
     sys.exit(1 if skipped else 0)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
+import tifffile
 from PIL import Image
 
 
@@ -13,6 +15,18 @@ def save(path: Path, array: np.ndarray, **options) -> str:
     """Write an array (H, W, 3) or (H, W) of levels in 0..255 as an image file, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path, **options)
+    return str(path)
+
+
+def save_deep(path: Path, array: np.ndarray, **options) -> str:
+    """Write an array (H, W, C) of uint16 or floats as PNG or TIFF, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = array[:, :, 0] if array.shape[2] == 1 else array
+    if path.suffix == ".png":
+        path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(array), **options))
+    else:
+        kind = "rgb" if array.ndim == 3 and array.shape[2] >= 3 else "minisblack"
+        tifffile.imwrite(path, array, **{"photometric": kind, "metadata": None} | options)
     return str(path)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sample_images import noise, save_all
+from sample_images import noise, save_all, save_deep
 from torch import nn
 
 from srpkd.data.images import find_images
@@ -80,6 +80,35 @@ def test_psnr_of_images_paired_by_name(folders, tmp_path, capsys):
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     expected = [20 * np.log10(255 / np.sqrt(np.mean((i // 2 - i.astype(float)) ** 2))) for i in noise(3, (16, 16, 3))]
     assert row == {"metric": "PSNR", "value": pytest.approx(np.mean(expected)), "against": "test", "images": 3}
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "float.tif"])
+def test_scores_of_deep_images(tmp_path, name):
+    """The range is that of the files: 16-bit images that differ by one level have 20 log10(65535) dB."""
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    one, other = np.random.default_rng(0).integers(2000, 40000, (2, 16, 16, 1), dtype=np.uint16)
+    if name == "float.tif":
+        one, other = one / 65535, other / 65535
+    save_deep(tmp_path / "a" / name, one)
+    save_deep(tmp_path / "b" / name, other)
+    found = run(tmp_path / "a", tmp_path / "b", "--metrics", "psnr", "ssim")
+    white = 1 if name == "float.tif" else 65535
+    expected = 20 * np.log10(white / np.sqrt(np.mean((one.astype(float) - other) ** 2)))
+    assert found["PSNR"] == pytest.approx(expected, rel=1e-9) and found["SSIM"] < 0.3
+    save_deep(tmp_path / "b" / name, one + 1 if name != "float.tif" else one + 1 / 65535)
+    assert run(tmp_path / "a", tmp_path / "b", "--metrics", "psnr")["PSNR"] == pytest.approx(
+        20 * np.log10(65535), rel=1e-9
+    )
+
+
+def test_other_files_are_counted(folders, capsys):
+    (folders["real"] / "x.heic").touch()
+    image = Image.new("RGB", (12, 12))
+    image.save(folders["real"] / "p.gif", save_all=True, append_images=[Image.new("RGB", (12, 12), "red")])
+    main([str(folders["real"]), str(folders["real"]), "--metrics", "psnr"])
+    out = capsys.readouterr().out
+    assert out.count(f"{folders['real']}: 1 other file (1 .heic) left out.") == 1
+    assert out.count("1 image has further pages or frames, which are not used, such as") == 1
 
 
 @pytest.mark.parametrize("train_mode_norm", [False, True])

@@ -320,9 +320,9 @@ def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys)
 def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
     save, saved = inference.save_output, []
 
-    def at_most_one(output, path):
+    def at_most_one(outputs, path, source):
         with full_disk(500 if saved else 10**6):
-            saved.append(save(output, path))
+            saved.append(save(outputs, path, source))
         return saved[-1]
 
     monkeypatch.setattr(inference, "save_output", at_most_one)

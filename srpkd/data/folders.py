@@ -4,7 +4,8 @@
 `aligned`    root/train, root/test: pairs, A in the left half of an image and B in the right half
 `single`     root/<phase> if it exists, else root: only A
 
-As in the public code, sub-folders are searched too, and an EXIF orientation is not applied.
+Sub-folders are searched too. An EXIF orientation is applied, and images of more than 8 bits per channel keep their
+precision.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode, v2
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from ..arguments import check_whole
 from ..kernels.dispatch import check_choice
 from . import Direction
 from .images import DataError, image_files, read_image, split_pair
+from .picture import Picture, picture_size, resize_picture, with_channels
 
 DatasetMode = Literal["unaligned", "aligned", "single"]
 Preprocess = Literal["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"]
@@ -124,7 +126,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
 
     Args:
         files: one list of paths, or for `unaligned` one for "A" and one for "B".
-        transform: PIL images -> tensors (C, H, W).
+        transform: pictures -> tensors (C, H, W).
         channels: of "A" and of "B".
         aligned: each file is a pair side by side.
         swap: "A" is the right half of a pair.
@@ -156,7 +158,8 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
         if self.aligned:
             left, right = split_pair(images[0], paths[0])
             paths, images = paths * 2, [right, left] if self.swap else [left, right]
-        images = [image.convert("L") if nc == 1 else image for image, nc in zip(images, self.channels)]
+        images = [with_channels(image, 1) if nc == 1 else image for image, nc in zip(images, self.channels)]
+        images = [_marked(image) for image in images]
         try:
             # in one call, the two images of a pair share their crop and flip
             tensors = self.transform(*images) if self.aligned else [self.transform(image) for image in images]
@@ -195,12 +198,17 @@ def scaled_size(size: tuple[int, int], preprocess: Preprocess, load_size: int, c
     return width, height
 
 
-def _scale(image: Image.Image, preprocess: Preprocess, load_size: int, crop_size: int) -> Image.Image:
-    width, height = scaled_size(image.size, preprocess, load_size, crop_size)
+def _scale(image: Picture, preprocess: Preprocess, load_size: int, crop_size: int) -> Picture:
+    width, height = scaled_size(picture_size(image), preprocess, load_size, crop_size)
     if "crop" in preprocess and min(width, height) < crop_size:
         # CenterCrop would pad a small image with black
         raise ValueError(
             f"{width} x {height} pixels are smaller than crop_size {crop_size}: use a smaller crop_size, or "
             "preprocess resize_and_crop"
         )
-    return v2.functional.resize(image, [height, width], InterpolationMode.BICUBIC)
+    return _marked(resize_picture(image, width, height))
+
+
+def _marked(picture: Picture) -> Picture:
+    """Mark a tensor as an image: of several plain tensors torchvision transforms only the first."""
+    return tv_tensors.Image(picture) if isinstance(picture, Tensor) else picture

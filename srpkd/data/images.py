@@ -5,21 +5,28 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# The formats that Pillow may decode, by content and not by suffix: for EPS it would start another program.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp")
+from .deep import DeepPixels, UnsupportedImage, bits_per_channel, decode_deep, read_tiff_header
+from .picture import Picture, crop_picture, picture_size, picture_to_levels, resize_picture, with_channels
 
-Crop = Callable[[Image.Image, str], Image.Image]  # (image, its path) -> the part to use
+# The formats that Pillow may decode, by content and not by suffix: for EPS it would start another program.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".j2k",
+)  # fmt: skip
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+Crop = Callable[[Picture, str], Picture]  # (image, its path) -> the part to use
 
 
 class DataError(ValueError):
@@ -40,13 +47,31 @@ def image_files(folder: str | Path) -> list[str]:
 
     Symbolic links are followed. Hidden files and folders, such as those that macOS writes next to images, are skipped.
     """
-    found, seen = [], {os.path.realpath(folder)}
+    return sorted(path for path in _visible_files(folder) if path.lower().endswith(EXTENSIONS))
+
+
+def _visible_files(folder: str | Path) -> Iterator[str]:
+    seen = {os.path.realpath(folder)}
     for root, subfolders, names in os.walk(folder, followlinks=True):
         real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(subfolders) if name[0] != "."}
         subfolders[:] = [name for name, target in real.items() if target not in seen]  # a link may point to a parent
         seen.update(real.values())
-        found += [os.path.join(root, n) for n in names if n[0] != "." and n.lower().endswith(EXTENSIONS)]
-    return sorted(found)
+        yield from (os.path.join(root, name) for name in names if name[0] != ".")
+
+
+def count_other_files(folder: str | Path) -> str:
+    """Return how many files of a folder `image_files` leaves out, as "3 other files (2 .heic, 1 .txt)".
+
+    Hidden files are not counted. Empty if there are none.
+    """
+    others = [Path(path) for path in _visible_files(folder) if not path.lower().endswith(EXTENSIONS)]
+    suffixes = Counter(path.suffix.lower() or path.name for path in others)
+    if not suffixes:
+        return ""
+    count = len(others)
+    kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(5)]
+    kinds += ["..."] if len(suffixes) > 5 else []
+    return f"{count:,} other file{'s' if count > 1 else ''} ({', '.join(kinds)})"
 
 
 def find_images(where: str) -> list[str]:
@@ -89,25 +114,176 @@ def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[st
     return [(path, partner[key(path)]) for path in generated]
 
 
+class ImageFile:
+    """An open image file. Sizes and pixels are upright: an EXIF orientation is applied here, once.
+
+    Args:
+        path: the file.
+        image: what Pillow has opened; None for a TIFF that only tifffile reads.
+    """
+
+    def __init__(self, path: str | os.PathLike, image: Image.Image | None) -> None:
+        self.path, self._image = path, image
+        self._tiff = read_tiff_header(path) if image is None else None
+        self._decoded: tuple[int, Image.Image | DeepPixels] | None = None
+        self._first_bits = 16 if image is None else bits_per_channel(image, path)
+        if self._tiff and self._tiff.size[0] * self._tiff.size[1] > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
+            raise Image.DecompressionBombError(f"{self._tiff.size[0]} x {self._tiff.size[1]} pixels")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), from the header."""
+        if self._image is None:
+            assert self._tiff
+            return self._tiff.size
+        width, height = self._image.size
+        # Pillow's size of a TIFF is upright already. getexif of a PNG would decode it, that of the base class does not.
+        turned = self._image.format != "TIFF" and _orientation(self._image, Image.Image.getexif) >= 5
+        return (height, width) if turned else (width, height)
+
+    @property
+    def frames(self) -> int:
+        """Number of pages or frames."""
+        if self._tiff:
+            return self._tiff.frames
+        try:
+            return getattr(self._image, "n_frames", 1)
+        except Exception:  # Pillow raises several kinds for pages that it does not read
+            if not self._image or self._image.format != "TIFF":
+                raise
+            self._image.seek(0)
+            return read_tiff_header(self.path).frames
+
+    @property
+    def mode(self) -> str:
+        """Pillow's mode, or a description of the numbers and colours of a TIFF that only tifffile reads."""
+        return self._tiff.mode if self._tiff else self._image.mode if self._image else ""
+
+    @property
+    def icc_profile(self) -> bytes | None:
+        """The embedded colour profile, if there is one."""
+        return self._tiff.icc_profile if self._tiff else self.info.get("icc_profile")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Pillow's information about the frame that was read last, such as its duration."""
+        return {str(key): value for key, value in self._image.info.items()} if self._image else {}
+
+    def read(self, frame: int = 0) -> Picture:
+        """Decode a frame to RGB."""
+        pixels = self._decode(frame)
+        if isinstance(pixels, DeepPixels):
+            return with_channels(pixels.colour_and_alpha()[0], 3)
+        return pixels.convert("RGB")
+
+    def read_alpha(self, frame: int = 0) -> Picture | None:
+        """Decode a frame's alpha channel, as a picture of one channel; None if it has none."""
+        pixels = self._decode(frame)
+        if isinstance(pixels, DeepPixels):
+            return pixels.colour_and_alpha()[1]
+        return pixels.convert("RGBA").getchannel("A") if pixels.has_transparency_data else None
+
+    def is_float(self, frame: int = 0) -> bool:
+        """Return whether a frame has floating-point numbers."""
+        pixels = self._decode(frame)
+        return isinstance(pixels, DeepPixels) and pixels.values.dtype.kind == "f"
+
+    def read_class_numbers(self) -> np.ndarray | None:
+        """Return the stored numbers (H, W) of a gray or palette image of any depth; None if it is in colour."""
+        pixels = self._decode(0)
+        if isinstance(pixels, DeepPixels):
+            return pixels.values[:, :, 0] if pixels.values.shape[2] == 1 and pixels.values.dtype.kind in "ui" else None
+        return np.array(pixels) if pixels.mode in ("L", "P") else None
+
+    def check(self, decode: bool) -> None:
+        """Check that the first frame can be decoded, or only what its header (and the checksums of PNG) tell."""
+        if self._image is None or (decode and self._first_bits > 8):
+            self.read()
+            return
+        if self._first_bits > 8 and self._image.format not in ("PNG", "PPM", "TIFF"):
+            decode_deep(self.path, self._image, 0, 1)  # raises
+        # a JPEG is decoded at an eighth of its size: this reads every byte, and is faster
+        self._image.draft("RGB", (1, 1))
+        if decode:
+            self._image.load()
+        else:
+            self._image.verify()
+
+    def _decode(self, frame: int) -> Image.Image | DeepPixels:
+        if not self._decoded or self._decoded[0] != frame:
+            self._decoded = frame, self._decode_frame(frame)
+        return self._decoded[1]
+
+    def _decode_frame(self, frame: int) -> Image.Image | DeepPixels:
+        image, bits = self._image, self._first_bits
+        if image is None:
+            return decode_deep(self.path, None, frame, 1)
+        if image.tell() != frame:
+            try:
+                image.seek(frame)
+            except Exception:  # Pillow raises several kinds for pages that it does not read
+                if image.format != "TIFF":
+                    raise
+                return decode_deep(self.path, None, frame, 1)
+        if frame and image.format == "TIFF":
+            bits = bits_per_channel(image, self.path)
+        if bits > 8:
+            if image.format == "PNG" and "exif" not in image.info and b"eXIf" in Path(self.path).read_bytes():
+                image.load()  # the orientation is stored behind the pixels
+            return decode_deep(self.path, image, frame, _orientation(image, Image.Image.getexif))
+        image.load()  # a TIFF becomes upright, and its orientation is removed
+        method = _TRANSPOSE.get(_orientation(image, type(image).getexif))
+        return image if method is None else image.transpose(method)
+
+
+_TRANSPOSE = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image, getexif: Callable[[Any], Any]) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF data are damaged."""
+    try:
+        value = getexif(image).get(0x0112, 1)
+    except Exception:  # damaged EXIF data raise all kinds of exceptions; the pixels are not affected
+        return 1
+    return value if value in _TRANSPOSE else 1
+
+
 @contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike) -> Iterator[ImageFile]:
     """Open an image file; it is decoded inside the block. All of srpkd opens images through this function.
 
     Raises:
-        DataError: the file cannot be decoded, is not in one of `FORMATS`, or is so large that Pillow takes it for a
-            decompression bomb. The message is "path: reason".
+        DataError: the file cannot be decoded, is not in one of `FORMATS`, has a depth or kind of numbers that is not
+            supported, or is so large that Pillow takes it for a decompression bomb. The message is "path: reason".
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
-    except DataError:
+        with ExitStack() as stack:
+            try:
+                image = stack.enter_context(Image.open(path, formats=FORMATS))
+            except UnidentifiedImageError:
+                with open(path, "rb") as file:
+                    if file.read(4) not in TIFF_MAGIC:
+                        raise
+                image = None
+            yield ImageFile(path, image)
+    except (DataError, ImportError):
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         raise DataError(f"{path}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """Return why Pillow could not read an image."""
+    """Return why an image could not be read."""
+    if isinstance(error, UnsupportedImage):
+        return str(error)
     if isinstance(error, Image.DecompressionBombError):
         return f"far too large ({error}); if this size is intended, scale the image down first"
     if isinstance(error, UnidentifiedImageError):
@@ -117,36 +293,56 @@ def _reason(error: Exception) -> str:
     return f"damaged or truncated ({error})"
 
 
-def read_image(path: str) -> Image.Image:
-    """Decode an image file to RGB. Raises the errors of `open_image`."""
+def read_image(path: str) -> Picture:
+    """Decode the first frame of an image file to RGB, upright. Raises the errors of `open_image`."""
     with open_image(path) as image:
-        return image.convert("RGB")
+        return image.read()
 
 
-def split_pair(image: Image.Image, path: str) -> tuple[Image.Image, Image.Image]:
+def further_frames(paths: Sequence[str]) -> str:
+    """Return how many images have further pages or frames, in words; '' if none has. Reads only headers."""
+    several = []
+    for path in paths:
+        with open_image(path) as image:
+            if image.frames > 1:
+                several.append(path)
+    return describe_further_frames(several)
+
+
+def describe_further_frames(paths: Sequence[str]) -> str:
+    """Return "3 images have further pages or frames, which are not used, such as a.gif", or '' for no paths."""
+    if not paths:
+        return ""
+    subject = f"{len(paths):,} images have" if len(paths) > 1 else "1 image has"
+    return f"{subject} further pages or frames, which are not used, such as {paths[0]}"
+
+
+def split_pair(image: Picture, path: str) -> tuple[Picture, Picture]:
     """Return the left half (A) and the right half (B) of an aligned image.
 
     Raises:
         DataError: the width is odd.
     """
-    width, height = image.size
+    width, height = picture_size(image)
     if width % 2:
         raise DataError(f"{path}: {width} pixels wide; expected an even width: A and B of the same size side by side")
-    return image.crop((0, 0, width // 2, height)), image.crop((width // 2, 0, width, height))
+    return crop_picture(image, 0, 0, width // 2, height), crop_picture(image, width // 2, 0, width, height)
 
 
-def left_half(image: Image.Image, path: str) -> Image.Image:
+def left_half(image: Picture, path: str) -> Picture:
     """Return A of an aligned image; a `Crop`."""
     return split_pair(image, path)[0]
 
 
-def right_half(image: Image.Image, path: str) -> Image.Image:
+def right_half(image: Picture, path: str) -> Picture:
     """Return B of an aligned image; a `Crop`."""
     return split_pair(image, path)[1]
 
 
 class ImageFiles(Dataset[Tensor]):
-    """Dataset of image files as uint8 tensors (3, H, W), for metrics: no augmentation, no normalisation.
+    """Dataset of image files as tensors (3, H, W), for metrics: no augmentation, no normalisation.
+
+    8-bit images are uint8; deeper ones are float64 in [0, 1].
 
     Args:
         paths: the files.
@@ -172,8 +368,8 @@ class ImageFiles(Dataset[Tensor]):
         if self.crop:
             image = self.crop(image, self.paths[index])
         if self.size:
-            image = image.resize((self.size, self.size), self.resample)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            image = resize_picture(image, self.size, self.size, self.resample)
+        return picture_to_levels(image)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
@@ -190,7 +386,7 @@ class ImageFiles(Dataset[Tensor]):
 
 
 def image_pairs(generated: ImageFiles, real: ImageFiles) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over the pairs of two datasets of the same length: two images (3, H, W), uint8.
+    """Iterate over the pairs of two datasets of the same length: two images (3, H, W), as in `ImageFiles`.
 
     Raises:
         ValueError: the images of a pair differ in size.

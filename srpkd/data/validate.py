@@ -6,7 +6,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ..arguments import check_whole
 from ..kernels.dispatch import check_choice
 from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size, source_folders
-from .images import EXTENSIONS, DataError, image_files, open_image
+from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, image_files, open_image
 
 Size = tuple[int, int]  # (width, height)
 
@@ -34,12 +34,16 @@ class DatasetReport:
     sizes: (width, height) of the files -> how many have it
     network_sizes: the different (width, height) of the network's inputs
     decoded: how many files were decoded completely
+    others: for each folder with files that are no images, how many, in words
+    further_frames: how many images have more than one page or frame, in words
     """
 
     counts: dict[str, int]
     sizes: dict[Size, int]
     network_sizes: list[Size]
     decoded: int
+    others: dict[str, str] = field(default_factory=dict)
+    further_frames: str = ""
 
     def __str__(self) -> str:
         counts = " and ".join(f"{count:,} images in {name}" for name, count in self.counts.items())
@@ -48,6 +52,8 @@ class DatasetReport:
         return (
             f"{counts}, {_size_range(self.sizes)} pixels, {decoded} decoded without error; "
             f"the network gets {_size_range(self.network_sizes)}"
+            + "".join(f"; {others} in {name} left out" for name, others in self.others.items())
+            + (f"; {self.further_frames}" if self.further_frames else "")
         )
 
 
@@ -55,8 +61,8 @@ class _Header(NamedTuple):
     """What is known of a readable image file."""
 
     path: str
-    size: Size
-    mode: str  # Pillow's, such as "RGB" or "I;16"
+    size: Size  # upright
+    frames: int
 
 
 class _Check(NamedTuple):
@@ -113,9 +119,9 @@ def validate_dataset(
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
-            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have more
-            than 8 bits per channel; aligned images that are not two halves; images smaller than the crop; sizes that
-            are not a multiple of `size_multiple`; sizes that differ within a batch.
+            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have an
+            unsupported depth; aligned images that are not two halves; images smaller than the crop; sizes that are not
+            a multiple of `size_multiple`; sizes that differ within a batch.
     """
     root = Path(dataroot)
     heading = f"The dataset {root} ({dataset_mode}, {phase}) cannot be used:"
@@ -133,6 +139,8 @@ def validate_dataset(
     counts: dict[str, int] = {}
     file_sizes: Counter[Size] = Counter()
     network_sizes: set[Size] = set()
+    others: dict[str, str] = {}
+    several: list[str] = []
     decoded = 0
     for folder in [] if missing else source_folders(root, dataset_mode, phase):
         files = image_files(folder)[:max_dataset_size]
@@ -153,12 +161,17 @@ def validate_dataset(
                 f"{_size_range(folder_sizes)}: use --preprocess resize_and_crop or --batch_size 1"
             )
         counts[folder.resolve().name] = len(files)
+        if left_out := count_other_files(folder):
+            others[folder.resolve().name] = left_out
+        several += [header.path for header in headers if header.frames > 1]
         file_sizes.update(header.size for header in headers)
         network_sizes |= folder_sizes
         decoded += complete
     if problems:
         raise DataError(heading, problems)
-    return DatasetReport(counts, dict(file_sizes), sorted(network_sizes), decoded)
+    return DatasetReport(
+        counts, dict(file_sizes), sorted(network_sizes), decoded, others, describe_further_frames(several)
+    )
 
 
 def _invalid_arguments(choices: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
@@ -206,11 +219,6 @@ def _image_checks(geometry: _Geometry, size_multiple: int) -> list[_Check]:
     fixed_size = "scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop"
     return [
         _Check(
-            "have more than 8 bits per channel: convert them to 8 bits",
-            lambda header: header.mode[0] in "IF",
-            lambda header: header.mode,
-        ),
-        _Check(
             "are not A and B of the same size side by side: their width is odd, or not larger than their height "
             "(pad very tall pairs to square halves first; for images that are not pairs, use another --dataset_mode)",
             lambda header: geometry.aligned and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
@@ -242,13 +250,8 @@ def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]
         decoded += decode
         try:
             with open_image(path) as image:
-                header = _Header(path, image.size, image.mode)
-                # a JPEG is decoded at an eighth of its size: this reads every byte, and is faster
-                image.draft("RGB", (1, 1))
-                if decode:
-                    image.load()
-                else:
-                    image.verify()
+                header = _Header(path, image.size, image.frames)
+                image.check(decode)
             headers.append(header)
         except DataError as error:
             unreadable.append((path, str(error).removeprefix(f"{path}: ")))

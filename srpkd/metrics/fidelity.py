@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 from ..arguments import check_type, check_whole
 from ..data.images import ImageFiles
+from ..data.levels import byte_levels
 from ..extras import require
 from ..models.checkpoints import CheckpointError, load_weights
 
@@ -32,7 +34,7 @@ def fidelity(
 ) -> dict[str, dict[str, float]]:
     """Compute the Fréchet and the kernel Inception distance between generated and real images, with torch-fidelity.
 
-    FID: Heusel et al. 2017; KID: Bińkowski et al. 2018.
+    FID: Heusel et al. 2017; KID: Bińkowski et al. 2018. Images of more than 8 bits per channel are rounded to 8 bits.
 
     Args:
         generated: the generated images.
@@ -74,8 +76,8 @@ def fidelity(
                 raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {count}")
             subset = kid_subset_size or min(1000, len(generated), count)
             found: Mapping[str, Any] = library.calculate_metrics(
-                input1=generated,
-                input2=parts[0] if len(parts) == 1 else ConcatDataset(parts),
+                input1=_Bytes(generated),
+                input2=_Bytes(parts[0]) if len(parts) == 1 else ConcatDataset([_Bytes(part) for part in parts]),
                 input1_cache_name="generated",
                 cache_root=cache,
                 fid=fid,
@@ -93,6 +95,19 @@ def fidelity(
                 mean, std = (found[f"kernel_inception_distance_{statistic}"] for statistic in ("mean", "std"))
                 results[name] |= {"KID": mean, "KID std": std, "KID subset": subset}
     return results
+
+
+class _Bytes(Dataset[Tensor]):
+    """Images as uint8, which the Inception network of FID and KID takes; deeper images are rounded."""
+
+    def __init__(self, images: ImageFiles) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return byte_levels(self.images[index])
 
 
 def _inception_file(path: str | Path | None) -> str:

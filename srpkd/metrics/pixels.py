@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..data.levels import unit_levels
 from ..extras import require
 
 PixelMetric = Literal["psnr", "ssim"]
@@ -103,7 +104,10 @@ def psnr(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
 def similarity(
     pairs: Iterable[tuple[Tensor, Tensor]], metrics: Sequence[PixelMetric] = PIXEL_METRICS
 ) -> dict[str, float]:
-    """Return mean PSNR (dB) and SSIM of pairs of uint8 images (3, H, W), as {"PSNR": ..., "SSIM": ...}.
+    """Return mean PSNR (dB) and SSIM of pairs of images (3, H, W), as {"PSNR": ..., "SSIM": ...}.
+
+    The images are uint8, or floats in [0, 1] for deeper images. Both metrics relate the error to the full range, so
+    that 8-bit and 16-bit versions of an image have about the same scores.
 
     SSIM: Wang et al. 2004, with an 11 x 11 Gaussian window, computed by torchmetrics.
 
@@ -115,11 +119,14 @@ def similarity(
         ssim = require("torchmetrics.functional.image", "metrics", "SSIM").structural_similarity_index_measure
     sums, count = dict.fromkeys(metrics, 0.0), 0
     for one, other in pairs:
+        data_range = 255.0
+        if one.is_floating_point() or other.is_floating_point():
+            one, other, data_range = unit_levels(one), unit_levels(other), 1.0
         if "psnr" in metrics:
-            sums["psnr"] += psnr(one[None], other[None], data_range=255.0)
+            sums["psnr"] += psnr(one[None], other[None], data_range=data_range)
         if "ssim" in metrics:
             if min(one.shape[1:]) < 11:
                 raise ValueError(f"SSIM needs images of at least 11 x 11 pixels; received {tuple(one.shape[1:])}")
-            sums["ssim"] += ssim(one[None].double(), other[None].double(), data_range=255.0).item()
+            sums["ssim"] += ssim(one[None].double(), other[None].double(), data_range=data_range).item()
         count += 1
     return {metric.upper(): total / count for metric, total in sums.items()}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
+from ..data.levels import levels_to_255
 from ..data.synthetic import PALETTE
 from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
 
@@ -61,10 +62,10 @@ def label_scores(pairs: Iterable[tuple[Tensor, Tensor]], palette: Palette) -> di
     """Score generated label maps against true ones, in percent: {"mIoU", "pixel accuracy", "class accuracy"}.
 
     Args:
-        pairs: (generated, true) images (3, H, W), uint8. A pixel's class is that of the nearest colour.
+        pairs: (generated, true) images (3, H, W), as from `ImageFiles`. A pixel's class is that of the nearest colour.
         palette: the colours of the classes.
     """
-    maps = ([nearest_colour(image[None], palette.colours) for image in pair] for pair in pairs)
+    maps = ([nearest_colour(levels_to_255(image)[None], palette.colours) for image in pair] for pair in pairs)
     return _class_scores((pred, true, palette.classes) for pred, true in maps)
 
 
@@ -92,7 +93,7 @@ def segmentation_scores(
     @torch.no_grad()
     def maps() -> Iterator[tuple[Tensor, Tensor, int]]:
         for image, label in zip(images, labels):
-            logits = segmenter(image[None].to(device).float() / 255)
+            logits = segmenter(levels_to_255(image)[None].to(device).float() / 255)
             logits = logits["out"] if isinstance(logits, Mapping) else logits
             if not isinstance(logits, Tensor) or logits.ndim != 4:
                 received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -184,9 +185,10 @@ def read_label_map(path: str, palette: Palette | None = None) -> Tensor:
         DataError: the file cannot be read, or is a colour image and there is no palette.
     """
     if palette:
-        classes = nearest_colour(ImageFiles([path])[0][None], palette.colours)[0]
+        classes = nearest_colour(levels_to_255(ImageFiles([path])[0])[None], palette.colours)[0]
         return classes.masked_fill(classes >= palette.classes, -1)
     with open_image(path) as image:
-        if image.mode not in ("L", "P", "I", "I;16"):
-            raise DataError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
-        return torch.from_numpy(np.array(image).astype(np.int64))
+        numbers = image.read_class_numbers()
+    if numbers is None:
+        raise DataError(f"{path} is a colour image ({image.mode}): give its --palette, or files of class numbers")
+    return torch.from_numpy(numbers.astype(np.int64))

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from ..arguments import check_number
 from ..data.images import image_files, read_image
+from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
 from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
 from .checkpoints import load_generator
-from .inference import PILLOW_MODES, image_to_tensor, pad_images
+from .inference import pad_images
 from .networks import image_channels, size_multiple
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
@@ -155,7 +156,7 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
     count = min(CALIBRATION_IMAGES, len(paths))
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     return [
-        pad_images(image_to_tensor(read_image(path).convert(PILLOW_MODES[channels]))[None], size_multiple(net))
+        pad_images(image_to_tensor(with_channels(read_image(path), channels))[None], size_multiple(net))
         for path in chosen
     ]
 

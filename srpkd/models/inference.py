@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import check_type, check_whole
-from ..data.images import EXTENSIONS, Crop, image_files, read_image
-from ..files import WriteError, atomic_write
+from ..data.encode import WITH_FRAMES, Source, encode, image_format, losses, read_source
+from ..data.images import EXTENSIONS, Crop, image_files, open_image
+from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
+from ..files import WriteError, write_file
 from .networks import image_channels, size_multiple
 
 # Pixels per side: a ResNet's encoder reduces fewer to a single pixel, which instance norm cannot normalise.
 MIN_SIZE = 8
-PILLOW_MODES = {1: "L", 3: "RGB"}  # by the number of channels
 
 
 @torch.no_grad()
@@ -58,8 +59,8 @@ def reflected_indices(length: int, padded: int) -> Tensor:
     return torch.minimum(position, period - position) if length > 1 else torch.zeros(padded, dtype=torch.int64)
 
 
-def input_mode(net: nn.Module) -> str:
-    """Return Pillow's mode of a generator's input images.
+def input_channels(net: nn.Module) -> int:
+    """Return the number of channels of a generator's input images.
 
     Raises:
         ValueError: the generator's input or output has other than 1 or 3 channels.
@@ -67,19 +68,17 @@ def input_mode(net: nn.Module) -> str:
     channels = image_channels(net)
     if not set(channels) <= set(PILLOW_MODES):
         raise ValueError(f"this generator goes from {channels[0]} to {channels[1]} channels; image files have 1 or 3")
-    return PILLOW_MODES[channels[0]]
+    return channels[0]
 
 
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """Convert an 8-bit image to (C, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image)).float() / 127.5 - 1  # (H, W) or (H, W, 3)
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+@dataclass
+class _File:
+    """An image file on its way through the network."""
 
-
-def tensor_to_image(output: Tensor) -> Image.Image:
-    """Convert a network's output (C, H, W) in [-1, 1] to an 8-bit image."""
-    pixels = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    path: str
+    source: Source
+    inputs: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
 
 
 def translate_folder(
@@ -91,19 +90,25 @@ def translate_folder(
     size: int | None = None,
     force: bool = False,
     crop: Crop | None = None,
+    all_frames: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Translate the images in a folder and its sub-folders; the results keep their names, sizes and formats.
 
-    Consecutive images of the same size share a batch.
+    The results are upright: an EXIF orientation is applied. They keep the alpha channel, the ICC profile and the depth
+    of 16-bit and float images where their format and channels allow it. Consecutive images of the same size share a
+    batch.
 
     Args:
         net: a generator made by ``define_generator`` or ``load_generator``, on its device.
-        source: the folder; hidden files are skipped, and an EXIF orientation is not applied.
+        source: the folder; hidden files are skipped.
         target: folder for the results; created if it does not exist.
         batch_size: images per batch, at most.
         size: scale every image to size x size first; by default it keeps its own size.
         force: replace files that exist.
         crop: (image, path) -> the part of it to translate.
+        all_frames: translate all pages or frames of a file, not only the first.
+        notes: sentences on what the results lack are appended to this list: further frames, alpha channels, ...
 
     Returns:
         The paths that were written, and "path: reason" for each image that could not be read.
@@ -119,37 +124,57 @@ def translate_folder(
     if size is not None:
         check_whole("size", size, least=1)
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    mode = input_mode(net)
+    channels = input_channels(net)
     paths = _images_to_translate(source, target, force)
     written: list[str] = []
     skipped: list[str] = []
 
-    def load(path: str) -> Tensor | None:
+    lacking: defaultdict[str, list[str]] = defaultdict(list)
+
+    def load(path: str) -> _File | None:
+        def part(picture: Picture) -> Picture:
+            picture = crop(picture, path) if crop else picture
+            return resize_picture(picture, size, size) if size else picture
+
         try:
-            image = read_image(path)
-            image = crop(image, path) if crop else image
+            with open_image(path) as image:
+                frames = image.frames
+                if frames > 1 and not (all_frames and image_format(Path(path).suffix) in WITH_FRAMES):
+                    advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
+                    lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
+                    frames = 1
+                pictures, source = read_source(image, frames)
+            source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
+            return _File(path, source, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
         except ValueError as error:
             skipped.append(str(error))
             return None
-        image = image.convert(mode)
-        return image_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC) if size else image)
 
     was_training = net.training
     net.eval()
     try:
         with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
-            loaded = ((path, load(path)) for path in progress)
-            images = ((path, image) for path, image in loaded if image is not None)
-            for batch_paths, batch in _batches_of_one_size(images, batch_size):
-                for path, output in zip(batch_paths, translate(net, batch)):
+            files = filter(None, map(load, progress))
+            images = ((file, image) for file in files for image in file.inputs)
+            for batch_files, batch in _batches_of_one_size(images, batch_size):
+                for file, output in zip(batch_files, translate(net, batch)):
+                    file.outputs.append(output)
+                    if len(file.outputs) < len(file.inputs):
+                        continue
+                    result = target / os.path.relpath(file.path, source)
                     try:
-                        written.append(save_output(output, target / os.path.relpath(path, source)))
+                        written.append(save_output(file.outputs, result, file.source))
                     except WriteError as error:
                         if not written:
                             raise
                         raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
+                    for lost in losses(file.outputs, file.source, image_format(result.suffix)):
+                        lacking[f"without {lost}"].append(str(result))
     finally:
         net.train(was_training)
+    if notes is not None:
+        for what, where in lacking.items():
+            notes.append(f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}")
     return written, skipped
 
 
@@ -173,24 +198,32 @@ def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
     return paths
 
 
-def _batches_of_one_size(images: Iterable[tuple[str, Tensor]], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
-    """Group (path, image (C, H, W)) to (paths, batch (B, C, H, W)): of consecutive images of the same size."""
-    paths: list[str] = []
+def _batches_of_one_size(
+    images: Iterable[tuple[_File, Tensor]], batch_size: int
+) -> Iterator[tuple[list[_File], Tensor]]:
+    """Group (file, image (C, H, W)) to (files, batch (B, C, H, W)): of consecutive images of the same size."""
+    files: list[_File] = []
     batch: list[Tensor] = []
-    for path, image in images:
+    for file, image in images:
         if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
-            yield paths, torch.stack(batch)
-            paths, batch = [], []
-        paths.append(path)
+            yield files, torch.stack(batch)
+            files, batch = [], []
+        files.append(file)
         batch.append(image)
     if batch:
-        yield paths, torch.stack(batch)
+        yield files, torch.stack(batch)
 
 
-def save_output(output: Tensor, path: Path) -> str:
-    """Write a network's output (C, H, W) in [-1, 1] as an image file in the format of its suffix; return the path."""
-    image_format = Image.registered_extensions()[path.suffix.lower()]
-    quality: dict[str, dict[str, int]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}
-    with atomic_write(path) as file:
-        tensor_to_image(output).save(file, image_format, **quality.get(image_format, {}))
+def save_output(outputs: Sequence[Tensor], path: Path, source: Source) -> str:
+    """Write a network's outputs (C, H, W) in [-1, 1], one per frame, as an image file in the format of its suffix.
+
+    Args:
+        outputs: one per frame.
+        path: the file.
+        source: what the result takes over from the image that was translated.
+
+    Returns:
+        The path.
+    """
+    write_file(path, encode(outputs, source, image_format(path.suffix)))
     return str(path)

@@ -23,7 +23,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from ..data.images import DataError, open_image
+from ..data.images import DataError, open_image, read_image
 from ..files import write_file
 from .curves import Metrics, draw_curves, read_metrics
 from .figures import to_png
@@ -186,7 +186,6 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
         for axis in line:
             axis.set_axis_off()
         for axis, panel in zip(line, panels):
-            with open_image(run / panel["file"]) as image:
-                axis.imshow(np.asarray(image), interpolation="nearest")
+            axis.imshow(np.asarray(read_image(run / panel["file"])), interpolation="nearest")
             axis.set_title(panel["label"], fontsize=8)
     return write_file(Path(path), to_png(figure, dpi=120))

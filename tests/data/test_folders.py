@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_images import ramps, save, save_plain
+from sample_images import ramps, save, save_deep, save_plain
 from torch.utils.data import DataLoader
 
 from srpkd.data.folders import CHOICES, open_dataset
@@ -233,12 +233,44 @@ def test_dataset_can_be_pickled(aligned):
     assert torch.equal(copy[1]["B"], expected)
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.fromarray(np.full((8, 16, 3), 200, dtype=np.uint8))
     exif = image.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees for display
     image.save(tmp_path / "0.jpg", exif=exif)
-    assert open_dataset(tmp_path, "single", preprocess="none")[0]["A"].shape == (3, 8, 16)
+    assert open_dataset(tmp_path, "single", preprocess="none")[0]["A"].shape == (3, 16, 8)
+    assert validate_dataset(tmp_path, "single", preprocess="none").sizes == {(8, 16): 1}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_keep_their_precision(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 65536, (32, 32, channels), dtype=np.uint16)
+    save_deep(tmp_path / "0.png", pixels)
+    for nc in (1, 3):
+        item = open_dataset(tmp_path, "single", input_nc=nc, **SMALL)[0]["A"]
+        expected = pixels.astype(float) / 32767.5 - 1
+        if (channels, nc) == (3, 1):
+            expected = expected @ [[0.299], [0.587], [0.114]]
+        assert item.dtype == torch.float32 and item.shape == (nc, 32, 32)
+        np.testing.assert_allclose(item.permute(1, 2, 0), np.broadcast_to(expected, (32, 32, nc)), atol=2e-7)
+
+
+def test_crops_flips_and_scaling_are_those_of_8_bits(tmp_path):
+    """The same picture with 8 and with 16 bits gives the same tensors, apart from the rounding to 8 bits."""
+    pixels = np.random.default_rng(0).integers(60, 200, (30, 60, 3))
+    save(tmp_path / "8" / "train" / "0.png", pixels)
+    save_deep(tmp_path / "16" / "train" / "0.png", (pixels * 257).astype(np.uint16))
+    for preprocess in CHOICES["preprocess"]:
+        options = {"preprocess": preprocess, "load_size": 28, "crop_size": 24}
+        small, deep = (open_dataset(tmp_path / bits, "aligned", **options) for bits in ("8", "16"))
+        for seed in range(4):
+            torch.manual_seed(seed)
+            one = small[0]
+            torch.manual_seed(seed)
+            other = deep[0]
+            for side in "AB":
+                torch.testing.assert_close(one[side], other[side], atol=2.5 / 255, rtol=0)
 
 
 def test_invalid_arguments(tmp_path, unaligned):

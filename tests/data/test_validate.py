@@ -112,11 +112,11 @@ def test_missing_folder_of_aligned(unaligned, tmp_path):
 def test_empty_folder(tmp_path):
     (tmp_path / "trainA").mkdir()
     (tmp_path / "trainB" / "deep").mkdir(parents=True)
-    for name in ("a.gif", "b.gif", "deep/c.npy"):
+    for name in ("a.heic", "b.heic", "deep/c.npy"):
         (tmp_path / "trainB" / name).write_bytes(b"")
     first, second = problems(tmp_path, "unaligned")
     assert "trainA: no images (.jpg" in first and "it is empty" in first
-    assert "trainB: no images" in second and "it has 2 .gif, 1 .npy" in second
+    assert "trainB: no images" in second and "it has 2 .heic, 1 .npy" in second
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -156,9 +156,31 @@ def test_decoded_files_of_a_large_folder_are_evenly_spaced(tmp_path, monkeypatch
     assert [i for i in range(9) if f"{i}.jpg" in message] == [0, 3, 6]
 
 
-def test_sixteen_bit_images(tmp_path):
+def test_depth_of_images(tmp_path):
     Image.fromarray(np.full((32, 32), 40_000, dtype=np.uint16)).save(tmp_path / "0.png")
-    assert "1 of 1 images have more than 8 bits per channel" in single_problem(tmp_path, "single")
+    Image.fromarray(np.full((32, 32), 0.5, dtype=np.float32)).save(tmp_path / "1.tif")
+    assert validate_dataset(tmp_path, "single").decoded == 2
+    Image.fromarray(np.full((32, 32), 300, dtype=np.float32)).save(tmp_path / "2.tif")
+    Image.fromarray(np.full((32, 32), 300, dtype=np.int32)).save(tmp_path / "3.tif")
+    message = single_problem(tmp_path, "single")
+    assert "2 of 4 images cannot be read: 2.tif (values from 300 to 300; expected 8 or 16 bits" in message
+    assert "3.tif (int32 numbers; expected 8 or 16 bits" in message
+
+
+def test_other_files_are_counted(unaligned):
+    for name in ("a.heic", "b.HEIC", "notes.txt", ".hidden"):
+        (unaligned / "trainA" / name).touch()
+    report = validate_dataset(unaligned, "unaligned")
+    assert report.counts["trainA"] == 3
+    assert str(report).endswith("; 3 other files (2 .heic, 1 .txt) in trainA left out")
+
+
+def test_further_frames_are_counted(unaligned):
+    image = Image.new("RGB", (32, 32))
+    for name in ("a.gif", "b.tif"):
+        image.save(unaligned / "trainA" / name, save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
+    report = str(validate_dataset(unaligned, "unaligned"))
+    assert f"; 2 images have further pages or frames, which are not used, such as {unaligned}/trainA/a.gif" in report
 
 
 def test_aligned_images_that_are_not_pairs(aligned):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_images import noise, save_all
+from sample_images import noise, save_all, save_deep
 from torch import nn
 
 from srpkd.data.images import ImageFiles, find_images
@@ -124,3 +126,14 @@ def test_missing_and_wrong_inception_weights(folders, monkeypatch, tmp_path):
     default.write_text("<html>not found</html>")
     with pytest.raises(CheckpointError, match="is a web page"):
         fidelity(*both)
+
+
+def test_deep_images_are_rounded_to_8_bits(folders, tmp_path):
+    for kind in ("generated", "real"):
+        for path in images(folders[kind]).paths:
+            pixels = np.array(Image.open(path)).astype(np.uint16) * 257
+            save_deep(tmp_path / kind / Path(path).with_suffix(".png").name, pixels)
+    options = {"kid": False, "feature_extractor": "test-means"}
+    expected = fidelity(images(folders["generated"]), {"test": [images(folders["real"])]}, **options)
+    deep = [images(tmp_path / kind) for kind in ("generated", "real")]
+    assert fidelity(deep[0], {"test": [deep[1]]}, **options) == expected

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sample_images import save_deep
 from torch import nn
 
 from srpkd.metrics.pixels import psnr
 from srpkd.models.checkpoints import save_weights
-from srpkd.models.exporters import export_generator, max_difference, onnx_runner, to_onnx
+from srpkd.models.exporters import _calibration_images, export_generator, max_difference, onnx_runner, to_onnx
 from srpkd.models.networks import define_generator
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -97,6 +98,13 @@ def test_int8_error(weights, photos):
     assert (error.mean, error.minimum) == (pytest.approx(np.mean(scores)), pytest.approx(min(scores)))
     assert error.images == 2 and error.held_out
     assert 15 < error.minimum < 80  # close, but not equal
+
+
+def test_calibration_images_of_16_bits(tmp_path):
+    ramp = np.linspace(2000, 40000, 256).reshape(16, 16, 1).astype(np.uint16)
+    save_deep(tmp_path / "photos" / "0.png", ramp)
+    (images,) = _calibration_images(tmp_path / "photos", define_generator("resnet_1blocks", ngf=1))
+    np.testing.assert_allclose(images[0].permute(1, 2, 0), np.repeat(ramp, 3, 2) / 32767.5 - 1, atol=2e-7)
 
 
 @pytest.mark.slow
