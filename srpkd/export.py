@@ -16,8 +16,8 @@ def describe(file: ExportedFile, tolerance: float) -> str:
     """Return a line that says what was written and how it compares with PyTorch."""
     if (error := file.quantization) is None:
         comparison = (
-            f"any batch, height and width multiples of {file.size_multiple}; outputs differ from PyTorch's by at most "
-            f"{file.difference:.2g} (allowed: {tolerance:g})"
+            f"any batch, height and width multiples of {file.size_multiple} from {file.smallest_size}; outputs differ "
+            f"from PyTorch's by at most {file.difference:.2g} (allowed: {tolerance:g})"
         )
     else:
         comparison = (

@@ -32,7 +32,7 @@ def test_command_line(weights, capsys):
     target = weights.with_suffix(".onnx")
     out = capsys.readouterr().out
     found = re.fullmatch(
-        rf"{re.escape(str(target))}: ([\d,]+) bytes; any batch, height and width multiples of 4; "
+        rf"{re.escape(str(target))}: ([\d,]+) bytes; any batch, height and width multiples of 4 from 8; "
         r"outputs differ from PyTorch's by at most (\S+) \(allowed: 0\.001\)\n",
         out,
     )

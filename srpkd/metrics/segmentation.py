@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
 from ..data.synthetic import PALETTE
+from ..finite import check_finite
 from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
 
 # Lines "R G B name" of a palette file: the 19 classes that are scored, then the colours that are ignored
@@ -87,6 +88,7 @@ def segmentation_scores(
 
     Raises:
         ValueError: the segmenter returns something else.
+        NonFiniteError: a logit is NaN or infinite; -inf, which excludes a class, is accepted.
     """
 
     @torch.no_grad()
@@ -98,6 +100,10 @@ def segmentation_scores(
                 received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"the segmenter returned {received}: expected logits (1, K, h, w)")
             logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+            # -inf excludes a class, but NaN would win every comparison
+            check_finite(
+                logits.masked_fill(logits == -torch.inf, 0), "the segmenter's output", "use another --segmenter"
+            )
             yield logits.argmax(1).cpu(), label[None], logits.shape[1]
 
     return _class_scores(maps())

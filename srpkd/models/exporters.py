@@ -24,16 +24,18 @@ from ..arguments import check_number
 from ..data.images import image_files, read_image
 from ..extras import require
 from ..files import write_file
+from ..finite import check_finite
 from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
 from .checkpoints import load_generator
-from .inference import PILLOW_MODES, image_to_tensor, pad_images
+from .inference import MIN_SIZE, PILLOW_MODES, check_output, image_to_tensor, pad_images
 from .networks import image_channels, size_multiple
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
 ExportFormat = Literal["onnx", "pt2"]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 CALIBRATION_IMAGES = 64
+EXPORT_ADVICE = "nothing was written; PyTorch's output is finite, so try another --opset or --format"
 
 Runner = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) -> outputs (B, C', H, W), both float32
 
@@ -59,6 +61,7 @@ class ExportedFile:
 
     path, size: the file and its size in bytes
     size_multiple: height and width of the images must be multiples of it
+    smallest_size: smallest height and width of the images
     difference: largest absolute difference of its outputs from PyTorch's; None for an 8-bit model
     quantization: the error of an 8-bit model; else None
     """
@@ -66,6 +69,7 @@ class ExportedFile:
     path: Path
     size: int
     size_multiple: int
+    smallest_size: int
     difference: float | None = None
     quantization: QuantizationError | None = None
 
@@ -98,6 +102,7 @@ def export_generator(
     Raises:
         ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
             fit the generator, or the output would replace the weights.
+        NonFiniteError: an output of the generator or of an exported model is NaN or infinite (nothing is written).
         FileExistsError: a file exists already.
         IsADirectoryError: the output is a folder.
         WriteError: a file cannot be written.
@@ -121,17 +126,22 @@ def export_generator(
             f"the outputs of the exported model differ from PyTorch's by {difference:.2g}, more than the tolerance "
             f"{tolerance:g}: nothing was written; a larger --tolerance accepts the model"
         )
-    multiple = size_multiple(net)
+    multiple, smallest = size_multiple(net), smallest_size(net)
     contents = {target: model}
-    exported = [ExportedFile(target, len(model), multiple, difference)]
+    exported = [ExportedFile(target, len(model), multiple, smallest, difference)]
     if images:
         contents[int8_target] = quantized = quantize(model, images[::2])
         scores = quantization_psnr(model, quantized, images[1::2] or images)
         error = QuantizationError(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
-        exported.append(ExportedFile(int8_target, len(quantized), multiple, quantization=error))
+        exported.append(ExportedFile(int8_target, len(quantized), multiple, smallest, quantization=error))
     for path, content in contents.items():
         write_file(path, content)
     return exported
+
+
+def smallest_size(net: nn.Module) -> int:
+    """Return the smallest height and width that an exported generator takes: ResNet 8, U-Net ``size_multiple(net)``."""
+    return max(MIN_SIZE, size_multiple(net))
 
 
 def _check_target(path: Path, weights: str | Path, force: bool) -> None:
@@ -163,8 +173,8 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
 def to_onnx(net: nn.Module) -> bytes:
     """Export a generator as an ONNX model: "image" (B, C, H, W) float32 in [-1, 1] -> "translated" (B, C', H, W).
 
-    Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)``. The model computes
-    what the network does in eval mode.
+    Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)`` and at least
+    ``smallest_size(net)``. The model computes what the network does in eval mode.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -231,15 +241,21 @@ def pt2_runner(model: bytes) -> Runner:
 def max_difference(net: nn.Module, run: Runner) -> float:
     """Return the largest absolute difference between the outputs of a network and of its exported model.
 
-    Several batch sizes and image sizes are compared; infinity if the output's shape differs.
+    Several batch sizes and image sizes are compared, from the smallest size on; infinity if the output's shape differs.
+
+    Raises:
+        NonFiniteError: an output is NaN or infinite.
     """
     net = copy.deepcopy(net).cpu().float().eval()
-    side = max(size_multiple(net), 8)
+    side = smallest_size(net)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, height, width in [(1, side, side), (3, 2 * side, side), (1, side, 3 * side)]:
         images = torch.rand(batch, image_channels(net)[0], height, width, generator=generator) * 2 - 1
+        output = net(images)
+        check_output(output, "random images")
+        expected = output.numpy()
         found = run(images.numpy())
-        expected = net(images).numpy()
+        check_finite(torch.from_numpy(found), "the exported model's output for random images", EXPORT_ADVICE)
         if found.shape != expected.shape:
             return float("inf")
         worst = max(worst, float(np.abs(found - expected).max()))
@@ -285,12 +301,19 @@ def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
 
 
 def quantization_psnr(model: bytes, quantized: bytes, images: Iterable[Tensor]) -> list[float]:
-    """Return the PSNR (dB) of an 8-bit model's output to the float32 model's, for each image (1, C, H, W)."""
+    """Return the PSNR (dB) of an 8-bit model's output to the float32 model's, for each image (1, C, H, W).
+
+    Raises:
+        NonFiniteError: an output is NaN or infinite.
+    """
     exact, rounded = onnx_runner(model), onnx_runner(quantized)
-    return [
-        psnr(torch.from_numpy(rounded(image.numpy())), torch.from_numpy(exact(image.numpy())))
-        for image in tqdm(images, unit="image", desc="comparing")
-    ]
+    scores = []
+    for image in tqdm(images, unit="image", desc="comparing"):
+        expected, found = (torch.from_numpy(run(image.numpy())) for run in (exact, rounded))
+        check_output(expected, "a calibration image")
+        check_finite(found, "the 8-bit model's output for a calibration image", "use other --calibration images")
+        scores.append(psnr(found, expected))
+    return scores
 
 
 @contextmanager

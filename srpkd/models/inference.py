@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..arguments import check_type, check_whole
 from ..data.images import EXTENSIONS, Crop, image_files, read_image
 from ..files import WriteError, atomic_write
+from ..finite import NonFiniteError, check_finite
 from .networks import image_channels, size_multiple
 
 # Pixels per side: a ResNet's encoder reduces fewer to a single pixel, which instance norm cannot normalise.
@@ -22,7 +23,6 @@ MIN_SIZE = 8
 PILLOW_MODES = {1: "L", 3: "RGB"}  # by the number of channels
 
 
-@torch.no_grad()
 def translate(net: nn.Module, images: Tensor) -> Tensor:
     """Run a generator on images (B, C, H, W) in [-1, 1] of any size and return its output (B, C', H, W) on the CPU.
 
@@ -31,7 +31,27 @@ def translate(net: nn.Module, images: Tensor) -> Tensor:
     Raises:
         TypeError: the images are not a float tensor, or the network was not made by ``define_generator``.
         ValueError: the images have another shape, or are empty.
+        NonFiniteError: the images or the output have a NaN or an infinite value.
     """
+    output = _forward(net, images)
+    check_finite(images, "the input of the generator", "expected images in [-1, 1]")
+    check_output(output)
+    return output
+
+
+def check_output(output: Tensor, image: str = "") -> None:
+    """Raise a NonFiniteError if a generator's output has a NaN or an infinite value.
+
+    Args:
+        output: of any shape.
+        image: the input image's path or another name of it, for the message.
+    """
+    what = f"the generator's output for {image}" if image else "the generator's output"
+    check_finite(output, what, "use other weights, such as an earlier checkpoint of the training")
+
+
+@torch.no_grad()
+def _forward(net: nn.Module, images: Tensor) -> Tensor:
     channels = image_channels(net)[0]
     check_type("images", images, Tensor, f"a tensor (B, {channels}, H, W)")
     if not images.is_floating_point():
@@ -113,6 +133,7 @@ def translate_folder(
         FileNotFoundError: the source does not exist or has no images.
         NotADirectoryError: the target is a file.
         ValueError: the target is the source or inside it, or the network has other than 1 or 3 channels.
+        NonFiniteError: an output has a NaN or an infinite value; it is not written, the results before it are complete.
         WriteError: a result cannot be written; the results before it are complete.
     """
     check_whole("batch_size", batch_size, least=1)
@@ -141,13 +162,14 @@ def translate_folder(
             loaded = ((path, load(path)) for path in progress)
             images = ((path, image) for path, image in loaded if image is not None)
             for batch_paths, batch in _batches_of_one_size(images, batch_size):
-                for path, output in zip(batch_paths, translate(net, batch)):
+                for path, output in zip(batch_paths, _forward(net, batch)):
                     try:
+                        check_output(output, path)
                         written.append(save_output(output, target / os.path.relpath(path, source)))
-                    except WriteError as error:
+                    except (NonFiniteError, WriteError) as error:
                         if not written:
                             raise
-                        raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
+                        raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
     finally:
         net.train(was_training)
     return written, skipped
