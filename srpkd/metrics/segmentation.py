@@ -88,7 +88,7 @@ def segmentation_scores(
 
     Raises:
         ValueError: the segmenter returns something else.
-        NonFiniteError: a logit is NaN or infinite; -inf, which excludes a class, is accepted.
+        NonFiniteError: a logit is NaN or infinite.
     """
 
     @torch.no_grad()
@@ -99,11 +99,12 @@ def segmentation_scores(
             if not isinstance(logits, Tensor) or logits.ndim != 4:
                 received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"the segmenter returned {received}: expected logits (1, K, h, w)")
-            logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
-            # -inf excludes a class, but NaN would win every comparison
             check_finite(
-                logits.masked_fill(logits == -torch.inf, 0), "the segmenter's output", "use another --segmenter"
+                logits,
+                "the segmenter's output",
+                "use another --segmenter; one that excludes a class returns a large negative logit, not -inf",
             )
+            logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
             yield logits.argmax(1).cpu(), label[None], logits.shape[1]
 
     return _class_scores(maps())

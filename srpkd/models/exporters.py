@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
-from ..arguments import check_number
+from ..arguments import check_number, check_whole
 from ..data.images import image_files, read_image
 from ..extras import require
 from ..files import write_file
@@ -83,6 +83,7 @@ def export_generator(
     calibration: str | Path | None = None,
     train_mode_norm: bool = False,
     force: bool = False,
+    opset: int | None = None,
 ) -> list[ExportedFile]:
     """Export the generator in a file of weights, and check the result against PyTorch before it is written.
 
@@ -95,6 +96,7 @@ def export_generator(
             calibrates it, and the others measure its error.
         train_mode_norm: batch norms normalise each image by its own statistics (`normalize_per_image`).
         force: replace files that exist.
+        opset: version of the ONNX operators, see ``to_onnx``.
 
     Returns:
         The files: the model, then the 8-bit model if there is one.
@@ -112,15 +114,16 @@ def export_generator(
     check_number("tolerance", tolerance, least=0)
     if calibration and format != "onnx":
         raise ValueError(f"format={format!r} with calibration images: 8-bit models are ONNX, use --format onnx")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"format={format!r} with opset={opset}: only ONNX has operator sets, use --format onnx")
     target = Path(output or Path(weights).with_suffix(SUFFIXES[format])).expanduser()
     int8_target = target.with_suffix(".int8.onnx")
     for path in (target, int8_target) if calibration else (target,):
         _check_target(path, weights, force)
     net = load_generator(weights, train_mode_norm=train_mode_norm)
     images = _calibration_images(Path(calibration), net) if calibration else []
-    make, runner = {"onnx": (to_onnx, onnx_runner), "pt2": (to_pt2, pt2_runner)}[format]
-    model = make(net)
-    difference = max_difference(net, runner(model))
+    model = to_onnx(net, opset) if format == "onnx" else to_pt2(net)
+    difference = max_difference(net, {"onnx": onnx_runner, "pt2": pt2_runner}[format](model))
     if not difference <= tolerance:
         raise ValueError(
             f"the outputs of the exported model differ from PyTorch's by {difference:.2g}, more than the tolerance "
@@ -170,15 +173,22 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
     ]
 
 
-def to_onnx(net: nn.Module) -> bytes:
+def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:
     """Export a generator as an ONNX model: "image" (B, C, H, W) float32 in [-1, 1] -> "translated" (B, C', H, W).
 
     Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)`` and at least
     ``smallest_size(net)``. The model computes what the network does in eval mode.
 
+    Args:
+        net: the generator.
+        opset: version of the ONNX operators; by default that of torch's exporter.
+
     Raises:
         ImportError: the extra ``export`` is not installed.
+        ValueError: the exporter cannot write this opset.
     """
+    if opset is not None:
+        check_whole("opset", opset, least=1)
     for package in ("onnx", "onnxscript"):
         require(package, "export", "exporting to ONNX")
     net, example, shapes = _example(net)
@@ -192,9 +202,15 @@ def to_onnx(net: nn.Module) -> bytes:
             output_names=["translated"],
             external_data=False,
             verbose=False,
+            opset_version=opset,
         )
     assert program is not None  # with dynamo=True
-    return program.model_proto.SerializeToString()
+    model = program.model_proto
+    # where it cannot convert a model, the exporter silently keeps the opset that it started from
+    written = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if opset not in (None, written):
+        raise ValueError(f"opset={opset}: torch {torch.__version__} writes this generator with opset {written}")
+    return model.SerializeToString()
 
 
 def to_pt2(net: nn.Module) -> bytes:
