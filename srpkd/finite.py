@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
@@ -21,6 +23,12 @@ def describe_nonfinite(values: Tensor) -> str:
     bad = values[~finite]
     kinds = [kind for kind, found in (("nan", bad.isnan()), ("infinite", bad.isinf())) if found.any()]
     return f"{len(bad):,} of {values.numel():,} values are {' or '.join(kinds)}"
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str:
+    """Return the first tensor that is not finite, as "name (2 of 9 values are nan)", or "" if all are finite."""
+    problems = ((name, describe_nonfinite(values)) for name, values in tensors.items())
+    return next((f"{name} ({problem})" for name, problem in problems if problem), "")
 
 
 def check_finite(output: Tensor, what: str, advice: str) -> None:

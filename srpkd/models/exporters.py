@@ -209,7 +209,10 @@ def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:
     # where it cannot convert a model, the exporter silently keeps the opset that it started from
     written = next(entry.version for entry in model.opset_import if entry.domain == "")
     if opset not in (None, written):
-        raise ValueError(f"opset={opset}: torch {torch.__version__} writes this generator with opset {written}")
+        raise ValueError(
+            f"opset={opset}: torch {torch.__version__} writes this generator with opset {written}: "
+            "use this one or a later one"
+        )
     return model.SerializeToString()
 
 

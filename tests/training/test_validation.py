@@ -42,9 +42,7 @@ def test_outputs_that_are_not_finite(value):
     broken = Lookup(SCENES.photos, torch.full_like(SCENES.photos, value))
     with pytest.raises(NonFiniteError, match="the output of G for a test image is not finite"):
         evaluate({"G": broken}, scenes(), config, {})
-    with pytest.raises(
-        NonFiniteError, match=r"the teacher's output for a test image is not finite .*another --teacher"
-    ):
+    with pytest.raises(NonFiniteError, match=r"the teacher's output for a test image is not finite .* another"):
         evaluate({"G": PHOTO_TO_LABEL}, scenes(), config, {"G": broken})
 
 
