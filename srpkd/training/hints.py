@@ -8,7 +8,7 @@ from collections.abc import Iterable
 PAGE = "a run's index.html shows its images"
 RESUME = "use --resume NAME: a stopped run resumes, and a finished one is extended with a larger --n_epochs"
 SCHEDULE = "the schedule is the public code's linear one: --n_epochs, then --n_epochs_decay"
-TRANSLATE = "a run evaluates its networks when it ends; for other images use srpkd translate WEIGHTS IN_FOLDER OUT_FOLDER"
+TRANSLATE = "a run evaluates its networks at its end; for other images use srpkd translate WEIGHTS IN_FOLDER OUT_FOLDER"
 
 # options of the public code, also of its older versions, and values of them, that do not exist here
 PUBLIC_OPTIONS = {
@@ -48,7 +48,7 @@ PUBLIC_OPTIONS = {
     "suffix": "use --name for the whole name of the run",
     "use_wandb": "use --wandb",
     "verbose": "srpkd profile WEIGHTS prints the size of a network",
-    "wandb_project_name": "use --wandb; the environment variable WANDB_PROJECT names the project",
+    "wandb_project_name": "use --wandb; the project is srpkd, and --name names the run",
     "which_direction": "use --direction",
     "which_epoch": f"{RESUME}; other commands take the file of an epoch, such as 50_net_G_A.pth",
     "which_model_netD": "use --netD",
