@@ -80,3 +80,7 @@ def test_teacher(folder):
     with pytest.raises(SystemExit, match=r"latest_net_G\.pth: the tensor model\.1\.weight is not finite"):
         train.main([*arguments, "--teacher=latest_net_G.pth"])
     assert not (folder / "runs").exists()
+    save(folder / "latest_net_G.pth", 3e38)
+    arguments += ["--synthetic_size=32", "--synthetic_pairs=2", "--synthetic_test_pairs=1", "--netD=pixel"]
+    with pytest.raises(SystemExit, match="teacher: the output of G for a test image is not finite"):
+        train.main([*arguments, "--teacher=latest_net_G.pth"])

@@ -35,6 +35,7 @@ def evaluate(
     dataset: ImageDataset,
     config: ResolvedConfig,
     teachers: Mapping[str, nn.Module],
+    name: str = "student",
 ) -> dict[str, float]:
     """Evaluate generators in eval mode on the test images.
 
@@ -45,6 +46,7 @@ def evaluate(
     Args:
         generators: direction -> generator.
         teachers: direction -> teacher; directions may be missing.
+        name: name of the generators, for an error message.
 
     Returns:
         Metrics by name: "mIoU", or "mIoU A to B" for a task of two directions.
@@ -60,7 +62,7 @@ def evaluate(
         for batch in test_loader(dataset, config):
             images = batch[source].to(config.torch_device)
             output = generator(images).cpu()
-            check_finite(output, f"the output of {direction} for a test image", "use an earlier checkpoint")
+            check_finite(output, f"{name}: the output of {direction} for a test image", "use an earlier checkpoint")
             if _target_is_labels(config, direction):
                 confusion += confusion_matrix(classes_of(output), classes_of(batch[target]), CLASSES)
             elif has_targets(config):

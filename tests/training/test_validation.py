@@ -40,7 +40,7 @@ def test_outputs_that_are_not_finite(value):
     """NaN would count as one of the classes."""
     config = options(model="pix2pix")
     broken = Lookup(SCENES.photos, torch.full_like(SCENES.photos, value))
-    with pytest.raises(NonFiniteError, match="the output of G for a test image is not finite"):
+    with pytest.raises(NonFiniteError, match="student: the output of G for a test image is not finite"):
         evaluate({"G": broken}, scenes(), config, {})
     with pytest.raises(NonFiniteError, match=r"the teacher's output for a test image is not finite .* another"):
         evaluate({"G": PHOTO_TO_LABEL}, scenes(), config, {"G": broken})
