@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import add_train_mode_norm, exit_on_error, number
+from .arguments import add_train_mode_norm, exit_on_error, number, positive
 from .data.images import count_other_files
 from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generator
 
@@ -18,8 +18,8 @@ def describe(file: ExportedFile, tolerance: float) -> str:
     """Return a line that says what was written and how it compares with PyTorch."""
     if (error := file.quantization) is None:
         comparison = (
-            f"any batch, height and width multiples of {file.size_multiple}; outputs differ from PyTorch's by at most "
-            f"{file.difference:.2g} (allowed: {tolerance:g})"
+            f"any batch, height and width multiples of {file.size_multiple} from {file.smallest_size}; outputs differ "
+            f"from PyTorch's by at most {file.difference:.2g} (allowed: {tolerance:g})"
         )
     else:
         comparison = (
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("weights", help="the generator: .pth or .safetensors; its architecture is inferred from the file")
     add("--format", choices=tuple(SUFFIXES), default="onnx", help="onnx, or pt2: torch.export (default: %(default)s)")
+    add("--opset", type=positive, help="version of the ONNX operators (default: that of torch's exporter)")
     add("--output", metavar="FILE", help="file to write (default: next to the weights, under their name)")
     add("--tolerance", type=number, default=TOLERANCE, help="allowed difference of outputs in [-1, 1] (default: 1e-3)")
     add("--int8", action="store_true", help="also write an 8-bit model and print its PSNR; needs --calibration")
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             calibration=options.calibration,
             train_mode_norm=options.train_mode_norm,
             force=options.force,
+            opset=options.opset,
         )
     for file in exported:
         print(describe(file, options.tolerance))

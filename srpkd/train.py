@@ -11,6 +11,7 @@ import sys
 
 from .data.folders import DataError
 from .files import WriteError
+from .finite import NonFiniteError
 from .models.checkpoints import CheckpointError
 from .reporting.table import format_table
 from .training import distributed
@@ -46,7 +47,7 @@ def run_cli(config: TrainConfig, command: str) -> str:
         return str(error)
     try:
         run_dir = execute(plan)
-    except (DataError, CheckpointError, Diverged, WriteError) as error:
+    except (DataError, CheckpointError, Diverged, NonFiniteError, WriteError) as error:
         return str(error)
     if distributed.rank() == 0:
         print(f"\n{format_table(run_dir.report['table'])}\n\nreport: {run_dir.folder / 'index.html'}")

@@ -17,6 +17,7 @@ from srpkd.models.networks import define_generator
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is not installed")
+import onnx  # noqa: E402
 
 SMALL = {"netG": "resnet_1blocks", "ngf": 2, "init_gain": 0.2}
 
@@ -32,7 +33,7 @@ def test_command_line(weights, capsys):
     target = weights.with_suffix(".onnx")
     out = capsys.readouterr().out
     found = re.fullmatch(
-        rf"{re.escape(str(target))}: ([\d,]+) bytes; any batch, height and width multiples of 4; "
+        rf"{re.escape(str(target))}: ([\d,]+) bytes; any batch, height and width multiples of 4 from 8; "
         r"outputs differ from PyTorch's by at most (\S+) \(allowed: 0\.001\)\n",
         out,
     )
@@ -62,6 +63,16 @@ def test_int8(weights, tmp_path, capsys, count, images):
     assert 15 < minimum <= mean < 80
 
 
+@pytest.mark.parametrize("opset", [18, 21])
+def test_opset(weights, tmp_path, capsys, opset):
+    """The written file has this opset; the comparison with PyTorch is part of every export."""
+    photos = save_all(tmp_path / "photos", noise(2, (17, 21, 3)))
+    main([str(weights), "--opset", str(opset), "--int8", "--calibration", str(photos)])
+    for name in ("latest_net_G.onnx", "latest_net_G.int8.onnx"):
+        model = onnx.load(weights.with_name(name))
+        assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 @pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
@@ -85,6 +96,8 @@ def test_train_mode_norm(tmp_path, netG, format):
         (["--int8"], "--int8 and --calibration FOLDER.* must be given together"),
         (["--calibration", "x"], "must be given together"),
         (["--int8", "--calibration", "nowhere"], "--calibration nowhere: expected a folder of images"),
+        (["--opset", "18", "--format", "pt2"], "only ONNX has operator sets, use --format onnx"),
+        (["--opset", "7"], r"opset=7: torch \S+ writes this generator with opset 18"),
         (["--int8", "--calibration", "x", "--format", "pt2"], "8-bit models are ONNX, use --format onnx"),
     ],
 )

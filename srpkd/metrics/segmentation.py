@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.images import DataError, ImageFiles, open_image
 from ..data.levels import levels_to_255
 from ..data.synthetic import PALETTE
+from ..finite import check_finite
 from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
 
 # Lines "R G B name" of a palette file: the 19 classes that are scored, then the colours that are ignored
@@ -88,6 +89,7 @@ def segmentation_scores(
 
     Raises:
         ValueError: the segmenter returns something else.
+        NonFiniteError: a logit is NaN or infinite.
     """
 
     @torch.no_grad()
@@ -98,6 +100,11 @@ def segmentation_scores(
             if not isinstance(logits, Tensor) or logits.ndim != 4:
                 received = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"the segmenter returned {received}: expected logits (1, K, h, w)")
+            check_finite(
+                logits,
+                "the segmenter's output",
+                "use another --segmenter; one that excludes a class returns a large negative logit, not -inf",
+            )
             logits = F.interpolate(logits.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
             yield logits.argmax(1).cpu(), label[None], logits.shape[1]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_type
 from ..files import atomic_write
+from ..finite import describe_nonfinite
 from .networks import (
     GeneratorSpec,
     ResnetGenerator,
@@ -64,7 +65,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: the file does not exist, is text, truncated or damaged, could be loaded only by executing code,
-            or holds anything but tensors by name.
+            or holds anything but tensors by name, or a tensor has a value that is not finite (the message names it).
         ImportError: it is a `.safetensors` file, and the package safetensors is not installed.
     """
     path = Path(path).expanduser()
@@ -74,7 +75,9 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     weights = {WRAPPERS.sub("", key): value.detach() for key, value in content.items()}
     if len(weights) < len(content):
         raise CheckpointError(f"{path} has keys that differ only in a wrapper's prefix; {HOW_TO_SAVE}")
-    return {key: value for key, value in weights.items() if not _is_stale_statistic(key, weights)}
+    weights = {key: value for key, value in weights.items() if not _is_stale_statistic(key, weights)}
+    _check_finite(weights, path)
+    return weights
 
 
 def load_generator(
@@ -106,7 +109,9 @@ def load_generator(
         raise CheckpointError(f"{path}: {error}") from error
     _check_fit(net, weights, f"{path} looks like a {found.netG} of ngf {found.ngf}")
     net.load_state_dict(weights, assign=True)
-    return (normalize_per_image(net) if train_mode_norm else net).float()
+    net.float()
+    _check_finite(net.state_dict(), Path(path), " in float32")  # which has a smaller range than float64
+    return normalize_per_image(net) if train_mode_norm else net
 
 
 def _check_file(path: Path) -> None:
@@ -190,7 +195,30 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
             f"{path} holds a dict with more than tensors by name ({_listing(others)}). Expected a state_dict, or a "
             f'dict with one as "state_dict"; {HOW_TO_SAVE}'
         )
+    odd = [
+        key for key, value in content.items() if value.is_meta or value.is_quantized or value.layout != torch.strided
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds tensors that are quantized, sparse, or without data ({_listing(odd)}). Expected dense "
+            f"tensors; {HOW_TO_SAVE}"
+        )
     return content
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+
+
+def _check_finite(weights: Mapping[str, Tensor], path: Path, where: str = "") -> None:
+    problems = {key: problem for key, value in weights.items() if (problem := describe_nonfinite(value))}
+    if problems:
+        first, others = next(iter(problems)), list(problems)[1:]
+        also = f"; also not finite: {_listing(others)}" if others else ""
+        raise CheckpointError(
+            f"{path}: the tensor {first} is not finite{where} ({problems[first]}{also}). Expected finite weights: the "
+            "training that wrote them diverged, or the file was damaged; use an earlier checkpoint"
+        )
 
 
 def _is_stale_statistic(key: str, weights: Mapping[str, Tensor]) -> bool:
@@ -216,7 +244,12 @@ def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
-    problems = {"missing": sorted(missing), "unknown": sorted(surplus), "wrong shape": shapes}
+    dtypes = [
+        f"{key} {weights[key].dtype}"
+        for key, value in expected.items()
+        if key in weights and weights[key].is_floating_point() != value.is_floating_point()
+    ]
+    problems = {"missing": sorted(missing), "unknown": sorted(surplus), "wrong shape": shapes, "wrong dtype": dtypes}
     if found := [f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys]:
         raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN code")
 

@@ -20,21 +20,23 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
-from ..arguments import check_number
+from ..arguments import check_number, check_whole
 from ..data.images import image_files, read_image
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
+from ..finite import check_finite
 from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
 from .checkpoints import load_generator
-from .inference import pad_images
+from .inference import MIN_SIZE, check_output, pad_images
 from .networks import image_channels, size_multiple
 
 TOLERANCE = 1e-3  # of outputs in [-1, 1]: an eighth of a level of an 8-bit image
 ExportFormat = Literal["onnx", "pt2"]
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 CALIBRATION_IMAGES = 64
+EXPORT_ADVICE = "nothing was written; PyTorch's output is finite, so try another --opset or --format"
 
 Runner = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) -> outputs (B, C', H, W), both float32
 
@@ -60,6 +62,7 @@ class ExportedFile:
 
     path, size: the file and its size in bytes
     size_multiple: height and width of the images must be multiples of it
+    smallest_size: smallest height and width of the images
     difference: largest absolute difference of its outputs from PyTorch's; None for an 8-bit model
     quantization: the error of an 8-bit model; else None
     """
@@ -67,6 +70,7 @@ class ExportedFile:
     path: Path
     size: int
     size_multiple: int
+    smallest_size: int
     difference: float | None = None
     quantization: QuantizationError | None = None
 
@@ -80,6 +84,7 @@ def export_generator(
     calibration: str | Path | None = None,
     train_mode_norm: bool = False,
     force: bool = False,
+    opset: int | None = None,
 ) -> list[ExportedFile]:
     """Export the generator in a file of weights, and check the result against PyTorch before it is written.
 
@@ -92,6 +97,7 @@ def export_generator(
             calibrates it, and the others measure its error.
         train_mode_norm: batch norms normalise each image by its own statistics (`normalize_per_image`).
         force: replace files that exist.
+        opset: version of the ONNX operators, see ``to_onnx``.
 
     Returns:
         The files: the model, then the 8-bit model if there is one.
@@ -99,6 +105,7 @@ def export_generator(
     Raises:
         ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
             fit the generator, or the output would replace the weights.
+        NonFiniteError: an output of the generator or of an exported model is NaN or infinite (nothing is written).
         FileExistsError: a file exists already.
         IsADirectoryError: the output is a folder.
         WriteError: a file cannot be written.
@@ -108,31 +115,37 @@ def export_generator(
     check_number("tolerance", tolerance, least=0)
     if calibration and format != "onnx":
         raise ValueError(f"format={format!r} with calibration images: 8-bit models are ONNX, use --format onnx")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"format={format!r} with opset={opset}: only ONNX has operator sets, use --format onnx")
     target = Path(output or Path(weights).with_suffix(SUFFIXES[format])).expanduser()
     int8_target = target.with_suffix(".int8.onnx")
     for path in (target, int8_target) if calibration else (target,):
         _check_target(path, weights, force)
     net = load_generator(weights, train_mode_norm=train_mode_norm)
     images = _calibration_images(Path(calibration), net) if calibration else []
-    make, runner = {"onnx": (to_onnx, onnx_runner), "pt2": (to_pt2, pt2_runner)}[format]
-    model = make(net)
-    difference = max_difference(net, runner(model))
+    model = to_onnx(net, opset) if format == "onnx" else to_pt2(net)
+    difference = max_difference(net, {"onnx": onnx_runner, "pt2": pt2_runner}[format](model))
     if not difference <= tolerance:
         raise ValueError(
             f"the outputs of the exported model differ from PyTorch's by {difference:.2g}, more than the tolerance "
             f"{tolerance:g}: nothing was written; a larger --tolerance accepts the model"
         )
-    multiple = size_multiple(net)
+    multiple, smallest = size_multiple(net), smallest_size(net)
     contents = {target: model}
-    exported = [ExportedFile(target, len(model), multiple, difference)]
+    exported = [ExportedFile(target, len(model), multiple, smallest, difference)]
     if images:
         contents[int8_target] = quantized = quantize(model, images[::2])
         scores = quantization_psnr(model, quantized, images[1::2] or images)
         error = QuantizationError(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
-        exported.append(ExportedFile(int8_target, len(quantized), multiple, quantization=error))
+        exported.append(ExportedFile(int8_target, len(quantized), multiple, smallest, quantization=error))
     for path, content in contents.items():
         write_file(path, content)
     return exported
+
+
+def smallest_size(net: nn.Module) -> int:
+    """Return the smallest height and width that an exported generator takes: ResNet 8, U-Net ``size_multiple(net)``."""
+    return max(MIN_SIZE, size_multiple(net))
 
 
 def _check_target(path: Path, weights: str | Path, force: bool) -> None:
@@ -161,15 +174,22 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
     ]
 
 
-def to_onnx(net: nn.Module) -> bytes:
+def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:
     """Export a generator as an ONNX model: "image" (B, C, H, W) float32 in [-1, 1] -> "translated" (B, C', H, W).
 
-    Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)``. The model computes
-    what the network does in eval mode.
+    Batch size, height and width are dynamic; H and W must be multiples of ``size_multiple(net)`` and at least
+    ``smallest_size(net)``. The model computes what the network does in eval mode.
+
+    Args:
+        net: the generator.
+        opset: version of the ONNX operators; by default that of torch's exporter.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
+        ValueError: the exporter cannot write this opset.
     """
+    if opset is not None:
+        check_whole("opset", opset, least=1)
     for package in ("onnx", "onnxscript"):
         require(package, "export", "exporting to ONNX")
     net, example, shapes = _example(net)
@@ -183,9 +203,18 @@ def to_onnx(net: nn.Module) -> bytes:
             output_names=["translated"],
             external_data=False,
             verbose=False,
+            opset_version=opset,
         )
     assert program is not None  # with dynamo=True
-    return program.model_proto.SerializeToString()
+    model = program.model_proto
+    # where it cannot convert a model, the exporter silently keeps the opset that it started from
+    written = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if opset not in (None, written):
+        raise ValueError(
+            f"opset={opset}: torch {torch.__version__} writes this generator with opset {written}: "
+            "use this one or a later one"
+        )
+    return model.SerializeToString()
 
 
 def to_pt2(net: nn.Module) -> bytes:
@@ -232,15 +261,21 @@ def pt2_runner(model: bytes) -> Runner:
 def max_difference(net: nn.Module, run: Runner) -> float:
     """Return the largest absolute difference between the outputs of a network and of its exported model.
 
-    Several batch sizes and image sizes are compared; infinity if the output's shape differs.
+    Several batch sizes and image sizes are compared, from the smallest size on; infinity if the output's shape differs.
+
+    Raises:
+        NonFiniteError: an output is NaN or infinite.
     """
     net = copy.deepcopy(net).cpu().float().eval()
-    side = max(size_multiple(net), 8)
+    side = smallest_size(net)
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for batch, height, width in [(1, side, side), (3, 2 * side, side), (1, side, 3 * side)]:
         images = torch.rand(batch, image_channels(net)[0], height, width, generator=generator) * 2 - 1
+        output = net(images)
+        check_output(output, "random images")
+        expected = output.numpy()
         found = run(images.numpy())
-        expected = net(images).numpy()
+        check_finite(torch.from_numpy(found), "the exported model's output for random images", EXPORT_ADVICE)
         if found.shape != expected.shape:
             return float("inf")
         worst = max(worst, float(np.abs(found - expected).max()))
@@ -286,12 +321,19 @@ def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
 
 
 def quantization_psnr(model: bytes, quantized: bytes, images: Iterable[Tensor]) -> list[float]:
-    """Return the PSNR (dB) of an 8-bit model's output to the float32 model's, for each image (1, C, H, W)."""
+    """Return the PSNR (dB) of an 8-bit model's output to the float32 model's, for each image (1, C, H, W).
+
+    Raises:
+        NonFiniteError: an output is NaN or infinite.
+    """
     exact, rounded = onnx_runner(model), onnx_runner(quantized)
-    return [
-        psnr(torch.from_numpy(rounded(image.numpy())), torch.from_numpy(exact(image.numpy())))
-        for image in tqdm(images, unit="image", desc="comparing")
-    ]
+    scores = []
+    for image in tqdm(images, unit="image", desc="comparing"):
+        expected, found = (torch.from_numpy(run(image.numpy())) for run in (exact, rounded))
+        check_output(expected, "a calibration image")
+        check_finite(found, "the 8-bit model's output for a calibration image", "use other --calibration images")
+        scores.append(psnr(found, expected))
+    return scores
 
 
 @contextmanager

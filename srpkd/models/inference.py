@@ -17,13 +17,13 @@ from ..data.encode import WITH_FRAMES, Source, encode, image_format, losses, rea
 from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, write_file
+from ..finite import NonFiniteError, check_finite
 from .networks import image_channels, size_multiple
 
 # Pixels per side: a ResNet's encoder reduces fewer to a single pixel, which instance norm cannot normalise.
 MIN_SIZE = 8
 
 
-@torch.no_grad()
 def translate(net: nn.Module, images: Tensor) -> Tensor:
     """Run a generator on images (B, C, H, W) in [-1, 1] of any size and return its output (B, C', H, W) on the CPU.
 
@@ -32,7 +32,27 @@ def translate(net: nn.Module, images: Tensor) -> Tensor:
     Raises:
         TypeError: the images are not a float tensor, or the network was not made by ``define_generator``.
         ValueError: the images have another shape, or are empty.
+        NonFiniteError: the images or the output have a NaN or an infinite value.
     """
+    output = _forward(net, images)
+    check_finite(images, "the input of the generator", "expected images in [-1, 1]")
+    check_output(output)
+    return output
+
+
+def check_output(output: Tensor, image: str = "") -> None:
+    """Raise a NonFiniteError if a generator's output has a NaN or an infinite value.
+
+    Args:
+        output: of any shape.
+        image: the input image's path or another name of it, for the message.
+    """
+    what = f"the generator's output for {image}" if image else "the generator's output"
+    check_finite(output, what, "use other weights, such as an earlier checkpoint of the training")
+
+
+@torch.no_grad()
+def _forward(net: nn.Module, images: Tensor) -> Tensor:
     channels = image_channels(net)[0]
     check_type("images", images, Tensor, f"a tensor (B, {channels}, H, W)")
     if not images.is_floating_point():
@@ -118,6 +138,7 @@ def translate_folder(
         FileNotFoundError: the source does not exist or has no images.
         NotADirectoryError: the target is a file.
         ValueError: the target is the source or inside it, or the network has other than 1 or 3 channels.
+        NonFiniteError: an output has a NaN or an infinite value; it is not written, the results before it are complete.
         WriteError: a result cannot be written; the results before it are complete.
     """
     check_whole("batch_size", batch_size, least=1)
@@ -157,17 +178,18 @@ def translate_folder(
             files = filter(None, map(load, progress))
             images = ((file, image) for file in files for image in file.inputs)
             for batch_files, batch in _batches_of_one_size(images, batch_size):
-                for file, output in zip(batch_files, translate(net, batch)):
+                for file, output in zip(batch_files, _forward(net, batch)):
                     file.outputs.append(output)
-                    if len(file.outputs) < len(file.inputs):
-                        continue
                     result = target / os.path.relpath(file.path, source)
                     try:
+                        check_output(output, file.path)
+                        if len(file.outputs) < len(file.inputs):
+                            continue
                         written.append(save_output(file.outputs, result, file.source))
-                    except WriteError as error:
+                    except (NonFiniteError, WriteError) as error:
                         if not written:
                             raise
-                        raise WriteError(f"{error}. {len(written)} of {len(paths)} images are written") from error
+                        raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
                     for lost in losses(file.outputs, file.source, image_format(result.suffix)):
                         lacking[f"without {lost}"].append(str(result))
     finally:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import check_number, check_type, check_whole
+from ..finite import NonFiniteError
 from ..kernels.dispatch import check_choice
 from .checkpoints import load_generator
 from .complexity import count_macs, count_parameters
 from .exporters import onnx_runner, to_onnx
-from .inference import MIN_SIZE
+from .inference import MIN_SIZE, check_output
 from .networks import image_channels, size_multiple
 
 Mode = Literal["eager", "compiled", "onnx"]
@@ -53,6 +54,7 @@ def profile_generators(
     Raises:
         ValueError: the size is too small or not a multiple of what a generator needs.
         CheckpointError: a file does not hold a generator.
+        NonFiniteError: an output of a generator has a NaN or an infinite value; the message names the file.
     """
     if size < MIN_SIZE:
         raise ValueError(f"size={size}: expected at least {MIN_SIZE} pixels per side")
@@ -63,7 +65,10 @@ def profile_generators(
     networks = []
     for path, net in tqdm(nets.items(), unit="network", desc="profiling"):
         shape = (batch_size, image_channels(net)[0], size, size)
-        costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
+        try:
+            costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}: {error}") from error
         networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
     on_gpu = torch.device(device).type == "cuda"
     return {
@@ -103,6 +108,7 @@ def profile_network(
 
     Raises:
         TypeError, ValueError: an invalid argument.
+        NonFiniteError: an output has a NaN or an infinite value.
     """
     check_type("net", net, nn.Module, "a torch.nn.Module")
     if len(input_shape) != 4:
@@ -128,7 +134,12 @@ def profile_network(
             try:
                 with torch.no_grad():
                     call = _forward_call(net, images, mode, dtype, torch.device(device))
+                    output = call()
+                    if isinstance(output, Tensor):  # other networks may return anything
+                        check_output(output, f"random images ({mode} {dtype})")
                     entry |= measure_latency(call, len(images), repeats, seconds)
+            except NonFiniteError:
+                raise
             except Exception as error:  # a missing compiler or runtime may raise any exception
                 entry["unavailable_reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
             latency.append(entry)
@@ -141,20 +152,21 @@ def profile_network(
 
 
 def _forward_call(net: nn.Module, images: Tensor, mode: Mode, dtype: str, device: torch.device) -> Callable[[], Any]:
-    """Return a function that runs one forward pass and waits for its end."""
+    """Return a function that runs one forward pass, waits for its end and returns the output."""
     if mode == "onnx":
         if dtype != "fp32":
             raise NotImplementedError("onnxruntime has no bf16 convolutions on the CPU")
         run, array = onnx_runner(to_onnx(net)), images.numpy()
-        return lambda: run(array)
+        return lambda: torch.from_numpy(run(array))
     net = copy.deepcopy(net).to(device, DTYPES[dtype]).eval()
     images = images.to(device, DTYPES[dtype])
     forward: Callable[[Tensor], Any] = torch.compile(net) if mode == "compiled" else net
 
-    def call() -> None:
-        forward(images)
+    def call() -> Any:
+        output = forward(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return output
 
     return call
 

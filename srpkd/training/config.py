@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import yaml
 
 from .hints import PUBLIC_VALUES, nearest_hint, public_hint
 from .option_groups import GROUPS, OPTIONS, RunOptions
-from .options import RESUME_OPTIONS, ResolvedConfig, TrainConfig, check_keys
+from .options import DATASET_LIMITS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, check_keys
 
 TYPES = get_type_hints(TrainConfig)
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -168,9 +169,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 def as_flags(options: dict[str, Any]) -> list[str]:
     """Return options as command line flags, ["--name=value", ...]."""
+    limits = {name: "inf" for name in DATASET_LIMITS if options.get(name) == math.inf}  # .inf in YAML
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for name, value in options.items()
+        for name, value in (options | limits).items()
     ]
 
 
@@ -189,13 +191,16 @@ def _plain(message: str) -> str:
     match = re.search(r'Parser key "(\w+)":.*(?:Got value|Given value): ([^\n]*)', message, re.DOTALL)
     if match is None or match[1] not in OPTIONS:
         return message
-    [kind] = _types(match[1])
-    if get_origin(kind) is Literal:
-        expected = " or ".join(map(str, get_args(kind)))
-    else:
-        expected = EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
+    expected = " or ".join(map(_expected, _types(match[1])))
     hint = PUBLIC_VALUES.get((match[1], match[2].strip().strip("'\"")))
     return f"--{match[1]} {match[2]}: expected {expected}" + (f"; {hint}" if hint else "")
+
+
+def _expected(kind: Any) -> str:
+    """Return a type of an option in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    return EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ import copy
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ MAX_CONSECUTIVE_SKIPS = 10
 
 
 class Diverged(ArithmeticError):
-    """The loss of MAX_CONSECUTIVE_SKIPS consecutive steps was not finite."""
+    """The loss of MAX_CONSECUTIVE_SKIPS consecutive steps was not finite, or the final weights are not."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def fit(
         show: called with frozen copies of the generators every update_html_freq steps.
 
     Raises:
-        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss.
+        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
@@ -120,9 +121,8 @@ def fit(
             progress.update()
             with timer.paused():
                 if step % epoch_steps == 0:
-                    for scheduler in schedulers:
-                        scheduler.step()
-                    if epoch % config.save_epoch_freq == 0 and step < steps:
+                    _step_schedulers(schedulers)
+                    if epoch % config.save_epoch_freq == 0 and step < steps and not objective.nonfinite_weights():
                         run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
                         run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
                 if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
@@ -130,6 +130,8 @@ def fit(
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
                 if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
                     save_state(training_state(objective, schedulers, step, durations))
+    if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
+        raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
     folder = stage.folder.relative_to(run_dir.folder)
     run_dir.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
@@ -220,6 +222,14 @@ def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], st
     return list(state["durations"])
 
 
+def _step_schedulers(schedulers: Sequence[LambdaLR]) -> None:
+    with warnings.catch_warnings():
+        # torch warns if all steps so far were skipped, and so no optimizer has stepped
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+        for scheduler in schedulers:
+            scheduler.step()
+
+
 class _StepTimer:
     """Seconds per training step, without pauses.
 
@@ -261,11 +271,23 @@ def _mean_over_ranks(losses: Losses) -> dict[str, float]:
 
 
 def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int) -> str:
-    first = step - MAX_CONSECUTIVE_SKIPS + 1
+    source = objective.nonfinite_source
+    reason = f"; not finite before it: {source}" if source else ""
     return (
-        f"{stage.name}: {MAX_CONSECUTIVE_SKIPS} consecutive steps had a non-finite loss, first "
-        f"{objective.optimizers.nonfinite_loss}, at step {first}; none of them changed the networks. {run_dir.folder} "
-        "contains the last finite state and weights: start a new run with a lower --lr or with --clip_grad_norm 1"
-        + (" or with --precision bf16" if stage.config.precision == "fp16" else "")
-        + f", or resume with --resume {run_dir.folder}"
+        f"{stage.name}: {MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped: the loss "
+        f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - MAX_CONSECUTIVE_SKIPS + 1}"
+        f"{reason}. {_advice(stage, run_dir, source)}"
+    )
+
+
+def _advice(stage: Stage, run_dir: RunDir, source: str) -> str:
+    """Return what to do about a loss that is not finite because of `source`, in words, or ""."""
+    half = " or with --precision bf16" if stage.config.precision == "fp16" else ""
+    if source.startswith("the images"):
+        return "Start a new run with images that are finite"
+    if source.startswith("the teacher"):
+        return f"Start a new run with another teacher{half}"
+    return (
+        f"{run_dir.folder} contains the last finite state: start a new run with a lower --lr or with "
+        f"--clip_grad_norm 1{half}, or resume with --resume {run_dir.folder}"
     )

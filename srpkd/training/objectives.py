@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..finite import first_nonfinite
 from ..models.networks import define_discriminator
 from ..taps import remove_hooks, unwrap
+from . import distributed
 from .distributed import wrap
 from .optimizers import GuardedOptimizers, Losses
 from .options import ResolvedConfig
@@ -82,6 +84,7 @@ class Objective(ABC):
         optimizers: one optimizer "G" for all generators and adapters, one "D" for all discriminators.
         averages: direction -> moving average of the generator; {} unless the option `ema` is set.
         pools: name -> image pool of the discriminator; {} for pix2pix, which has none.
+        nonfinite_source: after a skipped step, what was not finite before the first such loss, in words, or "".
     """
 
     directions: ClassVar[tuple[str, ...]]
@@ -105,6 +108,8 @@ class Objective(ABC):
         self.optimizers = GuardedOptimizers(
             config, {"G": [*self.generators.values(), *adapters], "D": self.discriminators.values()}
         )
+        self.nonfinite_source = ""
+        self._outputs: dict[str, Tensor] = {}  # direction -> output of the generator in the last step
         self.pools: dict[str, ImagePool] = {}
         self.averages: dict[str, AveragedModel] = {}
         if config.ema is not None:
@@ -130,6 +135,9 @@ class Objective(ABC):
         """
         losses = self.update_networks(batch)
         self.optimizers.update()
+        if self.optimizers.consecutive_skips == 1:
+            sources = distributed.all_gather_object(self._find_nonfinite_source(batch))
+            self.nonfinite_source = next(filter(None, sources), "")
         if not self.optimizers.consecutive_skips:
             for name, average in self.averages.items():
                 average.update_parameters(self.generators[name])
@@ -140,9 +148,29 @@ class Objective(ABC):
         return self.generators | {name: average.module for name, average in self.averages.items()}
 
     def can_resume(self) -> bool:
-        """Return whether training can continue from here: the last step was complete, all parameters are finite."""
-        parameters = (parameter for network in self.networks.values() for parameter in network.parameters())
-        return not self.optimizers.consecutive_skips and all(bool(p.isfinite().all()) for p in parameters)
+        """Return whether training can continue from here: the last step was complete, all weights are finite."""
+        return not (self.optimizers.consecutive_skips or self.nonfinite_weights())
+
+    def nonfinite_weights(self) -> str:
+        """Return the first parameter of the networks that is not finite, in words, or "" if all are finite."""
+        return first_nonfinite(
+            {
+                f"the weights {key} of {name}": value
+                for name, network in self.networks.items()
+                for key, value in unwrap(network).named_parameters()
+            }
+        )
+
+    def _find_nonfinite_source(self, batch: Mapping[str, Tensor]) -> str:
+        """Return what was not finite first on this rank in the last step, in words, or "" if only a loss was not."""
+        pairs = self.student_teachers.items()
+        found = (
+            first_nonfinite({f"the images of {side}": images for side, images in batch.items()}),
+            self.nonfinite_weights(),
+            *(f"{source} of {direction}" for direction, pair in pairs if (source := pair.nonfinite_source())),
+            first_nonfinite({f"the output of {direction}": output for direction, output in self._outputs.items()}),
+        )
+        return next(filter(None, found), "")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that all ranks share: networks, adapters, averages and optimizers."""
@@ -184,9 +212,12 @@ class Objective(ABC):
 
     def generate(self, direction: str, images: Tensor) -> tuple[Tensor, Losses]:
         """Return a generator's output in float32, and the distillation losses if it has a teacher."""
-        if direction not in self.student_teachers:
-            return self.networks[direction](images).float(), {}
-        output, losses = self.student_teachers[direction](images)
+        losses: Losses = {}
+        if direction in self.student_teachers:
+            output, losses = self.student_teachers[direction](images)
+        else:
+            output = self.networks[direction](images)
+        self._outputs[direction] = output.detach()
         return output.float(), losses
 
 

@@ -28,7 +28,7 @@ class DataOptions:
         crop_size: size of the crop.
         no_flip: disable random horizontal flips.
         serial_batches: read images in order, without shuffling.
-        max_dataset_size: maximum number of training images (or pairs).
+        max_dataset_size: maximum number of training images (or pairs); inf or null for all of them.
         input_nc: channels of an input image, 1 or 3.
         output_nc: channels of an output image, 1 or 3.
         num_threads: number of data loading processes; 0 loads images in the main process.
@@ -46,7 +46,7 @@ class DataOptions:
     crop_size: int = 256
     no_flip: bool = False
     serial_batches: bool = False
-    max_dataset_size: int | None = None
+    max_dataset_size: int | Literal["inf"] | None = None
     input_nc: Literal[1, 3] = 3
     output_nc: Literal[1, 3] = 3
     num_threads: int = 4
@@ -100,8 +100,8 @@ class TeacherOptions:
         teacher_ngf: channels of the first layer of that teacher.
         teacher_n_epochs: epochs of that teacher at the full learning rate; default: n_epochs.
         teacher_n_epochs_decay: epochs of that teacher with a falling learning rate; default: n_epochs_decay.
-        teacher_max_dataset_size: maximum number of training images (or pairs) of that teacher; default:
-            max_dataset_size.
+        teacher_max_dataset_size: maximum number of training images (or pairs) of that teacher, inf for all of them;
+            default: max_dataset_size.
     """
 
     teacher: str | None = None
@@ -110,7 +110,7 @@ class TeacherOptions:
     teacher_ngf: int = 64
     teacher_n_epochs: int | None = None
     teacher_n_epochs_decay: int | None = None
-    teacher_max_dataset_size: int | None = None
+    teacher_max_dataset_size: int | Literal["inf"] | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, fields, replace
@@ -44,6 +45,7 @@ MINIMUM = {
     "seeds": 1, "time_budget": 0, "print_freq": 1, "save_latest_freq": 1, "save_epoch_freq": 1,
     "update_html_freq": 1, "samples": 0, "ema": 0, "init_gain": 0,
 }  # fmt: skip
+DATASET_LIMITS = ("max_dataset_size", "teacher_max_dataset_size")  # inf, the public code's default, means all images
 POSITIVE = ("lr", "delta", "clip_grad_norm")
 BELOW_ONE = ("beta1", "ema")
 
@@ -108,6 +110,13 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         options: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()
         }
+        for name in DATASET_LIMITS:
+            if options[name] == math.inf:
+                options[name] = "inf"
+        if options["max_dataset_size"] == "inf":
+            options["max_dataset_size"] = None
+        if options["max_dataset_size"] is None and options["teacher_max_dataset_size"] == "inf":
+            options["teacher_max_dataset_size"] = None
         if self.teacher:
             options["teacher_netG"] = None
         config = ResolvedConfig(**options)
@@ -130,6 +139,7 @@ class ResolvedConfig(TrainConfig):
     gan_mode: Literal["lsgan", "vanilla"]
     lambda_kd: float
     lambda_srp: float
+    max_dataset_size: int | None
     teacher_n_epochs: int
     teacher_n_epochs_decay: int
 
@@ -152,7 +162,7 @@ def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
         ngf=config.teacher_ngf,
         n_epochs=config.teacher_n_epochs,
         n_epochs_decay=config.teacher_n_epochs_decay,
-        max_dataset_size=config.teacher_max_dataset_size,
+        max_dataset_size=None if config.teacher_max_dataset_size == "inf" else config.teacher_max_dataset_size,
     )
 
 
@@ -206,7 +216,7 @@ def _check_ranges(config: ResolvedConfig) -> None:
     # negated comparisons, so that NaN fails them
     for name, minimum in MINIMUM.items():
         value = options[name]
-        if value is not None and not value >= minimum:
+        if value not in (None, "inf") and not value >= minimum:
             raise ValueError(f"{name}={value}: expected at least {minimum}")
     for name in POSITIVE:
         value = options[name]

@@ -45,7 +45,7 @@ def execute(plan: Plan) -> RunDir:
             stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher")
             plan.teachers = run_stage(plan, stage, "teacher", {}, test_set, shown)
         elif plan.teachers and "teacher" not in plan.rows and distributed.rank() == 0:
-            metrics = evaluate(plan.teachers, test_set, config, {})
+            metrics = evaluate(plan.teachers, test_set, config, {}, "teacher")
             plan.rows["teacher"] = [complexity(config, plan.teachers) | metrics]
         if plan.teachers:
             shown["teacher"] = plan.teachers

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distiller import RelationDistiller, preserved_modes, total
+from ..finite import first_nonfinite
 from ..taps import FeatureTap, unwrap
 from .distributed import wrap
 
@@ -54,6 +55,7 @@ class StudentTeacher(nn.Module):
         self.layers = self.relations.layers
         self.lambda_kd, self.lambda_srp, self.lambda_feature = lambda_kd, lambda_srp, lambda_feature
         self.adapters = nn.ModuleList()
+        self._last: dict[str, Tensor] = {}  # outputs and features of the last pass, in the order of computation
         if not self.compares_features:
             return
         images = torch.zeros(1, *input_shape, device=next(student.parameters()).device)
@@ -93,7 +95,14 @@ class StudentTeacher(nn.Module):
         """
         if not (self.lambda_kd or self.compares_features):
             return self.student(images), {}
+        self._last = {}  # frees the memory
         passes, losses = self.relations.run(images, record_features=self.compares_features), {}
+        self._last = {
+            **{f"the teacher's feature {name}": value.detach() for name, value in passes.teacher_features.items()},
+            "the teacher's output": passes.teacher_output,
+            **{f"the student's feature {name}": value.detach() for name, value in passes.student_features.items()},
+            "the student's output": passes.student_output.detach(),
+        }
         if self.lambda_kd:
             losses["kd"] = self.lambda_kd * F.l1_loss(passes.student_output, passes.teacher_output)
         if self.lambda_srp:
@@ -104,6 +113,10 @@ class StudentTeacher(nn.Module):
                 for adapter, (student_name, teacher_name) in zip(self.adapters, self.layers.items())
             )
         return passes.student_output, losses
+
+    def nonfinite_source(self) -> str:
+        """Return what was not finite first in the last forward pass, a feature or an output in words, or ""."""
+        return first_nonfinite(self._last)
 
     def close(self) -> None:
         """Remove the hooks from both networks."""

@@ -30,7 +30,7 @@ def evaluate_stage(
     """
     if distributed.rank() > 0:
         return {}
-    metrics = evaluate(trained.generators, test_set, stage.config, teachers)
+    metrics = evaluate(trained.generators, test_set, stage.config, teachers, stage.name)
     run_dir.log(stage.name, trained.steps, **metrics)
     return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
 

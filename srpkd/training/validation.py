@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import collate, sides
 from ..data.synthetic import CLASSES, classes_of
+from ..finite import check_finite
 from ..metrics.pixels import confusion_matrix, mean_iou, pixel_accuracy, psnr
 from .datasets import ImageDataset, has_targets
 from .options import ResolvedConfig
@@ -34,6 +35,7 @@ def evaluate(
     dataset: ImageDataset,
     config: ResolvedConfig,
     teachers: Mapping[str, nn.Module],
+    name: str = "student",
 ) -> dict[str, float]:
     """Evaluate generators in eval mode on the test images.
 
@@ -44,9 +46,13 @@ def evaluate(
     Args:
         generators: direction -> generator.
         teachers: direction -> teacher; directions may be missing.
+        name: name of the generators, for an error message.
 
     Returns:
         Metrics by name: "mIoU", or "mIoU A to B" for a task of two directions.
+
+    Raises:
+        NonFiniteError: An output has a NaN or an infinite value.
     """
     metrics: dict[str, float] = {}
     for direction, generator in generators.items():
@@ -56,12 +62,15 @@ def evaluate(
         for batch in test_loader(dataset, config):
             images = batch[source].to(config.torch_device)
             output = generator(images).cpu()
+            check_finite(output, f"{name}: the output of {direction} for a test image", "use an earlier checkpoint")
             if _target_is_labels(config, direction):
                 confusion += confusion_matrix(classes_of(output), classes_of(batch[target]), CLASSES)
             elif has_targets(config):
                 sums["psnr"] = sums.get("psnr", 0) + len(images) * psnr(output, batch[target])
             if direction in teachers:
-                psnr_to_teacher = psnr(output, teachers[direction](images).cpu())
+                teacher_output = teachers[direction](images).cpu()
+                check_finite(teacher_output, "the teacher's output for a test image", "use another --teacher")
+                psnr_to_teacher = psnr(output, teacher_output)
                 sums["teacher_psnr"] = sums.get("teacher_psnr", 0) + len(images) * psnr_to_teacher
         values = {name: total / len(dataset) for name, total in sums.items()}
         if confusion.any():

@@ -11,6 +11,7 @@ from torch import nn
 
 from srpkd.data.images import DataError, ImageFiles, find_images
 from srpkd.data.synthetic import PALETTE
+from srpkd.finite import NonFiniteError
 from srpkd.metrics.segmentation import label_scores, load_segmenter, read_label_map, read_palette, segmentation_scores
 
 
@@ -66,6 +67,19 @@ def test_outputs_of_segmenters(tmp_path):
     assert plain == segmentation_scores(photos, labels, lambda x: {"out": Segmenter()(x), "aux": None})
     with pytest.raises(ValueError, match=r"the segmenter returned \(1, 3\): expected logits \(1, K, h, w\)"):
         segmentation_scores(photos, labels, lambda x: x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_logits_that_are_not_finite(tmp_path, value):
+    """Interpolation makes them NaN, which would win every comparison."""
+    photos = ImageFiles(find_images(str(save_all(tmp_path, noise(1)))))
+
+    def segmenter(photos):
+        return torch.stack([photos[:, 0], torch.full_like(photos[:, 1], value)], 1)
+
+    labels = [torch.zeros(photos[0].shape[1:], dtype=torch.int64)]
+    with pytest.raises(NonFiniteError, match="the segmenter's output is not finite"):
+        segmentation_scores(photos, labels, segmenter)
 
 
 def test_invalid_segmenter_files(tmp_path):

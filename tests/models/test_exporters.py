@@ -9,7 +9,9 @@ from PIL import Image
 from sample_images import save_deep
 from torch import nn
 
+from srpkd.finite import NonFiniteError
 from srpkd.metrics.pixels import psnr
+from srpkd.models import exporters
 from srpkd.models.checkpoints import save_weights
 from srpkd.models.exporters import _calibration_images, export_generator, max_difference, onnx_runner, to_onnx
 from srpkd.models.networks import define_generator
@@ -80,6 +82,40 @@ def test_model_with_too_large_a_difference_is_not_written(weights, tmp_path):
             0.5
         )
     assert max_difference(net, lambda images: images[:, :, :4]) == float("inf")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite(weights, photos, monkeypatch, value):
+    """A comparison of NaN with NaN must not report a difference of 0."""
+    net = define_generator(**SMALL)
+    with pytest.raises(NonFiniteError, match="the exported model's output for random images is not finite"):
+        max_difference(net, lambda images: np.full_like(images, value))
+    with torch.no_grad():
+        net.model[1].weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match="the generator's output for random images is not finite"):
+        max_difference(net, onnx_runner(to_onnx(net)))
+    monkeypatch.setattr(exporters, "quantize", lambda *_: b"")
+    runner = exporters.onnx_runner
+    monkeypatch.setattr(
+        exporters, "onnx_runner", lambda model: runner(model) if model else lambda images: np.full_like(images, value)
+    )
+    with pytest.raises(NonFiniteError, match="the 8-bit model's output for a calibration image is not finite"):
+        export_generator(weights, calibration=photos)
+    assert not list(weights.parent.glob("*.onnx"))
+
+
+@pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
+def test_smallest_size(tmp_path, netG):
+    """Images of the stated smallest size work, and the next smaller multiple does not."""
+    net = define_generator(netG, ngf=2).eval()
+    save_weights(net, tmp_path / "net.pth")
+    (exported,) = export_generator(tmp_path / "net.pth")
+    run, side = onnx_runner(exported.path.read_bytes()), exported.smallest_size
+    assert side == {"resnet_1blocks": 8, "unet_16": 16}[netG]
+    assert run(np.zeros((1, 3, side, side), np.float32)).shape == (1, 3, side, side)
+    smaller = side - exported.size_multiple
+    with pytest.raises(Exception, match=r"INVALID_ARGUMENT|RUNTIME_EXCEPTION|FAIL"):
+        run(np.zeros((1, 3, side, smaller), np.float32))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sample_images import save_mixed
 
+from srpkd.finite import NonFiniteError
 from srpkd.models.inference import reflected_indices, translate, translate_folder
 from srpkd.models.networks import define_generator, size_multiple
 
@@ -110,3 +111,22 @@ def test_invalid_folders_and_networks(folder, tmp_path):
     with pytest.raises(ValueError, match="goes from 2 to 3 channels; image files have 1 or 3"):
         translate_folder(define_generator("unet_16", 2, 3, ngf=1), folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, value):
+    net = GENERATORS["resnet"]()
+    outputs = []
+
+    def spoil(_module, _inputs, output):
+        outputs.append(output)
+        return output.index_fill(0, torch.tensor([1]), value) if len(output) > 1 else output
+
+    net.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match=r"output for \S+b\.jpg is not finite .*\. 1 of 7 images are written"):
+        translate_folder(net, folder, tmp_path / "out", batch_size=8)
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.png"]
+    with pytest.raises(NonFiniteError, match="the generator's output is not finite"):
+        translate(net, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(NonFiniteError, match="the input of the generator is not finite"):
+        translate(net, torch.full((1, 3, 8, 8), value))

@@ -1,6 +1,7 @@
 """Configurations from the command line, presets and YAML files."""
 
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 import srpkd.presets
 from srpkd.defaults import KD_WEIGHT, SRP_WEIGHT
 from srpkd.training.config import parse_arguments, presets, to_yaml
+from srpkd.training.hints import PUBLIC_OPTIONS
 from srpkd.training.option_groups import OPTIONS
-from srpkd.training.options import ResolvedConfig
+from srpkd.training.options import ResolvedConfig, TrainConfig, teacher_config, variant_config
 
 HERE = "--dataroot=x"
 TEACHER = "--teacher=t.pth"
@@ -119,7 +121,16 @@ def test_default_dropout_depends_on_the_model():
         (["--ngf"], "argument --ngf: expected one argument"),
         (["--ngf", "x"], "--ngf x: expected a whole number"),
         (["--ngf", "2.5"], "--ngf 2.5: expected a whole number"),
-        (["--max_dataset_size", "x"], "--max_dataset_size x: expected a whole number"),
+        (["--max_dataset_size", "x"], "--max_dataset_size x: expected a whole number or inf"),
+        (["--max_dataset_size", "2.5"], "--max_dataset_size 2.5: expected a whole number or inf"),
+        (["--max_dataset_size=-inf"], "--max_dataset_size -inf: expected a whole number or inf"),
+        (["--niter", "3"], "unknown option --niter: use --n_epochs, "),
+        (["--niter_decay", "3"], "unknown option --niter_decay: use --n_epochs_decay, "),
+        (["--epoch", "latest"], "unknown option --epoch: use --resume NAME: a stopped run resumes, and a finished"),
+        (["--load_iter", "3"], "unknown option --load_iter: use --resume NAME"),
+        (["--phase", "train"], "unknown option --phase: training reads the training images and evaluates on the test"),
+        (["--suffix", "x"], "unknown option --suffix: use --name for the whole name of the run"),
+        (["--verbose"], "unknown option --verbose: srpkd profile WEIGHTS prints the size of a network"),
         (["--lr", "fast"], "--lr fast: expected a number"),
         (["--lr", "nan"], "--lr nan: expected a number"),
         (["--no_flip", "maybe"], "--no_flip maybe: expected true or false"),
@@ -130,7 +141,10 @@ def test_default_dropout_depends_on_the_model():
             ["--gpu_ids", "0,1"],
             "unknown option --gpu_ids: use --device cuda:1 or --device cpu; for several GPUs, to",
         ),
-        (["--continue_train"], "unknown option --continue_train: use --resume NAME to resume a run"),
+        (
+            ["--continue_train"],
+            "unknown option --continue_train: use --resume NAME: a stopped run resumes, and a finished one is ",
+        ),
         (["--lr_policy", "step"], "unknown option --lr_policy: the schedule is the public code's linear one"),
         (["--input_nc", "2"], "--input_nc 2: expected 1 or 3"),
         (["--layers", "model.9"], "--layers model.9: expected a mapping in YAML, {name: value, ...}"),
@@ -193,7 +207,28 @@ def test_empty_files_and_number_formats_of_yaml(yaml_file):
     assert (config.lr, config.name, config.n_epochs, config.time_budget) == (0.001, "2024", 16, None)
 
 
+@pytest.mark.parametrize("text", ["null", "inf", ".inf"])
+def test_no_limit_of_the_images(yaml_file, text):
+    config = parse(HERE, yaml_file(f"{{max_dataset_size: {text}, teacher_netG: unet_256}}"))
+    assert config.max_dataset_size is config.teacher_max_dataset_size is None
+    config = parse(HERE, "--max_dataset_size=5", "--teacher_netG=unet_256", yaml_file("teacher_max_dataset_size: inf"))
+    assert config.max_dataset_size == 5 and teacher_config(config).max_dataset_size is None
+    again = parse(yaml_file(to_yaml(config)))
+    assert again == config
+    assert TrainConfig(dataroot="x", max_dataset_size=math.inf).resolved().max_dataset_size is None
+    variants = "variants: {a: {max_dataset_size: inf}}"
+    config = parse(HERE, "--max_dataset_size=5", "--teacher_netG=unet_256", yaml_file(variants))
+    assert variant_config(config, "a").max_dataset_size is None
+
+
 # Command lines of the public code
+
+
+def test_hints_name_options_that_exist():
+    for name, hint in PUBLIC_OPTIONS.items():
+        assert name not in OPTIONS
+        flags = re.findall(r"--(\w+)", hint)
+        assert set(flags) <= {*OPTIONS, "nproc_per_node"}, hint
 
 
 PUBLIC = """

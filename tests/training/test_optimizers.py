@@ -1,6 +1,8 @@
 import copy
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,10 +59,10 @@ def changed(before: dict[str, Tensor], objective: Any) -> set[str]:
 def trained(tmp_path) -> Callable[..., tuple[Any, list[dict[str, Any]], Path]]:
     """A function that trains a stage and returns its result, its lines of metrics and its folder."""
 
-    def train(config: TrainConfig, **others: Any) -> tuple[Any, list[dict[str, Any]], Path]:
+    def train(config: TrainConfig, teachers: Any = (), **others: Any) -> tuple[Any, list[dict[str, Any]], Path]:
         run_dir = RunDir(new_folder(str(tmp_path), "run"))
         try:
-            result = loop.fit(Stage("student", config, 0, run_dir.folder), run_dir, {}, **others)
+            result = loop.fit(Stage("student", config, 0, run_dir.folder), run_dir, dict(teachers), **others)
         finally:
             run_dir.close()
         lines = [json.loads(line) for line in (run_dir.folder / "metrics.jsonl").read_text().splitlines()]
@@ -206,12 +208,99 @@ def test_diverged_run_stops_at_its_last_finite_state(trained, monkeypatch):
     monkeypatch.setattr(loop, "make_objective", diverging)
     config = options(save_latest_freq=1, epoch_steps=50)
     message = (
-        rf"student: {MAX_CONSECUTIVE_SKIPS} consecutive steps had a non-finite loss, first D_real, at step 5; none of "
-        r"them changed the networks\. \S+run contains the last finite state .* or resume with --resume \S+run$"
+        rf"student: {MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped: the loss D_real was not finite, first at "
+        r"step 5; not finite before it: the images of B \(.* are nan\)\. Start a new run with images that are finite$"
     )
     with pytest.raises(Diverged, match=message):
         trained(config, save_state=states.append)
     assert [state["step"] for state in states] == [1, 3, 4]
+
+
+STUDENT_ADVICE = r"contains the last finite state: start a new run with a lower --lr .*--resume \S+run$"
+
+
+def diverge(trained, config, teachers=None, **others):
+    """Train until the guard stops the run; return its message. Warnings are errors."""
+    with warnings.catch_warnings(), pytest.raises(Diverged) as caught:
+        warnings.simplefilter("error")
+        trained(config, teachers or {}, **others)
+    return str(caught.value)
+
+
+def pair(model="pix2pix", **others):
+    """Options of a student that learns from a teacher, and the teacher, of one generator."""
+    direction = {"pix2pix": "G", "cycle_gan": "G_A"}[model]
+    teacher = define_generator("resnet_1blocks", ngf=2, norm="batch", init_gain=0.2).eval().requires_grad_(False)
+    return options(model, teacher="given", epoch_steps=2, n_epochs=20, **others), {direction: teacher}
+
+
+@pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+def test_a_teacher_whose_output_is_not_finite_is_named(trained, model):
+    config, teachers = pair(model)
+    (direction,) = teachers
+    teachers[direction].model[-2].bias.fill_(math.nan)
+    message = diverge(trained, config, teachers)
+    loss = {"pix2pix": "kd", "cycle_gan": "kd_A"}[model]
+    assert f"the loss {loss} was not finite, first at step 1; not finite before it: the teacher's output (" in message
+    assert message.endswith(f"of {direction}. Start a new run with another teacher") and "--lr" not in message
+
+
+def test_a_teacher_whose_feature_is_not_finite_is_named(trained):
+    config, teachers = pair()
+    teachers["G"].model[4].weight.fill_(3e38)
+    message = diverge(trained, config, teachers)
+    assert re.search(r"before it: the teacher's feature model\.\d+ \(.* of G\. Start .* another teacher$", message)
+
+
+def test_a_feature_of_the_student_that_is_not_finite_is_named(trained, monkeypatch):
+    make = loop.make_objective
+
+    def spoiled(*arguments):
+        objective = make(*arguments)
+        with torch.no_grad():
+            objective.generators["G"].model[4].weight.fill_(3e38)
+        return objective
+
+    monkeypatch.setattr(loop, "make_objective", spoiled)
+    config, teachers = pair()
+    message = diverge(trained, config, teachers)
+    assert re.search(rf"before it: the student's feature model\.\d+ \(.* of G\. \S+ {STUDENT_ADVICE}", message)
+
+
+def test_only_the_loss_is_named_if_everything_else_is_finite(trained):
+    config, teachers = pair(lambda_srp=1e38, lambda_kd=0)
+    message = diverge(trained, replace(config, lambda_srp=math.inf), teachers)
+    assert re.search(rf"the loss srp was not finite, first at step 1\. \S+ {STUDENT_ADVICE}", message)
+
+
+def test_weights_that_a_gradient_made_non_finite(trained, monkeypatch, tmp_path):
+    """The weights that were saved before are kept."""
+    make, steps = loop.make_objective, []
+
+    def spoiled(*arguments):
+        objective = make(*arguments)
+        step = objective.step
+
+        def stepped(batch):
+            losses = step(batch)
+            steps.append(losses)
+            if len(steps) == 3:
+                with torch.no_grad():
+                    objective.generators["G"].model[1].weight.view(-1)[0] = math.nan
+            return losses
+
+        objective.step = stepped
+        return objective
+
+    monkeypatch.setattr(loop, "make_objective", spoiled)
+    message = diverge(trained, options(epoch_steps=2, n_epochs=20, save_epoch_freq=1))
+    assert re.search(r"not finite before it: the weights model\.1\.weight of G \(1 of 294 values are nan\)\.", message)
+    steps.clear()
+    message = diverge(trained, options(epoch_steps=1, n_epochs=3, save_epoch_freq=1))
+    assert re.match(r"student: after step 3, the weights model\.1\.weight of G \(.*\) are not finite; ", message)
+    for folder in tmp_path.iterdir():
+        assert (folder / "1_net_G.pth").exists() or (folder / "2_net_G.pth").exists()
+        load_weights(folder / "latest_net_G.pth")
 
 
 def test_skipped_steps_are_logged(trained, monkeypatch):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from srpkd.data.batches import collate, sides
 from srpkd.data.synthetic import paint
+from srpkd.finite import NonFiniteError
 from srpkd.training.validation import evaluate, metric_columns
 
 OFFSETS = torch.linspace(0.01, 0.5, COUNT)
@@ -32,6 +33,17 @@ def test_scores_of_a_known_mistake():
     zeros, ones = wrong.sum().item(), (SCENES.classes == 1).sum().item()
     assert found["accuracy"] == pytest.approx(100 * (1 - zeros / classes.numel()))
     assert found["mIoU"] == pytest.approx(100 * (0 + ones / (ones + zeros) + 4) / 6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite(value):
+    """NaN would count as one of the classes."""
+    config = options(model="pix2pix")
+    broken = Lookup(SCENES.photos, torch.full_like(SCENES.photos, value))
+    with pytest.raises(NonFiniteError, match="student: the output of G for a test image is not finite"):
+        evaluate({"G": broken}, scenes(), config, {})
+    with pytest.raises(NonFiniteError, match=r"the teacher's output for a test image is not finite .* another"):
+        evaluate({"G": PHOTO_TO_LABEL}, scenes(), config, {"G": broken})
 
 
 def test_psnr_counts_every_image_once():
