@@ -85,22 +85,25 @@ def _renames(root: Path, mode: DatasetMode, phase: str, check: Check) -> list[st
     nested = [f"{outer}/{inner}" for outer in existing for inner in subfolders(root / outer)]
     one, two = (phase,), (f"{phase}A", f"{phase}B")
     for names in [two] if mode == "unaligned" else [one, two]:
-        found = [name if (root / name).is_dir() else _stands_for(name, phase, existing, nested) for name in names]
-        if None in found or len(set(found)) < len(found):
+        found = [name if (root / name).is_dir() else _stands_for(root, name, phase, existing, nested) for name in names]
+        renamed = [f"rename {old} to {new}" for old, new in zip(found, names) if old != new]
+        if None in found or len(set(found)) < len(found) or not renamed:
             continue
         folders = tuple(root / str(name) for name in found)
-        renamed = [f"rename {old} to {new}" for old, new in zip(found, names) if old != new]
         if hints := _tried(Layout(root, mode, phase, phase, folders), check, " and ".join(renamed)):
             return hints
     return []
 
 
-def _stands_for(name: str, phase: str, existing: list[str], nested: list[str]) -> str | None:
+def _stands_for(root: Path, name: str, phase: str, existing: list[str], nested: list[str]) -> str | None:
     """Return the folder that a missing one may be: Train-A, Train/A or A for trainA, or a misspelt name."""
     equivalent = {_letters(name), _letters(name[len(phase) :])} - {""}
     equivalent |= {_letters(name[len(phase) :] + phase)} - {_letters(phase)}
-    if same := [other for other in existing + nested if _letters(other) in equivalent]:
-        return same[0]
+    for other in existing + nested:
+        if _letters(other) in equivalent and not any(
+            inner.lower() in _FOLDER_NAMES for inner in subfolders(root / other)
+        ):
+            return other  # A with sub-folders train and test is no folder of training images
     # but testA is not a misspelt trainA, nor is trainB
     typos = [other for other in existing if _letters(other) not in _FOLDER_NAMES]
     return next(iter(difflib.get_close_matches(name, typos, 1, 0.7)), None)
@@ -114,7 +117,8 @@ def _as_pairs(root: Path, phase: str, check: Check) -> list[str]:
 
 def _inside(root: Path, mode: DatasetMode, phase: str, check: Check) -> list[str]:
     """Suggest sub-folders as the data root."""
-    layouts = [find_layout(root / name, mode, phase) for name in subfolders(root)]
+    names = [name for name in subfolders(root) if name not in ("A", "B")]  # these are sides
+    layouts = [find_layout(root / name, mode, phase) for name in names]
     layouts = [layout for layout in layouts if layout.has_images][:_MAX_TRIED]
     usable = [layout for layout in layouts if not check(layout)]
     if usable:

@@ -94,7 +94,7 @@ def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> Layout:
 
     If none has images, the first one whose folders exist; if there is none either, the standard one.
     """
-    known = list(_layouts(Path(dataroot), mode, phase))
+    known = list(known_layouts(Path(dataroot), mode, phase))
     for layout in known:
         if layout.has_images:
             return layout
@@ -108,7 +108,7 @@ def expected_folders(mode: DatasetMode, phase: str) -> str:
     return ", or ".join(usual if mode == "unaligned" else names if mode == "single" else [*names, *usual])
 
 
-def _layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
+def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
     names = PHASES.get(phase, (phase,))
     if mode == "single":

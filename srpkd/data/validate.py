@@ -15,7 +15,7 @@ from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, open_image
 from .layout_hints import missing_folders, shorten
-from .layouts import Layout, find_layout
+from .layouts import Layout, find_layout, known_layouts
 
 Size = tuple[int, int]  # (width, height)
 
@@ -151,16 +151,28 @@ def validate_dataset(
         hint = missing_folders(root, dataset_mode, phase, lambda other: inspect(other)[0])
         raise DataError(heading, [*problems, hint])
     found, report = inspect(layout)
-    if found and layout.mode == "aligned":
-        unpaired = find_layout(root, "unaligned", phase)
-        if unpaired.has_images and not inspect(unpaired)[0]:
-            found.append(
-                f"the images in {' and '.join(unpaired.names)} can be used without pairs: use --model cycle_gan "
-                "--dataset_mode unaligned"
-            )
+    if found and dataset_mode == "aligned":
+        found += _other_layout(layout, lambda other: not inspect(other)[0])
     if problems or found:
         raise DataError(heading, problems + found)
     return report
+
+
+def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[str]:
+    """Return how to use images that are not in the layout of pairs that was found; [] if there are none."""
+    for other in known_layouts(layout.root, "aligned", layout.phase):
+        if layout.is_side_by_side and other.is_paired_by_name and other.has_images and is_usable(other):
+            return [
+                f"{' and '.join(other.names)} have pairs that can be used: to read them, move the other images out of "
+                f"{layout.folders[0]}"
+            ]
+    unpaired = find_layout(layout.root, "unaligned", layout.phase)
+    if unpaired.has_images and is_usable(unpaired):
+        return [
+            f"the images in {' and '.join(unpaired.names)} can be used without pairs: use --model cycle_gan "
+            "--dataset_mode unaligned"
+        ]
+    return []
 
 
 def _inspect(

@@ -149,6 +149,28 @@ def test_a_missing_side_is_named(tmp_path):
             assert f"has no {missing}; it has {folder.split('/')[0]}" in single_problem(root, mode)
 
 
+def test_folders_of_another_phase_are_not_suggested(tmp_path):
+    for folder in ("A/train", "B/test"):
+        save_plain(tmp_path / folder / "0.png")
+    for mode in ("aligned", "unaligned"):
+        assert single_problem(tmp_path, mode).endswith("has no B/train; it has A, B")
+    save_plain(tmp_path / "new/train/A/0.png", size=(64, 32))
+    assert single_problem(tmp_path / "new", "aligned").endswith("has no train/B; it has train")
+
+
+@pytest.mark.parametrize("folders", [("trainA", "trainB"), ("train/A", "train/B"), ("A/train", "B/train")])
+def test_pairs_next_to_images_that_are_no_pairs(tmp_path, folders):
+    for folder in (*folders, "train"):
+        save_plain(tmp_path / folder / "0.png")
+    hint = problems(tmp_path, "aligned")[-1]
+    assert hint == (
+        f"{' and '.join(folders)} have pairs that can be used: to read them, move the other images out of "
+        f"{tmp_path / 'train'}"
+    )
+    (tmp_path / "train/0.png").unlink()
+    assert list(validate_dataset(tmp_path, "aligned").counts) == list(folders)
+
+
 def test_folders_without_any_image(tmp_path):
     empty = tmp_path / "new"
     empty.mkdir()
