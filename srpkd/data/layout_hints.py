@@ -116,14 +116,22 @@ def _as_pairs(root: Path, phase: str, check: Check) -> list[str]:
 
 
 def _inside(root: Path, mode: DatasetMode, phase: str, check: Check) -> list[str]:
-    """Suggest sub-folders as the data root."""
-    names = [name for name in subfolders(root) if name not in ("A", "B")]  # these are sides
-    layouts = [find_layout(root / name, mode, phase) for name in names]
-    layouts = [layout for layout in layouts if layout.has_images][:_MAX_TRIED]
+    """Suggest a folder above or sub-folders as the data root."""
+    for folder in root.parents[:2]:
+        above = find_layout(folder, mode, phase)
+        if root in above.folders and above.has_images and not check(above):
+            return [f"use --dataroot {folder}"]
+    layouts = [find_layout(root / name, mode, phase) for name in subfolders(root)]
+    layouts = [layout for layout in layouts if layout.has_images and not _is_side(layout)][:_MAX_TRIED]
     usable = [layout for layout in layouts if not check(layout)]
     if usable:
         return [f"use --dataroot {' or --dataroot '.join(str(layout.root) for layout in usable)}"]
     return [hint for layout in layouts[:1] for hint in _tried(layout, check, f"use --dataroot {layout.root}")]
+
+
+def _is_side(layout: Layout) -> bool:
+    """Return whether the root of a layout is the folder A or B of A/train and B/train."""
+    return layout.root.name in ("A", "B") and layout.is_side_by_side
 
 
 def _tried(layout: Layout, check: Check, hint: str) -> list[str]:

@@ -82,6 +82,7 @@ def test_missing_dataroot(unaligned):
         (("A",), []),
         (("testA", "trainB"), []),
         (("inner/trainA", "inner/trainB"), ["use --dataroot {root}/inner"]),
+        (("A/trainA", "A/trainB"), ["use --dataroot {root}/A"]),
         (("inner/train", "other"), []),
         (("train",), ["looks like an aligned dataset: use --dataset_mode aligned"]),
         ((".",), ["move those of A into {root}/trainA and those of B into {root}/trainB"]),
@@ -137,6 +138,15 @@ def test_missing_folders_of_aligned(tmp_path, instead, size, hint):
     assert re.search(hint.format(root=tmp_path), message)
     if "after fixing" not in message:
         follow(message, tmp_path, "aligned", "train")
+
+
+@pytest.mark.parametrize(("mode", "folder"), [("unaligned", "trainA"), ("unaligned", "B/train"), ("aligned", "train")])
+def test_a_folder_of_images_for_the_data_root(tmp_path, mode, folder):
+    for name in {folder, folder.replace("A", "B"), folder.replace("B", "A")}:
+        save_plain(tmp_path / name / "0.png", size=(64, 32))
+    message = single_problem(tmp_path / folder, mode)
+    assert message.endswith(f"it has no folders; use --dataroot {tmp_path}")
+    follow(message, tmp_path / folder, mode, "train")
 
 
 def test_a_missing_side_is_named(tmp_path):
