@@ -72,7 +72,7 @@ class Study(NamedTuple):
 def teacher_run(study: Study, setting: str, dataset: int) -> ResolvedConfig:
     """Return the run that trains the teacher of a data set. All paired settings share it."""
     config = run_config(study, setting, dataset, NO_DISTILLATION)
-    own = replace(teacher_config(config), teacher_netG=None, max_dataset_size=config.teacher_max_dataset_size)
+    own = replace(teacher_config(config), teacher_netG=None)
     return replace(own, name=f"teacher-{config.model}-dataset{dataset}", seed=dataset)
 
 

@@ -1,11 +1,14 @@
 """Datasets of image folders, in the layouts of junyanz/pytorch-CycleGAN-and-pix2pix (its data/ folder).
 
 `unaligned`  root/trainA, root/trainB, root/testA, root/testB: images of two domains, not paired
-`aligned`    root/train, root/test: pairs, A in the left half of an image and B in the right half
+`aligned`    root/train, root/test: pairs, A in the left half of an image and B in the right half; or A and B as two
+             files of equal names, in train/A and train/B, A/train and B/train, trainA and trainB, or train_A and
+             train_B
 `single`     root/<phase> if it exists, else root: only A
 
-Sub-folders are searched too. An EXIF orientation is applied, and images of more than 8 bits per channel keep their
-precision.
+The two folders of `unaligned` may have the names of any of these forms too. Folders named val serve as test if there
+are no test images. Sub-folders are searched too. An EXIF orientation is applied, and images of more than 8 bits per
+channel keep their precision.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ from torchvision.transforms import v2
 from ..arguments import check_whole
 from ..kernels.dispatch import check_choice
 from . import Direction
-from .images import DataError, image_files, read_image, split_pair
+from .images import DataError, read_image, split_pair
+from .layouts import DatasetMode, find_layout
 from .picture import Picture, picture_size, resize_picture, with_channels
 
-DatasetMode = Literal["unaligned", "aligned", "single"]
 Preprocess = Literal["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "dataset_mode": get_args(DatasetMode),
@@ -76,7 +79,7 @@ def open_dataset(
         no_flip: in training, do not mirror half of the images; the halves of an aligned pair are mirrored together.
         serial_batches: `unaligned` has the length of the larger side, and the smaller side repeats. In training "B" is
             drawn at random unless this is set.
-        max_dataset_size: use only so many files of each folder, the first ones in sorted order.
+        max_dataset_size: use only so many files (or pairs) of each folder, the first ones in sorted order.
         input_nc, output_nc: channels of "A" and "B", 1 or 3.
 
     All random numbers come from torch's default generator, which a DataLoader seeds in each worker.
@@ -85,7 +88,8 @@ def open_dataset(
         ValueError: an unknown choice, a size below 1 or other than 1 or 3 channels.
         TypeError: a size is not an integer.
         FileNotFoundError: a folder does not exist or has no images.
-        DataError: when an item is read: the image cannot be decoded or is smaller than the crop.
+        DataError: files of two folders cannot be paired by name; when an item is read: the image cannot be decoded or
+            is smaller than the crop.
     """
     check_choice("dataset_mode", dataset_mode, CHOICES["dataset_mode"])
     check_choice("direction", direction, CHOICES["direction"])
@@ -97,9 +101,9 @@ def open_dataset(
     for name, channels in (("input_nc", input_nc), ("output_nc", output_nc)):
         if channels not in (1, 3):
             raise ValueError(f"{name}={channels!r}: expected 1 (grey) or 3 (RGB) channels")
-    sources = source_folders(dataroot, dataset_mode, phase)
-    files = [image_files(source)[:max_dataset_size] for source in sources]
-    for source, found in zip(sources, files):
+    layout = find_layout(dataroot, dataset_mode, phase)
+    files = layout.files(max_dataset_size)
+    for source, found in zip(layout.folders, files):
         if not found:
             raise FileNotFoundError(f"{source}: {'no images in this folder' if source.is_dir() else 'no such folder'}")
     swap, train = direction == "BtoA", phase == "train"
@@ -109,26 +113,18 @@ def open_dataset(
         channels=(input_nc, output_nc),
         aligned=dataset_mode == "aligned",
         swap=swap,
-        random_b=train and not serial_batches,
+        random_b=train and not serial_batches and dataset_mode == "unaligned",
     )
-
-
-def source_folders(dataroot: str | Path, dataset_mode: DatasetMode, phase: str) -> list[Path]:
-    """Return the folders that a dataset reads, existing or not: one, or for `unaligned` those of A and B."""
-    root = Path(dataroot)
-    if dataset_mode == "unaligned":
-        return [root / f"{phase}A", root / f"{phase}B"]
-    return [root / phase if dataset_mode == "aligned" or (root / phase).is_dir() else root]
 
 
 class FolderDataset(Dataset[dict[str, Tensor | str]]):
     """Dataset of image files; see `open_dataset`.
 
     Args:
-        files: one list of paths, or for `unaligned` one for "A" and one for "B".
+        files: one list of paths, or one for "A" and one for "B".
         transform: pictures -> tensors (C, H, W).
         channels: of "A" and of "B".
-        aligned: each file is a pair side by side.
+        aligned: each file is a pair side by side, or the two lists are pairs of files.
         swap: "A" is the right half of a pair.
         random_b: draw the file of "B" at random.
     """
@@ -155,7 +151,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
         if self.random_b and len(paths) == 2:
             paths[1] = self.files[1][int(torch.randint(len(self.files[1]), ()))]
         images = [read_image(path) for path in paths]
-        if self.aligned:
+        if self.aligned and len(images) == 1:
             left, right = split_pair(images[0], paths[0])
             paths, images = paths * 2, [right, left] if self.swap else [left, right]
         images = [with_channels(image, 1) if nc == 1 else image for image, nc in zip(images, self.channels)]
@@ -165,6 +161,12 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
             tensors = self.transform(*images) if self.aligned else [self.transform(image) for image in images]
         except ValueError as error:
             raise DataError(f"{' or '.join(dict.fromkeys(paths))}: {error}") from error
+        if self.aligned and tensors[0].shape[1:] != tensors[1].shape[1:]:
+            height, width = zip(*(tensor.shape[1:] for tensor in tensors))
+            raise DataError(
+                f"{' and '.join(paths)}: {width[0]} x {height[0]} and {width[1]} x {height[1]} pixels; expected a pair "
+                "of one size: scale the files to the same size"
+            )
         return dict(zip("AB", tensors)) | dict(zip(("A_path", "B_path"), paths))
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..arguments import check_whole
 from ..kernels.dispatch import check_choice
 from . import Direction
-from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size, source_folders
-from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, image_files, open_image
+from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
+from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
+from .layout_hints import missing_folders, shorten
+from .layouts import Layout, find_layout, known_layouts
 
 Size = tuple[int, int]  # (width, height)
 
@@ -23,13 +24,12 @@ Size = tuple[int, int]  # (width, height)
 # read (and the checksums of PNG).
 DECODED = 500
 
-_FOLDER_NAMES = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
-
 
 @dataclass(frozen=True)
 class DatasetReport:
     """Statistics of a valid dataset; `str()` gives one line.
 
+    layout: the folders, and how their images are read
     counts: images per folder, as {"trainA": 1067, "trainB": 1334}
     sizes: (width, height) of the files -> how many have it
     network_sizes: the different (width, height) of the network's inputs
@@ -38,6 +38,7 @@ class DatasetReport:
     further_frames: how many images have more than one page or frame, in words
     """
 
+    layout: Layout
     counts: dict[str, int]
     sizes: dict[Size, int]
     network_sizes: list[Size]
@@ -50,7 +51,7 @@ class DatasetReport:
         total = sum(self.counts.values())
         decoded = "all" if self.decoded == total else f"{self.decoded:,}"
         return (
-            f"{counts}, {_size_range(self.sizes)} pixels, {decoded} decoded without error; "
+            f"{self.layout}: {counts}, {_size_range(self.sizes)} pixels, {decoded} decoded without error; "
             f"the network gets {_size_range(self.network_sizes)}"
             + "".join(f"; {others} in {name} left out" for name, others in self.others.items())
             + (f"; {self.further_frames}" if self.further_frames else "")
@@ -68,29 +69,43 @@ class _Header(NamedTuple):
 class _Check(NamedTuple):
     """A property of an image that makes it unusable."""
 
-    problem: str
+    problem: Callable[[list[_Header]], str]  # of the headers that fail
     fails: Callable[[_Header], bool]
     detail: Callable[[_Header], str]  # shown in brackets after the file's name
 
 
 @dataclass(frozen=True)
 class _Geometry:
-    """Sizes of an image on its way from the file to the network."""
+    """Sizes of an image on its way from the file to the network.
 
-    aligned: bool
+    given_load_size: the --load_size; outside training, the load_size in effect may be another.
+    size_multiple: the network's sides must be multiples of it.
+    """
+
     preprocess: Preprocess
     load_size: int
     crop_size: int
+    given_load_size: int
+    size_multiple: int
+    side_by_side: bool = False
 
     def image_size(self, header: _Header) -> Size:
-        """Size of one image: for an aligned pair, of its half."""
+        """Size of one image: for a pair side by side, of its half."""
         width, height = header.size
-        return (width // 2 if self.aligned else width), height
+        return (width // 2 if self.side_by_side else width), height
+
+    def scaled_size(self, header: _Header) -> Size:
+        return scaled_size(self.image_size(header), self.preprocess, self.load_size, self.crop_size)
 
     def network_size(self, header: _Header) -> Size:
-        if "crop" in self.preprocess:
-            return self.crop_size, self.crop_size
-        return scaled_size(self.image_size(header), self.preprocess, self.load_size, self.crop_size)
+        return (self.crop_size, self.crop_size) if "crop" in self.preprocess else self.scaled_size(header)
+
+    def flags(self, preprocess: str) -> str:
+        """Return the options that switch to another --preprocess, with sizes that it accepts."""
+        crop_size = max(self.crop_size - self.crop_size % self.size_multiple, self.size_multiple)
+        flags = f"--preprocess {preprocess}"
+        flags += f" --crop_size {crop_size}" if crop_size != self.crop_size else ""
+        return flags + (f" --load_size {crop_size}" if crop_size > self.given_load_size else "")
 
 
 def validate_dataset(
@@ -119,9 +134,9 @@ def validate_dataset(
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
-            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have an
-            unsupported depth; aligned images that are not two halves; images smaller than the crop; sizes that are not
-            a multiple of `size_multiple`; sizes that differ within a batch.
+            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have more
+            than 8 bits per channel; pairs that are not two halves, or two files of equal names and sizes; images
+            smaller than the crop; sizes that are not a multiple of `size_multiple`; sizes that differ within a batch.
     """
     root = Path(dataroot)
     heading = f"The dataset {root} ({dataset_mode}, {phase}) cannot be used:"
@@ -130,48 +145,121 @@ def validate_dataset(
     if problems := _invalid_arguments(choices, sizes):
         raise DataError(heading, problems)  # the other checks need valid arguments
 
-    load_size = effective_load_size(preprocess, load_size, crop_size, phase == "train")
-    missing = _missing_folders(root, dataset_mode, phase)
-    problems = _size_problems(preprocess, load_size, crop_size, size_multiple) + missing
-    geometry = _Geometry(dataset_mode == "aligned", preprocess, load_size, crop_size)
-    checks = _image_checks(geometry, size_multiple)
+    effective = effective_load_size(preprocess, load_size, crop_size, phase == "train")
+    geometry = _Geometry(preprocess, effective, crop_size, load_size, size_multiple)
 
+    def inspect(layout: Layout) -> tuple[list[str], DatasetReport]:
+        return _inspect(layout, geometry, max_dataset_size, batch_size, max_report)
+
+    layout = find_layout(root, dataset_mode, phase)
+    problems = _size_problems(geometry)
+    if not layout.exists:
+        hint = missing_folders(root, dataset_mode, phase, lambda other: inspect(other)[0])
+        raise DataError(heading, [*problems, hint])
+    found, report = inspect(layout)
+    if found and dataset_mode == "aligned":
+        found += _other_layout(layout, lambda other: not inspect(other)[0])
+    if problems or found:
+        raise DataError(heading, problems + found)
+    return report
+
+
+def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[str]:
+    """Return how to use images that are not in the layout of pairs that was found; [] if there are none."""
+    for other in known_layouts(layout.root, "aligned", layout.phase):
+        if layout.is_side_by_side and other.is_paired_by_name and other.has_images and is_usable(other):
+            return [
+                f"{' and '.join(other.names)} have pairs that can be used: to read them, move the other images out of "
+                f"{layout.folders[0]}"
+            ]
+    unpaired = find_layout(layout.root, "unaligned", layout.phase)
+    if unpaired.has_images and is_usable(unpaired):
+        return [
+            f"the images in {' and '.join(unpaired.names)} can be used without pairs: use --model cycle_gan "
+            "--dataset_mode unaligned"
+        ]
+    return []
+
+
+def _inspect(
+    layout: Layout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int, max_report: int
+) -> tuple[list[str], DatasetReport]:
+    """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
+    geometry = replace(geometry, side_by_side=layout.is_side_by_side)
     counts: dict[str, int] = {}
     file_sizes: Counter[Size] = Counter()
     network_sizes: set[Size] = set()
     others: dict[str, str] = {}
     several: list[str] = []
     decoded = 0
-    for folder in [] if missing else source_folders(root, dataset_mode, phase):
-        files = image_files(folder)[:max_dataset_size]
+    readable: dict[str, _Header] = {}
+    problems: list[str] = []
+    try:
+        files_of_folders = layout.files(max_dataset_size)
+    except DataError as error:
+        return error.problems, DatasetReport(layout, counts, file_sizes, [], 0)
+    for folder, name, files in zip(layout.folders, layout.names, files_of_folders):
         headers, unreadable, complete = _read_headers(files)
         if not files:
             problems.append(_no_images(folder))
         failures = {"cannot be read": unreadable}
-        for check in checks:
-            failures[check.problem] = [(h.path, check.detail(h)) for h in headers if check.fails(h)]
-        for problem, failed in failures.items():
-            if failed:
-                names = _join([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in failed], max_report)
-                problems.append(f"{folder}: {len(failed):,} of {len(files):,} images {problem}: {names}")
+        for check in _image_checks(geometry):
+            if failed := [header for header in headers if check.fails(header)]:
+                failures[check.problem(failed)] = [(header.path, check.detail(header)) for header in failed]
+        for problem, details in failures.items():
+            if details:
+                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details], max_report)
+                problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}")
         folder_sizes = {geometry.network_size(header) for header in headers}
         if batch_size > 1 and len(folder_sizes) > 1:
             problems.append(
-                f"{folder}: a batch of {batch_size} needs images of one size; --preprocess {preprocess} gives "
-                f"{_size_range(folder_sizes)}: use --preprocess resize_and_crop or --batch_size 1"
+                f"{folder}: a batch of {batch_size} needs images of one size; --preprocess {geometry.preprocess} gives "
+                f"{_size_range(folder_sizes)}: use {geometry.flags('resize_and_crop')} or --batch_size 1"
             )
-        counts[folder.resolve().name] = len(files)
+        counts[name] = len(files)
         if left_out := count_other_files(folder):
-            others[folder.resolve().name] = left_out
+            others[name] = left_out
         several += [header.path for header in headers if header.frames > 1]
         file_sizes.update(header.size for header in headers)
         network_sizes |= folder_sizes
         decoded += complete
-    if problems:
-        raise DataError(heading, problems)
-    return DatasetReport(
-        counts, dict(file_sizes), sorted(network_sizes), decoded, others, describe_further_frames(several)
+        readable |= {header.path: header for header in headers}
+    if layout.is_paired_by_name:
+        problems += _pair_problems(layout, geometry, files_of_folders, readable, max_report)
+    return problems, DatasetReport(
+        layout,
+        counts,
+        dict(file_sizes),
+        sorted(network_sizes),
+        decoded,
+        others,
+        describe_further_frames(several),
     )
+
+
+def _pair_problems(
+    layout: Layout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header], max_report: int
+) -> list[str]:
+    """Return the problem of pairs of files whose images differ in size or shape, if there are any."""
+    differing, same_shape = [], True
+    for path_a, path_b in zip(*files):
+        if path_a not in readable or path_b not in readable:
+            continue
+        a, b = readable[path_a], readable[path_b]
+        # a rounded side may change the ratio of a scaled copy slightly
+        proportional = abs(a.size[0] * b.size[1] - b.size[0] * a.size[1]) <= max(*a.size, *b.size)
+        if not proportional or geometry.scaled_size(a) != geometry.scaled_size(b):
+            same_shape &= proportional
+            name = os.path.relpath(path_a, layout.folders[0])
+            differing.append(f"{name} ({_format_size(a.size)} and {_format_size(b.size)})")
+    if not differing:
+        return []
+    advice = f"use {geometry.flags('resize_and_crop')}, or " if same_shape else ""
+    return [
+        f"{' and '.join(layout.names)}: {len(differing):,} of {len(files[0]):,} pairs are two images of different "
+        f"{'sizes' if same_shape else 'shapes'}: {advice}scale the files of a pair to the same size: "
+        f"{shorten(differing, max_report)}"
+    ]
 
 
 def _invalid_arguments(choices: Mapping[str, str], sizes: Mapping[str, int]) -> list[str]:
@@ -189,9 +277,11 @@ def _invalid_arguments(choices: Mapping[str, str], sizes: Mapping[str, int]) -> 
     return problems
 
 
-def _size_problems(preprocess: Preprocess, load_size: int, crop_size: int, size_multiple: int) -> list[str]:
+def _size_problems(geometry: _Geometry) -> list[str]:
     """Return the problems of the sizes that do not depend on the images."""
     problems: list[str] = []
+    preprocess, load_size, crop_size = geometry.preprocess, geometry.load_size, geometry.crop_size
+    multiple = geometry.size_multiple
     if "crop" not in preprocess:
         return problems
     if preprocess != "crop" and load_size < crop_size:
@@ -199,40 +289,55 @@ def _size_problems(preprocess: Preprocess, load_size: int, crop_size: int, size_
             f"--crop_size {crop_size} is larger than --load_size {load_size}, the size that images are scaled to "
             "before the crop: use a smaller --crop_size or a larger --load_size"
         )
-    if rest := crop_size % size_multiple:
-        nearest = [size for size in (crop_size - rest, crop_size - rest + size_multiple) if size]
+    if rest := crop_size % multiple:
+        nearest = [size for size in (crop_size - rest, crop_size - rest + multiple) if size]
+        limit = nearest[-1] if preprocess == "crop" else geometry.given_load_size
+        advice = [f"{size}" if size <= limit else f"{size} with --load_size {size}" for size in nearest]
         problems.append(
-            f"--crop_size {crop_size} is not a multiple of {size_multiple}, as this generator needs: "
-            f"use {' or '.join(map(str, nearest))}"
+            f"--crop_size {crop_size} is not a multiple of {multiple}, as this generator needs: use "
+            f"{' or '.join(advice)}"
         )
     return problems
 
 
-def _image_checks(geometry: _Geometry, size_multiple: int) -> list[_Check]:
+def _image_checks(geometry: _Geometry) -> list[_Check]:
     """Return the checks of a readable image."""
 
     def file_size(header: _Header) -> str:
         return _format_size(header.size)
 
-    crop_size, preprocess = geometry.crop_size, geometry.preprocess
-    smallest = (crop_size * (2 if geometry.aligned else 1), crop_size)
-    fixed_size = "scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop"
+    def too_small(failed: list[_Header]) -> str:
+        side = min(min(geometry.image_size(header)) for header in failed)
+        largest = side - side % geometry.size_multiple
+        advice = f"--crop_size {largest}, or " if largest else ""
+        return (
+            f"are smaller than --crop_size {crop_size}, which needs at least {_format_size(smallest)}: use {advice}"
+            f"{geometry.flags('resize_and_crop')}"
+        )
+
+    crop_size, preprocess, size_multiple = geometry.crop_size, geometry.preprocess, geometry.size_multiple
+    smallest = (crop_size * (2 if geometry.side_by_side else 1), crop_size)
+    fixed_size = geometry.flags("scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop")
     return [
         _Check(
-            "are not A and B of the same size side by side: their width is odd, or not larger than their height "
-            "(pad very tall pairs to square halves first; for images that are not pairs, use another --dataset_mode)",
-            lambda header: geometry.aligned and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
+            lambda failed: (
+                "are not A and B of the same size side by side: their width is odd, or not larger than their height "
+                "(pad very tall pairs to square halves first; if A and B are two files, give them the same name in "
+                "two folders, such as trainA and trainB)"
+            ),
+            lambda header: geometry.side_by_side and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
             file_size,
         ),
         _Check(
-            f"are smaller than --crop_size {crop_size}, which needs at least {_format_size(smallest)}: use a smaller "
-            "--crop_size, or --preprocess resize_and_crop",
+            too_small,
             lambda header: preprocess == "crop" and min(geometry.image_size(header)) < crop_size,
             file_size,
         ),
         _Check(
-            f"give the network an input whose sides are not multiples of {size_multiple}, as this generator needs: "
-            f"use --preprocess {fixed_size}",
+            lambda failed: (
+                f"give the network an input whose sides are not multiples of {size_multiple}, as this generator "
+                f"needs: use {fixed_size}"
+            ),
             lambda header: (
                 "crop" not in preprocess and any(side % size_multiple for side in geometry.network_size(header))
             ),
@@ -258,73 +363,10 @@ def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]
     return headers, unreadable, decoded
 
 
-def _missing_folders(root: Path, dataset_mode: DatasetMode, phase: str) -> list[str]:
-    """Return one problem if folders do not exist, with what exists instead and a suggestion; else none."""
-    if root.is_file():
-        return [f"dataroot {root} is a file, expected a folder: if it is an archive, unpack it"]
-    if not root.is_dir():
-        first = next(p for p in (root, *root.parents) if p.parent.is_dir())  # the topmost missing part of the path
-        siblings = _subfolders(first.parent)
-        return [
-            f"dataroot {root} does not exist{_did_you_mean(first, siblings)}; "
-            f"{first.parent.absolute()} has {_join(siblings) or 'no folders'}"
-        ]
-    wanted = [folder.name for folder in source_folders(root, dataset_mode, phase)]
-    if dataset_mode == "single" or not (missing := [name for name in wanted if not (root / name).is_dir()]):
-        return []
-
-    existing = _subfolders(root)
-    nested = [f"{outer}/{inner}" for outer in existing for inner in _subfolders(root / outer)]
-    problem = f"dataroot {root} has no {' and no '.join(missing)}; "
-    problem += f"it has {_join(existing)}" if existing else "it has no folders"
-    hints = []
-    for name in missing:
-        # train_A, Train-A, train/A and A can stand for trainA
-        equivalent = {_letters(name), _letters(name[len(phase) :])} - {""}
-        same = [other for other in existing + nested if _letters(other) in equivalent]
-        # but testA is not a misspelt trainA, nor is trainB
-        typos = [other for other in existing if _letters(other) not in _FOLDER_NAMES]
-        if found := same or difflib.get_close_matches(name, typos, 1, 0.7):
-            hints.append(f"rename {found[0]} to {name}")
-    if dataset_mode == "unaligned" and image_files(root / phase) and len(hints) < len(missing):
-        hints.append(f"{phase} has images, which looks like an aligned dataset: use --dataset_mode aligned")
-    if dataset_mode == "aligned" and all((root / f"{phase}{side}").is_dir() for side in "AB"):
-        hints.append("this looks like an unaligned dataset: use --dataset_mode unaligned")
-    hints += [
-        f"use --dataroot {root / name}"
-        for name in existing
-        if all(folder.is_dir() for folder in source_folders(root / name, dataset_mode, phase))
-    ]
-    if not existing and image_files(root):
-        hints.append("its images are in no sub-folder: sort them into these folders, or use --dataset_mode single")
-    return ["; ".join([problem, *hints])]
-
-
 def _no_images(folder: Path) -> str:
     others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
-    instead = _join([f"{count:,} {suffix}" for suffix, count in others.most_common()], 3)
+    instead = shorten([f"{count:,} {suffix}" for suffix, count in others.most_common()], 3)
     return f"{folder}: no images ({' '.join(EXTENSIONS)}); " + (f"it has {instead}" if others else "it is empty")
-
-
-def _did_you_mean(path: Path, names: list[str]) -> str:
-    """Return the sibling whose name is closest to the path's, as a question in brackets, or ''."""
-    by_letters = {_letters(name): name for name in names}
-    nearest = difflib.get_close_matches(_letters(path.name), by_letters, 1)
-    return f" (did you mean {path.parent / by_letters[nearest[0]]}?)" if nearest else ""
-
-
-def _letters(name: str) -> str:
-    """Return a name in lower case without hyphens, underscores and dots."""
-    return "".join(filter(str.isalnum, name.lower()))
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
-def _join(names: list[str], limit: int = 10) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _format_size(size: Size) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
+from ..data.layout_hints import shorten, subfolders
+from ..data.layouts import expected_folders, find_layout
 from ..data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
 from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
@@ -61,8 +64,18 @@ def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
     )
 
 
+def has_test_images(config: ResolvedConfig) -> bool:
+    """Return whether there are images to validate with. Training does not need any."""
+    return config.is_synthetic or find_layout(config.dataroot, config.dataset_mode, "test").has_images
+
+
+def open_test_data(config: ResolvedConfig) -> ImageDataset | None:
+    """Open the test images; None if there are none."""
+    return open_data(config, "test") if has_test_images(config) else None
+
+
 def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]) -> str:
-    """Check the images of all stages and return a one-line summary of them.
+    """Check the images of all stages and return a summary: one line for the training and one for the test images.
 
     Args:
         config: options of the run.
@@ -87,7 +100,7 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
         )
     limits = [stage.max_dataset_size for stage in stages if stage.max_dataset_size is not None]
     train_limit = max(limits) if len(limits) == len(stages) else None
-    summaries = [
+    summaries: list[object] = [
         validate_dataset(
             config.dataroot,
             config.dataset_mode,
@@ -100,9 +113,19 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
             batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
             size_multiple=multiple,
         )
-        for phase in ("train", "test")
+        for phase in (("train", "test") if has_test_images(config) else ("train",))
     ]
-    return "; ".join(map(str, summaries))
+    if len(summaries) == 1:
+        summaries.append(_no_test_images(config))
+    return "\n".join(map(str, summaries))
+
+
+def _no_test_images(config: ResolvedConfig) -> str:
+    root = Path(config.dataroot)
+    return (
+        f"no test images: validation is skipped, and the report has no sample images (expected "
+        f"{expected_folders(config.dataset_mode, 'test')} in {root}, which has {shorten(subfolders(root))})"
+    )
 
 
 def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:

@@ -21,7 +21,8 @@ class DataOptions:
     Args:
         dataroot: folder of images, or ":synthetic:" for the generated data set.
         dataset_mode: unaligned (folders trainA, trainB, testA, testB) or aligned (folders train, test with A and B
-            side by side in one image); default: aligned for pix2pix, unaligned for cycle_gan.
+            side by side in one image, or train/A, train/B, test/A, test/B with files of equal names); test folders
+            may be named val, or absent; default: aligned for pix2pix, unaligned for cycle_gan.
         direction: AtoB, or BtoA to swap the two sides.
         preprocess: how images are scaled and cropped.
         load_size: size that images are scaled to before the crop.

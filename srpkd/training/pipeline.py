@@ -9,7 +9,7 @@ from typing import Any
 from ..files import WriteError
 from ..models.checkpoints import load_generator
 from . import distributed
-from .datasets import ImageDataset, open_data
+from .datasets import ImageDataset, open_test_data
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
 from .options import TrainConfig
@@ -38,7 +38,7 @@ def run(config: TrainConfig, command: str = "") -> RunDir:
 def execute(plan: Plan) -> RunDir:
     """Run all stages of a plan that are not done, and return the folder of the run."""
     config, run_dir = plan.config, plan.run_dir
-    test_set = open_data(config, "test")
+    test_set = open_test_data(config)
     shown: dict[str, Generators] = {}
     try:
         if plan.teacher:
@@ -87,7 +87,7 @@ def run_stage(
     stage: Stage,
     name: str,
     teachers: Generators,
-    test_set: ImageDataset,
+    test_set: ImageDataset | None,
     shown: dict[str, Generators],
 ) -> Generators:
     """Train and evaluate a stage, or load the result of a finished one.
@@ -95,6 +95,7 @@ def run_stage(
     Args:
         name: name of the stage's row in the table.
         teachers: direction -> frozen generator; {} trains without a teacher.
+        test_set: test images, or None to skip validation.
         shown: label -> direction -> generator: the other networks on the page.
 
     Returns:

@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": device_name(config.torch_device),
-            "data": data_summary,
+            "data": data_summary.replace("\n", "; "),
         },
     }
     run_dir = _open_run_dir(folder, config, report, state, packages)

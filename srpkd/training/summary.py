@@ -21,9 +21,9 @@ Row = dict[str, float]
 
 
 def evaluate_stage(
-    stage: Stage, run_dir: RunDir, trained: Trained, test_set: ImageDataset, teachers: Generators
+    stage: Stage, run_dir: RunDir, trained: Trained, test_set: ImageDataset | None, teachers: Generators
 ) -> Row:
-    """Evaluate a stage and log its metrics.
+    """Evaluate a stage, if there are test images, and log its metrics.
 
     Returns:
         The stage's row of the table on rank 0, {} on the others.
@@ -31,7 +31,8 @@ def evaluate_stage(
     if distributed.rank() > 0:
         return {}
     metrics = evaluate(trained.generators, test_set, stage.config, teachers, stage.name)
-    run_dir.log(stage.name, trained.steps, **metrics)
+    if metrics:
+        run_dir.log(stage.name, trained.steps, **metrics)
     return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
@@ -48,7 +49,7 @@ def publish(
     variants: Mapping[str, ResolvedConfig],
     rows: Mapping[str, list[Row]],
     shown: Mapping[str, Generators],
-    test_set: ImageDataset,
+    test_set: ImageDataset | None,
 ) -> None:
     """Update the table, the images and the page on rank 0.
 
@@ -56,6 +57,7 @@ def publish(
         variants: name -> options of a student.
         rows: name -> rows of the table, one per seed.
         shown: label -> direction -> generator in eval mode.
+        test_set: test images; None publishes no images.
     """
     if distributed.rank() > 0:
         return
@@ -75,8 +77,11 @@ def publish(
         ],
         "notes": table_notes(config, variants, rows),
     }
-    run_dir.report["samples"] = write_samples(run_dir.folder, shown, test_set, config)
-    run_dir.report["relations"] = write_relation_maps(run_dir.folder, shown, test_set, config)
+    if test_set is None:
+        run_dir.report["table"]["notes"].append("No test images: validation was skipped.")
+    else:
+        run_dir.report["samples"] = write_samples(run_dir.folder, shown, test_set, config)
+        run_dir.report["relations"] = write_relation_maps(run_dir.folder, shown, test_set, config)
     run_dir.write_report()
 
 

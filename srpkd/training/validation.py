@@ -32,12 +32,12 @@ DIRECTION_NAMES = {"G": "", "G_A": "A to B", "G_B": "B to A"}
 @torch.no_grad()
 def evaluate(
     generators: Mapping[str, nn.Module],
-    dataset: ImageDataset,
+    dataset: ImageDataset | None,
     config: ResolvedConfig,
     teachers: Mapping[str, nn.Module],
     name: str = "student",
 ) -> dict[str, float]:
-    """Evaluate generators in eval mode on the test images.
+    """Evaluate generators in eval mode on the test images; return {} if there are none.
 
     - target is a label map of the generated scenes: mIoU and accuracy in percent;
     - target is any other image: PSNR in dB;
@@ -55,6 +55,8 @@ def evaluate(
         NonFiniteError: An output has a NaN or an infinite value.
     """
     metrics: dict[str, float] = {}
+    if dataset is None:
+        return metrics
     for direction, generator in generators.items():
         source, target = sides(direction)
         confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)

@@ -96,6 +96,70 @@ def test_unaligned_sides_are_cropped_and_flipped_independently(tmp_path):
     assert sum(torch.equal(item["A"], item["B"]) for item in items) < 5
 
 
+@pytest.mark.parametrize("form", ["{}/A {}/B", "A/{} B/{}", "{}A {}B", "{}_A {}_B"])
+def test_pairs_in_two_folders_equal_pairs_side_by_side(aligned, tmp_path, form):
+    two = tmp_path / "two"
+    for index in range(4):
+        for side, folder in zip((0, 255), form.format("train", "train").split()):
+            suffix = "png" if side == 0 or index == 1 else "bmp"  # a suffix may differ
+            save(two / folder / f"{index}.{suffix}", ramps(blue=side))
+    for options in (
+        SMALL,
+        {"load_size": 40, "crop_size": 20},
+        {"load_size": 40, "crop_size": 20, "direction": "BtoA", "max_dataset_size": 3, "input_nc": 1},
+    ):
+        one, other = open_dataset(aligned, "aligned", **options), open_dataset(two, "aligned", **options)
+        assert len(one) == len(other) == options.get("max_dataset_size", 4)
+        for index in range(len(one)):
+            torch.manual_seed(index)
+            expected = one[index]
+            torch.manual_seed(index)
+            item = other[index]
+            assert torch.equal(item["A"], expected["A"]) and torch.equal(item["B"], expected["B"])
+            assert Path(item["A_path"]).stem == Path(item["B_path"]).stem == str(index)
+            assert item["A_path"] != item["B_path"]
+
+
+def test_files_of_a_pair_that_have_another_size(tmp_path):
+    save_plain(tmp_path / "trainA/0.png", size=(64, 32))
+    save_plain(tmp_path / "trainB/0.png", size=(32, 16))
+    for preprocess in ("none", "crop"):
+        with pytest.raises(DataError, match=r"trainA/0.png (and|or) .*trainB/0.png"):
+            open_dataset(tmp_path, "aligned", preprocess=preprocess, crop_size=16)[0]
+    assert open_dataset(tmp_path, "aligned")[0]["B"].shape == (3, 256, 256)
+
+
+def test_files_that_differ_only_in_their_suffix(tmp_path):
+    for name in ("trainA/0.png", "trainA/0.bmp", "trainB/0.png"):
+        save_plain(tmp_path / name)
+    with pytest.raises(DataError, match=r"trainA: files that differ only in their suffix, 0.bmp, 0.png: rename or rem"):
+        open_dataset(tmp_path, "aligned")
+    save_plain(tmp_path / "trainB/0.bmp")
+    data = open_dataset(tmp_path, "aligned", **SMALL)
+    assert [Path(item["A_path"]).name for item in data] == [Path(item["B_path"]).name for item in data]
+
+
+def test_images_side_by_side_come_first(aligned):
+    for folder in ("trainA", "trainB", "A/train", "B/train"):
+        save_plain(aligned / folder / "0.png")
+    assert len(open_dataset(aligned, "aligned")) == 4
+    for folder in ("A", "B", "C"):  # all sub-folders are searched, as in the public code
+        save_plain(aligned / "train" / folder / "0.png", size=(64, 32))
+    assert len(open_dataset(aligned, "aligned")) == 7
+    assert len(open_dataset(aligned, "unaligned")) == 1
+
+
+def test_val_is_read_if_there_are_no_test_images(tmp_path):
+    (tmp_path / "test").mkdir()
+    for index in range(3):
+        save_plain(tmp_path / "val" / f"{index}.png", size=(64, 32))
+    assert len(open_dataset(tmp_path, "aligned", "test")) == 3
+    save_plain(tmp_path / "test/0.png", size=(64, 32))
+    assert len(open_dataset(tmp_path, "aligned", "test")) == 1
+    with pytest.raises(FileNotFoundError, match="train: no such folder"):
+        open_dataset(tmp_path, "aligned")
+
+
 def test_no_flip_and_equal_sizes_keep_the_image(aligned):
     data = open_dataset(aligned, "aligned", **SMALL)
     expected = torch.from_numpy(ramps().astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
@@ -282,9 +346,11 @@ def test_invalid_arguments(tmp_path, unaligned):
         open_dataset(unaligned, "unaligned", preprocess="resize")
     with pytest.raises(FileNotFoundError, match="valA: no such folder"):
         open_dataset(unaligned, "unaligned", "val")
-    (tmp_path / "train").mkdir()
+    (tmp_path / "new/train").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="train: no images"):
-        open_dataset(tmp_path, "aligned")
+        open_dataset(tmp_path / "new", "aligned")
+    with pytest.raises(DataError, match=r"trainB: 2 of 5 images have no image of the same name in .*trainA: 3.png, 4"):
+        open_dataset(unaligned, "aligned")
 
 
 @pytest.mark.parametrize("phase", ["train", "test"])

@@ -1,5 +1,7 @@
 """Validation of datasets: reports of valid ones, and the problems of others."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ def test_report_of_valid_datasets(unaligned, aligned):
     assert report.sizes == {(32, 32): 8, (48, 40): 1}
     assert report.network_sizes == [(36, 36)] and report.decoded == 9
     assert str(report) == (
-        "3 images in trainA and 6 images in trainB, 32 x 32 to 48 x 40 pixels, all decoded without error; "
-        "the network gets 36 x 36"
+        "train images (unpaired images): 3 images in trainA and 6 images in trainB, 32 x 32 to 48 x 40 "
+        "pixels, all decoded without error; the network gets 36 x 36"
     )
     assert validate_dataset(aligned, "aligned", preprocess="none", size_multiple=32).network_sizes == [(32, 32)]
     assert validate_dataset(unaligned / "trainA", "single", preprocess="none", max_dataset_size=2).counts == {
@@ -71,16 +73,19 @@ def test_missing_dataroot(unaligned):
 @pytest.mark.parametrize(
     ("instead", "hints"),
     [
-        (("train_A", "train_B"), ["rename train_A to trainA", "rename train_B to trainB"]),
         (("Train-A", "trainB"), ["rename Train-A to trainA"]),
         (("trianA", "trainB"), ["rename trianA to trainA"]),
-        (("trainingA", "trainingB"), ["rename trainingA to trainA", "rename trainingB to trainB"]),
-        (("train/A", "train/B"), ["rename train/A to trainA", "rename train/B to trainB"]),
-        (("A", "B"), ["rename A to trainA", "rename B to trainB"]),
+        (("trainingA", "trainingB"), ["rename trainingA to trainA and rename trainingB to trainB"]),
+        (("Train/a", "Train/b"), ["rename Train/a to trainA and rename Train/b to trainB"]),
+        (("A", "B"), ["rename A to trainA and rename B to trainB"]),
+        (("A", "trainB"), ["rename A to trainA"]),
+        (("A",), []),
         (("testA", "trainB"), []),
         (("inner/trainA", "inner/trainB"), ["use --dataroot {root}/inner"]),
+        (("A/trainA", "A/trainB"), ["use --dataroot {root}/A"]),
+        (("inner/train", "other"), []),
         (("train",), ["looks like an aligned dataset: use --dataset_mode aligned"]),
-        ((".",), ["use --dataset_mode single"]),
+        ((".",), ["move those of A into {root}/trainA and those of B into {root}/trainB"]),
     ],
 )
 def test_missing_folders_of_unaligned(tmp_path, instead, hints):
@@ -91,22 +96,177 @@ def test_missing_folders_of_unaligned(tmp_path, instead, hints):
     assert ("trainB" in message.split(";")[0]) == ("trainB" not in instead)
     assert instead == (".",) or f"it has {sorted(instead)[0].split('/')[0]}" in message
     for hint in hints:
-        assert hint.format(root=tmp_path) in message
-    assert message.count("rename") == sum("rename" in hint for hint in hints)
-    assert ("dataset_mode" in message) == any("dataset_mode" in hint for hint in hints)
+        assert message.endswith(hint.format(root=tmp_path))
+    assert ("use --" in message or "rename" in message or "move" in message) == bool(hints)
+    follow(message, tmp_path, "unaligned", "train")
 
 
-def test_missing_folder_of_aligned(unaligned, tmp_path):
-    message = single_problem(unaligned, "aligned")
-    assert "has no train;" in message and "it has testA, testB, trainA, trainB" in message
-    assert "use --dataset_mode unaligned" in message
+def follow(message: str, root: Path, mode: str, phase: str) -> None:
+    """Do what a message suggests, and expect a dataset that can be used."""
+    for old, new in re.findall(r"rename (\S+) to (\w+)", message):
+        (root / old).rename(root / new)
+    mode = (re.findall(r"--dataset_mode (\w+)", message) or [mode])[0]
+    used = (re.findall(r"--dataroot (\S+)", message) or [root])[0]
+    if moves := re.findall(r"(?:into|and those of \w into) (\S+)", message):
+        files = [path for path in root.iterdir() if path.is_file()]
+        for target in moves:
+            Path(target).mkdir()
+            for file in files:
+                shutil.copy(file, target)
+    if moves or "rename" in message or "use --" in message:
+        validate_dataset(used, mode, phase)
+
+
+@pytest.mark.parametrize(
+    ("instead", "size", "hint"),
+    [
+        (("Train",), (64, 32), "rename Train to train"),
+        (("Train",), (32, 32), "rename Train to train, after fixing this: .*not A and B of the same size side by side"),
+        (("A", "B"), (32, 32), "rename A to trainA and rename B to trainB"),
+        (("inner/A/train", "inner/B/train"), (32, 32), "use --dataroot {root}/inner"),
+        (("inner/train", "other/train"), (64, 32), "use --dataroot {root}/inner or --dataroot {root}/other"),
+        (("inner/train",), (32, 32), "use --dataroot {root}/inner, after fixing this: .*not A and B"),
+        ((".",), (64, 32), "move those for training into {root}/train"),
+        ((".",), (32, 32), "move those of A into {root}/trainA and those of B into {root}/trainB"),
+    ],
+)
+def test_missing_folders_of_aligned(tmp_path, instead, size, hint):
+    for folder in instead:
+        save_plain(tmp_path / folder / "0.png", size=size)
+    message = single_problem(tmp_path, "aligned")
+    assert f"dataroot {tmp_path} has no train, and no trainA and no trainB; it has " in message
+    assert re.search(hint.format(root=tmp_path), message)
+    if "after fixing" not in message:
+        follow(message, tmp_path, "aligned", "train")
+
+
+@pytest.mark.parametrize(("mode", "folder"), [("unaligned", "trainA"), ("unaligned", "B/train"), ("aligned", "train")])
+def test_a_folder_of_images_for_the_data_root(tmp_path, mode, folder):
+    for name in {folder, folder.replace("A", "B"), folder.replace("B", "A")}:
+        save_plain(tmp_path / name / "0.png", size=(64, 32))
+    message = single_problem(tmp_path / folder, mode)
+    assert message.endswith(f"it has no folders; use --dataroot {tmp_path}")
+    follow(message, tmp_path / folder, mode, "train")
+
+
+def test_a_missing_side_is_named(tmp_path):
+    for mode in ("aligned", "unaligned"):
+        for index, (folder, missing) in enumerate(
+            [("trainA", "trainB"), ("train_B", "train_A"), ("train/A", "train/B"), ("B/train", "A/train")]
+        ):
+            root = tmp_path / f"{mode}{index}"
+            save_plain(root / folder / "0.png", size=(64, 32))
+            assert f"has no {missing}; it has {folder.split('/')[0]}" in single_problem(root, mode)
+
+
+def test_folders_of_another_phase_are_not_suggested(tmp_path):
+    for folder in ("A/train", "B/test"):
+        save_plain(tmp_path / folder / "0.png")
+    for mode in ("aligned", "unaligned"):
+        assert single_problem(tmp_path, mode).endswith("has no B/train; it has A, B")
+    save_plain(tmp_path / "new/train/A/0.png", size=(64, 32))
+    assert single_problem(tmp_path / "new", "aligned").endswith("has no train/B; it has train")
+
+
+@pytest.mark.parametrize("folders", [("trainA", "trainB"), ("train/A", "train/B"), ("A/train", "B/train")])
+def test_pairs_next_to_images_that_are_no_pairs(tmp_path, folders):
+    for folder in (*folders, "train"):
+        save_plain(tmp_path / folder / "0.png")
+    hint = problems(tmp_path, "aligned")[-1]
+    assert hint == (
+        f"{' and '.join(folders)} have pairs that can be used: to read them, move the other images out of "
+        f"{tmp_path / 'train'}"
+    )
+    (tmp_path / "train/0.png").unlink()
+    assert list(validate_dataset(tmp_path, "aligned").counts) == list(folders)
+
+
+def test_folders_without_any_image(tmp_path):
     empty = tmp_path / "new"
     empty.mkdir()
     assert "it has no folders" in single_problem(empty, "aligned")
     (empty / "__").mkdir()
     assert "rename" not in single_problem(empty, "aligned")
-    save_plain(empty / "Train" / "0.png")
-    assert "rename Train to train" in single_problem(empty, "aligned")
+
+
+@pytest.mark.parametrize("form", ["{}/A {}/B", "A/{} B/{}", "{}A {}B", "{}_A {}_B"])
+@pytest.mark.parametrize("phase", ["train", "test"])
+def test_report_of_pairs_in_two_folders(tmp_path, form, phase):
+    folders = form.format(phase, phase).split()
+    for name in ("0.png", "deep/1.png"):
+        for folder in folders:
+            save_plain(tmp_path / folder / name)
+    report = validate_dataset(tmp_path, "aligned", phase)
+    assert report.counts == dict.fromkeys(folders, 2)
+    assert str(report).startswith(
+        f"{phase} images (pairs by file name): 2 images in {folders[0]} and 2 images in {folders[1]}, 32 x 32 pixels"
+    )
+    unpaired = validate_dataset(tmp_path, "unaligned", phase)
+    assert unpaired.counts == report.counts and "unpaired images" in str(unpaired)
+    for folder, others in (folders, folders[::-1]):
+        save_plain(tmp_path / folder / "alone.png")
+        first, second = problems(tmp_path, "aligned", phase)
+        assert f"1 of 3 images have no image of the same name in {tmp_path / others}: alone.png" in first
+        assert "can be used without pairs: use --model cycle_gan --dataset_mode unaligned" in second
+        assert validate_dataset(tmp_path, "unaligned", phase)
+        (tmp_path / folder / "alone.png").unlink()
+
+
+def test_pairs_of_different_sizes(tmp_path):
+    for index, sizes in enumerate([((64, 48), (64, 48)), ((64, 48), (32, 24)), ((33, 50), (66, 101))]):
+        for folder, size in zip("AB", sizes):
+            save_plain(tmp_path / "train" / folder / f"{index}.png", size=size)
+    assert validate_dataset(tmp_path, "aligned").network_sizes == [(256, 256)]
+    message = problems(tmp_path, "aligned", preprocess="none", crop_size=512)[0]
+    assert "train/A and train/B: 2 of 3 pairs are two images of different sizes: use --preprocess resize_and_crop " in (
+        message
+    )
+    assert "--load_size 512" in message and "1.png (64 x 48 and 32 x 24), 2.png (33 x 50 and 66 x 101)" in message
+    assert validate_dataset(tmp_path, "aligned", load_size=512, crop_size=512)
+    save_plain(tmp_path / "train/A/3.png", size=(64, 48))
+    save_plain(tmp_path / "train/B/3.png", size=(48, 64))
+    message = problems(tmp_path, "aligned")[0]
+    assert "1 of 4 pairs are two images of different shapes: scale the files of a pair to the same size: 3.png" in (
+        message
+    )
+
+
+def test_val_serves_as_test(aligned, unaligned):
+    (aligned / "train").rename(aligned / "val")
+    for side in "AB":
+        shutil.rmtree(aligned / f"test{side}")
+    assert "test images (from val, pairs side by side, A left and B right): 4 images in val" in str(
+        validate_dataset(aligned, "aligned", "test", crop_size=32)
+    )
+    assert problems(unaligned, "unaligned", "test")
+    for side in "AB":
+        save_plain(unaligned / f"val{side}" / "0.png")
+    assert validate_dataset(unaligned, "unaligned", "test").counts == {"valA": 1, "valB": 1}
+
+
+def test_suggested_sizes_can_be_used(tmp_path):
+    """Every option that a message suggests, followed."""
+    save_plain(tmp_path / "a.png", size=(60, 45))
+    save_plain(tmp_path / "b.png", size=(33, 70))
+    for preprocess in CHOICES["preprocess"]:
+        for load_size, crop_size, multiple in [(286, 286, 4), (20, 50, 16), (286, 50, 32), (286, 45, 64), (45, 5, 1)]:
+            options = {"preprocess": preprocess, "load_size": load_size, "crop_size": crop_size}
+            for _ in range(4):  # a problem may hide another one
+                try:
+                    validate_dataset(tmp_path, "single", size_multiple=multiple, **options)
+                    break
+                except DataError as error:
+                    found = error.problems
+                assert len(found) <= 3
+                advice = found[-1].split("use ")[-1].replace("a smaller --crop_size or a larger --load_size", "")
+                flags = re.findall(r"--(\w+) (\w+)", advice.split(":")[0])
+                if not flags and (size := re.match(r"(\d+)", advice)):
+                    flags = [("crop_size", size[1])]
+                elif not flags:
+                    flags = [("load_size", str(crop_size))]
+                options |= {name: int(value) if value.isdigit() else value for name, value in flags}
+            else:
+                raise AssertionError(f"{found} after {options}")
 
 
 def test_empty_folder(tmp_path):

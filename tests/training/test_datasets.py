@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from runs import CYCLE_GAN, TEACHER, TINY
+from sample_images import save_plain
 
 from srpkd.training import datasets
 from srpkd.training.config import parse_arguments
@@ -27,6 +28,32 @@ def test_all_images_of_all_stages_are_validated(refusal, unpaired, tmp_path):
     assert "00004.png" in refusal(*arguments)
     config = parse_arguments([argument.replace("=5", "=4") for argument in arguments])
     assert "4 images in trainA" in datasets.validate_data(config, [config, teacher_config(config)], {})
+
+
+def test_a_refusal_of_pix2pix_on_unpaired_images_names_options_that_work(refusal, run, unpaired, tmp_path):
+    shutil.copytree(unpaired, tmp_path / "images")
+    (tmp_path / "images/trainA/00000.png").rename(tmp_path / "images/trainA/zebra.png")
+    arguments = ["--dataroot=images", *CYCLE_GAN, *TINY]
+    for mode in ([], ["--dataset_mode=aligned"]):
+        message = refusal(*arguments, "--model=pix2pix", *mode)
+        assert "1 of 5 images have no image of the same name in images/trainB: zebra.png" in message
+        assert message.endswith("use --model cycle_gan --dataset_mode unaligned")
+    run(*arguments, *mode, "--model=cycle_gan", "--dataset_mode=unaligned")
+
+
+def test_a_refusal_of_pix2pix_on_pairs_names_a_folder_that_works(refusal, run, tmp_path):
+    for phase in ("train", "test"):
+        for side in "AB":
+            save_plain(tmp_path / "D/inner" / side / phase / "0.png")
+    arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", *TINY]
+    assert refusal("--dataroot=D", *arguments).endswith("use --dataroot D/inner")
+    run("--dataroot=D/inner", *arguments)
+
+
+def test_damaged_test_images_are_refused(refusal, unpaired, tmp_path):
+    shutil.copytree(unpaired, tmp_path / "images")
+    (tmp_path / "images/testB/00001.png").write_bytes(b"broken")
+    assert "1 of 2 images cannot be read: 00001.png" in refusal("--dataroot=images", *CYCLE_GAN, *TINY)
 
 
 @pytest.mark.parametrize(

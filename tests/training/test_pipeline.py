@@ -6,16 +6,19 @@ import shlex
 import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
 
 from srpkd import train
 from srpkd.data.folders import DataError
+from srpkd.data.images import image_files, left_half, right_half
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import load_generator, load_weights
 from srpkd.models.complexity import count_macs, count_parameters
@@ -150,6 +153,75 @@ def test_pairs_from_files(run, tmp_path):
     done = run("--dataroot=pairs", *arguments)
     assert list(done.rows) == ["teacher", "student"]
     assert isinstance(done.rows["student"]["psnr"], float)
+
+
+def split_pairs(folder: Path, form: str) -> None:
+    """Write the halves of the images in train and test to two folders each, and delete train and test."""
+    for phase in ("train", "test"):
+        for path in map(Path, image_files(folder / phase)):
+            with Image.open(path) as image:
+                for half, name in zip((left_half, right_half), form.format(phase, phase).split()):
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                    half(image, "").save(folder / name / path.name)
+            path.unlink()
+        if not any((folder / phase).iterdir()):
+            (folder / phase).rmdir()
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    files = sorted(path.relative_to(one) for path in one.rglob("*.pth"))
+    assert files and files == sorted(path.relative_to(other) for path in other.rglob("*.pth"))
+    for file in files:
+        first, second = load_weights(one / file), load_weights(other / file)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("form", ["{}/A {}/B", "A/{} B/{}", "{}A {}B", "{}_A {}_B"])
+def test_pairs_in_two_folders_train_like_pairs_side_by_side(run, tmp_path, form):
+    arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", "--direction=BtoA", *TINY]
+    one = run(f"--dataroot={write_synthetic(tmp_path / 'one', 4, 2, 20)}", *arguments)
+    split_pairs(write_synthetic(tmp_path / "two", 4, 2, 20), form)
+    other = run(f"--dataroot={tmp_path / 'two'}", *arguments)
+    assert_same_weights(one.folder, other.folder)
+    assert one.rows["student"]["psnr"] == other.rows["student"]["psnr"]
+    a, b = form.format("train", "train").split()
+    assert f"train images (pairs by file name): 4 images in {a} and 4 images in {b}, 20 x 20 pixels" in other.output
+    a, b = form.format("test", "test").split()
+    assert f"test images (pairs by file name): 2 images in {a} and 2 images in {b}, 20 x 20 pixels" in other.output
+    assert "train images (pairs side by side, A left and B right): 4 images in train" in one.output
+
+
+@pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+def test_training_needs_no_test_images(run, tmp_path, model):
+    mode = "aligned" if model == "pix2pix" else "unaligned"
+    folder = write_synthetic(tmp_path / "images", 4, 2, 20, layout=mode)
+    arguments = [f"--dataroot={folder}", f"--model={model}", "--load_size=18", "--crop_size=16", *TEACHER, *TINY]
+    arguments += ["--variants={a: {}, b: {lambda_srp: 0}}", "--seeds=2", "--update_html_freq=2"]
+    whole = run(*arguments)
+    for path in folder.glob("test*"):
+        path.rename(folder / path.name.replace("test", "val"))
+    renamed = run(*arguments)
+    assert renamed.rows.keys() == whole.rows.keys() and "test images (from val, " in renamed.output
+    for name, row in renamed.rows.items():
+        assert {key: row[key] for key in row if key != "seconds_per_step"} == {
+            key: whole.rows[name][key] for key in row if key != "seconds_per_step"
+        }
+    for path in folder.glob("val*"):
+        shutil.rmtree(path)
+    (folder / "tset").mkdir()
+    without = run(*arguments)
+    assert_same_weights(whole.folder, without.folder)
+    expected = "test, or val, or testA" if model == "pix2pix" else "testA and testB, or valA"
+    assert f"no test images: validation is skipped, and the report has no sample images (expected {expected}" in (
+        without.output
+    )
+    assert "which has train" in without.output and ", tset)" in without.output
+    assert "no test images: validation is skipped" in without.report["environment"]["data"]
+    assert set(without.rows["a"]) == {"name", "parameters", "macs", "seconds_per_step"}
+    assert without.report["samples"] == without.report["relations"] == []
+    assert without.report["status"] == "finished"
+    assert without.report["table"]["notes"] == ["No test images: validation was skipped."]
+    assert all("epoch" in line for line in without.metrics)
 
 
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])

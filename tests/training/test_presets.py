@@ -30,6 +30,8 @@ DATA_SETS = {
     "apple2orange": ("cycle_gan", "AtoB"),
     "tiger2leopard": ("cycle_gan", "AtoB"),
     "cityscapes": ("pix2pix", "BtoA"),
+    "maps": ("pix2pix", "AtoB"),
+    "edges2shoes": ("pix2pix", "AtoB"),
 }
 DEMOS = {"demo": "pix2pix", "demo-unpaired": "cycle_gan"}
 
@@ -88,8 +90,9 @@ def test_a_data_set(name):
     assert (config.name, config.dataroot) == (name, f"./datasets/{name}")
     assert (config.model, config.direction) == (model, direction)
     assert config.dataset_mode == ("aligned" if model == "pix2pix" else "unaligned")
-    assert (config.load_size, config.crop_size, config.batch_size) == (286, 256, 1)
-    assert (config.n_epochs, config.n_epochs_decay) == (100, 100)
+    assert (config.load_size, config.crop_size) == (286, 256)
+    schedule = (4, 15, 0) if name == "edges2shoes" else (1, 100, 100)
+    assert (config.batch_size, config.n_epochs, config.n_epochs_decay) == schedule
     assert not config.distils
     # with a pair of networks, in either order, it is a complete configuration
     pair = "unet256-64to16" if model == "pix2pix" else "resnet9-64to16"
@@ -149,6 +152,8 @@ def run(tmp_path, monkeypatch, one_thread):
         if not any(name in DEMOS for name in names):
             layout = config.dataset_mode
             folder = write_synthetic(tmp_path / "-".join(["images", *names]), 2, 1, size, layout=layout)
+            if layout == "aligned":
+                (folder / "test").rename(folder / "val")  # as in the public archives of pairs
             flags = (f"--dataroot={folder}", f"--load_size={size + 4}", f"--crop_size={size}", *flags)
         config = parse(*names, flags=(*flags, f"--runs_dir={tmp_path / 'runs'}", *TWO_STEPS))
         pipeline.run(config)
@@ -193,7 +198,7 @@ def test_a_pair_runs(run, name):
 
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_a_data_set_runs_alone_and_with_a_pair(run, name):
-    pair, size = ("unet256-64to16", 256) if name == "cityscapes" else ("resnet9-64to16", 32)
+    pair, size = ("unet256-64to16", 256) if DATA_SETS[name][0] == "pix2pix" else ("resnet9-64to16", 32)
     check(*run(name, size=size, flags=("--ngf=2", "--ndf=4")), teacher=False)
     # narrow: test_a_pair_runs uses the full width
     folder, config = run(name, pair, size=size, flags=("--ngf=2", "--teacher_ngf=4", "--ndf=4"))
