@@ -39,6 +39,9 @@ def photos(tmp_path):
     [
         {"netG": "resnet_1blocks", "norm": "batch", "input_nc": 1, "dropout": True},
         {"netG": "unet_32", "output_nc": 1, "dropout": True},
+        {"netG": "resnet_1blocks", "antialias": "both"},
+        {"netG": "resnet_2blocks", "antialias": "down", "norm": "none"},
+        {"netG": "resnet_2blocks", "antialias": "up", "norm": "batch"},
     ],
     ids=str,
 )
