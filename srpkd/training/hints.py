@@ -8,6 +8,8 @@ from collections.abc import Iterable
 # options of the public code, and values of them, that do not exist here
 PUBLIC_OPTIONS = {
     "checkpoints_dir": "use --runs_dir, the folder of all runs",
+    "no_antialias": "without --antialias there is no anti-aliasing; CUT's default is --antialias both",
+    "no_antialias_up": "use --antialias down; without --antialias there is no anti-aliasing",
     "continue_train": "use --resume NAME to resume a run",
     "epoch_count": "use --resume NAME to resume a run; it knows its epoch",
     "gpu_ids": "use --device cuda:1 or --device cpu; for several GPUs, torchrun --nproc_per_node=2 -m srpkd.train ...",
