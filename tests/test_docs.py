@@ -168,6 +168,7 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
     write_synthetic(tmp_path / "data", 2, 2, size=32, layout="unaligned")
     for name in ("A", "B"):
         save_weights(define_generator("resnet_2blocks", ngf=4), tmp_path / "teacher" / f"latest_net_G_{name}.pth")
+    save_weights(define_generator("resnet_2blocks", ngf=4, antialias="both"), tmp_path / "cut" / "latest_net_G.pth")
     for _, command, *arguments in commands(DOCS / "your-own-cyclegan.md"):
         if "--inception_weights" in arguments:
             continue

@@ -160,3 +160,22 @@ def test_all_frames(tmp_path, identity, capsys, name):
             assert before.info.get("duration") == after.info.get("duration")
             if name != "0.gif":
                 np.testing.assert_array_equal(np.array(after.convert("RGB")), np.array(before.convert("RGB")))
+
+
+@pytest.mark.parametrize("options", [{"antialias": "both"}, {"antialias": "down"}, {"norm": "none"}], ids=str)
+def test_generators_of_cut(tmp_path, options):
+    net = define_generator("resnet_2blocks", ngf=2, init_gain=0.3, **options).eval()
+    torch.save(net.state_dict(), tmp_path / "latest_net_G.pth")
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
+    for name, image in {"fits": pixels, "padded": pixels[:19, :30]}.items():
+        Image.fromarray(image).save(tmp_path / "photos" / f"{name}.png")
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "latest_net_G.pth"), str(tmp_path / "photos"), str(tmp_path / "out"), "--device=cpu"])
+    assert caught.value.code == 0
+    with torch.no_grad():
+        output = net(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+    expected = ((output + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert expected.std() > 1
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "out" / "fits.png")), expected)
+    assert Image.open(tmp_path / "out" / "padded.png").size == (30, 19)

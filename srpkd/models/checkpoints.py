@@ -1,7 +1,7 @@
 """Reading weights from untrusted files, and writing them atomically.
 
-No code in a file is executed. The keys are those of the public CycleGAN code, without the prefixes of wrappers such as
-DataParallel. A file that cannot be used raises a `CheckpointError`.
+No code in a file is executed. The keys are those of the public CycleGAN and CUT code, without the prefixes of wrappers
+such as DataParallel. A file that cannot be used raises a `CheckpointError`.
 """
 
 import os
@@ -107,7 +107,9 @@ def load_generator(
             net = define_generator(**asdict(found))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    _check_fit(net, weights, f"{path} looks like a {found.netG} of ngf {found.ngf}")
+    details = {"norm none": found.norm == "none", f"antialias {found.antialias}": found.antialias != "none"}
+    what = ", ".join([f"a {found.netG} of ngf {found.ngf}", *(name for name, shown in details.items() if shown)])
+    _check_fit(net, weights, f"{path} looks like {what}")
     net.load_state_dict(weights, assign=True)
     net.float()
     _check_finite(net.state_dict(), Path(path), " in float32")  # which has a smaller range than float64
@@ -251,7 +253,7 @@ def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None
     ]
     problems = {"missing": sorted(missing), "unknown": sorted(surplus), "wrong shape": shapes, "wrong dtype": dtypes}
     if found := [f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys]:
-        raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN code")
+        raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN or CUT code")
 
 
 def _listing(names: list[str], limit: int = 5) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import check_choice
+from .antialias import Downsample, Upsample
 
 TransposedCount = Literal["output", "input"]
 
@@ -20,7 +21,7 @@ def count_parameters(net: nn.Module) -> int:
 def count_macs(
     net: nn.Module, input_shape: tuple[int, ...] = (1, 3, 256, 256), transposed: TransposedCount = "output"
 ) -> int:
-    """Count the multiply-accumulates of the Conv2d, ConvTranspose2d and Linear calls in one forward pass.
+    """Count the multiply-accumulates of the convolutions, linear layers and anti-aliasing filters in one forward pass.
 
     The pass runs on a copy on the device "meta": it needs no time and no memory, and does not touch the network's
     hooks, buffers and mode.
@@ -46,6 +47,11 @@ def count_macs(
             pixels = output.numel() // module.out_features
         elif isinstance(module, nn.ConvTranspose2d) and transposed == "input":
             pixels = inputs[0].numel() // module.in_channels
+        elif isinstance(module, Downsample | Upsample):
+            on_input = isinstance(module, Upsample) and transposed == "input"  # it is a transposed convolution
+            pixels = (inputs[0] if on_input else output).numel() // len(module.filt)
+            macs += pixels * module.filt.numel()
+            return
         else:
             assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
             pixels = output.numel() // module.out_channels
@@ -53,7 +59,7 @@ def count_macs(
 
     for module in on_meta.modules():
         module._forward_hooks.clear()  # a feature tap must not record the outputs of the copy
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | Downsample | Upsample):
             module.register_forward_hook(count)
     dtype = next((p.dtype for p in on_meta.parameters()), None)
     with torch.no_grad():

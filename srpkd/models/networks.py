@@ -3,7 +3,8 @@
 The module tree, and with it every state_dict key, and the forward pass are those of the public code,
 https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix (models/networks.py): checkpoints are exchangeable in both
 directions. The architectures are from Johnson et al. 2016 (ResNet), Ronneberger et al. 2015 and Isola et al. 2017
-(U-Net, PatchGAN) and Zhu et al. 2017 (CycleGAN).
+(U-Net, PatchGAN) and Zhu et al. 2017 (CycleGAN). With `antialias`, the ResNet is that of CUT and FastCUT (Park et al.
+2020), https://github.com/taesungp/contrastive-unpaired-translation.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from torch import Tensor, nn
 
 from ..arguments import check_number, check_whole
 from ..kernels.dispatch import check_choice
+from .antialias import ANTIALIAS, Antialias, Downsample, Upsample
 
-Norm = Literal["instance", "batch"]
+Norm = Literal["instance", "batch", "none"]
 InitType = Literal["normal", "xavier", "kaiming", "orthogonal"]
 NetD = Literal["basic", "n_layers", "pixel"]
 
 Network = TypeVar("Network", bound=nn.Module)
 
 # Their default arguments are those of the public code: batch norm has weights and running statistics; instance norm has
-# neither, and the convolution before it has a bias instead.
-NORMS: dict[Norm, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d}
+# neither, and the convolution before it has a bias instead; without a norm, the convolution has no bias either.
+NORMS: dict[Norm, type[nn.Module]] = {"instance": nn.InstanceNorm2d, "batch": nn.BatchNorm2d, "none": nn.Identity}
 
 INITS: dict[InitType, Callable[[Tensor, float], Tensor]] = {
     "normal": lambda weight, gain: nn.init.normal_(weight, 0.0, gain),
@@ -50,6 +52,7 @@ class GeneratorSpec:
     ngf: int = 64
     norm: Norm = "instance"
     dropout: bool = False
+    antialias: Antialias = "none"
 
 
 def define_generator(
@@ -59,6 +62,7 @@ def define_generator(
     ngf: int = 64,
     norm: Norm = "instance",
     dropout: bool = False,
+    antialias: Antialias = "none",
     *,
     init_type: InitType = "normal",
     init_gain: float = 0.02,
@@ -70,22 +74,31 @@ def define_generator(
             log2(size) times. H and W must be multiples of `size_multiple(net)`.
         input_nc, output_nc: channels of the images.
         ngf: channels of the first layer, any integer >= 1; every other width is a multiple of it.
-        norm: "instance" or "batch".
+        norm: "instance", "batch" or "none".
         dropout: use dropout of 0.5 in every residual block, or in the U-Net's middle levels, as in the public code.
+        antialias: filter where a ResNet downsamples ("down"), where it upsamples ("up") or at "both", as CUT and
+            FastCUT do, and not ("none"), as CycleGAN does.
         init_type, init_gain: see `init_weights`.
 
     Raises:
         TypeError: a width is not an integer.
-        ValueError: an unknown netG, norm or init_type, or a width below 1; the message names the nearest choice.
+        ValueError: an unknown netG, norm, antialias or init_type, or a width below 1; the message names the nearest
+            choice. Or a U-Net with antialias.
     """
     _check_positive(input_nc=input_nc, output_nc=output_nc, ngf=ngf)
     check_choice("norm", norm, tuple(NORMS))
+    check_choice("antialias", antialias, ANTIALIAS)
     netG = str(netG)  # values of other types are unknown names
     shared = (input_nc, output_nc, ngf, NORMS[norm], dropout)
     net: ResnetGenerator | UnetGenerator
     if match := re.fullmatch(r"resnet_([1-9]\d*)blocks", netG):
-        net = ResnetGenerator(*shared, blocks=int(match[1]))
+        net = ResnetGenerator(*shared, antialias, blocks=int(match[1]))
     elif (match := re.fullmatch(r"unet_([1-9]\d*)", netG)) and _is_unet_size(size := int(match[1])):
+        if antialias != "none":
+            raise ValueError(
+                f"antialias={antialias!r} with netG={netG!r}: only a ResNet has anti-aliasing; use 'none', or netG "
+                "'resnet_9blocks'"
+            )
         net = UnetGenerator(*shared, num_downs=size.bit_length() - 1)
     else:
         names = ["resnet_9blocks", "resnet_6blocks", *(f"unet_{2**n}" for n in range(8, 3, -1))]
@@ -115,7 +128,7 @@ def define_discriminator(
         input_nc: channels of the image; for a conditional discriminator, of both images of a pair together.
         ndf: channels of the first layer.
         n_layers: only for netD "n_layers".
-        norm: "instance" or "batch".
+        norm: "instance", "batch" or "none".
         init_type, init_gain: see `init_weights`.
 
     Raises:
@@ -165,12 +178,29 @@ class ResnetGenerator(nn.Module):
     """ResNet: downsamples by 4, `blocks` residual blocks at H/4 x W/4, upsamples by 4."""
 
     def __init__(
-        self, input_nc: int, output_nc: int, ngf: int, norm: type[nn.Module], dropout: bool, *, blocks: int
+        self,
+        input_nc: int,
+        output_nc: int,
+        ngf: int,
+        norm: type[nn.Module],
+        dropout: bool,
+        antialias: Antialias,
+        *,
+        blocks: int,
     ) -> None:
         super().__init__()
         bias = norm is nn.InstanceNorm2d
-        down = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1, bias=bias)
-        up = partial(nn.ConvTranspose2d, kernel_size=3, stride=2, padding=1, output_padding=1, bias=bias)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=bias)
+
+        def down(inner: int, outer: int) -> tuple[nn.Module, ...]:
+            if antialias in ("down", "both"):
+                return *stage(conv(inner, outer)), Downsample(outer)
+            return stage(conv(inner, outer, stride=2))
+
+        def up(inner: int, outer: int) -> tuple[nn.Module, ...]:
+            if antialias in ("up", "both"):
+                return Upsample(inner), *stage(conv(inner, outer))
+            return stage(nn.ConvTranspose2d(inner, outer, 3, stride=2, padding=1, output_padding=1, bias=bias))
 
         def stage(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, ...]:
             return conv, norm(conv.out_channels), nn.ReLU(inplace=True)
@@ -178,11 +208,11 @@ class ResnetGenerator(nn.Module):
         self.model = nn.Sequential(
             nn.ReflectionPad2d(3),
             *stage(nn.Conv2d(input_nc, ngf, 7, bias=bias)),
-            *stage(down(ngf, 2 * ngf)),
-            *stage(down(2 * ngf, 4 * ngf)),
+            *down(ngf, 2 * ngf),
+            *down(2 * ngf, 4 * ngf),
             *(ResnetBlock(4 * ngf, norm, dropout) for _ in range(blocks)),
-            *stage(up(4 * ngf, 2 * ngf)),
-            *stage(up(2 * ngf, ngf)),
+            *up(4 * ngf, 2 * ngf),
+            *up(2 * ngf, ngf),
             nn.ReflectionPad2d(3),
             nn.Conv2d(ngf, output_nc, 7),
             nn.Tanh(),
@@ -305,7 +335,8 @@ def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
     """Infer the architecture of a generator from the keys and shapes of its state_dict, without `module.` prefixes.
 
     A U-Net's dropout does not show in its weights and is returned as False. Running statistics without a weight, which
-    instance norms stored before torch 0.4, do not count as batch norm.
+    instance norms stored before torch 0.4, do not count as batch norm. Weights without norms and without the biases of
+    the convolutions before instance norms have the norm "none".
 
     Raises:
         ValueError: the state_dict is not that of a generator, or incomplete.
@@ -316,44 +347,63 @@ def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
             raise ValueError(f"the weights of a generator, but incomplete: the convolution {key} is missing")
         return state_dict[key].shape
 
-    # Only norms have weights of one dimension, and only batch norm has weights.
-    has_norm_weight = any(key.endswith(".weight") and w.ndim == 1 for key, w in state_dict.items())
-    norm: Norm = "batch" if has_norm_weight else "instance"
+    norm = _infer_norm(state_dict)
     if "model.model.0.weight" in state_dict:
         ngf, input_nc, *_ = conv_shape("model.model.0.weight")
         output_nc = conv_shape("model.model.3.weight")[1]
         num_downs = sum(w.ndim == 4 for w in state_dict.values()) // 2  # two convolutions per level
         return GeneratorSpec(f"unet_{2**num_downs}", input_nc, output_nc, ngf, norm)
-    if "model.10.conv_block.1.weight" in state_dict:
+    blocks = {int(match[1]) for key in state_dict if (match := re.match(r"model\.(\d+)\.conv_block\.", key))}
+    if blocks and (first := min(blocks)) in (10, 12):  # two Downsample layers come before the blocks, or none
         ngf, input_nc, *_ = conv_shape("model.1.weight")
-        blocks = len({key.split(".")[1] for key in state_dict if ".conv_block." in key})
-        output_nc = conv_shape(f"model.{17 + blocks}.weight")[0]
-        dropout = "model.10.conv_block.5.weight" not in state_dict  # dropout moves the second convolution to 6
-        return GeneratorSpec(f"resnet_{blocks}blocks", input_nc, output_nc, ngf, norm, dropout)
+        end = first + len(blocks)
+        # with Upsample layers, the first one follows the blocks, and the last convolution is two layers later
+        up = f"model.{end}.filt" in state_dict or f"model.{end + 9}.weight" in state_dict
+        output_nc = conv_shape(f"model.{end + 9 if up else end + 7}.weight")[0]
+        dropout = f"model.{first}.conv_block.5.weight" not in state_dict  # it moves the second convolution to 6
+        found: dict[tuple[bool, bool], Antialias] = {
+            (False, False): "none", (True, False): "down", (False, True): "up", (True, True): "both",
+        }  # fmt: skip
+        return GeneratorSpec(
+            f"resnet_{len(blocks)}blocks", input_nc, output_nc, ngf, norm, dropout, found[first == 12, up]
+        )
     hint = ""
     if {"model.0.weight", "net.0.weight"} & state_dict.keys():
         hint = "; these look like a discriminator's: give the generator's, such as latest_net_G.pth"
+    elif "mlp_0.0.weight" in state_dict:
+        hint = "; these look like CUT's feature network netF: give the generator's, such as latest_net_G.pth"
     raise ValueError(
-        "not the weights of a generator: expected the keys of a ResNet (model.1.weight, "
-        "model.10.conv_block.1.weight, ...) or of a U-Net (model.model.0.weight, ...), received "
+        "not the weights of a generator: expected the keys of a ResNet (model.1.weight, model.10.conv_block.1.weight "
+        "or model.12.conv_block.1.weight, ...) or of a U-Net (model.model.0.weight, ...), received "
         f"{', '.join(list(state_dict)[:4]) or 'none'}{', ...' if len(state_dict) > 4 else ''}{hint}"
     )
+
+
+def _infer_norm(state_dict: Mapping[str, Tensor]) -> Norm:
+    # only norms have weights of one dimension, and only batch norm has weights
+    if any(key.endswith(".weight") and w.ndim == 1 for key, w in state_dict.items()):
+        return "batch"
+    # every convolution before an instance norm has a bias; without norms only the last one, which has no norm, has one
+    statistics = any(key.endswith(".running_mean") for key in state_dict)
+    return "instance" if statistics or sum(key.endswith(".bias") for key in state_dict) > 1 else "none"
 
 
 def default_tap(net: nn.Module) -> str:
     """Return the name of a generator's default layer for relation distillation: the activated end of its encoder.
 
-    ResNet: `model.9`, (B, 4 ngf, H/4, W/4). U-Net: its encoder ends in a single pixel, which has no relations; the
-    layer is the LeakyReLU after the deepest level that is at least 16 x 16 at the net's nominal size: stride 16 in
-    unet_256, 8 in unet_128 (2 in unet_16, where every level is smaller). Both come before any dropout, no later
-    in-place activation overwrites them, and their names depend neither on ngf nor on the number of blocks.
+    ResNet: `model.9`, (B, 4 ngf, H/4, W/4); with anti-aliased downsampling `model.11`, of the same shape. U-Net: its
+    encoder ends in a single pixel, which has no relations; the layer is the LeakyReLU after the deepest level that is
+    at least 16 x 16 at the net's nominal size: stride 16 in unet_256, 8 in unet_128 (2 in unet_16, where every level is
+    smaller). All come before any dropout, no later in-place activation overwrites them, and their names depend neither
+    on ngf nor on the number of blocks.
 
     Raises:
         TypeError: `net` was not made by `define_generator`.
     """
     generator = _check_generator(net)
     if isinstance(generator, ResnetGenerator):
-        return "model.9"
+        first = next(index for index, layer in enumerate(generator.model) if isinstance(layer, ResnetBlock))
+        return f"model.{first - 1}"
     level = max(generator.num_downs - 4, 1)
     return "model.model.1" + ".model.3" * (level - 1) + ".model.0"
 

@@ -24,6 +24,7 @@ from .option_groups import GROUPS, OPTIONS, RunOptions
 from .options import DATASET_LIMITS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, check_keys
 
 TYPES = get_type_hints(TrainConfig)
+WITHOUT_VALUE = {"antialias": "both"}  # what an option means that is given without a value; a boolean option means true
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -144,7 +145,7 @@ def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Split a command line into flags and [("preset" or "config", value), ...].
 
-    A boolean flag without a value becomes "--flag=true", as in the public code.
+    A boolean flag without a value becomes "--flag=true", as in the public code, and --antialias "--antialias=both".
 
     Raises:
         ValueError: An option is unknown (the message suggests the nearest), or a value is missing.
@@ -162,8 +163,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         elif name and name not in (*OPTIONS, "help"):
             hint = public_hint(name) or nearest_hint(name, [*OPTIONS, "preset", "config"], "--")
             raise ValueError(f"unknown option --{name}{hint}")
+        elif alone and (bool in _types(name) or name in WITHOUT_VALUE):
+            flags.append(f"{argument}={WITHOUT_VALUE.get(name, 'true')}")
         else:
-            flags.append(f"{argument}=true" if alone and bool in _types(name) else argument)
+            flags.append(argument)
     return flags, files
 
 

@@ -15,6 +15,8 @@ PUBLIC_OPTIONS = {
     "aspect_ratio": TRANSLATE,
     "batchSize": "use --batch_size",
     "checkpoints_dir": "use --runs_dir, the folder of all runs",
+    "no_antialias": "without --antialias there is no anti-aliasing; CUT's default is --antialias both",
+    "no_antialias_up": "use --antialias down; without --antialias there is no anti-aliasing",
     "continue_train": RESUME,
     "display_env": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
     "display_freq": f"{PAGE}; --update_html_freq sets the steps between two updates",

@@ -160,6 +160,7 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
             config.ngf,
             config.norm,
             not config.no_dropout,
+            config.antialias,
             init_type=config.init_type,
             init_gain=config.init_gain,
         )

@@ -71,6 +71,8 @@ class NetworkOptions:
         ndf: channels of the discriminator's first layer.
         norm: instance or batch; default: batch for pix2pix, instance for cycle_gan.
         no_dropout: disable dropout in the generator; default: dropout for pix2pix only.
+        antialias: where a ResNet filters as CUT and FastCUT do: none, down (where it downsamples), up (where it
+            upsamples) or both, which is also what --antialias without a value means.
         init_type: weight initialisation: normal, xavier, kaiming or orthogonal.
         init_gain: scale of the initial weights.
     """
@@ -83,6 +85,7 @@ class NetworkOptions:
     ndf: int = 64
     norm: Literal["instance", "batch"] | None = None
     no_dropout: bool | None = None
+    antialias: Literal["none", "down", "up", "both"] = "none"
     init_type: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"
     init_gain: float = 0.02
 
@@ -93,11 +96,13 @@ class TeacherOptions:
 
     Args:
         teacher: teacher weights: latest_net_G.pth for pix2pix, latest_net_G_A.pth for cycle_gan (latest_net_G_B.pth
-            in the same folder is loaded too), or the folder that contains them. The folder of a run that trained a
+            in the same folder is loaded too), or the folder that contains them; cycle_gan also takes the only
+            generator of CUT, latest_net_G.pth. The folder of a run that trained a
             teacher works as well.
         teacher_B: for cycle_gan: weights of the teacher's generator from B to A, if they are in another folder.
-        teacher_netG: architecture of a teacher that the run trains before the student. Ignored if `teacher` is
-            given, since the file determines the architecture. With neither option there is no teacher.
+        teacher_netG: architecture of a teacher that the run trains before the student, with the student's norm,
+            dropout and, if it is a ResNet, anti-aliasing. Ignored if `teacher` is given, since the file determines
+            the architecture. With neither option there is no teacher.
         teacher_ngf: channels of the first layer of that teacher.
         teacher_n_epochs: epochs of that teacher at the full learning rate; default: n_epochs.
         teacher_n_epochs_decay: epochs of that teacher with a falling learning rate; default: n_epochs_decay.

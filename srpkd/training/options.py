@@ -160,6 +160,7 @@ def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
         config,
         netG=config.teacher_netG,
         ngf=config.teacher_ngf,
+        antialias=config.antialias if config.teacher_netG.startswith("resnet") else "none",
         n_epochs=config.teacher_n_epochs,
         n_epochs_decay=config.teacher_n_epochs_decay,
         max_dataset_size=None if config.teacher_max_dataset_size == "inf" else config.teacher_max_dataset_size,

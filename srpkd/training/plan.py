@@ -229,9 +229,11 @@ def teacher_files(config: ResolvedConfig) -> dict[str, Path]:
     path = Path(config.teacher).expanduser()
     direction = OBJECTIVES[config.model].directions[0]
     if path.is_dir():
-        # the folder of a run that trained both contains its student, and its teacher in a folder below
-        name = f"latest_net_{direction}.pth"
-        path = path / "teacher" / name if (path / "teacher" / name).exists() else path / name
+        # the folder of a run that trained both contains its student, and its teacher in a folder below; CUT's only
+        # generator has the name of pix2pix's
+        names = (f"latest_net_{direction}.pth", "latest_net_G.pth")
+        files_in_order = [folder / name for name in names for folder in (path / "teacher", path)]
+        path = next((file for file in files_in_order if file.exists()), path / names[0])
     files = {direction: path}
     if config.model == "pix2pix":
         return files

@@ -130,6 +130,8 @@ def describe_task(config: ResolvedConfig) -> str:
     """Return the task of a run in one sentence."""
     task = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
     student = f"{config.netG} of ngf {config.ngf}"
+    if config.antialias != "none":
+        student += f" with antialias {config.antialias}"
     if config.teacher:
         return f"{task}: {student}, distilled from {config.teacher}"
     if config.teacher_netG:

@@ -49,6 +49,11 @@ SPECS = [
     replace(SMALL, netG="resnet_1blocks", ngf=3, input_nc=1, output_nc=2, norm="batch", dropout=True),
     GeneratorSpec("unet_16", ngf=1, norm="batch"),
     GeneratorSpec("unet_64", ngf=2, output_nc=1),
+    replace(SMALL, norm="none"),
+    GeneratorSpec("unet_32", ngf=2, norm="none"),
+    replace(SMALL, antialias="both"),
+    replace(SMALL, antialias="down", norm="none", dropout=True),
+    replace(SMALL, antialias="up", norm="batch"),
 ]
 
 
@@ -60,7 +65,7 @@ def test_generator_round_trip(tmp_path, spec, given):
     back = load_generator(tmp_path / "net.pth", spec if given else None)
     assert_same(back.state_dict(), net.state_dict())
     assert back.training and all(p.requires_grad and p.is_leaf and not p.is_meta for p in back.parameters())
-    x = torch.randn(2, spec.input_nc, 64, 64)
+    x = torch.randn(2, spec.input_nc, 64, 64) / 8
     assert torch.equal(back.eval()(x), net.eval()(x))
     back.train()(x).sum().backward()
     assert all(p.grad is not None for p in back.parameters())
@@ -134,6 +139,7 @@ def test_weights_do_not_depend_on_their_file(tmp_path, suffix):
         GeneratorSpec("resnet_6blocks", ngf=3, input_nc=1, norm="batch"),
         GeneratorSpec("unet_256", ngf=1, norm="batch"),  # a pix2pix teacher
         GeneratorSpec("unet_128", ngf=2, input_nc=4),
+        GeneratorSpec("resnet_9blocks", ngf=4, antialias="both"),  # a CUT teacher
     ],
     ids=str,
 )
@@ -387,6 +393,7 @@ def test_folder_instead_of_a_file(tmp_path):
         ({"netG": "unet_16"}, "use --netG resnet_2blocks"),
         ({"input_nc": 1, "output_nc": 6}, "use --input_nc 3 --output_nc 3"),
         ({"norm": "batch"}, "use --norm instance"),
+        ({"antialias": "both"}, "antialias is 'none' in the file, expected 'both': use --antialias none"),
         ({"dropout": True}, "dropout is False in the file, expected True"),
     ],
 )
@@ -412,6 +419,24 @@ def test_discriminator_instead_of_a_generator(tmp_path):
 )
 def test_incomplete_generators(tmp_path, change, message):
     state = make().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "net.pth")
+    assert message in refusal(tmp_path / "net.pth", load_generator)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.7.filt"), "resnet_2blocks of ngf 2, antialias both, but missing: model.7.filt."),
+        (lambda s: [s.pop(key) for key in list(s) if key.endswith(".filt")], "missing: model.11.filt, model.14.filt, "),
+        (
+            lambda s: s.update({"model.18.filt": torch.ones(4, 1, 3, 3)}),
+            "wrong shape: model.18.filt (4, 1, 3, 3), expected (4, 1, 4, 4)",
+        ),
+    ],
+)
+def test_incomplete_anti_aliased_generators(tmp_path, change, message):
+    state = make(replace(SMALL, antialias="both")).state_dict()
     change(state)
     torch.save(state, tmp_path / "net.pth")
     assert message in refusal(tmp_path / "net.pth", load_generator)

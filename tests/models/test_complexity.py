@@ -29,6 +29,28 @@ def test_published_macs(netG, norm, output, input_):
     assert round(count_macs(net, transposed="input") / 1e9, 2) == input_
 
 
+@pytest.mark.parametrize("antialias", ["down", "up", "both"])
+def test_macs_of_anti_aliased_generators(antialias):
+    """The difference from the plain ResNet: convolutions on a larger grid, and the filters."""
+
+    def macs(antialias, transposed="output"):
+        with torch.device("meta"):
+            return count_macs(define_generator(antialias=antialias), transposed=transposed)
+
+    down, up = antialias in ("down", "both"), antialias in ("up", "both")
+    large, middle, small = 256**2, 128**2, 64**2  # pixels
+    # before a Downsample, convolutions 64 -> 128 and 128 -> 256 run on the large and middle grid
+    convolutions = 9 * (64 * 128 * (large - middle) + 128 * 256 * (middle - small))
+    down_filters = 9 * (128 * middle + 256 * small)
+    up_filters = 16 * (256 * middle + 128 * large)
+    expected = down * (convolutions + down_filters) + up * up_filters
+    assert macs(antialias) - macs("none") == expected
+    # convolutions after an Upsample are not transposed; the filters of an Upsample are
+    transposed = 9 * (256 * 128 * (middle - small) + 128 * 64 * (large - middle))
+    expected = down * (convolutions + down_filters) + up * (transposed + up_filters // 4)
+    assert macs(antialias, "input") - macs("none", "input") == expected
+
+
 @pytest.mark.parametrize("transposed", ["output", "input"])
 def test_macs_by_hand(transposed):
     net = nn.Sequential(

@@ -42,6 +42,9 @@ def photos(tmp_path):
     [
         {"netG": "resnet_1blocks", "norm": "batch", "input_nc": 1, "dropout": True},
         {"netG": "unet_32", "output_nc": 1, "dropout": True},
+        {"netG": "resnet_1blocks", "antialias": "both"},
+        {"netG": "resnet_2blocks", "antialias": "down", "norm": "none"},
+        {"netG": "resnet_2blocks", "antialias": "up", "norm": "batch"},
     ],
     ids=str,
 )
@@ -59,13 +62,16 @@ def test_onnx_for_any_batch_and_size(options):
     assert max_difference(net, run) < 1e-5
 
 
-def test_pt2(weights, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"antialias": "both"}, {"norm": "none"}], ids=str)
+def test_pt2(tmp_path, options):
+    weights = tmp_path / "latest_net_G.pth"
+    save_weights(define_generator(**SMALL | options), weights)
     (exported,) = export_generator(weights, tmp_path / "out" / "net.pt2", format="pt2")
     assert exported.path == tmp_path / "out" / "net.pt2" and exported.size == exported.path.stat().st_size
     assert exported.difference < 1e-5 and exported.size_multiple == 4
     images = torch.rand(3, 3, 16, 24)
     output = torch.export.load(tmp_path / "out" / "net.pt2").module()(images)
-    net = define_generator(**SMALL)
+    net = define_generator(**SMALL | options)
     net.load_state_dict(torch.load(weights, weights_only=True))
     torch.testing.assert_close(output, net.eval()(images), rtol=0, atol=1e-5)
 
@@ -119,7 +125,9 @@ def test_smallest_size(tmp_path, netG):
 
 
 @pytest.mark.slow
-def test_int8_error(weights, photos):
+@pytest.mark.parametrize("antialias", ["none", "both"])
+def test_int8_error(weights, photos, antialias):
+    save_weights(define_generator(**SMALL, antialias=antialias), weights)
     model, quantized = export_generator(weights, calibration=photos)
     assert (model.path, quantized.path) == (weights.with_suffix(".onnx"), weights.with_name("latest_net_G.int8.onnx"))
     assert quantized.size == quantized.path.stat().st_size and quantized.difference is None

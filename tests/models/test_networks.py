@@ -47,6 +47,21 @@ def test_generators_have_the_published_size(netG, norm, keys, parameters):
     assert (len(net.state_dict()), count(net)) == (keys, parameters)
 
 
+@pytest.mark.parametrize(
+    ("netG", "antialias", "keys", "parameters"),
+    [
+        # as in CUT and FastCUT: the transposed convolutions become convolutions of the same size
+        ("resnet_9blocks", "both", 52, 11_378_179),
+        ("resnet_6blocks", "both", 40, 7_837_699),
+        ("resnet_9blocks", "down", 50, 11_378_179),
+        ("resnet_9blocks", "up", 50, 11_378_179),
+    ],
+)
+def test_anti_aliased_generators_have_the_published_size(netG, antialias, keys, parameters):
+    net = on_meta(netG=netG, antialias=antialias)
+    assert (len(net.state_dict()), count(net)) == (keys, parameters)
+
+
 def leaves(norm, *, bias=True):
     return ["weight", "bias"] if bias and norm == "instance" else ["weight"]
 
@@ -56,18 +71,29 @@ def norm_leaves(norm):
     return tracked if norm == "batch" else []
 
 
-def resnet_keys(blocks, norm, dropout):
+ANTIALIAS = ("none", "down", "up", "both")
+# The positions in CUT's Sequential of: filters and convolutions before the blocks; the first block; and, after the last
+# block, filters, convolutions with a norm, and the last convolution.
+DOWN = {False: ((), (4, 7), 10), True: ((7, 11), (4, 8), 12)}
+UP = {False: ((), (0, 3), 7), True: ((0, 4), (1, 5), 9)}
+
+
+def resnet_keys(blocks, norm, dropout, antialias="none"):
     """The keys of the public code, written from its layout."""
     second = 6 if dropout else 5
-    convs = [f"model.{i}" for i in (1, 4, 7)]
-    for block in range(10, 10 + blocks):
+    down_filters, down, first = DOWN[antialias in ("down", "both")]
+    up_filters, up, last = UP[antialias in ("up", "both")]
+    end = first + blocks
+    convs = [f"model.{i}" for i in (1, *down)]
+    for block in range(first, end):
         convs += [f"model.{block}.conv_block.1", f"model.{block}.conv_block.{second}"]
-    convs += [f"model.{10 + blocks}", f"model.{13 + blocks}"]
+    convs += [f"model.{end + i}" for i in up]
+    filters = {f"model.{i}.filt" for i in (*down_filters, *(end + i for i in up_filters))}
     keys = {f"{conv}.{leaf}" for conv in convs for leaf in leaves(norm)}
     for conv in convs:  # each norm directly follows its convolution
         head, _, index = conv.rpartition(".")
         keys |= {f"{head}.{int(index) + 1}.{leaf}" for leaf in norm_leaves(norm)}
-    return keys | {f"model.{17 + blocks}.weight", f"model.{17 + blocks}.bias"}
+    return keys | filters | {f"model.{end + last}.weight", f"model.{end + last}.bias"}
 
 
 def unet_keys(num_downs, norm):
@@ -83,16 +109,17 @@ def unet_keys(num_downs, norm):
     return keys
 
 
+@pytest.mark.parametrize("antialias", ANTIALIAS)
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 @pytest.mark.parametrize("blocks", [1, 6, 9, 12])
-def test_resnet_keys_are_those_of_the_public_code(blocks, norm, dropout):
-    net = on_meta(netG=f"resnet_{blocks}blocks", norm=norm, dropout=dropout, ngf=2)
-    assert set(net.state_dict()) == resnet_keys(blocks, norm, dropout)
+def test_resnet_keys_are_those_of_the_public_code(blocks, norm, dropout, antialias):
+    net = on_meta(netG=f"resnet_{blocks}blocks", norm=norm, dropout=dropout, ngf=2, antialias=antialias)
+    assert set(net.state_dict()) == resnet_keys(blocks, norm, dropout, antialias)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 @pytest.mark.parametrize("num_downs", [4, 5, 7, 8, 9])
 def test_unet_keys_are_those_of_the_public_code(num_downs, norm, dropout):
     net = on_meta(netG=f"unet_{2**num_downs}", norm=norm, dropout=dropout, ngf=2)
@@ -156,31 +183,50 @@ def test_basic_discriminator_has_the_published_size():
 
 
 def functional_norm(state, key, x):
-    if f"{key}.weight" not in state:
-        return F.instance_norm(x)
+    head, _, index = key.rpartition(".")
+    if f"{key}.weight" not in state:  # the convolution before an instance norm has a bias
+        return F.instance_norm(x) if f"{head}.{int(index) - 1}.bias" in state else x
     w, b, mean, var = (state[f"{key}.{n}"] for n in ("weight", "bias", "running_mean", "running_var"))
     return F.batch_norm(x, mean, var, w, b)
 
 
-def functional_resnet(state, x, blocks, second=5):
+def functional_resnet(state, x, blocks, second=5, antialias="none"):
+    anti_down, anti_up = antialias in ("down", "both"), antialias in ("up", "both")
+    down_filters, down, first = DOWN[anti_down]
+    up_filters, up, last = UP[anti_up]
+
     def conv(key, x, **kwargs):
         return F.conv2d(x, state[f"{key}.weight"], state.get(f"{key}.bias"), **kwargs)
 
-    def pad(x, by):
-        return F.pad(x, (by, by, by, by), mode="reflect")
+    def pad(x, by, mode="reflect"):
+        return F.pad(x, (by, by, by, by), mode=mode)
+
+    def blur_and_halve(key, x):
+        return F.conv2d(pad(x, 1), state[f"{key}.filt"], stride=2, groups=x.shape[1])
+
+    def double(key, x):
+        height, width = x.shape[2:]
+        out = F.conv_transpose2d(pad(x, 1, "replicate"), state[f"{key}.filt"], stride=2, groups=x.shape[1])
+        return out[:, :, 3 : 3 + 2 * height, 3 : 3 + 2 * width]
 
     x = F.relu(functional_norm(state, "model.2", conv("model.1", pad(x, 3))))
-    for i in (4, 7):
-        x = F.relu(functional_norm(state, f"model.{i + 1}", conv(f"model.{i}", x, stride=2, padding=1)))
-    for i in range(10, 10 + blocks):
+    for stage, i in enumerate(down):
+        x = conv(f"model.{i}", x, stride=1 if anti_down else 2, padding=1)
+        x = F.relu(functional_norm(state, f"model.{i + 1}", x))
+        x = blur_and_halve(f"model.{down_filters[stage]}", x) if anti_down else x
+    for i in range(first, first + blocks):
         key = f"model.{i}.conv_block"
         y = F.relu(functional_norm(state, f"{key}.2", conv(f"{key}.1", pad(x, 1))))
         x = x + functional_norm(state, f"{key}.{second + 1}", conv(f"{key}.{second}", pad(y, 1)))
-    for i in (10 + blocks, 13 + blocks):
-        w, b = state[f"model.{i}.weight"], state.get(f"model.{i}.bias")
-        x = F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1)
+    end = first + blocks
+    for stage, i in enumerate(end + index for index in up):
+        if anti_up:
+            x = conv(f"model.{i}", double(f"model.{end + up_filters[stage]}", x), padding=1)
+        else:
+            w, b = state[f"model.{i}.weight"], state.get(f"model.{i}.bias")
+            x = F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1)
         x = F.relu(functional_norm(state, f"model.{i + 1}", x))
-    return torch.tanh(conv(f"model.{17 + blocks}", pad(x, 3)))
+    return torch.tanh(conv(f"model.{end + last}", pad(x, 3)))
 
 
 def functional_unet(state, x, num_downs):
@@ -214,17 +260,28 @@ def randomised(net):
     return net
 
 
+@pytest.mark.parametrize("antialias", ANTIALIAS)
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_resnet_forward_is_that_of_the_public_code(norm, dropout):
-    net = randomised(define_generator("resnet_2blocks", 2, 4, ngf=3, norm=norm, dropout=dropout))
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_resnet_forward_is_that_of_the_public_code(norm, dropout, antialias):
+    net = randomised(define_generator("resnet_2blocks", 2, 4, ngf=3, norm=norm, dropout=dropout, antialias=antialias))
     x = torch.randn(2, 2, 16, 20, dtype=torch.float64)
-    expected = functional_resnet(net.state_dict(), x, 2, second=6 if dropout else 5)
+    expected = functional_resnet(net.state_dict(), x, 2, second=6 if dropout else 5, antialias=antialias)
     assert expected.shape == (2, 4, 16, 20)
     torch.testing.assert_close(net(x), expected)
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("antialias", ANTIALIAS)
+def test_resnet_output_is_bit_equal_to_that_of_the_public_code(norm, antialias):
+    net = define_generator("resnet_3blocks", ngf=4, norm=norm, antialias=antialias, init_gain=0.2).eval()
+    x = torch.rand(2, 3, 32, 24) * 2 - 1
+    with torch.no_grad():
+        assert net(x).std() > 1e-3
+        assert torch.equal(net(x), functional_resnet(net.state_dict(), x, 3, antialias=antialias))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 @pytest.mark.parametrize("num_downs", [4, 5, 6])
 def test_unet_forward_is_that_of_the_public_code(num_downs, norm):
     net = randomised(define_generator(f"unet_{2**num_downs}", 2, 4, ngf=2, norm=norm, dropout=True))
@@ -322,19 +379,26 @@ SPECS = [
     GeneratorSpec(netG, input_nc, output_nc, ngf, norm, dropout)
     for netG in ("resnet_1blocks", "resnet_6blocks", "resnet_11blocks", "unet_16", "unet_32", "unet_128", "unet_256")
     for input_nc, output_nc, ngf in ((3, 3, 2), (1, 4, 3))
-    for norm in ("instance", "batch")
+    for norm in ("instance", "batch", "none")
     for dropout in (False, True)
+]
+ANTI_ALIASED = [
+    GeneratorSpec(f"resnet_{blocks}blocks", 1, 4, 3, norm, dropout, antialias)
+    for blocks in (1, 2, 3, 9)
+    for norm in ("instance", "batch", "none")
+    for dropout in (False, True)
+    for antialias in ("down", "up", "both")
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *ANTI_ALIASED], ids=str)
 def test_infer_generator(spec):
     state = on_meta(**asdict(spec)).state_dict()
     visible = not spec.netG.startswith("unet")  # a U-Net's dropout does not show in the keys
     assert infer_generator(state) == replace(spec, dropout=spec.dropout and visible)
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.norm == "instance" and s.ngf == 2], ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS + ANTI_ALIASED if s.norm == "instance" and s.ngf > 1], ids=str)
 def test_infer_generator_ignores_statistics_of_old_instance_norms(spec):
     net = on_meta(**asdict(spec))
     state = net.state_dict()
@@ -351,15 +415,24 @@ def test_infer_generator_rejects_other_weights():
         infer_generator(define_discriminator(ndf=1).state_dict())
     with pytest.raises(ValueError, match="discriminator"):
         infer_generator(define_discriminator("pixel", ndf=1).state_dict())
+    with pytest.raises(ValueError, match=r"look like CUT's feature network netF"):
+        infer_generator({"mlp_0.0.weight": torch.zeros(2, 2), "mlp_0.0.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"expected the keys of a ResNet .* received fc\.weight$"):
         infer_generator({"fc.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="received none"):
         infer_generator({})
 
 
-@pytest.mark.parametrize(("netG", "key"), [("resnet_2blocks", "model.19.weight"), ("unet_32", "model.model.3.weight")])
-def test_infer_generator_names_missing_weights(netG, key):
-    state = on_meta(netG=netG, ngf=1).state_dict()
+@pytest.mark.parametrize(
+    ("netG", "antialias", "key"),
+    [
+        ("resnet_2blocks", "none", "model.19.weight"),
+        ("resnet_2blocks", "both", "model.23.weight"),
+        ("unet_32", "none", "model.model.3.weight"),
+    ],
+)
+def test_infer_generator_names_missing_weights(netG, antialias, key):
+    state = on_meta(netG=netG, ngf=1, antialias=antialias).state_dict()
     del state[key]
     with pytest.raises(ValueError, match=f"incomplete: the convolution {re.escape(key)} is missing"):
         infer_generator(state)
@@ -388,6 +461,18 @@ def test_default_tap_is_not_overwritten_in_place(netG, size, shape):
     net(torch.randn(1, 3, size, size))
     assert seen[0].shape == (1, *shape)
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("antialias", ["down", "up", "both"])
+def test_default_tap_of_anti_aliased_generators(antialias):
+    net, seen = define_generator("resnet_2blocks", ngf=2, dropout=True, antialias=antialias), []
+    net.get_submodule(default_tap(net)).register_forward_hook(lambda _m, _i, out: seen.extend([out, out.clone()]))
+    inputs = []
+    first = next(m for m in net.model if type(m).__name__ == "ResnetBlock")
+    first.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    net(torch.randn(1, 3, 64, 32))
+    assert seen[0] is inputs[0] and seen[0].shape == (1, 8, 16, 8)
+    assert torch.equal(*seen) and seen[0].min() >= 0
 
 
 def test_default_tap_does_not_depend_on_width_and_depth():
@@ -421,9 +506,10 @@ def test_normalize_per_image_keeps_instance_norms():
 def test_size_multiple():
     nets = {"resnet_6blocks": 4, "unet_16": 16, "unet_128": 128, "unet_256": 256}
     assert {netG: size_multiple(on_meta(netG=netG, ngf=1)) for netG in nets} == nets
+    assert size_multiple(on_meta(netG="resnet_1blocks", ngf=1, antialias="both")) == 4
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if s.norm == "batch" and not s.dropout], ids=str)
+@pytest.mark.parametrize("spec", [s for s in SPECS + ANTI_ALIASED if s.norm == "batch" and not s.dropout], ids=str)
 def test_image_channels(spec):
     assert image_channels(on_meta(**asdict(spec))) == (spec.input_nc, spec.output_nc)
 
@@ -447,7 +533,17 @@ def test_other_networks_are_rejected(function):
         (
             define_generator,
             {"norm": "batchnorm"},
-            "norm='batchnorm' is not one of 'instance', 'batch'; did you mean 'batch'",
+            "norm='batchnorm' is not one of 'instance', 'batch', 'none'; did you mean 'batch'",
+        ),
+        (
+            define_generator,
+            {"antialias": "dwn"},
+            "antialias='dwn' is not one of 'none', 'down', 'up', 'both'; did you mean 'down'",
+        ),
+        (
+            define_generator,
+            {"netG": "unet_16", "antialias": "both"},
+            "antialias='both' with netG='unet_16': only a ResNet has anti-aliasing; use 'none', or netG",
         ),
         (define_generator, {"ngf": 0}, "ngf=0: expected an integer >= 1"),
         (define_generator, {"output_nc": -1}, "output_nc=-1"),

@@ -78,6 +78,15 @@ def test_yaml_round_trip(yaml_file, arguments):
 # Booleans
 
 
+def test_antialias_without_a_value_means_both(yaml_file):
+    assert parse(HERE).antialias == "none"
+    assert parse(HERE, "--antialias").antialias == parse("--antialias", HERE).antialias == "both"
+    for value in ("none", "down", "up", "both"):
+        assert parse(HERE, "--antialias", value).antialias == parse(HERE, f"--antialias={value}").antialias == value
+        assert parse(HERE, yaml_file(f"antialias: {value}")).antialias == value
+    assert parse(HERE, TEACHER, "--variants={a: {antialias: up}}").variants == {"a": {"antialias": "up"}}
+
+
 @pytest.mark.parametrize("name", ["no_flip", "serial_batches", "no_dropout"])
 @pytest.mark.parametrize(
     ("form", "value"),
@@ -141,6 +150,9 @@ def test_default_dropout_depends_on_the_model():
             ["--gpu_ids", "0,1"],
             "unknown option --gpu_ids: use --device cuda:1 or --device cpu; for several GPUs, to",
         ),
+        (["--antialias=dwn"], "--antialias dwn: expected none or down or up or both"),
+        (["--no_antialias"], "unknown option --no_antialias: without --antialias there is no anti-aliasing"),
+        (["--no_antialias_up"], "unknown option --no_antialias_up: use --antialias down"),
         (
             ["--continue_train"],
             "unknown option --continue_train: use --resume NAME: a stopped run resumes, and a finished one is ",

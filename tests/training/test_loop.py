@@ -12,6 +12,7 @@ from runs import SIZE, SYNTHETIC, Run, config_of, stage_of, teacher_of
 from torch import Tensor
 
 from srpkd.models.checkpoints import load_weights
+from srpkd.models.networks import define_generator, infer_generator
 from srpkd.training import loop
 from srpkd.training.config import parse_arguments
 
@@ -184,3 +185,18 @@ def test_intermediate_checkpoints(run_dir):
 def test_print_freq(run_dir, freq, steps):
     loop.fit(stage_of(config_of(f"--print_freq={freq}"), run_dir), run_dir, {})
     assert [line["step"] for line in Run(run_dir.folder).metrics] == steps
+
+
+@pytest.mark.parametrize("antialias", ["down", "up", "both"])
+@pytest.mark.parametrize("options", [[], ["--ema=0.9"]], ids=str)
+def test_anti_aliased_students_and_teachers(run_dir, antialias, options):
+    """They share the default layers' size with plain ones, and training keeps their filters."""
+    config = config_of(f"--antialias={antialias}", "--epoch_steps=3", "--n_epochs=1", "--n_epochs_decay=0", *options)
+    for teacher in (teacher_of(), teacher_of(antialias=antialias)):
+        trained = loop.fit(stage_of(config, run_dir), run_dir, teacher)
+        assert trained.steps == 3
+        weights = load_weights(run_dir.folder / "latest_net_G.pth")
+        assert infer_generator(weights).antialias == antialias
+        fresh = define_generator(config.netG, ngf=config.ngf, antialias=antialias).state_dict()
+        filters = [key for key in fresh if key.endswith(".filt")]
+        assert filters and all(torch.equal(weights[key], fresh[key]) for key in filters)

@@ -184,6 +184,12 @@ def test_teacher_config():
     assert teacher.n_epochs_decay == config.n_epochs_decay
 
 
+@pytest.mark.parametrize(("netG", "antialias"), [("resnet_2blocks", "both"), ("unet_16", "none")])
+def test_a_trained_teacher_has_the_anti_aliasing_of_the_student_if_it_is_a_resnet(netG, antialias):
+    config = config_of("--antialias", f"--teacher_netG={netG}", "--teacher_ngf=3")
+    assert teacher_config(config).antialias == antialias
+
+
 def test_variant_config():
     config = config_of(*TEACHER, "--variants={a: {lambda_kd: 3, ngf: 5, no_dropout: false}, b: {}}")
     assert variant_config(config, "a") == replace(config, lambda_kd=3, ngf=5, no_dropout=False, variants={})

@@ -64,6 +64,15 @@ def test_the_folder_of_a_run_gives_its_teacher(tmp_path, model):
         assert plan.teacher_files(config) == {name: folder / f"latest_net_{name}.pth" for name in names}
 
 
+def test_the_folder_of_a_cut_run_gives_its_only_generator(tmp_path):
+    config = parse_arguments(["--model=cycle_gan", *SYNTHETIC, f"--teacher={tmp_path}"])
+    save_weights(define_generator("resnet_4blocks", ngf=2, antialias="both"), tmp_path / "latest_net_G.pth")
+    assert plan.teacher_files(config) == {"G_A": tmp_path / "latest_net_G.pth"}
+    assert list(plan.load_teachers(config)) == ["G_A"]
+    save_weights(define_generator("resnet_1blocks", ngf=2), tmp_path / "latest_net_G_A.pth")
+    assert plan.teacher_files(config) == {"G_A": tmp_path / "latest_net_G_A.pth"}
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
     save_weights(
@@ -92,6 +101,11 @@ def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
         (["--netG=unet_32"], "--crop_size 16 is not a multiple of 32, as this generator needs: use 32"),
         (["--teacher_netG=unet_32"], "--crop_size 16 is not a multiple of 32"),
         (["--teacher_netG=unet_16", "--variants={a: {netG: unet_32}}"], "--crop_size 16 is not a multiple of 32"),
+        (["--netG=unet_16", "--antialias"], "antialias='both' with netG='unet_16': only a ResNet has anti-aliasing"),
+        (
+            [*TEACHER, "--variants={a: {antialias: up}, b: {antialias: up, netG: unet_16}}"],
+            "variant 'b': antialias='up' with netG='unet_16'",
+        ),
         (["--netG=resnet_x"], "netG='resnet_x' is unknown: expected 'resnet_<n>blocks'"),
         ([*TEACHER, "--variants={a: {netG: resnet}}"], "netG='resnet' is unknown"),
         (["--teacher=none.pth"], "none.pth does not exist"),
