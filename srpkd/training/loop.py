@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
 from .student_teacher import StudentTeacher
+from .warm_start import generator_spec, warm_start
 
 Generators = dict[str, nn.Module]
 MAX_CONSECUTIVE_SKIPS = 10
@@ -79,6 +80,7 @@ def fit(
         show: called with frozen copies of the generators every update_html_freq steps.
 
     Raises:
+        CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
         Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss.
     """
     config = stage.config
@@ -87,6 +89,9 @@ def fit(
         LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, config.n_epochs, config.n_epochs_decay))
         for optimizer in objective.optimizers.values()
     ]
+    if not state:
+        for line in warm_start(objective, config):
+            distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
     batches = iter(loader)
@@ -124,13 +129,13 @@ def fit(
                         scheduler.step()
                     if epoch % config.save_epoch_freq == 0 and step < steps:
                         run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
-                        run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+                        _save_latest(stage, run_dir, objective)
                 if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
                 if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
                     save_state(training_state(objective, schedulers, step, durations))
-    run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+    _save_latest(stage, run_dir, objective)
     folder = stage.folder.relative_to(run_dir.folder)
     run_dir.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
     objective.close()
@@ -150,17 +155,8 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
     seed_everything(seed)
     generators, student_teachers = {}, {}
     for direction in kind.directions:
-        input_nc, output_nc = channels_of(config, direction)
-        network = define_generator(
-            config.netG,
-            input_nc,
-            output_nc,
-            config.ngf,
-            config.norm,
-            not config.no_dropout,
-            init_type=config.init_type,
-            init_gain=config.init_gain,
-        )
+        spec = generator_spec(config, direction)
+        network = define_generator(**asdict(spec), init_type=config.init_type, init_gain=config.init_gain)
         generators[direction] = distributed.wrap(to_device(network, config), config.compile)
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
@@ -250,8 +246,9 @@ def _progress_bar(name: str, done: int, steps: int) -> tqdm:
     return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, disable=distributed.rank() > 0)
 
 
-def _latest_networks(objective: Objective) -> Generators:
-    return objective.ema_or_live() | objective.discriminators
+def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:
+    run_dir.save_checkpoint(stage.folder, "latest", objective.ema_or_live() | objective.discriminators)
+    run_dir.save_adapters(stage.folder, "latest", objective.adapter_weights())
 
 
 def _mean_over_ranks(losses: Losses) -> dict[str, float]:

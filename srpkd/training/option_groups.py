@@ -72,6 +72,12 @@ class NetworkOptions:
         no_dropout: disable dropout in the generator; default: dropout for pix2pix only.
         init_type: weight initialisation: normal, xavier, kaiming or orthogonal.
         init_gain: scale of the initial weights.
+        init_student: weights that the generator starts from: latest_net_G.pth for pix2pix, latest_net_G_A.pth for
+            cycle_gan (latest_net_G_B.pth in the same folder is loaded too), or the folder that contains them. The
+            architecture must be that of netG, ngf, norm and no_dropout. A teacher that the run trains does not use it.
+        init_discriminator: weights that the discriminator starts from, for example those of the teacher's own run:
+            latest_net_D.pth for pix2pix, latest_net_D_A.pth for cycle_gan (latest_net_D_B.pth in the same folder is
+            loaded too), or the folder that contains them.
     """
 
     model: Literal["pix2pix", "cycle_gan"] = "cycle_gan"
@@ -84,6 +90,8 @@ class NetworkOptions:
     no_dropout: bool | None = None
     init_type: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"
     init_gain: float = 0.02
+    init_student: str | None = None
+    init_discriminator: str | None = None
 
 
 @dataclass
@@ -129,6 +137,9 @@ class LossOptions:
         lambda_srp: weight of the relation loss; default: 5400 for pix2pix, 540 for cycle_gan. The defaults suit cosine
             and l2; row-normalised matrices have entries about sqrt(N) times smaller and need a larger weight.
         lambda_feature: weight of FitNet's feature matching: MSE after a learned 1 x 1 convolution.
+        init_adapter: weights that these convolutions start from: latest_net_adapter_G.pth for pix2pix,
+            latest_net_adapter_G_A.pth for cycle_gan (latest_net_adapter_G_B.pth in the same folder is loaded too), or
+            the folder that contains them. A run with lambda_feature writes these files.
         layers: student module name to teacher module name of the tapped layers; default: the end of the encoder
             (model.9 of a ResNet).
         normalize: normalisation of the relation matrix: row, cosine or none.
@@ -148,6 +159,7 @@ class LossOptions:
     lambda_kd: float | None = None
     lambda_srp: float | None = None
     lambda_feature: float = 0.0
+    init_adapter: str | None = None
     layers: dict[str, str] | None = None
     normalize: Literal["row", "cosine", "none"] = DEFAULT_NORMALIZE
     distance: Literal["l1", "l2", "huber"] = DEFAULT_DISTANCE

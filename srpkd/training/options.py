@@ -153,6 +153,9 @@ def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
         n_epochs=config.teacher_n_epochs,
         n_epochs_decay=config.teacher_n_epochs_decay,
         max_dataset_size=config.teacher_max_dataset_size,
+        init_student=None,
+        init_discriminator=None,
+        init_adapter=None,
     )
 
 
@@ -235,6 +238,11 @@ def _check_data(config: ResolvedConfig) -> None:
 def _check_teacher(config: ResolvedConfig) -> None:
     if config.teacher_B and (not config.teacher or config.model == "pix2pix"):
         raise ValueError("teacher_B (weights from B to A) needs model cycle_gan and teacher (weights from A to B)")
+    if config.init_adapter and not config.variants and not (config.distils and config.lambda_feature):
+        raise ValueError(
+            f"init_adapter={config.init_adapter}: only feature matching has adapters: set lambda_feature above 0 and a "
+            "teacher, or remove init_adapter"
+        )
 
 
 def _check_schedule(config: ResolvedConfig) -> None:

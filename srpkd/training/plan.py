@@ -6,7 +6,7 @@ import copy
 import itertools
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from .options import RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .summary import Row, describe_task, device_name
+from .warm_start import warm_start
 
 
 @dataclass
@@ -66,7 +67,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     Raises: before anything is written,
         ValueError: Options contradict each other, or do not fit the networks.
         DataError: The images do not fit (see ``srpkd.data.validate``).
-        CheckpointError: The teacher's weights or the state of a resumed run cannot be used.
+        CheckpointError: The weights of a teacher or of a warm start, or the state of a resumed run cannot be used.
         ImportError: A logging option needs a package that is not installed.
     """
     config = config.resolved()
@@ -75,7 +76,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
     teachers = load_teachers(config)
     data_summary = validate_data(config, [*variants.values(), *([teacher] if teacher else [])], teachers)
-    dry_run(config, teacher, variants, teachers)
+    dry_run(config, teacher, variants, teachers, variants)
 
     state: dict[str, Any] = {}
     if config.resume:
@@ -143,6 +144,7 @@ def dry_run(
     teacher: ResolvedConfig | None,
     variants: Mapping[str, ResolvedConfig],
     teachers: Mapping[str, nn.Module],
+    starting: Collection[str],
 ) -> None:
     """Build the networks and losses of every stage on the "meta" device, which allocates no memory.
 
@@ -150,6 +152,7 @@ def dry_run(
         teacher: options of the teacher that the run trains, or None.
         variants: name -> options of a student.
         teachers: teachers that were loaded from files, by direction.
+        starting: names of the variants whose training has yet to start: the files that they start from are read.
 
     Raises:
         ValueError: Options do not fit together, which would otherwise show only when the student's training starts.
@@ -165,7 +168,9 @@ def dry_run(
         meta_teachers = {direction: copy.deepcopy(network).to("meta") for direction, network in teachers.items()}
     for name, options in variants.items():
         try:
-            build_on_meta(options, meta_teachers)
+            objective = build_on_meta(options, meta_teachers)
+            if name in starting:
+                warm_start(objective, options)
         except ValueError as error:
             raise ValueError(f"variant {name!r}: {error}" if config.variants else str(error)) from error
 

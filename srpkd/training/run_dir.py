@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import atomic_write, writing
-from ..models.checkpoints import save_weights
+from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.page import write_report
 from . import distributed
 from .loggers import Logger
@@ -80,6 +80,12 @@ class RunDir:
         if self._metrics is not None:
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
+
+    def save_adapters(self, folder: Path, name: str, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the weights of feature adapters, by direction, to ``<folder>/<name>_net_adapter_<direction>.pth``."""
+        if self._metrics is not None:
+            for direction, weights in adapters.items():
+                save_tensors(weights, folder / f"{name}_net_adapter_{direction}.pth")
 
     def save_resume_state(self, state: dict[str, Any]) -> None:
         """Write the state of the run, and what this class needs to resume."""

@@ -104,6 +104,10 @@ class StudentTeacher(nn.Module):
             )
         return passes.student_output, losses
 
+    def adapters_by_layer(self) -> dict[str, nn.Module]:
+        """Return student module name -> adapter, without wrappers; {} if lambda_feature is 0."""
+        return {layer: unwrap(adapter) for layer, adapter in zip(self.layers, self.adapters)}
+
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.relations.close()
