@@ -8,7 +8,8 @@ from collections.abc import Iterable
 # options of the public code, and values of them, that do not exist here
 PUBLIC_OPTIONS = {
     "checkpoints_dir": "use --runs_dir, the folder of all runs",
-    "continue_train": "use --resume NAME to resume a run",
+    "continue_train": "use --resume NAME to resume a run; a finished run continues with more epochs, --resume NAME "
+    "--n_epochs NUMBER, and a new run starts from existing weights with --init_student and --init_discriminator",
     "epoch_count": "use --resume NAME to resume a run; it knows its epoch",
     "gpu_ids": "use --device cuda:1 or --device cpu; for several GPUs, torchrun --nproc_per_node=2 -m srpkd.train ...",
     "lr_policy": "the schedule is the public code's linear one: --n_epochs, then --n_epochs_decay",

@@ -68,6 +68,7 @@ def fit(
     state: Mapping[str, Any] | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
     show: Callable[[Generators], None] | None = None,
+    keep_final_state: bool = False,
 ) -> Trained:
     """Train one stage, with a progress bar, metrics and checkpoints.
 
@@ -78,6 +79,7 @@ def fit(
         state: state that ``save_state`` received in an interrupted run, to resume from.
         save_state: called with the state of the stage every save_latest_freq steps.
         show: called with frozen copies of the generators every update_html_freq steps.
+        keep_final_state: write the state of the stage at its end to its folder, if it can be resumed from.
 
     Raises:
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
@@ -137,7 +139,11 @@ def fit(
                     save_state(training_state(objective, schedulers, step, durations))
     _save_latest(stage, run_dir, objective)
     folder = stage.folder.relative_to(run_dir.folder)
-    run_dir.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    entries = [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    run_dir.report["files"] += [entry for entry in entries if entry not in run_dir.report["files"]]
+    if keep_final_state:
+        final = training_state(objective, schedulers, steps, durations) if objective.can_resume() else None
+        run_dir.save_final_state(stage.folder, final)
     objective.close()
     generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
     return Trained(generators, steps, statistics.median(durations[1:] or durations))
@@ -210,6 +216,9 @@ def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], st
     objective.load_state_dict(state["objective"])
     for scheduler, scheduler_state in zip(schedulers, state["schedules"]):
         scheduler.load_state_dict(scheduler_state)
+        # the learning rates in the optimizer's state are those of the schedule before the run was extended
+        for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+            group["lr"] = lr * factor(scheduler.last_epoch)
     own = state["processes"][distributed.rank()]
     objective.load_rank_state_dict(own)
     set_random_state(own["random"])

@@ -196,10 +196,13 @@ class RunOptions:
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
-        resume: name or folder of a stopped run to resume. All options keep their values except device, num_threads,
-            time_budget, runs_dir and those of logging and saving.
+        resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
+            n_epochs_decay. All other options keep their values except device, num_threads, time_budget, runs_dir,
+            no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
+        no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
+            extended. The state of a student has about four times the size of its weights and its discriminators'.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
         tensorboard: also write logs to <run>/tensorboard (needs the package tensorboard).
@@ -230,6 +233,7 @@ class RunOptions:
     resume: str | None = None
     print_freq: int = 10
     save_latest_freq: int = 1000
+    no_keep_state: bool = False
     save_epoch_freq: int = 50
     update_html_freq: int = 1000
     tensorboard: bool = False

@@ -32,8 +32,10 @@ VARIANT_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for ent
 # the options that may change when a run is resumed: they do not affect its results
 RESUME_OPTIONS = {
     "resume", "runs_dir", "device", "num_threads", "time_budget", "update_html_freq", "save_latest_freq", "tensorboard",
-    "wandb", "trackio",
+    "wandb", "trackio", "no_keep_state",
 }  # fmt: skip
+# the options that extend a run when it is resumed: the learning rate follows the new total from there on
+EXTEND_OPTIONS = {"n_epochs", "n_epochs_decay"}
 
 MINIMUM = {
     "load_size": 1, "crop_size": 1, "max_dataset_size": 1, "teacher_max_dataset_size": 1, "num_threads": 0,

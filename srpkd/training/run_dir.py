@@ -16,7 +16,7 @@ from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.page import write_report
 from . import distributed
 from .loggers import Logger
-from .resume import save_state
+from .resume import FINAL, save_final_state, save_state
 
 
 class RunDir:
@@ -96,6 +96,14 @@ class RunDir:
             size = os.fstat(self._metrics.fileno()).st_size
             own = {"metrics_bytes": size, "report": json.dumps(self.report), "elapsed": self.elapsed}
             save_state(self.folder, state | {"record": own})
+
+    def save_final_state(self, folder: Path, state: dict[str, Any] | None) -> None:
+        """Write the state of a finished stage to its folder; None removes the previous one."""
+        if self._metrics is not None:
+            if state is None:
+                (folder / FINAL).unlink(missing_ok=True)
+            else:
+                save_final_state(folder, state)
 
     def write_report(self) -> None:
         """Write ``report.json`` and ``index.html``."""
