@@ -202,7 +202,8 @@ class RunOptions:
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
         no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
-            extended. The state of a student has about four times the size of its weights and its discriminators'.
+            extended. The state of a student is three times as large as its weights and its discriminators', or four
+            times with `ema`.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
         tensorboard: also write logs to <run>/tensorboard (needs the package tensorboard).

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..models.checkpoints import CheckpointError, check_fit, load_generator, load_weights
@@ -36,8 +35,7 @@ def warm_start(objective: Objective, config: ResolvedConfig) -> list[str]:
     if config.init_student:
         files = warm_start_files(config.init_student, objective.generators)
         for direction, path in files.items():
-            # on the CPU also inside a "meta" device context
-            with torch.device("cpu"), _option("init_student"):
+            with _option("init_student"):
                 weights = load_generator(path, generator_spec(config, direction)).state_dict()
             _load(objective.generators[direction], weights)
             if direction in objective.averages:
