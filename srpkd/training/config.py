@@ -208,7 +208,8 @@ def update_yaml(path: Path, options: dict[str, Any]) -> None:
     """
     content = read_config(str(path))
     if content != content | options:
-        write_file(path, yaml.safe_dump(content | options, sort_keys=False, allow_unicode=True).encode())
+        text = yaml.safe_dump(content | options, sort_keys=False, allow_unicode=True)
+        write_file(path, text.encode())
 
 
 def to_yaml(config: TrainConfig) -> str:
