@@ -92,7 +92,7 @@ def run_config(study: Study, setting: str, dataset: int, options: Options) -> Re
         preset.pop(name, None)
     # named here because the study selects the trainer's defaults and must not depend on them
     relation = {"normalize": "row", "distance": "l1", "delta": 1.0}
-    common = {"synthetic_variant": dataset, "runs_dir": study.runs_dir, "samples": 2} | relation
+    common = {"synthetic_variant": dataset, "runs_dir": study.runs_dir, "samples": 2, "no_keep_state": True} | relation
     return TrainConfig(**preset | common | study.options | options).resolved()
 
 

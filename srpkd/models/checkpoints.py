@@ -52,9 +52,17 @@ def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
         WriteError: the file cannot be written.
     """
     check_type("module", module, nn.Module, "a torch.nn.Module")
-    weights = {WRAPPERS.sub("", key): value.cpu() for key, value in module.state_dict().items()}
+    save_tensors({WRAPPERS.sub("", key): value for key, value in module.state_dict().items()}, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+    """Write tensors by name to `path` atomically, as CPU tensors.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
     with atomic_write(path) as file:
-        torch.save(weights, file)
+        torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, file)
 
 
 def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -109,7 +117,7 @@ def load_generator(
         raise CheckpointError(f"{path}: {error}") from error
     details = {"norm none": found.norm == "none", f"antialias {found.antialias}": found.antialias != "none"}
     what = ", ".join([f"a {found.netG} of ngf {found.ngf}", *(name for name, shown in details.items() if shown)])
-    _check_fit(net, weights, f"{path} looks like {what}")
+    check_fit(net, weights, f"{path} looks like {what}")
     net.load_state_dict(weights, assign=True)
     net.float()
     _check_finite(net.state_dict(), Path(path), " in float32")  # which has a smaller range than float64
@@ -236,7 +244,15 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     return f"{'; '.join(facts)}: use {' '.join(flags)}"
 
 
-def _check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+def check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Check that weights have the names and shapes of a network's.
+
+    Args:
+        what: the file and the network, the beginning of the message.
+
+    Raises:
+        CheckpointError: they do not; the message lists the differences.
+    """
     expected = net.state_dict()
     # torch < 0.4.1 did not count batches; load_state_dict handles it
     missing = [key for key in expected.keys() - weights.keys() if not key.endswith(".num_batches_tracked")]

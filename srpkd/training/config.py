@@ -19,9 +19,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..files import write_file
 from .hints import PUBLIC_VALUES, nearest_hint, public_hint
 from .option_groups import GROUPS, OPTIONS, RunOptions
-from .options import DATASET_LIMITS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, check_keys
+from .options import (
+    DATASET_LIMITS,
+    EXTEND_OPTIONS,
+    RESUME_OPTIONS,
+    ResolvedConfig,
+    TrainConfig,
+    check_keys,
+)
 
 TYPES = get_type_hints(TrainConfig)
 WITHOUT_VALUE = {"antialias": "both"}  # what an option means that is given without a value; a boolean option means true
@@ -134,10 +142,11 @@ def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> 
     if known.resume is None:
         return {}
     given = [flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")] + [kind for kind, _ in files]
-    if fixed := [name for name in dict.fromkeys(given) if name not in RESUME_OPTIONS]:
+    if fixed := [name for name in dict.fromkeys(given) if name not in RESUME_OPTIONS | EXTEND_OPTIONS]:
+        accepted = sorted((RESUME_OPTIONS | EXTEND_OPTIONS) - {"resume"})
         raise ValueError(
             f"--resume keeps the options of the run: remove {', '.join(f'--{name}' for name in fixed)}, or start "
-            f"a new run; a resumed run accepts {', '.join(f'--{name}' for name in sorted(RESUME_OPTIONS - {'resume'}))}"
+            f"a new run; a resumed run accepts {', '.join(f'--{name}' for name in accepted)}"
         )
     return read_config(str(run_folder(known.resume, known.runs_dir) / "config.yaml"))
 
@@ -204,6 +213,18 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     return EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
+
+
+def update_yaml(path: Path, options: dict[str, Any]) -> None:
+    """Change options in the ``config.yaml`` of a run; the file stays as it is if it has these values.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    content = read_config(str(path))
+    if content != content | options:
+        text = yaml.safe_dump(content | options, sort_keys=False, allow_unicode=True)
+        write_file(path, text.encode())
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -17,7 +17,7 @@ PUBLIC_OPTIONS = {
     "checkpoints_dir": "use --runs_dir, the folder of all runs",
     "no_antialias": "without --antialias there is no anti-aliasing; CUT's default is --antialias both",
     "no_antialias_up": "use --antialias down; without --antialias there is no anti-aliasing",
-    "continue_train": RESUME,
+    "continue_train": f"{RESUME}; a new run starts from existing weights with --init_student and --init_discriminator",
     "display_env": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
     "display_freq": f"{PAGE}; --update_html_freq sets the steps between two updates",
     "display_id": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",

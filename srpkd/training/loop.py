@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
 from .student_teacher import StudentTeacher
+from .warm_start import generator_spec, warm_start
 
 Generators = dict[str, nn.Module]
 MAX_CONSECUTIVE_SKIPS = 10
@@ -68,6 +69,7 @@ def fit(
     state: Mapping[str, Any] | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
     show: Callable[[Generators], None] | None = None,
+    keep_final_state: bool = False,
 ) -> Trained:
     """Train one stage, with a progress bar, metrics and checkpoints.
 
@@ -78,8 +80,10 @@ def fit(
         state: state that ``save_state`` received in an interrupted run, to resume from.
         save_state: called with the state of the stage every save_latest_freq steps.
         show: called with frozen copies of the generators every update_html_freq steps.
+        keep_final_state: write the state of the stage at its end to its folder, if it can be resumed from.
 
     Raises:
+        CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
         Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite.
     """
     config = stage.config
@@ -88,6 +92,9 @@ def fit(
         LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, config.n_epochs, config.n_epochs_decay))
         for optimizer in objective.optimizers.values()
     ]
+    if not state:
+        for line in warm_start(objective, config):
+            distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
     batches = iter(loader)
@@ -124,7 +131,7 @@ def fit(
                     _step_schedulers(schedulers)
                     if epoch % config.save_epoch_freq == 0 and step < steps and not objective.nonfinite_weights():
                         run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
-                        run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+                        _save_latest(stage, run_dir, objective)
                 if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
@@ -132,9 +139,13 @@ def fit(
                     save_state(training_state(objective, schedulers, step, durations))
     if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
-    run_dir.save_checkpoint(stage.folder, "latest", _latest_networks(objective))
+    _save_latest(stage, run_dir, objective)
     folder = stage.folder.relative_to(run_dir.folder)
-    run_dir.report["files"] += [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    entries = [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    run_dir.report["files"] += [entry for entry in entries if entry not in run_dir.report["files"]]
+    if keep_final_state:
+        final = training_state(objective, schedulers, steps, durations) if objective.can_resume() else None
+        run_dir.save_final_state(stage.folder, final)
     objective.close()
     generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
     return Trained(generators, steps, statistics.median(durations[1:] or durations))
@@ -152,18 +163,8 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
     seed_everything(seed)
     generators, student_teachers = {}, {}
     for direction in kind.directions:
-        input_nc, output_nc = channels_of(config, direction)
-        network = define_generator(
-            config.netG,
-            input_nc,
-            output_nc,
-            config.ngf,
-            config.norm,
-            not config.no_dropout,
-            config.antialias,
-            init_type=config.init_type,
-            init_gain=config.init_gain,
-        )
+        spec = generator_spec(config, direction)
+        network = define_generator(**asdict(spec), init_type=config.init_type, init_gain=config.init_gain)
         generators[direction] = distributed.wrap(to_device(network, config), config.compile)
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
@@ -217,6 +218,9 @@ def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], st
     objective.load_state_dict(state["objective"])
     for scheduler, scheduler_state in zip(schedulers, state["schedules"]):
         scheduler.load_state_dict(scheduler_state)
+        # the learning rates in the optimizer's state are those of the schedule before the run was extended
+        for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+            group["lr"] = lr * factor(scheduler.last_epoch)
     own = state["processes"][distributed.rank()]
     objective.load_rank_state_dict(own)
     set_random_state(own["random"])
@@ -261,8 +265,9 @@ def _progress_bar(name: str, done: int, steps: int) -> tqdm:
     return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, disable=distributed.rank() > 0)
 
 
-def _latest_networks(objective: Objective) -> Generators:
-    return objective.ema_or_live() | objective.discriminators
+def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:
+    run_dir.save_checkpoint(stage.folder, "latest", objective.ema_or_live() | objective.discriminators)
+    run_dir.save_adapters(stage.folder, "latest", objective.adapter_weights())
 
 
 def _mean_over_ranks(losses: Losses) -> dict[str, float]:

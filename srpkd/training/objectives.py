@@ -147,6 +147,18 @@ class Objective(ABC):
         """Return the generators that a stage saves and evaluates: the moving averages if there are any."""
         return self.generators | {name: average.module for name, average in self.averages.items()}
 
+    def adapter_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return direction -> "<student layer>.weight" and ".bias" -> tensor; {} if lambda_feature is 0."""
+        return {
+            direction: {
+                f"{layer}.{key}": value
+                for layer, adapter in pair.adapters_by_layer().items()
+                for key, value in adapter.state_dict().items()
+            }
+            for direction, pair in self.student_teachers.items()
+            if pair.adapters
+        }
+
     def can_resume(self) -> bool:
         """Return whether training can continue from here: the last step was complete, all weights are finite."""
         return not (self.optimizers.consecutive_skips or self.nonfinite_weights())

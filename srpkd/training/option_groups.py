@@ -75,6 +75,12 @@ class NetworkOptions:
             upsamples) or both, which is also what --antialias without a value means.
         init_type: weight initialisation: normal, xavier, kaiming or orthogonal.
         init_gain: scale of the initial weights.
+        init_student: weights that the generator starts from: latest_net_G.pth for pix2pix, latest_net_G_A.pth for
+            cycle_gan (latest_net_G_B.pth in the same folder is loaded too), or the folder that contains them. The
+            architecture must be that of netG, ngf, norm and no_dropout. A teacher that the run trains does not use it.
+        init_discriminator: weights that the discriminator starts from, for example those of the teacher's own run:
+            latest_net_D.pth for pix2pix, latest_net_D_A.pth for cycle_gan (latest_net_D_B.pth in the same folder is
+            loaded too), or the folder that contains them.
     """
 
     model: Literal["pix2pix", "cycle_gan"] = "cycle_gan"
@@ -88,6 +94,8 @@ class NetworkOptions:
     antialias: Literal["none", "down", "up", "both"] = "none"
     init_type: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"
     init_gain: float = 0.02
+    init_student: str | None = None
+    init_discriminator: str | None = None
 
 
 @dataclass
@@ -135,6 +143,9 @@ class LossOptions:
         lambda_srp: weight of the relation loss; default: 5400 for pix2pix, 540 for cycle_gan. The defaults suit cosine
             and l2; row-normalised matrices have entries about sqrt(N) times smaller and need a larger weight.
         lambda_feature: weight of FitNet's feature matching: MSE after a learned 1 x 1 convolution.
+        init_adapter: weights that these convolutions start from: latest_net_adapter_G.pth for pix2pix,
+            latest_net_adapter_G_A.pth for cycle_gan (latest_net_adapter_G_B.pth in the same folder is loaded too), or
+            the folder that contains them. A run with lambda_feature writes these files.
         layers: student module name to teacher module name of the tapped layers; default: the end of the encoder
             (model.9 of a ResNet).
         normalize: normalisation of the relation matrix: row, cosine or none.
@@ -154,6 +165,7 @@ class LossOptions:
     lambda_kd: float | None = None
     lambda_srp: float | None = None
     lambda_feature: float = 0.0
+    init_adapter: str | None = None
     layers: dict[str, str] | None = None
     normalize: Literal["row", "cosine", "none"] = DEFAULT_NORMALIZE
     distance: Literal["l1", "l2", "huber"] = DEFAULT_DISTANCE
@@ -190,10 +202,14 @@ class RunOptions:
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
-        resume: name or folder of a stopped run to resume. All options keep their values except device, num_threads,
-            time_budget, runs_dir and those of logging and saving.
+        resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
+            n_epochs_decay. All other options keep their values except device, num_threads, time_budget, runs_dir,
+            no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
+        no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
+            extended. The state of a student is three times as large as its weights and its discriminators', or four
+            times with `ema`.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
         tensorboard: also write logs to <run>/tensorboard (needs the package tensorboard).
@@ -224,6 +240,7 @@ class RunOptions:
     resume: str | None = None
     print_freq: int = 10
     save_latest_freq: int = 1000
+    no_keep_state: bool = False
     save_epoch_freq: int = 50
     update_html_freq: int = 1000
     tensorboard: bool = False

@@ -33,8 +33,10 @@ VARIANT_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for ent
 # the options that may change when a run is resumed: they do not affect its results
 RESUME_OPTIONS = {
     "resume", "runs_dir", "device", "num_threads", "time_budget", "update_html_freq", "save_latest_freq", "tensorboard",
-    "wandb", "trackio",
+    "wandb", "trackio", "no_keep_state",
 }  # fmt: skip
+# the options that extend a run when it is resumed: the learning rate follows the new total from there on
+EXTEND_OPTIONS = {"n_epochs", "n_epochs_decay"}
 
 MINIMUM = {
     "load_size": 1, "crop_size": 1, "max_dataset_size": 1, "teacher_max_dataset_size": 1, "num_threads": 0,
@@ -164,6 +166,9 @@ def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
         n_epochs=config.teacher_n_epochs,
         n_epochs_decay=config.teacher_n_epochs_decay,
         max_dataset_size=None if config.teacher_max_dataset_size == "inf" else config.teacher_max_dataset_size,
+        init_student=None,
+        init_discriminator=None,
+        init_adapter=None,
     )
 
 
@@ -246,6 +251,11 @@ def _check_data(config: ResolvedConfig) -> None:
 def _check_teacher(config: ResolvedConfig) -> None:
     if config.teacher_B and (not config.teacher or config.model == "pix2pix"):
         raise ValueError("teacher_B (weights from B to A) needs model cycle_gan and teacher (weights from A to B)")
+    if config.init_adapter and not config.variants and not (config.distils and config.lambda_feature):
+        raise ValueError(
+            f"init_adapter={config.init_adapter}: only feature matching has adapters: set lambda_feature above 0 and a "
+            "teacher, or remove init_adapter"
+        )
 
 
 def _check_schedule(config: ResolvedConfig) -> None:

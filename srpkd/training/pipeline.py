@@ -10,11 +10,12 @@ from ..files import WriteError
 from ..models.checkpoints import load_generator
 from . import distributed
 from .datasets import ImageDataset, open_test_data
+from .extension import stage_folder, stage_name
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
 from .options import TrainConfig
 from .plan import Plan, prepare
-from .resume import has_state, remove_state
+from .resume import has_state, load_final_state, remove_older_states, remove_state
 from .run_dir import RunDir
 from .summary import complexity, evaluate_stage, publish
 from .validation import evaluate
@@ -56,10 +57,8 @@ def execute(plan: Plan) -> RunDir:
 
         for number in range(config.seeds):
             for name, options in plan.variants.items():
-                several = len(plan.variants) * config.seeds > 1
-                label = f"{name} seed {number}" if several else name
-                folder = run_dir.folder / label.replace(" ", "-") if several else run_dir.folder
-                stage = Stage(label, options, config.seed + number, folder)
+                label = stage_name(config, name, number)
+                stage = Stage(label, options, config.seed + number, stage_folder(run_dir.folder, config, name, number))
                 generators = run_stage(plan, stage, name, plan.teachers, test_set, shown)
                 shown.setdefault(name, generators)
             last = number + 1 == config.seeds or is_over_budget(plan, number + 1, plan.students_began)
@@ -68,8 +67,10 @@ def execute(plan: Plan) -> RunDir:
             publish(run_dir, config, plan.variants, plan.rows, shown, test_set)
             if last:
                 break
+        if not config.no_keep_state:
+            save_progress(plan, finished=True)
         if distributed.rank() == 0:
-            remove_state(run_dir.folder)
+            (remove_state if config.no_keep_state else remove_older_states)(run_dir.folder)
     except BaseException:
         run_dir.report["status"] = "stopped"
         with suppress(WriteError):  # a write error may be what stopped the run
@@ -108,28 +109,45 @@ def run_stage(
             direction: freeze_for_inference(load_generator(path), stage.config) for direction, path in files.items()
         }
 
-    def save_state(state: dict[str, Any] | None) -> None:
-        plan.run_dir.save_resume_state(
-            {
-                "config": asdict(replace(plan.config, resume=None)),
-                "rows": plan.rows,
-                "done": plan.done,
-                "training": state and (stage.name, state),
-                "students_began": plan.students_began,
-            }
-        )
+    def save_state(state: dict[str, Any]) -> None:
+        save_progress(plan, (stage.name, state))
 
     def show(generators: Generators) -> None:
         publish(plan.run_dir, plan.config, plan.variants, plan.rows, {name: generators} | shown, test_set)
 
     interrupted = plan.training[1] if plan.training and plan.training[0] == stage.name else None
+    if interrupted is None and stage.name in plan.extended:
+        interrupted = load_final_state(stage.folder)
+        save_state(interrupted)  # the stage replaces its final state before the run records that it is done
     if not plan.done and interrupted is None:
-        save_state(None)  # a run can be resumed from its first step on
-    trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show)
+        save_progress(plan)  # a run can be resumed from its first step on
+    keep = name != "teacher" and not plan.config.no_keep_state
+    trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show, keep)
     plan.rows.setdefault(name, []).append(evaluate_stage(stage, plan.run_dir, trained, test_set, teachers))
     plan.done.append(stage.name)
-    save_state(None)
+    plan.extended = [other for other in plan.extended if other != stage.name]
+    save_progress(plan)
     return trained.generators
+
+
+def save_progress(plan: Plan, training: tuple[str, dict[str, Any]] | None = None, *, finished: bool = False) -> None:
+    """Save the state of the run, from which it can be resumed.
+
+    Args:
+        training: name and state of the stage that is being trained.
+        finished: whether all stages are done and the results are published.
+    """
+    plan.run_dir.save_resume_state(
+        {
+            "config": asdict(replace(plan.config, resume=None)),
+            "rows": plan.rows,
+            "done": plan.done,
+            "extended": plan.extended,
+            "training": training,
+            "students_began": plan.students_began,
+            "finished": finished,
+        }
+    )
 
 
 def is_over_budget(plan: Plan, number: int, students_began: float) -> bool:
@@ -141,7 +159,9 @@ def is_over_budget(plan: Plan, number: int, students_began: float) -> bool:
     budget, elapsed = plan.config.time_budget, plan.run_dir.elapsed
     seconds_per_seed = (elapsed - students_began) / number
     over = number >= 2 and budget is not None and elapsed + seconds_per_seed > budget
-    started = any(label.endswith(f" seed {number}") for label in [*plan.done, *(plan.training or ())[:1]])
+    started = any(
+        label.endswith(f" seed {number}") for label in [*plan.done, *plan.extended, *(plan.training or ())[:1]]
+    )
     over = distributed.broadcast_object(over and not started)
     if over:
         distributed.print_rank0(f"{number} seeds: another one would exceed the time budget")

@@ -6,7 +6,7 @@ import copy
 import itertools
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +18,17 @@ from torch import nn
 from ..models.checkpoints import CheckpointError, load_generator
 from ..models.networks import image_channels
 from . import distributed
-from .config import run_folder, to_yaml
+from .config import run_folder, to_yaml, update_yaml
 from .datasets import channels_of, input_size, validate_data
+from .extension import check_processes, extend, starting_variants
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import OBJECTIVES, Objective
-from .options import RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
+from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .summary import Row, describe_task, device_name
+from .warm_start import warm_start
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Plan:
         rows: name -> rows of the table, one per seed.
         done: names of the finished stages.
         training: for a resumed run, the name of the interrupted stage and its state.
+        extended: names of the stages that were finished before the run was extended, and are not again.
         students_began: seconds from the start of the run to the start of the first student.
     """
 
@@ -53,6 +56,7 @@ class Plan:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     training: tuple[str, dict[str, Any]] | None = None
+    extended: list[str] = field(default_factory=list)
     students_began: float | None = None
 
 
@@ -66,7 +70,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     Raises: before anything is written,
         ValueError: Options contradict each other, or do not fit the networks.
         DataError: The images do not fit (see ``srpkd.data.validate``).
-        CheckpointError: The teacher's weights or the state of a resumed run cannot be used.
+        CheckpointError: The weights of a teacher or of a warm start, or the state of a resumed run cannot be used.
         ImportError: A logging option needs a package that is not installed.
     """
     config = config.resolved()
@@ -75,13 +79,17 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
     teachers = load_teachers(config)
     data_summary = validate_data(config, [*variants.values(), *([teacher] if teacher else [])], teachers)
-    dry_run(config, teacher, variants, teachers)
-
     state: dict[str, Any] = {}
     if config.resume:
         folder = run_folder(config.resume, config.runs_dir)
         state = load_state(folder)
         check_resumed(config, state)
+        state = extend(config, variants, folder, state)
+    dry_run(config, teacher, variants, teachers, starting_variants(config, variants, state))
+
+    if config.resume:
+        if distributed.rank() == 0:
+            update_yaml(folder / "config.yaml", {name: getattr(config, name) for name in EXTEND_OPTIONS})
     else:
         created = new_folder(config.runs_dir, config.name) if distributed.rank() == 0 else Path()
         folder = distributed.broadcast_object(created)
@@ -99,7 +107,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     }
     run_dir = _open_run_dir(folder, config, report, state, packages)
     distributed.print_rank0(f"{task}\n{data_summary}\n{'resuming' if state else 'writing to'} {folder}")
-    progress = {key: state[key] for key in ("rows", "done", "training", "students_began") if key in state}
+    progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
     return Plan(config, teacher, variants, teachers, run_dir, **progress)
 
 
@@ -125,17 +133,12 @@ def check_resumed(config: ResolvedConfig, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It does not; the message lists the differences.
     """
-    ours, theirs = asdict(config), state["config"]
-    if changed := [name for name in ours if name not in RESUME_OPTIONS and ours[name] != theirs.get(name)]:
+    ours, theirs, changeable = asdict(config), state["config"], RESUME_OPTIONS | EXTEND_OPTIONS
+    if changed := [name for name in ours if name not in changeable and ours[name] != theirs.get(name)]:
         differences = [f"{name} is {ours[name]!r} and was {theirs.get(name)!r}" for name in changed]
         raise ValueError(f"--resume {config.resume}: {'; '.join(differences)}: a resumed run must keep its options")
-    processes = len(state["training"][1]["processes"]) if state["training"] else distributed.world_size()
-    if processes != distributed.world_size():
-        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
-        raise ValueError(
-            f"--resume {config.resume}: the number of processes is {distributed.world_size()} and was {processes}: "
-            f"resume with {launcher} -m srpkd.train --resume {config.resume}"
-        )
+    if state["training"]:
+        check_processes(config, state["training"][1])
 
 
 def dry_run(
@@ -143,6 +146,7 @@ def dry_run(
     teacher: ResolvedConfig | None,
     variants: Mapping[str, ResolvedConfig],
     teachers: Mapping[str, nn.Module],
+    starting: Collection[str],
 ) -> None:
     """Build the networks and losses of every stage on the "meta" device, which allocates no memory.
 
@@ -150,6 +154,7 @@ def dry_run(
         teacher: options of the teacher that the run trains, or None.
         variants: name -> options of a student.
         teachers: teachers that were loaded from files, by direction.
+        starting: names of the variants whose training has yet to start: the files that they start from are read.
 
     Raises:
         ValueError: Options do not fit together, which would otherwise show only when the student's training starts.
@@ -165,7 +170,9 @@ def dry_run(
         meta_teachers = {direction: copy.deepcopy(network).to("meta") for direction, network in teachers.items()}
     for name, options in variants.items():
         try:
-            build_on_meta(options, meta_teachers)
+            objective = build_on_meta(options, meta_teachers)
+            if name in starting:
+                warm_start(objective, options)
         except ValueError as error:
             raise ValueError(f"variant {name!r}: {error}" if config.variants else str(error)) from error
 

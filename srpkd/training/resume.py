@@ -1,4 +1,7 @@
-"""The state of an interrupted run, in one file: a resumed run gives the same results as an uninterrupted one."""
+"""The state of a run, in one file: a resumed run gives the same results as an uninterrupted one.
+
+A finished stage has a state as well, in its own folder, from which the stage can be extended.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from ..models.checkpoints import CheckpointError
 
 # newest first; NEXT remains only if the run was stopped between two renames
 NEXT, NEWEST, PREVIOUS = NAMES = ("state.next.pt", "state.pt", "state.previous.pt")
+FINAL = "final_state.pt"
 VERSION = 1
 
 
@@ -44,25 +48,19 @@ def load_state(folder: Path) -> dict[str, Any]:
     problems = []
     for path in found:
         try:
-            # torch does not verify the checksums that it writes
-            if (damaged := zipfile.ZipFile(path).testzip()) is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise any exception
-            problems.append(f"{path.name} is damaged ({str(error).splitlines()[0]})")
+            state = _read(path)
+        except _Damaged as error:
+            problems.append(str(error))
             continue
-        if state.get("version") != VERSION:
-            raise CheckpointError(
-                f"{path}: unsupported state version {state.get('version')} (this srpkd reads {VERSION}): resume with "
-                "the version that wrote it"
-            )
         if problems:
             print(f"{folder}: {'; '.join(problems)}: resuming from {path.name}", file=sys.stderr)
         return state
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}: no state to resume from, start a new run")
     raise CheckpointError(
-        f"{folder} has no {NEWEST} to resume from: the run has finished, or was stopped before its first step"
+        f"{folder} has no {NEWEST} to resume from: the run has finished and did not keep its state (--no_keep_state), "
+        "or was stopped before its first step; to train its weights further, start a new run with --init_student "
+        f"{folder} and --init_discriminator {folder}"
     )
 
 
@@ -72,9 +70,66 @@ def has_state(folder: Path) -> bool:
 
 
 def remove_state(folder: Path) -> None:
-    """Delete the states in the folder of a finished run."""
+    """Delete the states in the folder of a finished run, and those of its stages."""
+    for path in [*(folder / name for name in NAMES), *folder.rglob(FINAL)]:
+        path.unlink(missing_ok=True)
+
+
+def remove_older_states(folder: Path) -> None:
+    """Delete the states in the folder of a finished run other than the newest, which ``save_state`` wrote."""
     for name in NAMES:
-        (folder / name).unlink(missing_ok=True)
+        if name != NEWEST:
+            (folder / name).unlink(missing_ok=True)
+
+
+def save_final_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state of a finished stage.
+
+    Args:
+        folder: folder of the stage.
+        state: as ``save_state`` expects.
+    """
+    with atomic_write(folder / FINAL) as file:
+        torch.save({"version": VERSION} | state, file)
+
+
+def load_final_state(folder: Path) -> dict[str, Any]:
+    """Return the state of a finished stage.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or has another version.
+    """
+    path = folder / FINAL
+    advice = f"start a new run with --init_student {folder} and --init_discriminator {folder}"
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder} has no {FINAL}: the run did not keep the state of this stage (--no_keep_state), or its last "
+            f"step was not finite; to train its weights further, {advice}"
+        )
+    try:
+        return _read(path)
+    except _Damaged as error:
+        raise CheckpointError(f"{folder}: {error}: to train its weights further, {advice}") from error
+
+
+class _Damaged(Exception):
+    """The file of a state is damaged."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        # torch does not verify the checksums that it writes
+        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise any exception
+        raise _Damaged(f"{path.name} is damaged ({str(error).splitlines()[0]})") from error
+    if state.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: unsupported state version {state.get('version')} (this srpkd reads {VERSION}): resume with "
+            "the version that wrote it"
+        )
+    return state
 
 
 def random_state() -> dict[str, Any]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import atomic_write, writing
-from ..models.checkpoints import save_weights
+from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.page import write_report
 from . import distributed
 from .loggers import Logger
-from .resume import save_state
+from .resume import FINAL, save_final_state, save_state
 
 
 class RunDir:
@@ -81,6 +81,12 @@ class RunDir:
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
 
+    def save_adapters(self, folder: Path, name: str, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the weights of feature adapters, by direction, to ``<folder>/<name>_net_adapter_<direction>.pth``."""
+        if self._metrics is not None:
+            for direction, weights in adapters.items():
+                save_tensors(weights, folder / f"{name}_net_adapter_{direction}.pth")
+
     def save_resume_state(self, state: dict[str, Any]) -> None:
         """Write the state of the run, and what this class needs to resume."""
         if self._metrics is not None:
@@ -90,6 +96,14 @@ class RunDir:
             size = os.fstat(self._metrics.fileno()).st_size
             own = {"metrics_bytes": size, "report": json.dumps(self.report), "elapsed": self.elapsed}
             save_state(self.folder, state | {"record": own})
+
+    def save_final_state(self, folder: Path, state: dict[str, Any] | None) -> None:
+        """Write the state of a finished stage to its folder; None removes the previous one."""
+        if self._metrics is not None:
+            if state is None:
+                (folder / FINAL).unlink(missing_ok=True)
+            else:
+                save_final_state(folder, state)
 
     def write_report(self) -> None:
         """Write ``report.json`` and ``index.html``."""

@@ -118,6 +118,10 @@ class StudentTeacher(nn.Module):
         """Return what was not finite first in the last forward pass, a feature or an output in words, or ""."""
         return first_nonfinite(self._last)
 
+    def adapters_by_layer(self) -> dict[str, nn.Module]:
+        """Return student module name -> adapter, without wrappers; {} if lambda_feature is 0."""
+        return {layer: unwrap(adapter) for layer, adapter in zip(self.layers, self.adapters)}
+
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.relations.close()

@@ -255,3 +255,8 @@ def test_resumed_processes_continue_bit_identically(server, runs):
     for file in expected.rglob("*.pth"):
         ours, theirs = load_weights(file), load_weights(cwd / "runs/killed" / file.relative_to(expected))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+    # the state of a finished stage is that of as many processes
+    (cwd / "log").unlink()
+    assert server(["--resume=killed", "--n_epochs=4"], cwd) == 1
+    assert message in (cwd / "log").read_text()
+    assert server(["--resume=killed", "--n_epochs=4"], cwd, processes=2) == 0, (cwd / "log").read_text()

@@ -1,42 +1,18 @@
-import json
 import random
-import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fork_server import serving
+from resumable_runs import ARGUMENTS, outcome
 
 from srpkd.data.synthetic import write_synthetic
-from srpkd.models.checkpoints import CheckpointError, load_weights
+from srpkd.models.checkpoints import CheckpointError
 from srpkd.training.config import parse_arguments
 from srpkd.training.resume import NAMES, load_state, random_state, save_state, seed_everything, set_random_state
-
-TINY = shlex.split(
-    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --teacher_netG=resnet_2blocks "
-    "--teacher_ngf=3 --epoch_steps 2 --n_epochs 1 --n_epochs_decay 2 --print_freq 1 --samples 1 --device cpu "
-    "--save_latest_freq 2 --batch_size 2 --lambda_feature 1 --ema 0.9 --no_dropout=false --update_html_freq 4 "
-    "--name=run --lr 0.01"
-)
-ARGUMENTS = {
-    "pix2pix": [
-        *shlex.split(
-            "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2"
-        ),
-        "--variants={a: {}, b: {lambda_srp: 0, ema: null}}",
-        *TINY,
-    ],
-    # random crops and partners from two loader processes; image pools that overflow
-    "cycle_gan": [
-        *shlex.split("--model cycle_gan --dataroot ../images --load_size 20 --crop_size 16 --num_threads 2"),
-        *shlex.split("--pool_size 3 --init_gain 0.1"),
-        *TINY,
-    ],
-}
 
 Server = Callable[..., int]
 
@@ -66,21 +42,6 @@ def undisturbed(server, root) -> Callable[[str], Path]:
         return cwd / "runs/run"
 
     return done
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Everything that a run wrote, except times."""
-    report = json.loads((run / "report.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "listing": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
-        "weights": {str(path.relative_to(run)): load_weights(path) for path in sorted(run.rglob("*.pth"))},
-        "pictures": {path.name: path.read_bytes() for path in run.rglob("*.png")},
-        "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
-        "table": [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in report["table"]["rows"]],
-        "rest": {key: report[key] for key in report if key not in ("table", "elapsed_seconds", "environment")},
-        "config": (run / "config.yaml").read_text(),
-    }
 
 
 def assert_equal(run: Path, other: Path) -> None:
@@ -182,7 +143,7 @@ def test_reasons_why_a_run_cannot_be_resumed(server, undisturbed, root):
     assert changed <= set(NAMES)  # no other file changed
     (cwd / "runs/run/state.pt").unlink()
     (cwd / "runs/run/state.previous.pt").unlink()
-    assert "has no state.pt to resume from: the run has finished, or was stopped before" in refusal("--resume=run")
+    assert "has no state.pt to resume from: the run has finished and did not keep its state" in refusal("--resume=run")
 
 
 def test_options_that_may_change_on_resume(server, undisturbed, root):
