@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import check_choice
+from ..taps import remove_hooks
 from .antialias import Downsample, Upsample
 
 TransposedCount = Literal["output", "input"]
@@ -57,8 +58,8 @@ def count_macs(
             pixels = output.numel() // module.out_channels
         macs += pixels * module.weight.numel()
 
+    remove_hooks(on_meta)
     for module in on_meta.modules():
-        module._forward_hooks.clear()  # a feature tap must not record the outputs of the copy
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | Downsample | Upsample):
             module.register_forward_hook(count)
     dtype = next((p.dtype for p in on_meta.parameters()), None)

@@ -3,15 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cut_layout import ANTIALIAS, DOWN, UP
 
 from srpkd.models.networks import define_generator
-
-ANTIALIAS = ("none", "down", "up", "both")
-# The positions in CUT's Sequential of: filters and convolutions before the blocks; the first block; and, after the last
-# block, filters, convolutions with a norm, and the last convolution.
-DOWN = {False: ((), (4, 7), 10), True: ((7, 11), (4, 8), 12)}
-UP = {False: ((), (0, 3), 7), True: ((0, 4), (1, 5), 9)}
-
 
 # The forward pass, compared with the architecture written as plain functions of the weights
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from cut_layout import ANTIALIAS, DOWN, UP
 from torch import nn
 
 from srpkd.models.networks import (
@@ -68,13 +69,6 @@ def leaves(norm, *, bias=True):
 def norm_leaves(norm):
     tracked = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     return tracked if norm == "batch" else []
-
-
-ANTIALIAS = ("none", "down", "up", "both")
-# The positions in CUT's Sequential of: filters and convolutions before the blocks; the first block; and, after the last
-# block, filters, convolutions with a norm, and the last convolution.
-DOWN = {False: ((), (4, 7), 10), True: ((7, 11), (4, 8), 12)}
-UP = {False: ((), (0, 3), 7), True: ((0, 4), (1, 5), 9)}
 
 
 def resnet_keys(blocks, norm, dropout, antialias="none"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import serving
 from PIL import Image
 from runs import CYCLE_GAN, PIX2PIX, TEACHER, TINY, Run, as_run, command, report_folder
 
@@ -17,6 +18,13 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.run_dir import RunDir, new_folder
 
 VARIANTS = "{alone: {lambda_kd: 0, lambda_srp: 0}, output: {lambda_srp: 0}, output + SRP: {}}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Callable[..., int]]:
+    """A server of training runs in forks; see ``fork_server``."""
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,13 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fork_server import serving
 
 from srpkd.data.folders import DataError
 from srpkd.data.synthetic import generate_scenes, open_synthetic, write_synthetic
@@ -61,12 +59,6 @@ def launch(cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Complet
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Callable[..., int]]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module", params=ARGUMENTS)

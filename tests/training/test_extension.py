@@ -2,12 +2,11 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from fork_server import serving
 from resumable_runs import ARGUMENTS, outcome
 from runs import PIX2PIX
 
@@ -19,12 +18,6 @@ from srpkd.training.resume import load_final_state
 
 Server = Callable[..., int]
 SCHEDULE = ["--n_epochs_decay=0", "--teacher_n_epochs=1", "--teacher_n_epochs_decay=0"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

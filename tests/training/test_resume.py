@@ -1,12 +1,11 @@
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fork_server import serving
 from resumable_runs import ARGUMENTS, outcome
 
 from srpkd.data.synthetic import write_synthetic
@@ -15,12 +14,6 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.resume import NAMES, load_state, random_state, save_state, seed_everything, set_random_state
 
 Server = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
