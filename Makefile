@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # sources of the installation, which a change of them repeats
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*.*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*/*/*) $(wildcard csrc/*.*)
 # further requirements for pip: test-oldest pins some versions
 PINS :=
 # pytest-xdist: a worker takes over tests from another that still has some, but otherwise runs whole files in order, whose

@@ -74,7 +74,7 @@ def sources(cuda: bool) -> list[Path]:
     """Return the sources of the extension, with or without the CUDA part."""
     found = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
     if cuda:
-        found += [*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")]
+        found += [*CSRC.glob("cuda/**/*.cpp"), *CSRC.glob("cuda/**/*.cu")]
     return sorted(found)
 
 
@@ -104,7 +104,7 @@ def cuda_unavailable_reason() -> str | None:
 
     if os.environ.get("SRPKD_BUILD_CUDA") == "0":
         return "SRPKD_BUILD_CUDA=0 disables the CUDA part"
-    if not list(CSRC.glob("cuda/*.cu")):
+    if not list(CSRC.glob("cuda/**/*.cu")):
         return "csrc/cuda contains no sources"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"

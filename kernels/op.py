@@ -1,4 +1,4 @@
-"""The operator ``srpkd::relation_loss``, with its fake and autograd registrations.
+"""The operator ``srpkd::python_relation_loss``, with its fake and autograd registrations.
 
 The forward pass computes the gradient together with the loss, since both need the same tiles. Backward only scales it,
 out of place, so that it can run twice.
@@ -15,7 +15,7 @@ from .dispatch import compute_loss
 from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
 
 
-@torch.library.custom_op("srpkd::relation_loss", mutates_args=())
+@torch.library.custom_op("srpkd::python_relation_loss", mutates_args=())
 def relation_loss_op(
     student: Tensor,
     teacher: Tensor,
@@ -45,7 +45,7 @@ def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
     return loss, gradient
 
 
-@torch.library.custom_op("srpkd::relation_loss_backward", mutates_args=())
+@torch.library.custom_op("srpkd::python_relation_loss_backward", mutates_args=())
 def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss, in the student's dtype."""
     return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))

@@ -48,8 +48,8 @@ CLOSED_FORM, DISTRIBUTED = "kernels/closed_form.py", "kernels/distributed.py"
 TRITON_PRIMITIVES, TRITON_SCALES = "kernels/triton/primitives.py", "kernels/triton/scales.py"
 TRITON_TILES, TRITON_GRADIENT = "kernels/triton/tiles.py", "kernels/triton/gradient.py"
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
-CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/relation_tiles.cuh", "csrc/cuda/epilogue.cuh"
-CUDA_CONFIG = "csrc/cuda/config.h"
+CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
+CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 
 BACKENDS = {
     "blocked": Backend(

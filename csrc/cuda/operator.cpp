@@ -14,10 +14,12 @@
 #include <string>
 
 #include "../common/arguments.h"
-#include "launch.h"
+#include "sm80/launch.h"
 
 namespace srpkd::cuda {
 namespace {
+
+using namespace sm80;
 
 using at::Tensor;
 

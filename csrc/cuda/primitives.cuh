@@ -2,7 +2,7 @@
 // tests/csrc/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
 #pragma once
 
-#include "config.h"
+#include "types.h"
 
 #define SRPKD_DEVICE __device__ __forceinline__
 

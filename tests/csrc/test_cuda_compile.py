@@ -67,7 +67,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         target = folder / f"{precision}.fatbin"
         codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures()]
         options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes, "-o", str(target)]
-        command = [nvcc, *options, str(build.CSRC / "cuda" / f"kernels_{precision}.cu")]
+        command = [nvcc, *options, str(build.CSRC / "cuda" / "sm80" / f"kernels_{precision}.cu")]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
         return done.stdout, target

@@ -24,7 +24,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../../csrc/cuda/config.h"
+#include "../../../csrc/cuda/types.h"
 
 #define SRPKD_DEVICE inline
 

@@ -1,13 +1,14 @@
-// The kernels of csrc/cuda on the host. tests/csrc/test_cuda_emulation.py calls them through ctypes.
+// The kernels of csrc/cuda/sm80 on the host. tests/csrc/test_cuda_emulation.py calls them through ctypes.
 #include <algorithm>
 #include <string>
 
-#include "../../../csrc/cuda/plan.h"
-#include "../../../csrc/cuda/relation_tiles.cuh"
+#include "../../../csrc/cuda/sm80/plan.h"
+#include "../../../csrc/cuda/sm80/relation_tiles.cuh"
 
 namespace {
 
 using namespace srpkd::cuda;
+using namespace srpkd::cuda::sm80;
 using emulation::Machine;
 using emulation::machine;
 using srpkd::Distance;

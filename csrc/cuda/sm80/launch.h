@@ -10,7 +10,7 @@
 #include "relation_tiles.cuh"
 #endif
 
-namespace srpkd::cuda {
+namespace srpkd::cuda::sm80 {
 
 template <Precision PRECISION>
 cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream);
@@ -30,4 +30,4 @@ cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaSt
 }
 #endif
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

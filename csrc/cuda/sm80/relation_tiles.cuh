@@ -18,7 +18,7 @@
 #include "epilogue.cuh"
 #include "fragments.cuh"
 
-namespace srpkd::cuda {
+namespace srpkd::cuda::sm80 {
 
 struct alignas(16) Words {
   uint32_t word[4];
@@ -357,4 +357,4 @@ __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS) relation_tiles(cons
 }
 #endif
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

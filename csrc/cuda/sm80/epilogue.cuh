@@ -3,7 +3,7 @@
 
 #include "fragments.cuh"
 
-namespace srpkd::cuda {
+namespace srpkd::cuda::sm80 {
 
 template <Distance DISTANCE>
 SRPKD_DEVICE float distance_value(float d, float delta) {
@@ -83,4 +83,4 @@ SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>&
 #undef SRPKD_EPILOGUE
 }
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

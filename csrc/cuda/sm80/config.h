@@ -2,24 +2,11 @@
 // without nvcc.
 #pragma once
 
-#include <cstdint>
 #include <type_traits>
 
-#include "../common/index.h"
-#include "../common/relation.h"
+#include "../types.h"
 
-namespace srpkd::cuda {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
-
-enum class Precision : int { bf16, fp16, tf32, tf32x3 };  // tf32x3: three products of floats split into two tf32
+namespace srpkd::cuda::sm80 {
 
 constexpr int TILE = 64;              // pixels in a block
 constexpr int LINE = 128;             // bytes, which span all banks of shared memory
@@ -108,4 +95,4 @@ SRPKD_HOST_DEVICE constexpr Walk walk_of(int row_block, int blocks, bool grad, i
   return {first < blocks ? first : first - blocks, end - begin};
 }
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

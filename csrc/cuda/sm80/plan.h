@@ -3,7 +3,7 @@
 
 #include "config.h"
 
-namespace srpkd::cuda {
+namespace srpkd::cuda::sm80 {
 
 constexpr int64_t MAX_SPLIT_BYTES = 64 << 20;  // of U, which each split of the columns has its own copy of
 
@@ -94,4 +94,4 @@ inline int plan(Params& p, Precision precision, bool grad, const Device& device)
   });
 }
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

@@ -7,12 +7,12 @@
 
 #include "config.h"
 #if defined(__CUDACC__)
-#include "primitives.cuh"
+#include "../primitives.cuh"
 #else
 #include "emulation.h"  // tests/csrc/cuda_emulation
 #endif
 
-namespace srpkd::cuda {
+namespace srpkd::cuda::sm80 {
 
 template <class C>
 using Accumulator = float[C::M_TILES][C::N_TILES][4];
@@ -130,4 +130,4 @@ struct Warp {
   }
 };
 
-}  // namespace srpkd::cuda
+}  // namespace srpkd::cuda::sm80

@@ -1,3 +1,0 @@
-#include "launch.h"
-
-template cudaError_t srpkd::cuda::launch<srpkd::cuda::Precision::bf16>(const Params&, bool, int, cudaStream_t);

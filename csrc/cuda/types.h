@@ -1,0 +1,23 @@
+// Types shared by all CUDA kernels and their launchers. Compiles without nvcc.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/index.h"
+#include "../common/relation.h"
+
+namespace srpkd::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
+
+// How features are multiplied. tf32x3: three products of floats split into two tf32.
+enum class Precision : int { bf16, fp16, tf32, tf32x3 };
+
+}  // namespace srpkd::cuda
