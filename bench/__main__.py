@@ -14,6 +14,7 @@ COMMANDS = {  # each is a module of this package with add_arguments(parser) and 
     "accuracy": "errors of the backends against float64 as the student converges to its teacher",
     "scaling": "growth of the recorded times and memory with the pixels and the batch size",
     "plot": "plots of the recorded times and memory",
+    "record": "take results into bench/results, and update the table from which auto chooses on GPUs",
     "table": "tables of the recorded results, for the README",
     "readme": "table and picture of a demo run, for the README",
     "study": "whether the relation loss improves students, on generated images",
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
+        if name not in words:  # not imported: some commands need packages that others do not
+            commands.add_parser(name, help=summary)
+            continue
         module = importlib.import_module(f".{name}", __package__)
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -136,6 +136,17 @@ CHANNELS = ((16, 64), (64, 256), (128, 256), (256, 256))
 # each block is a product of axes around the defaults of Case; the most important blocks come first, for --minutes
 SWEEPS: dict[str, list[dict[str, tuple]]] = {
     "quick": [{"pixels": (256, 1024, 2048, 4096)}],
+    "table": [  # what a GPU's table shows: twelve cases
+        {"dtype": ("bfloat16",), "batch": (16, 1)},
+        {"dtype": ("bfloat16",), "normalize": ("cosine",), "distance": ("l2",), "batch": (16, 1)},
+        {"precision": ("high", "highest"), "batch": (16,)},
+        {"pixels": (16384,), "dtype": ("bfloat16",)},
+        {"dtype": ("bfloat16",), "normalize": ("cosine",), "batch": (16,)},
+        {"precision": ("high",), "normalize": ("cosine",), "distance": ("l2",)},
+        {"dtype": ("float16",), "batch": (16,)},
+        {"precision": ("high",)},
+        {"pixels": (65536,), "channels": ((64, 64),), "dtype": ("bfloat16",)},
+    ],
     "full": [
         {"pixels": PIXELS[:4]},
         {"pixels": (65536,), "channels": ((64, 64),)},
@@ -173,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     axes = parser.add_argument_group("axes", "values that replace those of the sweep")
     axes.add_argument("--pixels", type=int, nargs="+", metavar="N")
-    axes.add_argument("--channels", type=_channels, nargs="+", metavar="C_s/C_t")
+    axes.add_argument("--channels", type=parse_channels, nargs="+", metavar="C_s/C_t")
     axes.add_argument("--batch", type=int, nargs="+", metavar="B")
     axes.add_argument("--dtype", choices=DTYPES, nargs="+")
     axes.add_argument("--precision", choices=PRECISIONS, nargs="+")
@@ -215,7 +226,8 @@ def device_of(options: argparse.Namespace) -> str:
     return device
 
 
-def _channels(text: str) -> tuple[int, int]:
+def parse_channels(text: str) -> tuple[int, int]:
+    """Return (C_s, C_t) of a text such as 64/256."""
     student, slash, teacher = text.partition("/")
     if not (slash and student.isdecimal() and teacher.isdecimal() and int(student) and int(teacher)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected the channels of student and teacher, such as 64/256")

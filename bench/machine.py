@@ -33,6 +33,11 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
 
 
+def capability(device: str) -> str:
+    """Return the compute capability of a GPU, such as "9.0", or "" for the CPU."""
+    return "" if device == "cpu" else "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of torch and triton, and the commit, with a + if the code has uncommitted changes."""

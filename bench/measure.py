@@ -25,6 +25,8 @@ from .providers import PROVIDERS, evaluate
 
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
+GRAPH_REPLAYS = 20
+HOST_SAMPLES, HOST_CALLS = 9, 5
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:
@@ -84,6 +86,53 @@ def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:
         return begin.elapsed_time(end) / 1000
 
     return sample
+
+
+def gpu_seconds(call: Callable[[], object], device: str) -> float | None:
+    """Return the seconds that a call takes on a GPU alone: the median over replays of a CUDA graph, with a warm cache.
+
+    None on the CPU, or if the call cannot be captured, for example because it synchronises.
+    """
+    if device == "cpu":
+        return None
+    current, stream, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    try:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            call()  # warm: captures on another stream need memory of their own
+        current.wait_stream(stream)
+        with torch.cuda.graph(graph):
+            call()
+    except Exception:  # torch, CUDA and the compilers raise different ones
+        synchronize(device)
+        return None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(GRAPH_REPLAYS):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(samples)
+
+
+def host_seconds(call: Callable[[], object], device: str) -> float | None:
+    """Return the seconds that the host needs to enqueue a call, the median of several; None on the CPU.
+
+    The calls of one sample stay far below the length of the launch queue, where the host would wait for the GPU.
+    """
+    if device == "cpu":
+        return None
+    samples = []
+    for _ in range(HOST_SAMPLES):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        samples.append((time.perf_counter() - start) / HOST_CALLS)
+    synchronize(device)
+    return statistics.median(samples)
 
 
 def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:

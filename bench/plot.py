@@ -19,7 +19,7 @@ from srpkd.files import write_file
 from srpkd.reporting.figures import style_axes, to_png
 
 from . import relation, results
-from .providers import PROVIDERS
+from .providers import CUDA_KERNELS, PROVIDERS
 from .results import Row, number
 
 # colour-blind safe (Okabe and Ito, 2008); providers that materialise N x N arrays are dashed
@@ -29,7 +29,7 @@ STYLES: dict[str, dict[str, Any]] = {
     name: {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": "--" if name in ("eager", "reference") else "-",
+        "linestyle": "--" if name in ("eager", "reference") else ":" if name in CUDA_KERNELS else "-",
     }
     for i, name in enumerate(PROVIDERS)
 }

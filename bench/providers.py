@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from srpkd import relation_loss
 from srpkd.kernels import BACKENDS, unavailable_reason
-from srpkd.kernels.dispatch import backend_module
+from srpkd.kernels.dispatch import backend_module, supported_dtypes
 
 from . import peers
 from .cases import Case, features
@@ -52,8 +53,8 @@ def _backend(name: str) -> Provider:
         module = backend_module(name)
         if case.distance not in getattr(module, "DISTANCES", (case.distance,)):
             return f"{name} supports the distances {', '.join(module.DISTANCES)}, received {case.distance}"
-        if case.torch_dtype not in getattr(module, "DTYPES", (case.torch_dtype,)):
-            return f"{name} does not support {case.dtype}"
+        if case.torch_dtype not in supported_dtypes(name, torch.device(case.device)):
+            return f"{name} does not support {case.dtype} on {case.device}"
         return None
 
     def make(case: Case) -> Loss:
@@ -69,6 +70,46 @@ def _backend(name: str) -> Provider:
 
     if name == "reference":
         return Provider(make, reason, matrices=lambda case: 5 if case.need_grad else 3)
+    return Provider(make, reason)
+
+
+KERNEL_VARIABLE = "SRPKD_CUDA_KERNEL"  # csrc/ reads it at every call of ``native`` on a GPU
+
+
+def _cuda_kernel(kernel: str, capabilities: tuple[int, ...]) -> Provider:
+    """Return ``native`` with a CUDA kernel that is selected by name, on GPUs of these major compute capabilities."""
+    native = _backend("native")
+
+    def reason(case: Case) -> str | None:
+        if case.device == "cpu":
+            return f"{kernel} is a CUDA kernel"
+        if (missing := native.unavailable_reason(case)) is not None:
+            return missing
+        found = torch.cuda.get_device_capability(case.device)
+        return (
+            None if found[0] in capabilities else f"{kernel} does not run on compute capability {found[0]}.{found[1]}"
+        )
+
+    def make(case: Case) -> Loss:
+        loss = native.make(case)
+
+        def selected(student: Tensor, teacher: Tensor) -> Tensor:
+            before = os.environ.get(KERNEL_VARIABLE)
+            os.environ[KERNEL_VARIABLE] = kernel
+            try:
+                return loss(student, teacher)
+            except (RuntimeError, ValueError) as error:
+                if KERNEL_VARIABLE in str(error):  # the kernel declares that it does not cover this case
+                    raise CannotRun(" ".join(str(error).split())) from error
+                raise
+            finally:
+                if before is None:
+                    del os.environ[KERNEL_VARIABLE]
+                else:
+                    os.environ[KERNEL_VARIABLE] = before
+
+        return selected
+
     return Provider(make, reason)
 
 
@@ -148,6 +189,7 @@ def _eager_matrices(case: Case) -> int:
     return 6 if case.need_grad and case.normalize == "row" else 3
 
 
+CUDA_KERNELS = {"native-sm80": _cuda_kernel("sm80", (8, 9, 10, 12)), "native-sm90": _cuda_kernel("sm90", (9,))}
 PROVIDERS: dict[str, Provider] = {
     "eager": Provider(partial(_peer, peers.eager), matrices=_eager_matrices),
     "compile": Provider(_compiled, compiles=True, matrices=lambda case: 2),
@@ -155,7 +197,9 @@ PROVIDERS: dict[str, Provider] = {
     "chunked": Provider(partial(_peer, peers.chunked)),
     "keops": Provider(_keops, _keops_missing),
     **{name: _backend(name) for name in BACKENDS},
+    **CUDA_KERNELS,
 }
+DEFAULT = [name for name in PROVIDERS if name not in CUDA_KERNELS]
 OURS = tuple(name for name in BACKENDS if name != "reference")
 
 

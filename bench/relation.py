@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
+from srpkd.kernels import measured
+
 from . import cases, gate, machine, measure, results
 from .cases import Case, features, settings
-from .providers import PROVIDERS, CannotRun, evaluate
+from .providers import DEFAULT, PROVIDERS, CannotRun, evaluate
 
 RESULTS = results.FOLDER / "relation.csv"
 KEY = (
@@ -44,6 +46,7 @@ class Trial:
         seconds: seconds of one warm call.
         found: relative errors, None if the provider gave no result.
         samples: seconds of a call by round.
+        gpu, host: seconds of a call on the GPU alone, and of the host to enqueue it; None on the CPU.
     """
 
     status: str
@@ -52,11 +55,20 @@ class Trial:
     seconds: float = 0.0
     found: gate.Errors | None = None
     samples: list[float] = field(default_factory=list)
+    gpu: float | None = None
+    host: float | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
-    parser.add_argument("--providers", choices=PROVIDERS, nargs="+", default=list(PROVIDERS), help="default: all")
+    parser.add_argument(
+        "--providers",
+        choices=PROVIDERS,
+        nargs="+",
+        default=DEFAULT,
+        metavar="PROVIDER",
+        help=f"from {', '.join(PROVIDERS)} (default: all without the kernels that are selected by name)",
+    )
     parser.add_argument(
         "--budget",
         type=float,
@@ -121,6 +133,8 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
             if trial.status != "ok":
                 continue
             trial.samples = samples.get(name) or [trial.seconds]
+            trial.host = measure.host_seconds(trial.call, case.device)
+            trial.gpu = measure.gpu_seconds(trial.call, case.device)
             if memory and case.device != "cpu":
                 peaks[name] = measure.peak_on_gpu(trial.call, case.device)
             elif memory:
@@ -164,11 +178,13 @@ def as_row(
     """Return the row of a provider, as ``bench.results`` writes it."""
     trial = trials[name]
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
-    row["device_type"] = torch.device(case.device).type
+    row |= {"device_type": torch.device(case.device).type, "capability": machine.capability(case.device)}
+    row["kernel_version"] = measured.KERNEL_VERSIONS.get(name) if case.device != "cpu" else None
     rooflines = case.operations / peak_rates.matrix_flops, case.bytes_moved / peak_rates.copy_bytes
     row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None}
     times = measure.quantiles(trial.samples) if trial.samples else {}
     row |= {column: times.get(column) for column in ("median_s", "p20_s", "p80_s")}
+    row |= {"gpu_s": trial.gpu, "host_s": trial.host}
     for baseline in BASELINES:
         base = trials[baseline].samples if baseline in trials else []
         both = trial.samples and base
@@ -197,6 +213,7 @@ def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['provider']:<13} {1000 * row['median_s']:10.3f} ms "
         f"({1000 * row['p20_s']:.3f} to {1000 * row['p80_s']:.3f}, {row['rounds']} rounds)"
+        + "".join(f"  {name} {1000 * row[f'{name}_s']:.3f} ms" for name in ("gpu", "host") if row[f"{name}_s"])
         + ("" if faster is None else f"  {faster:6.2f} x eager's speed")
         + ("" if peak is None else f"  {peak / 1e6:9.1f} MB")
         + f"  {row['percent_of_roofline']:5.1f} % of roofline"

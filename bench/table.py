@@ -14,24 +14,38 @@ from srpkd.reporting.table import format_table
 
 from . import relation, results, train
 from .cases import Case
-from .providers import PROVIDERS
+from .providers import DEFAULT
 from .readme import between_markers, put_between_markers
 from .results import Row, number
 
 NAME = "bench table"  # in the README's markers
-# cases in the table, for every device on which they are recorded
-SHOWN = (
-    Case(pixels=4096, normalize="row", distance="l1"),
-    Case(pixels=4096, normalize="row", distance="l1", dtype="bfloat16"),
-    Case(pixels=16384, normalize="row", distance="l1"),
-    Case(pixels=65536, normalize="row", distance="l1", channels=(64, 64)),
-    Case(pixels=4096, normalize="cosine", distance="l2"),  # the default of SRPLoss
-)
-GPU_ONLY = ("bfloat16",)  # the CPU backends convert it to float32
+# cases in the table, by the type of the device on which they are recorded
+SHOWN = {
+    "cpu": (
+        Case(pixels=4096),
+        Case(pixels=16384),
+        Case(pixels=65536, channels=(64, 64)),
+        Case(pixels=4096, normalize="cosine", distance="l2"),  # the default of SRPLoss
+    ),
+    "cuda": (
+        Case(batch=16, dtype="bfloat16"),
+        Case(dtype="bfloat16"),
+        Case(pixels=16384, dtype="bfloat16"),
+        Case(batch=16, dtype="bfloat16", normalize="cosine", distance="l2"),
+        Case(precision="high", normalize="cosine", distance="l2"),
+        Case(batch=16, precision="high"),
+        Case(batch=16),
+    ),
+}
+GPU_COLUMNS = [  # omitted where they are not recorded
+    {"key": "gpu_s", "label": "GPU ms", "format": ",.3f"},
+    {"key": "host_s", "label": "host ms", "format": ",.3f"},
+]
 COLUMNS = [
     {"key": "case", "label": "case"},
     {"key": "provider", "label": "provider"},
     {"key": "milliseconds", "label": "ms", "format": ",.2f"},
+    *GPU_COLUMNS,
     {"key": "eager", "label": "x eager's speed", "format": ".2f"},
     {"key": "compile", "label": "x compile's speed", "format": ".2f"},
     {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
@@ -105,36 +119,44 @@ def table(rows: Sequence[Row]) -> str:
         on_cpu = own[0]["device_type"] == "cpu"
         lines: list[dict[str, object]] = []
         measured: list[Row] = []
-        for case in SHOWN:
-            if on_cpu and case.dtype in GPU_ONLY:
-                continue
+        for case in SHOWN[own[0]["device_type"]]:
             wanted = {name: str(value) for name, value in case.columns().items()} | {"threads": most_threads}
             found = {row["provider"]: row for row in own if wanted.items() <= row.items()}
             # omit providers that do not support the case or are not installed
             found = {name: row for name, row in found.items() if row["status"] != "skipped"}
-            lines += [_line(case, found[name], first=name == next(iter(found))) for name in PROVIDERS if name in found]
+            lines += [_line(case, found[name], first=name == next(iter(found))) for name in DEFAULT if name in found]
             measured += found.values()
         if lines:
             torch_versions = ", ".join(dict.fromkeys(row["torch"] for row in measured))
             commits = ", ".join(dict.fromkeys(row["commit"] for row in measured))
             where = f"{device}, {most_threads} threads" if on_cpu else device
             parts.append(f"{where}; torch {torch_versions}; commit {commits}:")
-            parts.append(format_table({"columns": COLUMNS, "rows": lines}, markdown=True))
+            columns = [
+                column for column in COLUMNS if column not in GPU_COLUMNS or any(line[column["key"]] for line in lines)
+            ]
+            parts.append(format_table({"columns": columns, "rows": lines}, markdown=True))
     if not parts:
         raise ValueError("no case of the table is recorded: run python -m bench relation first")
     return "\n\n".join(parts)
 
 
 def _line(case: Case, row: Row, first: bool) -> dict[str, object]:
-    kind = f"{case.dtype}, {case.normalize} {case.distance}"
+    batch = f", B = {case.batch}" if case.batch > 1 else ""
+    precision = f" {case.precision}" if case.dtype == "float32" and row["device_type"] == "cuda" else ""
+    kind = f"{case.dtype}{precision}, {case.normalize} {case.distance}"
     line: dict[str, object] = {
-        "case": f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}, {kind}" if first else "",
+        "case": f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}{batch}, {kind}" if first else "",
         "provider": row["provider"],
         "eager": number(row, "times_faster_than_eager"),
         "compile": number(row, "times_faster_than_compile"),
         "percent": number(row, "percent_of_roofline"),
     }
-    for key, column, scale in (("milliseconds", "median_s", 1e3), ("megabytes", "peak_extra_bytes", 1e-6)):
+    for key, column, scale in (
+        ("milliseconds", "median_s", 1e3),
+        ("gpu_s", "gpu_s", 1e3),
+        ("host_s", "host_s", 1e3),
+        ("megabytes", "peak_extra_bytes", 1e-6),
+    ):
         value = number(row, column)
         line[key] = None if value is None else value * scale
     if row["status"] != "ok":

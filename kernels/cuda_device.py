@@ -19,3 +19,8 @@ def unavailable_reason(device: torch.device) -> str | None:
         needed, found = ("{}.{}".format(*version) for version in (CAPABILITY, capability))
         return f"it needs a GPU of compute capability {needed} or higher, this one has {found}: use backend='blocked'"
     return None
+
+
+def identity(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """Return the name and the compute capability of a GPU, under which its measurements are recorded."""
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)

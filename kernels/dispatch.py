@@ -8,6 +8,7 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         why the backend cannot run there and what to do; None if it can
     SCALE_DTYPE                         optional: the lowest precision of its scales
     DISTANCES, DTYPES                   optional: the supported distances and dtypes; all by default
+    GPU_DTYPES                          optional: the dtypes on GPUs, if they differ
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
                                         optional: replaces ``compute_loss`` below for a backend that also computes
                                         the formulas around the tiles
@@ -25,7 +26,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import formulas
+from . import cuda_device, formulas, measured
 from .formulas import Relation
 
 BACKENDS = {
@@ -49,6 +50,13 @@ def backend_module(name: str) -> ModuleType:
 def unavailable_reason(name: str, device: torch.device) -> str | None:
     """Return why backend ``name`` cannot run on ``device``, or None if it can."""
     return backend_module(name).unavailable_reason(device)
+
+
+def supported_dtypes(name: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of features that backend ``name`` supports on ``device``."""
+    module = backend_module(name)
+    everywhere = getattr(module, "DTYPES", formulas.DTYPES)
+    return everywhere if device.type == "cpu" else getattr(module, "GPU_DTYPES", everywhere)
 
 
 def requested_backend(backend: str) -> str:
@@ -75,9 +83,9 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-# On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on. Not
-# measured on GPUs.
+# On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on.
 CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
+GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
 def auto_backend(
@@ -86,24 +94,42 @@ def auto_backend(
     dtype: torch.dtype = torch.float32,
     pixels: int = 4096,
     channels: tuple[int, int] = (64, 256),
+    batch: int = 1,
+    precision: str = "highest",
+    need_grad: bool = True,
 ) -> str:
     """Return the backend that ``auto`` selects: the fastest that can run, by the measurements in bench/results.
 
     Args:
         pixels: N; by default that of a 64 x 64 map.
         channels: C_s, C_t.
+        batch: B. Only matters on GPUs, as the remaining arguments.
+        precision: of float32 matrix products: "highest", "high" or "medium".
+        need_grad: whether the gradient is computed too.
     """
-    pays = device.type != "cpu" or pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels)
-    if relation.distance == "l2" and pays and unavailable_reason("closed_form", device) is None:
-        return "closed_form"
-    if device.type == "cpu" and backend_module("native").is_built(device):
-        return "native"
-    if device.type == "cuda" and dtype != torch.float64:  # no GPU kernels for float64
-        if unavailable_reason("triton", device) is None:
-            return "triton"
-        if backend_module("native").is_built(device):
-            return "native"
-    return "blocked"
+    if device.type == "cpu":
+        if relation.distance == "l2" and pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels):
+            return "closed_form"
+        return "native" if backend_module("native").is_built(device) else "blocked"
+    runnable = [name for name in GPU_BACKENDS if _auto_can_run(name, device, relation, dtype)]
+    if len(runnable) > 1:
+        case = measured.Case(
+            str(dtype)[6:], precision, relation.normalize, relation.distance, need_grad, pixels, *channels, batch
+        )
+        for name in measured.ranking(*cuda_device.identity(device), case):
+            if name in runnable:
+                return name
+    return runnable[0] if runnable else "blocked"
+
+
+def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: torch.dtype) -> bool:
+    """Return whether a backend can run for ``auto``, which builds nothing."""
+    module = backend_module(name)
+    return (
+        relation.distance in getattr(module, "DISTANCES", formulas.DISTANCES)
+        and dtype in supported_dtypes(name, device)
+        and (module.is_built(device) if hasattr(module, "is_built") else module.unavailable_reason(device) is None)
+    )
 
 
 def compute_loss(
@@ -121,8 +147,17 @@ def compute_loss(
         ValueError: the named backend does not support this distance or dtype.
     """
     if backend == "auto":
-        _, pixels, channels = student.shape
-        name = auto_backend(student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
+        batch, pixels, channels = student.shape
+        name = auto_backend(
+            student.device,
+            relation,
+            student.dtype,
+            pixels,
+            (channels, teacher.shape[2]),
+            batch,
+            formulas.matmul_precision(),
+            need_grad,
+        )
         module = backend_module(name)
     else:
         module = backend_module(backend)
@@ -146,8 +181,9 @@ def _check_supported(name: str, module: ModuleType, student: Tensor, relation: R
             f"backend={name!r} supports distance {' or '.join(map(repr, module.DISTANCES))}, received "
             f"{relation.distance!r}: use backend='auto'"
         )
-    if student.dtype not in (dtypes := getattr(module, "DTYPES", (student.dtype,))):
+    if student.dtype not in (dtypes := supported_dtypes(name, student.device)):
+        where = "" if student.device.type == "cpu" else f" on {student.device.type}"
         raise ValueError(
-            f"backend={name!r} supports features in {', '.join(str(dtype)[6:] for dtype in dtypes)}, received "
+            f"backend={name!r} supports features in {', '.join(str(dtype)[6:] for dtype in dtypes)}{where}, received "
             f"{str(student.dtype)[6:]}: use backend='auto', or convert the features"
         )

@@ -24,6 +24,7 @@ Normalize = Literal["row", "cosine", "none"]
 Distance = Literal["l1", "l2", "huber"]
 NORMALIZATIONS: tuple[Normalize, ...] = get_args(Normalize)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The defaults of SRPLoss, RelationDistiller, distill() and the trainer: chosen by the study, docs/study.md.
 DEFAULT_NORMALIZE: Normalize = "cosine"

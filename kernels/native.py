@@ -21,6 +21,7 @@ from .formulas import Relation, Scales, TileSums
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
 # are bit-identical for the same size.
 TILE = 0
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__
-from .kernels import BACKENDS, Relation, auto_backend, native, requested_backend, unavailable_reason
+from .kernels import BACKENDS, Relation, auto_backend, measured, native, requested_backend, unavailable_reason
 
 
 def _version(package: str) -> str:
@@ -38,6 +38,8 @@ def describe() -> str:
         for distance in ("l1", "l2"):
             large, small = (auto_backend(device, Relation(distance=distance), pixels=pixels) for pixels in (64**2, 1))
             lines.append(f"  auto, {distance}     {large}" + (f", {small} for small maps" if small != large else ""))
+    if len(devices) > 1 and (old := measured.stale()):
+        lines.append(f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}")
     try:
         setting = f"= {requested_backend('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
     except ValueError as error:

@@ -43,4 +43,4 @@ def test_invalid_cases(arguments, tmp_path):
 @pytest.mark.parametrize("text", ["64", "64/", "a/b", "0/4"])
 def test_channels_are_a_pair(text):
     with pytest.raises(argparse.ArgumentTypeError, match="64/256"):
-        cases._channels(text)
+        cases.parse_channels(text)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from bench import cases, providers, relation, results, scaling, table, train
-from srpkd.kernels import BACKENDS, Relation, auto_backend, dispatch, native
+from bench import cases, providers, record, relation, results, scaling, table, train
+from srpkd.kernels import BACKENDS, Relation, auto_backend, cuda_device, dispatch, measured, native
 
 RECORDED = results.read(relation.RESULTS)
 needs_results = pytest.mark.skipif(not RECORDED, reason=f"{relation.RESULTS.name} has no rows")
@@ -18,9 +18,15 @@ def test_readme_contains_the_recorded_results():
     assert shown == table.tables(RECORDED, results.read(train.RESULTS)), "run python -m bench table --readme README.md"
 
 
+def test_auto_has_the_recorded_results():
+    """The table from which ``auto`` chooses on GPUs is that of the recorded rows."""
+    assert record.TABLE.read_text() == record.table(RECORDED), "run python -m bench record"
+    assert sum(len(entry.times) for entry in measured.RECORDED) == sum(bool(row["kernel_version"]) for row in RECORDED)
+
+
 @needs_results
 def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
-    """``auto`` takes at most 1.3 times as long as the best recorded backend.
+    """``auto`` takes at most 1.3 times as long as the best recorded backend, on CPUs and on GPUs.
 
     Compared are speeds relative to eager where recorded, because absolute times are noisy. The reference does not
     count: ``auto`` avoids its N x N arrays.
@@ -29,26 +35,33 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
     for row in RECORDED:
         if row["status"] == "ok" and row["provider"] in BACKENDS and row["provider"] != "reference":
             groups.setdefault(tuple(row[name] for name in relation.KEY[1:]), {})[row["provider"]] = row
+    assert {rows["native"]["device_type"] for rows in groups.values() if "native" in rows} == {"cpu", "cuda"}
     slow = []
     for key, rows in groups.items():
-        monkeypatch.setattr(
-            dispatch, "unavailable_reason", lambda name, device, rows=rows: None if name in rows else "absent"
-        )
-        monkeypatch.setattr(native, "is_built", lambda device, rows=rows: "native" in rows)
         some = next(iter(rows.values()))
+        for name in BACKENDS:
+            module, absent = dispatch.backend_module(name), None if name in rows else "absent"
+            monkeypatch.setattr(module, "unavailable_reason", lambda device, absent=absent: absent)
+        monkeypatch.setattr(native, "is_built", lambda device, rows=rows: "native" in rows)
+        if some["device_type"] == "cuda":
+            identity = some["device"], tuple(map(int, some["capability"].split(".")))
+            monkeypatch.setattr(cuda_device, "identity", lambda device, identity=identity: identity)
         choice = auto_backend(
             torch.device(some["device_type"]),
             Relation(some["normalize"], some["distance"]),
             getattr(torch, some["dtype"]),
             int(some["pixels"]),
-            cases._channels(some["channels"]),
+            cases.parse_channels(some["channels"]),
+            int(some["batch"]),
+            some["precision"],
+            some["mode"] == "forward+backward",
         )
         speed = {
             name: results.number(row, "times_faster_than_eager") or 1 / results.number(row, "median_s")
             for name, row in rows.items()
         }
         best = max(speed, key=speed.get)
-        if choice in rows and 1.3 * speed[choice] < speed[best]:
+        if choice not in rows or 1.3 * speed[choice] < speed[best]:
             slow.append(f"{choice} instead of {best}: {dict(zip(relation.KEY[1:], key))}")
     assert not slow, "\n".join(slow)
 

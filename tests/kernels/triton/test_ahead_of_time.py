@@ -138,6 +138,7 @@ def test_unavailable_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in unavailable_reason("triton", gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "7.5" in unavailable_reason("triton", gpu)
     assert auto_backend(gpu, ROW_L1) == "blocked"
@@ -145,7 +146,8 @@ def test_unavailable_reason(monkeypatch):
     assert unavailable_reason("triton", gpu) is None
     assert auto_backend(gpu, ROW_L1) == auto_backend(gpu, ROW_L1, torch.bfloat16) == "triton"
     assert auto_backend(gpu, ROW_L1, torch.float64) == "blocked"
-    assert auto_backend(gpu, Relation("row", "l2")) == "closed_form"
+    assert auto_backend(gpu, Relation("row", "l2")) == "triton"
+    assert auto_backend(gpu, Relation("row", "l2"), torch.float64) == "closed_form"
     monkeypatch.setattr(native, "is_built", lambda device: True)
     monkeypatch.setattr(triton, "unavailable_reason", lambda device: "not installed")
     assert auto_backend(gpu, ROW_L1) == "native"

@@ -1,0 +1,163 @@
+"""Recorded speeds of the GPU kernels, from which ``auto`` chooses a backend on GPUs.
+
+``python -m bench record`` writes the cases of bench/results/relation.csv into measured_cases.py. The rule for a case
+that was not recorded:
+
+- GPU: the one with this name, otherwise the one with the nearest compute capability.
+- case: the recorded case with the smallest distance. The distance adds up the factors by which N, B, C_s and C_t
+  differ, as powers of two, and a penalty for each option that differs, see PENALTIES.
+- backend: the fastest of this case that can run. If none of its backends can, the next case decides.
+
+KERNEL_VERSIONS says which version of a kernel a row describes. Rows of an earlier version remain as an estimate until
+the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct: see
+``sm90_verified``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from .measured_cases import CASES, DEVICES
+
+# By provider of ``python -m bench relation``. Increase a number when its kernels are rewritten, not when they move or
+# are renamed. native-sm80 and native-sm90 are the tiles of ``native``, which have the algebra around them in common.
+KERNEL_VERSIONS = {"closed_form": 1, "native": 1, "native-sm80": 1, "native-sm90": 1, "triton": 1}
+# a difference of 1 counts as much as a factor of 2 in N
+PENALTIES = {
+    "l2": 16.0,
+    "width": 8.0,
+    "precision": 4.0,
+    "normalize": 4.0,
+    "need_grad": 2.0,
+    "dtype": 1.0,
+    "distance": 1.0,
+}
+PANEL = 64  # channels that the sm_90 kernel loads at once
+
+
+class Case(NamedTuple):
+    """A relation loss on a GPU.
+
+    Attributes:
+        dtype: "float32", "bfloat16" or "float16".
+        precision: of float32 matrix products, as in ``torch.set_float32_matmul_precision``.
+        need_grad: loss and gradient, not only the loss.
+        pixels, student, teacher, batch: N, C_s, C_t, B.
+    """
+
+    dtype: str
+    precision: str
+    normalize: str
+    distance: str
+    need_grad: bool
+    pixels: int
+    student: int
+    teacher: int
+    batch: int
+
+
+class Time(NamedTuple):
+    """The time of a provider on a recorded case: microseconds of a call, and the version of its kernels."""
+
+    microseconds: float
+    version: int
+
+    def of_version(self, provider: str) -> bool:
+        """Return whether this is the time of the present kernels."""
+        return self.version == KERNEL_VERSIONS[provider]
+
+
+class Recorded(NamedTuple):
+    """A recorded case: its GPU as an index into DEVICES, and the times by provider."""
+
+    device: int
+    case: Case
+    times: dict[str, Time]
+
+
+RECORDED = tuple(
+    Recorded(device, Case(*case), {name: Time(*time) for name, time in times.items()}) for device, case, times in CASES
+)
+
+
+def difference(one: Case, other: Case) -> float:
+    """Return the distance between two cases, see the module docstring."""
+    differs = {
+        "l2": (one.distance == "l2") != (other.distance == "l2"),
+        "width": (one.dtype == "float32") != (other.dtype == "float32"),
+        "precision": one.dtype == other.dtype == "float32" and one.precision != other.precision,
+        **{
+            name: getattr(one, name) != getattr(other, name) for name in ("normalize", "need_grad", "dtype", "distance")
+        },
+    }
+    sizes = (abs(math.log2(a / b)) for a, b in zip(one[-4:], other[-4:]) if a and b)
+    return sum(PENALTIES[name] for name, value in differs.items() if value) + sum(sizes)
+
+
+def nearest_device(name: str, capability: tuple[int, int]) -> int | None:
+    """Return the index in DEVICES of the GPU whose recorded times apply, None if there are none."""
+
+    def rank(index: int) -> tuple[bool, int, int, int]:
+        recorded, version = DEVICES[index]
+        return recorded != name, abs(version[0] - capability[0]), abs(version[1] - capability[1]), index
+
+    return min(range(len(DEVICES)), key=rank, default=None)
+
+
+@functools.lru_cache(maxsize=1024)
+def ranking(name: str, capability: tuple[int, int], case: Case) -> tuple[str, ...]:
+    """Return the recorded backends in the order in which ``auto`` should take the first that can run.
+
+    Args:
+        name, capability: of the GPU.
+    """
+    device = nearest_device(name, capability)
+    near = sorted(
+        (entry for entry in RECORDED if entry.device == device), key=lambda entry: difference(entry.case, case)
+    )
+    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry.times)))
+
+
+def fastest_first(times: dict[str, Time]) -> list[str]:
+    """Return the backends of a recorded case by their time; ``native`` takes the kernel that ``sm90_wins`` says."""
+    found = {backend: time.microseconds for backend, time in times.items() if "-" not in backend}
+    if sm90_wins(times):
+        found["native"] = times["native-sm90"].microseconds
+    return sorted(found, key=lambda backend: found[backend])
+
+
+def sm90_wins(times: dict[str, Time]) -> bool:
+    """Return whether the present sm_90 kernel passed the gate on this case and is the faster kernel of ``native``."""
+    sm90 = times.get("native-sm90")
+    if sm90 is None or not sm90.of_version("native-sm90"):
+        return False
+    others = [times[name].microseconds for name in ("native", "native-sm80") if name in times]
+    return sm90.microseconds <= min(others, default=math.inf)
+
+
+def sm90_verified(case: Case, recorded: Iterable[Recorded] = RECORDED) -> bool:
+    """Return whether ``native`` may take the sm_90 kernel by itself: real hardware has run it correctly and faster.
+
+    That is recorded for the same dtype, precision, relation and mode, and for the same numbers of 64-channel panels, at
+    any N and B. The kernel's present version counts, not an earlier one.
+    """
+
+    def kind(case: Case) -> tuple:
+        panels = (-(-channels // PANEL) for channels in (case.student, case.teacher))
+        precision = case.precision if case.dtype == "float32" else ""
+        return case.dtype, precision, case.normalize, case.distance, case.need_grad, *panels
+
+    wanted = kind(case)
+    return any(kind(entry.case) == wanted and sm90_wins(entry.times) for entry in recorded)
+
+
+def stale() -> list[str]:
+    """Return the providers all of whose recorded times are of an earlier version of their kernels."""
+    found: dict[str, bool] = {}
+    for entry in RECORDED:
+        for name, time in entry.times.items():
+            found[name] = found.get(name, False) or time.of_version(name)
+    return [name for name, current in found.items() if not current]

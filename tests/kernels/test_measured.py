@@ -1,0 +1,165 @@
+"""The recorded cases from which ``auto`` chooses on GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srpkd.kernels import Relation, auto_backend, cuda_device, dispatch, measured, native
+from srpkd.kernels.measured import KERNEL_VERSIONS, Case, Recorded, Time, difference, ranking, sm90_verified
+
+H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
+CASE = Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Return a device on which every backend appears to run, an H100."""
+    for name in dispatch.GPU_BACKENDS:
+        monkeypatch.setattr(dispatch.backend_module(name), "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(native, "is_built", lambda device: True)
+    monkeypatch.setattr(cuda_device, "identity", lambda device: H100)
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that replaces the recorded cases by cases of several GPUs: name, capability -> times."""
+
+    def record(devices: dict[tuple[str, tuple[int, int]], list[tuple[Case, dict[str, float]]]]) -> None:
+        entries = [
+            Recorded(index, case, {name: Time(time, KERNEL_VERSIONS[name]) for name, time in times.items()})
+            for index, cases in enumerate(devices.values())
+            for case, times in cases
+        ]
+        monkeypatch.setattr(measured, "DEVICES", tuple(devices))
+        monkeypatch.setattr(measured, "RECORDED", tuple(entries))
+        ranking.cache_clear()
+
+    yield record
+    ranking.cache_clear()
+
+
+@pytest.mark.parametrize("normalize", ["row", "cosine", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_avoids_the_slow_closed_form_on_an_h100(normalize: str, dtype: torch.dtype, gpu: torch.device) -> None:
+    for batch in (1, 16):
+        assert auto_backend(gpu, Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high") == "triton"
+    assert auto_backend(gpu, Relation(normalize, "l2"), torch.float64) == "closed_form"  # no kernels
+    assert auto_backend(gpu, Relation(normalize, "l1"), torch.float64) == "blocked"
+
+
+def test_the_recorded_times_decide(gpu: torch.device, recorded) -> None:
+    l2 = CASE._replace(distance="l2")
+    recorded(
+        {
+            H100: [
+                (CASE, {"native": 1.0, "triton": 2.0}),
+                (CASE._replace(batch=1), {"native": 2.0, "triton": 1.0}),
+                (l2, {"closed_form": 1.0, "native": 2.0, "triton": 3.0}),
+            ]
+        }
+    )
+    row_l1, dtype = Relation("row", "l1"), torch.bfloat16
+    assert auto_backend(gpu, row_l1, dtype, 4096, (64, 256), 16) == "native"
+    assert auto_backend(gpu, row_l1, dtype, 4096, (64, 256), 1) == "triton"
+    assert auto_backend(gpu, row_l1, dtype, 4096, (64, 256), 3) == "triton"  # a factor of 3 from 1, more than 5 from 16
+    assert auto_backend(gpu, row_l1, dtype, 4096, (64, 256), 5) == "native"
+    assert auto_backend(gpu, Relation("cosine", "huber"), dtype, 3000, (32, 300), 20, need_grad=False) == "native"
+    assert auto_backend(gpu, Relation("row", "l2"), dtype, 4096, (64, 256), 1) == "closed_form"
+
+
+def test_backends_that_cannot_run_are_passed_over(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, recorded) -> None:
+    recorded({H100: [(CASE, {"native": 1.0}), (CASE._replace(pixels=256), {"triton": 1.0})]})
+    row_l1 = Relation("row", "l1")
+    assert auto_backend(gpu, row_l1, torch.bfloat16, 4096, (64, 256), 16) == "native"
+    monkeypatch.setattr(native, "is_built", lambda device: False)
+    assert auto_backend(gpu, row_l1, torch.bfloat16, 4096, (64, 256), 16) == "triton"
+    monkeypatch.setattr(dispatch.backend_module("triton"), "unavailable_reason", lambda device: "missing")
+    assert auto_backend(gpu, row_l1, torch.bfloat16, 4096, (64, 256), 16) == "blocked"
+
+
+def test_gpus_without_records_take_those_of_the_nearest_capability(recorded) -> None:
+    a100, h200, other = ("A100", (8, 0)), ("H200", (9, 0)), ("H100", (9, 0))
+    recorded({a100: [(CASE, {"native": 1.0})], h200: [(CASE, {"triton": 1.0})], other: [(CASE, {"closed_form": 1.0})]})
+    expected = {
+        ("A100", (8, 0)): "native", ("H100", (9, 0)): "closed_form", ("GH200", (9, 0)): "triton",
+        ("RTX 4090", (8, 9)): "native", ("B200", (10, 0)): "triton", ("RTX 5090", (12, 0)): "triton",
+    }  # fmt: skip
+    assert {gpu: ranking(*gpu, CASE)[0] for gpu in expected} == expected
+    recorded({})
+    assert ranking("H100", (9, 0), CASE) == ()
+
+
+def test_without_records_the_order_of_the_backends_decides(gpu: torch.device, recorded) -> None:
+    recorded({})
+    assert auto_backend(gpu, Relation("cosine", "l2"), torch.bfloat16) == dispatch.GPU_BACKENDS[0]
+
+
+def test_cases_that_differ_more_are_farther_away() -> None:
+    assert difference(CASE, CASE) == 0
+    assert difference(CASE, CASE._replace(pixels=1024)) == difference(CASE._replace(pixels=1024), CASE) == 2
+    assert difference(CASE, CASE._replace(student=128, batch=8)) == 2
+    less = [
+        CASE._replace(dtype="float16"),
+        CASE._replace(need_grad=False),
+        CASE._replace(normalize="none"),
+        CASE._replace(dtype="float32"),
+        CASE._replace(distance="l2"),
+    ]
+    assert [difference(CASE, other) for other in less] == sorted(difference(CASE, other) for other in less)
+    single = CASE._replace(dtype="float32")
+    assert difference(single, single._replace(precision="high")) > 0
+    assert difference(CASE, CASE._replace(precision="high")) == 0  # only affects float32
+    assert difference(CASE, CASE._replace(pixels=0)) == 0  # empty features
+
+
+# --- the sm_90 kernel of native -------------------------------------------------------------------------------------
+
+
+def test_no_row_of_the_sm90_kernel_is_recorded_yet() -> None:
+    assert not any(sm90_verified(entry.case) for entry in measured.RECORDED)
+
+
+def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorded]:
+    """Return one recorded case; ``version`` is relative to the present kernels."""
+    names = {name.replace("_", "-"): time for name, time in times.items()}
+    return [Recorded(0, case, {name: Time(time, KERNEL_VERSIONS[name] + version) for name, time in names.items()})]
+
+
+def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster() -> None:
+    faster = entries(native_sm80=2.0, native_sm90=1.0)
+    assert sm90_verified(CASE, faster)
+    assert sm90_verified(CASE._replace(pixels=100, batch=1, student=33, teacher=250), faster)  # as many panels
+    for other in (
+        {"student": 65}, {"teacher": 192}, {"dtype": "float16"}, {"dtype": "float32"}, {"normalize": "cosine"},
+        {"distance": "huber"}, {"need_grad": False},
+    ):  # fmt: skip
+        assert not sm90_verified(CASE._replace(**other), faster), other
+    single = CASE._replace(dtype="float32", precision="high")
+    assert sm90_verified(single, entries(single, native_sm90=1.0))
+    assert not sm90_verified(single._replace(precision="highest"), entries(single, native_sm90=1.0))
+
+
+def test_the_sm90_kernel_is_not_taken_by_other_records() -> None:
+    assert not sm90_verified(CASE, entries(native=1.0, triton=1.0))
+    assert not sm90_verified(CASE, entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
+    assert not sm90_verified(CASE, entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
+
+
+def test_auto_ranks_native_by_the_kernel_that_it_takes(recorded) -> None:
+    times = {"native": 3.0, "native-sm80": 3.0, "triton": 2.0}
+    recorded({H100: [(CASE, times)]})
+    assert ranking(*H100, CASE) == ("triton", "native")
+    recorded({H100: [(CASE, times | {"native-sm90": 1.0})]})
+    assert ranking(*H100, CASE) == ("native", "triton")
+
+
+def test_records_of_earlier_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "RECORDED", tuple(entries(native=1.0, triton=1.0)))
+    assert measured.stale() == []
+    monkeypatch.setitem(KERNEL_VERSIONS, "triton", KERNEL_VERSIONS["triton"] + 1)
+    assert measured.stale() == ["triton"]
+    newer = entries(native=1.0, triton=1.0) + entries(version=-1, triton=1.0)
+    monkeypatch.setattr(measured, "RECORDED", tuple(newer))
+    assert measured.stale() == []
