@@ -12,6 +12,7 @@ from bench import gate, machine, relation
 from bench.__main__ import main
 from bench.cases import Case
 from bench.providers import PROVIDERS
+from srpkd.kernels import measured
 
 
 def run(*arguments: object) -> None:
@@ -59,7 +60,10 @@ def relation_rows(device_type: str = "cpu", **fixed: Any) -> list[dict[str, Any]
         for name in trials:
             peak = {"eager": 6 * case.matrix_bytes, "native": 1000 * pixels}.get(name)
             row = relation.as_row(name, case, trials, peak, machine.PeakRates(1e12, 1e11))
-            rows.append(row | {"device": f"some {device_type}", "device_type": device_type})
+            row |= {"device": f"some {device_type}", "device_type": device_type}
+            if device_type == "cuda":
+                row |= {"capability": "9.0", "kernel_version": measured.KERNEL_VERSIONS.get(name)}
+            rows.append(row)
     return rows
 
 

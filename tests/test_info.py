@@ -11,7 +11,7 @@ import torch
 
 import srpkd
 from srpkd.info import describe
-from srpkd.kernels import BACKENDS, dispatch
+from srpkd.kernels import BACKENDS, dispatch, measured
 
 
 def test_names_versions_devices_and_backends() -> None:
@@ -30,6 +30,14 @@ def test_unavailable_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.backend_module("closed_form"), "unavailable_reason", lambda device: "no float64")
     line = next(line for line in describe().splitlines() if "closed_form" in line)
     assert "no: no float64" in line
+
+
+def test_earlier_kernels_are_named_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "stale", lambda: ["triton"])
+    assert "earlier kernels" not in describe()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    assert "times that were measured with earlier kernels of triton" in describe()
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import measure
 from bench.cases import Case
@@ -20,6 +22,20 @@ def test_providers_take_turns():
     assert measure.ratio([1.0, 2.0, 100.0], [2.0, 6.0, 100.0]) == 2.0
     assert measure.ratio([4.0], [2.0, 1.0, 3.0]) == 0.5
     assert measure.quantiles([3.0, 1.0, 2.0]) == pytest.approx({"median_s": 2.0, "p20_s": 1.4, "p80_s": 2.6})
+
+
+def test_gpu_and_host_are_only_timed_on_a_gpu():
+    assert measure.gpu_seconds(pytest.fail, "cpu") is measure.host_seconds(pytest.fail, "cpu") is None
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu():
+    x = torch.randn(4096, 4096, device="cuda")
+    long, short = (functools.partial(torch.matmul, y, y) for y in (x, x[:64, :64]))
+    assert measure.gpu_seconds(long, "cuda") > 3 * measure.gpu_seconds(short, "cuda")
+    assert measure.host_seconds(long, "cuda") < measure.gpu_seconds(long, "cuda")
+    assert measure.gpu_seconds(lambda: x.sum().item(), "cuda") is None, "a call that synchronises cannot be captured"
+    assert measure.gpu_seconds(short, "cuda") > 0, "a failed capture must not affect the next"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")

@@ -17,6 +17,17 @@ def test_table_of_training_steps(tmp_path):
     assert table.train_table([]) == ""
 
 
+def test_times_of_gpu_and_host_have_columns_where_they_are_recorded():
+    rows = [row | {"gpu_s": 0.002, "host_s": 0.003} for row in relation_rows("cuda", dtype="bfloat16", batch=16)]
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    text = table.table(rows)
+    assert "| case | provider | ms | GPU ms | host ms | x eager's speed |" in text
+    assert "| N = 4,096, C = 64/256, B = 16, bfloat16, row l1 | eager | 671.09 | 2.000 | 3.000 | 1.00 |" in text
+    for row in rows:
+        row["gpu_s"] = row["host_s"] = ""
+    assert "| case | provider | ms | x eager's speed |" in table.table(rows)
+
+
 def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
     results.upsert(recorded, relation_rows("cuda", dtype="bfloat16"), relation.KEY)
     training = tmp_path / "train.csv"

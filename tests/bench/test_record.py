@@ -1,0 +1,55 @@
+"""The command ``python -m bench record``."""
+
+from __future__ import annotations
+
+import pytest
+from bench_helpers import relation_rows, run
+
+from bench import record, relation, results
+from srpkd.kernels import measured
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a folder with results of a GPU, and redirect what the command writes."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(relation, "RESULTS", tmp_path / "results" / "relation.csv")
+    monkeypatch.setattr(record, "TABLE", tmp_path / "measured_cases.py")
+    results.upsert(tmp_path / "out" / "relation.csv", relation_rows("cuda", dtype="bfloat16"), relation.KEY)
+    return tmp_path
+
+
+def test_a_folder_is_merged_and_the_table_is_written(folder, capsys):
+    results.upsert(relation.RESULTS, relation_rows(), relation.KEY)
+    count = len(results.read(relation.RESULTS))
+    run("record", folder / "out")
+    assert len(results.read(relation.RESULTS)) == 2 * count
+    assert f"{count} rows from" in capsys.readouterr().out
+    run("record", folder / "out")  # the same rows again: no new ones
+    assert len(results.read(relation.RESULTS)) == 2 * count
+
+    names: dict = {}
+    exec((folder / "measured_cases.py").read_text(), names)
+    assert names["DEVICES"] == (("some cuda", (9, 0)),)
+    cases = {measured.Case(*case): times for _, case, times in names["CASES"]}
+    assert {case.pixels for case in cases} == {1024, 2048, 4096}
+    assert {tuple(times) for times in cases.values()} == {("native",)}  # no peers, and nothing of a CPU
+    case = measured.Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 1)
+    assert cases[case]["native"] == (83886.1, measured.KERNEL_VERSIONS["native"])
+
+
+def test_wrong_results_are_not_in_the_table(folder):
+    rows = [row | {"status": "wrong"} for row in relation_rows("cuda")]
+    results.upsert(relation.RESULTS, rows, relation.KEY)
+    assert "native" not in record.table(results.read(relation.RESULTS))
+
+
+def test_earlier_kernels_are_named(folder, capsys, monkeypatch):
+    monkeypatch.setattr(measured, "stale", lambda: ["triton"])
+    run("record")
+    assert "earlier version of the kernels only: triton" in capsys.readouterr().out
+
+
+def test_a_folder_without_results_is_an_error(folder):
+    with pytest.raises(SystemExit, match=r"expected one of the files relation\.csv, train\.csv, accuracy\.csv"):
+        run("record", folder / "nothing")
