@@ -14,7 +14,7 @@ import torch
 
 from . import gate
 from .cases import Case, Distance, Normalize, features, settings
-from .providers import PROVIDERS, evaluate
+from .providers import PROVIDERS, CannotRun, evaluate
 
 SHAPES = [(1, (1, 1), 1), (65, (16, 64), 2), (129, (20, 33), 1), (200, (64, 256), 1)]  # N, (C_s, C_t), B
 FORMATS = [("float32", "highest"), ("float32", "high"), ("bfloat16", "highest"), ("float16", "highest")]
@@ -41,8 +41,12 @@ def main(names: list[str]) -> None:
             if (reason := PROVIDERS[name].unavailable_reason(case)) is not None:
                 print(f"{name}: {case.describe()}: skipped: {reason}")
                 continue
-            with settings(case):
-                problem = check(name, case)
+            try:
+                with settings(case):
+                    problem = check(name, case)
+            except CannotRun as error:
+                print(f"{name}: {case.describe()}: skipped: {error}")
+                continue
             ran += 1
             wrong += problem is not None
             if problem:

@@ -1,15 +1,157 @@
-"""The script bench/gpu_check.sh."""
+"""The script bench/gpu_check.sh and its parts."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
+import sys
+import time
 
+import pytest
 from helpers import ROOT
+
+from bench import gpu_check, relation, results, smoke
+from bench.gpu_check import PARTS, Check
+
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the script as on a machine without a GPU, and without building the extension."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "SRPKD_BUILD": "0", "PYTHON": sys.executable}
+    command = ["bash", SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_folder_is_required(tmp_path):
+    done = run_script()
+    assert done.returncode != 0 and "usage: bench/gpu_check.sh OUT" in done.stderr
 
 
 def test_wrong_arguments_print_the_usage(tmp_path):
-    script = ROOT / "bench" / "gpu_check.sh"
-    for arguments in ([], [tmp_path, "--only", "nothing"], [tmp_path, "tests"]):
-        done = subprocess.run([script, *arguments], capture_output=True, text=True)
-        assert done.returncode != 0 and "usage: bench/gpu_check.sh" in done.stderr
-    assert not list(tmp_path.iterdir())
+    for arguments in (["--only", "nothing"], ["tests"]):
+        done = run_script(tmp_path, *arguments)
+        assert done.returncode == 2 and "usage: bench/gpu_check.sh" in done.stdout
+    assert not (tmp_path / "commit.txt").exists()
+
+
+@pytest.mark.slow
+def test_rehearsal_on_the_cpu(tmp_path):
+    """Every part runs to its end and prints its table last; a second call has nothing left to do."""
+    done = run_script(tmp_path)
+    output = done.stdout
+    assert done.returncode == 0, output + done.stderr
+    assert "this is a rehearsal on the CPU" in output and "success; the results are in" in output
+    tables = {name: part_output(output, name) for name in PARTS}
+    assert "native" in tables["smoke"] or "closed_form" in tables["smoke"]
+    assert "us: call / GPU / host" in tables["table"] and "N=128" in tables["table"]
+    assert "tests/test_finite.py: 15 passed" in tables["tests"]
+    assert "without relation loss" in tables["train"]
+    assert "16 cases ran, 0 were wrong" in tables["sanitize"]
+    assert "N=256" in tables["sweep"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "commit.txt", "gpu_check.log", "relation.csv", "smoke.jsonl", "tests", "train.csv",
+    }  # fmt: skip
+    rows = len(results.read(tmp_path / "relation.csv", relation.KEY))
+    lines = len((tmp_path / "smoke.jsonl").read_text().splitlines())
+
+    done = run_script(tmp_path, "--only", "smoke", "table", "tests", "train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 tests have passed before" in done.stdout and "train.csv is recorded" in done.stdout
+    assert len(results.read(tmp_path / "relation.csv")) == rows
+    assert len((tmp_path / "smoke.jsonl").read_text().splitlines()) == lines
+
+
+def part_output(output: str, name: str) -> str:
+    """Return the output of a part, whose table is in its last 60 lines."""
+    text = output.partition(f"=== {name}\n")[2].partition(f"\n=== {name}: ")[0]
+    return "\n".join(text.splitlines()[-60:])
+
+
+def test_results_of_another_commit_are_refused(tmp_path):
+    assert gpu_check.other_commit(tmp_path, "abc") is None
+    assert gpu_check.other_commit(tmp_path, "abc") is None
+    assert "has results of commit abc, and this is def: use another folder" in gpu_check.other_commit(tmp_path, "def")
+
+
+def test_parts_take_at_most_four_minutes_and_ten_in_all():
+    together, alone = zip(*(part.seconds for part in PARTS.values()))
+    assert sum(together) <= 600 and max(alone) <= 240
+    assert all(least <= most for least, most in zip(together, alone))
+
+
+def test_missing_packages_are_named_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "prepare", lambda check: None)
+    ran = []
+    parts = {
+        "first": gpu_check.Part(lambda check: ran.append("first"), (1, 1), ("no_such_package", "numpy"), ("not_this",)),
+        "second": gpu_check.Part(lambda check: ran.append("second"), (1, 1)),
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert gpu_check.main([str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    before = output.partition("=== first")[0]
+    assert "first: skipped without no_such_package\nfirst: reduced without not_this\n" in before
+    assert ran == ["second"] and "FAILED: first (skipped: no_such_package not installed)" in output
+
+
+def test_a_command_stops_at_its_limit_with_its_children(tmp_path):
+    check = Check(tmp_path, on_gpu=False)
+    check.deadline = time.monotonic() + 60
+    child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}, sys.argv[1]])"
+    assert check.python("slow", "-c", code, tmp_path / "child", seconds=4) == 124
+    assert check.failures == ["slow (stopped after 4 s; repeat with the same OUT to resume)"]
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until the system has removed it
+            os.kill(int((tmp_path / "child").read_text()), 0)
+            time.sleep(0.05)
+    assert check.python("fails", "-c", "raise SystemExit(3)") == 3
+    check.deadline = time.monotonic()
+    assert check.python("late", "-c", "") == 1
+    assert check.failures[1:] == ["fails (exit status 3)", "late (no time left)"]
+
+
+def test_kernels_that_crash_are_not_measured(tmp_path, capsys):
+    check = Check(tmp_path, on_gpu=True)
+    assert gpu_check.sound_kernels(check) == ["native", "closed_form", "triton"]
+    states = {"native-sm90": ("ok", "hung"), "native-sm80": ("ok", "not covered"), "triton": ("crashed",)}
+    entries = [
+        {"kernel": kernel, "case": i, "status": status}
+        for kernel, own in states.items()
+        for i, status in enumerate(own)
+    ]
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert gpu_check.sound_kernels(check) == ["native-sm80", "native", "closed_form"]
+    assert "native-sm90 is not measured" in capsys.readouterr().out
+    assert set(gpu_check.sound_kernels(check)) < set(smoke.GPU_KERNELS)
+
+
+def test_times_of_a_gpu_fit_on_a_line(recorded):
+    rows = results.read(recorded)
+    for row in rows:
+        row["gpu_s"], row["host_s"] = "0.0001", "0.0002"
+    text = gpu_check.times(rows)
+    [line] = [line for line in text.splitlines() if line.startswith("N=4096 C=64/256 B=1 float32 highest row l1")]
+    assert "83,886 / 100 / 200" in line and "out of memory" in line
+
+
+@pytest.mark.slow
+def test_measuring_needs_no_optional_package(tmp_path):
+    """The relation benchmark and the smoke test run without the packages that a bare machine lacks."""
+    code = """
+import sys
+for name in ("jsonargparse", "matplotlib", "PIL", "torchvision", "jinja2", "yaml", "pandas", "scipy"):
+    sys.modules[name] = None  # importing it fails
+import bench.gpu_check, bench.sanitize, bench.smoke
+from bench.__main__ import main
+main(["relation", "--pixels", "8", "--providers", "blocked", "--budget", "0.01", "--no-memory", "--device", "cpu",
+      "--out", sys.argv[1]])
+"""
+    command = [sys.executable, "-c", code, tmp_path / "relation.csv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

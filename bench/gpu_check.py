@@ -1,0 +1,342 @@
+"""Everything that needs a GPU, in parts of at most four minutes, ten in all: see gpu_check.sh.
+
+    python -m bench.gpu_check OUT [--only PART ...]
+
+The parts, the most valuable first:
+
+    smoke      every kernel on forty cases: right, and equal bits twice
+    table      the twelve cases of a GPU's table: time of a call, on the GPU alone, and of the host
+    tests      the tests marked gpu, in parallel with pytest-xdist
+    train      training steps
+    sanitize   small cases under compute-sanitizer
+    sweep      more sizes and options
+
+Each part ends with its table. With the same OUT, a part resumes where it was stopped. Nothing is installed or
+downloaded; a part whose packages are missing is skipped. Without a GPU all parts run as a rehearsal on the CPU, with
+few and small cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from srpkd.kernels import build, native
+from srpkd.reporting.table import format_table
+
+from . import gpu_tests, machine, relation, results
+from . import smoke as smoke_cases
+from .providers import CUDA_KERNELS
+
+
+class Part(NamedTuple):
+    """A part of the check.
+
+    Attributes:
+        run: function (Check) -> None.
+        seconds: limits: if all parts run, and if this is the only one.
+        packages: what it needs besides torch and numpy.
+        helpful: what it can do without.
+    """
+
+    run: Callable[[Check], None]
+    seconds: tuple[int, int]
+    packages: tuple[str, ...] = ()
+    helpful: tuple[str, ...] = ()
+
+
+class Check:
+    """The state of a run: the folder, the time that is left, and the failures."""
+
+    def __init__(self, out: Path, on_gpu: bool) -> None:
+        self.out, self.on_gpu = out, on_gpu
+        self.deadline = time.monotonic()
+        self.failures: list[str] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left for this part."""
+        return self.deadline - time.monotonic()
+
+    def command(
+        self, name: str, *words: object, seconds: float | None = None, environment: Mapping[str, str] | None = None
+    ) -> int:
+        """Run a command until its limit or the end of the part; record a failure, and return the exit status."""
+        limit = self.left if seconds is None else min(seconds, self.left)
+        command = [str(word) for word in words]
+        print(f"--- {name}: {' '.join(command)}", flush=True)
+        if limit <= 0:
+            self.failures.append(f"{name} (no time left)")
+            return 1
+        # a process group, to stop the workers of pytest and the compilers too
+        process = subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True)
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.failures.append(f"{name} (stopped after {limit:.0f} s; repeat with the same OUT to resume)")
+            return 124
+        finally:  # also if this process is told to end
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if status:
+            self.failures.append(f"{name} (exit status {status})")
+        return status
+
+    def python(
+        self, name: str, *words: object, seconds: float | None = None, environment: Mapping[str, str] | None = None
+    ) -> int:
+        """Run a command of Python."""
+        return self.command(name, sys.executable, "-u", *words, seconds=seconds, environment=environment)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def smoke(check: Check) -> None:
+    check.python("smoke", "-m", "bench.smoke", check.out, "--seconds", int(check.left - 15))
+
+
+def table(check: Check) -> None:
+    file, margin = check.out / "relation.csv", 20
+    command = ["-m", "bench", "relation", "--missing", "--out", file]
+    if check.on_gpu:
+        command += ["--sweep", "table", "--providers", "eager", "compile", *sound_kernels(check), "--budget", 2]
+    else:
+        command += ["--pixels", 64, 128, "--providers", "eager", "blocked", "--budget", 0.1]
+    check.python("table", *command, "--minutes", (check.left - margin) / 60)
+    print(times(results.read(file)))
+
+
+def sound_kernels(check: Check) -> list[str]:
+    """Return the kernels that the smoke test found neither to crash nor to hang, which would stop a measurement.
+
+    Kernels that are selected by name must have passed it.
+    """
+    found: dict[str, set[str]] = {}
+    for (kernel, _), entry in smoke_cases.recorded(check.out / "smoke.jsonl").items():
+        found.setdefault(kernel, set()).add(entry["status"])
+    sound = []
+    for kernel in smoke_cases.GPU_KERNELS:
+        states = found.get(kernel, set())
+        if states & {"crashed", "hung"} or (kernel in CUDA_KERNELS and "ok" not in states):
+            print(f"{kernel} is not measured: it has not passed the part smoke with this OUT")
+        else:
+            sound.append(kernel)
+    return sound
+
+
+def tests(check: Check) -> None:
+    folder = check.out / "tests"
+    print(f"{gpu_tests.start(folder)} tests have passed before")
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests", "--tb=line"]
+    command += ["--continue-on-collection-errors"]
+    # the GPU tests of every file; in the rehearsal some that are quick on a CPU
+    command += ["-m", "gpu", "tests"] if check.on_gpu else ["-m", "not gpu", "tests/test_finite.py"]
+    if importlib.util.find_spec("xdist"):
+        workers = min(12, os.cpu_count() or 1) if check.on_gpu else 1
+        command += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "4"]  # in order
+    status = check.python("tests", *command, environment={gpu_tests.VARIABLE: str(folder)})
+    if status == 5:  # no tests are left
+        check.failures.pop()
+    print(gpu_tests.summary(folder))
+
+
+def train(check: Check) -> None:
+    file = check.out / "train.csv"
+    if file.exists():
+        print(f"{file} is recorded")
+        return
+    budget = max(1, int(check.left / 3)) if check.on_gpu else 0.1
+    small = () if check.on_gpu else ("--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 2)
+    speedups = ("channels_last", "bf16") if check.on_gpu else ("bf16",)
+    check.python(
+        "train",
+        "-m",
+        "bench",
+        "train",
+        *small,
+        "--budget",
+        budget,
+        "--speedups",
+        *speedups,
+        "--no-teacher",
+        "--out",
+        file,
+    )
+
+
+def sanitize(check: Check) -> None:
+    if not check.on_gpu:
+        check.python("sanitize", "-m", "bench.sanitize", "native")
+        return
+    kernels = sound_kernels(check)
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: skipped")
+        return
+    works = subprocess.run(
+        [tool, "--error-exitcode", "9", sys.executable, "-c", "import torch; torch.ones(1, device='cuda')"],
+        capture_output=True,
+        text=True,
+    )
+    if works.returncode:
+        print(f"compute-sanitizer does not work here, skipped: {works.stdout[-300:]}")
+        return
+    # first without it, to compile the kernels
+    check.python("sanitize, compile", "-m", "bench.sanitize", *kernels, seconds=check.left / 3)
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for name, share in (("memcheck", 0.5), ("racecheck", 1.0)):
+        options = (tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitize", *kernels)
+        check.command(name, *options, seconds=share * check.left, environment=uncached)
+
+
+def sweep_sizes(check: Check) -> None:
+    file, accuracy = check.out / "relation.csv", check.out / "accuracy.csv"
+    command = ["-m", "bench", "relation", "--missing", "--out", file]
+    if check.on_gpu:
+        command += [
+            "--sweep",
+            "full",
+            "--budget",
+            2,
+            "--providers",
+            "eager",
+            "compile",
+            "closed_form",
+            "native",
+            "triton",
+        ]
+    else:
+        command += ["--pixels", 32, 256, "--providers", "eager", "blocked", "--budget", 0.1]
+    check.python("sweep", *command, "--minutes", (check.left - 40) / 60)
+    if check.on_gpu and not accuracy.exists() and check.left > 20 and not missing(["matplotlib"]):
+        check.python("accuracy", "-m", "bench", "accuracy", "--out", accuracy)
+    print(times(results.read(file)))
+
+
+PARTS = {
+    "smoke": Part(smoke, (90, 200)),
+    "table": Part(table, (125, 210)),
+    "tests": Part(tests, (170, 210), ("pytest",), ("xdist", "hypothesis")),
+    "train": Part(train, (60, 210), ("torchvision", "PIL", "matplotlib", "jinja2")),
+    "sanitize": Part(sanitize, (75, 210)),
+    "sweep": Part(sweep_sizes, (60, 210), (), ("matplotlib",)),
+}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def times(rows: Sequence[results.Row]) -> str:
+    """Return a line per case, by provider: microseconds of a call, on the GPU alone, and of the host."""
+    columns: list[dict[str, str]] = [{"key": "case", "label": "us: call / GPU / host"}]
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = []
+    for case, own in results.group_by(rows, relation.KEY[1:]).items():
+        named = dict(zip(relation.KEY[1:], case))
+        precision = f" {named['precision']}" if named["dtype"] == "float32" else ""
+        line = {
+            "case": f"N={named['pixels']} C={named['channels']} B={named['batch']} {named['dtype']}{precision} "
+            f"{named['normalize']} {named['distance']}" + ("" if named["mode"] == "forward+backward" else " forward")
+        }
+        for row in own:
+            values = [results.number(row, column) for column in ("median_s", "gpu_s", "host_s")]
+            cells = ["–" if value is None else f"{1e6 * value:,.0f}" for value in values]
+            line[row["provider"]] = " / ".join(cells) if row["status"] == "ok" else row["status"]
+        lines.append(line)
+    shown = lines[-50:]
+    note = [f"{len(lines) - 50} earlier cases are in the CSV file"] if len(lines) > 50 else []
+    return "\n".join([format_table({"columns": columns + [{"key": name} for name in names], "rows": shown}), *note])
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """Return the packages that are not installed."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def prepare(check: Check) -> None:
+    """Build the extension if there is none for this torch and these sources, and print what can run."""
+    for library in Path(native.__file__).parent.glob(f"{build.NAME}*.so"):
+        if build.stale_reason(library):
+            library.unlink()  # this is a copy of the tree
+    code = """
+import sys
+from srpkd.info import describe
+from srpkd.kernels import native
+try:
+    native.extension()
+    status = 0
+except RuntimeError as error:
+    print(f"{error}\\ncontinue without the native backend")
+    status = int(sys.argv[1])
+print(describe())
+sys.exit(status)
+"""
+    check.python("build", "-c", code, int(check.on_gpu), seconds=180)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all parts or one, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
+    parser.add_argument("--only", choices=PARTS, nargs="+", help="run these parts")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it has started
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    commit = machine.versions()["commit"]
+    if problem := other_commit(out, commit):
+        parser.error(problem)
+
+    check = Check(out, torch.cuda.is_available())
+    if not check.on_gpu:
+        print("torch sees no CUDA device: this is a rehearsal on the CPU")
+    chosen = options.only or list(PARTS)
+    print(f"{time.strftime('%FT%TZ', time.gmtime())} commit {commit}, torch {torch.__version__}: {', '.join(chosen)}")
+    for name in chosen:
+        for kind, packages in (("skipped without", PARTS[name].packages), ("reduced without", PARTS[name].helpful)):
+            if lacking := missing(packages):
+                print(f"{name}: {kind} {', '.join(lacking)}")
+    check.deadline = time.monotonic() + 200
+    prepare(check)
+    for name in chosen:
+        part = PARTS[name]
+        start = time.monotonic()
+        # a rehearsal is about reaching the end
+        check.deadline = start + part.seconds[len(chosen) == 1] * (1 if check.on_gpu else 5)
+        print(f"\n=== {name}", flush=True)
+        if lacking := missing(part.packages):
+            check.failures.append(f"{name} (skipped: {', '.join(lacking)} not installed)")
+        else:
+            part.run(check)
+        print(f"=== {name}: {time.monotonic() - start:.0f} s", flush=True)
+    print("\n".join([f"FAILED: {failure}" for failure in check.failures]) or f"success; the results are in {out}")
+    return int(bool(check.failures))
+
+
+def other_commit(out: Path, commit: str) -> str | None:
+    """Return an error message if the folder has results of another commit; otherwise record the commit in it."""
+    file = out / "commit.txt"
+    if file.exists() and (found := file.read_text().strip()) != commit:
+        return f"{out} has results of commit {found}, and this is {commit}: use another folder"
+    file.write_text(commit + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

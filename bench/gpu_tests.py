@@ -1,0 +1,107 @@
+"""Plugin of pytest for ``python -m bench.gpu_check``: the most valuable tests first, without those that have passed.
+
+    SRPKD_GPU_TESTS=FOLDER python -m pytest -p bench.gpu_tests ...
+
+Every result is a line of FOLDER/tests.jsonl as soon as it is known. Tests that are listed in FOLDER/passed.txt are
+deselected: ``start`` writes that file from the results so far, once, so that all workers of pytest-xdist read the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+VARIABLE = "SRPKD_GPU_TESTS"
+# parts of test names; a test belongs to the first that its name contains
+ORDER = (
+    "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "test_properties.py",
+)  # fmt: skip
+BACKENDS = ("native", "triton", "closed_form", "blocked", "reference")
+LAST = ("test_a_thousand_runs", "test_16384_pixels", "beyond_32_bits", "test_autotuning", "test_memory_of_a_large_map")
+
+
+def start(folder: Path) -> int:
+    """Write the list of the tests that have passed, and return how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    passed = [name for name, entry in results(folder).items() if entry["outcome"] == "passed"]
+    (folder / "passed.txt").write_text("\n".join(passed), encoding="utf-8")
+    return len(passed)
+
+
+def results(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the newest result of each test: its outcome and message."""
+    file = folder / "tests.jsonl"
+    if not file.exists():
+        return {}
+    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {entry.pop("test"): entry for entry in entries}
+
+
+def rank(name: str) -> tuple[bool, int, int]:
+    """Return the place of a test in the order: long tests last, then by file, then by backend."""
+    file = next((i for i, part in enumerate(ORDER) if part in name), len(ORDER))
+    backend = next((i for i, part in enumerate(BACKENDS) if part in name), len(BACKENDS))
+    return any(part in name for part in LAST), file, backend
+
+
+def summary(folder: Path) -> str:
+    """Return counts by file, then the failures by message, in less than 60 lines."""
+    found = results(folder)
+    counts: dict[str, Counter[str]] = {}
+    messages: dict[str, list[str]] = {}
+    for name, entry in found.items():
+        counts.setdefault(name.partition("::")[0], Counter())[entry["outcome"]] += 1
+        if entry["outcome"] == "failed":
+            messages.setdefault(entry["message"], []).append(name)
+    lines = [f"{file}: " + ", ".join(f"{n} {name}" for name, n in own.items()) for file, own in counts.items()]
+    for message, names in sorted(messages.items(), key=lambda item: -len(item[1]))[:20]:
+        lines.append(f"FAILED {len(names)} x {message}")
+        lines.append(f"    {names[0]}")
+    if len(messages) > 20:
+        lines.append(f"and {len(messages) - 20} more messages, see tests.jsonl")
+    return "\n".join(lines) or "no test has run"
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that have passed, and sort the others."""
+    passed = set((Path(os.environ[VARIABLE]) / "passed.txt").read_text(encoding="utf-8").splitlines())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+    items[:] = sorted((item for item in items if item.nodeid not in passed), key=lambda item: rank(item.nodeid))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record the results in the process that has them all: not in the workers of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(Path(os.environ[VARIABLE]) / "tests.jsonl"))
+
+
+class Recorder:
+    """Append the result of each test, and of each file that cannot be imported, to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self.record(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.record(report)
+
+    def record(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        message = ""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = " ".join(str(crash.message if crash else report.longrepr).split())[-200:]
+        line = json.dumps({"test": report.nodeid, "outcome": report.outcome, "message": message})
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
