@@ -25,14 +25,14 @@ def distances(backend: str) -> tuple[str, ...]:
     return getattr(dispatch.backend_module(backend), "DISTANCES", DISTANCES)
 
 
-def dtypes(backend: str) -> tuple[torch.dtype, ...]:
-    """The dtypes that a backend supports."""
-    return getattr(dispatch.backend_module(backend), "DTYPES", (torch.float64, *NARROW))
+def dtypes(backend: str, device: torch.device | str = "cpu") -> tuple[torch.dtype, ...]:
+    """The dtypes that a backend supports on a device."""
+    return dispatch.supported_dtypes(backend, torch.device(device))
 
 
-def widest(backend: str) -> torch.dtype:
-    """The widest dtype of a backend, which tests its formulas most strictly."""
-    return dtypes(backend)[0]
+def widest(backend: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """The widest dtype of a backend on a device, which tests its formulas most strictly."""
+    return dtypes(backend, device)[0]
 
 
 def rounding(dtype: torch.dtype) -> float:

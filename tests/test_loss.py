@@ -40,7 +40,7 @@ def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], dev
     s, t = student[0].numpy(), teacher[0].numpy()
     expected = {"normalize": relation.normalize, "distance": relation.distance, "delta": relation.delta}
 
-    dtype = widest(backend)
+    dtype = widest(backend, device)
     student, teacher = student.to(device, dtype).requires_grad_(), teacher.to(device, dtype)
     loss = relation_loss(student, teacher, layout="nlc", backend=backend, **options(relation))
     (gradient,) = torch.autograd.grad(loss, student)
