@@ -118,7 +118,8 @@ def grid_crops(photographs: Mapping[str, Tensor], size: int) -> list[Tensor]:
 
 
 def write_dataset(folder: Path, task: str, number: int, pairs: int, size: int) -> None:
-    """Write a partition's pairs as the public code stores them: ``train/`` and ``test/``, input and target side by side.
+    """Write a partition's pairs as the public code stores them: ``train/`` and ``test/``, input and target side by
+    side.
 
     Args:
         folder: folder to write to; an existing one with the file ``complete`` is left as it is.
