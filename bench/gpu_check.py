@@ -38,7 +38,7 @@ from srpkd.reporting.table import format_table
 
 from . import gpu_tests, machine, relation, results
 from . import smoke as smoke_cases
-from .providers import CUDA_KERNELS
+from .providers import CUDA_KERNELS, KERNEL_VARIABLE
 
 
 class Part(NamedTuple):
@@ -139,7 +139,8 @@ def sound_kernels(check: Check) -> list[str]:
 
 
 def tests(check: Check) -> None:
-    folder = check.out / "tests"
+    # the results of another kernel of `native` are kept apart
+    folder = check.out / "-".join(filter(None, ("tests", os.environ.get(KERNEL_VARIABLE))))
     print(f"{gpu_tests.start(folder)} tests have passed before")
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests", "--tb=line"]
     command += ["--continue-on-collection-errors"]

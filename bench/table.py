@@ -1,7 +1,9 @@
 """Tables of recorded results: the relation loss alone, and training steps.
 
-python -m bench table                        print the tables
-python -m bench table --readme README.md     put the tables between the README's markers
+    python -m bench table                        print the tables
+    python -m bench table --readme README.md     put them between the markers of the README and of docs/benchmarks.md
+
+The README contains a short table, with a column per provider; docs/benchmarks.md contains all columns.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from srpkd.reporting.table import format_table
 
@@ -67,26 +70,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables or put them into the README."""
-    text = tables(results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY))
+    """Print the tables, or put them into the README and docs/benchmarks.md beside it."""
+    rows, train_rows = results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY)
     if options.readme is None:
-        print(text)
+        print(joined(table(rows), train_table(train_rows)))
         return
-    put_between_markers(options.readme, NAME, text)
+    for file, text in texts(options.readme, rows, train_rows).items():
+        put_between_markers(file, NAME, text)
 
 
-def block(readme: Path) -> str:
-    """Return the tables in a README; raises as ``between_markers``."""
-    return between_markers(readme, NAME).rstrip("\n")
-
-
-def tables(rows: Sequence[Row], train_rows: Sequence[Row]) -> str:
-    """Return both tables as Markdown; the second is missing if no training step is recorded.
+def texts(readme: Path, rows: Sequence[Row], train_rows: Sequence[Row]) -> dict[Path, str]:
+    """Return the text between the markers of each file: the README, and docs/benchmarks.md beside it.
 
     Raises:
         ValueError: None of the cases in the table is recorded.
     """
-    return "\n\n".join(filter(None, [table(rows), train_table(train_rows)]))
+    return {
+        readme: joined(short_table(rows), train_table(train_rows)),
+        readme.parent / "docs" / "benchmarks.md": table(rows),
+    }
+
+
+def block(file: Path) -> str:
+    """Return the tables in a file; raises as ``between_markers``."""
+    return between_markers(file, NAME).rstrip("\n")
+
+
+def joined(*parts: str) -> str:
+    """Return paragraphs as one text; the table of training steps is empty if none is recorded."""
+    return "\n\n".join(filter(None, parts))
 
 
 def train_table(rows: Sequence[Row]) -> str:
@@ -107,6 +119,40 @@ def train_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+class Measured(NamedTuple):
+    """The rows of one device that the table shows, by case and provider, and the line above the table."""
+
+    caption: str
+    cases: dict[Case, dict[str, Row]]
+
+
+def measured(rows: Sequence[Row]) -> list[Measured]:
+    """Return the rows of the table by device, with the most threads that are recorded there.
+
+    Raises:
+        ValueError: None of the cases in the table is recorded.
+    """
+    devices = []
+    for (device,), own in results.group_by(rows, ["device"]).items():
+        threads = max(own, key=lambda row: int(row["threads"]))["threads"]
+        cases = {}
+        for case in SHOWN[own[0]["device_type"]]:
+            wanted = {name: str(value) for name, value in case.columns().items()} | {"threads": threads}
+            found = {row["provider"]: row for row in own if wanted.items() <= row.items()}
+            # omit providers that do not support the case or are not installed
+            found = {name: found[name] for name in DEFAULT if name in found and found[name]["status"] != "skipped"}
+            if found:
+                cases[case] = found
+        if cases:
+            every = [row for found in cases.values() for row in found.values()]
+            versions, commits = (", ".join(dict.fromkeys(row[name] for row in every)) for name in ("torch", "commit"))
+            where = f"{device}, {threads} threads" if own[0]["device_type"] == "cpu" else device
+            devices.append(Measured(f"{where}; torch {versions}; commit {commits}:", cases))
+    if not devices:
+        raise ValueError("no case of the table is recorded: run python -m bench relation first")
+    return devices
+
+
 def table(rows: Sequence[Row]) -> str:
     """Return the table of the relation loss as Markdown: a part per device, a row per case and provider.
 
@@ -114,39 +160,59 @@ def table(rows: Sequence[Row]) -> str:
         ValueError: None of the cases in the table is recorded.
     """
     parts = []
-    for (device,), own in results.group_by(rows, ["device"]).items():
-        most_threads = max(own, key=lambda row: int(row["threads"]))["threads"]
-        on_cpu = own[0]["device_type"] == "cpu"
-        lines: list[dict[str, object]] = []
-        measured: list[Row] = []
-        for case in SHOWN[own[0]["device_type"]]:
-            wanted = {name: str(value) for name, value in case.columns().items()} | {"threads": most_threads}
-            found = {row["provider"]: row for row in own if wanted.items() <= row.items()}
-            # omit providers that do not support the case or are not installed
-            found = {name: row for name, row in found.items() if row["status"] != "skipped"}
-            lines += [_line(case, found[name], first=name == next(iter(found))) for name in DEFAULT if name in found]
-            measured += found.values()
-        if lines:
-            torch_versions = ", ".join(dict.fromkeys(row["torch"] for row in measured))
-            commits = ", ".join(dict.fromkeys(row["commit"] for row in measured))
-            where = f"{device}, {most_threads} threads" if on_cpu else device
-            parts.append(f"{where}; torch {torch_versions}; commit {commits}:")
-            columns = [
-                column for column in COLUMNS if column not in GPU_COLUMNS or any(line[column["key"]] for line in lines)
-            ]
-            parts.append(format_table({"columns": columns, "rows": lines}, markdown=True))
-    if not parts:
-        raise ValueError("no case of the table is recorded: run python -m bench relation first")
+    for caption, cases in measured(rows):
+        lines = [
+            _line(row) | {"case": _describe(case, row) if i == 0 else "", "provider": name}
+            for case, found in cases.items()
+            for i, (name, row) in enumerate(found.items())
+        ]
+        columns = [
+            column for column in COLUMNS if column not in GPU_COLUMNS or any(line[column["key"]] for line in lines)
+        ]
+        parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
 
-def _line(case: Case, row: Row, first: bool) -> dict[str, object]:
+def short_table(rows: Sequence[Row]) -> str:
+    """Return the same table with two rows per case and a column per provider; raises as ``table``."""
+    parts = []
+    for caption, cases in measured(rows):
+        names = [name for name in DEFAULT if any(name in found for found in cases.values())]
+        lines: list[dict[str, object]] = []
+        for case, found in cases.items():
+            values = {name: _line(row) for name, row in found.items()}
+            first = next(iter(found.values()))
+            lines += [
+                {"case": _describe(case, first), "": "ms"} | {name: _time(line) for name, line in values.items()},
+                {"case": "", "": "peak MB"} | {name: _megabytes(line) for name, line in values.items()},
+            ]
+        columns = [{"key": name} for name in ("case", "", *names)]
+        parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
+    return "\n\n".join(parts)
+
+
+def _time(line: dict[str, object]) -> str:
+    """Return milliseconds, and in parentheses the speed relative to eager PyTorch."""
+    milliseconds, speed = line["milliseconds"], line["eager"]
+    if not isinstance(milliseconds, float):
+        return str(milliseconds)
+    return f"{milliseconds:,.2f}" + ("" if speed is None else f" ({speed:.2f}x)")
+
+
+def _megabytes(line: dict[str, object]) -> object:
+    megabytes = line["megabytes"]
+    return f"{megabytes:,.1f}" if isinstance(megabytes, float) else megabytes
+
+
+def _describe(case: Case, row: Row) -> str:
     batch = f", B = {case.batch}" if case.batch > 1 else ""
     precision = f" {case.precision}" if case.dtype == "float32" and row["device_type"] == "cuda" else ""
     kind = f"{case.dtype}{precision}, {case.normalize} {case.distance}"
+    return f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}{batch}, {kind}"
+
+
+def _line(row: Row) -> dict[str, object]:
     line: dict[str, object] = {
-        "case": f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}{batch}, {kind}" if first else "",
-        "provider": row["provider"],
         "eager": number(row, "times_faster_than_eager"),
         "compile": number(row, "times_faster_than_compile"),
         "percent": number(row, "percent_of_roofline"),

@@ -13,9 +13,9 @@ RECORDED = results.read(relation.RESULTS)
 needs_results = pytest.mark.skipif(not RECORDED, reason=f"{relation.RESULTS.name} has no rows")
 
 
-def test_readme_contains_the_recorded_results():
-    shown = table.block(ROOT / "README.md")
-    assert shown == table.tables(RECORDED, results.read(train.RESULTS)), "run python -m bench table --readme README.md"
+def test_readme_and_docs_contain_the_recorded_results():
+    for file, text in table.texts(ROOT / "README.md", RECORDED, results.read(train.RESULTS)).items():
+        assert table.block(file) == text, "run python -m bench table --readme README.md"
 
 
 def test_auto_has_the_recorded_results():

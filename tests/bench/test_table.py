@@ -34,19 +34,34 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
     results.upsert(training, train_rows(), train.KEY)
     run("table", "--csv", recorded, "--train-csv", training)
     text = capsys.readouterr().out.strip()
-    assert text == table.tables(results.read(recorded), results.read(training))
-    assert text.startswith(table.table(results.read(recorded)))
-    assert text.endswith(table.train_table(results.read(training)))
+    rows, steps = results.read(recorded), results.read(training)
+    assert text == f"{table.table(rows)}\n\n{table.train_table(steps)}"
     assert "some cpu, 2 threads" in text and "some cuda;" in text
     assert "| N = 4,096, C = 64/256, float32, row l1 | eager | 671.09 | 1.00 | 0.50 |" in text
     assert "|  | native | 83.89 | 8.00 | 4.00 | 4.1 |" in text
     assert "out of memory" in text and "keops" not in text
-    readme = tmp_path / "README.md"
-    readme.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
+
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    for file in (readme, page):
+        file.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
     run("table", "--csv", recorded, "--train-csv", training, "--readme", readme)
-    assert table.block(readme) == text
-    assert readme.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
-    assert readme.read_text().endswith("<!-- bench table: end -->\nb\n")
+    assert table.block(readme) == f"{table.short_table(rows)}\n\n{table.train_table(steps)}"
+    assert table.block(page) == table.table(rows)
+    for file in (readme, page):
+        assert file.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
+        assert file.read_text().endswith("<!-- bench table: end -->\nb\n")
     readme.write_text("# a\n")
     with pytest.raises(SystemExit, match="expected the markers"):
         run("table", "--csv", recorded, "--readme", readme)
+
+
+def test_short_table_has_a_column_per_provider():
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in relation_rows()]
+    lines = table.short_table(rows).splitlines()
+    assert lines[2] == "| case |  | eager | compile | chunked | native |"
+    assert lines[4] == (
+        "| N = 4,096, C = 64/256, float32, row l1 | ms | 671.09 (1.00x) | 335.54 (2.00x) | out of memory | "
+        "83.89 (8.00x) |"
+    )
+    assert lines[5] == "|  | peak MB | 402.7 | – | – | 4.1 |"
