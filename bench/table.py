@@ -182,20 +182,20 @@ def short_table(rows: Sequence[Row]) -> str:
         for case, found in cases.items():
             values = {name: _line(row) for name, row in found.items()}
             first = next(iter(found.values()))
-            lines += [
-                {"case": _describe(case, first), "": "ms"} | {name: _time(line) for name, line in values.items()},
-                {"case": "", "": "peak MB"} | {name: _megabytes(line) for name, line in values.items()},
-            ]
-        columns = [{"key": name} for name in ("case", "", *names)]
+            lines.append(
+                {"case": _describe(case, first), "": "ms"} | {name: _time(line) for name, line in values.items()}
+            )
+            lines.append({"case": "", "": "peak MB"} | {name: _megabytes(line) for name, line in values.items()})
+        columns: list[dict[str, object]] = [{"key": name} for name in ("case", "", *names)]
         parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
 
-def _time(line: dict[str, object]) -> str:
+def _time(line: dict[str, object]) -> object:
     """Return milliseconds, and in parentheses the speed relative to eager PyTorch."""
     milliseconds, speed = line["milliseconds"], line["eager"]
     if not isinstance(milliseconds, float):
-        return str(milliseconds)
+        return milliseconds  # the status
     return f"{milliseconds:,.2f}" + ("" if speed is None else f" ({speed:.2f}x)")
 
 

@@ -138,20 +138,36 @@ def sm90_wins(times: dict[str, Time]) -> bool:
     return sm90.microseconds <= min(others, default=math.inf)
 
 
-def sm90_verified(case: Case, recorded: Iterable[Recorded] = RECORDED) -> bool:
-    """Return whether ``native`` may take the sm_90 kernel by itself: real hardware has run it correctly and faster.
+class Kind(NamedTuple):
+    """What decides which of a kernel's variants computes a case: everything but N and B."""
 
-    That is recorded for the same dtype, precision, relation and mode, and for the same numbers of 64-channel panels, at
-    any N and B. The kernel's present version counts, not an earlier one.
+    dtype: str
+    precision: str  # "" unless dtype is "float32"
+    normalize: str
+    distance: str
+    need_grad: bool
+    student_panels: int  # of PANEL channels
+    teacher_panels: int
+
+
+def kind_of(case: Case) -> Kind:
+    """Return the kind of a case."""
+    panels = (-(-channels // PANEL) for channels in (case.student, case.teacher))
+    precision = case.precision if case.dtype == "float32" else ""
+    return Kind(case.dtype, precision, case.normalize, case.distance, case.need_grad, *panels)
+
+
+def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
+    """Return the kinds for which the sm_90 kernel, in its present version, was right and faster at some N and B.
+
+    ``python -m bench record`` writes them into csrc/cuda/verified.h, by which ``native`` chooses its kernel.
     """
+    return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry.times)})
 
-    def kind(case: Case) -> tuple:
-        panels = (-(-channels // PANEL) for channels in (case.student, case.teacher))
-        precision = case.precision if case.dtype == "float32" else ""
-        return case.dtype, precision, case.normalize, case.distance, case.need_grad, *panels
 
-    wanted = kind(case)
-    return any(kind(entry.case) == wanted and sm90_wins(entry.times) for entry in recorded)
+def sm90_verified(case: Case) -> bool:
+    """Return whether ``native`` may take the sm_90 kernel by itself: real hardware has run this kind of case."""
+    return kind_of(case) in verified_kinds(RECORDED)
 
 
 def stale() -> list[str]:

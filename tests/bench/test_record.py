@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+
 import pytest
 from bench_helpers import relation_rows, run
+from helpers import ROOT
 
 from bench import record, relation, results
 from srpkd.kernels import measured
@@ -15,6 +20,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(relation, "RESULTS", tmp_path / "results" / "relation.csv")
     monkeypatch.setattr(record, "TABLE", tmp_path / "measured_cases.py")
+    monkeypatch.setattr(record, "HEADER", tmp_path / "verified.h")
     results.upsert(tmp_path / "out" / "relation.csv", relation_rows("cuda", dtype="bfloat16"), relation.KEY)
     return tmp_path
 
@@ -42,6 +48,44 @@ def test_wrong_results_are_not_in_the_table(folder):
     rows = [row | {"status": "wrong"} for row in relation_rows("cuda")]
     results.upsert(relation.RESULTS, rows, relation.KEY)
     assert "native" not in record.table(results.read(relation.RESULTS))
+
+
+PROGRAM = """
+#include "verified.h"
+using namespace srpkd;
+using namespace srpkd::cuda;
+constexpr bool verified(Precision precision, int bytes, bool need_grad = true, int student = 64, int teacher = 256) {
+  return sm90_verified(precision, bytes, Normalize::row, Distance::l1, need_grad, student, teacher);
+}
+int main() {
+  static_assert(verified(Precision::bf16, 2) == EXPECTED && verified(Precision::tf32x3, 4) == EXPECTED);
+  static_assert(verified(Precision::bf16, 2, true, 1, 193) == EXPECTED);
+  static_assert(!verified(Precision::bf16, 4) && !verified(Precision::fp16, 2) && !verified(Precision::tf32, 4));
+  static_assert(!verified(Precision::bf16, 2, false) && !verified(Precision::bf16, 2, true, 65, 256));
+  static_assert(!sm90_verified(Precision::bf16, 2, Normalize::cosine, Distance::l1, true, 64, 256));
+}
+"""
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    rows = relation_rows("cuda", dtype="bfloat16") + relation_rows("cuda")
+    version = measured.KERNEL_VERSIONS["native-sm90"]
+    fast = [
+        row | {"provider": "native-sm90", "median_s": row["median_s"] / 2, "kernel_version": version}
+        for row in rows
+        if row["provider"] == "native"
+    ]
+    results.upsert(relation.RESULTS, rows + fast * recorded, relation.KEY)
+    run("record")
+    (folder / "program.cpp").write_text(PROGRAM)
+    flags = [f"-DEXPECTED={str(recorded).lower()}", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only"]
+    folders = ["-I", str(folder), "-I", str(ROOT / "csrc" / "cuda")]
+    done = subprocess.run([compiler, *flags, *folders, folder / "program.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_earlier_kernels_are_named(folder, capsys, monkeypatch):

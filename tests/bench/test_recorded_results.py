@@ -21,6 +21,7 @@ def test_readme_and_docs_contain_the_recorded_results():
 def test_auto_has_the_recorded_results():
     """The table from which ``auto`` chooses on GPUs is that of the recorded rows."""
     assert record.TABLE.read_text() == record.table(RECORDED), "run python -m bench record"
+    assert record.HEADER.read_text() == record.header(RECORDED), "run python -m bench record"
     assert sum(len(entry.times) for entry in measured.RECORDED) == sum(bool(row["kernel_version"]) for row in RECORDED)
 
 

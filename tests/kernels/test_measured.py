@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from srpkd.kernels import Relation, auto_backend, cuda_device, dispatch, measured, native
-from srpkd.kernels.measured import KERNEL_VERSIONS, Case, Recorded, Time, difference, ranking, sm90_verified
+from srpkd.kernels.measured import (
+    KERNEL_VERSIONS,
+    Case,
+    Recorded,
+    Time,
+    difference,
+    ranking,
+    sm90_verified,
+    verified_kinds,
+)
 
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
 CASE = Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 16)
@@ -127,24 +136,25 @@ def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorde
     return [Recorded(0, case, {name: Time(time, KERNEL_VERSIONS[name] + version) for name, time in names.items()})]
 
 
-def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster() -> None:
-    faster = entries(native_sm80=2.0, native_sm90=1.0)
-    assert sm90_verified(CASE, faster)
-    assert sm90_verified(CASE._replace(pixels=100, batch=1, student=33, teacher=250), faster)  # as many panels
+def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "RECORDED", tuple(entries(native_sm80=2.0, native_sm90=1.0)))
+    assert sm90_verified(CASE)
+    assert sm90_verified(CASE._replace(pixels=100, batch=1, student=33, teacher=250))  # as many panels
     for other in (
         {"student": 65}, {"teacher": 192}, {"dtype": "float16"}, {"dtype": "float32"}, {"normalize": "cosine"},
         {"distance": "huber"}, {"need_grad": False},
     ):  # fmt: skip
-        assert not sm90_verified(CASE._replace(**other), faster), other
+        assert not sm90_verified(CASE._replace(**other)), other
     single = CASE._replace(dtype="float32", precision="high")
-    assert sm90_verified(single, entries(single, native_sm90=1.0))
-    assert not sm90_verified(single._replace(precision="highest"), entries(single, native_sm90=1.0))
+    monkeypatch.setattr(measured, "RECORDED", tuple(entries(single, native_sm90=1.0)))
+    assert sm90_verified(single)
+    assert not sm90_verified(single._replace(precision="highest"))
 
 
 def test_the_sm90_kernel_is_not_taken_by_other_records() -> None:
-    assert not sm90_verified(CASE, entries(native=1.0, triton=1.0))
-    assert not sm90_verified(CASE, entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
-    assert not sm90_verified(CASE, entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
+    assert not verified_kinds(entries(native=1.0, triton=1.0))
+    assert not verified_kinds(entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
+    assert not verified_kinds(entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
 
 
 def test_auto_ranks_native_by_the_kernel_that_it_takes(recorded) -> None:
