@@ -40,6 +40,10 @@ from . import gpu_tests, machine, relation, results
 from . import smoke as smoke_cases
 from .providers import CUDA_KERNELS, KERNEL_VARIABLE
 
+# without it, an access beyond an array stays inside the allocator's pool, and compute-sanitizer misses it
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SELECTED_SECONDS = 30  # for the table's cases by a kernel that is selected by name
+
 
 class Part(NamedTuple):
     """A part of the check.
@@ -113,29 +117,39 @@ def table(check: Check) -> None:
     file, margin = check.out / "relation.csv", 20
     command = ["-m", "bench", "relation", "--missing", "--out", file]
     if check.on_gpu:
-        command += ["--sweep", "table", "--providers", "eager", "compile", *sound_kernels(check), "--budget", 2]
+        command += ["--sweep", "table", "--budget", 2]
+        plain, selected = sound_kernels(check)
+        providers = ["eager", "compile", *plain]
     else:
-        command += ["--pixels", 64, 128, "--providers", "eager", "blocked", "--budget", 0.1]
-    check.python("table", *command, "--minutes", (check.left - margin) / 60)
+        command += ["--pixels", 64, 128, "--budget", 0.1]
+        providers, selected = ["eager", "blocked"], []
+    reserve = SELECTED_SECONDS * len(selected)
+    minutes = (check.left - margin - reserve) / 60
+    check.python("table", *command, "--providers", *providers, "--minutes", minutes, seconds=check.left - reserve)
+    for name in selected:
+        minutes = (min(check.left, SELECTED_SECONDS) - 10) / 60
+        check.python(f"table, {name}", *command, "--providers", name, "--minutes", minutes, seconds=SELECTED_SECONDS)
     print(times(results.read(file)))
 
 
-def sound_kernels(check: Check) -> list[str]:
+def sound_kernels(check: Check) -> tuple[list[str], list[str]]:
     """Return the kernels that the smoke test found neither to crash nor to hang, which would stop a measurement.
 
-    Kernels that are selected by name must have passed it.
+    Second are those that are selected by name, which must have passed it. They need a process each, because a
+    selection may hold for a whole process.
     """
     found: dict[str, set[str]] = {}
     for (kernel, _), entry in smoke_cases.recorded(check.out / "smoke.jsonl").items():
         found.setdefault(kernel, set()).add(entry["status"])
-    sound = []
+    plain: list[str] = []
+    selected: list[str] = []
     for kernel in smoke_cases.GPU_KERNELS:
         states = found.get(kernel, set())
         if states & {"crashed", "hung"} or (kernel in CUDA_KERNELS and "ok" not in states):
-            print(f"{kernel} is not measured: it has not passed the part smoke with this OUT")
+            print(f"{kernel} is left out: it has not passed the part smoke with this OUT")
         else:
-            sound.append(kernel)
-    return sound
+            (selected if kernel in CUDA_KERNELS else plain).append(kernel)
+    return plain, selected
 
 
 def tests(check: Check) -> None:
@@ -173,7 +187,6 @@ def sanitize(check: Check) -> None:
     if not check.on_gpu:
         check.python("sanitize", "-m", "bench.sanitize", "native", "blocked")
         return
-    kernels = sound_kernels(check)
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         print("compute-sanitizer is not installed: skipped")
@@ -186,12 +199,15 @@ def sanitize(check: Check) -> None:
     if works.returncode:
         print(f"compute-sanitizer does not work here, skipped: {works.stdout[-300:]}")
         return
+    plain, selected = sound_kernels(check)
+    groups = [plain, *([name] for name in selected)]
     # first without it, to compile the kernels
-    check.python("sanitize, compile", "-m", "bench.sanitize", *kernels, seconds=check.left / 3)
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for name, share in (("memcheck", 0.5), ("racecheck", 1.0)):
-        options = (tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitize", *kernels)
-        check.command(name, *options, seconds=share * check.left, environment=uncached)
+    check.python("sanitize, compile", "-m", "bench.sanitize", *plain, seconds=check.left / 4)
+    runs = [(name, group) for name in ("memcheck", "racecheck") for group in reversed(groups)]
+    for i, (name, group) in enumerate(runs):
+        options = (tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitize", *group)
+        share = check.left / (len(runs) - i)
+        check.command(f"{name}, {', '.join(group)}", *options, seconds=share, environment=UNCACHED)
 
 
 def sweep_sizes(check: Check) -> None:

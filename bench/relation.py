@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time per case (default: %(default)s)",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="start no case after this time")
-    parser.add_argument("--missing", action="store_true", help="skip cases that have recorded rows")
+    parser.add_argument("--missing", action="store_true", help="skip cases of which all providers are recorded")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     results.add_csv(parser, RESULTS, "--out")
 
@@ -87,8 +87,8 @@ def run(options: argparse.Namespace) -> None:
     start = time.monotonic()
     todo = cases.selected(options)
     if options.missing:
-        recorded = {tuple(row.get(name, "") for name in KEY[1:]) for row in results.read(options.out)}
-        todo = [case for case in todo if _identity(case) not in recorded]
+        recorded = {tuple(row.get(name, "") for name in KEY) for row in results.read(options.out)}
+        todo = [case for case in todo if any((name, *_identity(case)) not in recorded for name in options.providers)]
     print("Times on a shared machine are noisy: compare the ratios, which are measured side by side.")
     for number, case in enumerate(todo):
         if options.minutes is not None and time.monotonic() - start > 60 * options.minutes:

@@ -13,7 +13,7 @@ import time
 import pytest
 from helpers import ROOT
 
-from bench import gpu_check, relation, results, smoke
+from bench import gpu_check, relation, results
 from bench.gpu_check import PARTS, Check
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -40,6 +40,7 @@ def test_wrong_arguments_print_the_usage(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_rehearsal_on_the_cpu(tmp_path):
     """Every part runs to its end and prints its table last; a second call has nothing left to do."""
     done = run_script(tmp_path)
@@ -119,7 +120,7 @@ def test_a_command_stops_at_its_limit_with_its_children(tmp_path):
 
 def test_kernels_that_crash_are_not_measured(tmp_path, capsys):
     check = Check(tmp_path, on_gpu=True)
-    assert gpu_check.sound_kernels(check) == ["native", "closed_form", "triton"]
+    assert gpu_check.sound_kernels(check) == (["native", "closed_form", "triton"], [])
     states = {"native-sm90": ("ok", "hung"), "native-sm80": ("ok", "not covered"), "triton": ("crashed",)}
     entries = [
         {"kernel": kernel, "case": i, "status": status}
@@ -127,9 +128,44 @@ def test_kernels_that_crash_are_not_measured(tmp_path, capsys):
         for i, status in enumerate(own)
     ]
     (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert gpu_check.sound_kernels(check) == ["native-sm80", "native", "closed_form"]
-    assert "native-sm90 is not measured" in capsys.readouterr().out
-    assert set(gpu_check.sound_kernels(check)) < set(smoke.GPU_KERNELS)
+    assert gpu_check.sound_kernels(check) == (["native", "closed_form"], ["native-sm80"])
+    assert "native-sm90 is left out" in capsys.readouterr().out
+
+
+class Recorder(Check):
+    """Record the commands instead of running them."""
+
+    def __init__(self, out, left: float) -> None:
+        super().__init__(out, on_gpu=True)
+        self.deadline = time.monotonic() + left
+        self.commands: list[tuple[list[str], float | None]] = []
+
+    def command(self, name, *words, seconds=None, environment=None) -> int:
+        self.commands.append(([str(word) for word in words], seconds))
+        return 0
+
+
+def test_selected_kernels_are_measured_in_a_process_each(tmp_path, monkeypatch):
+    entries = [{"kernel": kernel, "case": 0, "status": "ok"} for kernel in ("native-sm80", "native-sm90")]
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    check = Recorder(tmp_path, 200)
+    gpu_check.table(check)
+    providers = [words[words.index("--providers") + 1 : words.index("--minutes")] for words, _ in check.commands]
+    assert providers == [
+        ["eager", "compile", "native", "closed_form", "triton"], ["native-sm90"], ["native-sm80"],
+    ]  # fmt: skip
+    assert sum(seconds for _, seconds in check.commands) <= 200
+
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/true")
+    check = Recorder(tmp_path, 200)
+    gpu_check.sanitize(check)
+    tools = [(words[2], words[words.index("bench.sanitize") + 1 :]) for words, _ in check.commands[1:]]
+    groups = [["native-sm80"], ["native-sm90"], ["native", "closed_form", "triton"]]
+    assert tools == [(tool, group) for tool in ("memcheck", "racecheck") for group in groups]
+    for part in ("smoke", "tests", "train", "sweep"):
+        check = Recorder(tmp_path, 200)
+        PARTS[part].run(check)
+        assert check.commands and all(seconds is None or seconds <= 200 for _, seconds in check.commands), part
 
 
 def test_times_of_a_gpu_fit_on_a_line(recorded):

@@ -75,6 +75,9 @@ def test_command_updates_rows(tmp_path, capsys):
     capsys.readouterr()
     run(*arguments, "--missing", "--device", "cpu", "--threads", 1, "--channels", "4/6")
     assert "eager" not in capsys.readouterr().out
+    another = ["--providers", "eager", "reference", "--missing", "--no-memory"]  # one of them is recorded
+    run(*arguments, *another, "--device", "cpu", "--threads", 1, "--channels", "4/6", "--minutes", 0)
+    assert "2 of 2 cases are left" in capsys.readouterr().out
     run(*arguments, "--minutes", 0, "--device", "cpu")
     assert "2 of 2 cases are left" in capsys.readouterr().out
 
