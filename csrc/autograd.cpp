@@ -70,9 +70,9 @@ LossAndGradient loss_and_gradient(const Tensor& student, const Tensor& teacher, 
                                     std::string_view, std::string_view, bool)>("srpkd::relation_loss_forward");
   check_options(student, teacher, options);
   const at::ScalarType dtype = c10::promoteTypes(student.scalar_type(), teacher.scalar_type());
-  auto result = forward.call(as_pixels(student, dtype, options), as_pixels(teacher, dtype, options), options.normalize,
-                             options.distance, options.delta, options.eps, options.reduction, options.method,
-                             need_grad);
+  auto result =
+      forward.call(as_pixels(student, dtype, options), as_pixels(teacher, dtype, options), options.normalize,
+                   options.distance, options.delta, options.eps, options.reduction, options.method, need_grad);
   Tensor& loss = std::get<0>(result);
   if (options.reduction == "none" && !is_batch(student, options)) loss = loss.squeeze(0);
   return result;

@@ -1,5 +1,5 @@
-// The operators' schemas with their CPU and meta implementations, and a Python module with the versions it was built for,
-// the CPU's capabilities and the index arithmetic.
+// The operators' schemas with their CPU and meta implementations, and a Python module with the versions it was built
+// for, the CPU's capabilities and the index arithmetic.
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>

@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   if (!need_grad) return {loss, gradient};
   correct(U, h, q_s, scale);
   const double images_of_mean = reduction == Reduction::mean ? static_cast<double>(images) : 1;
-  at::mul_out(gradient, U,
-              at::scalar_tensor(1 / (images_of_mean * static_cast<double>(pixels) * static_cast<double>(pixels)),
-                                U.options()));
+  at::mul_out(
+      gradient, U,
+      at::scalar_tensor(1 / (images_of_mean * static_cast<double>(pixels) * static_cast<double>(pixels)), U.options()));
   return {loss, gradient};
 }
 
