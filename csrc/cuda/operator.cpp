@@ -11,7 +11,7 @@
 
 #include <limits>
 #include <optional>
-#include <string>
+#include <string_view>
 
 #include "../common/arguments.h"
 #include "sm80/launch.h"
@@ -83,8 +83,8 @@ Device device_of(c10::DeviceIndex index) {
 }
 
 Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
-                            const std::optional<Tensor>& alpha_t, const std::string& normalize,
-                            const std::string& distance, double delta, bool need_grad, int64_t) {
+                            const std::optional<Tensor>& alpha_t, std::string_view normalize, std::string_view distance,
+                            double delta, bool need_grad, int64_t) {
   const Normalize kind = parse_normalize(normalize);
   Params p{};
   p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
