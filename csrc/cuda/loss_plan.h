@@ -7,8 +7,6 @@
 
 namespace srpkd::cuda {
 
-enum class Reduction { none, mean, sum };
-
 struct LossArguments {
   sm80::Features features[2];       // of the teacher, of the student; alpha is null
   sm80::Features tile_features[2];  // as the tiles read them: bfloat16 copies for Precision::bf16 of float32 features
@@ -16,9 +14,7 @@ struct LossArguments {
   Precision precision;
   int element_bytes;  // of features
   int images, pixels;
-  Normalize normalize;
-  Distance distance;
-  double delta, eps;
+  Relation relation;
   Reduction reduction;
   bool need_grad;
   float* loss;     // (images,), or () if it is reduced
@@ -34,8 +30,8 @@ struct LossPlan {
   algebra::WeightedMomentArguments<algebra::SumsOfSplits> weighted;
   algebra::GradientArguments<algebra::SumsOfSplits> gradient;
   Normalize normalize;
-  bool need_grad;
-  bool wide;  // whether a block computes 128 instead of 64 pixels of the row norms and of the gradient
+  int64_t largest_grid;  // thread blocks
+  bool wide;             // whether a block computes 128 instead of 64 pixels of the row norms and of the gradient
 };
 
 // Hands out parts of one allocation, or adds up its size if `base` is null.
@@ -80,14 +76,14 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   const int64_t images = a.images, pixels = a.pixels;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
   const int64_t both = padded(channels_t) + padded(channels_s);
-  const bool row = a.normalize == Normalize::row, scaled = a.normalize != Normalize::none;
+  const bool row = a.relation.normalize == Normalize::row, scaled = a.relation.normalize != Normalize::none;
   LossPlan plan{};
-  plan.normalize = a.normalize, plan.need_grad = a.need_grad;
+  plan.normalize = a.relation.normalize;
   plan.wide = 2 * images * ceil_div(pixels, 2 * BLOCK) >= device.multiprocessors;
 
   if (scaled) {
     NormArguments& n = plan.norms;
-    n.images = a.images, n.pixels = a.pixels, n.eps = static_cast<float>(a.eps);
+    n.images = a.images, n.pixels = a.pixels, n.eps = static_cast<float>(a.relation.eps);
     for (int i = 0; i < 2; ++i) n.features[i] = a.features[i], n.alpha[i] = workspace.take<float>(images * pixels);
     n.resident = resident_blocks(a.features, terms_of(a.element_bytes, a.precision) * PANEL_BYTES * (plan.wide ? 2 : 1),
                                  device.shared_of_block);
@@ -115,8 +111,8 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   sm80::Params& t = plan.tiles;
   for (int i = 0; i < 2; ++i) t.features[i] = a.tile_features[i], t.features[i].alpha = plan.norms.alpha[i];
   t.images = a.images, t.pixels = a.pixels;
-  t.distance = a.distance, t.delta = static_cast<float>(a.delta);
-  t.row = row, t.zero_diagonal = a.normalize == Normalize::cosine;
+  t.distance = a.relation.distance, t.delta = static_cast<float>(a.relation.delta);
+  t.row = row, t.zero_diagonal = a.relation.normalize == Normalize::cosine;
   plan.u_channels = sm80::plan(t, a.precision, a.need_grad, device);
   t.loss = workspace.take<double>(images * t.splits * t.blocks);
   if (a.need_grad) {
@@ -128,7 +124,7 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   }
 
   GradientArguments<SumsOfSplits>& g = plan.gradient;
-  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels, g.normalize = a.normalize;
+  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels, g.normalize = a.relation.normalize;
   SumsOfSplits& sums = g.sums;
   sums.losses = t.loss, sums.loss_parts = t.splits * t.blocks, sums.U = t.U, sums.h = t.h, sums.splits = t.splits;
   for (int i = 0; i < 4; ++i) sums.U_strides[i] = t.U_strides[i];
@@ -149,6 +145,8 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
     w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
     g.weighted = w.weighted;
   }
+  const int64_t row_blocks = ceil_div(pixels, BLOCK), most = t.channel_splits > 2 ? t.channel_splits : 2;
+  plan.largest_grid = images * row_blocks * (most + blocks_of(channels_s)) + images * tiles_of(channels_t);
   return plan;
 }
 

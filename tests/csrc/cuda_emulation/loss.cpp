@@ -113,8 +113,8 @@ const char* relation_loss(int element, int precision, bool pixels_adjacent, cons
     a.features[i] = features_of(f.data, a.element_bytes);
     a.tile_features[i] = features_of(f.tile_data, tile_bytes);
   }
-  a.images = images, a.pixels = pixels, a.normalize = static_cast<Normalize>(normalize);
-  a.distance = static_cast<Distance>(distance), a.delta = delta, a.eps = eps;
+  a.images = images, a.pixels = pixels;
+  a.relation = {static_cast<Normalize>(normalize), static_cast<Distance>(distance), delta, eps};
   a.reduction = static_cast<Reduction>(reduction), a.need_grad = need_grad, a.loss = loss, a.gradient = gradient;
   if (need_grad) std::copy(gradient_strides, gradient_strides + 3, a.gradient_strides);
   const int channels = features[STUDENT].channels;
@@ -139,9 +139,9 @@ const char* relation_loss(int element, int precision, bool pixels_adjacent, cons
   });
   *launches = launch.launches;
 
-  if (a.normalize != Normalize::none)
+  if (a.relation.normalize != Normalize::none)
     for (int i = 0; i < 2; ++i) std::copy_n(plan.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
-  if (a.normalize == Normalize::row) {
+  if (a.relation.normalize == Normalize::row) {
     std::copy_n(plan.moments.results.size, 2 * images, intermediate->size);
     add_terms(plan.moments.results.whole, images, channels, intermediate->moment);
     if (need_grad) add_terms(plan.weighted.weighted, images, channels, intermediate->weighted);
