@@ -99,10 +99,9 @@ Epilogue<T> select_epilogue() {
 
 template <typename T>
 void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_student, const Tensor& alpha_teacher,
-         const Options& options, const Tensor& loss, const Tensor& U, const Tensor& h) {
+         const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const int64_t images = student.size(0), pixels = student.size(1);
-  const int64_t size =
-      options.tile > 0 ? round_up(options.tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
+  const int64_t size = tile > 0 ? round_up(tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
   const int64_t blocks = ceil_div(pixels, size), tiles = tile_count(blocks);
   const int64_t half = round_up(ceil_div(size, 2), LINE);
   const bool need_grad = U.defined();
@@ -148,8 +147,8 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
     const double part = epilogue(
         {i.size, stride, space.gram_s.template mutable_data_ptr<T>(), space.gram_t.template const_data_ptr<T>(),
          alpha(alpha_s, i), alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j),
-         space.h[0].template mutable_data_ptr<T>(), space.h[1].template mutable_data_ptr<T>(), T(options.delta)},
-        {options.normalize, options.distance, need_grad, mirrored});
+         space.h[0].template mutable_data_ptr<T>(), space.h[1].template mutable_data_ptr<T>(), T(relation.delta)},
+        {relation.normalize, relation.distance, need_grad, mirrored});
     if (need_grad) {
       wait_for_turn();
       accumulate(image, i, K, s_j, space.h[0]);
@@ -218,9 +217,9 @@ int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t
 }
 
 void relation_tiles(const Tensor& student, const Tensor& teacher, const Tensor& alpha_s, const Tensor& alpha_t,
-                    const Options& options, const Tensor& loss, const Tensor& U, const Tensor& h) {
+                    const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const auto run_as = student.scalar_type() == at::kDouble ? run<double> : run<float>;
-  run_as(student, teacher, alpha_s, alpha_t, options, loss, U, h);
+  run_as(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
 }
 
 }  // namespace srpkd::cpu

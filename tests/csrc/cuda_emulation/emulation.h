@@ -86,10 +86,11 @@ class Machine {
     if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes});
   }
 
-  // Runs x * y blocks of `threads` threads, in reverse order of the threads if `backwards`.
+  // Runs x * y blocks of `threads` threads, in reverse order of blocks and threads if `backwards`.
   void run(int x, int y, int threads, int shared_bytes, bool backwards, std::function<void()> kernel) {
     kernel_ = std::move(kernel), backwards_ = backwards;
-    for (int block = 0; block < x * y && error.empty(); ++block) {
+    for (int i = 0; i < x * y && error.empty(); ++i) {
+      const int block = backwards ? x * y - 1 - i : i;
       block_[0] = block % x, block_[1] = block / x;
       memory_.assign(shared_bytes, static_cast<char>(0xff));  // NaN in every format
       shadow_.assign(shared_bytes / 4, Shadow{});
@@ -393,6 +394,26 @@ void store_global(T* to, T value) {
   *to = value;
 }
 
+template <int WORDS>
+void load_words(uint32_t (&to)[WORDS], const void* from) {
+  emulation::machine->check_global(from, sizeof to, sizeof to, "read");
+  std::memcpy(to, from, sizeof to);
+}
+template <int WORDS>
+void store_words(void* to, const uint32_t (&from)[WORDS]) {
+  emulation::machine->check_global(to, sizeof from, sizeof from, "write");
+  std::memcpy(to, from, sizeof from);
+}
+template <typename T>
+T load_global_coherent(const T* from) {
+  return load_global(from);
+}
+inline void fence_device() {}
+inline int increment(int* counter) {
+  emulation::machine->check_global(counter, sizeof(int), alignof(int), "atomic addition");
+  return (*counter)++;
+}
+
 template <int BYTES>
 void copy_async(Address to, const void* from, int valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
@@ -419,6 +440,14 @@ T shuffle_xor(T value, int lanes) {
   emulation::Shuffle<T> own{value, T{}, lanes};
   emulation::machine->collective(&emulation::shuffle_warp<T>, &own);
   return own.result;
+}
+
+inline uint32_t pack_bfloat16(float lower, float upper) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = as_bits(value);
+    return value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fffu;
+  };
+  return rounded(lower) | rounded(upper) << 16;
 }
 
 template <typename T, bool UPPER>
