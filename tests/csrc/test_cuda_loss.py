@@ -95,6 +95,7 @@ def emulate(
     device: str = "sm_90",
     backwards: bool = False,
     gradient_layout: Tensor | None = None,
+    method: str = "tiles",
 ) -> Result:
     """Compute the loss with the emulated kernels. The strides of the features determine the layout."""
     dtype, precision = CASES[case]
@@ -120,7 +121,7 @@ def emulate(
         size.data_ptr(),
     )  # fmt: skip
     message = library.relation_loss(
-        DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch, pixels,
+        method == "closed_form", DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch, pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
         ctypes.c_double(relation.eps), REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
         backwards, ctypes.c_void_p(loss.data_ptr()), ctypes.c_void_p(gradient.data_ptr() if need_grad else None),
