@@ -96,9 +96,8 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     const auto planned_loss = planned(student, plan_in);
     const closed_form::Plan& plan = planned_loss.first;
     check_grid(student, plan.largest_grid);
-    with_element([&](auto element) {
-      C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream));
-    });
+    with_element(
+        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream)); });
     return {loss, gradient};
   }
   choose_kernel(a);  // today always sm80

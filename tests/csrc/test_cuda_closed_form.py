@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import error
-from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, draw, emulate, expected_of
 from torch import Tensor
 
 from srpkd.kernels import Relation
+from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, draw, emulate, expected_of
 
 COSINE, NONE = Relation("cosine", "l2"), Relation("none", "l2")
 # the relative error of the gradient: float32, but for bfloat16 gradients, which have 8 bits

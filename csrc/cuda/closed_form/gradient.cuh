@@ -87,8 +87,8 @@ struct Gradient {
     return p.alpha[network] ? load_global(p.alpha[network] + int64_t{image} * p.pixels + pixel + row) : 1.f;
   }
 
-  // Computes V and z of one block of channels. The teacher's and the student's products are added in the same order: for
-  // equal features they cancel exactly.
+  // Computes V and z of one block of channels. The teacher's and the student's products are added in the same order:
+  // for equal features they cancel exactly.
   SRPKD_DEVICE void compute(int block, algebra::Sums<G>& V, algebra::Sums<G>& z) const {
     algebra::Sums<G> of_teacher{};
     add_products(TEACHER, block, of_teacher);
@@ -126,8 +126,7 @@ struct Gradient {
   }
 
   SRPKD_DEVICE void add_dot(const algebra::Sums<G>& V, const algebra::Sums<G>& z, sm80::RowVector<G>& along) const {
-    algebra::for_each<G::M_TILES, G::N_TILES>(
-        [&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
+    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
   }
 
   // Adds the parts of the lanes and warps of a row.
@@ -153,9 +152,8 @@ struct Gradient {
       return shared + (PIXELS_ADJACENT ? column * LINE_FLOATS + row : row * LINE_FLOATS + column) * 4;
     };
     sync_block();  // the panels are free
-    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-      store_shared(place(warp.row(m, i / 2), warp.column(n, i % 2)), V[m][n][i]);
-    });
+    algebra::for_each<G::M_TILES, G::N_TILES>(
+        [&](int m, int n, int i) { store_shared(place(warp.row(m, i / 2), warp.column(n, i % 2)), V[m][n][i]); });
     sync_block();
 #pragma unroll 1
     for (int i = thread_index(); i < BLOCK * BLOCK / UNIT; i += THREADS) {

@@ -18,9 +18,9 @@ SRPKD_DEVICE int64_t offset_of_partial(const Arguments& p, int image, int tile) 
 
 // Grid: (images * tiles, splits). A block computes one tile of one moment over one range of pixels.
 //
-// In the direct form the left factor is the features themselves, in one exact bfloat16 term or two if they have 16 bits,
-// and the right factor is the features times both scales, in three terms. In the difference form both factors are sums
-// of scaled features, in three terms.
+// In the direct form the left factor is the features themselves, in one exact bfloat16 term or two if they have 16
+// bits, and the right factor is the features times both scales, in three terms. In the difference form both factors are
+// sums of scaled features, in three terms.
 template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE>
 struct Moments {
   using Arguments = closed_form::Arguments;
@@ -38,7 +38,8 @@ struct Moments {
   const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count(), split = block_index(1);
   const TileOfMoments at = tile_at(p.tiles, index);
   // of the direct form
-  const int network_of_row = at.moment == BB ? TEACHER : STUDENT, network_of_column = at.moment == AA ? STUDENT : TEACHER;
+  const int network_of_row = at.moment == BB ? TEACHER : STUDENT,
+            network_of_column = at.moment == AA ? STUDENT : TEACHER;
 
   SRPKD_DEVICE explicit Moments(const Arguments& arguments) : p(arguments) {}
 
@@ -77,8 +78,8 @@ struct Moments {
     sync_block();  // the panels are free
     if (thread_index() < BLOCK) {
       const int pixel = pixels.first + thread_index();
-      store_shared(alpha_at(0, thread_index()), alpha_of(network_of_row, pixel, pixels.end) *
-                                                    alpha_of(network_of_column, pixel, pixels.end));
+      store_shared(alpha_at(0, thread_index()),
+                   alpha_of(network_of_row, pixel, pixels.end) * alpha_of(network_of_column, pixel, pixels.end));
     }
     rows.template store<G>(shared, PANEL_BYTES);
     sync_block();
@@ -156,8 +157,8 @@ struct SumMoments {
   // Returns an element of a moment. Of symmetric moments, only tiles on and above the diagonal are stored.
   SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
     const bool mirrored = moment != AB && block_row > block_column;
-    const int tile = mirrored ? p.tiles.index(moment, block_column, block_row)
-                              : p.tiles.index(moment, block_row, block_column);
+    const int tile =
+        mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
     const float* const partial =
         p.partial + offset_of_partial(p, image, tile) + (mirrored ? column * BLOCK + row : row * BLOCK + column);
     double sum = 0;
