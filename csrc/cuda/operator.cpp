@@ -12,10 +12,12 @@
 
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "../common/arguments.h"
 #include "algebra/launch.h"
 #include "choose_kernel.h"
+#include "closed_form/launch.h"
 #include "inputs.h"
 #include "sm80/launch.h"
 
@@ -39,15 +41,26 @@ void launch_loss(const LossPlan& plan, const LossArguments& a, cudaStream_t stre
   C10_CUDA_CHECK(algebra::gradient<T>(plan.weighted, plan.gradient, a.pixels_adjacent, plan.wide, stream));
 }
 
+// Returns the plan of a function of a workspace, and the memory of the workspace.
+template <class MakePlan>
+auto planned(const Tensor& like, MakePlan make_plan) {
+  Workspace size{nullptr};
+  make_plan(size);
+  Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
+  Workspace workspace{memory.mutable_data_ptr<char>()};
+  return std::make_pair(make_plan(workspace), std::move(memory));
+}
+
 LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teacher, std::string_view normalize,
                                       std::string_view distance, double delta, double eps, std::string_view reduction,
                                       std::string_view method, bool need_grad) {
   LossArguments a{};
   a.relation = {parse_normalize(normalize), parse_distance(distance), delta, eps};
   a.reduction = parse_reduction(reduction), a.need_grad = need_grad;
-  TORCH_CHECK_NOT_IMPLEMENTED(parse_method(method, a.relation.distance) == Method::tiles,
-                              "method=\"closed_form\" is not implemented for CUDA: use method=\"tiles\", or "
-                              "backend='closed_form'");
+  const Method chosen = parse_method(method, a.relation.distance);
+  TORCH_CHECK_NOT_IMPLEMENTED(chosen == Method::tiles || a.relation.normalize != Normalize::row,
+                              "method=\"closed_form\" supports normalize=\"cosine\" or \"none\" on a GPU, received \"",
+                              normalize, "\": use method=\"tiles\", or backend='closed_form'");
   check_features(student, teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
@@ -57,7 +70,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
   Tensor q_s = student, q_t = teacher;
   a.pixels_adjacent = unify_layouts(q_s, q_t);
   Tensor tiles_s = q_s, tiles_t = q_t;
-  if (student.scalar_type() == at::kFloat && a.precision == Precision::bf16) {
+  if (chosen == Method::tiles && student.scalar_type() == at::kFloat && a.precision == Precision::bf16) {
     tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);
     make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);
   }
@@ -71,23 +84,30 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     a.gradient = gradient.mutable_data_ptr();
     for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
   }
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const auto with_element = [&](auto launch) {
+    if (student.scalar_type() == at::kBFloat16) return launch(BFloat16{});
+    if (student.scalar_type() == at::kHalf) return launch(Half{});
+    return launch(0.f);
+  };
+  if (chosen == Method::closed_form) {
+    const int multiprocessors = device_of(student.get_device()).multiprocessors;
+    const auto plan_in = [&](Workspace& workspace) { return closed_form::make_plan(a, multiprocessors, workspace); };
+    const auto planned_loss = planned(student, plan_in);
+    const closed_form::Plan& plan = planned_loss.first;
+    check_grid(student, plan.largest_grid);
+    with_element(
+        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream)); });
+    return {loss, gradient};
+  }
   choose_kernel(a);  // today always sm80
 
   const sm80::Device device = device_of(student.get_device());
-  Workspace size{nullptr};
-  make_plan(a, device, size);
-  const Tensor memory = at::empty({size.bytes}, student.options().dtype(at::kByte));
-  Workspace workspace{memory.mutable_data_ptr<char>()};
-  const LossPlan plan = make_plan(a, device, workspace);
+  const auto plan_in = [&](Workspace& workspace) { return make_plan(a, device, workspace); };
+  const auto planned_loss = planned(student, plan_in);
+  const LossPlan& plan = planned_loss.first;
   check_grid(student, plan.largest_grid);
-
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  if (student.scalar_type() == at::kBFloat16)
-    launch_loss<BFloat16>(plan, a, stream);
-  else if (student.scalar_type() == at::kHalf)
-    launch_loss<Half>(plan, a, stream);
-  else
-    launch_loss<float>(plan, a, stream);
+  with_element([&](auto element) { launch_loss<decltype(element)>(plan, a, stream); });
   return {loss, gradient};
 }
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import DELTA, error, within
+from helpers import DELTA, error
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
-from srpkd.kernels.formulas import gradient_dtype, row_scales
+from srpkd.kernels.formulas import gradient_dtype
 from srpkd.kernels.reference import relation_loss as reference_loss
 
 PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
@@ -95,6 +94,7 @@ def emulate(
     device: str = "sm_90",
     backwards: bool = False,
     gradient_layout: Tensor | None = None,
+    method: str = "tiles",
 ) -> Result:
     """Compute the loss with the emulated kernels. The strides of the features determine the layout."""
     dtype, precision = CASES[case]
@@ -120,7 +120,8 @@ def emulate(
         size.data_ptr(),
     )  # fmt: skip
     message = library.relation_loss(
-        DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch, pixels,
+        method == "closed_form", DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch,
+        pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
         ctypes.c_double(relation.eps), REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
         backwards, ctypes.c_void_p(loss.data_ptr()), ctypes.c_void_p(gradient.data_ptr() if need_grad else None),

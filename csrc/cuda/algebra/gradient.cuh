@@ -7,6 +7,30 @@
 
 namespace srpkd::cuda::algebra {
 
+// Writes `valid` adjacent elements of the gradient, pixels or channels, of which the first is given, times the scale.
+template <class T, bool PIXELS_ADJACENT, class Arguments>
+SRPKD_DEVICE void store_gradient_unit(const Arguments& p, int image, float (&x)[4], int pixel, int channel, int valid) {
+  constexpr bool NARROW = std::is_same_v<T, BFloat16>;
+  using Bits = std::conditional_t<NARROW, uint16_t, uint32_t>;
+  const auto scale = static_cast<float>(p.scale);
+  const int64_t step = p.gradient_strides[PIXELS_ADJACENT ? 1 : 2];
+  Bits* const to = static_cast<Bits*>(p.gradient) + image * p.gradient_strides[0] + pixel * p.gradient_strides[1] +
+                   channel * p.gradient_strides[2];
+  uint32_t word[NARROW ? 2 : 4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) x[e] *= scale;
+  if constexpr (NARROW) {
+    word[0] = pack_bfloat16(x[0], x[1]), word[1] = pack_bfloat16(x[2], x[3]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) word[e] = as_bits(x[e]);
+  }
+  if (step == 1 && valid == 4 && reinterpret_cast<uintptr_t>(to) % sizeof word == 0) return store_words(to, word);
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (e < valid) store_global(to + e * step, static_cast<Bits>(NARROW ? word[e / 2] >> e % 2 * 16 : word[e]));
+}
+
 // Grid: (loss blocks + gradient blocks, 1). A gradient block computes ROWS pixels x 64 channels of
 //
 //   none      U
@@ -134,30 +158,8 @@ struct Gradient {
 #pragma unroll
         for (int e = 0; e < UNIT; ++e) x[e] -= load_shared<float>(weights + (PIXELS_ADJACENT ? r + e : r) * 4) * q[e];
       }
-      store(x, pixel + r, channel + c, valid);
+      store_gradient_unit<T, PIXELS_ADJACENT>(p, image, x, pixel + r, channel + c, valid);
     }
-  }
-
-  SRPKD_DEVICE void store(float (&x)[UNIT], int at_pixel, int at_channel, int valid) const {
-    constexpr bool NARROW = std::is_same_v<T, BFloat16>;
-    using Bits = std::conditional_t<NARROW, uint16_t, uint32_t>;
-    const auto scale = static_cast<float>(p.scale);
-    const int64_t step = p.gradient_strides[PIXELS_ADJACENT ? 1 : 2];
-    Bits* const to = static_cast<Bits*>(p.gradient) + image * p.gradient_strides[0] + at_pixel * p.gradient_strides[1] +
-                     at_channel * p.gradient_strides[2];
-    uint32_t word[NARROW ? 2 : 4];
-#pragma unroll
-    for (int e = 0; e < UNIT; ++e) x[e] *= scale;
-    if constexpr (NARROW) {
-      word[0] = pack_bfloat16(x[0], x[1]), word[1] = pack_bfloat16(x[2], x[3]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < UNIT; ++e) word[e] = as_bits(x[e]);
-    }
-    if (step == 1 && valid == UNIT && reinterpret_cast<uintptr_t>(to) % sizeof word == 0) return store_words(to, word);
-#pragma unroll
-    for (int e = 0; e < UNIT; ++e)
-      if (e < valid) store_global(to + e * step, static_cast<Bits>(NARROW ? word[e / 2] >> e % 2 * 16 : word[e]));
   }
 };
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../../csrc/cuda/algebra/sequence.cuh"
+#include "../../../csrc/cuda/closed_form/sequence.cuh"
 #include "../../../csrc/cuda/sm80/relation_tiles.cuh"
 
 namespace {
@@ -94,10 +95,11 @@ struct Intermediate {
 
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
 // launches receives the number of kernels.
-const char* relation_loss(int element, int precision, bool pixels_adjacent, const FeaturesOfTest* features, int images,
-                          int pixels, int normalize, int distance, double delta, double eps, int reduction,
-                          bool need_grad, const int* device, bool backwards, float* loss, void* gradient,
-                          const int64_t* gradient_strides, const Intermediate* intermediate, int* launches) {
+const char* relation_loss(bool closed_form, int element, int precision, bool pixels_adjacent,
+                          const FeaturesOfTest* features, int images, int pixels, int normalize, int distance,
+                          double delta, double eps, int reduction, bool need_grad, const int* device, bool backwards,
+                          float* loss, void* gradient, const int64_t* gradient_strides,
+                          const Intermediate* intermediate, int* launches) {
   LossArguments a{};
   Machine local;
   a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
@@ -122,14 +124,27 @@ const char* relation_loss(int element, int precision, bool pixels_adjacent, cons
   local.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
 
   const sm80::Device properties{device[0], device[1], device[2], device[3]};
-  Workspace size{nullptr};
-  make_plan(a, properties, size);
-  std::vector<char> memory(size.bytes + 256, static_cast<char>(0xff));  // NaN, and -1 in counters
-  Workspace workspace{reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256))};
-  const LossPlan plan = make_plan(a, properties, workspace);
-  local.allow(workspace.base, workspace.bytes);
-
+  std::vector<char> memory;
+  const auto planned = [&](auto make_plan) {
+    Workspace size{nullptr};
+    make_plan(size);
+    memory.assign(size.bytes + 256, static_cast<char>(0xff));  // NaN, and -1 in counters
+    Workspace workspace{reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256))};
+    const auto plan = make_plan(workspace);
+    local.allow(workspace.base, workspace.bytes);
+    return plan;
+  };
   Launch launch{local, backwards, properties.shared_of_block};
+  if (closed_form) {
+    const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
+    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+      cuda::closed_form::launch_loss<decltype(type), decltype(adjacent)::value>(plan, launch);
+    });
+    *launches = launch.launches;
+    message = local.error;
+    return message.c_str();
+  }
+  const LossPlan plan = planned([&](Workspace& w) { return make_plan(a, properties, w); });
   with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
     launch_scales<decltype(type), decltype(adjacent)::value>(plan, launch);
   });
