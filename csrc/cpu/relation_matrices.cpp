@@ -5,8 +5,8 @@
 // That is one product more than the Gram matrices, and no C x C matrices, which cost more if an image has fewer pixels
 // than channels.
 //
-// An image is computed in three passes over blocks of rows, in parallel: a pass needs the results of all rows of the
-// one before. Each block writes its own rows only, so that results do not depend on the order.
+// An image is computed in four passes over blocks of rows, in parallel: a pass needs the results of all rows of the one
+// before. Each block writes its own rows only, so that results do not depend on the order.
 #include "relation_matrices.h"
 
 #include <ATen/Parallel.h>
@@ -27,7 +27,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t MAX_PIXELS = 1024;
-constexpr int64_t BLOCK = 128;                      // rows
+constexpr int64_t BLOCK = 64;                       // rows
 constexpr double OPERATIONS_OF_A_THREAD = 1 << 20;  // less is not worth a further thread
 
 template <typename T>
@@ -43,12 +43,14 @@ Tensor readable(const Tensor& features) {
   return image_of(wide, 0, wide.const_data_ptr<T>()).is_blas() ? wide : wide.contiguous();
 }
 
-// The arrays of one image. Rows start at multiples of LINE elements, and end with zeros.
+// The arrays of one image. Rows start at multiples of LINE elements, and end with zeros. A further LINE keeps the rows
+// of a column from sharing the same few places in a cache.
 template <typename T>
 class Workspace {
  public:
   Workspace(int64_t pixels, const at::TensorOptions& options)
-      : stride(round_up(pixels, LINE)), memory_(at::empty({2 * pixels + 3, stride}, options)) {
+      : stride(round_up(pixels, LINE) + (pixels > BLOCK ? LINE : 0)),
+        memory_(at::empty({2 * pixels + 3, stride}, options)) {
     gram_s = memory_.mutable_data_ptr<T>();
     gram_t = gram_s + pixels * stride;
     alpha_s = gram_t + pixels * stride;
@@ -71,19 +73,27 @@ class Image {
   Image(const Relation& relation, Workspace<T>& space, Matrix<const T> student, Matrix<const T> teacher)
       : relation_(relation), space_(space), student_(student), teacher_(teacher) {}
 
-  // Pass 1: the rows of both Gram matrices, and their scales.
-  void relate(Block rows) {
-    gram(student_, rows, space_.gram_s, space_.alpha_s);
-    gram(teacher_, rows, space_.gram_t, space_.alpha_t);
+  // Pass 1: the rows of both Gram matrices, up to the block on the diagonal.
+  void multiply_features(Block rows) {
+    gram(student_, rows, space_.gram_s);
+    gram(teacher_, rows, space_.gram_t);
   }
 
-  // Pass 2: the rows of K and h. Returns the rows' part of the loss.
+  // Pass 2: the rest of the rows, by symmetry, and their scales.
+  void complete(Block rows) {
+    mirror(rows, space_.gram_s);
+    mirror(rows, space_.gram_t);
+    if (relation_.normalize == Normalize::none) return;
+    scale(rows, space_.gram_s, space_.alpha_s);
+    scale(rows, space_.gram_t, space_.alpha_t);
+  }
+
+  // Pass 3: the rows of K and h. Returns the rows' part of the loss.
   double compare(Block rows, bool need_grad) {
-    const double loss = kernels_.epilogue(operands(rows), {relation_.normalize, relation_.distance, need_grad, false});
-    return loss;
+    return kernels_.epilogue(operands(rows), {relation_.normalize, relation_.distance, need_grad, false});
   }
 
-  // Pass 3: the rows of the gradient.
+  // Pass 4: the rows of the gradient.
   void differentiate(Block rows, T scale, Matrix<T> gradient) {
     const TileOperands<T> tile = operands(rows);
     if (relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);
@@ -95,19 +105,28 @@ class Image {
   }
 
  private:
-  void gram(const Matrix<const T>& features, Block rows, T* matrix, T* alpha) {
-    const int64_t pixels = features.rows, stride = space_.stride;
-    matrix += rows.begin * stride;
-    multiply(features.row_range(rows.begin, rows.size), features.t(), T(1), {matrix, rows.size, pixels, stride, 1});
-    for (int64_t i = 0; i < rows.size; ++i) {
-      T* const row = matrix + i * stride;
-      std::fill(row + pixels, row + stride, T(0));
-      if (relation_.normalize == Normalize::none) continue;
+  void gram(const Matrix<const T>& features, Block rows, T* matrix) {
+    const int64_t columns = rows.begin + rows.size, stride = space_.stride;
+    multiply(features.row_range(rows.begin, rows.size), features.row_range(0, columns).t(), T(1),
+             {matrix + rows.begin * stride, rows.size, columns, stride, 1});
+  }
+
+  void mirror(Block rows, T* matrix) {
+    const int64_t pixels = student_.rows, stride = space_.stride, end = rows.begin + rows.size;
+    for (int64_t left = end; left < pixels; left += LINE)  // LINE columns at a time: their rows stay in the cache
+      for (int64_t i = rows.begin; i < end; ++i)
+        for (int64_t j = left; j < std::min(left + LINE, pixels); ++j) matrix[i * stride + j] = matrix[j * stride + i];
+    for (int64_t i = rows.begin; i < end; ++i) std::fill(matrix + i * stride + pixels, matrix + (i + 1) * stride, T(0));
+  }
+
+  void scale(Block rows, const T* matrix, T* alpha) {
+    for (int64_t i = rows.begin; i < rows.begin + rows.size; ++i) {
+      const T* const row = matrix + i * space_.stride;
       const double square =
-          relation_.normalize == Normalize::row ? kernels_.sum_of_squares(row, stride) : row[rows.begin + i];
+          relation_.normalize == Normalize::row ? kernels_.sum_of_squares(row, space_.stride) : row[i];
       const T norm = static_cast<T>(std::sqrt(square));
       // NaN if the norm is NaN or overflows
-      alpha[rows.begin + i] = norm <= static_cast<T>(relation_.eps) ? T(0) : 1 / norm + 0 * norm;
+      alpha[i] = norm <= static_cast<T>(relation_.eps) ? T(0) : 1 / norm + 0 * norm;
     }
   }
 
@@ -165,7 +184,8 @@ void run(const Tensor& student, const Tensor& teacher, const Relation& relation,
           for (int64_t block = first; block < last; ++block) pass(block, block_at(block, size, pixels));
         });
       };
-      for_each_block([&](int64_t, Block rows) { current.relate(rows); });
+      for_each_block([&](int64_t, Block rows) { current.multiply_features(rows); });
+      for_each_block([&](int64_t, Block rows) { current.complete(rows); });
       for_each_block([&](int64_t block, Block rows) { parts[block] = current.compare(rows, need_grad); });
       loss[image] = 0;
       for (const double part : parts) loss[image] += part / pairs;
