@@ -109,9 +109,10 @@ def auto_backend(
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_auto_backend(
+def cached_auto_backend(
     device: torch.device, relation: Relation, dtype: torch.dtype, pixels: int, channels: tuple[int, int]
 ) -> str:
+    """``auto_backend``, computed once for each kind of features."""
     return auto_backend(device, relation, dtype, pixels, channels)
 
 
@@ -130,7 +131,7 @@ def resolve_backend(
         ValueError: the named backend does not support this distance or dtype.
     """
     if backend == "auto":
-        return _cached_auto_backend(device, relation, dtype, pixels, channels)
+        return cached_auto_backend(device, relation, dtype, pixels, channels)
     _check_supported(backend, device, dtype, relation)
     return backend
 
@@ -149,9 +150,7 @@ def compute_loss(
         BackendUnavailable, ValueError: as ``resolve_backend``.
     """
     _, pixels, channels = student.shape
-    name = resolve_backend(
-        backend, student.device, relation, student.dtype, pixels, (channels, teacher.shape[2])
-    )
+    name = resolve_backend(backend, student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
     module = backend_module(name)
     if hasattr(module, "loss_and_gradient"):
         return module.loss_and_gradient(student, teacher, relation, need_grad)
