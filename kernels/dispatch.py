@@ -109,9 +109,10 @@ def auto_backend(
 
 
 @functools.lru_cache(maxsize=1024)
-def _cached_auto_backend(
+def cached_auto_backend(
     device: torch.device, relation: Relation, dtype: torch.dtype, pixels: int, channels: tuple[int, int]
 ) -> str:
+    """``auto_backend``, computed once for each kind of features."""
     return auto_backend(device, relation, dtype, pixels, channels)
 
 
@@ -130,7 +131,7 @@ def resolve_backend(
         ValueError: the named backend does not support this distance or dtype.
     """
     if backend == "auto":
-        return _cached_auto_backend(device, relation, dtype, pixels, channels)
+        return cached_auto_backend(device, relation, dtype, pixels, channels)
     _check_supported(backend, device, dtype, relation)
     return backend
 

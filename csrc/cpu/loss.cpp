@@ -4,9 +4,12 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "../common/arguments.h"
+#include "relation_matrices.h"
 #include "relation_tiles.h"
 
 namespace srpkd::cpu {
@@ -71,6 +74,36 @@ void correct(const Tensor& U, const Tensor& h, const Tensor& features, const Sca
   sum.baddbmm_(at::bmm(weighted.mT(), features) / size.square(), features.mT(), 1, -1);
 }
 
+// Writes the loss of each image (B,) in double, and `gradient_scale` times its gradient if that is defined.
+void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale,
+                const Tensor& losses, const Tensor& gradient) {
+  const int64_t images = student.size(0), pixels = student.size(1);
+  const at::ScalarType sums = accumulator(student.scalar_type());
+  const Tensor q_s = student.to(sums), q_t = teacher.to(sums);
+  const Scale scale = scale_of(q_s, relation);
+  const Tensor alpha_t = scale_of(q_t, relation).alpha;
+  const bool need_grad = gradient.defined();
+  const Tensor U = need_grad ? at::zeros_like(q_s) : Tensor();
+  const Tensor h = need_grad && scale.alpha.defined() ? at::zeros({images, pixels}, q_s.options()) : Tensor();
+  losses.zero_();
+  relation_tiles(student, teacher, scale.alpha, alpha_t, relation, 0, losses, U, h);
+  losses.div_(static_cast<double>(pixels) * static_cast<double>(pixels));
+  if (!need_grad) return;
+  correct(U, h, q_s, scale);
+  Tensor result = gradient;
+  at::mul_out(result, U, at::scalar_tensor(gradient_scale, U.options()));
+}
+
+template <typename T>
+void reduce(const double* losses, int64_t images, Reduction reduction, T* loss) {
+  if (reduction == Reduction::none) {
+    std::copy_n(losses, images, loss);
+    return;
+  }
+  const double total = std::accumulate(losses, losses + images, 0.0);
+  *loss = static_cast<T>(reduction == Reduction::mean ? total / static_cast<double>(images) : total);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& teacher, const Relation& relation,
@@ -79,26 +112,20 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   auto [loss, gradient] = empty_loss_and_gradient(student, reduction, need_grad);
   const int64_t images = student.size(0), pixels = student.size(1);
-  const at::ScalarType sums = accumulator(student.scalar_type());
-  const Tensor q_s = student.to(sums), q_t = teacher.to(sums);
-  Scale scale = scale_of(q_s, relation);
-  const Tensor alpha_t = scale_of(q_t, relation).alpha;
+  double gradient_scale = 1 / (static_cast<double>(pixels) * static_cast<double>(pixels));
+  if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(images);
 
-  const Tensor losses = at::zeros({images}, student.options().dtype(at::kDouble));
-  const Tensor U = need_grad ? at::zeros_like(q_s) : Tensor();
-  const Tensor h = need_grad && scale.alpha.defined() ? at::zeros({images, pixels}, q_s.options()) : Tensor();
-  relation_tiles(student, teacher, scale.alpha, alpha_t, relation, 0, losses, U, h);
-  losses.div_(static_cast<double>(pixels) * static_cast<double>(pixels));
-  if (reduction == Reduction::none)
-    loss.copy_(losses);
+  const Tensor losses = at::empty({images}, student.options().dtype(at::kDouble));
+  const Tensor written = need_grad ? gradient : Tensor();
+  if (fit_in_cache(pixels))
+    relation_matrices(student, teacher, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
   else
-    loss.copy_(reduction == Reduction::mean ? losses.mean() : losses.sum());
-  if (!need_grad) return {loss, gradient};
-  correct(U, h, q_s, scale);
-  const double images_of_mean = reduction == Reduction::mean ? static_cast<double>(images) : 1;
-  at::mul_out(
-      gradient, U,
-      at::scalar_tensor(1 / (images_of_mean * static_cast<double>(pixels) * static_cast<double>(pixels)), U.options()));
+    tiled_loss(student, teacher, relation, gradient_scale, losses, written);
+
+  if (loss.scalar_type() == at::kDouble)
+    reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<double>());
+  else
+    reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<float>());
   return {loss, gradient};
 }
 

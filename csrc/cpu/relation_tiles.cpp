@@ -9,7 +9,6 @@
 #include "relation_tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
@@ -23,12 +22,11 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <string>
 #include <thread>
 #include <vector>
 
 #include "../common/index.h"
-#include "epilogue.h"
+#include "kernels.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -89,15 +87,6 @@ Tensor gram(const Tensor& workspace, const Tensor& left, const Tensor& right, in
 }
 
 template <typename T>
-Epilogue<T> select_epilogue() {
-#if defined(SRPKD_HAS_AVX2)
-  const std::string capability = at::get_cpu_capability();  // respects ATEN_CPU_CAPABILITY
-  if (capability.rfind("AVX2", 0) == 0 || capability.rfind("AVX512", 0) == 0) return avx2::epilogue;
-#endif
-  return baseline::epilogue;
-}
-
-template <typename T>
 void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_student, const Tensor& alpha_teacher,
          const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const int64_t images = student.size(0), pixels = student.size(1);
@@ -106,7 +95,7 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
   const int64_t half = round_up(ceil_div(size, 2), LINE);
   const bool need_grad = U.defined();
   const auto type = student.options().dtype(c10::CppTypeToScalarType<T>::value);
-  const Epilogue<T> epilogue = select_epilogue<T>();
+  const Kernels<T>& kernels = select_kernels<T>();
 
   const std::vector<Tensor> q_s = student.unbind(0), q_t = teacher.unbind(0);  // (N, C) each
   const std::vector<Tensor> u = need_grad ? U.unbind(0) : std::vector<Tensor>{};
@@ -144,10 +133,11 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
     const auto alpha = [&](const Tensor& alpha, Block block) {
       return alpha.defined() ? alpha.const_data_ptr<T>() + image * alpha.size(1) + block.begin : nullptr;
     };
-    const double part = epilogue(
-        {i.size, stride, space.gram_s.template mutable_data_ptr<T>(), space.gram_t.template const_data_ptr<T>(),
-         alpha(alpha_s, i), alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j),
-         space.h[0].template mutable_data_ptr<T>(), space.h[1].template mutable_data_ptr<T>(), T(relation.delta)},
+    T* const gram_s = space.gram_s.template mutable_data_ptr<T>();  // overwritten with K
+    const double part = kernels.epilogue(
+        {i.size, stride, gram_s, space.gram_t.template const_data_ptr<T>(), gram_s, alpha(alpha_s, i),
+         alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j), space.h[0].template mutable_data_ptr<T>(),
+         space.h[1].template mutable_data_ptr<T>(), T(relation.delta), 0},
         {relation.normalize, relation.distance, need_grad, mirrored});
     if (need_grad) {
       wait_for_turn();

@@ -158,3 +158,216 @@ def check(
         assert result.gradient.dtype == gradient_dtype(student.dtype)
         assert error(result.gradient, gradient) < TOLERANCE[case]
     return result
+
+
+# --- the whole loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@every_layout
+@every_case
+def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: Relation) -> None:
+    """At most six launches for row, three for cosine, two for none; backward adds one."""
+    result = check(library, *draw(CASES[case][0], 2, 75, (5, 7), layout), relation, case)
+    assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pixels", [1, 3, 33, 64, 65, 200, 257])
+@every_layout
+@every_case
+def test_any_number_of_pixels(library: ctypes.CDLL, case: str, layout: str, pixels: int) -> None:
+    for relation in (ROW, COSINE) if pixels > 1 else (Relation("none", "l2"),):
+        check(library, *draw(CASES[case][0], 1, pixels, (5, 4), layout), relation, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [(1, 1), (3, 33), (33, 3), (64, 65), (65, 130), (200, 64), (257, 8)], ids=str)
+@every_layout
+@every_case
+def test_any_number_of_channels(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
+    student, teacher = draw(CASES[case][0], 1, 20, channels, layout)
+    if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
+        student, teacher = (x.as_strided(x.shape, (20, 1, 20)) for x in (student, teacher))
+    for relation in (ROW, COSINE):
+        check(library, student, teacher, relation, case)
+
+
+@pytest.mark.parametrize("relation", [ROW, COSINE, Relation("none", "huber")], ids=lambda r: r.normalize)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions(library: ctypes.CDLL, reduction: str, relation: Relation) -> None:
+    features = draw(torch.float32, 3, 70, (6, 5))
+    check(library, *features, relation, "highest", reduction)
+    only_loss = check(library, *features, relation, "highest", reduction, need_grad=False)
+    assert only_loss.launches == {"row": 5, "cosine": 3, "none": 2}[relation.normalize]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", ["bf16", "highest"])
+def test_plans_for_several_devices(library: ctypes.CDLL, case: str, device: str) -> None:
+    """The plan fits into shared memory, with features that stay there and features that do not."""
+    for pixels, channels in ((200, (70, 300)), (20, (10, 600))):
+        check(library, *draw(CASES[case][0], 1, pixels, channels, "nchw"), ROW, case, device=device)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@every_case
+def test_zero_norm_pixels(library: ctypes.CDLL, case: str, normalize: str) -> None:
+    student, teacher = draw(CASES[case][0], 1, 70, (9, 10))
+    student[:, 3:5] = teacher[:, 4:6] = student[:, 66] = 0
+    result = check(library, student, teacher, Relation(normalize, "l1"), case)
+    assert normalize != "cosine" or (result.gradient[:, [3, 4, 66]] == 0).all()
+    if normalize != "none":
+        assert (result.alpha[1][:, [3, 4, 66]] == 0).all() and (result.alpha[0][:, [4, 5]] == 0).all()
+
+
+@pytest.mark.parametrize("normalize", ["row", "cosine"])
+@every_layout
+@every_case
+def test_equal_features_give_exactly_zero(library: ctypes.CDLL, case: str, layout: str, normalize: str) -> None:
+    student, _ = draw(CASES[case][0], 1, 90, (70, 1), layout)
+    result = emulate(library, student, student.clone(), Relation(normalize, "l1"), case)
+    assert result.loss == 0 and (result.gradient == 0).all()
+
+
+@every_case
+def test_nan_and_infinity_propagate(library: ctypes.CDLL, case: str) -> None:
+    student, teacher = draw(CASES[case][0], 1, 40, (5, 6))
+    for relation, broken in itertools.product((ROW, COSINE, Relation("none", "l1")), (student, teacher)):
+        before = broken[0, 3, 2].item()
+        for value in (math.nan, math.inf):
+            broken[0, 3, 2] = value
+            result = emulate(library, student, teacher, relation, case)
+            assert not result.loss.isfinite()
+            assert broken is teacher or not result.gradient.isfinite().all()  # sign(NaN) is 0
+        broken[0, 3, 2] = before
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
+def test_error_is_as_small_as_that_of_eager(
+    library: ctypes.CDLL, case: str, relation: Relation, channels: tuple[int, int]
+) -> None:
+    """Errors against float64 are at most three times those of eager autograd, on features after a ReLU."""
+    student, teacher = (torch.randn(1, c, 100).relu().to(CASES[case][0]).mT for c in channels)
+    student[:, 7] = 0
+
+    def eager(student: Tensor) -> tuple[Tensor, Tensor]:
+        student = student.detach().requires_grad_()
+        loss = reference_loss(student, teacher.to(student.dtype), relation).mean()
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    (exact_loss, exact), (eager_loss, expected) = eager(student.double()), eager(student)
+    result = emulate(library, student, teacher, relation, case)
+    assert error(result.gradient, exact) < 3 * error(expected, exact) + 1e-7
+    assert error(result.loss, exact_loss) < 3 * error(eager_loss, exact_loss) + 5e-7
+
+
+def alpha_of(features: Tensor) -> Tensor:
+    return row_scales(features.double(), ROW)[0]
+
+
+@pytest.mark.parametrize("magnitude", [1e-18, 1e-9, 1e9, 1e18])
+@pytest.mark.parametrize("case", ["bf16", "highest"])
+@every_layout
+def test_extreme_magnitudes(library: ctypes.CDLL, layout: str, case: str, magnitude: float) -> None:
+    """Squares of squares of features would overflow or underflow."""
+    student, teacher = draw(torch.float32, 1, 70, (6, 7), layout)
+    student, teacher = ((x * magnitude).to(CASES[case][0]) for x in (student, teacher))
+    for relation in (Relation("row", "l1", eps=0), Relation("cosine", "l1", eps=0)):
+        result = emulate(library, student, teacher, relation, case)
+        loss, _ = expected_of(student, teacher, relation, "mean")
+        # the gradient is 1 / magnitude times that of features of ordinary size, which a float holds
+        _, gradient = expected_of(student.double() / magnitude, teacher.double() / magnitude, relation, "mean")
+        assert error(result.loss, loss) < 1e-6
+        # at 1e18, K of row is near the smallest normal number: its second term loses bits
+        assert error(result.gradient.double() * magnitude, gradient) < max(TOLERANCE[case], 3e-4)
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("mean", [1, 10, 100])
+@every_layout
+@every_case
+def test_pixels_without_the_common_mean_keep_their_digits(
+    library: ctypes.CDLL, case: str, layout: str, mean: float, outliers: bool
+) -> None:
+    """Computed as q^T M q, their row norms would be small differences of large sums."""
+    if case in ("high", "medium"):
+        pytest.skip("the scales are those of highest")
+    student, teacher = (torch.randn(1, 300, c) + mean for c in (8, 70))
+    for x in (student, teacher):
+        x[:, :: 10 if outliers else 299] -= mean
+    student, teacher = (x.to(CASES[case][0]) for x in (student, teacher))
+    if layout == "nchw":
+        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+    result = emulate(library, student, teacher, ROW, case, need_grad=False)
+    for alpha, features in zip(result.alpha, (teacher, student)):
+        eager = row_scales(features.float(), ROW)[0]
+        exact = alpha_of(features)
+        worst = ((alpha - exact) / exact).abs().max()
+        assert worst < 3 * ((eager - exact) / exact).abs().max() + 5e-7
+
+
+@every_case
+def test_moment(library: ctypes.CDLL, case: str) -> None:
+    """M of features with a mean, over several ranges of pixels and blocks of channels."""
+    student, teacher = draw(CASES[case][0], 2, 500, (100, 4), "nchw")
+    student[..., 3] += 50
+    result = emulate(library, student, teacher, ROW, case)
+    assert error(result.moment, student.double().mT @ student.double()) < 2e-7
+    assert error(result.moment[..., 4:, 4:], (student.double().mT @ student.double())[..., 4:, 4:]) < 2e-7
+
+
+# --- memory and order -------------------------------------------------------------------------------------------------
+
+ALL = slice(None)
+# views (B, C, N) or (B, N, C): the index and the adjacent dimension; units of 8 elements are aligned or not
+VIEWS = {
+    "aligned": ((ALL, ALL, ALL), 64),
+    "every_other_image": ((slice(1, None, 2), ALL, ALL), 64),
+    "every_other_line": ((ALL, slice(1, None, 2), ALL), 64),
+    "offset_by_one": ((ALL, ALL, slice(1, None)), 63),
+    "odd": ((ALL, ALL, ALL), 37),
+}
+
+
+@pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda r: r.normalize)
+@pytest.mark.parametrize("view", VIEWS)
+@every_layout
+@pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
+def test_views_are_read_in_place(
+    library: ctypes.CDLL, case: str, layout: str, view: str, relation: Relation
+) -> None:
+    """NaN surrounds the views, so that a read out of bounds changes the result."""
+    index, adjacent = VIEWS[view]
+    sizes = (66, (adjacent, adjacent)) if layout == "nlc" else (adjacent, (10, 7))
+    student, teacher = draw(CASES[case][0], 2, *sizes)
+    if layout == "nchw":
+        student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
+    else:
+        student, teacher = within(student, *index), within(teacher, *index)
+    check(library, student, teacher, relation, case, gradient_layout=torch.empty_like(student))
+
+
+@pytest.mark.parametrize("case", ["bf16", "highest"])
+def test_gradient_in_the_other_layout(library: ctypes.CDLL, case: str) -> None:
+    """The strides of the gradient may differ from those of the features that the kernels read."""
+    student, teacher = draw(CASES[case][0], 2, 70, (9, 10))
+    for relation in (ROW, COSINE):
+        check(library, student, teacher, relation, case, gradient_layout=student.mT.contiguous().mT)
+
+
+@every_layout
+@every_case
+def test_deterministic(library: ctypes.CDLL, case: str, layout: str) -> None:
+    """Results are bit-identical also if blocks and threads run in reverse order."""
+    student, teacher = draw(CASES[case][0], 2, 300, (70, 20), layout)
+    for relation in (ROW, COSINE):
+        first, second = (emulate(library, student, teacher, relation, case, backwards=b) for b in (False, True))
+        assert torch.equal(first.loss, second.loss) and torch.equal(first.gradient, second.gradient)
+        assert torch.equal(first.alpha, second.alpha)

@@ -42,9 +42,9 @@ SRPKD_DEVICE void store_gradient_unit(const Arguments& p, int image, float (&x)[
 template <class T, bool PIXELS_ADJACENT, int WARPS_M, class SumsOfTiles>
 struct Gradient {
   using Arguments = GradientArguments<SumsOfTiles>;
-  using G = Geometry<WARPS_M, PIXELS_ADJACENT>;
+  using G = Geometry<WARPS_M, PIXELS_ADJACENT, 2>;
   using Part = PanelPart<T, PIXELS_ADJACENT>;
-  static constexpr int THREADS = G::THREADS, MIN_BLOCKS = WARPS_M == 4 ? 1 : 2, UNIT = 4;
+  static constexpr int THREADS = G::THREADS, MIN_BLOCKS = WARPS_M == 2 ? 3 : TERMS<T> < 3 ? 2 : 1, UNIT = 4;
   static constexpr int TERM_BYTES = G::ROWS / BLOCK * PANEL_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
   static constexpr int MOMENT_AT = TERMS<T> * TERM_BYTES, WEIGHTED_AT = MOMENT_AT + MATRIX_BYTES;
   static constexpr int WEIGHTS_AT = WEIGHTED_AT + MATRIX_BYTES, ROW_SHARED_BYTES = WEIGHTS_AT + G::ROWS * 4;
@@ -99,7 +99,10 @@ struct Gradient {
   SRPKD_DEVICE void store_products() const {
     const int64_t matrices = image * elements_of_terms(channels);
     const int panel = thread_index() / PANEL_THREADS;
-    Sums<G> moment{}, weighted{}, sum{};
+    Sums<G> total{}, sum{};
+    sm80::RowVector<G> w;
+    for (int m = 0; m < G::M_TILES; ++m)
+      for (int half = 0; half < 2; ++half) w[m][half] = load_shared<float>(weights + warp.row(m, half) * 4);
 #pragma unroll 1
     for (int k = 0; k < blocks; ++k) {
       Part part;
@@ -113,18 +116,18 @@ struct Gradient {
       sync_block();
       const Address a = shared + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
       const Address b = shared + warp.template lane_offset<true, false>(warp.first_column, 0);
-      const auto add = [&](Sums<G>& to, int matrix_at) {
+      const auto add_product_with = [&](int matrix_at) {
         add_product<G, !PIXELS_ADJACENT, true, TERMS<T>, MATRIX_TERMS>(sum, a, TERM_BYTES, b + matrix_at, PANEL_BYTES);
-        move_sums<G>(to, sum);
       };
-      add(moment, MOMENT_AT);
-      add(weighted, WEIGHTED_AT);
+      add_product_with(MOMENT_AT);
+      for_each<G::M_TILES, G::N_TILES>(
+          [&](int m, int n, int i) { total[m][n][i] += w[m][i / 2] * sum[m][n][i], sum[m][n][i] = 0; });
+      add_product_with(WEIGHTED_AT);
+      move_sums<G>(total, sum);
     }
     sync_block();  // the panels are free
     for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-      const int row_of_block = warp.row(m, i / 2);
-      store_shared(correction_at(row_of_block, warp.column(n, i % 2)),
-                   load_shared<float>(weights + row_of_block * 4) * moment[m][n][i] + weighted[m][n][i]);
+      store_shared(correction_at(warp.row(m, i / 2), warp.column(n, i % 2)), total[m][n][i]);
     });
     sync_block();
   }

@@ -26,9 +26,14 @@ SRPKD_DEVICE void copy_matrix(const uint16_t* matrix, int row, int column, int b
 template <class T, bool PIXELS_ADJACENT, int WARPS_M>
 struct RowNorms {
   using Arguments = NormArguments;
-  using G = Geometry<WARPS_M, PIXELS_ADJACENT>;
+  using G = Geometry<WARPS_M, PIXELS_ADJACENT, 2>;
   using Part = PanelPart<T, PIXELS_ADJACENT>;
-  static constexpr int THREADS = G::THREADS, MIN_BLOCKS = WARPS_M == 4 ? 1 : 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool TWO_BLOCKS = false;  // shared memory of the multiprocessor holds only one block of 128 pixels
+#else
+  static constexpr bool TWO_BLOCKS = TERMS<T> == 1;
+#endif
+  static constexpr int THREADS = G::THREADS, MIN_BLOCKS = WARPS_M == 2 ? 2 : TWO_BLOCKS ? 2 : 1;
   static constexpr int TERM_BYTES = G::ROWS / BLOCK * PANEL_BYTES;  // of one term of the features
   static constexpr int FEATURE_BYTES = TERMS<T> * TERM_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
 
@@ -66,8 +71,6 @@ struct RowNorms {
 
   SRPKD_DEVICE void run() const {
     sm80::RowVector<G> square{}, along{};
-    const float size = load_global(p.moments.size + image * 2 + network);
-    const float* const mean = p.moments.mean + int64_t{image} * both + first;
     copy_step(0, blocks - 1, 0);
     if (resident)
       for (int block = 0; block < blocks; ++block) load_features(block);
@@ -91,20 +94,32 @@ struct RowNorms {
         move_sums<G>(total, sum);
         slot ^= 1;
       }
-      for_each<G::M_TILES, G::N_TILES>([&](int m, int j, int i) {
-        const int column = warp.column(j, i % 2);
-        const float q = element<TERMS<T>, PIXELS_ADJACENT, G>(features_at(n), TERM_BYTES, warp.row(m, i / 2), column);
-        square[m][i / 2] += total[m][j][i] * q;
-        along[m][i / 2] += load_global(mean + n * BLOCK + column) * q;
-      });
+      const float* const mean = p.moments.mean + int64_t{image} * both + first;
+#pragma unroll
+      for (int j = 0; j < G::N_TILES; ++j)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int column = warp.column(j, odd);
+          const float mean_of_column = load_global(mean + n * BLOCK + column);
+#pragma unroll
+          for (int m = 0; m < G::M_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const float q =
+                  element<TERMS<T>, PIXELS_ADJACENT, G>(features_at(n), TERM_BYTES, warp.row(m, half), column);
+              square[m][half] += total[m][j][2 * half + odd] * q;
+              along[m][half] += mean_of_column * q;
+            }
+        }
     }
     wait_for_copies<0>();
-    store(square, along, size);
+    sync_block();                      // the panels are free
+    RowNorms(p).store(square, along);  // computes its members again, so that they do not occupy registers before
   }
 
   // Adds the parts of the lanes and warps of a row, and writes alpha.
-  SRPKD_DEVICE void store(sm80::RowVector<G>& square, sm80::RowVector<G>& along, float size) const {
-    sync_block();  // the panels are free
+  SRPKD_DEVICE void store(const sm80::RowVector<G>& square, const sm80::RowVector<G>& along) const {
+    const float size = load_global(p.moments.size + image * 2 + network);
     const auto place = [&](int row, int warp_n, bool of_mean) {
       return shared + ((of_mean * G::WARPS_N + warp_n) * G::ROWS + row) * 4;
     };

@@ -20,8 +20,10 @@ constexpr int TERMS = std::is_same_v<T, BFloat16> ? 1
 constexpr int PANEL_THREADS = 128;  // that load one panel
 
 // The warps of a thread block: WARPS_M x 2, each with 32 x 32 elements of a product. A template argument of sm80::Warp.
-template <int WARPS_M_, bool PIXELS_ADJACENT_>
+// STEPS: how many steps of a product are unrolled.
+template <int WARPS_M_, bool PIXELS_ADJACENT_, int STEPS_>
 struct Geometry {
+  static constexpr int STEPS = STEPS_;
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = 2, THREADS = 32 * WARPS_M * WARPS_N;
   static constexpr int M_TILES = 2, N_TILES = 4, ROWS = 16 * M_TILES * WARPS_M;
   static constexpr int SIZE = 2, PANEL_LINES = BLOCK, FEATURE_TERMS = 1;
@@ -164,7 +166,7 @@ SRPKD_DEVICE float element(Address panel, int stride, int pixel, int channel) {
 template <class G, bool A_ADJACENT, bool B_ADJACENT, int TERMS_A, int TERMS_B>
 SRPKD_DEVICE void add_product(Sums<G>& sum, Address a, int stride_a, Address b, int stride_b) {
   using Warp = sm80::Warp<G>;
-#pragma unroll
+#pragma unroll(G::STEPS)
   for (int k = 0; k < BLOCK; k += 16) {
     uint32_t left[TERMS_A][G::M_TILES][4];
 #pragma unroll
