@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import FAST, distances, error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpkd import SRPLoss, relation_loss
 from srpkd.kernels import op
@@ -62,6 +66,63 @@ def test_opcheck(backend: str, normalize: str, distance: str, dtype: torch.dtype
 def test_opcheck_backward(dtype: torch.dtype) -> None:
     for upstream in (torch.rand(2), torch.ones(()).expand(2)):
         torch.library.opcheck(relation_loss_backward_op, (torch.randn(2, 3, 9).mT, upstream, dtype))
+
+
+# --- eager mode -----------------------------------------------------------------------------------------------------
+
+
+class _Operators(TorchDispatchMode):
+    """Record the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_mode_does_not_call_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: object) -> None:
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(op, "relation_loss_op", unexpected)
+    monkeypatch.setattr(op, "relation_loss_backward_op", unexpected)
+    student, teacher = images()
+    relation_loss(student, teacher, **ROW_L1, backend="blocked").backward()
+    assert student.grad.abs().sum() > 0
+    with torch.no_grad():
+        relation_loss(torch.nn.Parameter(student.detach()), teacher, **ROW_L1, backend="blocked")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_operator_and_eager_mode_give_the_same_bits(dtype: torch.dtype, reduction: str) -> None:
+    results = []
+    for mode in (nullcontext(), _Operators()):
+        torch.manual_seed(0)
+        student, teacher = images(3, dtype=dtype)
+        with mode:
+            loss = relation_loss(student, teacher, **ROW_L1, backend="blocked", reduction=reduction)
+            results.append((loss, torch.autograd.grad(loss, student, 4096 * torch.ones_like(loss))[0]))
+    assert mode.names.count("srpkd::python_relation_loss") == 1
+    assert mode.names.count("srpkd::python_relation_loss_backward") == 1
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+def test_transformations_see_the_operator() -> None:
+    """Fake tensors and traces must not reach the kernels."""
+    student, teacher = (x.detach() for x in images())
+
+    def loss(student: Tensor) -> Tensor:
+        return relation_loss(student, teacher, **ROW_L1, backend="blocked")
+
+    graph = make_fx(loss)(student)
+    assert "srpkd.python_relation_loss.default" in graph.code
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert loss(mode.from_tensor(student)).shape == ()
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
