@@ -18,10 +18,30 @@ import torch
 from ..formulas import matmul_precision
 from .primitives import triton
 
-# The kernels in scales.py and gradient.py: pixels and channels of a tile, depth of one step of a sum over pixels or
-# channels, and partial losses that are added at a time.
-BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_DEPTH, BLOCK_PARTIALS = 64, 64, 32, 1024
+# The kernels around the tile kernel: channels of a tile of terms_kernel; pixels and channels of a tile of
+# gradient_kernel; partial losses that are added at a time.
+BLOCK_TERMS, BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_PARTIALS = 32, 128, 64, 1024
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+GRADIENT_OPTIONS = OPTIONS | {"num_warps": 8}
+
+
+def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
+    """Return pixels and channels of a step of a sum over pixels, and compile options.
+
+    float32 features are split into terms in registers, which limits the tile.
+    """
+    if dtype == torch.float32:
+        return 32, 64, OPTIONS
+    if channels <= 64:
+        return 64, 64, OPTIONS
+    return 64, 128, OPTIONS | {"num_warps": 8, "num_stages": 3}
+
+
+def scale_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:
+    """Return pixels and channels of a tile of scale_kernel for a batch of so many pixels, and compile options."""
+    if dtype == torch.bfloat16 and pixels >= 256 * multiprocessors:
+        return 128, 64, OPTIONS | {"num_warps": 8}
+    return 64, 64, OPTIONS
 
 
 @dataclass(frozen=True)
