@@ -22,19 +22,16 @@ import torch
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
 from .configurations import (
     BLOCK_CHANNELS,
-    BLOCK_PARTIALS,
-    BLOCK_PIXELS,
     BLOCK_TERMS,
-    GRADIENT_OPTIONS,
     OPTIONS,
     TABLE,
     architecture,
     configuration,
     moment_blocks,
-    scale_blocks,
+    product_blocks,
 )
 from .gradient import gradient_kernel
-from .moments import BLOCK_LARGEST, moment_kernel, terms_kernel, weighted_moment_kernel
+from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
 from .primitives import feature_terms, triton
 from .scales import scale_kernel
 from .tiles import compile_options, constants, relation_kernel
@@ -118,15 +115,21 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
     if case.kernel == "terms":
-        return known | {"BLOCK_C": BLOCK_TERMS, "BLOCK_P": BLOCK_LARGEST}, OPTIONS
-    if case.kernel == "gradient":
-        known |= {"BLOCK_M": BLOCK_PIXELS, "BLOCK_C": BLOCK_CHANNELS, "BLOCK_P": BLOCK_PARTIALS}
-        return known, GRADIENT_OPTIONS
-    if case.kernel == "scale":
-        block_m, block_c, options = scale_blocks(dtype, case.pixels, 132)
+        return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
+    if case.kernel in ("scale", "gradient"):
+        block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
         if relation.normalize != "row":
-            known |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "size_s_ptr", "size_t_ptr"))
-        return known | {"BLOCK_M": block_m, "BLOCK_C": block_c}, options
+            matrices = (
+                "terms_s_ptr",
+                "terms_t_ptr",
+                "size_s_ptr",
+                "size_t_ptr",
+                "size_ptr",
+                "moment_ptr",
+                "weighted_ptr",
+            )
+            known |= dict.fromkeys(matrices)
+        return known | {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": BLOCK_CHANNELS}, options
     if case.kernel == "weighted_moment":
         dtype = torch.float32  # the weights make left factors of float32
     channels = max(case.channels) if case.kernel == "moment" else case.channels[0]

@@ -18,11 +18,9 @@ import torch
 from ..formulas import matmul_precision
 from .primitives import triton
 
-# The kernels around the tile kernel: channels of a tile of terms_kernel; pixels and channels of a tile of
-# gradient_kernel; partial losses that are added at a time.
-BLOCK_TERMS, BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_PARTIALS = 32, 128, 64, 1024
+# The kernels around the tile kernel: channels of a tile of terms_kernel, and channels of a tile of a product with M.
+BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-GRADIENT_OPTIONS = OPTIONS | {"num_warps": 8}
 
 
 def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
@@ -37,11 +35,17 @@ def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
     return 64, 128, OPTIONS | {"num_warps": 8, "num_stages": 3}
 
 
-def scale_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:
-    """Return pixels and channels of a tile of scale_kernel for a batch of so many pixels, and compile options."""
-    if dtype == torch.bfloat16 and pixels >= 256 * multiprocessors:
-        return 128, 64, OPTIONS | {"num_warps": 8}
-    return 64, 64, OPTIONS
+def product_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:
+    """Return pixels of a tile and depth of a step of a product of features with M, and compile options.
+
+    Args:
+        pixels: of the batch. Smaller tiles let a small batch occupy the device.
+    """
+    if dtype != torch.bfloat16:  # features of several terms: larger tiles need too many registers before sm_90
+        return 64, 32, OPTIONS
+    if pixels < 256 * multiprocessors:
+        return 64, 64, OPTIONS
+    return 128, 64, OPTIONS | {"num_warps": 8}
 
 
 @dataclass(frozen=True)

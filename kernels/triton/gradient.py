@@ -6,12 +6,14 @@ The formulas are those of ``formulas.gradient_of``.
 from __future__ import annotations
 
 from ..formulas import Relation
-from .configurations import BLOCK_CHANNELS, BLOCK_PARTIALS, BLOCK_PIXELS, GRADIENT_OPTIONS
+from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import load_weights, moment_product, plan_weighted_moment
 from .plans import Array, Plan
-from .primitives import feature_terms, jit, load_tile, load_vector, store_tile, tl, triton
+from .primitives import feature_terms, jit, load_tile, load_vector, multiprocessors, store_tile, tl, triton
 from .scales import PlannedScales
 from .tiles import Partials
+
+BLOCK_PARTIALS = triton is not None and tl.constexpr(1024)  # partial losses that are added at a time
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -48,8 +50,8 @@ def gradient_kernel(
     NORMALIZE: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Compute dL/dQ of one tile of the student's features, and the loss of each image, from their partial sums.
 
@@ -73,19 +75,19 @@ def gradient_kernel(
         features = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_C)
         total = features.to(tl.float32) * -weights[:, None]
     if NORMALIZE == "row":
-        stride_term = batch.to(tl.int64) * channels * channels
+        stride_term = tl.cast(batch, tl.int64) * channels * channels
         for matrix in range(2):  # a loop, so that its body is compiled once
             if matrix == 0:
                 terms_ptr = moment_ptr + image * channels * channels
             else:
                 terms_ptr = weighted_ptr + image * channels * channels
                 total *= weights[:, None]
-            for start_k in range(0, channels, BLOCK_C):
+            for start_k in range(0, channels, BLOCK_K):
                 features = load_tile(
-                    student_ptr, start_m, start_k, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_C
+                    student_ptr, start_m, start_k, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_K
                 )
                 total = moment_product(
-                    features, terms_ptr, start_k, start_c, channels, stride_term, total, TERMS, BLOCK_C
+                    features, terms_ptr, start_k, start_c, channels, stride_term, total, TERMS, BLOCK_K, BLOCK_C
                 )
         total = -total
     for split in range(splits):
@@ -95,9 +97,9 @@ def gradient_kernel(
     store_tile(gradient_ptr, total * weight, start_m, start_c, stride_gn, stride_gc, pixels, channels, BLOCK_M, BLOCK_C)
 
     if start_m + start_c == 0:
-        value = tl.zeros([BLOCK_P], tl.float32)
-        for start_p in range(0, partials, BLOCK_P):
-            value += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_P)
+        value = tl.zeros([BLOCK_PARTIALS], tl.float32)
+        for start_p in range(0, partials, BLOCK_PARTIALS):
+            value += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_PARTIALS)
         tl.store(loss_ptr + image, tl.sum(value) * weight)
 
 
@@ -123,9 +125,10 @@ def plan_gradient(
     weighted = None
     if h is not None and alpha is not None and moments is not None:
         weighted = plan_weighted_moment(plan, student, h, alpha, moments)
+    block_m, block_k, options = product_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
     plan.launch(
         gradient_kernel,
-        (batch * triton.cdiv(pixels, BLOCK_PIXELS) * triton.cdiv(channels, BLOCK_CHANNELS),),
+        (batch * triton.cdiv(pixels, block_m) * triton.cdiv(channels, BLOCK_CHANNELS),),
         student,
         partials.U,
         h,
@@ -148,8 +151,8 @@ def plan_gradient(
         1 / pixels**2,
         NORMALIZE=relation.normalize,
         TERMS=feature_terms(student.dtype),
-        BLOCK_M=BLOCK_PIXELS,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
         BLOCK_C=BLOCK_CHANNELS,
-        BLOCK_P=BLOCK_PARTIALS,
-        **GRADIENT_OPTIONS,
+        **options,
     )

@@ -31,7 +31,7 @@ from .primitives import (
     triton,
 )
 
-BLOCK_LARGEST = 64  # elements of ``largest`` that are read at a time
+BLOCK_LARGEST = triton is not None and tl.constexpr(64)  # elements of ``largest`` that are read at a time
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -126,15 +126,15 @@ def moment_kernel(
 
 
 @jit
-def power_of_two_scale(largest_ptr, count, BLOCK: tl.constexpr):
+def power_of_two_scale(largest_ptr, count):
     """Return a power of two near the root of the largest element of M, and the reciprocal of its square.
 
     As ``formulas.power_of_two_scale``, but of the largest of ``count`` partial sums. Divided by the square, products
     with M have the magnitude of the features, apart from the number of partial sums.
     """
-    largest = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, BLOCK):
-        largest = tl.maximum(largest, load_vector(largest_ptr, start, count, BLOCK))
+    largest = tl.zeros([BLOCK_LARGEST], tl.float32)
+    for start in range(0, count, BLOCK_LARGEST):
+        largest = tl.maximum(largest, load_vector(largest_ptr, start, count, BLOCK_LARGEST))
     # from the bits of its exponent, at least those of the smallest normal number: otherwise 1 / size^2 overflows
     exponent = tl.maximum((tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) - 127, -126) >> 1
     size = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
@@ -158,7 +158,6 @@ def terms_kernel(
     count_s,
     count_t,
     BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Add the partial sums of M of student and teacher; write the bfloat16 terms (3, B, C, C) of M / size^2.
 
@@ -178,10 +177,10 @@ def terms_kernel(
         channels, blocks, count = channels_s, blocks_s, count_s
     start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
     if start_i <= start_j:
-        size, inverse_square = power_of_two_scale(largest_ptr + image * count, count, BLOCK_P)
+        size, inverse_square = power_of_two_scale(largest_ptr + image * count, count)
         if tile == 0:
             tl.store(size_ptr + image, size)
-        matrix = channels.to(tl.int64) * channels
+        matrix = tl.cast(channels, tl.int64) * channels
         partial_ptr += image * matrix
         total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         for split in range(splits):
@@ -205,12 +204,21 @@ def terms_kernel(
 
 @jit
 def moment_product(
-    features, terms_ptr, start_k, start_c, channels, stride_term, acc, TERMS: tl.constexpr, BLOCK_C: tl.constexpr
+    features,
+    terms_ptr,
+    start_k,
+    start_c,
+    channels,
+    stride_term,
+    acc,
+    TERMS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """Return acc + features @ M[k, c] for a tile of M, given by its terms (3, ...) that are ``stride_term`` apart."""
-    b0 = load_tile(terms_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
-    b1 = load_tile(terms_ptr + stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
-    b2 = load_tile(terms_ptr + 2 * stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+    b0 = load_tile(terms_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
+    b1 = load_tile(terms_ptr + stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
+    b2 = load_tile(terms_ptr + 2 * stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
     a0, a1, a2 = split_terms(features, TERMS)
     return terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS, FULL)
 
@@ -369,7 +377,6 @@ def plan_terms(plan: Plan, partial: list[Array], moments: list[Moments]) -> None
         counts[0],
         counts[-1],
         BLOCK_C=BLOCK_TERMS,
-        BLOCK_P=BLOCK_LARGEST,
         **OPTIONS,
     )
 

@@ -109,7 +109,7 @@ class Plan:
         self, kernel: Any, grid: tuple[int, ...], *arguments: Array | int | float | None, **constants: Any
     ) -> None:
         """Add a launch. The positional arguments precede the constexpr arguments of the kernel."""
-        self.launches.append(Launch(kernel, grid, arguments, constants))
+        self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, constants))  # compiled kernels take three axes
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Launch the kernels on tensors, on the current stream. Return scratch memory and tensors, for ``Array.of``."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import Relation, Scales
-from .configurations import scale_blocks
+from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import Moments, moment_product, plan_moments
 from .plans import Array, Plan
 from .primitives import addressable, feature_terms, jit, load_tile, multiprocessors, store_vector, tl, triton
@@ -57,6 +57,7 @@ def scale_kernel(
     NORMALIZE: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compute the scales (B, N) of a row block of student and teacher; see ``PlannedScales``.
@@ -75,7 +76,7 @@ def scale_kernel(
         else:
             ptr, stride_n, stride_c, channels = student_ptr + image * stride_sb, stride_sn, stride_sc, channels_s
         if NORMALIZE == "row":
-            matrix = channels.to(tl.int64) * channels
+            matrix = tl.cast(channels, tl.int64) * channels
             if network == 0:
                 terms_ptr, size = terms_t_ptr + image * matrix, tl.load(size_t_ptr + image)
             else:
@@ -85,16 +86,15 @@ def scale_kernel(
             features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
             if NORMALIZE == "row":
                 by_moment = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-                for start_k in range(0, start_c + 1, BLOCK_C):
-                    left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
+                last_k = start_c + BLOCK_C - BLOCK_K
+                for start_k in range(0, last_k + 1, BLOCK_K):
+                    left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
                     by_moment *= tl.where(start_k == start_c, 2.0, 1.0)  # the blocks below the diagonal
                     by_moment = moment_product(
-                        left, terms_ptr, start_k, start_c, channels, batch * matrix, by_moment, TERMS, BLOCK_C
+                        left, terms_ptr, start_k, start_c, channels, batch * matrix, by_moment, TERMS, BLOCK_K, BLOCK_C
                     )
-                square += tl.sum(by_moment * features.to(tl.float32), 1)
-            else:
-                features = features.to(tl.float32)
-                square += tl.sum(features * features, 1)
+            features = features.to(tl.float32)
+            square += tl.sum((by_moment if NORMALIZE == "row" else features) * features, 1)
         norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square))  # rounding can make a square slightly negative
         if NORMALIZE == "row":
             norm *= size
@@ -155,7 +155,7 @@ def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) 
     batch, pixels, _ = student.shape
     vectors = [plan.scratch(batch, pixels) for _ in range(4)]
     moments_s, moments_t = plan_moments(plan, student, teacher) if relation.normalize == "row" else (None, None)
-    block_m, block_c, options = scale_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
+    block_m, block_k, options = product_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
     plan.launch(
         scale_kernel,
         (batch * triton.cdiv(pixels, block_m),),
@@ -173,7 +173,8 @@ def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) 
         NORMALIZE=relation.normalize,
         TERMS=feature_terms(student.dtype),
         BLOCK_M=block_m,
-        BLOCK_C=block_c,
+        BLOCK_K=block_k,
+        BLOCK_C=BLOCK_CHANNELS,
         **options,
     )
     if moments_t is not None:
