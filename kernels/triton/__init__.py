@@ -41,7 +41,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     def build() -> tuple[Plan, Partials]:
         plan = Plan(student.device)
         features = plan.argument(student), plan.argument(teacher)
-        arrays = PlannedScales(*(plan.argument(vector) for vector in vectors))
+        arrays = PlannedScales(tuple(map(plan.argument, vectors))) if vectors else PlannedScales()
         return plan, plan_tiles(plan, *features, arrays, relation, number_format(student.dtype), chosen, need_grad)
 
     plan, partials = cached_plan("tiles", student, teacher, relation, need_grad, chosen, build)
@@ -81,6 +81,9 @@ def run_loss(
         numbers = number_format(student.dtype)
         partials = plan_tiles(plan, *features, scales, relation, numbers, chosen, need_grad, U)
         if outputs:
+            for vector in scales.vectors[1:]:  # only the tile kernel reads them
+                if vector is not None:
+                    plan.free(vector)
             plan_gradient(plan, features[0], partials, scales, relation, *outputs)
         return plan, partials
 

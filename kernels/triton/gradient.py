@@ -120,7 +120,7 @@ def plan_gradient(
     ``partials.U`` and ``gradient`` may share memory.
     """
     batch, pixels, channels = student.shape
-    h, alpha, moments = partials.h, scales.alpha, scales.moments
+    h, alpha, moments = partials.h, scales.vectors[0], scales.moments
     assert partials.U is not None, "the tile kernel ran without a gradient"
     weighted = None
     if h is not None and alpha is not None and moments is not None:

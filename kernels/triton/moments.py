@@ -32,6 +32,7 @@ from .primitives import (
 )
 
 BLOCK_LARGEST = triton is not None and tl.constexpr(64)  # elements of ``largest`` that are read at a time
+BLOCK_SPLITS = triton is not None and tl.constexpr(8)  # partial sums that are read at a time
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -182,19 +183,14 @@ def terms_kernel(
             tl.store(size_ptr + image, size)
         matrix = tl.cast(channels, tl.int64) * channels
         partial_ptr += image * matrix
+        offs_i = start_i + tl.arange(0, BLOCK_C)[None, :, None]
+        offs_j = start_j + tl.arange(0, BLOCK_C)[None, None, :]
+        inside = (offs_i < channels) & (offs_j < channels)
         total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-        for split in range(splits):
-            total += load_tile(
-                partial_ptr + split * batch * matrix,
-                start_i,
-                start_j,
-                channels,
-                1,
-                channels,
-                channels,
-                BLOCK_C,
-                BLOCK_C,
-            )
+        for start in range(0, splits, BLOCK_SPLITS):  # several at a time, to wait for memory less often
+            offs_p = start + tl.arange(0, BLOCK_SPLITS)[:, None, None]
+            pointers = partial_ptr + offs_p.to(tl.int64) * batch * matrix + offs_i * channels + offs_j
+            total += tl.sum(tl.load(pointers, mask=(offs_p < splits) & inside, other=0.0), 0)
         term0, term1, term2 = split_terms(total * inverse_square, FULL)
         terms_ptr += image * matrix
         store_symmetric(terms_ptr, term0, start_i, start_j, channels, BLOCK_C)

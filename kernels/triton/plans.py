@@ -62,9 +62,19 @@ class Launch(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A compiled launch: ``run(*arguments, stream=...)``, with the addresses (position, base, offset) to fill in."""
+    """A compiled launch.
+
+    Attributes:
+        run: the launcher of the compiled kernel.
+        grid: three axes.
+        kernel: what the launcher takes after the stream: function, metadata, and no hooks.
+        arguments: all arguments of the kernel. A compiled kernel takes the constexpr arguments too, and ignores them.
+        pointers: the addresses to fill in: (position among the arguments, base, offset).
+    """
 
     run: Callable[..., None]
+    grid: tuple[int, ...]
+    kernel: tuple[Any, ...]
     arguments: list[Any]
     pointers: list[tuple[int, int, int]]
 
@@ -109,7 +119,9 @@ class Plan:
         self, kernel: Any, grid: tuple[int, ...], *arguments: Array | int | float | None, **constants: Any
     ) -> None:
         """Add a launch. The positional arguments precede the constexpr arguments of the kernel."""
-        self.launches.append(Launch(kernel, (*grid, 1, 1)[:3], arguments, constants))  # compiled kernels take three axes
+        self.launches.append(
+            Launch(kernel, (*grid, 1, 1)[:3], arguments, constants)
+        )  # compiled kernels take three axes
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Launch the kernels on tensors, on the current stream. Return scratch memory and tensors, for ``Array.of``."""
@@ -120,16 +132,16 @@ class Plan:
         alignment = tuple([address % 16 == 0 for address in addresses])
         with guard(self.device):
             prepared = self._prepared.get(alignment)
-            if prepared is None:
+            if prepared is None or has_launch_hooks():
                 if prepared := self._run_by_triton(bases):
                     self._prepared[alignment] = prepared
             else:
                 stream = triton.runtime.driver.active.get_current_stream(self.device.index)
-                for run, arguments, pointers in prepared:
+                for run, grid, kernel, arguments, pointers in prepared:
                     arguments = arguments.copy()
                     for position, base, offset in pointers:
                         arguments[position] = addresses[base] + offset
-                    run(*arguments, stream=stream)
+                    run(*grid, stream, *kernel, *arguments)
         return bases
 
     def _run_by_triton(self, bases: tuple[Tensor, ...]) -> list[Prepared]:
@@ -141,7 +153,8 @@ class Plan:
         if not INTERPRET:
             compile_in_parallel(self.launches, calls, self.device)
         compiled = [launch.kernel[launch.grid](*call, **launch.constants) for launch, call in zip(self.launches, calls)]
-        if not all(isinstance(kernel, triton.compiler.CompiledKernel) for kernel in compiled):
+        # a Triton without these attributes launches by triton.jit every time
+        if not all(hasattr(kernel, name) for kernel in compiled for name in ("run", "function", "packed_metadata")):
             return []
         return [_prepared(launch, kernel) for launch, kernel in zip(self.launches, compiled)]
 
@@ -153,10 +166,16 @@ def _prepared(launch: Launch, compiled: Any) -> Prepared:
         for position, argument in enumerate(arguments)
         if isinstance(argument, Array)
     ]
-    # a compiled kernel takes the constexpr arguments too, and ignores them
-    return Prepared(
-        compiled[launch.grid], arguments + [launch.constants[name] for name in names[len(arguments) :]], pointers
-    )
+    arguments += [launch.constants[name] for name in names[len(arguments) :]]
+    kernel = (compiled.function, compiled.packed_metadata, None, None, None)
+    return Prepared(compiled.run, launch.grid, kernel, arguments, pointers)
+
+
+def has_launch_hooks() -> bool:
+    """Return whether something, such as Triton's profiler, wants to know of launches; only triton.jit tells it."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 # -- compilation -----------------------------------------------------------------------------------------------------

@@ -121,20 +121,12 @@ class PlannedScales(NamedTuple):
     with it are exact, so D of equal features is exactly 0 however the compiler rounds the two products.
 
     Attributes:
-        alpha: of the student.
-        ratio: alpha / mantissa.
+        vectors: alpha of the student; ratio = alpha / mantissa; power; mantissa.
         moments: the student's M, for "row".
     """
 
-    alpha: Array | None = None
-    ratio: Array | None = None
-    power: Array | None = None
-    mantissa: Array | None = None
+    vectors: tuple[Array | None, ...] = (None,) * 4
     moments: Moments | None = None
-
-    @property
-    def vectors(self) -> tuple[Array | None, ...]:
-        return self[:4]
 
 
 def split_scales(scales: Scales) -> tuple[Tensor, ...]:
@@ -153,15 +145,19 @@ def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) 
     if relation.normalize == "none":
         return PlannedScales()
     batch, pixels, _ = student.shape
-    vectors = [plan.scratch(batch, pixels) for _ in range(4)]
-    moments_s, moments_t = plan_moments(plan, student, teacher) if relation.normalize == "row" else (None, None)
+    vectors = tuple(plan.scratch(batch, pixels) for _ in range(4))
+    matrices: list[Array | None] = [None] * 4
+    moments_s = moments_t = None
+    if relation.normalize == "row":
+        moments_s, moments_t = plan_moments(plan, student, teacher)
+        matrices = [moments_s.terms, moments_t.terms, moments_s.size, moments_t.size]
     block_m, block_k, options = product_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
     plan.launch(
         scale_kernel,
         (batch * triton.cdiv(pixels, block_m),),
         student,
         teacher,
-        *((None,) * 4 if moments_s is None else (moments_s.terms, moments_t.terms, moments_s.size, moments_t.size)),
+        *matrices,
         *vectors,
         *student.strides,
         *teacher.strides,
@@ -180,7 +176,7 @@ def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) 
     if moments_t is not None:
         for array in moments_t:
             plan.free(array)
-    return PlannedScales(*vectors, moments_s)
+    return PlannedScales(vectors, moments_s)
 
 
 def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
@@ -191,7 +187,7 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
     plan = Plan(student.device)
     arrays = plan_scales(plan, plan.argument(student), plan.argument(teacher), relation)
     bases = plan.run(student, teacher)
-    alpha, _, power, mantissa = (array.of(bases) for array in arrays.vectors)
+    alpha, _, power, mantissa = (array.of(bases) for array in arrays.vectors if array is not None)
     moment = None
     if arrays.moments is not None:
         size = arrays.moments.size.of(bases).view(-1, 1, 1)

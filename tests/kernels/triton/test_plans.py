@@ -55,6 +55,7 @@ class _Driver:
 
     def __init__(self) -> None:
         self.launched: list[tuple] = []
+        self.metadata: list = []
         self.stream = 5
         self.utils = SimpleNamespace(
             load_binary=lambda name, *arguments: (1, name, 0, 0, 1024),
@@ -78,6 +79,7 @@ class _Driver:
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
             assert len(arguments) == len(source.fn.arg_names)
             values = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+            self.metadata.append(launch_metadata)
             self.launched.append((function, (x, y, z), stream, values))
 
         return launch
@@ -158,6 +160,35 @@ def test_features_of_another_alignment_are_specialised_again(driver) -> None:
     assert len(driver.launched) == 8
     compiled = [prepared[0].run for prepared in plan._prepared.values()]
     assert compiled[0] is not compiled[1]
+
+
+@pytest.mark.slow
+def test_launch_hooks_are_called(driver) -> None:
+    """A profiler hears of every launch, of the first call and the later ones."""
+    heard = []
+    hooks = package.knobs.runtime.launch_enter_hook
+    hooks.add(heard.append)
+    try:
+        for calls in (1, 2):
+            triton.loss_and_gradient(*features(), Relation("none", "l1"), True)
+            assert len(driver.launched) == 2 * calls
+            assert len(driver.metadata) == 2 * calls
+            assert all(metadata is not None for metadata in driver.metadata)
+    finally:
+        hooks.remove(heard.append)
+    triton.loss_and_gradient(*features(), Relation("none", "l1"), True)
+    assert driver.metadata[-2:] == [None, None]
+
+
+@pytest.mark.slow
+def test_another_triton_is_used_through_its_public_interface(driver, monkeypatch) -> None:
+    """If compiled kernels are not what they are today, every call passes through triton.jit."""
+    monkeypatch.setattr(plans, "hasattr", lambda value, name: name == "result" and hasattr(value, name), raising=False)
+    for _ in range(2):
+        triton.loss_and_gradient(*features(), Relation("none", "l1"), True)
+    ((plan, _),) = triton._plans.values()
+    assert not plan._prepared
+    assert len(driver.launched) == 4
 
 
 def test_plans_depend_on_what_they_contain(monkeypatch) -> None:
