@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import check_number
-from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, reference, relation_loss_op
+from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
@@ -189,9 +189,8 @@ def _relation_loss(
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
     else:
-        need_grad = student.requires_grad and torch.is_grad_enabled()
-        normalize, distance, delta, eps = relation.normalize, relation.distance, relation.delta, relation.eps
-        loss, _ = relation_loss_op(student, teacher, normalize, distance, delta, eps, backend, need_grad)
+        loss = python_relation_loss(student, teacher, relation, backend, reduction)
+        return loss.squeeze(0) if reduction == "none" and not is_batch else loss
     if reduction == "none":
         return loss if is_batch else loss.squeeze(0)
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -47,6 +47,7 @@ FORMULAS, STRIPS, BLOCKED = "kernels/formulas.py", "kernels/strips.py", "kernels
 CLOSED_FORM, DISTRIBUTED = "kernels/closed_form.py", "kernels/distributed.py"
 TRITON_PRIMITIVES, TRITON_SCALES = "kernels/triton/primitives.py", "kernels/triton/scales.py"
 TRITON_TILES, TRITON_GRADIENT = "kernels/triton/tiles.py", "kernels/triton/gradient.py"
+TRITON_MOMENTS, TRITON_PLANS = "kernels/triton/moments.py", "kernels/triton/plans.py"
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
 CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
@@ -166,12 +167,12 @@ BACKENDS = {
     "triton": Backend(
         "tests/kernels/triton/test_interpreter.py",
         [
-            Fault("sign(0) is not 0", TRITON_TILES, "return tl.where(difference == 0, 0.0, one)", "return one"),
+            Fault("sign(0) is not 0", TRITON_TILES, "e30 + 0.5, 0.0), 1.0)", "e30 + 0.75, 0.0), 1.0)"),
             Fault(
                 "masked elements are not 0",
                 TRITON_PRIMITIVES,
-                "offs_c * stride_c, mask=mask, other=0.0)",
-                "offs_c * stride_c, mask=mask, other=1.0)",
+                "return tl.load(pointers, mask=mask, other=0.0)",
+                "return tl.load(pointers, mask=mask, other=1.0)",
             ),
             Fault(
                 "the diagonal block counts twice",
@@ -179,7 +180,7 @@ BACKENDS = {
                 "(start_n >= start_m + BLOCK_M)",
                 "(start_n >= start_m)",
             ),
-            Fault("row: K is not symmetric", TRITON_TILES, "DISTANCE) * alpha_sn", "DISTANCE) * alpha_sm"),
+            Fault("row: K is not symmetric", TRITON_TILES, "DISTANCE) * alpha_n", "DISTANCE) * alpha_m[:, None]"),
             Fault("cosine: h lacks the factor 2", TRITON_TILES, "            h *= 2\n", ""),
             Fault(
                 "the tie is beside the diagonal",
@@ -193,12 +194,34 @@ BACKENDS = {
                 "first + split_columns, pixels)",
                 "first + split_columns, pixels - 1)",
             ),
-            Fault("missing transpose", TRITON_SCALES, "tl.trans(tile), start_j", "tile, start_j"),
+            Fault("l2: the mantissa counts once", TRITON_TILES, "return factor * factor", "return factor"),
+            Fault(
+                "the blocks below the diagonal of M are dropped",
+                TRITON_SCALES,
+                "start_c, 2.0, 1.0)",
+                "start_c, 1.0, 1.0)",
+            ),
+            Fault(
+                "a zero scale of the teacher has a power",
+                TRITON_SCALES,
+                "tl.where(x == 0, 0.0, tl.max",
+                "tl.where(x == 0, 1.0, tl.max",
+            ),
+            Fault("missing transpose", TRITON_MOMENTS, "tl.trans(tile), start_j", "tile, start_j"),
+            Fault(
+                "the last partial moment is dropped",
+                TRITON_MOMENTS,
+                "mask=(offs_p < splits) & inside",
+                "mask=(offs_p < tl.maximum(splits - 1, 1)) & inside",
+            ),
+            Fault(
+                "scratch memory overlaps", TRITON_PLANS, "self._live[start] = start + size", "self._live[start] = start"
+            ),
             Fault(
                 "row: correction M_w q dropped",
                 TRITON_GRADIENT,
-                "        correction += by_weighted\n",
-                "        correction += 0\n",
+                "for matrix in range(2):",
+                "for matrix in range(1):",
             ),
         ],
         environment={"TRITON_INTERPRET": "1"},

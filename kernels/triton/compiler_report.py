@@ -22,22 +22,24 @@ import torch
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
 from .configurations import (
     BLOCK_CHANNELS,
-    BLOCK_DEPTH,
-    BLOCK_PARTIALS,
-    BLOCK_PIXELS,
+    BLOCK_TERMS,
     OPTIONS,
     TABLE,
     architecture,
     configuration,
+    moment_blocks,
+    product_blocks,
 )
-from .gradient import gradient_kernel, weighted_moment_kernel
-from .primitives import triton
-from .scales import moment_kernel, scale_kernel
+from .gradient import gradient_kernel
+from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
+from .primitives import feature_terms, triton
+from .scales import scale_kernel
 from .tiles import compile_options, constants, relation_kernel
 
 KERNELS = {
     "relation": relation_kernel,
     "moment": moment_kernel,
+    "terms": terms_kernel,
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
@@ -61,6 +63,7 @@ class Case:
         capability: compute capability of the GPU.
         numbers: "bfloat16", "float16", or the matmul precision of float32: "medium", "high", "highest".
         channels: (C_s, C_t).
+        pixels: B * N, on which the tile of the scale kernel depends.
         layout: "nchw": pixels are adjacent in memory; "nlc": channels are adjacent; "odd": neither are, no argument is
             a multiple of 16, and every count that can be 1 is 1. Triton specialises kernels on arguments that are 1 or
             multiples of 16.
@@ -72,6 +75,7 @@ class Case:
     channels: tuple[int, int] = (64, 256)
     relation: Relation = ROW_L1
     need_grad: bool = True
+    pixels: int = 16 * 4096
     layout: str = "nchw"
 
     def __str__(self) -> str:
@@ -106,29 +110,54 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
         if not case.need_grad:
             known |= {"U_ptr": None, "h_ptr": None}
         if relation.normalize == "none":
-            known |= {"alpha_s_ptr": None, "alpha_t_ptr": None, "h_ptr": None}
+            known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr", "h_ptr"))
         return known, compile_options(chosen)
-    known = {"BLOCK_M": BLOCK_PIXELS, "BLOCK_N": BLOCK_DEPTH, "BLOCK_K": BLOCK_DEPTH}
-    known |= {"BLOCK_C": BLOCK_CHANNELS, "BLOCK_P": BLOCK_PARTIALS, "NORMALIZE": relation.normalize}
-    return known | {"TERMS": {"bfloat16": 1, "float16": 2}.get(case.numbers, 3)}, OPTIONS
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
+    known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
+    if case.kernel == "terms":
+        return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
+    if case.kernel in ("scale", "gradient"):
+        block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
+        if relation.normalize != "row":
+            matrices = (
+                "terms_s_ptr",
+                "terms_t_ptr",
+                "size_s_ptr",
+                "size_t_ptr",
+                "size_ptr",
+                "moment_ptr",
+                "weighted_ptr",
+            )
+            known |= dict.fromkeys(matrices)
+        return known | {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": BLOCK_CHANNELS}, options
+    if case.kernel == "weighted_moment":
+        dtype = torch.float32  # the weights make left factors of float32
+    channels = max(case.channels) if case.kernel == "moment" else case.channels[0]
+    block_n, block_c, options = moment_blocks(dtype, channels)
+    return known | {"BLOCK_N": block_n, "BLOCK_C": block_c}, options
 
 
 def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
     known, options = compile_arguments(case)
-    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": r"pixels|splits|\w+_splits|partials"}[case.layout]
+    ones = {
+        "nchw": "stride_[stug]n",
+        "nlc": "stride_[stug]c",
+        "odd": r"batch|pixels|splits|\w+_splits|partials|count_.",
+    }[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features}
+    types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr"), "*bf16")
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
     types |= dict.fromkeys(known, "constexpr")
     signature = {
         name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
         for name in kernel.arg_names
     }
-    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)")
+    aligned = re.compile(r"\w+_ptr|stride_\w+|batch|pixels|channels\w*|split_(columns|pixels)")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)

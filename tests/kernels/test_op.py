@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import distances, error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import native, unavailable_reason
+from srpkd.kernels import native, op, unavailable_reason
 from srpkd.kernels.op import relation_loss_backward_op, relation_loss_op
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -157,7 +160,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "nlc"])
 def test_eager_call_is_one_operator_in_cpp(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside views, forward and backward are one operator each, and none of them is in Python."""
-    monkeypatch.setattr("srpkd.loss.relation_loss_op", lambda *_: pytest.fail("an operator in Python"))
+    monkeypatch.setattr("srpkd.loss.python_relation_loss", lambda *_: pytest.fail("an operator in Python"))
     student, teacher = images()
     if layout != "nchw":
         student, teacher = (x.detach().permute(0, 2, 3, 1) for x in (student, teacher))
@@ -199,6 +202,52 @@ def test_vmap() -> None:
     student, teacher = (x.detach() for x in images(batch=3))
     losses = torch.vmap(lambda s, t: relation_loss(s, t, backend="native", **ROW_L1))(student, teacher)
     assert torch.equal(losses, relation_loss(student, teacher, reduction="none", backend="native", **ROW_L1))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_mode_does_not_call_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: object) -> None:
+        raise AssertionError("the operator was called")
+
+    monkeypatch.setattr(op, "relation_loss_op", unexpected)
+    monkeypatch.setattr(op, "relation_loss_backward_op", unexpected)
+    student, teacher = images()
+    relation_loss(student, teacher, **ROW_L1, backend="blocked").backward()
+    assert student.grad.abs().sum() > 0
+    with torch.no_grad():
+        relation_loss(torch.nn.Parameter(student.detach()), teacher, **ROW_L1, backend="blocked")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_operator_and_eager_mode_give_the_same_bits(dtype: torch.dtype, reduction: str) -> None:
+    results = []
+    for mode in (nullcontext(), Recorder()):
+        torch.manual_seed(0)
+        student, teacher = images(3, dtype=dtype)
+        with mode:
+            loss = relation_loss(student, teacher, **ROW_L1, backend="blocked", reduction=reduction)
+            results.append((loss, torch.autograd.grad(loss, student, 4096 * torch.ones_like(loss))[0]))
+    assert mode.names.count("srpkd::python_relation_loss") == 1
+    assert mode.names.count("srpkd::python_relation_loss_backward") == 1
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+def test_transformations_see_the_operator() -> None:
+    """Fake tensors and traces must not reach the kernels."""
+    student, teacher = (x.detach() for x in images())
+
+    def loss(student: Tensor) -> Tensor:
+        return relation_loss(student, teacher, **ROW_L1, backend="blocked")
+
+    graph = make_fx(loss)(student)
+    assert "srpkd.python_relation_loss.default" in graph.code
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert loss(mode.from_tensor(student)).shape == ()
 
 
 # --- backward -------------------------------------------------------------------------------------------------------

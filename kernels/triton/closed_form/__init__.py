@@ -23,14 +23,17 @@ the measured errors.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ...formulas import Relation
-from ..primitives import addressable, guard
-from ..scales import scales_of
-from .gradient import reduce_and_gradient
-from .moments import moments_of
-from .sums import losses_and_factors
+from ...formulas import Relation, gradient_dtype
+from .. import cached_plan
+from ..plans import Plan
+from ..primitives import addressable
+from ..scales import plan_alphas
+from .gradient import plan_gradient, plan_loss
+from .moments import plan_moments
+from .sums import plan_sums
 
 NORMALIZATIONS = ("cosine", "none")
 
@@ -39,12 +42,23 @@ def loss_and_gradient(
     student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the l2 loss of each image (B,) and its gradient (B, N, C_s) for ``normalize="cosine"`` or ``"none"``."""
-    with guard(student.device):
-        student, teacher = addressable(student), addressable(teacher)
-        pixels, channels = student.shape[1], (student.shape[2], teacher.shape[2])
-        scales = scales_of(student, teacher, relation)
-        moments = moments_of(student, teacher, scales)
-        partials, factors = losses_and_factors(moments, pixels, channels, scales, need_grad)
-        if need_grad:
-            return reduce_and_gradient(student, teacher, scales, partials, factors)
-        return (partials.sum(1).clamp_min_(0) / pixels**2).float(), None
+    student, teacher = addressable(student), addressable(teacher)
+    loss = student.new_empty(student.shape[0], dtype=torch.float32)
+    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
+
+    def build() -> tuple[Plan, None]:
+        plan = Plan(student.device)
+        features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
+        alphas = plan_alphas(plan, *features, relation)
+        moments = plan_moments(plan, *features, alphas)
+        channels = (student.shape[2], teacher.shape[2])
+        partials, factors = plan_sums(plan, moments, student.shape[1], channels, alphas, need_grad)
+        if gradient is None or factors is None:
+            plan_loss(plan, student.shape[1], partials, losses)
+        else:
+            plan_gradient(plan, *features, alphas, partials, factors, losses, plan.argument(gradient))
+        return plan, None
+
+    plan, _ = cached_plan("closed_form", student, teacher, relation, need_grad, None, build)
+    plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
+    return loss, gradient

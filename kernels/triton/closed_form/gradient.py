@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ...formulas import Scales, gradient_dtype
-from ..primitives import dot, feature_terms, jit, load_tile, split_terms, store_tile, tl, triton
-from .moments import load_vector
-from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, OPTIONS
+from ..plans import Array, Plan
+from ..primitives import (
+    FULL,
+    feature_terms,
+    jit,
+    load_tile,
+    load_vector,
+    split_terms,
+    store_tile,
+    terms_product,
+    tl,
+    triton,
+)
+from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
@@ -43,14 +52,8 @@ def by_factor(
         b1 = load_tile(second_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
         third_ptr = second_ptr + stride_term
         b2 = load_tile(third_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
-        part = dot(a0, b2, tl.zeros([BLOCK_M, BLOCK_C], tl.float32))
-        if TERMS > 2:
-            part = dot(a2, b0, part)
-        if TERMS > 1:
-            part = dot(a1, b1, part)
-            part = dot(a1, b0, part)
-        part = dot(a0, b1, part)
-        total += dot(a0, b0, part)
+        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        total += terms_product(a0, a1, a2, b0, b1, b2, zero, TERMS, FULL)
     if SCALED:
         total *= load_vector(alpha_ptr, start_m, pixels, BLOCK_M)[:, None]
     return acc + total
@@ -232,51 +235,71 @@ def closed_form_gradient_kernel(
         store_tile(gradient_ptr, V, start_m, start_c, stride_gn, stride_gc, pixels, channels_s, BLOCK_M, BLOCK_C)
 
     if start_m == 0:
-        loss = tl.zeros([BLOCK_P], tl.float64)
-        for start_p in range(0, partials, BLOCK_P):
-            loss += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_P)
-        loss = tl.sum(loss, 0)
-        # a sum of squares up to rounding; the comparison keeps NaN
-        tl.store(loss_ptr + image, (tl.where(loss < 0, 0.0, loss) * weight).to(tl.float32))
+        store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P)
+
+
+@jit
+def store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P: tl.constexpr):
+    """Compute the loss of an image from its partial sums."""
+    loss = tl.zeros([BLOCK_P], tl.float64)
+    for start_p in range(0, partials, BLOCK_P):
+        loss += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_P)
+    loss = tl.sum(loss, 0)
+    # a sum of squares up to rounding; the comparison keeps NaN
+    tl.store(loss_ptr + image, (tl.where(loss < 0, 0.0, loss) * weight).to(tl.float32))
+
+
+@jit
+def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
+    """Compute the loss of each image from its partial sums, where no gradient is required."""
+    store_loss(partial_ptr, loss_ptr, tl.program_id(0).to(tl.int64), partials, weight, BLOCK_P)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def reduce_and_gradient(
-    student: Tensor, teacher: Tensor, scales: Scales, partials: Tensor, factors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the losses (B,), means over all pairs, and their gradients (B, N, C_s).
+def plan_gradient(
+    plan: Plan,
+    student: Array,
+    teacher: Array,
+    alphas: tuple[Array | None, Array | None],
+    partials: Array,
+    factors: Array,
+    loss: Array,
+    gradient: Array,
+) -> None:
+    """Plan the launch that computes the losses (B,), means over all pairs, and their gradients (B, N, C_s).
 
     Args:
+        plan: the plan that the launch is added to.
         student, teacher: (B, N, C_s) and (B, N, C_t).
-        scales: alpha of both.
-        partials, factors: of ``losses_and_factors``.
+        alphas: the scales of both.
+        partials, factors: of ``plan_sums``.
+        loss, gradient: the results.
     """
     batch, pixels, channels_s = student.shape
-    loss = student.new_empty(batch, dtype=torch.float32)
-    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
     # with more channels the accumulators and terms of float32 features do not fit into registers
     block_c = min(64 if student.dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels_s)))
-    closed_form_gradient_kernel[(batch * triton.cdiv(pixels, BLOCK_PIXELS),)](
+    plan.launch(
+        closed_form_gradient_kernel,
+        (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
         student,
         teacher,
         factors,
-        scales.student,
-        scales.teacher,
+        *alphas,
         partials,
         loss,
         gradient,
-        *student.stride(),
-        *teacher.stride(),
-        *gradient.stride(),
-        factors.stride(0),
+        *student.strides,
+        *teacher.strides,
+        *gradient.strides,
+        factors.strides[0],
         pixels,
         channels_s,
         teacher.shape[2],
         partials.shape[1],
         1 / pixels**2,
-        SCALED=scales.student is not None,
+        SCALED=alphas[0] is not None,
         ONE_BLOCK=channels_s <= block_c,
         TERMS=feature_terms(student.dtype),
         BLOCK_M=BLOCK_PIXELS,
@@ -285,4 +308,9 @@ def reduce_and_gradient(
         BLOCK_P=BLOCK_VECTOR,
         **OPTIONS,
     )
-    return loss, gradient
+
+
+def plan_loss(plan: Plan, pixels: int, partials: Array, loss: Array) -> None:
+    """Plan the launch that computes the losses (B,), means over all pairs, from ``partials`` of ``plan_sums``."""
+    batch, count = partials.shape
+    plan.launch(loss_kernel, (batch,), partials, loss, count, 1 / pixels**2, BLOCK_P=BLOCK_VECTOR, **FINISH_OPTIONS)

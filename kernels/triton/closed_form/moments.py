@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ...formulas import Scales, matmul_precision
-from ..primitives import feature_terms, jit, load_tile, multiprocessors, product, store_tile, tl, triton
-from ..scales import store_symmetric
+from ...formulas import matmul_precision
+from ..moments import store_symmetric
+from ..plans import Array, Plan
+from ..primitives import feature_terms, jit, load_tile, load_vector, multiprocessors, product, store_tile, tl, triton
 from .options import BLOCK_CHANNELS, BLOCK_SUM, OPTIONS, SPLIT_PIXELS
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def load_vector(ptr, start_n, pixels, BLOCK_N: tl.constexpr):
-    """Load one number for each of BLOCK_N pixels; 0 outside the image."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    return tl.load(ptr + offs_n, mask=offs_n < pixels, other=0.0)
 
 
 @jit
@@ -295,25 +288,28 @@ def split_count(tiles: int, pixels: int, device: torch.device) -> tuple[int, int
     return triton.cdiv(pixels, split_pixels), split_pixels
 
 
-def moments_of(student: Tensor, teacher: Tensor, scales: Scales) -> Tensor:
-    """Return partial sums of the moments, (B, splits, C_s^2 + C_s C_t + C_t^2): see ``moments_kernel``."""
+def plan_moments(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array | None, Array | None]) -> Array:
+    """Plan the launch that computes partial sums of the moments, (B, splits, C_s^2 + C_s C_t + C_t^2).
+
+    See ``moments_kernel``. ``alphas`` are the scales of student and teacher.
+    """
     batch, pixels, channels_s = student.shape
     channels_t = teacher.shape[2]
     blocks_s, blocks_t = (triton.cdiv(channels, BLOCK_CHANNELS) for channels in (channels_s, channels_t))
     tiles = blocks_s**2 + blocks_s * blocks_t + blocks_t**2
-    splits, split_pixels = split_count(batch * tiles, pixels, student.device)
-    size = channels_s**2 + channels_s * channels_t + channels_t**2
-    moments = student.new_empty((batch, splits, size), dtype=torch.float32)
-    difference, scaled = channels_s == channels_t, scales.student is not None
+    splits, split_pixels = split_count(batch * tiles, pixels, plan.device)
+    moments = plan.scratch(batch, splits, channels_s**2 + channels_s * channels_t + channels_t**2)
+    difference, scaled = channels_s == channels_t, alphas[0] is not None
     terms, weighted_terms = term_counts(student.dtype, scaled or difference)
-    moments_kernel[(batch * splits * tiles,)](
+    plan.launch(
+        moments_kernel,
+        (batch * splits * tiles,),
         student,
         teacher,
-        scales.student,
-        scales.teacher,
+        *alphas,
         moments,
-        *student.stride(),
-        *teacher.stride(),
+        *student.strides,
+        *teacher.strides,
         pixels,
         channels_s,
         channels_t,

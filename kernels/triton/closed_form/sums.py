@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ...formulas import Scales
-from ..primitives import FULL, jit, load_tile, split_terms, store_tile, tl, triton
-from .moments import load_vector
+from ..plans import Array, Plan
+from ..primitives import FULL, jit, load_tile, load_vector, split_terms, store_tile, tl, triton
 from .options import BLOCK_FINISH, BLOCK_VECTOR, FINISH_OPTIONS
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -73,7 +71,8 @@ def finish_kernel(
     image = (program // tiles).to(tl.int64)
     tile = program % tiles
     moments_ptr += image * splits * size
-    factors_ptr += image * (channels_s + channels_t) * channels_s
+    if GRAD:
+        factors_ptr += image * (channels_s + channels_t) * channels_s
     if DIFFERENCE:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
         cross_ptr = moments_ptr + size_ss
@@ -124,39 +123,47 @@ def finish_kernel(
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def losses_and_factors(
-    moments: Tensor, pixels: int, channels: tuple[int, int], scales: Scales, need_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Return partial losses (B, programs) and the factors of the gradient (3, B, C_s + C_t, C_s).
+def plan_sums(
+    plan: Plan,
+    moments: Array,
+    pixels: int,
+    channels: tuple[int, int],
+    alphas: tuple[Array | None, Array | None],
+    need_grad: bool,
+) -> tuple[Array, Array | None]:
+    """Plan the launch that computes partial losses (B, programs) and the factors (3, B, C_s + C_t, C_s).
 
     Args:
-        moments: of ``moments_of``.
+        plan: the plan that the launch is added to.
+        moments: of ``plan_moments``.
         pixels: N.
         channels: C_s, C_t.
-        scales: alpha of student and teacher.
+        alphas: the scales of student and teacher.
         need_grad: whether to compute the factors.
     """
     channels_s, channels_t = channels
     batch, splits, _ = moments.shape
     difference = channels_s == channels_t
-    blocks_s, blocks_t = (triton.cdiv(channels, BLOCK_FINISH) for channels in (channels_s, channels_t))
+    blocks_s, blocks_t = (triton.cdiv(count, BLOCK_FINISH) for count in channels)
     programs = blocks_s**2 if difference else blocks_s**2 + blocks_s * blocks_t + blocks_t**2
-    partials = moments.new_empty((batch, programs), dtype=torch.float64)
-    images = batch if need_grad else 0
-    factors = moments.new_empty((3, images, channels_s + channels_t, channels_s), dtype=torch.bfloat16)
-    finish_kernel[(batch * programs,)](
+    partials = plan.scratch(batch, programs, dtype=torch.float64)
+    factors = None
+    if need_grad:
+        factors = plan.scratch(3, batch, channels_s + channels_t, channels_s, dtype=torch.bfloat16)
+    plan.launch(
+        finish_kernel,
+        (batch * programs,),
         moments,
-        scales.student,
-        scales.teacher,
+        *alphas,
         partials,
         factors,
-        factors.stride(0),
+        batch * (channels_s + channels_t) * channels_s,
         pixels,
         channels_s,
         channels_t,
         splits,
         DIFFERENCE=difference,
-        SCALED=scales.student is not None,
+        SCALED=alphas[0] is not None,
         GRAD=need_grad,
         BLOCK=BLOCK_FINISH,
         BLOCK_P=BLOCK_VECTOR,

@@ -139,10 +139,27 @@ def test_any_number_of_pixels(pixels, monkeypatch):
     """And several partial sums, of different lengths."""
     monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(closed_form.moments, "SPLIT_PIXELS", 512)
-    student, teacher = draw(1, pixels, (5, 7), torch.float32)
-    moments = closed_form.moments.moments_of(student, teacher, closed_form.scales_of(student, teacher, COSINE))
-    assert moments.shape[1] == (1 if pixels <= 32 else min(4, math.ceil(pixels / 32)))
-    assert_as_accurate_as_eager(student, teacher, COSINE)
+    monkeypatch.setattr(triton, "_plans", {})
+    assert_as_accurate_as_eager(*draw(1, pixels, (5, 7), torch.float32), COSINE)
+    splits = min(4, math.ceil(pixels / 32))
+    assert launches()["moments_kernel"] == (3 * splits,)  # three tiles
+
+
+def launches() -> dict[str, tuple[int, ...]]:
+    """Return the grids of the launches of the last plan, by the names of their kernels."""
+    plan, _ = list(triton._plans.values())[-1]
+    return {launch.kernel.fn.__name__: launch.grid for launch in plan.launches}
+
+
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_launches(need_grad, monkeypatch):
+    """Four for "cosine", three for "none"."""
+    last = "closed_form_gradient_kernel" if need_grad else "loss_kernel"
+    for relation in RELATIONS:
+        monkeypatch.setattr(triton, "_plans", {})
+        closed_form.loss_and_gradient(*draw(1, 40, (5, 7), torch.float32), relation, need_grad)
+        scales = ["scale_kernel"] if relation == COSINE else []
+        assert list(launches()) == [*scales, "moments_kernel", "finish_kernel", last]
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
@@ -202,29 +219,3 @@ def test_two_runs_and_other_images_give_the_same_bits():
     again = run(student, teacher, COSINE)
     assert torch.equal(loss, again[0])
     assert torch.equal(gradient, again[1])
-
-
-def test_launches(monkeypatch):
-    """Four kernels for "cosine", three for "none"."""
-    launched = []
-    for module in (triton.scales, closed_form.moments, closed_form.sums, closed_form.gradient):
-        for name in ("scale_kernel", "moment_kernel", "moments_kernel", "finish_kernel", "closed_form_gradient_kernel"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, Launches(launched, name, getattr(module, name)))
-    student, teacher = draw(1, 40, (5, 7), torch.float32)
-    run(student, teacher, COSINE)
-    assert launched == ["scale_kernel", "moments_kernel", "finish_kernel", "closed_form_gradient_kernel"]
-    launched.clear()
-    run(student, teacher, Relation("none", "l2"))
-    assert launched == ["moments_kernel", "finish_kernel", "closed_form_gradient_kernel"]
-
-
-class Launches:
-    """A kernel that records its launches."""
-
-    def __init__(self, launched: list[str], name: str, kernel) -> None:
-        self.launched, self.name, self.kernel = launched, name, kernel
-
-    def __getitem__(self, grid):
-        self.launched.append(self.name)
-        return self.kernel[grid]
