@@ -20,6 +20,10 @@ from pathlib import Path
 import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
+from .closed_form import options as closed_form
+from .closed_form.gradient import closed_form_gradient_kernel, gradient_block_channels
+from .closed_form.moments import moments_kernel, term_counts
+from .closed_form.sums import finish_kernel
 from .configurations import (
     BLOCK_CHANNELS,
     BLOCK_TERMS,
@@ -43,14 +47,18 @@ KERNELS = {
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "closed_moments": moments_kernel,
+    "closed_sums": finish_kernel,
+    "closed_gradient": closed_form_gradient_kernel,
 }
 
 CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448}  # bytes per program
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 FEATURE_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # "*fp32" for the other number formats
-ALGEBRA = tuple(name for name in KERNELS if name != "relation")
-ROW_L1 = Relation("row", "l1")
+CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
+ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
+ROW_L1, COSINE_L2 = Relation("row", "l1"), Relation("cosine", "l2")
 SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
 
 
@@ -59,7 +67,7 @@ class Case:
     """One kernel as it is launched on features (B, N, C_s), (B, N, C_t).
 
     Attributes:
-        kernel: "relation", the tile kernel, or one of ALGEBRA.
+        kernel: "relation", the tile kernel, or one of ALGEBRA or CLOSED_FORM.
         capability: compute capability of the GPU.
         numbers: "bfloat16", "float16", or the matmul precision of float32: "medium", "high", "highest".
         channels: (C_s, C_t).
@@ -113,6 +121,8 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
             known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr", "h_ptr"))
         return known, compile_options(chosen)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
+    if case.kernel in CLOSED_FORM:
+        return closed_form_arguments(case, dtype)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
@@ -137,6 +147,23 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     return known | {"BLOCK_N": block_n, "BLOCK_C": block_c}, options
 
 
+def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Return ``compile_arguments`` of a kernel of CLOSED_FORM."""
+    channels_s, channels_t = case.channels
+    scaled, difference = case.relation.normalize == "cosine", channels_s == channels_t
+    known = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
+    if case.kernel == "closed_sums":
+        known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
+        return known, closed_form.FINISH_OPTIONS
+    if case.kernel == "closed_gradient":
+        block_c = gradient_block_channels(dtype, channels_s)
+        known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
+        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": closed_form.BLOCK_SUM, "BLOCK_C": block_c}
+        return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
+    known["TERMS"], known["TERMS_WEIGHTED"] = term_counts(dtype, scaled or difference)
+    return known | {"BLOCK_N": closed_form.BLOCK_SUM, "BLOCK_C": closed_form.BLOCK_CHANNELS}, closed_form.OPTIONS
+
+
 def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
@@ -150,7 +177,9 @@ def compile_case(case: Case) -> Report:
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features}
-    types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr"), "*bf16")
+    types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr", "factors_ptr"), "*bf16")
+    if case.kernel in CLOSED_FORM:
+        types["partial_ptr"] = "*fp64"
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
     types |= dict.fromkeys(known, "constexpr")
     signature = {
@@ -193,6 +222,11 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     for numbers in ("bfloat16", "highest"):
         for kernel in ALGEBRA:
             yield Case(kernel, capability, numbers)
+    for numbers in ("bfloat16", "float16", "highest"):
+        for kernel in CLOSED_FORM:
+            for channels in ((64, 256), (128, 128)):
+                if kernel != "closed_sums" or numbers == "bfloat16":  # the others are equal
+                    yield Case(kernel, capability, numbers, channels, COSINE_L2)
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Case]:
@@ -210,6 +244,10 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
     for kernel in ALGEBRA:
         yield Case(kernel, capability, "float16")
         yield Case(kernel, capability, "bfloat16", layout="odd")
+    for kernel in CLOSED_FORM:
+        yield Case(kernel, capability, "bfloat16", relation=Relation("none", "l2"))
+        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="nlc")
+        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="odd")
 
 
 def compiler_pool(processes: int | None = None) -> ProcessPoolExecutor:

@@ -258,6 +258,11 @@ def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
+def gradient_block_channels(dtype: torch.dtype, channels: int) -> int:
+    """Return the channels of a block of the gradient: with more, accumulators and terms do not fit into registers."""
+    return min(64 if dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels)))
+
+
 def plan_gradient(
     plan: Plan,
     student: Array,
@@ -278,8 +283,7 @@ def plan_gradient(
         loss, gradient: the results.
     """
     batch, pixels, channels_s = student.shape
-    # with more channels the accumulators and terms of float32 features do not fit into registers
-    block_c = min(64 if student.dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels_s)))
+    block_c = gradient_block_channels(student.dtype, channels_s)
     plan.launch(
         closed_form_gradient_kernel,
         (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
