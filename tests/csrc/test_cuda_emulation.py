@@ -1,4 +1,4 @@
-"""The CUDA kernels, emulated on the CPU: csrc/cuda compiled for the host with cuda_emulation/emulation.h.
+"""The CUDA kernels, emulated on the CPU: csrc/cuda compiled for the host with cuda_emulation/.
 
 The emulation executes index arithmetic, masks, copies, barriers and fragment layouts as a GPU does, at small sizes, and
 the tests compare the results with the float64 primitive. It reports races, copies that no thread waited for and
@@ -10,11 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -59,27 +55,8 @@ class Features(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source = Path(__file__).parent / "cuda_emulation"
-    target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command = [
-        compiler,
-        *options,
-        "-Wno-unknown-pragmas",
-        *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
-        f"-I{source}",
-        "-o",
-        str(target),
-        str(source / "library.cpp"),
-    ]
-    # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads
-    done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = ctypes.CDLL(str(target))
+def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    result = compile_emulation("library.cpp", "-O1")
     result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p
     return result
 

@@ -5,6 +5,7 @@
 // and sums are rounded to float after each of the 16 products.
 #pragma once
 
+#include <list>
 #include <map>
 #include <string>
 #include <vector>
@@ -35,10 +36,18 @@ struct Sum {
   uint64_t last_group = 0;
 };
 
+// The registers of an operand of a product in flight, and their values.
+struct Registers {
+  uint64_t group;
+  const uint32_t* registers[WARPGROUP];
+  uint32_t values[WARPGROUP][4];
+};
+
 struct TensorCore {            // of a warpgroup
   std::map<float*, Sum> sums;  // by the registers of thread 0
-  uint64_t committed = 0;      // groups
-  std::vector<Time> starts;    // of the last product of each committed group
+  std::list<Registers> operands;
+  uint64_t committed = 0;    // groups
+  std::vector<Time> starts;  // of the last product of each committed group
   Time last_start = 0;
   bool fenced = false;
   bool uncommitted = false;
@@ -172,32 +181,32 @@ inline void start_product(void** operands) {
   if (added) take(sum, operands);
   if (sum.columns != 2 * first.registers) m.fail("products of different shapes to the same sum in flight");
   sum.last_group = core.committed;
-  std::vector<uint32_t> a;
-  std::vector<const uint32_t*> a_registers;
-  for (int i = 0; first.a && i < WARPGROUP; ++i) {
-    a_registers.push_back(static_cast<ProductArguments*>(operands[i])->a);
-    a.insert(a.end(), a_registers.back(), a_registers.back() + 4);
+  const Registers* a = nullptr;
+  if (first.a) {
+    Registers& own = core.operands.emplace_back();
+    own.group = core.committed;
+    for (int i = 0; i < WARPGROUP; ++i) {
+      own.registers[i] = static_cast<ProductArguments*>(operands[i])->a;
+      std::memcpy(own.values[i], own.registers[i], 16);
+    }
+    a = &own;
   }
   const int stream = block.participants.products(m.thread() / WARPGROUP * WARPGROUP_WARPS);
-  block.operations.push_back(
-      {stream, true, core.committed, 1,
-       [=, &m, &core, &sum, &memory = block.memory, a = std::move(a), a_registers = std::move(a_registers)](int) {
-         static float left[16][128], right[16][128];
-         if (first.a) {
-           for (int i = 0; i < WARPGROUP; ++i)
-             if (std::memcmp(&a[4 * i], a_registers[i], 16))
-               m.fail("the registers of an operand were written before wait_for_products");
-           for (int row = 0; row < 64; ++row)
-             for (int k = 0; k < 16; ++k) {
-               const Place from = place(row, k);  // two elements to a register
-               left[k][row] = first.element(static_cast<uint16_t>(a[4 * from.thread + from.index / 2] >> 16 * (k % 2)));
-             }
-         } else {
-           fetch(m, memory, first.a_descriptor, first.a_major, 64, first.element, left);
-         }
-         fetch(m, memory, first.b_descriptor, first.b_major, sum.columns, first.element, right);
-         multiply(left, right, sum, first.accumulate);
-       }});
+  block.operations.push_back({stream, true, core.committed, 1, [=, &m, &sum, &memory = block.memory](int) {
+                                static float left[16][128], right[16][128];
+                                if (a) {
+                                  for (int row = 0; row < 64; ++row)
+                                    for (int k = 0; k < 16; ++k) {
+                                      const Place from = place(row, k);  // two elements to a register
+                                      left[k][row] = first.element(static_cast<uint16_t>(
+                                          a->values[from.thread][from.index / 2] >> 16 * (k % 2)));
+                                    }
+                                } else {
+                                  fetch(m, memory, first.a_descriptor, first.a_major, 64, first.element, left);
+                                }
+                                fetch(m, memory, first.b_descriptor, first.b_major, sum.columns, first.element, right);
+                                multiply(left, right, sum, first.accumulate);
+                              }});
 }
 
 inline void fence_registers_of_warpgroup(void**) { tensor_core(*machine).fenced = true; }
@@ -217,6 +226,11 @@ void wait_for_products_of_warpgroup(void**) {
   const int warpgroup = m.thread() / WARPGROUP;
   const Participants& participants = m.block().participants;
   m.complete(participants.products(warpgroup * WARPGROUP_WARPS), core.committed - LEFT, 0);
+  for (auto i = core.operands.begin(); i != core.operands.end() && i->group < core.committed - LEFT;
+       i = core.operands.erase(i))
+    for (int thread = 0; thread < WARPGROUP; ++thread)
+      if (std::memcmp(i->values[thread], i->registers[thread], 16))
+        m.fail("the registers of an operand were written before wait_for_products");
   for (auto i = core.sums.begin(); i != core.sums.end();) {
     const bool complete = i->second.last_group < core.committed - LEFT;
     if (complete) give_back(m, i->second);
