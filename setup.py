@@ -84,7 +84,7 @@ setup(
     package_data={
         "srpkd": ["py.typed", "presets/*.yaml"],
         "srpkd.reporting": ["templates/*"],
-        "srpkd.csrc": [f"{folder}*.{suffix}" for folder in ("", "*/", "cuda/*/") for suffix in ("h", "cpp", "cu", "cuh")],
+        "srpkd.csrc": [f"{folder}*.{end}" for folder in ("", "*/", "cuda/*/") for end in ("h", "cpp", "cu", "cuh")],
     },
     **extension_arguments(),
 )
