@@ -31,6 +31,7 @@ FAULTS = {
     "early_turn": "without a barrier after it was written",
     "no_barrier_fence": "without fence_barrier_initialization()",
     "no_wait_for_products": None,
+    "no_hold": None,
     "no_register_fence": "without fence_registers()",
     "operand_overwritten": "registers of an operand were written",
     "no_warp_sync": "read without a barrier after it was written",

@@ -140,6 +140,7 @@ enum Fault : int {
   early_turn,             // given to the other warpgroup
   no_barrier_fence,       // after the initialisation of the barriers
   no_wait_for_products,   // before their sums are read
+  no_hold,                // of their sums after the wait
   no_register_fence,      // before products
   operand_overwritten,    // registers of an operand of products in flight
   no_warp_sync,           // between the stores of a warp and the arrival of one of its threads
@@ -213,7 +214,7 @@ struct Pipeline {
       if (!is(early_turn) && lane == 0) arrive(TURN + 8 * (group ^ 1));
       if (is(early_release) && lane == 0) arrive(EMPTY + 8 * slot);
       if (!is(no_wait_for_products)) wait_for_products<0>();
-      hold(g);
+      if (!is(no_hold)) hold(g);
       uint32_t k[8][4];
       for (int i = 0; i < 32; ++i) k[i / 4][i % 4] = pack<BFloat16>(g[2 * i], g[2 * i + 1]);
 
