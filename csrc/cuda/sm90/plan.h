@@ -26,8 +26,20 @@ struct alignas(8) PixelScale {
   float alpha, ratio;
 };
 
+// Features that the kernel first copies to 16-bit terms with adjacent pixels.
+struct Source {
+  const void* data;
+  int64_t strides[3];  // elements, between images, pixels and channels
+  int channels;
+  int element_bytes;  // 4: float32; 2: the element type of the kernel
+  int64_t line;       // elements from one channel of `terms` to the next
+  uint16_t* terms;    // (images, TERMS, channels, line); null if the features are read in place
+};
+
 struct Params {
   TensorMap student, teacher;
+  Source sources[2];
+  int images, pixels;
   Work work;
   int channel_splits;                  // groups of U's channels, which count as images of `work`; 1 without gradient
   int student_groups, teacher_groups;  // of channels
@@ -37,13 +49,16 @@ struct Params {
   float delta;         // infinity for l2, which is twice a Huber distance
   float loss_factor, sum_factor;  // of the loss, and of U and h
   float h_scale;                  // h is stored in units of 1 / h_scale
-  const PixelScale* scales;       // (images, blocks * TILE), zeros beyond the last pixel
-  const float* powers;            // (images): alpha in `scales` is multiplied by it
+  const float* alpha_student;     // (images, pixels), null if it is 1
+  const float* alpha_teacher;
+  PixelScale* scales;             // (images, blocks * TILE), zeros beyond the last pixel
+  float* powers;                  // (images): alpha in `scales` is multiplied by it
   double* loss;                   // (images, blocks, parts, LOSS_TERMS)
   int64_t* h;                     // (images, blocks * TILE), null if not computed
   float* U_columns;               // (copies, images of work, blocks, U_BLOCK): sums over tiles above the diagonal
   float* U_rows;                  // (parts, images of work, blocks, U_BLOCK): of the other tiles
   uint32_t* additions;            // (copies, images of work, blocks): to U_columns, so far
+  int64_t loss_count, additions_count;
 };
 
 // The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of. They are images of their own
@@ -57,6 +72,7 @@ struct Config {
   static constexpr bool GRAD = GRAD_;
   static constexpr int TERMS = TERMS_;
   static_assert(TERMS == 1 || TERMS == 2);
+  static constexpr bool SCALED = std::is_same_v<Element, Half>;  // so that K is in the range of float16
 
   // The warpgroups: a producer, which starts all loads, the consumers, and one that adds up U of the columns.
   static constexpr int THREADS = 128 * (1 + CONSUMERS + GRAD);
@@ -157,6 +173,7 @@ inline const char* uncovered_reason(const Problem& problem, int shared_of_block)
 
 // Sets all parameters that follow from the problem, except pointers and tensor maps.
 inline void plan(Params& p, const Problem& problem, int multiprocessors) {
+  p.images = problem.images, p.pixels = problem.pixels;
   p.student_groups = static_cast<int>(ceil_div(problem.student_channels, GROUP));
   p.teacher_groups = static_cast<int>(ceil_div(problem.teacher_channels, GROUP));
   p.channel_splits = problem.grad ? p.student_groups : 1;
@@ -170,6 +187,8 @@ inline void plan(Params& p, const Problem& problem, int multiprocessors) {
     p.slots = minimum(C::FREE_CHUNKS - p.resident * C::TERMS, MAX_CHUNKS);
   };
   with_precision(problem.precision, [&](auto chosen) { with_config(chosen, {true, true, true, problem.grad}, fill); });
+  p.loss_count = int64_t{p.images} * p.work.blocks * p.work.parts * LOSS_TERMS;
+  p.additions_count = int64_t{p.work.copies} * p.work.images * p.work.blocks;
   const bool l2 = problem.distance == Distance::l2;
   p.delta = l2 ? INFINITY : problem.delta;
   p.zero_diagonal = problem.normalize == Normalize::cosine;

@@ -13,19 +13,14 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "prepare.cuh"
+#include "sums.cuh"
 
 namespace srpkd::cuda::sm90 {
 
 struct alignas(16) FourFloats {
   float value[4];
 };
-
-// The position of a channel of a group and a pixel of a block in U_BLOCK floats. It is the order of the accumulators of
-// U_J (channels x pixels), such that a warp stores 512 adjacent bytes.
-SRPKD_HOST_DEVICE constexpr int position_in_U(int channel, int pixel) {
-  const int lane = channel % 8 * 4 + pixel % 8 / 2;
-  return ((pixel / 8 * 4 + channel / 16) * 32 + lane) * 4 + channel % 16 / 8 * 2 + pixel % 2;
-}
 
 // What all roles of a thread block know.
 template <class C>
@@ -277,7 +272,7 @@ struct Consumer : Role<C> {
   }
 
   static SRPKD_DEVICE PixelScale load_scale(const PixelScale* from) {
-    return {load_global(&from->alpha), load_global(&from->ratio)};
+    return {load_global_coherent(&from->alpha), load_global_coherent(&from->ratio)};
   }
 
   // Stores 64 columns of K for the warpgroup of the columns.
@@ -395,8 +390,7 @@ struct Consumer : Role<C> {
 
   // What sums that were computed with PixelScale::alpha are multiplied by: a power of two.
   SRPKD_DEVICE float unit_of(int image) const {
-    const float power = load_global(p.powers + image);
-    return 1 / (C::SYMMETRIC ? power * power : power);
+    return unit_of_sums(C::SYMMETRIC, load_global_coherent(p.powers + image));
   }
 
   SRPKD_DEVICE int64_t pixel_of(int image, int block) const { return (int64_t{image} * p.work.blocks + block) * TILE; }
@@ -580,6 +574,7 @@ SRPKD_DEVICE void initialize_barriers(Address shared) {
 
 template <class C>
 SRPKD_DEVICE void relation_tiles_of_block(const Params& p) {
+  Preparation<C>{p}.run();
   const int thread = thread_index(), warpgroup = uniform(thread / 128);
   if (thread == 0) initialize_barriers<C>(shared_memory());
   sync_block();
