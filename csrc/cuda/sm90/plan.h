@@ -45,6 +45,7 @@ struct Params {
   int student_groups, teacher_groups;  // of channels
   int resident;                        // groups of the row block that stay in shared memory; others come with each tile
   int slots;                           // of the ring
+  bool turns;                          // of the consumers: they need a ring for the chunks of a whole tile
   bool zero_diagonal;  // D_ii = 0
   float delta;         // infinity for l2, which is twice a Huber distance
   float loss_factor, sum_factor;  // of the loss, and of U and h
@@ -85,6 +86,9 @@ struct Config {
   // Two chunks for each term of K. Term 1 is the part that term 0 does not represent.
   static constexpr int K_BYTES = GRAD ? TERMS * 2 * CHUNK : 0;
 
+  // The products of a group start while those of the group before are in flight. Its chunks must fit into the ring, too.
+  static constexpr bool OVERLAP = TERMS == 1 || !GRAD;
+
   // Offsets in shared memory.
   static constexpr int K = 0;                                // (TERMS, 2 halves of the columns, TILE rows) lines
   static constexpr int STAGING = K + K_BYTES;                // half of U_BLOCK
@@ -94,6 +98,8 @@ struct Config {
   static constexpr int BARRIERS = SCALES + 2 * TILE * int{sizeof(PixelScale)};
   static constexpr int CHUNKS = BARRIERS + 1024;                    // (resident, TERMS), then the ring's slots
   static constexpr int FREE_CHUNKS = (SHARED_LIMIT - CHUNKS) / CHUNK;
+
+  static_assert(FREE_CHUNKS >= (OVERLAP ? 4 : 2) * TERMS);
 
   static constexpr int bytes(const Params& p) { return CHUNKS + (p.resident * TERMS + p.slots) * CHUNK; }
 
@@ -180,11 +186,11 @@ inline void plan(Params& p, const Problem& problem, int multiprocessors) {
   p.work = divide(problem.images * p.channel_splits, problem.pixels, TILE, multiprocessors);
   const auto fill = [&](auto config) {
     using C = decltype(config);
-    // the ring has room for a group of rows and of columns, and for part of the next one
-    constexpr int LEAST_SLOTS = C::TERMS == 1 ? 4 : 2 * C::TERMS;
+    constexpr int LEAST_SLOTS = (C::OVERLAP ? 4 : 2) * C::TERMS;  // rows and columns of a group, or of two
     const int others = p.teacher_groups + p.student_groups - 1;
     p.resident = minimum(minimum(others, MAX_CHUNKS), (C::FREE_CHUNKS - LEAST_SLOTS) / C::TERMS);
     p.slots = minimum(C::FREE_CHUNKS - p.resident * C::TERMS, MAX_CHUNKS);
+    p.turns = C::TERMS * (p.resident + 2 * (others - p.resident)) <= p.slots;
   };
   with_precision(problem.precision, [&](auto chosen) { with_config(chosen, {true, true, true, problem.grad}, fill); });
   p.loss_count = int64_t{p.images} * p.work.blocks * p.work.parts * LOSS_TERMS;

@@ -7,7 +7,8 @@
 //                block stay in shared memory if they fit; those of the column block pass through a ring.
 //   consumers    Two warpgroups with 64 rows each: G_s and G_t by wgmma, then D, P and K on the accumulators, then
 //                U_I += K q_J with K from registers. They take turns: while one has the tensor cores, the other is in
-//                its elementwise part.
+//                its elementwise part. If the ring does not hold the chunks of a whole tile, they share them at the
+//                same time instead.
 //   columns      One warpgroup reads K of both from shared memory, multiplies U_J = K^T q_I, and adds it to global memory
 //                in the fixed order of work.h, by bulk copies.
 #pragma once
@@ -247,7 +248,10 @@ struct Consumer : Role<C> {
       if (term > 0) multiply_chunks(sum, rows[0], columns[term], true);
     }
     commit_products();
-    if (at > 0) {
+    if constexpr (!C::OVERLAP) {
+      wait_for_products<0>();
+      release(at, 0, base);
+    } else if (at > 0) {
       wait_for_products<1>();
       release(at - 1, slots_of(at), base);
     }
@@ -344,11 +348,11 @@ struct Consumer : Role<C> {
         const int stage = tile % C::STAGES;
         const bool diagonal = step == 0;
         float s[64] = {}, t[64];
-        wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
+        if (p.turns) wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
         gram(s, t, new_rows, stage, base);
-        arrive_warp(base + C::TURN + 8 * (half ^ 1));
+        if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
         wait_for_products<0>();
-        if (others > 0) release(others - 1, 0, base);
+        if (C::OVERLAP && others > 0) release(others - 1, 0, base);
         hold(s), hold(t);
 
         if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
@@ -538,6 +542,7 @@ struct Columns : Role<C> {
         const Address base = uniform(opaque(shared));
         if (step == 0) {  // the rows have the whole tile
           wait(base + C::K_FULL, tile & 1);
+          sync_warp();  // a thread that still waits would miss the phase
           if (lane == 0) arrive(base + C::K_EMPTY);
         } else {
           add(image, row, step, base);
