@@ -144,6 +144,10 @@ T load_global(const T* from) {
   return *from;
 }
 template <typename T>
+T load_global_coherent(const T* from) {
+  return load_global(from);
+}
+template <typename T>
 void store_global(T* to, T value) {
   emulation::machine->check_global(to, sizeof(T), alignof(T), "write");
   *to = value;

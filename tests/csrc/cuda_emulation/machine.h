@@ -118,6 +118,7 @@ struct Block {
   NamedBarrier named[16];
   std::vector<Barrier> barriers;
   std::list<Operation> operations;
+  int64_t grid_barriers = 0;   // that this block has arrived at
   std::vector<int> registers;  // of each thread, by warp; 0: unknown
   int free_registers = 0;
   std::shared_ptr<std::vector<TensorCore>> tensor_cores;  // of each warpgroup, see tensor_cores.h
@@ -193,6 +194,9 @@ class Machine {
   // Barrier 0 of all threads of the block, or another of some.
   void barrier() { arrive_named(0, static_cast<int>(block_->threads.size()), true); }
   void arrive_named(int index, int threads, bool wait_too);
+
+  // All threads of the grid, of which all blocks must be resident.
+  void grid_barrier();
 
   // --- memory --------------------------------------------------------------------------------------------------------
 
@@ -341,6 +345,7 @@ class Machine {
   Order order_ = Order::in_order;
   uint32_t asynchronous_percent_ = 0;
   Candidate last_{0, 0};
+  int64_t grid_arrivals_ = 0;
   std::vector<std::pair<const char*, const char*>> allowed_;
   jmp_buf home_;
 };

@@ -28,7 +28,7 @@ inline void Machine::start_block(Block& block, int index, int threads, int share
   block.barriers.reserve(MAX_BARRIERS);  // others hold references
   block.operations.clear();
   block.registers.assign(block.participants.warps(), REGISTERS / threads / 8 * 8);
-  block.free_registers = 0;
+  block.free_registers = 0, block.grid_barriers = 0;
   block.tensor_cores.reset();
 }
 
@@ -52,7 +52,7 @@ inline void Machine::end_block(Block& block) {
 
 inline void Machine::run(int x, int y, int threads, int shared_bytes, Schedule schedule, std::function<void()> kernel) {
   kernel_ = std::move(kernel);
-  x_ = x, blocks_ = x * y, next_block_ = 0;
+  x_ = x, blocks_ = x * y, next_block_ = 0, grid_arrivals_ = 0;
   seed_ = schedule.seed;
   state_ = 0x9e3779b97f4a7c15u * (seed_ + 1);
   last_ = {0, -1};
@@ -212,6 +212,19 @@ inline void Machine::arrive_named(int index, int threads, bool wait_too) {
              std::to_string(named.threads) + " threads have arrived";
     });
   }
+}
+
+inline void Machine::grid_barrier() {
+  barrier();
+  if (thread_ == 0) {
+    ++grid_arrivals_;
+    const int64_t last = ++block_->grid_barriers * blocks_;
+    wait([this, last] { return grid_arrivals_ >= last; },
+         [this, last] {
+           return "the grid, of which " + std::to_string(last - grid_arrivals_) + " blocks have not arrived";
+         });
+  }
+  barrier();
 }
 
 }  // namespace srpkd::cuda::emulation
