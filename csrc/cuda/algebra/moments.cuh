@@ -19,7 +19,7 @@ namespace srpkd::cuda::algebra {
 // The product of two panels of channels over a range of pixels, one tile of 64 x 64 channels.
 template <class T, bool PIXELS_ADJACENT>
 struct MomentTile {
-  using G = Geometry<2, PIXELS_ADJACENT, 4>;
+  using G = Geometry<2, PIXELS_ADJACENT>;
   using Part = PanelPart<T, PIXELS_ADJACENT>;
   static constexpr int THREADS = G::THREADS;
   static_assert(THREADS == PANEL_THREADS);
