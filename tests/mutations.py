@@ -50,6 +50,8 @@ TRITON_TILES, TRITON_GRADIENT = "kernels/triton/tiles.py", "kernels/triton/gradi
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
 CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
+CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
+CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 
 BACKENDS = {
     "blocked": Backend(
@@ -247,6 +249,75 @@ BACKENDS = {
                 "(e, p.delta) * beta_s : grad",
                 "(e, p.delta) * alpha_s : grad",
             ),
+        ],
+    ),
+    "cuda_algebra": Backend(
+        "tests/csrc/test_cuda_loss.py -k (every_relation and highest and nlc) or pixels_without or plans or "
+        "deterministic or reductions",
+        [
+            Fault(
+                "masks one pixel or channel too many",
+                CUDA_PANELS,
+                "minimum(PIXELS_ADJACENT ? pixels.end - at : from.channels - c, UNIT)",
+                "minimum((PIXELS_ADJACENT ? pixels.end - at : from.channels - c) - 1, UNIT)",
+            ),
+            Fault(
+                "pixels outside the image are shifted",
+                CUDA_MOMENTS,
+                "Part::pixel_at(pixels, pixel) < pixels.end ? x",
+                "Part::pixel_at(pixels, pixel) <= pixels.end ? x",
+            ),
+            Fault(
+                "moments: missing barrier",
+                CUDA_MOMENTS,
+                "      sync_block();  // the panels are free\n      const Pixels pixels{pixel, end};",
+                "      const Pixels pixels{pixel, end};",
+            ),
+            Fault(
+                "moments: the last range is dropped",
+                CUDA_MOMENTS,
+                "split < splits; ++split",
+                "split < splits - 1; ++split",
+            ),
+            Fault("moments: no shift to the mean", CUDA_MOMENTS, "return any;", "return false;"),
+            Fault(
+                "moments: the shift is not undone",
+                CUDA_MOMENTS,
+                "count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
+                "0 * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
+            ),
+            Fault(
+                "weighted moment: the first block sums",
+                CUDA_MOMENTS,
+                "== p.ranges.splits - 1 ? 1 : 0",
+                "== 0 ? 1 : 0",
+            ),
+            Fault(
+                "weighted moment: counted before all threads have written",
+                CUDA_MOMENTS,
+                "    fence_device();\n    sync_block();\n",
+                "    fence_device();\n",
+            ),
+            Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false)"),
+            Fault(
+                "norms: blocks beside the diagonal count once", CUDA_NORMS, "total[m][j][i] *= 2", "total[m][j][i] *= 1"
+            ),
+            Fault(
+                "norms: missing barrier",
+                CUDA_NORMS,
+                "sync_block();  // the panels have arrived",
+                "// the panels have arrived",
+            ),
+            Fault("cosine: correction dropped", CUDA_GRADIENT, "r + e : r) * 4) * q[e]", "r + e : r) * 4) * 0"),
+            Fault("row: correction M q dropped", CUDA_GRADIENT, "add_product_with(MOMENT_AT);", ""),
+            Fault("row: correction M_w q dropped", CUDA_GRADIENT, "add_product_with(WEIGHTED_AT);", ""),
+            Fault(
+                "the last part of the loss is dropped",
+                CUDA_GRADIENT,
+                "i < count; i += THREADS",
+                "i < count - 1; i += THREADS",
+            ),
+            Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
         ],
     ),
     "distributed": Backend(
