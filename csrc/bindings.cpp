@@ -65,7 +65,9 @@ LossAndGradient relation_loss_forward_cpu(const Tensor& student, const Tensor& t
 // For any device: one elementwise launch.
 Tensor relation_loss_backward(const Tensor& gradient, const Tensor& grad_loss, at::ScalarType dtype) {
   Tensor result = at::empty_like(gradient, gradient.options().dtype(dtype));
-  at::mul_out(result, gradient, grad_loss.dim() ? grad_loss.view({-1, 1, 1}) : grad_loss);
+  // on a GPU, a grad_loss without dimensions would be rounded to the dtype of the gradient
+  const bool view = grad_loss.dim() || gradient.is_cuda();
+  at::mul_out(result, gradient, view ? grad_loss.view({-1, 1, 1}) : grad_loss);
   return result;
 }
 
