@@ -47,7 +47,7 @@ auto planned(const Tensor& like, MakePlan make_plan) {
   Workspace size{nullptr};
   make_plan(size);
   Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
-  Workspace workspace{memory.mutable_data_ptr<char>()};
+  Workspace workspace{static_cast<char*>(memory.mutable_data_ptr())};
   return std::make_pair(make_plan(workspace), std::move(memory));
 }
 
