@@ -36,9 +36,9 @@ cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels
 // T: the element type of the features.
 template <class T>
 void launch_loss(const LossPlan& plan, const LossArguments& a, cudaStream_t stream) {
-  C10_CUDA_CHECK(algebra::scales<T>(plan, a.pixels_adjacent, stream));
+  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, stream));
   C10_CUDA_CHECK(launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, stream));
-  C10_CUDA_CHECK(algebra::gradient<T>(plan.weighted, plan.gradient, a.pixels_adjacent, plan.wide, stream));
+  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, stream));
 }
 
 // Returns the plan of a function of a workspace, and the memory of the workspace.
@@ -47,7 +47,7 @@ auto planned(const Tensor& like, MakePlan make_plan) {
   Workspace size{nullptr};
   make_plan(size);
   Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
-  Workspace workspace{memory.mutable_data_ptr<char>()};
+  Workspace workspace{static_cast<char*>(memory.mutable_data_ptr())};
   return std::make_pair(make_plan(workspace), std::move(memory));
 }
 

@@ -29,7 +29,7 @@ SRPKD_DEVICE int block_index(int axis) {
 SRPKD_DEVICE void sync_block() { __syncthreads(); }
 
 SRPKD_DEVICE Address shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return static_cast<Address>(__cvta_generic_to_shared(memory));
 }
 

@@ -1,4 +1,4 @@
-"""Compiles the emulation of the CUDA kernels, cuda_emulation/, for the tests in this folder."""
+"""Compiles kernels for the host, with the emulation in cuda_emulation/."""
 
 from __future__ import annotations
 
@@ -12,24 +12,32 @@ from pathlib import Path
 
 import pytest
 
-OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
-
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """Return a function that compiles a source in cuda_emulation/ for the host and loads it."""
+def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Return a function that compiles a source in cuda_emulation/ with further options and loads the library."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = Path(__file__).parent / "cuda_emulation"
 
-    def load(source: str) -> ctypes.CDLL:
+    def run(source: str, *further: str) -> ctypes.CDLL:
         target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
-        flags = ["-Wno-unknown-pragmas", *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", ""))]
-        command = [compiler, *OPTIONS, *flags, f"-I{folder}", "-o", str(target), str(folder / source)]
+        options = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+        command = [
+            compiler,
+            *options,
+            "-Wno-unknown-pragmas",
+            *further,
+            *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
+            f"-I{folder}",
+            "-o",
+            str(target),
+            str(folder / source),
+        ]
         # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads
         done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(target))
 
-    return load
+    return run

@@ -24,8 +24,8 @@ every_layout = pytest.mark.parametrize("layout", ["nlc", "nchw"])
 
 
 @pytest.fixture(scope="session")
-def library(emulated: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
-    result = emulated("loss.cpp")
+def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    result = compile_emulation("loss.cpp", "-O1")
     result.relation_loss.restype = ctypes.c_char_p
     return result
 
@@ -131,6 +131,6 @@ def test_overflow_gives_nan(library: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("channels", [(72, 8), (72, 72)], ids=str)
 def test_the_order_of_the_threads_does_not_change_the_bits(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
     student, teacher = draw(torch.bfloat16, 1, 150, channels)
-    one, other = (run(library, student, teacher, COSINE, "bf16", backwards=backwards) for backwards in (False, True))
+    one, other = (run(library, student, teacher, COSINE, "bf16", seed=seed) for seed in range(2))
     assert torch.equal(one.loss, other.loss)
     assert torch.equal(one.gradient, other.gradient)

@@ -21,7 +21,7 @@ constexpr int PANEL_THREADS = 128;  // that load one panel
 
 // The warps of a thread block: WARPS_M x 2, each with 32 x 32 elements of a product. A template argument of sm80::Warp.
 // STEPS: how many steps of a product are unrolled.
-template <int WARPS_M_, bool PIXELS_ADJACENT_, int STEPS_>
+template <int WARPS_M_, bool PIXELS_ADJACENT_, int STEPS_ = 4>
 struct Geometry {
   static constexpr int STEPS = STEPS_;
   static constexpr int WARPS_M = WARPS_M_, WARPS_N = 2, THREADS = 32 * WARPS_M * WARPS_N;

@@ -21,7 +21,7 @@ std::string message;
 // Runs kernels one after the other, until the first error.
 struct Launch {
   Machine& machine_of_test;
-  bool backwards;
+  uint64_t seed;
   int shared_limit, launches = 0;
 
   template <class F>
@@ -31,7 +31,7 @@ struct Launch {
     if (bytes > shared_limit)
       machine_of_test.fail("a kernel needs " + std::to_string(bytes) + " bytes of shared memory");
     machine = &machine_of_test;
-    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, backwards, kernel);
+    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, {seed, seed ? 3 : 1}, kernel);
     machine = nullptr;
   }
   template <class Kernel>
@@ -97,7 +97,7 @@ struct Intermediate {
 // launches receives the number of kernels.
 const char* relation_loss(bool closed_form, int element, int precision, bool pixels_adjacent,
                           const FeaturesOfTest* features, int images, int pixels, int normalize, int distance,
-                          double delta, double eps, int reduction, bool need_grad, const int* device, bool backwards,
+                          double delta, double eps, int reduction, bool need_grad, const int* device, uint64_t seed,
                           float* loss, void* gradient, const int64_t* gradient_strides,
                           const Intermediate* intermediate, int* launches) {
   LossArguments a{};
@@ -134,7 +134,7 @@ const char* relation_loss(bool closed_form, int element, int precision, bool pix
     local.allow(workspace.base, workspace.bytes);
     return plan;
   };
-  Launch launch{local, backwards, properties.shared_of_block};
+  Launch launch{local, seed, properties.shared_of_block};
   if (closed_form) {
     const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
@@ -146,20 +146,21 @@ const char* relation_loss(bool closed_form, int element, int precision, bool pix
   }
   const LossPlan plan = planned([&](Workspace& w) { return make_plan(a, properties, w); });
   with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-    launch_scales<decltype(type), decltype(adjacent)::value>(plan, launch);
+    launch_scales<decltype(type), decltype(adjacent)::value>(plan.scales, launch);
   });
   launch_tiles(plan, a.precision, pixels_adjacent, launch);
   with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-    launch_gradient<decltype(type), decltype(adjacent)::value>(plan.weighted, plan.gradient, plan.wide, launch);
+    launch_gradient<decltype(type), decltype(adjacent)::value>(plan.gradient, launch);
   });
   *launches = launch.launches;
 
   if (a.relation.normalize != Normalize::none)
-    for (int i = 0; i < 2; ++i) std::copy_n(plan.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
+    for (int i = 0; i < 2; ++i)
+      std::copy_n(plan.scales.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
   if (a.relation.normalize == Normalize::row) {
-    std::copy_n(plan.moments.results.size, 2 * images, intermediate->size);
-    add_terms(plan.moments.results.whole, images, channels, intermediate->moment);
-    if (need_grad) add_terms(plan.weighted.weighted, images, channels, intermediate->weighted);
+    std::copy_n(plan.scales.moments.results.size, 2 * images, intermediate->size);
+    add_terms(plan.scales.moments.results.whole, images, channels, intermediate->moment);
+    if (need_grad) add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
   }
   message = local.error;
   return message.c_str();
