@@ -54,6 +54,10 @@ CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
+CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT = (f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient"))
+TRITON_CLOSED_MOMENTS, TRITON_CLOSED_SUMS, TRITON_CLOSED_GRADIENT = (
+    f"kernels/triton/closed_form/{name}.py" for name in ("moments", "sums", "gradient")
+)
 
 BACKENDS = {
     "blocked": Backend(
@@ -147,7 +151,9 @@ BACKENDS = {
         "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
         [
             Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
-            Fault("the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["),
+            Fault(
+                "the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["
+            ),
             Fault("h of the columns dropped", EPILOGUE, "if constexpr (mirrored) h_column[j] += q * b;", ""),
             Fault("row: K is not symmetric", EPILOGUE, "p * row_s + q * column_s[j];", "p * row_s + q * row_s;"),
             Fault("the mirrored half of the loss counts once", EPILOGUE, "(!row && mirrored ? 2 : 1)", "1"),
@@ -344,6 +350,69 @@ BACKENDS = {
                 CUDA_EPILOGUE,
                 "(e, p.delta) * beta_s : grad",
                 "(e, p.delta) * alpha_s : grad",
+            ),
+        ],
+    ),
+    "triton_closed": Backend(
+        "tests/kernels/triton/test_closed_form.py -k (test_errors and float32) or zero_norm or any_number_of_pixels",
+        [
+            Fault(
+                "the weights are those of one network",
+                TRITON_CLOSED_MOMENTS,
+                "                weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)\n",
+                "                weights *= weights\n",
+            ),
+            Fault("the moments of f and e are equal", TRITON_CLOSED_MOMENTS, "tl.where(matrix == 2, -1.0, 1.0)", "1.0"),
+            Fault(
+                "the last range of pixels is dropped",
+                TRITON_CLOSED_SUMS,
+                "for split in range(splits):",
+                "for split in range(tl.maximum(splits - 1, 1)):",
+            ),
+            Fault("the cross term counts once", TRITON_CLOSED_SUMS, "loss = -2 * total(", "loss = -1 * total("),
+            Fault("difference: a term is dropped", TRITON_CLOSED_SUMS, "total(ff * ee + fe * ef)", "total(ff * ee)"),
+            Fault("the diagonal is not a tie", TRITON_CLOSED_SUMS, "!= (alpha_t != 0)", "!= (alpha_s != 0)"),
+            Fault(
+                "wrong split of the factors",
+                TRITON_CLOSED_SUMS,
+                "ptr + 2 * stride_term, third,",
+                "ptr + 2 * stride_term, second,",
+            ),
+            Fault("the gradient is not projected", TRITON_CLOSED_GRADIENT, "V - along[:, None] * z", "V"),
+        ],
+        environment={"TRITON_INTERPRET": "1"},
+    ),
+    "cuda_closed": Backend(
+        "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order",
+        [
+            Fault(
+                "the weights are those of one network",
+                CUDA_CLOSED_MOMENTS,
+                "alpha_of(network_of_column, pixel, pixels.end)",
+                "alpha_of(network_of_row, pixel, pixels.end)",
+            ),
+            Fault("the moments of f and e are equal", CUDA_CLOSED_MOMENTS, "at.moment == BB ? -1.f : 1.f", "1.f"),
+            Fault(
+                "wrong split: two terms of three",
+                CUDA_CLOSED_MOMENTS,
+                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS>",
+                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS - 1>",
+            ),
+            Fault(
+                "missing barrier",
+                CUDA_CLOSED_MOMENTS,
+                "    rows.template store<G>(shared, PANEL_BYTES);\n    sync_block();\n",
+                "    rows.template store<G>(shared, PANEL_BYTES);\n",
+            ),
+            Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
+            Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
+            Fault("the diagonal is not a tie", CUDA_CLOSED_MOMENTS, "static_cast<double>(count_ties())", "0"),
+            Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
+            Fault(
+                "the lanes of a row are not added",
+                CUDA_CLOSED_GRADIENT,
+                "sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);",
+                "sum += shuffle_xor(sum, 1);",
             ),
         ],
     ),

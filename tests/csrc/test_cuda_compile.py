@@ -31,8 +31,9 @@ KERNELS = {(adjacent, channels) for adjacent in (0, 1) for channels in (0, 64, 1
 FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)")
 # of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores
 ALGEBRA = {"Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 2, "Gradient": 4}
+CLOSED_FORM = {"Moments": 4, "SumMoments": 1, "Gradient": 2, "PixelNorms": 2}
 ELEMENTS = ("bf16", "fp16", "float")
-WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms")
+WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments")
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         assert done.returncode == 0, done.stdout
         return done.stdout, target
 
-    sources = [*(f"sm80/kernels_{x}.cu" for x in INSTRUCTIONS), *(f"algebra/kernels_{x}.cu" for x in ELEMENTS)]
+    sources = [f"sm80/kernels_{precision}.cu" for precision in INSTRUCTIONS]
+    sources += [f"{folder}/kernels_{element}.cu" for folder in ("algebra", "closed_form") for element in ELEMENTS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = {source: pool.submit(run, source) for source in sources}
     return lambda source: results[source].result()
@@ -131,22 +133,31 @@ def test_tensor_cores_and_asynchronous_copies(compiled: Callable[[str], tuple[st
 
 
 def algebra_kernel(symbol: str) -> str:
-    """Return the name of a kernel in csrc/cuda/algebra."""
-    match = re.search(r"algebra3runINS1_\d+([A-Z][A-Za-z]+?)(?:I|E)", symbol)
+    """Return the name of a kernel in csrc/cuda/algebra or csrc/cuda/closed_form."""
+    match = re.search(r"algebra3runI(?:NS1_|NS0_11closed_form)\d+([A-Z][A-Za-z]+?)(?:I|E)", symbol)
     assert match, symbol
     return match[1]
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
-def test_algebra_does_not_spill(compiled: Callable[[str], tuple[str, Path]], element: str) -> None:
-    report, _ = compiled(f"algebra/kernels_{element}.cu")
+every_element = pytest.mark.parametrize("element", ELEMENTS)
+every_folder = pytest.mark.parametrize("folder", ["algebra", "closed_form"])
+
+
+@every_element
+@every_folder
+def test_algebra_does_not_spill(compiled: Callable[[str], tuple[str, Path]], folder: str, element: str) -> None:
+    report, _ = compiled(f"{folder}/kernels_{element}.cu")
     found = Counter((algebra_kernel(symbol), architecture) for symbol, architecture in entries(report))
-    assert found == {(name, arch): count for name, count in ALGEBRA.items() for arch in architectures()}
+    expected = ALGEBRA if folder == "algebra" else CLOSED_FORM
+    assert found == {(name, arch): count for name, count in expected.items() for arch in architectures()}
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
-def test_algebra_multiplies_on_tensor_cores(compiled: Callable[[str], tuple[str, Path]], element: str) -> None:
-    _, target = compiled(f"algebra/kernels_{element}.cu")
+@every_element
+@every_folder
+def test_algebra_multiplies_on_tensor_cores(
+    compiled: Callable[[str], tuple[str, Path]], folder: str, element: str
+) -> None:
+    _, target = compiled(f"{folder}/kernels_{element}.cu")
     for symbol, words in functions(target):
         with_products = algebra_kernel(symbol) not in WITHOUT_PRODUCTS
         assert ("HMMA.16816.F32.BF16" in words) == with_products, symbol
