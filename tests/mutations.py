@@ -375,8 +375,8 @@ BACKENDS = {
             Fault(
                 "wrong split of the factors",
                 TRITON_CLOSED_SUMS,
-                "ptr + 2 * stride_term, third,",
-                "ptr + 2 * stride_term, second,",
+                "stride_term + stride_term, third,",
+                "stride_term + stride_term, second,",
             ),
             Fault("the gradient is not projected", TRITON_CLOSED_GRADIENT, "V - along[:, None] * z", "V"),
         ],

@@ -27,7 +27,7 @@ def store_terms(ptr, tile, start_i, start_j, rows, columns, stride_term, BLOCK: 
     first, second, third = split_terms(tile, FULL)
     store_tile(ptr, first, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
     store_tile(ptr + stride_term, second, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
-    store_tile(ptr + 2 * stride_term, third, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
+    store_tile(ptr + stride_term + stride_term, third, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
 
 
 @jit
