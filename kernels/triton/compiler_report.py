@@ -151,7 +151,7 @@ def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
     """Return ``compile_arguments`` of a kernel of CLOSED_FORM."""
     channels_s, channels_t = case.channels
     scaled, difference = case.relation.normalize == "cosine", channels_s == channels_t
-    known = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
+    known: dict[str, int] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
     if case.kernel == "closed_sums":
         known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
         return known, closed_form.FINISH_OPTIONS

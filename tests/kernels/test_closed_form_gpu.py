@@ -53,7 +53,7 @@ def check(kernels: Kernels, student: Tensor, teacher: Tensor, relation: Relation
     loss, gradient = kernels(student, teacher, relation, True)
     assert gradient is not None
     forward, _ = kernels(student, teacher, relation, False)
-    assert torch.equal(loss, forward)
+    assert error(forward, loss) < 2e-7  # the order of its last, float64 sum may differ
     assert error(loss, expected[0]) <= 3 * error(eager[0], expected[0]) + bound
     gradient = gradient.double() * pixels**2
     assert error(gradient, expected[1]) <= 3 * error(eager[1], expected[1]) + 1e-6
