@@ -6,7 +6,7 @@ op. Nothing here depends on images or GANs.
 
 from .dispatch import BACKENDS, BackendUnavailable, auto_backend, requested_backend, unavailable_reason
 from .formulas import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
-from .op import relation_loss_op
+from .op import python_relation_loss
 
 __all__ = [
     "BACKENDS",
@@ -17,7 +17,7 @@ __all__ = [
     "Scales",
     "TileSums",
     "auto_backend",
-    "relation_loss_op",
+    "python_relation_loss",
     "requested_backend",
     "unavailable_reason",
 ]

@@ -10,15 +10,17 @@ A backend is a line in BACKENDS and a module of this package that defines
     DISTANCES, DTYPES                   optional: the supported distances and dtypes; all by default
     GPU_DTYPES                          optional: the dtypes on GPUs, if they differ
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
-                                        optional: replaces ``compute_loss`` below for a backend that also computes
-                                        the formulas around the tiles
+                                        optional: replaces ``formulas.loss_and_gradient`` for a backend that also
+                                        computes the formulas around the tiles
 
-The exception is ``reference``: it defines ``relation_loss``, which autograd differentiates.
+The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
+``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -132,6 +134,34 @@ def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: to
     )
 
 
+cached_auto_backend = functools.lru_cache(maxsize=1024)(auto_backend)
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    relation: Relation,
+    dtype: torch.dtype,
+    pixels: int,
+    channels: tuple[int, int],
+    batch: int,
+    need_grad: bool,
+) -> str:
+    """Return the backend that computes the loss of such features: the one that is named, or the choice of ``auto``.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run on this device.
+        ValueError: the named backend does not support this distance or dtype.
+    """
+    if backend != "auto":
+        _check_supported(backend, device, dtype, relation)
+        return backend
+    if device.type == "cpu":
+        return cached_auto_backend(device, relation, dtype, pixels, channels)
+    precision = formulas.matmul_precision() if dtype == torch.float32 else "highest"
+    return cached_auto_backend(device, relation, dtype, pixels, channels, batch, precision, need_grad)
+
+
 def compute_loss(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -143,47 +173,30 @@ def compute_loss(
         backend: "auto", or a name from BACKENDS other than "reference".
 
     Raises:
-        BackendUnavailable: the named backend cannot run on this device.
-        ValueError: the named backend does not support this distance or dtype.
+        BackendUnavailable, ValueError: as ``resolve_backend``.
     """
-    if backend == "auto":
-        batch, pixels, channels = student.shape
-        name = auto_backend(
-            student.device,
-            relation,
-            student.dtype,
-            pixels,
-            (channels, teacher.shape[2]),
-            batch,
-            formulas.matmul_precision(),
-            need_grad,
-        )
-        module = backend_module(name)
-    else:
-        module = backend_module(backend)
-        _check_supported(backend, module, student, relation)
+    batch, pixels, channels = student.shape
+    sizes = pixels, (channels, teacher.shape[2]), batch
+    module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))
     if hasattr(module, "loss_and_gradient"):
         return module.loss_and_gradient(student, teacher, relation, need_grad)
-    accumulator = formulas.accumulator(student.dtype)
-    scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
-    scales = formulas.scales_of(student, teacher, relation, scale_dtype)
-    tiles = module.relation_tiles(student, teacher, scales, relation, need_grad)
-    loss = (tiles.loss / student.shape[1] ** 2).to(accumulator)
-    return loss, formulas.gradient_of(student, tiles, scales, relation) if need_grad else None
+    scale_dtype = getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
+    return formulas.loss_and_gradient(module.relation_tiles, student, teacher, relation, need_grad, scale_dtype)
 
 
-def _check_supported(name: str, module: ModuleType, student: Tensor, relation: Relation) -> None:
-    """Raise the errors of ``compute_loss`` for a backend that was requested by name."""
-    if (reason := module.unavailable_reason(student.device)) is not None:
-        raise BackendUnavailable(f"backend={name!r} cannot run on {student.device}: {reason}")
+def _check_supported(name: str, device: torch.device, dtype: torch.dtype, relation: Relation) -> None:
+    """Raise the errors of ``resolve_backend`` for a backend that was requested by name."""
+    module = backend_module(name)
+    if (reason := module.unavailable_reason(device)) is not None:
+        raise BackendUnavailable(f"backend={name!r} cannot run on {device}: {reason}")
     if relation.distance not in getattr(module, "DISTANCES", formulas.DISTANCES):
         raise ValueError(
             f"backend={name!r} supports distance {' or '.join(map(repr, module.DISTANCES))}, received "
             f"{relation.distance!r}: use backend='auto'"
         )
-    if student.dtype not in (dtypes := supported_dtypes(name, student.device)):
-        where = "" if student.device.type == "cpu" else f" on {student.device.type}"
+    if dtype not in (dtypes := supported_dtypes(name, device)):
+        where = "" if device.type == "cpu" else f" on {device.type}"
         raise ValueError(
             f"backend={name!r} supports features in {', '.join(str(dtype)[6:] for dtype in dtypes)}{where}, received "
-            f"{str(student.dtype)[6:]}: use backend='auto', or convert the features"
+            f"{str(dtype)[6:]}: use backend='auto', or convert the features"
         )

@@ -1,11 +1,16 @@
-"""The operator ``srpkd::python_relation_loss``, with its fake and autograd registrations.
+"""The loss of the backends that are written in Python, as an operation that autograd and torch.compile understand.
 
 The forward pass computes the gradient together with the loss, since both need the same tiles. Backward only scales it,
 out of place, so that it can run twice.
+
+``python_relation_loss`` calls a backend through an autograd.Function. Where something other than eager mode handles the
+call (torch.compile, fake tensors, a dispatch mode, functorch, a tensor subclass), it calls the operator
+``srpkd::python_relation_loss``, which takes longer on the host.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -13,6 +18,85 @@ from torch import Tensor
 
 from .dispatch import compute_loss
 from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
+
+
+def python_relation_loss(
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, reduction: str = "none"
+) -> Tensor:
+    """Return the loss of each image (B,), or with ``reduction`` "mean" or "sum" that of the batch ().
+
+    Args:
+        student: raw features (B, N, C_s), any strides.
+        teacher: raw features (B, N, C_t), same device and dtype, without a gradient.
+        backend: "auto", or a name from BACKENDS other than "reference".
+    """
+    need_grad = student.requires_grad and torch.is_grad_enabled()
+    if not _is_eager(student, teacher):
+        normalize, distance, delta, eps = relation.normalize, relation.distance, relation.delta, relation.eps
+        loss, _ = relation_loss_op(student, teacher, normalize, distance, delta, eps, backend, need_grad)
+        return _reduced(loss, reduction)
+    if need_grad:
+        return _RelationLoss.apply(student, teacher, relation, backend, reduction)[0]
+    return _reduced(_loss_and_gradient(student, teacher, relation, backend, need_grad)[0], reduction)
+
+
+def _is_eager(student: Tensor, teacher: Tensor) -> bool:
+    """Return whether the kernels run at once on these tensors, with no transformation that would trace them."""
+    return not (
+        torch.compiler.is_compiling()
+        or not all(type(features) in (Tensor, torch.nn.Parameter) for features in (student, teacher))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``compute_loss`` without autocast, which would round the products of the formulas to 16 bits."""
+    kind = student.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        return compute_loss(student, teacher, relation, backend, need_grad)
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+# -- eager mode ------------------------------------------------------------------------------------------------------
+
+
+class _RelationLoss(torch.autograd.Function):
+    """Return the reduced loss, and its gradient (B, N, C_s) without the reduction's 1/B.
+
+    The gradient is an output so that a second differentiation reaches this function, which reports it.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, relation, backend, reduction):
+        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True)
+        ctx.dtype, ctx.weight = student.dtype, 1 / len(loss) if reduction == "mean" else 1.0
+        ctx.save_for_backward(gradient)
+        ctx.set_materialize_grads(False)
+        return _reduced(loss, reduction), gradient
+
+    @staticmethod
+    def backward(ctx, grad_loss, grad_gradient):
+        gradient = None
+        if grad_loss is not None:
+            grad_loss = grad_loss if ctx.weight == 1 else grad_loss * ctx.weight
+            # autograd records this only for double backward, of which the operator reports that it is not supported
+            scale = relation_loss_backward_op if torch.is_grad_enabled() else _scaled
+            gradient = scale(ctx.saved_tensors[0], grad_loss, ctx.dtype)
+        return gradient, None, None, None, None
+
+
+# -- operators -------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("srpkd::python_relation_loss", mutates_args=())
@@ -32,9 +116,7 @@ def relation_loss_op(
     """
     # the schema of an operator has no Literal types
     relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps)
-    # autocast would round the products of the formulas to 16 bits
-    with torch.autocast(student.device.type, enabled=False):
-        loss, gradient = compute_loss(student, teacher, relation, backend, need_grad)
+    loss, gradient = _loss_and_gradient(student, teacher, relation, backend, need_grad)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
@@ -47,8 +129,8 @@ def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
 
 @torch.library.custom_op("srpkd::python_relation_loss_backward", mutates_args=())
 def relation_loss_backward_op(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gradient (B, N, C_s) times the upstream gradient (B,) of each image's loss, in the student's dtype."""
-    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
+    """Return gradient (B, N, C_s) times the upstream gradient, () or of each image (B,), in the student's dtype."""
+    return _scaled(gradient, grad_loss, dtype)
 
 
 @relation_loss_backward_op.register_fake

@@ -9,15 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import check_number
-from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
-from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
+from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference
+from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
 Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def relation_loss(
@@ -156,6 +155,14 @@ def _relation_loss(
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
+    backend = dispatch.requested_backend(backend)
+    is_global = scope == "global" and _ranks(group) > 1
+    # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
+    if not (is_global or torch.compiler.is_compiling()):
+        method = _native_method(student, teacher, relation, layout, backend, scope)
+        if method is not None:
+            return native.relation_loss(student, teacher, relation, reduction, layout, scope, method)
+
     is_batch = student.ndim == NDIM[layout]
     if not is_batch:
         student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
@@ -169,8 +176,7 @@ def _relation_loss(
     if scope != "image":
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
-    backend = dispatch.requested_backend(backend)
-    if scope == "global" and _ranks(group) > 1:
+    if is_global:
         from .kernels import distributed  # here, since it takes a second to import torch's compiler
 
         dispatch.check_choice(
@@ -182,12 +188,32 @@ def _relation_loss(
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
     else:
-        need_grad = student.requires_grad and torch.is_grad_enabled()
-        normalize, distance, delta, eps = relation.normalize, relation.distance, relation.delta, relation.eps
-        loss, _ = relation_loss_op(student, teacher, normalize, distance, delta, eps, backend, need_grad)
+        loss = python_relation_loss(student, teacher, relation, backend, reduction)
+        return loss.squeeze(0) if reduction == "none" and not is_batch else loss
     if reduction == "none":
         return loss if is_batch else loss.squeeze(0)
     return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _native_method(
+    student: Tensor, teacher: Tensor, relation: Relation, layout: Layout, backend: str, scope: Scope
+) -> str | None:
+    """Return the method by which the C++ operator computes the loss of these features, or None if it does not."""
+    if backend not in ("auto", "native", "closed_form"):
+        return None
+    ours, theirs, channel = student.shape, teacher.shape, channel_dim(layout)
+    dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
+    pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
+    batch = ours[0] if len(ours) == NDIM[layout] else 1
+    if scope != "image":
+        pixels, batch = pixels * batch, 1
+    channels = (ours[channel], theirs[channel])
+    need_grad = student.requires_grad and torch.is_grad_enabled()
+    name = dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels, batch, need_grad)
+    if name == "closed_form" and student.device.type == "cuda":
+        kernels = dispatch.backend_module(name).implementation(student.device, dtype, relation)
+        return "closed_form" if kernels == "native" else None
+    return "tiles" if name == "native" else None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

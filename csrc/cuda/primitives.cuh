@@ -29,7 +29,7 @@ SRPKD_DEVICE int block_index(int axis) {
 SRPKD_DEVICE void sync_block() { __syncthreads(); }
 
 SRPKD_DEVICE Address shared_memory() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return static_cast<Address>(__cvta_generic_to_shared(memory));
 }
 
@@ -51,6 +51,38 @@ template <typename T>
 SRPKD_DEVICE void store_global(T* to, T value) {
   *to = value;
 }
+
+// 1, 2 or 4 words, at an address that is a multiple of their size.
+template <int WORDS>
+SRPKD_DEVICE void load_words(uint32_t (&to)[WORDS], const void* from) {
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
+  if constexpr (WORDS == 4) {
+    const uint4 v = __ldg(static_cast<const uint4*>(from));
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (WORDS == 2) {
+    const uint2 v = __ldg(static_cast<const uint2*>(from));
+    to[0] = v.x, to[1] = v.y;
+  } else {
+    to[0] = __ldg(static_cast<const uint32_t*>(from));
+  }
+}
+template <int WORDS>
+SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
+  static_assert(WORDS == 2 || WORDS == 4);
+  if constexpr (WORDS == 4)
+    *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  else
+    *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+}
+// Reads global memory that other thread blocks of this launch have written.
+template <typename T>
+SRPKD_DEVICE T load_global_coherent(const T* from) {
+  return __ldcg(from);
+}
+// Orders this thread's writes before its later writes, for all threads of the GPU.
+SRPKD_DEVICE void fence_device() { __threadfence(); }
+// Adds 1 to a counter in global memory, and returns its value before that.
+SRPKD_DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 
 // Starts to copy BYTES bytes from global memory, of which the first `valid` are read and the others become zeros.
 template <int BYTES>
@@ -122,6 +154,13 @@ SRPKD_DEVICE uint32_t widen(uint32_t pair) {
   } else {
     return UPPER ? pair & 0xffff0000u : pair << 16;
   }
+}
+
+// Returns two floats rounded to the nearest bfloat16, `lower` in the lower 16 bits. NaN stays NaN.
+SRPKD_DEVICE uint32_t pack_bfloat16(float lower, float upper) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  return pair;
 }
 
 // A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 if both are equal.

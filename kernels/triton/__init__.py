@@ -6,29 +6,52 @@ K, which is multiplied with the student's columns and added to the program's row
 blocks to occupy the GPU, several programs share the columns, and their parts of U are summed in a fixed order. Without
 a gradient only the tiles on and above the diagonal are visited. No atomics: two runs give the same bits.
 
-scales.py holds the kernels before the tile kernel (tiles.py), gradient.py those after it.
+scales.py and moments.py hold the kernels before the tile kernel (tiles.py), gradient.py those after it. plans.py
+launches them.
 """
 
 from __future__ import annotations
+
+import functools
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import cuda_device
-from ..formulas import Relation, Scales, TileSums
-from .gradient import reduce_partials
+from ..formulas import Relation, Scales, TileSums, gradient_dtype
+from .configurations import Configuration, autotune, configuration, number_format, run_milliseconds
+from .gradient import plan_gradient
+from .plans import Array, Plan
 from .primitives import INTERPRET, addressable, guard, triton
-from .scales import scales_of
-from .tiles import relation_partials
+from .scales import PlannedScales, plan_scales, split_scales
+from .tiles import Partials, plan_tiles, relation_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLANS = 256  # kinds of calls that are remembered
+_plans: dict[tuple, tuple[Plan, Any]] = {}
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N). See ``TileSums``."""
-    with guard(student.device):
-        loss, U, h = relation_partials(addressable(student), addressable(teacher), scales, relation, need_grad)
-        return TileSums(loss.sum(1), None if U is None else U.sum(0), None if h is None else h.sum(0))
+    student, teacher = addressable(student), addressable(teacher)
+    vectors = tuple(vector.contiguous() for vector in split_scales(scales))
+    chosen = choose_configuration(student, teacher, relation, need_grad)
+
+    def build() -> tuple[Plan, Partials]:
+        plan = Plan(student.device)
+        features = plan.argument(student), plan.argument(teacher)
+        arrays = PlannedScales(tuple(map(plan.argument, vectors))) if vectors else PlannedScales()
+        return plan, plan_tiles(plan, *features, arrays, relation, number_format(student.dtype), chosen, need_grad)
+
+    plan, partials = cached_plan("tiles", student, teacher, relation, need_grad, chosen, build)
+    bases = plan.run(student, teacher, *vectors)
+    return TileSums(
+        partials.loss.of(bases).sum(1),
+        None if partials.U is None else partials.U.of(bases).sum(0),
+        None if partials.h is None else partials.h.of(bases).sum(0),
+    )
 
 
 def loss_and_gradient(
@@ -36,15 +59,84 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,) and its gradient (B, N, C_s), with scales and reduction in kernels too.
 
-    At B = 1 this takes three launches for "cosine", two for "none", and six for "row" if the columns are split.
+    With a gradient this takes three launches for "cosine", two for "none", and seven for "row".
     """
+    student, teacher = addressable(student), addressable(teacher)
+    chosen = choose_configuration(student, teacher, relation, need_grad)
+    return run_loss(student, teacher, relation, need_grad, chosen)
+
+
+def run_loss(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, chosen: Configuration
+) -> tuple[Tensor, Tensor | None]:
+    """Run ``loss_and_gradient`` with a configuration of the tile kernel."""
+    loss = student.new_empty(student.shape[0], dtype=torch.float32)
+    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
+
+    def build() -> tuple[Plan, Partials]:
+        plan = Plan(student.device)
+        features = plan.argument(student), plan.argument(teacher)
+        outputs: list[Array] = [] if gradient is None else [plan.argument(loss), plan.argument(gradient)]
+        scales = plan_scales(plan, *features, relation)
+        U = outputs[1] if gradient is not None and gradient.dtype == torch.float32 else None
+        numbers = number_format(student.dtype)
+        partials = plan_tiles(plan, *features, scales, relation, numbers, chosen, need_grad, U)
+        if outputs:
+            for vector in scales.vectors[1:]:  # only the tile kernel reads them
+                if vector is not None:
+                    plan.free(vector)
+            plan_gradient(plan, features[0], partials, scales, relation, *outputs)
+        return plan, partials
+
+    plan, partials = cached_plan("loss", student, teacher, relation, need_grad, chosen, build)
+    if gradient is not None:
+        plan.run(student, teacher, loss, gradient)
+        return loss, gradient
+    return partials.loss.of(plan.run(student, teacher)).sum(1) / student.shape[1] ** 2, None
+
+
+def cached_plan(kind, student, teacher, relation, need_grad, chosen, build) -> tuple[Plan, Any]:
+    """Return the plan for features like these; call ``build`` for the first of their kind."""
+    key = (
+        kind,
+        student.device,
+        number_format(student.dtype),
+        student.shape,
+        student.stride(),
+        teacher.shape[2],
+        teacher.stride(),
+        relation,
+        need_grad,
+        chosen,
+    )
+    if (planned := _plans.get(key)) is None:
+        if len(_plans) >= PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        planned = _plans[key] = build()
+    return planned
+
+
+def choose_configuration(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool) -> Configuration:
+    """Return the configuration of the tile kernel for this device and these features."""
+    numbers, channels = number_format(student.dtype), (student.shape[2], teacher.shape[2])
+    chosen = hand_chosen(student.device, numbers, *channels)
+    if os.environ.get("SRPKD_AUTOTUNE") != "1" or INTERPRET or torch.cuda.is_current_stream_capturing():
+        return chosen  # measuring would break the capture of a CUDA graph
+    case = [torch.cuda.get_device_name(student.device), numbers, relation.normalize, relation.distance, need_grad]
+    case += [triton.next_power_of_2(size) for size in student.shape[:2]] + [chosen.block_s, chosen.block_t]
+
+    def measure(candidate: Configuration) -> float:
+        return run_milliseconds(lambda: run_loss(student, teacher, relation, need_grad, candidate))
+
     with guard(student.device):
-        student, teacher = addressable(student), addressable(teacher)
-        scales = scales_of(student, teacher, relation)
-        partials = relation_partials(student, teacher, scales, relation, need_grad)
-        if need_grad:
-            return reduce_partials(student, partials, scales, relation)
-        return partials.loss.sum(1) / student.shape[1] ** 2, None
+        return autotune("-".join(map(str, case)), relation_kernel.cache_key, chosen, measure)
+
+
+@functools.lru_cache(maxsize=1024)
+def hand_chosen(device: torch.device, numbers: str, channels_s: int, channels_t: int) -> Configuration:
+    """Return the configuration from the table."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return configuration(capability, numbers, channels_s, channels_t)
 
 
 def unavailable_reason(device: torch.device) -> str | None:

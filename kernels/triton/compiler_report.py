@@ -20,35 +20,45 @@ from pathlib import Path
 import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
+from .closed_form import options as closed_form
+from .closed_form.gradient import closed_form_gradient_kernel, gradient_block_channels
+from .closed_form.moments import moments_kernel, term_counts
+from .closed_form.sums import finish_kernel
 from .configurations import (
     BLOCK_CHANNELS,
-    BLOCK_DEPTH,
-    BLOCK_PARTIALS,
-    BLOCK_PIXELS,
+    BLOCK_TERMS,
     OPTIONS,
     TABLE,
     architecture,
     configuration,
+    moment_blocks,
+    product_blocks,
 )
-from .gradient import gradient_kernel, weighted_moment_kernel
-from .primitives import triton
-from .scales import moment_kernel, scale_kernel
+from .gradient import gradient_kernel
+from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
+from .primitives import feature_terms, triton
+from .scales import scale_kernel
 from .tiles import compile_options, constants, relation_kernel
 
 KERNELS = {
     "relation": relation_kernel,
     "moment": moment_kernel,
+    "terms": terms_kernel,
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "closed_moments": moments_kernel,
+    "closed_sums": finish_kernel,
+    "closed_gradient": closed_form_gradient_kernel,
 }
 
 CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448}  # bytes per program
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 FEATURE_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # "*fp32" for the other number formats
-ALGEBRA = tuple(name for name in KERNELS if name != "relation")
-ROW_L1 = Relation("row", "l1")
+CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
+ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
+ROW_L1, COSINE_L2 = Relation("row", "l1"), Relation("cosine", "l2")
 SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
 
 
@@ -57,10 +67,11 @@ class Case:
     """One kernel as it is launched on features (B, N, C_s), (B, N, C_t).
 
     Attributes:
-        kernel: "relation", the tile kernel, or one of ALGEBRA.
+        kernel: "relation", the tile kernel, or one of ALGEBRA or CLOSED_FORM.
         capability: compute capability of the GPU.
         numbers: "bfloat16", "float16", or the matmul precision of float32: "medium", "high", "highest".
         channels: (C_s, C_t).
+        pixels: B * N, on which the tile of the scale kernel depends.
         layout: "nchw": pixels are adjacent in memory; "nlc": channels are adjacent; "odd": neither are, no argument is
             a multiple of 16, and every count that can be 1 is 1. Triton specialises kernels on arguments that are 1 or
             multiples of 16.
@@ -72,6 +83,7 @@ class Case:
     channels: tuple[int, int] = (64, 256)
     relation: Relation = ROW_L1
     need_grad: bool = True
+    pixels: int = 16 * 4096
     layout: str = "nchw"
 
     def __str__(self) -> str:
@@ -106,29 +118,75 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
         if not case.need_grad:
             known |= {"U_ptr": None, "h_ptr": None}
         if relation.normalize == "none":
-            known |= {"alpha_s_ptr": None, "alpha_t_ptr": None, "h_ptr": None}
+            known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr", "h_ptr"))
         return known, compile_options(chosen)
-    known = {"BLOCK_M": BLOCK_PIXELS, "BLOCK_N": BLOCK_DEPTH, "BLOCK_K": BLOCK_DEPTH}
-    known |= {"BLOCK_C": BLOCK_CHANNELS, "BLOCK_P": BLOCK_PARTIALS, "NORMALIZE": relation.normalize}
-    return known | {"TERMS": {"bfloat16": 1, "float16": 2}.get(case.numbers, 3)}, OPTIONS
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
+    if case.kernel in CLOSED_FORM:
+        return closed_form_arguments(case, dtype)
+    known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
+    if case.kernel == "terms":
+        return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
+    if case.kernel in ("scale", "gradient"):
+        block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
+        if relation.normalize != "row":
+            matrices = (
+                "terms_s_ptr",
+                "terms_t_ptr",
+                "size_s_ptr",
+                "size_t_ptr",
+                "size_ptr",
+                "moment_ptr",
+                "weighted_ptr",
+            )
+            known |= dict.fromkeys(matrices)
+        return known | {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": BLOCK_CHANNELS}, options
+    if case.kernel == "weighted_moment":
+        dtype = torch.float32  # the weights make left factors of float32
+    channels = max(case.channels) if case.kernel == "moment" else case.channels[0]
+    block_n, block_c, options = moment_blocks(dtype, channels)
+    return known | {"BLOCK_N": block_n, "BLOCK_C": block_c}, options
+
+
+def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Return ``compile_arguments`` of a kernel of CLOSED_FORM."""
+    channels_s, channels_t = case.channels
+    scaled, difference = case.relation.normalize == "cosine", channels_s == channels_t
+    known: dict[str, int] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
+    if case.kernel == "closed_sums":
+        known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
+        return known, closed_form.FINISH_OPTIONS
+    if case.kernel == "closed_gradient":
+        block_c = gradient_block_channels(dtype, channels_s)
+        known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
+        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": closed_form.BLOCK_SUM, "BLOCK_C": block_c}
+        return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
+    known["TERMS"], known["TERMS_WEIGHTED"] = term_counts(dtype, scaled or difference)
+    return known | {"BLOCK_N": closed_form.BLOCK_SUM, "BLOCK_C": closed_form.BLOCK_CHANNELS}, closed_form.OPTIONS
 
 
 def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
     known, options = compile_arguments(case)
-    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": r"pixels|splits|\w+_splits|partials"}[case.layout]
+    ones = {
+        "nchw": "stride_[stug]n",
+        "nlc": "stride_[stug]c",
+        "odd": r"batch|pixels|splits|\w+_splits|partials|count_.",
+    }[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features}
+    types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr", "factors_ptr"), "*bf16")
+    if case.kernel in CLOSED_FORM:
+        types["partial_ptr"] = "*fp64"
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
     types |= dict.fromkeys(known, "constexpr")
     signature = {
         name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
         for name in kernel.arg_names
     }
-    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)")
+    aligned = re.compile(r"\w+_ptr|stride_\w+|batch|pixels|channels\w*|split_(columns|pixels)")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
@@ -164,6 +222,11 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     for numbers in ("bfloat16", "highest"):
         for kernel in ALGEBRA:
             yield Case(kernel, capability, numbers)
+    for numbers in ("bfloat16", "float16", "highest"):
+        for kernel in CLOSED_FORM:
+            for channels in ((64, 256), (128, 128)):
+                if kernel != "closed_sums" or numbers == "bfloat16":  # the others are equal
+                    yield Case(kernel, capability, numbers, channels, COSINE_L2)
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Case]:
@@ -181,6 +244,10 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
     for kernel in ALGEBRA:
         yield Case(kernel, capability, "float16")
         yield Case(kernel, capability, "bfloat16", layout="odd")
+    for kernel in CLOSED_FORM:
+        yield Case(kernel, capability, "bfloat16", relation=Relation("none", "l2"))
+        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="nlc")
+        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="odd")
 
 
 def compiler_pool(processes: int | None = None) -> ProcessPoolExecutor:

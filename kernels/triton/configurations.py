@@ -18,10 +18,34 @@ import torch
 from ..formulas import matmul_precision
 from .primitives import triton
 
-# The kernels in scales.py and gradient.py: pixels and channels of a tile, depth of one step of a sum over pixels or
-# channels, and partial losses that are added at a time.
-BLOCK_PIXELS, BLOCK_CHANNELS, BLOCK_DEPTH, BLOCK_PARTIALS = 64, 64, 32, 1024
+# The kernels around the tile kernel: channels of a tile of terms_kernel, and channels of a tile of a product with M.
+BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+
+def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
+    """Return pixels and channels of a step of a sum over pixels, and compile options.
+
+    float32 features are split into terms in registers, which limits the tile.
+    """
+    if dtype == torch.float32:
+        return 32, 64, OPTIONS
+    if channels <= 64:
+        return 64, 64, OPTIONS
+    return 64, 128, OPTIONS | {"num_warps": 8, "num_stages": 3}
+
+
+def product_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:
+    """Return pixels of a tile and depth of a step of a product of features with M, and compile options.
+
+    Args:
+        pixels: of the batch. Smaller tiles let a small batch occupy the device.
+    """
+    if dtype != torch.bfloat16:  # features of several terms: larger tiles need too many registers before sm_90
+        return 64, 32, OPTIONS
+    if pixels < 256 * multiprocessors:
+        return 64, 64, OPTIONS
+    return 128, 64, OPTIONS | {"num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -76,7 +100,7 @@ TABLE = {
         (128, 256, 64, 32, 4, 2),
         (ANY, ANY, 128, 32, 8, 2),
     ),
-    ("sm_86", "float16"): ((64, 128, 128, 32, 8, 2), (64, 256, 64, 32, 4, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_86", "float16"): ((64, 128, 128, 32, 8, 2), (64, 256, 64, 32, 4, 2), (ANY, ANY, 64, 32, 8, 2)),
     ("sm_86", "medium"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_86", "high"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_86", "highest"): ((64, ANY, 64, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),

@@ -32,16 +32,38 @@ def jit(function):
 
 
 @jit
+def tile_mask(start_n, start_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return which elements of a tile are inside the image; a bound of None is known to hold."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)[:, None]
+    offs_c = start_c + tl.arange(0, BLOCK_C)[None, :]
+    if pixels is None:
+        mask = offs_c < channels
+    elif channels is None:
+        mask = offs_n < pixels
+    else:
+        mask = (offs_n < pixels) & (offs_c < channels)
+    return mask
+
+
+@jit
+def tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the addresses of a tile (BLOCK_N, BLOCK_C) that starts at pixel start_n and channel start_c."""
+    # the start of the tile needs 64-bit offsets; inside the tile 32 bits suffice and take half the registers
+    ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
+    return ptr + tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
+
+
+@jit
 def load_tile(
     ptr, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Load features (BLOCK_N, BLOCK_C) starting at pixel start_n and channel start_c; 0 outside the image."""
-    offs_n = tl.arange(0, BLOCK_N)[:, None]
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
-    # the start of the tile needs 64-bit offsets; inside the tile 32 bits suffice and take half the registers
-    ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
-    mask = (start_n + offs_n < pixels) & (start_c + offs_c < channels)
-    return tl.load(ptr + offs_n * stride_n + offs_c * stride_c, mask=mask, other=0.0)
+    """Load features (BLOCK_N, BLOCK_C) starting at pixel start_n and channel start_c; 0 outside the image.
+
+    ``pixels`` or ``channels`` is None if the tile is inside that bound.
+    """
+    mask = tile_mask(start_n, start_c, pixels, channels, BLOCK_N, BLOCK_C)
+    pointers = tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N, BLOCK_C)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @jit
@@ -49,13 +71,24 @@ def store_tile(
     ptr, tile, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     """Store a tile (BLOCK_N, BLOCK_C) where ``load_tile`` with the same arguments would load it."""
-    offs_n = tl.arange(0, BLOCK_N)[:, None]
-    offs_c = tl.arange(0, BLOCK_C)[None, :]
-    ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
-    mask = (start_n + offs_n < pixels) & (start_c + offs_c < channels)
     if ptr.dtype.element_ty == tl.bfloat16:
         tile = to_bfloat16(tile)
-    tl.store(ptr + offs_n * stride_n + offs_c * stride_c, tile, mask=mask)
+    mask = tile_mask(start_n, start_c, pixels, channels, BLOCK_N, BLOCK_C)
+    tl.store(tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N, BLOCK_C), tile, mask=mask)
+
+
+@jit
+def load_vector(ptr, start, size, BLOCK: tl.constexpr):
+    """Load BLOCK elements of a contiguous vector from ``start`` on; 0 beyond its size."""
+    offs = start + tl.arange(0, BLOCK)
+    return tl.load(ptr + offs, mask=offs < size, other=0.0)
+
+
+@jit
+def store_vector(ptr, vector, start, size, BLOCK: tl.constexpr):
+    """Store BLOCK elements of a contiguous vector from ``start`` on."""
+    offs = start + tl.arange(0, BLOCK)
+    tl.store(ptr + offs, vector, mask=offs < size)
 
 
 @jit
@@ -98,10 +131,8 @@ def dot(a, b, acc):
 
 
 @jit
-def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
-    """Return acc + a @ b, with a split into TERMS_A and b into TERMS_B bfloat16 terms."""
-    a0, a1, a2 = split_terms(a, TERMS_A)
-    b0, b1, b2 = split_terms(b, TERMS_B)
+def terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
+    """Return acc + a @ b, where the first TERMS_A of a0, a1, a2 sum to a, and the first TERMS_B of b0, b1, b2 to b."""
     if TERMS_A > 2:
         acc = dot(a2, b0, acc)
     if TERMS_B > 2:
@@ -113,6 +144,14 @@ def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
     if TERMS_B > 1:
         acc = dot(a0, b1, acc)
     return dot(a0, b0, acc)
+
+
+@jit
+def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
+    """Return acc + a @ b, with a split into TERMS_A and b into TERMS_B bfloat16 terms."""
+    a0, a1, a2 = split_terms(a, TERMS_A)
+    b0, b1, b2 = split_terms(b, TERMS_B)
+    return terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS_A, TERMS_B)
 
 
 @jit

@@ -1,4 +1,4 @@
-"""The scales alpha of both relation matrices, and M = Q^T Q, as Triton kernels: what precedes the tile kernel.
+"""The scales alpha of both relation matrices, as a Triton kernel that precedes the tile kernel.
 
 The formulas are those of formulas.py. In PyTorch they take several times as many launches, float32 copies of the
 features and, if TF32 is allowed, products that are too coarse for scales.
@@ -6,162 +6,43 @@ features and, if TF32 is allowed, products that are too coarse for scales.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..formulas import Relation, Scales
-from .configurations import BLOCK_CHANNELS, BLOCK_DEPTH, BLOCK_PIXELS, OPTIONS
-from .primitives import (
-    FULL,
-    feature_terms,
-    features_product,
-    jit,
-    load_tile,
-    multiprocessors,
-    product,
-    store_tile,
-    tl,
-    triton,
-)
+from .configurations import BLOCK_CHANNELS, product_blocks
+from .moments import Moments, moment_product, plan_moments
+from .plans import Array, Plan
+from .primitives import addressable, feature_terms, jit, load_tile, multiprocessors, store_vector, tl, triton
 
-# -- kernels ---------------------------------------------------------------------------------------------------------
+# -- kernel ----------------------------------------------------------------------------------------------------------
 
 
 @jit
-def store_symmetric(ptr, tile, start_i, start_j, channels, BLOCK_C: tl.constexpr):
-    """Store a tile of a symmetric matrix (C, C) and its mirror image."""
-    store_tile(ptr, tile, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
-    if start_i < start_j:
-        store_tile(ptr, tl.trans(tile), start_j, start_i, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+def split_power(x):
+    """Split x >= 0 into (mantissa, power): mantissa in [1, 2), power a power of two; (1, 0) for x = 0.
 
-
-@jit
-def moment_tile(
-    ptr, out_ptr, tile, first, last, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Compute one tile of Q^T Q over the pixels [first, last), unless the tile is below the diagonal."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
-    if start_i <= start_j:
-        acc = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-        for start_n in range(first, last, BLOCK_N):
-            start_n = tl.multiple_of(start_n, BLOCK_N)
-            left = load_tile(ptr, start_n, start_i, stride_n, stride_c, pixels, channels, BLOCK_N, BLOCK_C)
-            right = load_tile(ptr, start_n, start_j, stride_n, stride_c, pixels, channels, BLOCK_N, BLOCK_C)
-            acc = features_product(tl.trans(left), right, acc, FULL)
-        store_symmetric(out_ptr, acc, start_i, start_j, channels, BLOCK_C)
-
-
-@jit
-def moment_kernel(
-    student_ptr,
-    teacher_ptr,
-    moment_s_ptr,
-    moment_t_ptr,
-    stride_sb,
-    stride_sn,
-    stride_sc,
-    stride_tb,
-    stride_tn,
-    stride_tc,
-    stride_mp,
-    pixels,
-    channels_s,
-    channels_t,
-    splits,
-    split_pixels,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Compute the partial moments Q^T Q (splits, B, C, C) of the student's and the teacher's features in one launch.
-
-    A program computes one tile of the student's or the teacher's moment over ``split_pixels`` pixels.
+    Their product is x. The mantissa of a subnormal number is less than 1.
     """
-    tiles_s = tl.cdiv(channels_s, BLOCK_C) * tl.cdiv(channels_s, BLOCK_C)
-    tiles = tiles_s + tl.cdiv(channels_t, BLOCK_C) * tl.cdiv(channels_t, BLOCK_C)
-    program = tl.program_id(0)
-    tile = program % tiles
-    split = program // tiles % splits
-    image = (program // tiles // splits).to(tl.int64)
-    first = split * split_pixels
-    last = tl.minimum(first + split_pixels, pixels)
-    part = split.to(tl.int64) * stride_mp
-    if tile < tiles_s:
-        student_ptr += image * stride_sb
-        moment_s_ptr += part + image * channels_s * channels_s
-        moment_tile(
-            student_ptr, moment_s_ptr, tile, first, last, stride_sn, stride_sc, pixels, channels_s, BLOCK_N, BLOCK_C
-        )
-    else:
-        tile -= tiles_s
-        teacher_ptr += image * stride_tb
-        moment_t_ptr += part + image * channels_t * channels_t
-        moment_tile(
-            teacher_ptr, moment_t_ptr, tile, first, last, stride_tn, stride_tc, pixels, channels_t, BLOCK_N, BLOCK_C
-        )
-
-
-@jit
-def power_of_two_scale(moment_ptr, channels, BLOCK_C: tl.constexpr):
-    """Return ``formulas.power_of_two_scale`` of M (C, C), and the reciprocal of its square."""
-    largest = tl.zeros([BLOCK_C], tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        offs_c = start_c + tl.arange(0, BLOCK_C)
-        diagonal = tl.load(moment_ptr + offs_c * (channels + 1), mask=offs_c < channels, other=0.0)
-        largest = tl.maximum(largest, diagonal)
-    # from the bits of its exponent, at least those of the smallest normal number: otherwise 1 / size^2 overflows
-    exponent = tl.maximum((tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) - 127, -126) >> 1
-    size = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
-    return size, ((127 - 2 * exponent) << 23).to(tl.float32, bitcast=True)
-
-
-@jit
-def scale_rows(
-    ptr,
-    moment_ptr,
-    alpha_ptr,
-    start_m,
-    stride_n,
-    stride_c,
-    pixels,
-    channels,
-    eps,
-    NORMALIZE: tl.constexpr,
-    TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Compute alpha of BLOCK_M pixels: 1 / sqrt(q^T M q) for "row", 1 / sqrt(q^T q) for "cosine"; 0 for zero norms."""
-    square = tl.zeros([BLOCK_M], tl.float32)
-    size = 1.0
-    if NORMALIZE == "row":
-        size, inverse_square = power_of_two_scale(moment_ptr, channels, BLOCK_C)
-    for start_c in range(0, channels, BLOCK_C):
-        by_moment = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        if NORMALIZE == "row":
-            for start_k in range(0, channels, BLOCK_K):
-                left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
-                moment = load_tile(moment_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-                by_moment = product(left, moment * inverse_square, by_moment, TERMS, FULL)
-        features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
-        features = features.to(tl.float32)
-        square += tl.sum((by_moment if NORMALIZE == "row" else features) * features, 1)
-    norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square)) * size  # rounding can make a square slightly negative
-    # 0 * norm makes alpha NaN if the norm overflows or is NaN; otherwise it would be 0, as for a zero-norm pixel
-    alpha = tl.where(norm <= eps, 0.0, tl.div_rn(1.0, tl.where(norm <= eps, 1.0, norm)) + 0.0 * norm)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    tl.store(alpha_ptr + offs_m, alpha, mask=offs_m < pixels)
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(x == 0, 0.0, tl.maximum(power, 1.1754943508222875e-38))
+    return tl.where(x == 0, 1.0, tl.div_rn(x, tl.where(x == 0, 1.0, power))), power
 
 
 @jit
 def scale_kernel(
     student_ptr,
     teacher_ptr,
-    moment_s_ptr,
-    moment_t_ptr,
-    alpha_s_ptr,
-    alpha_t_ptr,
+    terms_s_ptr,
+    terms_t_ptr,
+    size_s_ptr,
+    size_t_ptr,
+    alpha_ptr,
+    ratio_ptr,
+    power_ptr,
+    mantissa_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -171,6 +52,7 @@ def scale_kernel(
     pixels,
     channels_s,
     channels_t,
+    batch,
     eps,
     NORMALIZE: tl.constexpr,
     TERMS: tl.constexpr,
@@ -178,121 +60,164 @@ def scale_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute alpha (B, N) of the student and the teacher in one launch.
+    """Compute the scales (B, N) of a row block of student and teacher; see ``PlannedScales``.
 
-    A program computes a row block of the student's or the teacher's alpha.
+    alpha is 1 / sqrt(q^T M q) for "row", with M from ``terms_kernel``, and 1 / sqrt(q^T q) for "cosine"; 0 for pixels
+    of zero norm. M is symmetric: the program multiplies by the blocks on and above its diagonal. If ratio_ptr is None,
+    mantissa_ptr receives alpha of the teacher.
     """
-    program = tl.program_id(0) // 2
     row_blocks = tl.cdiv(pixels, BLOCK_M)
-    start_m = program % row_blocks * BLOCK_M
-    image = (program // row_blocks).to(tl.int64)
-    if tl.program_id(0) % 2 == 0:
-        scale_rows(
-            student_ptr + image * stride_sb,
-            moment_s_ptr + image * channels_s * channels_s if NORMALIZE == "row" else None,
-            alpha_s_ptr + image * pixels,
-            start_m,
-            stride_sn,
-            stride_sc,
-            pixels,
-            channels_s,
-            eps,
-            NORMALIZE,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
-        )
+    start_m = tl.program_id(0) % row_blocks * BLOCK_M
+    image = (tl.program_id(0) // row_blocks).to(tl.int64)
+    alpha_s = tl.zeros([BLOCK_M], tl.float32)
+    alpha_t = tl.zeros([BLOCK_M], tl.float32)
+    for network in range(2):  # a loop, so that its body is compiled once
+        if network == 0:
+            ptr, stride_n, stride_c, channels = teacher_ptr + image * stride_tb, stride_tn, stride_tc, channels_t
+        else:
+            ptr, stride_n, stride_c, channels = student_ptr + image * stride_sb, stride_sn, stride_sc, channels_s
+        if NORMALIZE == "row":
+            matrix = tl.cast(channels, tl.int64) * channels
+            if network == 0:
+                terms_ptr, size = terms_t_ptr + image * matrix, tl.load(size_t_ptr + image)
+            else:
+                terms_ptr, size = terms_s_ptr + image * matrix, tl.load(size_s_ptr + image)
+        square = tl.zeros([BLOCK_M], tl.float32)
+        for start_c in range(0, channels, BLOCK_C):
+            features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
+            if NORMALIZE == "row":
+                by_moment = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+                last_k = start_c + BLOCK_C - BLOCK_K
+                for start_k in range(0, last_k + 1, BLOCK_K):
+                    left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
+                    by_moment *= tl.where(start_k == start_c, 2.0, 1.0)  # the blocks below the diagonal
+                    by_moment = moment_product(
+                        left, terms_ptr, start_k, start_c, channels, batch * matrix, by_moment, TERMS, BLOCK_K, BLOCK_C
+                    )
+            features = features.to(tl.float32)
+            square += tl.sum((by_moment if NORMALIZE == "row" else features) * features, 1)
+        norm = tl.sqrt_rn(tl.where(square < 0, 0.0, square))  # rounding can make a square slightly negative
+        if NORMALIZE == "row":
+            norm *= size
+        # 0 * norm makes alpha NaN if the norm overflows or is NaN; otherwise it would be 0, as for a zero-norm pixel
+        alpha = tl.where(norm <= eps, 0.0, tl.div_rn(1.0, tl.where(norm <= eps, 1.0, norm)) + 0.0 * norm)
+        alpha_t, alpha_s = alpha_s, alpha
+    offset = image * pixels
+    store_vector(alpha_ptr + offset, alpha_s, start_m, pixels, BLOCK_M)
+    if ratio_ptr is None:
+        store_vector(mantissa_ptr + offset, alpha_t, start_m, pixels, BLOCK_M)
     else:
-        scale_rows(
-            teacher_ptr + image * stride_tb,
-            moment_t_ptr + image * channels_t * channels_t if NORMALIZE == "row" else None,
-            alpha_t_ptr + image * pixels,
-            start_m,
-            stride_tn,
-            stride_tc,
-            pixels,
-            channels_t,
-            eps,
-            NORMALIZE,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
-        )
+        mantissa, power = split_power(alpha_t)
+        ratio = tl.div_rn(alpha_s, mantissa) + 0.0 * alpha_t  # NaN if alpha_t is
+        store_vector(ratio_ptr + offset, ratio, start_m, pixels, BLOCK_M)
+        store_vector(power_ptr + offset, power, start_m, pixels, BLOCK_M)
+        store_vector(mantissa_ptr + offset, mantissa, start_m, pixels, BLOCK_M)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def moment_splits(programs: int, pixels: int, device: torch.device) -> tuple[int, int]:
-    """Return the number of parts that occupies the device with a sum over pixels, and the pixels of a part."""
-    most = min(8, 4 * multiprocessors(device) // programs, triton.cdiv(pixels, 4 * BLOCK_DEPTH))
-    split_pixels = triton.cdiv(triton.cdiv(pixels, max(1, most)), BLOCK_DEPTH) * BLOCK_DEPTH
-    return triton.cdiv(pixels, split_pixels), split_pixels
+class PlannedScales(NamedTuple):
+    """The scales of both relation matrices, arrays (B, N); None for "none".
+
+    With them, D_ij = mantissa_i (ratio_i G_s,ij - power_i G_t,ij) for "row"; for "cosine" the product of the values of
+    i and j takes the place of each. ``power`` is the power of two in the teacher's alpha = mantissa * power: products
+    with it are exact, so D of equal features is exactly 0 however the compiler rounds the two products.
+
+    Attributes:
+        vectors: alpha of the student; ratio = alpha / mantissa; power; mantissa.
+        moments: the student's M, for "row".
+    """
+
+    vectors: tuple[Array | None, ...] = (None,) * 4
+    moments: Moments | None = None
 
 
-def moments_of(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q^T Q (B, C_s, C_s) and (B, C_t, C_t) in float32 of features (B, N, C_s) and (B, N, C_t)."""
-    batch, pixels, channels_s = student.shape
-    channels_t = teacher.shape[2]
-    tiles = batch * (triton.cdiv(channels_s, BLOCK_CHANNELS) ** 2 + triton.cdiv(channels_t, BLOCK_CHANNELS) ** 2)
-    splits, split_pixels = moment_splits(tiles, pixels, student.device)
-    sizes = [batch * channels**2 for channels in (channels_s, channels_t)]
-    # several parts share one tensor, so that one launch sums both moments; with a single part there are two tensors, so
-    # that the teacher's can be freed early
-    if splits > 1:
-        parts = student.new_empty((splits, sum(sizes)), dtype=torch.float32)
-        moment_s, moment_t = parts[:, : sizes[0]], parts[:, sizes[0] :]
-    else:
-        moment_s, moment_t = (student.new_empty((1, size), dtype=torch.float32) for size in sizes)
-    moment_kernel[(tiles * splits,)](
+def split_scales(scales: Scales) -> tuple[Tensor, ...]:
+    """Return alpha, ratio, power and mantissa of ``PlannedScales``, from float32 scales (B, N) as tensors."""
+    if scales.student is None or scales.teacher is None:
+        return ()
+    teacher = scales.teacher
+    mantissa, exponent = torch.frexp(teacher)
+    power = torch.where(teacher == 0, 0, torch.ldexp(torch.ones_like(teacher), exponent - 1))
+    mantissa = torch.where(teacher == 0, 1, 2 * mantissa)
+    return scales.student, scales.student / mantissa + 0 * teacher, power, mantissa
+
+
+def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) -> PlannedScales:
+    """Plan the launches that compute the scales of features (B, N, C_s), (B, N, C_t)."""
+    if relation.normalize == "none":
+        return PlannedScales()
+    batch, pixels, _ = student.shape
+    vectors = tuple(plan.scratch(batch, pixels) for _ in range(4))
+    moments_s = moments_t = None
+    if relation.normalize == "row":
+        moments_s, moments_t = plan_moments(plan, student, teacher)
+    _plan_scale_kernel(plan, student, teacher, relation, vectors, moments_s, moments_t)
+    if moments_t is not None:
+        for array in moments_t:
+            plan.free(array)
+    return PlannedScales(vectors, moments_s)
+
+
+def plan_alphas(plan: Plan, student: Array, teacher: Array, relation: Relation) -> tuple[Array | None, Array | None]:
+    """Plan the launch that computes alpha (B, N) of both networks for "cosine"; return None for "none"."""
+    if relation.normalize == "none":
+        return None, None
+    batch, pixels, _ = student.shape
+    alpha_s, alpha_t = plan.scratch(batch, pixels), plan.scratch(batch, pixels)
+    _plan_scale_kernel(plan, student, teacher, relation, (alpha_s, None, None, alpha_t))
+    return alpha_s, alpha_t
+
+
+def _plan_scale_kernel(
+    plan: Plan,
+    student: Array,
+    teacher: Array,
+    relation: Relation,
+    vectors: tuple[Array | None, ...],
+    moments_s: Moments | None = None,
+    moments_t: Moments | None = None,
+) -> None:
+    batch, pixels, _ = student.shape
+    matrices: list[Array | None] = [None] * 4
+    if moments_s is not None and moments_t is not None:
+        matrices = [moments_s.terms, moments_t.terms, moments_s.size, moments_t.size]
+    block_m, block_k, options = product_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
+    plan.launch(
+        scale_kernel,
+        (batch * triton.cdiv(pixels, block_m),),
         student,
         teacher,
-        moment_s,
-        moment_t,
-        *student.stride(),
-        *teacher.stride(),
-        moment_s.stride(0),
+        *matrices,
+        *vectors,
+        *student.strides,
+        *teacher.strides,
         pixels,
-        channels_s,
-        channels_t,
-        splits,
-        split_pixels,
-        BLOCK_N=BLOCK_DEPTH,
+        student.shape[2],
+        teacher.shape[2],
+        batch,
+        relation.eps,
+        NORMALIZE=relation.normalize,
+        TERMS=feature_terms(student.dtype),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
         BLOCK_C=BLOCK_CHANNELS,
-        **OPTIONS,
+        **options,
     )
-    if splits > 1:
-        moment_s, moment_t = parts.sum(0).split(sizes)
-    return moment_s.view(batch, channels_s, channels_s), moment_t.view(batch, channels_t, channels_t)
 
 
 def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
     """Return ``formulas.scales_of`` in float32."""
     if relation.normalize == "none":
         return Scales(None, None, None)
-    batch, pixels, _ = student.shape
-    moment_s, moment_t = moments_of(student, teacher) if relation.normalize == "row" else (None, None)
-    alpha_s, alpha_t = (student.new_empty((batch, pixels), dtype=torch.float32) for _ in range(2))
-    scale_kernel[(2 * batch * triton.cdiv(pixels, BLOCK_PIXELS),)](
-        student,
-        teacher,
-        moment_s,
-        moment_t,
-        alpha_s,
-        alpha_t,
-        *student.stride(),
-        *teacher.stride(),
-        pixels,
-        student.shape[2],
-        teacher.shape[2],
-        relation.eps,
-        NORMALIZE=relation.normalize,
-        TERMS=feature_terms(student.dtype),
-        BLOCK_M=BLOCK_PIXELS,
-        BLOCK_K=BLOCK_DEPTH,
-        BLOCK_C=BLOCK_CHANNELS,
-        **OPTIONS,
-    )
-    return Scales(alpha_s, alpha_t, moment_s)
+    student, teacher = addressable(student), addressable(teacher)
+    plan = Plan(student.device)
+    arrays = plan_scales(plan, plan.argument(student), plan.argument(teacher), relation)
+    bases = plan.run(student, teacher)
+    alpha, _, power, mantissa = (array.of(bases) for array in arrays.vectors if array is not None)
+    moment = None
+    if arrays.moments is not None:
+        size = arrays.moments.size.of(bases).view(-1, 1, 1)
+        moment = arrays.moments.terms.of(bases).float().sum(0) * size.square()
+    return Scales(alpha, mantissa * power, moment)

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from ..formulas import Relation, Scales
-from .configurations import TERMS, Configuration, autotune, configuration, number_format, run_milliseconds
-from .primitives import INTERPRET, features_product, jit, load_tile, multiprocessors, product, store_tile, tl, triton
+from ..formulas import Relation
+from .configurations import TERMS, Configuration
+from .plans import Array, Plan
+from .primitives import (
+    INTERPRET,
+    features_product,
+    jit,
+    load_tile,
+    load_vector,
+    multiprocessors,
+    product,
+    store_tile,
+    store_vector,
+    tl,
+    triton,
+)
+from .scales import PlannedScales
 
 
 class Partials(NamedTuple):
     """The partial sums that the programs of the tile kernel write, to be summed in a fixed order.
 
     loss: (B, programs). U: (splits, B, N, C_s) and h: (splits, B, N), None under the conditions of ``TileSums``.
+    With one split, U may be an array (B, N, C_s) of any strides. U_strides: strides of the four axes.
     """
 
-    loss: Tensor
-    U: Tensor | None
-    h: Tensor | None
+    splits: int
+    loss: Array
+    U: Array | None
+    h: Array | None
+
+    @property
+    def U_strides(self) -> tuple[int, ...]:
+        return (0, 0, 0, 0) if self.U is None else (0, 0, 0, 0, *self.U.strides)[-4:]
 
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
@@ -42,16 +58,38 @@ def distance_value(difference, delta, DISTANCE: tl.constexpr):
 
 
 @jit
+def distance_scale(factor, DISTANCE: tl.constexpr):
+    """Return rho(factor D) / rho(D) for factor > 0. The Huber distance has no such number."""
+    if DISTANCE == "l1":
+        return factor
+    else:
+        return factor * factor
+
+
+@jit
 def distance_grad(difference, delta, DISTANCE: tl.constexpr):
     """Return rho'(D), elementwise; 0 at a tie of the l1 distance."""
     if DISTANCE == "l1":
-        # 1.0 with the sign bit of D takes fewer instructions than two comparisons
-        one = ((difference.to(tl.int32, bitcast=True) & -0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
-        return tl.where(difference == 0, 0.0, one)
+        return tie_sign(difference)
     elif DISTANCE == "l2":
         return 2 * difference
     else:
         return tl.minimum(tl.maximum(difference, -delta), delta)
+
+
+@jit
+def tie_sign(x):
+    """Return sign(x), exactly 0 at 0, in two instructions; between -1 and 1 for abs(x) < 2^-101.
+
+    A multiply-add that saturates to [0, 1] takes no more time than one that does not.
+    """
+    if INTERPRET:
+        step = tl.minimum(tl.maximum(x * 1.2676506002282294e30 + 0.5, 0.0), 1.0)
+    else:  # 0f71800000 is 2^100
+        step = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0f71800000, 0f3F000000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 2 * step - 1
 
 
 @jit
@@ -64,7 +102,8 @@ def gram_block(
     stride_n,
     stride_c,
     pixels,
-    CHANNELS: tl.constexpr,
+    channels,
+    limit,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -76,10 +115,10 @@ def gram_block(
     into BLOCK_C; otherwise they are None, and the features are loaded BLOCK_C channels at a time.
     """
     gram = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if CHANNELS > BLOCK_C:
-        for start_c in range(0, CHANNELS, BLOCK_C):
-            left = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, CHANNELS, BLOCK_M, BLOCK_C)
-            right = load_tile(ptr, start_c, start_n, stride_c, stride_n, CHANNELS, pixels, BLOCK_C, BLOCK_N)
+    if rows is None:
+        for start_c in range(0, channels, BLOCK_C):
+            left = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, limit, BLOCK_M, BLOCK_C)
+            right = load_tile(ptr, start_c, start_n, stride_c, stride_n, limit, pixels, BLOCK_C, BLOCK_N)
             gram = features_product(left, right, gram, TERMS)
     else:
         gram = features_product(rows, columns, gram, TERMS)
@@ -90,8 +129,10 @@ def gram_block(
 def relation_kernel(
     student_ptr,
     teacher_ptr,
-    alpha_s_ptr,
-    alpha_t_ptr,
+    alpha_ptr,
+    ratio_ptr,
+    power_ptr,
+    mantissa_ptr,
     loss_ptr,
     U_ptr,
     h_ptr,
@@ -107,11 +148,11 @@ def relation_kernel(
     stride_uc,
     stride_hs,
     pixels,
+    channels_s,
+    channels_t,
     splits,
     split_columns,
     delta,
-    CHANNELS_S: tl.constexpr,
-    CHANNELS_T: tl.constexpr,
     NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
     NEED_GRAD: tl.constexpr,
@@ -120,36 +161,49 @@ def relation_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EVEN_S: tl.constexpr,
+    EVEN_T: tl.constexpr,
+    LOOP_S: tl.constexpr,
+    LOOP_T: tl.constexpr,
 ):
     """Compute the ``Partials``: loss (B * splits * row blocks), U (splits, B, N, C_s) and h (splits, B, N).
 
-    A program computes BLOCK_M rows over ``split_columns`` columns; see the docstring of the package. If the channels do
-    not fit into BLOCK_S or BLOCK_T, the program loops over them. Each program then computes BLOCK_S channels of U
-    (grid axis 1). The channel counts are constexpr: a training uses few pairs of them, and masks that are known at
-    compile time need fewer registers. TERMS is the number of bfloat16 terms of a float32, see primitives.py.
+    A program computes BLOCK_M rows over ``split_columns`` columns; see the docstring of the package. With LOOP_S or
+    LOOP_T the channels do not fit into BLOCK_S or BLOCK_T: the program loops over them, and computes BLOCK_S channels
+    of U (grid axis 1). EVEN_S and EVEN_T say that they are multiples of the block: masks that are known at compile time
+    need fewer registers. TERMS is the number of bfloat16 terms of a float32, see primitives.py.
+
+    D_ij = mantissa_i (ratio_i G_s,ij - power_i G_t,ij), with the scales of ``scale_kernel``: power_i G_t,ij is exact,
+    so D of equal features is exactly 0 also if the compiler fuses the multiplications with the subtraction.
     """
-    LOOP_S: tl.constexpr = CHANNELS_S > BLOCK_S
-    LOOP_T: tl.constexpr = CHANNELS_T > BLOCK_T
     program = tl.program_id(0)
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     start_m = program % row_blocks * BLOCK_M
     split = program // row_blocks % splits
     image = (program // row_blocks // splits).to(tl.int64)
     start_u = tl.program_id(1) * BLOCK_S
+    limit_s = None if EVEN_S else channels_s
+    limit_t = None if EVEN_T else channels_t
     student_ptr += image * stride_sb
     teacher_ptr += image * stride_tb
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if NORMALIZE != "none":
-        alpha_s_ptr += image * pixels
-        alpha_t_ptr += image * pixels
-        alpha_sm = tl.load(alpha_s_ptr + offs_m, mask=offs_m < pixels, other=0.0)[:, None]
-        alpha_tm = tl.load(alpha_t_ptr + offs_m, mask=offs_m < pixels, other=0.0)[:, None]
+        alpha_ptr += image * pixels
+        ratio_ptr += image * pixels
+        power_ptr += image * pixels
+        mantissa_ptr += image * pixels
+        alpha_m = load_vector(alpha_ptr, start_m, pixels, BLOCK_M)
+        ratio_m = load_vector(ratio_ptr, start_m, pixels, BLOCK_M)[:, None]
+        power_m = load_vector(power_ptr, start_m, pixels, BLOCK_M)[:, None]
+        mantissa_m = load_vector(mantissa_ptr, start_m, pixels, BLOCK_M)
+        if DISTANCE == "l2":
+            alpha_m *= mantissa_m
     student_m = None
     teacher_m = None
     if not LOOP_S:
-        student_m = load_tile(student_ptr, start_m, 0, stride_sn, stride_sc, pixels, CHANNELS_S, BLOCK_M, BLOCK_S)
+        student_m = load_tile(student_ptr, start_m, 0, stride_sn, stride_sc, pixels, limit_s, BLOCK_M, BLOCK_S)
     if not LOOP_T:
-        teacher_m = load_tile(teacher_ptr, start_m, 0, stride_tn, stride_tc, pixels, CHANNELS_T, BLOCK_M, BLOCK_T)
+        teacher_m = load_tile(teacher_ptr, start_m, 0, stride_tn, stride_tc, pixels, limit_t, BLOCK_M, BLOCK_T)
 
     loss = tl.zeros([BLOCK_M], tl.float32)
     h = tl.zeros([BLOCK_M], tl.float32)
@@ -164,7 +218,7 @@ def relation_kernel(
         student_n = None
         teacher_n = None
         if not LOOP_S:
-            student_n = load_tile(student_ptr, 0, start_n, stride_sc, stride_sn, CHANNELS_S, pixels, BLOCK_S, BLOCK_N)
+            student_n = load_tile(student_ptr, 0, start_n, stride_sc, stride_sn, limit_s, pixels, BLOCK_S, BLOCK_N)
         gram_s = gram_block(
             student_m,
             student_n,
@@ -174,14 +228,15 @@ def relation_kernel(
             stride_sn,
             stride_sc,
             pixels,
-            CHANNELS_S,
+            channels_s,
+            limit_s,
             TERMS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_S,
         )
         if not LOOP_T:
-            teacher_n = load_tile(teacher_ptr, 0, start_n, stride_tc, stride_tn, CHANNELS_T, pixels, BLOCK_T, BLOCK_N)
+            teacher_n = load_tile(teacher_ptr, 0, start_n, stride_tc, stride_tn, limit_t, pixels, BLOCK_T, BLOCK_N)
         gram_t = gram_block(
             teacher_m,
             teacher_n,
@@ -191,32 +246,48 @@ def relation_kernel(
             stride_tn,
             stride_tc,
             pixels,
-            CHANNELS_T,
+            channels_t,
+            limit_t,
             TERMS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_T,
         )
 
-        offs_n = start_n + tl.arange(0, BLOCK_N)
         mirrors = (start_n >= start_m + BLOCK_M).to(tl.float32)  # 0 on the diagonal block, which is its own mirror
         if NORMALIZE == "none":
             difference = gram_s - gram_t
         else:
-            alpha_sn = tl.load(alpha_s_ptr + offs_n, mask=offs_n < pixels, other=0.0)[None, :]
-            alpha_tn = tl.load(alpha_t_ptr + offs_n, mask=offs_n < pixels, other=0.0)[None, :]
+            alpha_n = load_vector(alpha_ptr, start_n, pixels, BLOCK_N)[None, :]
+            ratio_n = load_vector(ratio_ptr, start_n, pixels, BLOCK_N)[None, :]
+            power_n = load_vector(power_ptr, start_n, pixels, BLOCK_N)[None, :]
+            mantissa_n = load_vector(mantissa_ptr, start_n, pixels, BLOCK_N)[None, :]
+            # Only the Huber distance needs D itself. Otherwise ``difference`` is D_ij / mantissa_i, and the factor
+            # follows where a row of rho(D) has been summed; for l2 it is also a factor of alpha.
+            if DISTANCE == "l2" and NORMALIZE == "row":
+                alpha_n *= mantissa_n
             if NORMALIZE == "cosine":
-                difference = gram_s * (alpha_sm * alpha_sn) - gram_t * (alpha_tm * alpha_tn)
+                difference = gram_s * (ratio_m * ratio_n) - gram_t * (power_m * power_n)
+                difference *= mantissa_n
                 # a pixel's relation to itself is a tie: make it exactly 0; NaN stays
+                offs_n = start_n + tl.arange(0, BLOCK_N)
                 difference = tl.where(offs_m[:, None] == offs_n[None, :], 0.0 * difference, difference)
             else:
-                difference = gram_s * alpha_sm - gram_t * alpha_tm
-                mirrored = gram_s * alpha_sn - gram_t * alpha_tn
+                difference = gram_s * ratio_m - gram_t * power_m
+                mirrored = gram_s * ratio_n - gram_t * power_n
+                if DISTANCE == "huber":
+                    mirrored *= mantissa_n
+            if DISTANCE == "huber":
+                difference *= mantissa_m[:, None]
         value = tl.sum(distance_value(difference, delta, DISTANCE), 1)
         if NEED_GRAD:
             loss += value
         elif NORMALIZE == "row":
-            loss += value + mirrors * tl.sum(distance_value(mirrored, delta, DISTANCE), 1)
+            mirrored_value = distance_value(mirrored, delta, DISTANCE)
+            if DISTANCE != "huber":
+                value *= distance_scale(mantissa_m, DISTANCE)
+                mirrored_value *= distance_scale(mantissa_n, DISTANCE)
+            loss += value + mirrors * tl.sum(mirrored_value, 1)
         else:
             loss += value + mirrors * value
 
@@ -224,31 +295,32 @@ def relation_kernel(
             K = distance_grad(difference, delta, DISTANCE)
             if NORMALIZE == "row":
                 h += tl.sum(K * gram_s, 1)
-                K = K * alpha_sm + distance_grad(mirrored, delta, DISTANCE) * alpha_sn
+                K = K * alpha_m[:, None] + distance_grad(mirrored, delta, DISTANCE) * alpha_n
             elif NORMALIZE == "cosine":  # the other factor of K, 2 alpha_i, follows after the loop over columns
-                K *= alpha_sn
+                K *= alpha_n
                 h += tl.sum(K * gram_s, 1)
             if LOOP_S:
                 student_n = load_tile(
-                    student_ptr, start_u, start_n, stride_sc, stride_sn, CHANNELS_S, pixels, BLOCK_S, BLOCK_N
+                    student_ptr, start_u, start_n, stride_sc, stride_sn, limit_s, pixels, BLOCK_S, BLOCK_N
                 )
             # one bfloat16 term represents a sign exactly
             U = product(K, tl.trans(student_n), U, 1 if NORMALIZE == "none" and DISTANCE == "l1" else TERMS, TERMS)
 
     if start_u == 0:
+        if DISTANCE != "huber" and (NORMALIZE == "cosine" or (NORMALIZE == "row" and NEED_GRAD)):
+            loss *= distance_scale(mantissa_m, DISTANCE)
         tl.store(loss_ptr + program, tl.sum(loss))
     if NEED_GRAD:
         if NORMALIZE == "none":
             U *= 2
         if NORMALIZE == "cosine":
-            U *= 2 * alpha_sm
+            U *= 2 * alpha_m[:, None]
             h *= 2
         if NORMALIZE != "none" and start_u == 0:
-            h *= tl.reshape(alpha_sm, [BLOCK_M])
             h_ptr += split.to(tl.int64) * stride_hs + image * pixels
-            tl.store(h_ptr + offs_m, h, mask=offs_m < pixels)
+            store_vector(h_ptr, h * alpha_m, start_m, pixels, BLOCK_M)
         U_ptr += split.to(tl.int64) * stride_us + image * stride_ub
-        store_tile(U_ptr, U, start_m, start_u, stride_un, stride_uc, pixels, CHANNELS_S, BLOCK_M, BLOCK_S)
+        store_tile(U_ptr, U, start_m, start_u, stride_un, stride_uc, pixels, limit_s, BLOCK_M, BLOCK_S)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -278,10 +350,8 @@ def column_splits(batch: int, pixels: int, channels: int, need_grad: bool, block
 def constants(
     relation: Relation, need_grad: bool, channels: tuple[int, int], numbers: str, chosen: Configuration
 ) -> dict:
-    """Return the constexpr arguments of the kernel."""
+    """Return the constexpr arguments of the kernel. Few depend on the channels: new counts rarely compile."""
     return {
-        "CHANNELS_S": channels[0],
-        "CHANNELS_T": channels[1],
         "NORMALIZE": relation.normalize,
         "DISTANCE": relation.distance,
         "NEED_GRAD": need_grad,
@@ -290,67 +360,66 @@ def constants(
         "BLOCK_N": chosen.block_n,
         "BLOCK_S": chosen.block_s,
         "BLOCK_T": chosen.block_t,
+        "EVEN_S": channels[0] % chosen.block_s == 0,
+        "EVEN_T": channels[1] % chosen.block_t == 0,
+        "LOOP_S": channels[0] > chosen.block_s,
+        "LOOP_T": channels[1] > chosen.block_t,
     }
 
 
 def compile_options(chosen: Configuration) -> dict:
-    """Return the compile options of the kernel. Fused multiply-adds are off: D_ij of equal features must be 0."""
-    return {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": False}
+    """Return the compile options of the kernel."""
+    return {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
 
 
-def launch(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, chosen: Configuration
+def plan_tiles(
+    plan: Plan,
+    student: Array,
+    teacher: Array,
+    scales: PlannedScales,
+    relation: Relation,
+    numbers: str,
+    chosen: Configuration,
+    need_grad: bool,
+    gradient: Array | None = None,
 ) -> Partials:
-    """Run the tile kernel on features (B, N, C_s), (B, N, C_t) and float32 scales (B, N); return its partial sums."""
+    """Plan the launch of the tile kernel on features (B, N, C_s), (B, N, C_t) and their scales.
+
+    Args:
+        numbers: the number format.
+        gradient: float32 (B, N, C_s), to use as U if the columns are not split.
+    """
     batch, pixels, channels = student.shape
     chunks = triton.cdiv(channels, chosen.block_s) if need_grad else 1
-    slots = max(1, multiprocessors(student.device) // chunks)
+    slots = max(1, multiprocessors(plan.device) // chunks)
     splits, split_columns = column_splits(batch, pixels, channels, need_grad, chosen.block_m, slots)
-    loss = student.new_empty((batch, splits * triton.cdiv(pixels, chosen.block_m)), dtype=torch.float32)
+    loss = plan.scratch(batch, splits * triton.cdiv(pixels, chosen.block_m))
     U = h = None
-    if need_grad and splits == 1:
-        U = torch.empty_like(student, dtype=torch.float32).unsqueeze(0)  # with the strides of the gradient
-    elif need_grad:
-        U = student.new_empty((splits, *student.shape), dtype=torch.float32)
+    if need_grad:
+        U = gradient if splits == 1 and gradient is not None else plan.scratch(splits, *student.shape)
     if need_grad and relation.normalize != "none":
-        h = student.new_empty((splits, batch, pixels), dtype=torch.float32)
-    relation_kernel[(loss.numel(), chunks)](
+        h = plan.scratch(splits, batch, pixels)
+    partials = Partials(splits, loss, U, h)
+    plan.launch(
+        relation_kernel,
+        (math.prod(loss.shape), chunks),
         student,
         teacher,
-        scales.student,
-        scales.teacher,
+        *scales.vectors,
         loss,
         U,
         h,
-        *student.stride(),
-        *teacher.stride(),
-        *((0, 0, 0, 0) if U is None else U.stride()),
-        0 if h is None else h.stride(0),
+        *student.strides,
+        *teacher.strides,
+        *partials.U_strides,
+        0 if h is None else h.strides[0],
         pixels,
+        channels,
+        teacher.shape[2],
         splits,
         split_columns,
         relation.delta,
-        **constants(relation, need_grad, (channels, teacher.shape[2]), number_format(student.dtype), chosen),
+        **constants(relation, need_grad, (channels, teacher.shape[2]), numbers, chosen),
         **compile_options(chosen),
     )
-    return Partials(loss, U, h)
-
-
-def relation_partials(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
-) -> Partials:
-    """Run ``launch`` with the configuration for this device and these features."""
-    device, numbers = student.device, number_format(student.dtype)
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    chosen = configuration(capability, numbers, student.shape[2], teacher.shape[2])
-    arguments = (student, teacher, scales, relation, need_grad)
-    # no autotuning while a CUDA graph is captured: measuring would break the capture
-    if os.environ.get("SRPKD_AUTOTUNE") == "1" and not INTERPRET and not torch.cuda.is_current_stream_capturing():
-        case = [torch.cuda.get_device_name(device), numbers, relation.normalize, relation.distance, need_grad]
-        case += [triton.next_power_of_2(size) for size in student.shape[:2]] + [chosen.block_s, chosen.block_t]
-
-        def measure(candidate: Configuration) -> float:
-            return run_milliseconds(lambda: launch(*arguments, candidate))
-
-        chosen = autotune("-".join(map(str, case)), relation_kernel.cache_key, chosen, measure)
-    return launch(*arguments, chosen)
+    return partials

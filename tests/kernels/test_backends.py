@@ -217,15 +217,19 @@ def test_faults_exceed_the_predicted_errors(backend: str, relation: Relation, fa
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("backend", [name for name in FAST if name != "closed_form"])
 def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device: torch.device) -> None:
-    """Near convergence closed_form stays accurate for float32 features because it sums in float64."""
+    """Near convergence closed_form stays accurate for float32 features because it sums in float64.
+
+    Its GPU kernels do not: their features are scaled in float32.
+    """
     relation = Relation(normalize, "l2")
     teacher = torch.randn(2, 200, 12, device=device)
     student = teacher + 1e-4 * torch.randn_like(teacher)
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     closed = value_and_gradient(student, teacher, relation, "closed_form")
     tiles = value_and_gradient(student, teacher, relation, backend)
-    assert error(closed[0], exact[0]) <= 1e-5  # of a loss as small as 1e-11
-    assert error(closed[1], exact[1]) <= 1e-6
+    in_float64 = closed_form.implementation(device, student.dtype, relation) == "pytorch"
+    assert error(closed[0], exact[0]) <= (1e-5 if in_float64 else 1e-3)  # of a loss as small as 1e-11
+    assert error(closed[1], exact[1]) <= (1e-6 if in_float64 else 1e-2)
     assert error(tiles[0], closed[0]) <= 1e-2
     assert error(tiles[1], closed[1]) <= 1e-2
 

@@ -15,9 +15,9 @@ using srpkd::Distance;
 
 std::string message;
 
-const char* run(Machine& local, int x, int y, int threads, int bytes, bool backwards, std::function<void()> kernel) {
+const char* run(Machine& local, int x, int y, int threads, int bytes, uint64_t seed, std::function<void()> kernel) {
   machine = &local;
-  local.run(x, y, threads, bytes, backwards, std::move(kernel));
+  local.run(x, y, threads, bytes, {seed, 1}, std::move(kernel));
   machine = nullptr;
   message = local.error;
   return message.c_str();
@@ -48,7 +48,7 @@ struct FeaturesOfTest {
 const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const FeaturesOfTest* features,
                            const int64_t* extents, int images, int pixels, int splits, int shared_limit, int distance,
                            bool row, bool zero_diagonal, float delta, double* loss, float* U, const int64_t* strides,
-                           float* h, bool backwards) {
+                           float* h, uint64_t seed) {
   Params p{};
   p.images = images, p.pixels = pixels;
   p.distance = static_cast<Distance>(distance), p.delta = delta, p.row = row, p.zero_diagonal = zero_diagonal;
@@ -71,7 +71,7 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   return with_precision(static_cast<Precision>(precision), [&](auto chosen) {
     return with_config(chosen, pixels_adjacent, u_channels, [&](auto config) {
       using C = decltype(config);
-      return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), backwards,
+      return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), seed,
                  [&] { RelationTiles<C>(p).run(); });
     });
   });
@@ -83,7 +83,7 @@ const char* mistake(const char* name) {
   const std::string is = name;
   Machine local;
   local.allow(data, is == "out of bounds" ? 64 : sizeof data);
-  return run(local, 1, 1, 64, 64 * 16, false, [&] {
+  return run(local, 1, 1, 64, 64 * 16, 0, [&] {
     if (is == "none" || is == "out of bounds") copy_and_read(data, true, true, true, 0);
     if (is == "no commit") copy_and_read(data, false, true, true, 0);
     if (is == "no wait") copy_and_read(data, true, false, true, 0);

@@ -24,14 +24,13 @@ from srpkd.kernels import (
     DISTANCES,
     NORMALIZATIONS,
     Relation,
-    Scales,
     auto_backend,
     blocked,
     formulas,
     triton,
     unavailable_reason,
 )
-from srpkd.kernels.triton import configurations, scales, tiles
+from srpkd.kernels.triton import configurations, plans, scales, tiles
 
 CPU = torch.device("cpu")
 RELATIONS = [
@@ -48,6 +47,12 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="TRITON_INTERPRET=1 is not set: these tests run in Triton's interpreter, in a separate process",
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the plans of other tests: some tests change what plans depend on."""
+    monkeypatch.setattr(triton, "_plans", {})
 
 
 def name(value: object) -> str | None:
@@ -202,9 +207,8 @@ def test_split_columns_add_up(slots, monkeypatch):
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: slots)
     relation = ROW_L1
     student, teacher = features(relation, 1, 130, (8, 8), torch.bfloat16)
-    partials = tiles.relation_partials(student, teacher, scales.scales_of(student, teacher, relation), relation, True)
-    assert len(partials.U) == len(partials.h) == (1 if slots == 1 else 2)
     assert_as_accurate_as_eager(student, teacher, relation)
+    assert [partials.splits for _, partials in triton._plans.values()] == [1 if slots == 1 else 2] * 2
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
@@ -240,9 +244,12 @@ def test_forward_visits_only_tiles_on_and_above_the_diagonal():
     student, teacher = features(None, 1, 200, (8, 8), torch.float32)
     student[0, 0] = torch.nan  # in the first row block, which the second row block reads only below the diagonal
     chosen = configurations.configuration((9, 0), "highest", 8, 8)
-    no_scales = Scales(None, None, None)
+    none, no_scales = Relation("none", "l1"), scales.PlannedScales()
     for need_grad, expected in ((True, [True, True]), (False, [True, False])):
-        loss = tiles.launch(student, teacher, no_scales, Relation("none", "l1"), need_grad, chosen).loss
+        plan = plans.Plan(CPU)
+        arrays = plan.argument(student), plan.argument(teacher)
+        partials = tiles.plan_tiles(plan, *arrays, no_scales, none, "highest", chosen, need_grad)
+        loss = partials.loss.of(plan.run(student, teacher))
         assert loss.view(-1, 2).isnan().any(0).tolist() == expected
 
 

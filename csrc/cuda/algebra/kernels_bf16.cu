@@ -1,0 +1,8 @@
+#include "launch.h"
+
+namespace srpkd::cuda::algebra {
+
+template cudaError_t scales<BFloat16>(const ScalesPlan&, bool, cudaStream_t);
+template cudaError_t gradient<BFloat16, SumsOfSplits>(const GradientPlan<SumsOfSplits>&, bool, cudaStream_t);
+
+}  // namespace srpkd::cuda::algebra

@@ -1,0 +1,8 @@
+#include "launch.h"
+
+namespace srpkd::cuda::algebra {
+
+template cudaError_t scales<float>(const ScalesPlan&, bool, cudaStream_t);
+template cudaError_t gradient<float, SumsOfSplits>(const GradientPlan<SumsOfSplits>&, bool, cudaStream_t);
+
+}  // namespace srpkd::cuda::algebra

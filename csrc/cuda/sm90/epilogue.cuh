@@ -1,0 +1,198 @@
+// The elementwise part of a tile, on the accumulators of one warpgroup: from G_s and G_t (64 x 128) to K, and to the
+// sums of the loss and of h. Free of torch.
+//
+// With d_ij = G_s,ij - ratio_i G_t,ij, D_ij = alpha_i d_ij. alpha is scaled, and so are K, h and the loss of l1: by
+// Params::powers for row, and by its square for cosine and none, where two alphas are multiplied.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#include "primitives.cuh"
+#else
+#include "sm90_primitives.h"  // tests/csrc/cuda_emulation
+#endif
+#include "plan.h"
+
+namespace srpkd::cuda::sm90 {
+
+// The rows of a lane are g and g + 8 of its warp's 16, g = lane / 4. Its columns are 8 n + 2 t and 8 n + 2 t + 1,
+// t = lane % 4.
+struct Rows {
+  PixelScale scale[2];
+};
+
+// A lane's sums over the columns of a segment. loss_of_columns is that of D_ji, row only.
+struct RowSums {
+  float h[2] = {}, loss[2] = {}, loss_of_columns = 0;
+
+  // After the tile on the diagonal, the first of its segment. It has D_ij and D_ji at their own places, the others have
+  // both at one.
+  template <class C>
+  SRPKD_DEVICE void count_once() {
+    loss_of_columns = 0;
+    if (C::SYMMETRIC) loss[0] *= 0.5f, loss[1] *= 0.5f;
+  }
+  template <class C>
+  SRPKD_DEVICE float total_loss(const Rows& rows) const {
+    if (C::SYMMETRIC) return 2 * (loss[0] + loss[1]);
+    if (!C::L1) return loss[0] + loss[1] + loss_of_columns;
+    return fused_multiply_add(rows.scale[0].alpha, loss[0],
+                              fused_multiply_add(rows.scale[1].alpha, loss[1], loss_of_columns));
+  }
+};
+
+// |x| with the sign of D. 0 is positive here: see `exact`.
+SRPKD_DEVICE float with_sign(float magnitude, float d) {
+  return as_float(as_bits(magnitude) ^ (as_bits(d) & 0x80000000u));
+}
+// The same with sign(0) = 0, and equal bits for |d| >= 2^-101. It takes two instructions of the FMA pipe, not one of
+// the other pipe.
+SRPKD_DEVICE float with_exact_sign(float magnitude, float d) {
+  return fused_multiply_add(saturate(fused_multiply_add(d, 0x1p100f, 0.5f)), 2 * magnitude, -magnitude);
+}
+
+// K of the rows of a lane, packed, one operand of wgmma for each 16 columns.
+template <class C>
+using Weights = uint32_t[C::TERMS][8][4];
+
+template <class C>
+struct Epilogue {
+  static constexpr bool SYMMETRIC = C::SYMMETRIC, L1 = C::L1;
+
+  const Params& p;
+  const Rows& rows;
+  const float unit;  // makes D of alpha d; not used for l1
+  const int lane;
+
+  // rho'(D) times alpha, given d and alpha.
+  template <bool EXACT>
+  SRPKD_DEVICE float weight(float alpha, float d) const {
+    if constexpr (L1) return EXACT ? with_exact_sign(alpha, d) : with_sign(alpha, d);
+    return fminf(fmaxf((alpha * unit) * d, -p.delta), p.delta) * alpha;
+  }
+  // rho(D), but for l1 without the factor alpha.
+  SRPKD_DEVICE float distance(float alpha, float d) const {
+    if constexpr (L1) return fabsf(d);
+    const float D = (alpha * unit) * d, P = fminf(fmaxf(D, -p.delta), p.delta);
+    return P * fused_multiply_add(-0.5f, P, D);
+  }
+
+  // Columns [8 n, 8 n + 8). Sets `h` to this lane's part of the sums over the rows, `k` to the elements of K and
+  // `smallest` to the least bits of |d| so far: 0 if there is a tie.
+  template <bool EXACT, bool LOSS>
+  SRPKD_DEVICE void columns(const float* s, const float* t, const PixelScale (&scale)[2], RowSums& sums, float (&h)[2],
+                            float (&k)[4], uint32_t& smallest) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const PixelScale& row = rows.scale[i / 2];
+      const PixelScale& column = scale[i % 2];
+      float of_row, of_column;  // K_ij and h_i without their units: of D_ij, of D_ji
+      if constexpr (SYMMETRIC) {
+        const float d = fused_multiply_add(-(row.ratio * column.ratio), t[i], s[i]), alpha = row.alpha * column.alpha;
+        of_row = of_column = k[i] = weight<EXACT>(alpha, d);
+        if constexpr (L1 && !EXACT) smallest = minimum_of(smallest, as_bits(d), as_bits(d));
+        if constexpr (LOSS) sums.loss[i / 2] += L1 ? of_row * d : distance(alpha, d);
+      } else {
+        const float d = fused_multiply_add(-row.ratio, t[i], s[i]);
+        const float mirrored = fused_multiply_add(-column.ratio, t[i], s[i]);
+        of_row = weight<EXACT>(row.alpha, d), of_column = weight<EXACT>(column.alpha, mirrored);
+        k[i] = of_row + of_column;
+        if constexpr (L1 && !EXACT) smallest = minimum_of(smallest, as_bits(d), as_bits(mirrored));
+        if constexpr (LOSS) {
+          sums.loss[i / 2] += distance(row.alpha, d);
+          if constexpr (L1)
+            sums.loss_of_columns = fused_multiply_add(of_column, mirrored, sums.loss_of_columns);
+          else
+            sums.loss_of_columns += distance(column.alpha, mirrored);
+        }
+      }
+      if constexpr (C::GRAD) {
+        sums.h[i / 2] = fused_multiply_add(of_row, s[i], sums.h[i / 2]);
+        h[i % 2] = i < 2 ? of_column * s[i] : fused_multiply_add(of_column, s[i], h[i % 2]);
+      }
+    }
+  }
+
+  // Columns [64 HALF, 64 HALF + 64). Sets h to the sums over the warp's rows of columns 64 HALF + 2 lane and the next.
+  template <int HALF>
+  SRPKD_DEVICE void half(const float (&s)[64], const float (&t)[64], Address scales, RowSums& sums, float (&h)[2],
+                         Weights<C>& K) const {
+    constexpr int TOGETHER = 1;  // groups of eight columns that are computed again if there is a tie
+    float parts[8][2];
+#pragma unroll
+    for (int first = 0; first < 8; first += TOGETHER) {
+      const float h_before[2] = {sums.h[0], sums.h[1]};
+      uint32_t smallest = 0x7fffffffu;
+      const auto each = [&](auto exact, auto with_loss) {
+#pragma unroll
+        for (int i = first; i < first + TOGETHER; ++i) {
+          const int part = i / 2 + i % 2 * 4, n = 8 * HALF + part;  // 0, 4, 1, 5, ...: these are exchanged first
+          PixelScale scale[2];
+          load_scales(scale, scales + (8 * n + 2 * (lane % 4)) * int{sizeof(PixelScale)});
+          float k[4];
+          columns<decltype(exact)::value, decltype(with_loss)::value>(s + 4 * n, t + 4 * n, scale, sums, parts[part], k,
+                                                                      smallest);
+          if constexpr (C::GRAD) pack_terms(K, n, k);
+        }
+      };
+      each(std::false_type{}, std::true_type{});
+      if constexpr (L1 && C::GRAD)
+        if (any_of_warp(smallest == 0)) {
+          sums.h[0] = h_before[0], sums.h[1] = h_before[1];
+          each(std::true_type{}, std::false_type{});
+        }
+    }
+    if constexpr (C::GRAD) sum_over_rows(parts, h);
+  }
+
+  static SRPKD_DEVICE void load_scales(PixelScale (&scale)[2], Address from) {
+    struct alignas(16) Pair {
+      float value[4];
+    };
+    const Pair pair = load_shared<Pair>(from);
+    scale[0] = {pair.value[0], pair.value[1]}, scale[1] = {pair.value[2], pair.value[3]};
+  }
+
+  static SRPKD_DEVICE void pack_terms(Weights<C>& K, int n, float (&k)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      K[0][n / 2][n % 2 * 2 + i / 2] = pack<typename C::Element>(k[i], k[i + 1]);
+#pragma unroll
+      for (int term = 1; term < C::TERMS; ++term) {
+        const uint32_t before = K[term - 1][n / 2][n % 2 * 2 + i / 2];
+        k[i] -= as_float(widen<typename C::Element, false>(before));
+        k[i + 1] -= as_float(widen<typename C::Element, true>(before));
+        K[term][n / 2][n % 2 * 2 + i / 2] = pack<typename C::Element>(k[i], k[i + 1]);
+      }
+    }
+  }
+
+  // Sums over the eight lanes with the same t. Each step halves the columns of a lane.
+  SRPKD_DEVICE void sum_over_rows(const float (&parts)[8][2], float (&h)[2]) const {
+    float four[4][2], two[2][2];
+    halve(parts, four, lane & 16, 16), halve(four, two, lane & 8, 8);
+    float one[1][2];
+    halve(two, one, lane & 4, 4);
+    h[0] = one[0][0], h[1] = one[0][1];
+  }
+  template <int COUNT>
+  static SRPKD_DEVICE void halve(const float (&from)[2 * COUNT][2], float (&to)[COUNT][2], bool upper, int lanes) {
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const float sent = upper ? from[n][odd] : from[n + COUNT][odd];
+        to[n][odd] = (upper ? from[n + COUNT][odd] : from[n][odd]) + shuffle_xor(sent, lanes);
+      }
+  }
+};
+
+// Zeros G_ii in a tile on the diagonal, so that D_ii is exactly 0; NaN stays NaN. `row`: of the lane's first row.
+SRPKD_DEVICE void zero_diagonal(float (&sum)[64], int row, int lane) {
+#pragma unroll
+  for (int i = 0; i < 64; ++i)
+    if (i / 4 * 8 + lane % 4 * 2 + i % 2 == row + i % 4 / 2 * 8) sum[i] *= 0;
+}
+
+}  // namespace srpkd::cuda::sm90

@@ -1,0 +1,610 @@
+// The loss, U and h (TileSums in kernels/formulas.py) on Hopper, by wgmma. Free of torch.
+//
+// A thread block on each multiprocessor walks over tiles of 128 x 128 pairs of pixels, in the order of work.h. Its
+// warpgroups are specialised:
+//
+//   loaders      Two threads start all loads, by TMA: chunks of 64 channels x 128 pixels of 16 bits. Those of the row
+//                block stay in shared memory if they fit; those of the column block pass through a ring.
+//   consumers    Two warpgroups with 64 rows each: G_s and G_t by wgmma, then D, P and K on the accumulators, then
+//                U_I += K q_J with K from registers. They take turns: while one has the tensor cores, the other is in
+//                its elementwise part. If the ring does not hold the chunks of a whole tile, they share them at the
+//                same time instead.
+//   columns      One warpgroup reads K of both from shared memory, multiplies U_J = K^T q_I, and adds it to global memory
+//                in the fixed order of work.h, by bulk copies.
+#pragma once
+
+#include "epilogue.cuh"
+#include "prepare.cuh"
+#include "sums.cuh"
+
+namespace srpkd::cuda::sm90 {
+
+struct alignas(16) FourFloats {
+  float value[4];
+};
+
+// What all roles of a thread block know.
+template <class C>
+struct Role {
+  const Params& p;
+  const Address shared = shared_memory();
+  const int others = p.teacher_groups + p.student_groups - 1;  // groups of channels besides the last of a tile
+
+  SRPKD_DEVICE explicit Role(const Params& params) : p(params) {}
+
+  // A member of the current segment, which the loader of the rows has published: see Published.
+  SRPKD_DEVICE int published(int member) const { return load_shared<int>(shared + C::SEGMENT + 4 * member); }
+};
+
+// The ints that describe a segment in shared memory. The others keep them there rather than in registers.
+struct Published {
+  // image: of the batch, or -1 after the last segment; parity: of the barriers that change once in each segment
+  enum Member { image, split, row, first, end, part, parity };
+};
+
+// A slot of the ring, and the parity of its phase.
+struct Cursor {
+  int slot = 0, parity = 0;
+
+  SRPKD_DEVICE void advance(int slots) {
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+};
+
+// --- the loaders, one thread each ------------------------------------------------------------------------------------
+
+template <class C>
+struct Loader : Role<C> {
+  using Role<C>::p, Role<C>::shared, Role<C>::others;
+
+  SRPKD_DEVICE explicit Loader(const Params& params) : Role<C>(params) {}
+
+  // Starts to load one term of a group of channels of a block of pixels. Group number `at` of a tile: the teacher's come
+  // first, the last is the student's whose U is computed. Both are rotated equally, so that equal features give
+  // bit-identical sums. `image` and `split` are those of a segment.
+  SRPKD_DEVICE void load(int image, int split, int at, int term, int block, Address to, Address barrier) const {
+    const bool student = at >= p.teacher_groups;
+    const int groups = student ? p.student_groups : p.teacher_groups;
+    int group = at - (student ? p.teacher_groups : 0);
+    if (p.channel_splits > 1) group = (group + (split + 1) % p.student_groups) % groups;
+    const TensorMap* map = student ? &p.student : &p.teacher;
+    const int index = image * C::TERMS + term;
+    if constexpr (C::PIXELS_ADJACENT) {
+      load_box(to, map, block * TILE, group * GROUP, index, barrier);
+      load_box(to + PANEL, map, block * TILE + 64, group * GROUP, index, barrier);
+    } else {
+      load_box(to, map, group * GROUP, block * TILE, index, barrier);
+    }
+  }
+};
+
+// Loads what stays of the row block, and publishes the segments.
+template <class C>
+struct RowLoader : Loader<C> {
+  using Loader<C>::p, Loader<C>::shared, Loader<C>::others;
+
+  SRPKD_DEVICE explicit RowLoader(const Params& params) : Loader<C>(params) {}
+
+  SRPKD_DEVICE void publish(int member, int value) const { store_shared(shared + C::SEGMENT + 4 * member, value); }
+
+  SRPKD_DEVICE void load_rows(int at) const {
+    const bool last = at == others;
+    const Address barrier = shared + C::ROWS_FULL + 8 * (last ? MAX_CHUNKS : at);
+    const Address to = shared + (last ? C::ROWS : C::CHUNKS + at * C::TERMS * CHUNK);
+    arrive_expecting(barrier, C::TERMS * CHUNK);
+#pragma unroll 1
+    for (int term = 0; term < C::TERMS; ++term)
+      this->load(this->published(Published::image), this->published(Published::split), at, term,
+                 this->published(Published::row), to + term * CHUNK, barrier);
+  }
+
+  SRPKD_DEVICE void run() const {
+    int parity = 0;
+    Segments walk(p.work, block_index(0));
+#pragma unroll 1
+    for (Segment segment; walk.next(segment); parity ^= 1) {
+      wait(shared + C::ROWS_EMPTY, parity ^ 1);
+      publish(Published::image, segment.image / p.channel_splits);
+      publish(Published::split, segment.image % p.channel_splits);
+      publish(Published::row, segment.row);
+      publish(Published::first, segment.first);
+      publish(Published::end, segment.end);
+      publish(Published::part, block_index(0) - owners_of(p.work, segment.image, segment.row).first);
+      publish(Published::parity, parity);
+      arrive(shared + C::SEGMENT_FULL);
+#pragma unroll 1
+      for (int at = 0; at < p.resident; ++at) load_rows(at);
+      load_rows(others);
+    }
+    wait(shared + C::ROWS_EMPTY, parity ^ 1);
+    publish(Published::image, -1);
+    arrive(shared + C::SEGMENT_FULL);
+  }
+};
+
+// Loads the column blocks, and those chunks of the row block that do not stay.
+template <class C>
+struct ColumnLoader : Loader<C> {
+  using Loader<C>::p, Loader<C>::shared, Loader<C>::others;
+  Cursor ring{};
+  int tile = 0;
+
+  SRPKD_DEVICE explicit ColumnLoader(const Params& params) : Loader<C>(params) {}
+
+  SRPKD_DEVICE void load_into_ring(int image, int split, int at, int term, int block) {
+    const Address base = opaque(shared);
+    wait(base + C::RING_EMPTY + 8 * ring.slot, ring.parity ^ 1);
+    const Address barrier = base + C::RING_FULL + 8 * ring.slot;
+    arrive_expecting(barrier, CHUNK);
+    this->load(image, split, at, term, block, base + C::CHUNKS + (p.resident * C::TERMS + ring.slot) * CHUNK, barrier);
+    ring.advance(p.slots);
+  }
+
+  SRPKD_DEVICE void load_last(int image, int split, int column) const {
+    constexpr int SCALES = TILE * sizeof(PixelScale);
+    const Address base = opaque(shared);
+    const int stage = tile % C::STAGES;
+    wait(base + C::COLUMNS_EMPTY + 8 * stage, (tile / C::STAGES & 1) ^ 1);
+    const Address barrier = base + C::COLUMNS_FULL + 8 * stage;
+    arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);
+    load_bulk(base + C::SCALES + stage * SCALES, p.scales + (int64_t{image} * p.work.blocks + column) * TILE, SCALES,
+              barrier);
+#pragma unroll 1
+    for (int term = 0; term < C::TERMS; ++term)
+      this->load(image, split, others, term, column, base + C::COLUMNS + (stage * C::TERMS + term) * CHUNK, barrier);
+  }
+
+  SRPKD_DEVICE void load_tile(int image, int split, int row, int column) {
+#pragma unroll 1
+    for (int at = 0; at < others; ++at)
+#pragma unroll 1
+      for (int term = 0; term < C::TERMS; ++term)
+#pragma unroll 1
+        for (int of_columns = at < p.resident; of_columns < 2; ++of_columns)
+          load_into_ring(image, split, at, term, of_columns ? column : row);
+    load_last(image, split, column);
+    ++tile;
+  }
+
+  SRPKD_DEVICE void run() {
+    Segments walk(p.work, block_index(0));
+#pragma unroll 1
+    for (Segment segment; walk.next(segment);)
+#pragma unroll 1
+      for (int step = segment.first; step < segment.end; ++step)
+        load_tile(segment.image / p.channel_splits, segment.image % p.channel_splits, segment.row,
+                  column_of(p.work.blocks, segment.row, step));
+  }
+};
+
+// --- the consumers ---------------------------------------------------------------------------------------------------
+
+template <class C>
+struct Consumer : Role<C> {
+  using Element = typename C::Element;
+  using Role<C>::p, Role<C>::shared, Role<C>::others;
+  static constexpr Major FEATURES = C::PIXELS_ADJACENT ? Major::mn : Major::k;  // as operands of G
+  static constexpr Major OF_U = C::PIXELS_ADJACENT ? Major::k : Major::mn;      // as operands of U
+
+  // The accumulators leave few registers: everything that can be computed or loaded again is not kept.
+  const int half;  // of the rows
+  Cursor ring{};
+  int tile = 0;
+
+  static SRPKD_DEVICE int lane() { return thread_index() % 32; }
+  static SRPKD_DEVICE int warp() { return thread_index() / 32 % 4; }
+  SRPKD_DEVICE int row() const { return 64 * half + 16 * warp() + lane() / 4; }  // and the row eight further
+
+  SRPKD_DEVICE Consumer(const Params& params, int of_rows) : Role<C>(params), half(of_rows) {}
+
+  // Arrives once for the warp.
+  static SRPKD_DEVICE void arrive_warp(Address barrier) {
+    if (elect_one()) arrive(barrier);
+  }
+
+  // Waits for the next chunk of the ring and returns its address.
+  SRPKD_DEVICE Address take(Address base) {
+    const int slot = ring.slot;
+    wait(base + C::RING_FULL + 8 * slot, ring.parity);
+    ring.advance(p.slots);
+    return base + C::CHUNKS + (p.resident * C::TERMS + slot) * CHUNK;
+  }
+  // How many slots of the ring a group of a tile takes.
+  SRPKD_DEVICE int slots_of(int at) const { return C::TERMS * (at < p.resident ? 1 : 2); }
+  // Gives slots back: those of the group `at`, before the last `newer` taken.
+  SRPKD_DEVICE void release(int at, int newer, Address base) const {
+    const int count = slots_of(at);
+    int slot = ring.slot - newer - count;
+    if (slot < 0) slot += p.slots;
+    for (int i = 0; i < count; ++i) {
+      arrive_warp(base + C::RING_EMPTY + 8 * slot);
+      if (++slot == p.slots) slot = 0;
+    }
+  }
+
+  // sum += the Gram matrix of this warpgroup's rows and all columns over 64 channels.
+  SRPKD_DEVICE void multiply_chunks(float (&sum)[64], Address rows, Address columns, bool accumulate) const {
+    rows += half * PANEL;
+#pragma unroll
+    for (int k = 0; k < GROUP / 16; ++k) {
+      const auto operand = [&](Address chunk) {
+        return C::PIXELS_ADJACENT ? mn_major(chunk, k) : k_major(chunk, k);
+      };
+      multiply_add_async<Element, FEATURES, FEATURES>(sum, operand(rows), operand(columns), accumulate || k > 0);
+    }
+  }
+
+  // The same for all products of the terms of a group, except the smallest. The ring has what is not resident.
+  SRPKD_DEVICE void multiply_group(float (&sum)[64], int at, bool new_rows, bool accumulate, Address base) {
+    const bool resident = at < p.resident;
+    if (resident && new_rows) wait(base + C::ROWS_FULL + 8 * at, this->published(Published::parity));
+    Address rows[C::TERMS], columns[C::TERMS];
+#pragma unroll
+    for (int term = 0; term < C::TERMS; ++term) {
+      rows[term] = resident ? base + C::CHUNKS + (at * C::TERMS + term) * CHUNK : take(base);
+      columns[term] = take(base);
+      if (term == 0) fence_registers();
+      multiply_chunks(sum, rows[term == 0 ? 0 : term], columns[0], accumulate || term > 0);
+      if (term > 0) multiply_chunks(sum, rows[0], columns[term], true);
+    }
+    commit_products();
+    if constexpr (!C::OVERLAP) {
+      wait_for_products<0>();
+      release(at, 0, base);
+    } else if (at > 0) {
+      wait_for_products<1>();
+      release(at - 1, slots_of(at), base);
+    }
+  }
+
+  // G_s and G_t of this warpgroup's rows.
+  SRPKD_DEVICE void gram(float (&s)[64], float (&t)[64], bool new_rows, int stage, Address base) {
+#pragma unroll 1
+    for (int at = 0; at < p.teacher_groups; ++at) multiply_group(t, at, new_rows, at > 0, base);
+#pragma unroll 1
+    for (int at = p.teacher_groups; at < others; ++at) multiply_group(s, at, new_rows, true, base);
+    if (new_rows) wait(base + C::ROWS_FULL + 8 * MAX_CHUNKS, this->published(Published::parity));
+    wait(base + C::COLUMNS_FULL + 8 * stage, tile / C::STAGES & 1);
+    const Address columns = base + C::COLUMNS + stage * C::TERMS * CHUNK;
+    fence_registers();
+#pragma unroll
+    for (int term = 0; term < C::TERMS; ++term) {
+      multiply_chunks(s, base + C::ROWS + term * CHUNK, columns, true);
+      if (term > 0) multiply_chunks(s, base + C::ROWS, columns + term * CHUNK, true);
+    }
+    commit_products();
+  }
+
+  static SRPKD_DEVICE PixelScale load_scale(const PixelScale* from) {
+    return {load_global_coherent(&from->alpha), load_global_coherent(&from->ratio)};
+  }
+
+  // Stores 64 columns of K for the warpgroup of the columns.
+  SRPKD_DEVICE void store_weights(const Weights<C>& K, int columns_half, Address base) const {
+    const int lane = this->lane();
+    const uint32_t line = (64 * half + 16 * warp() + lane % 16) * LINE;
+#pragma unroll
+    for (int term = 0; term < C::TERMS; ++term)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        store_matrices<false>(base + C::K + (2 * term + columns_half) * CHUNK + swizzle(line + 32 * k + lane / 16 * 16),
+                              K[term][4 * columns_half + k]);
+  }
+
+  // U += K q_J.
+  SRPKD_DEVICE void multiply_weights(float (&U)[32], const Weights<C>& K, Address columns) const {
+#pragma unroll
+    for (int term = 0; term < C::TERMS; ++term)
+#pragma unroll
+      for (int other = 0; other + term < C::TERMS; ++other)
+#pragma unroll
+        for (int k = 0; k < TILE / 16; ++k) {
+          const Address chunk = columns + other * CHUNK;
+          const uint64_t features = C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
+          multiply_add_async<Element, OF_U>(U, K[term][k], features, true);
+        }
+  }
+
+  SRPKD_DEVICE void add_to_h(int64_t pixel, float sum, float scale) const {
+    add_global(p.h + pixel, round_to_integer(sum * scale));
+  }
+
+  // Stores U of this warpgroup's rows. Neighbouring rows exchange channels, so that a lane has four adjacent floats.
+  SRPKD_DEVICE void store_rows_of_U(float* U, const float (&sum)[32]) const {
+    const int lane = this->lane(), g = lane / 4, t = lane % 4, odd = g % 2;
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        FourFloats out;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float even_channel = sum[(2 * q + i) * 4 + 2 * lower], odd_channel = sum[(2 * q + i) * 4 + 2 * lower + 1];
+          const float own = odd ? odd_channel : even_channel;
+          const float other = shuffle_xor(odd ? even_channel : odd_channel, 4);
+          out.value[2 * i] = odd ? other : own, out.value[2 * i + 1] = odd ? own : other;
+        }
+        const int pixel = 64 * half + 16 * warp() + 8 * lower + g - odd, channel = 16 * q + 2 * t + odd;
+        store_global(reinterpret_cast<FourFloats*>(U + position_in_U(channel, pixel)), out);
+      }
+  }
+
+  SRPKD_DEVICE void run() {
+#pragma unroll 1
+    for (int parity = 0;;) {
+      wait(shared + C::SEGMENT_FULL, parity);
+      const int image = this->published(Published::image);
+      if (image < 0) break;
+      const PixelScale* const own = p.scales + pixel_of(image, this->published(Published::row)) + row();
+      const Rows rows{{load_scale(own), load_scale(own + 8)}};
+      const float unit = C::L1 ? 1 : unit_of(image);
+      float U[32] = {};
+      RowSums sums;
+      bool new_rows = true;
+#pragma unroll 1
+      for (int step = this->published(Published::first); step < this->published(Published::end);
+           ++step, ++tile, new_rows = false) {
+        const Address base = uniform(opaque(shared));
+        const int stage = tile % C::STAGES;
+        const bool diagonal = step == 0;
+        float s[64] = {}, t[64];
+        if (p.turns) wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
+        gram(s, t, new_rows, stage, base);
+        if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
+        wait_for_products<0>();
+        if (C::OVERLAP && others > 0) release(others - 1, 0, base);
+        hold(s), hold(t);
+
+        if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
+        Weights<C> K;
+        float h_of_columns[2][2];
+        const Address scales = base + C::SCALES + stage * TILE * int{sizeof(PixelScale)};
+        const Epilogue<C> epilogue{p, rows, unit, lane()};
+        epilogue.template half<0>(s, t, scales, sums, h_of_columns[0], K);
+        epilogue.template half<1>(s, t, scales, sums, h_of_columns[1], K);
+        if (diagonal) sums.template count_once<C>();
+        if constexpr (!C::GRAD) {
+          sync_warp();
+          arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
+        } else {
+          wait(base + C::K_EMPTY, (tile & 1) ^ 1);  // in every tile, since phases are told apart by their parity only
+          if (!diagonal) {
+            store_weights(K, 0, base), store_weights(K, 1, base);
+            fence_async_proxy();
+          }
+          sync_warp();
+          arrive_warp(base + C::K_FULL);
+
+          for (int term = 0; term < C::TERMS; ++term) hold(K[term]);
+          hold(U);
+          fence_registers();
+          multiply_weights(U, K, base + C::COLUMNS + stage * C::TERMS * CHUNK);
+          commit_products();
+          if (!diagonal) add_h_of_columns(h_of_columns, step);
+          // Waiting only when the next turn has come would need more registers than there are.
+          wait_for_products<0>();
+          hold(U);
+          arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
+        }
+      }
+      parity = 1 ^ this->published(Published::parity);
+      finish_segment(U, sums, rows);
+    }
+  }
+
+  // What sums that were computed with PixelScale::alpha are multiplied by: a power of two.
+  SRPKD_DEVICE float unit_of(int image) const {
+    return unit_of_sums(C::SYMMETRIC, load_global_coherent(p.powers + image));
+  }
+
+  SRPKD_DEVICE int64_t pixel_of(int image, int block) const { return (int64_t{image} * p.work.blocks + block) * TILE; }
+
+  // The other groups of channels have the same loss and h as the first.
+  SRPKD_DEVICE bool with_sums() const { return this->published(Published::split) == 0; }
+
+  SRPKD_DEVICE void add_h_of_columns(const float (&h)[2][2], int step) const {
+    if (!p.h || !with_sums()) return;
+    const int image = this->published(Published::image);
+    const int64_t pixel =
+        pixel_of(image, column_of(p.work.blocks, this->published(Published::row), step)) + 2 * lane();
+    const float scale = unit_of(image) * p.sum_factor * p.h_scale;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], scale);
+  }
+
+  SRPKD_DEVICE void finish_segment(float (&U)[32], RowSums& sums, const Rows& rows) const {
+    const int image = this->published(Published::image), row_block = this->published(Published::row);
+    const int part = this->published(Published::part), split = this->published(Published::split);
+    sync_warp();
+    arrive_warp(shared + C::ROWS_EMPTY);
+    if constexpr (C::GRAD) {
+      const int64_t image_of_work = int64_t{part} * p.work.images + image * p.channel_splits + split;
+      store_rows_of_U(p.U_rows + (image_of_work * p.work.blocks + row_block) * U_BLOCK, U);
+    }
+    if (split > 0) return;
+    const float unit = unit_of(image);
+    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit : 1.f), sums.h, image, row_block, part, unit * p.sum_factor * p.h_scale);
+  }
+
+  SRPKD_DEVICE void store_sums(double loss, float (&h)[2], int image, int row_block, int part, float h_scale) const {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) loss += shuffle_xor(loss, lanes);
+    if (lane() == 0) {
+      const int64_t at = (int64_t{image} * p.work.blocks + row_block) * p.work.parts + part;
+      store_global(p.loss + at * LOSS_TERMS + 4 * half + warp(), loss * p.loss_factor);
+    }
+    if constexpr (C::GRAD) {
+      if (!p.h) return;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        h[i] += shuffle_xor(h[i], 1);
+        h[i] += shuffle_xor(h[i], 2);
+        if (lane() % 4 == 0) add_to_h((int64_t{image} * p.work.blocks + row_block) * TILE + row() + 8 * i, h[i], h_scale);
+      }
+    }
+  }
+};
+
+// --- U of the columns ------------------------------------------------------------------------------------------------
+
+template <class C>
+struct Columns : Role<C> {
+  using Element = typename C::Element;
+  using Role<C>::p, Role<C>::shared;
+  static constexpr Major OF_U = C::PIXELS_ADJACENT ? Major::k : Major::mn;
+  static constexpr int BARRIER = 1;  // of this warpgroup
+
+  const int thread = thread_index() % 128, lane = thread % 32;
+  int tile = 0, segments = 0;
+
+  SRPKD_DEVICE explicit Columns(const Params& params) : Role<C>(params) {}
+
+  // The first warp returns how many additions to the column block come before this one.
+  SRPKD_DEVICE int rank(int image, int row, int step) const {
+    if (thread >= 32) return 0;
+    int count = earlier_items(p.work, image, row, step, 1 + lane, 32);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) count += shuffle_xor(count, lanes);
+    return count;
+  }
+
+  // sum (64 channels x 64 pixels of J) = q_I^T K.
+  SRPKD_DEVICE void multiply(float (&sum)[32], int half, Address base) const {
+    fence_registers();
+#pragma unroll
+    for (int term = 0; term < C::TERMS; ++term)
+#pragma unroll
+      for (int other = 0; other + term < C::TERMS; ++other)
+#pragma unroll
+        for (int k = 0; k < TILE / 16; ++k) {
+          const Address chunk = base + C::ROWS + other * CHUNK;
+          const uint64_t features = C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
+          multiply_add_async<Element, OF_U, Major::mn>(
+              sum, features, mn_major(base + C::K + (2 * term + half) * CHUNK, k, CHUNK), term + other + k > 0);
+        }
+    commit_products();
+    wait_for_products<0>();
+    hold(sum);
+  }
+
+  SRPKD_DEVICE void add(int image, int row, int step, Address base) const {
+    const int earlier = rank(image, row, step);
+    const int64_t at = (int64_t{earlier % p.work.copies} * p.work.images + image) * p.work.blocks +
+                       column_of(p.work.blocks, row, step);
+    const int before = earlier / p.work.copies;  // additions to the same copy
+    wait(base + C::K_FULL, tile & 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // one after the other: 32 registers for sums leave the consumers 208
+      float sum[32];
+      multiply(sum, half, base);
+      if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);
+      if (thread == 0) wait_for_bulk_reads<0>();  // the staging buffer is free
+      sync_threads<128>(BARRIER);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        store_shared(base + C::STAGING + (n * 128 + thread) * 16,
+                     FourFloats{{sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]}});
+      fence_async_proxy();
+      sync_threads<128>(BARRIER);
+      if (thread == 0) {
+        float* const to = p.U_columns + at * U_BLOCK + half * (U_BLOCK / 2);
+        if (before == 0) {  // so that nobody has to zero it
+          store_bulk(to, base + C::STAGING, CHUNK);
+        } else {
+          if (half == 0) {
+            wait_until_at_least(p.additions + at, before);
+            fence_async_proxy_global();
+          }
+          add_bulk(to, base + C::STAGING, CHUNK);
+        }
+        commit_bulk();
+        if (half == 1) {
+          wait_for_bulk<0>();
+          fence_async_proxy_global();
+          fence_gpu();
+          add_release(p.additions + at, 1);
+        }
+      }
+      sync_warp();
+    }
+  }
+
+  SRPKD_DEVICE void run() {
+#pragma unroll 1
+    for (;; ++segments) {
+      wait(shared + C::SEGMENT_FULL, segments & 1);
+      if (this->published(Published::image) < 0) break;
+      const int image = this->published(Published::image) * p.channel_splits + this->published(Published::split);
+      const int row = this->published(Published::row), end = this->published(Published::end);
+      wait(shared + C::ROWS_FULL + 8 * MAX_CHUNKS, segments & 1);
+#pragma unroll 1
+      for (int step = this->published(Published::first); step < end; ++step, ++tile) {
+        const Address base = uniform(opaque(shared));
+        if (step == 0) {  // the rows have the whole tile
+          wait(base + C::K_FULL, tile & 1);
+          sync_warp();  // a thread that still waits would miss the phase
+          if (lane == 0) arrive(base + C::K_EMPTY);
+        } else {
+          add(image, row, step, base);
+        }
+      }
+      sync_warp();
+      if (lane == 0) arrive(shared + C::ROWS_EMPTY);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class C>
+SRPKD_DEVICE void initialize_barriers(Address shared) {
+  constexpr int WARPS = 4 * CONSUMERS;
+  for (int i = 0; i <= MAX_CHUNKS; ++i) initialize_barrier(shared + C::ROWS_FULL + 8 * i, 1);
+  initialize_barrier(shared + C::SEGMENT_FULL, 1);
+  initialize_barrier(shared + C::ROWS_EMPTY, WARPS + 4 * C::GRAD);
+  for (int i = 0; i < C::STAGES; ++i) {
+    initialize_barrier(shared + C::COLUMNS_FULL + 8 * i, 1);
+    initialize_barrier(shared + C::COLUMNS_EMPTY + 8 * i, WARPS);
+  }
+  for (int i = 0; i < MAX_CHUNKS; ++i) {
+    initialize_barrier(shared + C::RING_FULL + 8 * i, 1);
+    initialize_barrier(shared + C::RING_EMPTY + 8 * i, WARPS);
+  }
+  for (int i = 0; i < CONSUMERS; ++i) initialize_barrier(shared + C::TURN + 8 * i, 4);
+  initialize_barrier(shared + C::K_FULL, WARPS);
+  initialize_barrier(shared + C::K_EMPTY, 4);
+  fence_barrier_initialization();
+  fence_async_proxy();
+}
+
+template <class C>
+SRPKD_DEVICE void relation_tiles_of_block(const Params& p) {
+  Preparation<C>{p}.run();
+  const int thread = thread_index(), warpgroup = uniform(thread / 128);
+  if (thread == 0) initialize_barriers<C>(shared_memory());
+  sync_block();
+  if (warpgroup == 0) {
+    decrease_registers<C::PRODUCER_REGISTERS>();
+    if (thread == 0)
+      ColumnLoader<C>(p).run();
+    else if (thread == 32)
+      RowLoader<C>(p).run();
+  } else if (warpgroup <= CONSUMERS) {
+    increase_registers<C::CONSUMER_REGISTERS>();
+    Consumer<C>(p, warpgroup - 1).run();
+  } else if constexpr (C::GRAD) {
+    decrease_registers<C::COLUMN_REGISTERS>();
+    Columns<C>(p).run();
+  }
+}
+
+#if defined(__CUDACC__)
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) relation_tiles([[maybe_unused]] const __grid_constant__ Params p) {
+#if SRPKD_DEVICE_SM90A
+  relation_tiles_of_block<C>(p);
+#endif
+}
+#endif
+
+}  // namespace srpkd::cuda::sm90

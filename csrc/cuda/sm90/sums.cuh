@@ -1,0 +1,53 @@
+// How kernels after the tiles read their sums. Free of torch.
+#pragma once
+
+#include "plan.h"
+
+namespace srpkd::cuda::sm90 {
+
+// What the tiles leave in the workspace.
+struct SumsOfTiles {
+  Work work;
+  int images, channel_splits;
+  bool symmetric;
+  float sum_factor, h_scale;
+  int loss_parts;  // of an image
+  const double* losses;
+  const int64_t* h;
+  const float* U_columns;
+  const float* U_rows;
+  const float* powers;
+};
+
+inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
+  return {p.work,  p.images, p.channel_splits, symmetric,   p.sum_factor, p.h_scale, p.work.blocks * p.work.parts * LOSS_TERMS,
+          p.loss,  p.h,      p.U_columns,      p.U_rows,    p.powers};
+}
+
+// The position of a channel of a group and a pixel of a block in U_BLOCK floats. It is the order of the accumulators of
+// U_J (channels x pixels), such that a warp stores 512 adjacent bytes.
+SRPKD_HOST_DEVICE constexpr int position_in_U(int channel, int pixel) {
+  const int lane = channel % 8 * 4 + pixel % 8 / 2;
+  return ((pixel / 8 * 4 + channel / 16) * 32 + lane) * 4 + channel % 16 / 8 * 2 + pixel % 2;
+}
+
+// Calls f with each place in the workspace that has a part of U of one block and group of channels, always in the same
+// order.
+template <class F>
+SRPKD_HOST_DEVICE void for_each_part(const SumsOfTiles& sums, int image_of_work, int block, F f) {
+  const Work& work = sums.work;
+  const int64_t stride = int64_t{work.images} * work.blocks, at = int64_t{image_of_work} * work.blocks + block;
+  const int additions = additions_to(work.blocks, block);
+  for (int copy = 0; copy < work.copies && copy < additions; ++copy) f(sums.U_columns + (copy * stride + at) * U_BLOCK);
+  const Owners owners = owners_of(work, image_of_work, block);
+  for (int owner = owners.first; owner < owners.end; ++owner)
+    if (begin_of(owner, owners.items, work.grid) < begin_of(owner + 1, owners.items, work.grid))
+      f(sums.U_rows + ((owner - owners.first) * stride + at) * U_BLOCK);
+}
+
+// What U and h are multiplied by, besides Params::sum_factor.
+SRPKD_HOST_DEVICE constexpr float unit_of_sums(bool symmetric, float power) {
+  return 1 / (symmetric ? power * power : power);
+}
+
+}  // namespace srpkd::cuda::sm90

@@ -1,0 +1,320 @@
+"""The gradient of the closed form, and the reduction of the partial losses."""
+
+from __future__ import annotations
+
+import torch
+
+from ..plans import Array, Plan
+from ..primitives import (
+    FULL,
+    feature_terms,
+    jit,
+    load_tile,
+    load_vector,
+    split_terms,
+    store_tile,
+    terms_product,
+    tl,
+    triton,
+)
+from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def by_factor(
+    acc,
+    ptr,
+    factor_ptr,
+    alpha_ptr,
+    start_m,
+    start_c,
+    stride_n,
+    stride_c,
+    stride_term,
+    pixels,
+    channels,
+    channels_s,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return acc + alpha times features (BLOCK_M pixels) @ factor, for the columns of the factor from start_c on."""
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start_k in range(0, channels, BLOCK_K):
+        features = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
+        a0, a1, a2 = split_terms(features, TERMS)
+        b0 = load_tile(factor_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        second_ptr = factor_ptr + stride_term
+        b1 = load_tile(second_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        third_ptr = second_ptr + stride_term
+        b2 = load_tile(third_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+        total += terms_product(a0, a1, a2, b0, b1, b2, zero, TERMS, FULL)
+    if SCALED:
+        total *= load_vector(alpha_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return acc + total
+
+
+@jit
+def gradient_block(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    start_m,
+    start_c,
+    stride_sn,
+    stride_sc,
+    stride_tn,
+    stride_tc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there."""
+    V = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    V = by_factor(
+        V,
+        student_ptr,
+        factors_ptr,
+        alpha_s_ptr,
+        start_m,
+        start_c,
+        stride_sn,
+        stride_sc,
+        stride_term,
+        pixels,
+        channels_s,
+        channels_s,
+        SCALED,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    V = by_factor(
+        V,
+        teacher_ptr,
+        factors_ptr + channels_s * channels_s,
+        alpha_t_ptr,
+        start_m,
+        start_c,
+        stride_tn,
+        stride_tc,
+        stride_term,
+        pixels,
+        channels_t,
+        channels_s,
+        SCALED,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
+    z = z.to(tl.float32)
+    if SCALED:
+        z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return V, z
+
+
+@jit
+def closed_form_gradient_kernel(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    partial_ptr,
+    loss_ptr,
+    gradient_ptr,
+    stride_sb,
+    stride_sn,
+    stride_sc,
+    stride_tb,
+    stride_tn,
+    stride_tc,
+    stride_gb,
+    stride_gn,
+    stride_gc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    partials,
+    weight,
+    SCALED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Compute dL/dQ of BLOCK_M pixels, and the loss of each image from its partial sums.
+
+    With several blocks of channels, V is computed twice: the first time for z . V.
+    """
+    row_blocks = tl.cdiv(pixels, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = program % row_blocks * BLOCK_M
+    image = (program // row_blocks).to(tl.int64)
+    student_ptr += image * stride_sb
+    teacher_ptr += image * stride_tb
+    gradient_ptr += image * stride_gb
+    factors_ptr += image * (channels_s + channels_t) * channels_s
+    if SCALED:
+        alpha_s_ptr += image * pixels
+        alpha_t_ptr += image * pixels
+    along = tl.zeros([BLOCK_M], tl.float32)
+    if SCALED and not ONE_BLOCK:
+        for start_c in range(0, channels_s, BLOCK_C):
+            V, z = gradient_block(
+                student_ptr,
+                teacher_ptr,
+                factors_ptr,
+                alpha_s_ptr,
+                alpha_t_ptr,
+                start_m,
+                start_c,
+                stride_sn,
+                stride_sc,
+                stride_tn,
+                stride_tc,
+                stride_term,
+                pixels,
+                channels_s,
+                channels_t,
+                SCALED,
+                TERMS,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_C,
+            )
+            along += tl.sum(z * V, 1)
+    for start_c in range(0, channels_s, BLOCK_C):
+        V, z = gradient_block(
+            student_ptr,
+            teacher_ptr,
+            factors_ptr,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            start_m,
+            start_c,
+            stride_sn,
+            stride_sc,
+            stride_tn,
+            stride_tc,
+            stride_term,
+            pixels,
+            channels_s,
+            channels_t,
+            SCALED,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
+        if SCALED:
+            if ONE_BLOCK:
+                along = tl.sum(z * V, 1)
+            alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
+            V = (V - along[:, None] * z) * alpha[:, None]
+        V *= weight
+        store_tile(gradient_ptr, V, start_m, start_c, stride_gn, stride_gc, pixels, channels_s, BLOCK_M, BLOCK_C)
+
+    if start_m == 0:
+        store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P)
+
+
+@jit
+def store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P: tl.constexpr):
+    """Compute the loss of an image from its partial sums."""
+    loss = tl.zeros([BLOCK_P], tl.float64)
+    for start_p in range(0, partials, BLOCK_P):
+        loss += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_P)
+    loss = tl.sum(loss, 0)
+    # a sum of squares up to rounding; the comparison keeps NaN
+    tl.store(loss_ptr + image, (tl.where(loss < 0, 0.0, loss) * weight).to(tl.float32))
+
+
+@jit
+def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
+    """Compute the loss of each image from its partial sums, where no gradient is required."""
+    store_loss(partial_ptr, loss_ptr, tl.program_id(0).to(tl.int64), partials, weight, BLOCK_P)
+
+
+# -- launchers -------------------------------------------------------------------------------------------------------
+
+
+def gradient_block_channels(dtype: torch.dtype, channels: int) -> int:
+    """Return the channels of a block of the gradient: with more, accumulators and terms do not fit into registers."""
+    return min(64 if dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels)))
+
+
+def plan_gradient(
+    plan: Plan,
+    student: Array,
+    teacher: Array,
+    alphas: tuple[Array | None, Array | None],
+    partials: Array,
+    factors: Array,
+    loss: Array,
+    gradient: Array,
+) -> None:
+    """Plan the launch that computes the losses (B,), means over all pairs, and their gradients (B, N, C_s).
+
+    Args:
+        plan: the plan that the launch is added to.
+        student, teacher: (B, N, C_s) and (B, N, C_t).
+        alphas: the scales of both.
+        partials, factors: of ``plan_sums``.
+        loss, gradient: the results.
+    """
+    batch, pixels, channels_s = student.shape
+    block_c = gradient_block_channels(student.dtype, channels_s)
+    plan.launch(
+        closed_form_gradient_kernel,
+        (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
+        student,
+        teacher,
+        factors,
+        *alphas,
+        partials,
+        loss,
+        gradient,
+        *student.strides,
+        *teacher.strides,
+        *gradient.strides,
+        factors.strides[0],
+        pixels,
+        channels_s,
+        teacher.shape[2],
+        partials.shape[1],
+        1 / pixels**2,
+        SCALED=alphas[0] is not None,
+        ONE_BLOCK=channels_s <= block_c,
+        TERMS=feature_terms(student.dtype),
+        BLOCK_M=BLOCK_PIXELS,
+        BLOCK_K=BLOCK_SUM,
+        BLOCK_C=block_c,
+        BLOCK_P=BLOCK_VECTOR,
+        **OPTIONS,
+    )
+
+
+def plan_loss(plan: Plan, pixels: int, partials: Array, loss: Array) -> None:
+    """Plan the launch that computes the losses (B,), means over all pairs, from ``partials`` of ``plan_sums``."""
+    batch, count = partials.shape
+    plan.launch(loss_kernel, (batch,), partials, loss, count, 1 / pixels**2, BLOCK_P=BLOCK_VECTOR, **FINISH_OPTIONS)

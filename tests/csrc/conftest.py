@@ -1,0 +1,43 @@
+"""Compiles kernels for the host, with the emulation in cuda_emulation/."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Return a function that compiles a source in cuda_emulation/ with further options and loads the library."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = Path(__file__).parent / "cuda_emulation"
+
+    def run(source: str, *further: str) -> ctypes.CDLL:
+        target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
+        options = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+        command = [
+            compiler,
+            *options,
+            "-Wno-unknown-pragmas",
+            *further,
+            *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
+            f"-I{folder}",
+            "-o",
+            str(target),
+            str(folder / source),
+        ]
+        # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads
+        done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(target))
+
+    return run

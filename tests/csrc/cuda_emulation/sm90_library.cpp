@@ -1,0 +1,113 @@
+// The kernels of csrc/cuda/sm90 on the host. tests/csrc/test_sm90_tiles.py calls them through ctypes.
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "sm90_primitives.h"
+// after the primitives
+#include "../../../csrc/cuda/sm90/relation_tiles.cuh"
+#include "../../../csrc/cuda/sm90/sums.cuh"
+#include "../../../csrc/cuda/sm90/tile_plan.h"
+
+namespace {
+
+using namespace srpkd;
+using namespace srpkd::cuda;
+using namespace srpkd::cuda::sm90;
+using emulation::Machine;
+
+std::string message;
+
+// Memory that the kernel may access, filled with NaN.
+struct Workspace {
+  Machine* machine;
+  std::vector<std::unique_ptr<char[]>> parts;
+
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = count * sizeof(T) + 128;
+    parts.emplace_back(new char[bytes]);
+    std::memset(parts.back().get(), 0xff, bytes);
+    auto* const begin = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(parts.back().get()) + 127) / 128 * 128);
+    machine->allow(begin, count * sizeof(T));
+    return begin;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+struct ProblemOfTest {
+  int images, pixels, student_channels, teacher_channels, precision, grad, normalize, distance;
+  float delta;
+};
+
+struct FeaturesOfTest {
+  const void* data;
+  const float* alpha;
+  int64_t strides[3], bytes;
+  int element_bytes;
+};
+
+// Runs the kernel with one thread block on each of `multiprocessors`, and returns an error message, or "" on success.
+// loss: (images,); U: (images, pixels, channels); h: (images, pixels).
+const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* student, const FeaturesOfTest* teacher,
+                           int multiprocessors, uint64_t seed, double* loss, float* U, float* h) {
+  const Problem problem{of_test->images,
+                        of_test->pixels,
+                        of_test->student_channels,
+                        of_test->teacher_channels,
+                        static_cast<Precision>(of_test->precision),
+                        of_test->grad != 0,
+                        static_cast<Normalize>(of_test->normalize),
+                        static_cast<Distance>(of_test->distance),
+                        of_test->delta};
+  if (const char* reason = uncovered_reason(problem, SHARED_LIMIT)) return reason;
+  Machine local;
+  Workspace workspace{&local, {}};
+  const auto features = [&](const FeaturesOfTest& x, int channels) {
+    local.allow(x.data, x.bytes);
+    if (x.alpha) local.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels);
+    return Features{x.data, {x.strides[0], x.strides[1], x.strides[2]}, channels, x.element_bytes};
+  };
+  TilePlan plan = plan_tiles(problem, features(*student, problem.student_channels),
+                             features(*teacher, problem.teacher_channels), multiprocessors, workspace);
+  Params& p = plan.params;
+  p.student = plan.student, p.teacher = plan.teacher;
+  p.alpha_student = student->alpha, p.alpha_teacher = teacher->alpha;
+
+  emulation::machine = &local;
+  with_precision(plan.precision, [&](auto chosen) {
+    with_config(chosen, plan.variant, [&](auto config) {
+      using C = decltype(config);
+      local.run(p.work.grid, 1, C::THREADS, C::bytes(p), {seed, p.work.grid}, [&] { relation_tiles_of_block<C>(p); });
+    });
+  });
+  emulation::machine = nullptr;
+  message = local.error;
+  if (!message.empty()) return message.c_str();
+
+  const SumsOfTiles sums = sums_of(p, plan.variant.symmetric);
+  for (int image = 0; image < problem.images; ++image) {
+    loss[image] = 0;
+    for (int i = 0; i < sums.loss_parts; ++i) loss[image] += sums.losses[int64_t{image} * sums.loss_parts + i];
+    if (!problem.grad) continue;
+    const float unit = sums.sum_factor * unit_of_sums(sums.symmetric, sums.powers[image]);
+    for (int pixel = 0; pixel < problem.pixels; ++pixel) {
+      const int block = pixel / TILE, at = pixel % TILE;
+      if (sums.h)
+        h[int64_t{image} * problem.pixels + pixel] = static_cast<float>(
+            static_cast<double>(sums.h[(int64_t{image} * p.work.blocks + block) * TILE + at]) / p.h_scale);
+      for (int channel = 0; channel < problem.student_channels; ++channel) {
+        float sum = 0;
+        for_each_part(sums, image * p.channel_splits + channel / GROUP, block,
+                      [&](const float* part) { sum += part[position_in_U(channel % GROUP, at)]; });
+        U[(int64_t{image} * problem.pixels + pixel) * problem.student_channels + channel] = sum * unit;
+      }
+    }
+  }
+  return "";
+}
+}
