@@ -132,9 +132,8 @@ class Plan:
         alignment = tuple([address % 16 == 0 for address in addresses])
         with guard(self.device):
             prepared = self._prepared.get(alignment)
-            if prepared is None or has_launch_hooks():
-                if prepared := self._run_by_triton(bases):
-                    self._prepared[alignment] = prepared
+            if not prepared or has_launch_hooks():
+                self._prepared[alignment] = self._run_by_triton(bases, is_first=prepared is None)
             else:
                 stream = triton.runtime.driver.active.get_current_stream(self.device.index)
                 for run, grid, kernel, arguments, pointers in prepared:
@@ -144,13 +143,13 @@ class Plan:
                     run(*grid, stream, *kernel, *arguments)
         return bases
 
-    def _run_by_triton(self, bases: tuple[Tensor, ...]) -> list[Prepared]:
+    def _run_by_triton(self, bases: tuple[Tensor, ...], is_first: bool) -> list[Prepared]:
         """Launch the kernels through triton.jit. Return them prepared, or [] if Triton does not return what it ran."""
         calls = [
             [argument.of(bases) if isinstance(argument, Array) else argument for argument in launch.arguments]
             for launch in self.launches
         ]
-        if not INTERPRET:
+        if is_first and not INTERPRET:
             compile_in_parallel(self.launches, calls, self.device)
         compiled = [launch.kernel[launch.grid](*call, **launch.constants) for launch, call in zip(self.launches, calls)]
         # a Triton without these attributes launches by triton.jit every time
@@ -216,10 +215,10 @@ def compile_in_parallel(launches: list[Launch], calls: list[list[Any]], device: 
             kernel.run  # noqa: B018  a property, which loads the kernel and, in Triton 3.6, compiles its launcher
 
     with announced(), ThreadPoolExecutor(len(launches)) as pool:
-        with mode(pool):
+        with mode(pool, ignore_errors=True):  # the launch raises them
             kernels = [
                 launch.kernel.warmup(*call, grid=launch.grid, **launch.constants)
                 for launch, call in zip(launches, calls)
             ]
         kernels = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
-        list(pool.map(load, [kernel for kernel in kernels if kernel.module is None]))
+        list(pool.map(load, [kernel for kernel in kernels if kernel is not None and kernel.module is None]))
