@@ -117,6 +117,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
     if case.kernel in ("scale", "gradient"):
+        known["alpha_t_ptr"] = None
         block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
         if relation.normalize != "row":
             matrices = (

@@ -12,18 +12,23 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..formulas import Relation
+from .configurations import number_format
 from .primitives import INTERPRET, guard, triton
+
+T = TypeVar("T")
 
 ALIGNMENT = 128  # bytes, of the arrays in scratch memory: a cache line
 SCRATCH = 0  # the first base of a run
+PLANS = 256  # kinds of calls that are remembered
 PATIENCE = 2.0  # seconds of compilation after which a message says so
 
 
@@ -156,6 +161,28 @@ class Plan:
         if not all(hasattr(kernel, name) for kernel in compiled for name in ("run", "function", "packed_metadata")):
             return []
         return [_prepared(launch, kernel) for launch, kernel in zip(self.launches, compiled)]
+
+
+_plans: dict[Hashable, Any] = {}
+
+
+def planned(
+    kind: str, student: Tensor, teacher: Tensor, relation: Relation, build: Callable[[], T], *further: Hashable
+) -> T:
+    """Return what ``build`` returned for earlier features like these; call it for the first of their kind.
+
+    Args:
+        kind: of the plan that ``build`` makes.
+        further: what the plan depends on beside device, dtype, matmul precision, shapes, strides and relation.
+    """
+    numbers = number_format(student.dtype)
+    shapes = student.shape, student.stride(), teacher.shape, teacher.stride()
+    key = (kind, student.device, numbers, *shapes, relation, *further)
+    if (result := _plans.get(key)) is None:
+        if len(_plans) >= PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        result = _plans[key] = build()
+    return result
 
 
 def _prepared(launch: Launch, compiled: Any) -> Prepared:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formulas import Relation, Scales
 from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import Moments, moment_product, plan_moments
-from .plans import Array, Plan
+from .plans import Array, Plan, planned
 from .primitives import addressable, feature_terms, jit, load_tile, multiprocessors, store_vector, tl, triton
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
@@ -43,6 +43,7 @@ def scale_kernel(
     ratio_ptr,
     power_ptr,
     mantissa_ptr,
+    alpha_t_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -108,6 +109,8 @@ def scale_kernel(
     store_vector(ratio_ptr + offset, ratio, start_m, pixels, BLOCK_M)
     store_vector(power_ptr + offset, power, start_m, pixels, BLOCK_M)
     store_vector(mantissa_ptr + offset, mantissa, start_m, pixels, BLOCK_M)
+    if alpha_t_ptr is not None:
+        store_vector(alpha_t_ptr + offset, alpha_t, start_m, pixels, BLOCK_M)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -140,8 +143,14 @@ def split_scales(scales: Scales) -> tuple[Tensor, ...]:
     return scales.student, scales.student / mantissa + 0 * teacher, power, mantissa
 
 
-def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) -> PlannedScales:
-    """Plan the launches that compute the scales of features (B, N, C_s), (B, N, C_t)."""
+def plan_scales(
+    plan: Plan, student: Array, teacher: Array, relation: Relation, alpha_t: Array | None = None
+) -> PlannedScales:
+    """Plan the launches that compute the scales of features (B, N, C_s), (B, N, C_t).
+
+    Args:
+        alpha_t: receives the teacher's alpha (B, N), which is mantissa * power.
+    """
     if relation.normalize == "none":
         return PlannedScales()
     batch, pixels, _ = student.shape
@@ -159,6 +168,7 @@ def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) 
         teacher,
         *matrices,
         *vectors,
+        alpha_t,
         *student.strides,
         *teacher.strides,
         pixels,
@@ -184,12 +194,18 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
     if relation.normalize == "none":
         return Scales(None, None, None)
     student, teacher = addressable(student), addressable(teacher)
-    plan = Plan(student.device)
-    arrays = plan_scales(plan, plan.argument(student), plan.argument(teacher), relation)
-    bases = plan.run(student, teacher)
-    alpha, _, power, mantissa = (array.of(bases) for array in arrays.vectors if array is not None)
+    alpha_t = student.new_empty(student.shape[:2], dtype=torch.float32)
+
+    def build() -> tuple[Plan, PlannedScales]:
+        plan = Plan(student.device)
+        features = plan.argument(student), plan.argument(teacher)
+        return plan, plan_scales(plan, *features, relation, plan.argument(alpha_t))
+
+    plan, arrays = planned("scales", student, teacher, relation, build)
+    bases = plan.run(student, teacher, alpha_t)
     moment = None
     if arrays.moments is not None:
         size = arrays.moments.size.of(bases).view(-1, 1, 1)
         moment = arrays.moments.terms.of(bases).float().sum(0) * size.square()
-    return Scales(alpha, mantissa * power, moment)
+    alpha_s = arrays.vectors[0]
+    return Scales(None if alpha_s is None else alpha_s.of(bases), alpha_t, moment)

@@ -52,7 +52,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the plans of other tests: some tests change what plans depend on."""
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
 
 
 def name(value: object) -> str | None:
@@ -208,7 +208,7 @@ def test_split_columns_add_up(slots, monkeypatch):
     relation = ROW_L1
     student, teacher = features(relation, 1, 130, (8, 8), torch.bfloat16)
     assert_as_accurate_as_eager(student, teacher, relation)
-    assert [partials.splits for _, partials in triton._plans.values()] == [1 if slots == 1 else 2] * 2
+    assert [partials.splits for _, partials in plans._plans.values()] == [1 if slots == 1 else 2] * 2
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
