@@ -67,9 +67,11 @@ def distance_scale(factor, DISTANCE: tl.constexpr):
 
 
 @jit
-def distance_grad(difference, delta, DISTANCE: tl.constexpr):
+def distance_grad(difference, delta, NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr):
     """Return rho'(D), elementwise; 0 at a tie of the l1 distance."""
-    if DISTANCE == "l1":
+    if DISTANCE == "l1" and NORMALIZE == "none":  # D may have any size
+        return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    elif DISTANCE == "l1":
         return tie_sign(difference)
     elif DISTANCE == "l2":
         return 2 * difference
@@ -292,10 +294,10 @@ def relation_kernel(
             loss += value + mirrors * value
 
         if NEED_GRAD:
-            K = distance_grad(difference, delta, DISTANCE)
+            K = distance_grad(difference, delta, NORMALIZE, DISTANCE)
             if NORMALIZE == "row":
                 h += tl.sum(K * gram_s, 1)
-                K = K * alpha_m[:, None] + distance_grad(mirrored, delta, DISTANCE) * alpha_n
+                K = K * alpha_m[:, None] + distance_grad(mirrored, delta, NORMALIZE, DISTANCE) * alpha_n
             elif NORMALIZE == "cosine":  # the other factor of K, 2 alpha_i, follows after the loop over columns
                 K *= alpha_n
                 h += tl.sum(K * gram_s, 1)

@@ -309,6 +309,15 @@ def test_float32_of_any_size(relation, size):
     assert error(gradient.double() * size, expected[1]) < 2e-6
 
 
+def test_differences_of_tiny_features_have_a_sign():
+    """Without a normalisation, the l1 gradient is proportional to the size of the features, however small."""
+    relation, size = Relation("none", "l1"), 2.0**-55
+    student, teacher = features(relation, 1, 40, (5, 7), torch.float32)
+    _, expected = run(student, teacher, relation)
+    _, gradient = run(size * student, size * teacher, relation)
+    assert torch.equal(gradient, size * expected)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
 def test_overflow_gives_nan(relation):
