@@ -163,6 +163,22 @@ def test_features_of_another_alignment_are_specialised_again(driver) -> None:
 
 
 @pytest.mark.slow
+def test_another_batch_needs_no_other_kernel(driver) -> None:
+    """Nor do other numbers of splits, which follow from it."""
+    student, teacher = features()
+    for batch in (4, 5, 16, 40):  # all so large that they use the larger tiles
+        triton.loss_and_gradient(student.expand(batch, -1, -1), teacher.expand(batch, -1, -1), ROW_L1, True)
+    splits = {
+        dict(zip(launch.kernel.arg_names, launch.arguments)).get("splits")
+        for plan, _ in plans._plans.values()
+        for launch in plan.launches
+    }
+    assert {1, 2} <= splits
+    compiled = {prepared.run for plan, _ in plans._plans.values() for (prepared, *_) in zip(*plan._prepared.values())}
+    assert len(compiled) == len(set(KERNELS))
+
+
+@pytest.mark.slow
 def test_launch_hooks_are_called(driver) -> None:
     """A profiler hears of every launch, of the first call and the later ones."""
     heard = []
