@@ -142,7 +142,7 @@ def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
     known, options = compile_arguments(case)
-    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": "pixels"}[case.layout]
+    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": "pixels|column_splits"}[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")

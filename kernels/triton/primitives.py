@@ -24,7 +24,7 @@ INTERPRET = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
 FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that represent a float32 exactly
 
 
-# Counts whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a
+# Arguments whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a
 # multiple of 16.
 COUNTS = ("batch", "splits", "h_splits", "count_s", "count_t", "partials")
 

@@ -152,7 +152,7 @@ def relation_kernel(
     pixels,
     channels_s,
     channels_t,
-    splits,
+    column_splits,
     split_columns,
     delta,
     NORMALIZE: tl.constexpr,
@@ -181,8 +181,8 @@ def relation_kernel(
     program = tl.program_id(0)
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     start_m = program % row_blocks * BLOCK_M
-    split = program // row_blocks % splits
-    image = (program // row_blocks // splits).to(tl.int64)
+    split = program // row_blocks % column_splits
+    image = (program // row_blocks // column_splits).to(tl.int64)
     start_u = tl.program_id(1) * BLOCK_S
     limit_s = None if EVEN_S else channels_s
     limit_t = None if EVEN_T else channels_t
