@@ -127,6 +127,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
     if case.kernel in ("scale", "gradient"):
+        known["alpha_t_ptr"] = None
         block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
         if relation.normalize != "row":
             matrices = (
@@ -168,11 +169,7 @@ def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
     known, options = compile_arguments(case)
-    ones = {
-        "nchw": "stride_[stug]n",
-        "nlc": "stride_[stug]c",
-        "odd": r"batch|pixels|splits|\w+_splits|partials|count_.",
-    }[case.layout]
+    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": "pixels|column_splits"}[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
@@ -186,7 +183,7 @@ def compile_case(case: Case) -> Report:
         name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
         for name in kernel.arg_names
     }
-    aligned = re.compile(r"\w+_ptr|stride_\w+|batch|pixels|channels\w*|split_(columns|pixels)")
+    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
