@@ -21,7 +21,7 @@ import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
 from .closed_form import options as closed_form
-from .closed_form.gradient import closed_form_gradient_kernel, gradient_block_channels
+from .closed_form.gradient import closed_form_gradient_kernel, gradient_blocks
 from .closed_form.moments import moments_kernel, term_counts
 from .closed_form.sums import finish_kernel
 from .configurations import (
@@ -157,9 +157,9 @@ def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
         known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
         return known, closed_form.FINISH_OPTIONS
     if case.kernel == "closed_gradient":
-        block_c = gradient_block_channels(dtype, channels_s)
+        block_k, block_c = gradient_blocks(dtype, channels_s)
         known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
-        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": closed_form.BLOCK_SUM, "BLOCK_C": block_c}
+        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": block_k, "BLOCK_C": block_c}
         return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
     known["TERMS"], known["TERMS_WEIGHTED"] = term_counts(dtype, scaled or difference)
     return known | {"BLOCK_N": closed_form.BLOCK_SUM, "BLOCK_C": closed_form.BLOCK_CHANNELS}, closed_form.OPTIONS
