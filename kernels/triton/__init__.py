@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +22,12 @@ from .. import cuda_device
 from ..formulas import Relation, Scales, TileSums, gradient_dtype
 from .configurations import Configuration, autotune, configuration, number_format, run_milliseconds
 from .gradient import plan_gradient
-from .plans import Array, Plan
+from .plans import Array, Plan, planned
 from .primitives import INTERPRET, addressable, guard, triton
 from .scales import PlannedScales, plan_scales, split_scales
 from .tiles import Partials, plan_tiles, relation_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PLANS = 256  # kinds of calls that are remembered
-_plans: dict[tuple, tuple[Plan, Any]] = {}
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
@@ -45,7 +42,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         arrays = PlannedScales(tuple(map(plan.argument, vectors))) if vectors else PlannedScales()
         return plan, plan_tiles(plan, *features, arrays, relation, number_format(student.dtype), chosen, need_grad)
 
-    plan, partials = cached_plan("tiles", student, teacher, relation, need_grad, chosen, build)
+    plan, partials = planned("tiles", student, teacher, relation, build, need_grad, chosen)
     bases = plan.run(student, teacher, *vectors)
     return TileSums(
         partials.loss.of(bases).sum(1),
@@ -88,32 +85,11 @@ def run_loss(
             plan_gradient(plan, features[0], partials, scales, relation, *outputs)
         return plan, partials
 
-    plan, partials = cached_plan("loss", student, teacher, relation, need_grad, chosen, build)
+    plan, partials = planned("loss", student, teacher, relation, build, need_grad, chosen)
     if gradient is not None:
         plan.run(student, teacher, loss, gradient)
         return loss, gradient
     return partials.loss.of(plan.run(student, teacher)).sum(1) / student.shape[1] ** 2, None
-
-
-def cached_plan(kind, student, teacher, relation, need_grad, chosen, build) -> tuple[Plan, Any]:
-    """Return the plan for features like these; call ``build`` for the first of their kind."""
-    key = (
-        kind,
-        student.device,
-        number_format(student.dtype),
-        student.shape,
-        student.stride(),
-        teacher.shape[2],
-        teacher.stride(),
-        relation,
-        need_grad,
-        chosen,
-    )
-    if (planned := _plans.get(key)) is None:
-        if len(_plans) >= PLANS:
-            _plans.pop(next(iter(_plans)), None)
-        planned = _plans[key] = build()
-    return planned
 
 
 def choose_configuration(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool) -> Configuration:

@@ -21,7 +21,7 @@ import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
 from .closed_form import options as closed_form
-from .closed_form.gradient import closed_form_gradient_kernel, gradient_block_channels
+from .closed_form.gradient import closed_form_gradient_kernel, gradient_blocks
 from .closed_form.moments import moments_kernel, term_counts
 from .closed_form.sums import finish_kernel
 from .configurations import (
@@ -127,6 +127,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
     if case.kernel in ("scale", "gradient"):
+        known["alpha_t_ptr"] = None
         block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
         if relation.normalize != "row":
             matrices = (
@@ -156,9 +157,9 @@ def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
         known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
         return known, closed_form.FINISH_OPTIONS
     if case.kernel == "closed_gradient":
-        block_c = gradient_block_channels(dtype, channels_s)
+        block_k, block_c = gradient_blocks(dtype, channels_s)
         known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
-        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": closed_form.BLOCK_SUM, "BLOCK_C": block_c}
+        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": block_k, "BLOCK_C": block_c}
         return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
     known["TERMS"], known["TERMS_WEIGHTED"] = term_counts(dtype, scaled or difference)
     return known | {"BLOCK_N": closed_form.BLOCK_SUM, "BLOCK_C": closed_form.BLOCK_CHANNELS}, closed_form.OPTIONS
@@ -168,11 +169,7 @@ def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
     kernel = KERNELS[case.kernel]
     known, options = compile_arguments(case)
-    ones = {
-        "nchw": "stride_[stug]n",
-        "nlc": "stride_[stug]c",
-        "odd": r"batch|pixels|splits|\w+_splits|partials|count_.",
-    }[case.layout]
+    ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": "pixels|column_splits"}[case.layout]
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
@@ -186,7 +183,7 @@ def compile_case(case: Case) -> Report:
         name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
         for name in kernel.arg_names
     }
-    aligned = re.compile(r"\w+_ptr|stride_\w+|batch|pixels|channels\w*|split_(columns|pixels)")
+    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)

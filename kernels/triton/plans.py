@@ -12,18 +12,23 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..formulas import Relation
+from .configurations import number_format
 from .primitives import INTERPRET, guard, triton
+
+T = TypeVar("T")
 
 ALIGNMENT = 128  # bytes, of the arrays in scratch memory: a cache line
 SCRATCH = 0  # the first base of a run
+PLANS = 256  # kinds of calls that are remembered
 PATIENCE = 2.0  # seconds of compilation after which a message says so
 
 
@@ -132,9 +137,8 @@ class Plan:
         alignment = tuple([address % 16 == 0 for address in addresses])
         with guard(self.device):
             prepared = self._prepared.get(alignment)
-            if prepared is None or has_launch_hooks():
-                if prepared := self._run_by_triton(bases):
-                    self._prepared[alignment] = prepared
+            if not prepared or has_launch_hooks():
+                self._prepared[alignment] = self._run_by_triton(bases, is_first=prepared is None)
             else:
                 stream = triton.runtime.driver.active.get_current_stream(self.device.index)
                 for run, grid, kernel, arguments, pointers in prepared:
@@ -144,19 +148,41 @@ class Plan:
                     run(*grid, stream, *kernel, *arguments)
         return bases
 
-    def _run_by_triton(self, bases: tuple[Tensor, ...]) -> list[Prepared]:
+    def _run_by_triton(self, bases: tuple[Tensor, ...], is_first: bool) -> list[Prepared]:
         """Launch the kernels through triton.jit. Return them prepared, or [] if Triton does not return what it ran."""
         calls = [
             [argument.of(bases) if isinstance(argument, Array) else argument for argument in launch.arguments]
             for launch in self.launches
         ]
-        if not INTERPRET:
+        if is_first and not INTERPRET:
             compile_in_parallel(self.launches, calls, self.device)
         compiled = [launch.kernel[launch.grid](*call, **launch.constants) for launch, call in zip(self.launches, calls)]
         # a Triton without these attributes launches by triton.jit every time
         if not all(hasattr(kernel, name) for kernel in compiled for name in ("run", "function", "packed_metadata")):
             return []
         return [_prepared(launch, kernel) for launch, kernel in zip(self.launches, compiled)]
+
+
+_plans: dict[Hashable, Any] = {}
+
+
+def planned(
+    kind: str, student: Tensor, teacher: Tensor, relation: Relation, build: Callable[[], T], *further: Hashable
+) -> T:
+    """Return what ``build`` returned for earlier features like these; call it for the first of their kind.
+
+    Args:
+        kind: of the plan that ``build`` makes.
+        further: what the plan depends on beside device, dtype, matmul precision, shapes, strides and relation.
+    """
+    numbers = number_format(student.dtype)
+    shapes = student.shape, student.stride(), teacher.shape, teacher.stride()
+    key = (kind, student.device, numbers, *shapes, relation, *further)
+    if (result := _plans.get(key)) is None:
+        if len(_plans) >= PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        result = _plans[key] = build()
+    return result
 
 
 def _prepared(launch: Launch, compiled: Any) -> Prepared:
@@ -216,10 +242,10 @@ def compile_in_parallel(launches: list[Launch], calls: list[list[Any]], device: 
             kernel.run  # noqa: B018  a property, which loads the kernel and, in Triton 3.6, compiles its launcher
 
     with announced(), ThreadPoolExecutor(len(launches)) as pool:
-        with mode(pool):
+        with mode(pool, ignore_errors=True):  # the launch raises them
             kernels = [
                 launch.kernel.warmup(*call, grid=launch.grid, **launch.constants)
                 for launch, call in zip(launches, calls)
             ]
         kernels = [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]
-        list(pool.map(load, [kernel for kernel in kernels if kernel.module is None]))
+        list(pool.map(load, [kernel for kernel in kernels if kernel is not None and kernel.module is None]))

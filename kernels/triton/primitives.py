@@ -7,6 +7,7 @@ operand layout, and gives the same results under Triton's interpreter.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,9 +24,17 @@ INTERPRET = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
 FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that represent a float32 exactly
 
 
+# Arguments whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a
+# multiple of 16.
+COUNTS = ("batch", "splits", "h_splits", "count_s", "count_t", "partials")
+
+
 def jit(function):
     """Return ``triton.jit(function)``, or the function itself if Triton is not installed."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    names = [name for name in COUNTS if name in inspect.signature(function).parameters]
+    return triton.jit(do_not_specialize=names)(function)
 
 
 # -- tiles -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formulas import Relation, Scales
 from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import Moments, moment_product, plan_moments
-from .plans import Array, Plan
+from .plans import Array, Plan, planned
 from .primitives import addressable, feature_terms, jit, load_tile, multiprocessors, store_vector, tl, triton
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
@@ -43,6 +43,7 @@ def scale_kernel(
     ratio_ptr,
     power_ptr,
     mantissa_ptr,
+    alpha_t_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -63,8 +64,7 @@ def scale_kernel(
     """Compute the scales (B, N) of a row block of student and teacher; see ``PlannedScales``.
 
     alpha is 1 / sqrt(q^T M q) for "row", with M from ``terms_kernel``, and 1 / sqrt(q^T q) for "cosine"; 0 for pixels
-    of zero norm. M is symmetric: the program multiplies by the blocks on and above its diagonal. If ratio_ptr is None,
-    mantissa_ptr receives alpha of the teacher.
+    of zero norm. M is symmetric: the program multiplies by the blocks on and above its diagonal.
     """
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     start_m = tl.program_id(0) % row_blocks * BLOCK_M
@@ -102,16 +102,15 @@ def scale_kernel(
         # 0 * norm makes alpha NaN if the norm overflows or is NaN; otherwise it would be 0, as for a zero-norm pixel
         alpha = tl.where(norm <= eps, 0.0, tl.div_rn(1.0, tl.where(norm <= eps, 1.0, norm)) + 0.0 * norm)
         alpha_t, alpha_s = alpha_s, alpha
+    mantissa, power = split_power(alpha_t)
+    ratio = tl.div_rn(alpha_s, mantissa) + 0.0 * alpha_t  # NaN if alpha_t is
     offset = image * pixels
     store_vector(alpha_ptr + offset, alpha_s, start_m, pixels, BLOCK_M)
-    if ratio_ptr is None:
-        store_vector(mantissa_ptr + offset, alpha_t, start_m, pixels, BLOCK_M)
-    else:
-        mantissa, power = split_power(alpha_t)
-        ratio = tl.div_rn(alpha_s, mantissa) + 0.0 * alpha_t  # NaN if alpha_t is
-        store_vector(ratio_ptr + offset, ratio, start_m, pixels, BLOCK_M)
-        store_vector(power_ptr + offset, power, start_m, pixels, BLOCK_M)
-        store_vector(mantissa_ptr + offset, mantissa, start_m, pixels, BLOCK_M)
+    store_vector(ratio_ptr + offset, ratio, start_m, pixels, BLOCK_M)
+    store_vector(power_ptr + offset, power, start_m, pixels, BLOCK_M)
+    store_vector(mantissa_ptr + offset, mantissa, start_m, pixels, BLOCK_M)
+    if alpha_t_ptr is not None:
+        store_vector(alpha_t_ptr + offset, alpha_t, start_m, pixels, BLOCK_M)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -144,44 +143,22 @@ def split_scales(scales: Scales) -> tuple[Tensor, ...]:
     return scales.student, scales.student / mantissa + 0 * teacher, power, mantissa
 
 
-def plan_scales(plan: Plan, student: Array, teacher: Array, relation: Relation) -> PlannedScales:
-    """Plan the launches that compute the scales of features (B, N, C_s), (B, N, C_t)."""
+def plan_scales(
+    plan: Plan, student: Array, teacher: Array, relation: Relation, alpha_t: Array | None = None
+) -> PlannedScales:
+    """Plan the launches that compute the scales of features (B, N, C_s), (B, N, C_t).
+
+    Args:
+        alpha_t: receives the teacher's alpha (B, N), which is mantissa * power.
+    """
     if relation.normalize == "none":
         return PlannedScales()
     batch, pixels, _ = student.shape
     vectors = tuple(plan.scratch(batch, pixels) for _ in range(4))
+    matrices: list[Array | None] = [None] * 4
     moments_s = moments_t = None
     if relation.normalize == "row":
         moments_s, moments_t = plan_moments(plan, student, teacher)
-    _plan_scale_kernel(plan, student, teacher, relation, vectors, moments_s, moments_t)
-    if moments_t is not None:
-        for array in moments_t:
-            plan.free(array)
-    return PlannedScales(vectors, moments_s)
-
-
-def plan_alphas(plan: Plan, student: Array, teacher: Array, relation: Relation) -> tuple[Array | None, Array | None]:
-    """Plan the launch that computes alpha (B, N) of both networks for "cosine"; return None for "none"."""
-    if relation.normalize == "none":
-        return None, None
-    batch, pixels, _ = student.shape
-    alpha_s, alpha_t = plan.scratch(batch, pixels), plan.scratch(batch, pixels)
-    _plan_scale_kernel(plan, student, teacher, relation, (alpha_s, None, None, alpha_t))
-    return alpha_s, alpha_t
-
-
-def _plan_scale_kernel(
-    plan: Plan,
-    student: Array,
-    teacher: Array,
-    relation: Relation,
-    vectors: tuple[Array | None, ...],
-    moments_s: Moments | None = None,
-    moments_t: Moments | None = None,
-) -> None:
-    batch, pixels, _ = student.shape
-    matrices: list[Array | None] = [None] * 4
-    if moments_s is not None and moments_t is not None:
         matrices = [moments_s.terms, moments_t.terms, moments_s.size, moments_t.size]
     block_m, block_k, options = product_blocks(student.dtype, batch * pixels, multiprocessors(plan.device))
     plan.launch(
@@ -191,6 +168,7 @@ def _plan_scale_kernel(
         teacher,
         *matrices,
         *vectors,
+        alpha_t,
         *student.strides,
         *teacher.strides,
         pixels,
@@ -205,6 +183,10 @@ def _plan_scale_kernel(
         BLOCK_C=BLOCK_CHANNELS,
         **options,
     )
+    if moments_t is not None:
+        for array in moments_t:
+            plan.free(array)
+    return PlannedScales(vectors, moments_s)
 
 
 def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
@@ -212,12 +194,18 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
     if relation.normalize == "none":
         return Scales(None, None, None)
     student, teacher = addressable(student), addressable(teacher)
-    plan = Plan(student.device)
-    arrays = plan_scales(plan, plan.argument(student), plan.argument(teacher), relation)
-    bases = plan.run(student, teacher)
-    alpha, _, power, mantissa = (array.of(bases) for array in arrays.vectors if array is not None)
+    alpha_t = student.new_empty(student.shape[:2], dtype=torch.float32)
+
+    def build() -> tuple[Plan, PlannedScales]:
+        plan = Plan(student.device)
+        features = plan.argument(student), plan.argument(teacher)
+        return plan, plan_scales(plan, *features, relation, plan.argument(alpha_t))
+
+    plan, arrays = planned("scales", student, teacher, relation, build)
+    bases = plan.run(student, teacher, alpha_t)
     moment = None
     if arrays.moments is not None:
         size = arrays.moments.size.of(bases).view(-1, 1, 1)
         moment = arrays.moments.terms.of(bases).float().sum(0) * size.square()
-    return Scales(alpha, mantissa * power, moment)
+    alpha_s = arrays.vectors[0]
+    return Scales(None if alpha_s is None else alpha_s.of(bases), alpha_t, moment)

@@ -67,9 +67,11 @@ def distance_scale(factor, DISTANCE: tl.constexpr):
 
 
 @jit
-def distance_grad(difference, delta, DISTANCE: tl.constexpr):
+def distance_grad(difference, delta, NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr):
     """Return rho'(D), elementwise; 0 at a tie of the l1 distance."""
-    if DISTANCE == "l1":
+    if DISTANCE == "l1" and NORMALIZE == "none":  # D may have any size
+        return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    elif DISTANCE == "l1":
         return tie_sign(difference)
     elif DISTANCE == "l2":
         return 2 * difference
@@ -150,7 +152,7 @@ def relation_kernel(
     pixels,
     channels_s,
     channels_t,
-    splits,
+    column_splits,
     split_columns,
     delta,
     NORMALIZE: tl.constexpr,
@@ -179,8 +181,8 @@ def relation_kernel(
     program = tl.program_id(0)
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     start_m = program % row_blocks * BLOCK_M
-    split = program // row_blocks % splits
-    image = (program // row_blocks // splits).to(tl.int64)
+    split = program // row_blocks % column_splits
+    image = (program // row_blocks // column_splits).to(tl.int64)
     start_u = tl.program_id(1) * BLOCK_S
     limit_s = None if EVEN_S else channels_s
     limit_t = None if EVEN_T else channels_t
@@ -292,10 +294,10 @@ def relation_kernel(
             loss += value + mirrors * value
 
         if NEED_GRAD:
-            K = distance_grad(difference, delta, DISTANCE)
+            K = distance_grad(difference, delta, NORMALIZE, DISTANCE)
             if NORMALIZE == "row":
                 h += tl.sum(K * gram_s, 1)
-                K = K * alpha_m[:, None] + distance_grad(mirrored, delta, DISTANCE) * alpha_n
+                K = K * alpha_m[:, None] + distance_grad(mirrored, delta, NORMALIZE, DISTANCE) * alpha_n
             elif NORMALIZE == "cosine":  # the other factor of K, 2 alpha_i, follows after the loop over columns
                 K *= alpha_n
                 h += tl.sum(K * gram_s, 1)

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from ...formulas import Relation, gradient_dtype
-from .. import cached_plan
-from ..plans import Plan
+from ..plans import Plan, planned
 from ..primitives import addressable
-from ..scales import plan_alphas
+from ..scales import plan_scales
 from .gradient import plan_gradient, plan_loss
 from .moments import plan_moments
 from .sums import plan_sums
@@ -46,10 +45,15 @@ def loss_and_gradient(
     loss = student.new_empty(student.shape[0], dtype=torch.float32)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
 
-    def build() -> tuple[Plan, None]:
+    def build() -> Plan:
         plan = Plan(student.device)
         features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
-        alphas = plan_alphas(plan, *features, relation)
+        alpha_t = plan.scratch(*student.shape[:2]) if relation.normalize == "cosine" else None
+        alpha_s, *others = plan_scales(plan, *features, relation, alpha_t).vectors
+        for vector in others:  # only the tile kernel reads them
+            if vector is not None:
+                plan.free(vector)
+        alphas = alpha_s, alpha_t
         moments = plan_moments(plan, *features, alphas)
         channels = (student.shape[2], teacher.shape[2])
         partials, factors = plan_sums(plan, moments, student.shape[1], channels, alphas, need_grad)
@@ -57,8 +61,8 @@ def loss_and_gradient(
             plan_loss(plan, student.shape[1], partials, losses)
         else:
             plan_gradient(plan, *features, alphas, partials, factors, losses, plan.argument(gradient))
-        return plan, None
+        return plan
 
-    plan, _ = cached_plan("closed_form", student, teacher, relation, need_grad, None, build)
+    plan = planned("closed_form", student, teacher, relation, build, need_grad)
     plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
     return loss, gradient

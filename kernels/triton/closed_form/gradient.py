@@ -258,9 +258,13 @@ def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gradient_block_channels(dtype: torch.dtype, channels: int) -> int:
-    """Return the channels of a block of the gradient: with more, accumulators and terms do not fit into registers."""
-    return min(64 if dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels)))
+def gradient_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int]:
+    """Return the channels that are summed at a time and those of a block of the gradient.
+
+    With more, the accumulators and the terms of the features do not fit into registers.
+    """
+    block_k, most = (BLOCK_SUM // 2, 64) if dtype == torch.float32 else (BLOCK_SUM, 128)
+    return block_k, min(most, max(32, triton.next_power_of_2(channels)))
 
 
 def plan_gradient(
@@ -283,7 +287,7 @@ def plan_gradient(
         loss, gradient: the results.
     """
     batch, pixels, channels_s = student.shape
-    block_c = gradient_block_channels(student.dtype, channels_s)
+    block_k, block_c = gradient_blocks(student.dtype, channels_s)
     plan.launch(
         closed_form_gradient_kernel,
         (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
@@ -307,7 +311,7 @@ def plan_gradient(
         ONE_BLOCK=channels_s <= block_c,
         TERMS=feature_terms(student.dtype),
         BLOCK_M=BLOCK_PIXELS,
-        BLOCK_K=BLOCK_SUM,
+        BLOCK_K=block_k,
         BLOCK_C=block_c,
         BLOCK_P=BLOCK_VECTOR,
         **OPTIONS,

@@ -16,8 +16,8 @@ import torch
 from helpers import NARROW, STRIDES, error, value_and_gradient
 from torch import Tensor
 
-from srpkd.kernels import Relation, triton
-from srpkd.kernels.triton import closed_form
+from srpkd.kernels import Relation
+from srpkd.kernels.triton import closed_form, plans
 
 RELATIONS = [Relation(normalize, "l2") for normalize in closed_form.NORMALIZATIONS]
 COSINE = Relation("cosine", "l2")
@@ -139,14 +139,14 @@ def test_any_number_of_pixels(pixels, splits, monkeypatch):
     """And several partial sums, of different lengths."""
     monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(closed_form.moments, "SPLIT_PIXELS", 512)
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
     assert_as_accurate_as_eager(*draw(1, pixels, (5, 7), torch.float32), COSINE)
     assert launches()["moments_kernel"][0] == 3 * splits  # three tiles
 
 
 def launches() -> dict[str, tuple[int, ...]]:
     """Return the grids of the launches of the last plan, by the names of their kernels."""
-    plan, _ = list(triton._plans.values())[-1]
+    plan = list(plans._plans.values())[-1]
     return {launch.kernel.fn.__name__: launch.grid for launch in plan.launches}
 
 
@@ -155,7 +155,7 @@ def test_launches(need_grad, monkeypatch):
     """Four for "cosine", three for "none"."""
     last = "closed_form_gradient_kernel" if need_grad else "loss_kernel"
     for relation in RELATIONS:
-        monkeypatch.setattr(triton, "_plans", {})
+        monkeypatch.setattr(plans, "_plans", {})
         closed_form.loss_and_gradient(*draw(1, 40, (5, 7), torch.float32), relation, need_grad)
         scales = ["scale_kernel"] if relation == COSINE else []
         assert list(launches()) == [*scales, "moments_kernel", "finish_kernel", last]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from srpkd import relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, dispatch, formulas, triton, unavailable_reason
-from srpkd.kernels.triton import configurations
+from srpkd.kernels.triton import configurations, plans
 from srpkd.kernels.triton import scales as triton_scales
 
+jit = pytest.importorskip("triton.runtime.jit", reason="the package triton is not installed")
 pytestmark = pytest.mark.gpu
 RELATIONS = [
     pytest.param(Relation(normalize, distance, DELTA[normalize]), id=f"{normalize}-{distance}")
@@ -162,6 +163,7 @@ def test_a_thousand_runs_give_the_same_bits(gpu):
 @pytest.mark.parametrize("relation", L1)
 def test_few_launches_and_no_synchronisation(relation, gpu):
     """The loss and gradient of one image take at most 7 kernels and no synchronisation with the host."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which launches kernels; a fixture restores it
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
     triton.loss_and_gradient(student, teacher, relation, True)
     torch.cuda.set_sync_debug_mode("error")
@@ -174,6 +176,31 @@ def test_few_launches_and_no_synchronisation(relation, gpu):
         torch.cuda.synchronize(gpu)
     launched = Counter({event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0})
     assert 0 < launched.total() <= 7, launched
+
+
+@pytest.mark.parametrize("relation", L1)
+def test_the_second_call_launches_directly(relation, gpu, monkeypatch):
+    """Later calls do not pass through triton.jit, and give the bits of the first."""
+    student, teacher = (tokens(x) for x in images(gpu))
+    monkeypatch.setattr(plans, "_plans", {})
+    expected = triton.loss_and_gradient(student, teacher, relation, True)
+
+    def unexpected(*arguments: object, **options: object) -> None:
+        raise AssertionError("triton.jit was called")
+
+    monkeypatch.setattr(jit.JITFunction, "run", unexpected)
+    for one, other in zip(triton.loss_and_gradient(student, teacher, relation, True), expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("relation", L1)
+def test_equal_features_are_ties(relation, gpu):
+    """Also with fused multiply-adds, which Triton's interpreter does not have."""
+    for dtype in NARROW:
+        student, _ = (tokens(x) for x in images(gpu, channels=(64, 64), dtype=dtype))
+        loss, gradient = value_and_gradient(student, student.clone(), relation, "triton")
+        assert not loss.any()
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("relation", L1)

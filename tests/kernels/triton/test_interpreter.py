@@ -52,7 +52,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the plans of other tests: some tests change what plans depend on."""
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
 
 
 def name(value: object) -> str | None:
@@ -208,7 +208,7 @@ def test_split_columns_add_up(slots, monkeypatch):
     relation = ROW_L1
     student, teacher = features(relation, 1, 130, (8, 8), torch.bfloat16)
     assert_as_accurate_as_eager(student, teacher, relation)
-    assert [partials.splits for _, partials in triton._plans.values()] == [1 if slots == 1 else 2] * 2
+    assert [partials.splits for _, partials in plans._plans.values()] == [1 if slots == 1 else 2] * 2
 
 
 @pytest.mark.parametrize("relation", L1, ids=name)
@@ -307,6 +307,15 @@ def test_float32_of_any_size(relation, size):
     loss, gradient = value_and_gradient(size * student, size * teacher, replace(relation, eps=0.0), "triton")
     assert error(loss, expected[0]) < 1e-6
     assert error(gradient.double() * size, expected[1]) < 2e-6
+
+
+def test_differences_of_tiny_features_have_a_sign():
+    """Without a normalisation, the l1 gradient is proportional to the size of the features, however small."""
+    relation, size = Relation("none", "l1"), 2.0**-55
+    student, teacher = features(relation, 1, 40, (5, 7), torch.float32)
+    _, expected = run(student, teacher, relation)
+    _, gradient = run(size * student, size * teacher, relation)
+    assert torch.equal(gradient, size * expected)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow

@@ -90,13 +90,13 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[_Driver]:
     """Replace triton's driver, and forget plans and compiled kernels before and after the test."""
     fake, active = _Driver(), package.runtime.driver
     kernels = [getattr(module, name) for module in _modules() for name in vars(module) if name.endswith("_kernel")]
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel in kernels:
         kernel.device_caches.clear()
     monkeypatch.setattr(active, "_active", fake)
     yield fake
-    triton._plans.clear()
+    plans._plans.clear()
     for kernel in kernels:
         kernel.device_caches.clear()
     gc.collect()  # kernels unload themselves, by the driver
@@ -138,7 +138,7 @@ def test_compiled_kernels_are_launched_directly(driver, monkeypatch, capsys) -> 
     monkeypatch.setattr(package.runtime.jit.JITFunction, "run", unexpected)
     driver.stream = 7
     triton.loss_and_gradient(student, teacher, ROW_L1, True)
-    assert len(triton._plans) == 1
+    assert len(plans._plans) == 1
     for (name, grid, stream, values), (again, again_grid, again_stream, again_values) in zip(
         first, driver.launched, strict=True
     ):
@@ -155,11 +155,27 @@ def test_features_of_another_alignment_are_specialised_again(driver) -> None:
     relation = Relation("none", "l1")
     for each in (student, shifted, student, shifted):
         triton.loss_and_gradient(each, teacher, relation, True)
-    ((plan, _),) = triton._plans.values()
+    ((plan, _),) = plans._plans.values()
     assert len(plan._prepared) == 2
     assert len(driver.launched) == 8
     compiled = [prepared[0].run for prepared in plan._prepared.values()]
     assert compiled[0] is not compiled[1]
+
+
+@pytest.mark.slow
+def test_another_batch_needs_no_other_kernel(driver) -> None:
+    """Nor do other numbers of splits, which follow from it."""
+    student, teacher = features()
+    for batch in (4, 5, 16, 40):  # all so large that they use the larger tiles
+        triton.loss_and_gradient(student.expand(batch, -1, -1), teacher.expand(batch, -1, -1), ROW_L1, True)
+    splits = {
+        dict(zip(launch.kernel.arg_names, launch.arguments)).get("splits")
+        for plan, _ in plans._plans.values()
+        for launch in plan.launches
+    }
+    assert {1, 2} <= splits
+    compiled = {prepared.run for plan, _ in plans._plans.values() for (prepared, *_) in zip(*plan._prepared.values())}
+    assert len(compiled) == len(set(KERNELS))
 
 
 @pytest.mark.slow
@@ -186,15 +202,15 @@ def test_another_triton_is_used_through_its_public_interface(driver, monkeypatch
     monkeypatch.setattr(plans, "hasattr", lambda value, name: name == "result" and hasattr(value, name), raising=False)
     for _ in range(2):
         triton.loss_and_gradient(*features(), Relation("none", "l1"), True)
-    ((plan, _),) = triton._plans.values()
-    assert not plan._prepared
+    ((plan, _),) = plans._plans.values()
+    assert not any(plan._prepared.values())
     assert len(driver.launched) == 4
 
 
 def test_plans_depend_on_what_they_contain(monkeypatch) -> None:
     """Another shape, stride, relation or matmul precision has a plan of its own."""
     runs = []
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(plans, "_plans", {})
     monkeypatch.setattr(
         Plan, "run", lambda self, *tensors: runs.append(self) or (torch.empty(1 << 20, dtype=torch.uint8),)
     )
@@ -217,12 +233,12 @@ def test_plans_depend_on_what_they_contain(monkeypatch) -> None:
 
 
 def test_few_plans_are_kept(monkeypatch) -> None:
-    monkeypatch.setattr(triton, "_plans", {})
-    monkeypatch.setattr(triton, "PLANS", 3)
+    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(plans, "PLANS", 3)
     monkeypatch.setattr(Plan, "run", lambda self, *tensors: ())
     for pixels in range(1, 9):
         triton.loss_and_gradient(*features(pixels), ROW_L1, True)
-    assert len(triton._plans) == 3
+    assert len(plans._plans) == 3
 
 
 # --- compile-time constants -------------------------------------------------------------------------------------------
