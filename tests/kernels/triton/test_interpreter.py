@@ -280,6 +280,16 @@ def test_zero_norm_pixels(relation):
     assert_as_accurate_as_eager(student, teacher, relation)
 
 
+@pytest.mark.parametrize("relation", L1[:2], ids=name)
+def test_pixels_of_norms_up_to_eps(relation):
+    """They count as zero-norm pixels, although their features and Gram matrices are not 0."""
+    relation = replace(relation, eps=0.1)
+    student, teacher = features(None, 1, 70, (24, 40), torch.float32)
+    student[:, [3, 69]] *= 1e-4
+    teacher[:, [7, 69]] *= 1e-4
+    assert_as_accurate_as_eager(student, teacher, relation)
+
+
 def test_the_diagonal_of_cosine_is_a_tie():
     student, teacher = features(None, 1, 1, (24, 40), torch.float32)
     for one in (student, torch.zeros_like(student)):
