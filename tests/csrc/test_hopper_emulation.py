@@ -1,5 +1,7 @@
 """The emulation of sm_90a: wgmma in every layout, and a pipeline with mistakes that the emulation must report.
 
+Where there is a Hopper GPU, the same kernels must give the same results there.
+
 The layouts are those that were confirmed on an H100: with the 128-byte swizzle, a k-major operand has a stride of 1024
 bytes between groups of eight rows, and the next 16 values of k are 32 bytes further; an operand of the other major has
 a stride of 1024 bytes between groups of eight values of k, and the next 64 rows are `leading` bytes further, which is
@@ -10,16 +12,20 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from srpkd.kernels import build
+
 K_MAJOR, MN_MAJOR, IN_REGISTERS = 0, 1, -1
 BLOCK = 128  # pixels
-# in the order of enum Fault in hopper_library.cpp, with what the emulation reports; None: the results are wrong
+# in the order of enum Fault in hopper_kernels.cuh, with what the emulation reports; None: the results are wrong
 FAULTS = {
     "none": "",
     "no_proxy_fence": "without fence_async_proxy()",
@@ -31,6 +37,7 @@ FAULTS = {
     "early_turn": "without a barrier after it was written",
     "no_barrier_fence": "without fence_barrier_initialization()",
     "no_wait_for_products": None,
+    "no_hold": None,
     "no_register_fence": "without fence_registers()",
     "operand_overwritten": "registers of an operand were written",
     "no_warp_sync": "read without a barrier after it was written",
@@ -48,15 +55,50 @@ FAULTS = {
 SEEDS = range(1, 10)  # every order of the warps with every delay of asynchronous work
 
 
+def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.product.restype = library.pipeline.restype = ctypes.c_char_p
+    return library
+
+
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("hopper_library.cpp", "-O2", "-DSRPKD_EMULATION")
-    result.product.restype = result.pipeline.restype = ctypes.c_char_p
-    return result
+    return with_types(compile_emulation("hopper_library.cpp", "-O2", "-DSRPKD_EMULATION"))
+
+
+def compile_for_gpu(target: Path) -> str:
+    """Compile the kernels for sm_90a and return the report of ptxas."""
+    if (home := build.cuda_home()) is None:
+        pytest.skip("nvcc is not installed")
+    source = Path(__file__).parent / "cuda_emulation" / "hopper_gpu.cu"
+    options = ["-std=c++17", *build.NVCC_FLAGS, "-Xptxas", "-v", "-gencode=arch=compute_90a,code=sm_90a"]
+    command = [home / "bin" / "nvcc", *options, "-shared", "-Xcompiler", "-fPIC", "-o", target, source]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="session", params=["emulation", pytest.param("gpu", marks=pytest.mark.gpu)])
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Return the library whose kernels run on the host, or the one whose kernels run on the GPU."""
+    if request.param == "emulation":
+        return request.getfixturevalue("library")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU does not have compute capability 9.0")
+    target = tmp_path_factory.mktemp("hopper") / "library.so"
+    compile_for_gpu(target)
+    return with_types(ctypes.CDLL(str(target)))
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+@pytest.mark.slow
+def test_device_code(tmp_path: Path) -> None:
+    """The kernels compile for sm_90a without spills, and ptxas keeps their products asynchronous."""
+    report = compile_for_gpu(tmp_path / "library.so")
+    assert report.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == 3
+    assert "warning" not in report and "serialized" not in report
 
 
 # --- one product ------------------------------------------------------------------------------------------------------
@@ -98,10 +140,10 @@ def operands(dtype: torch.dtype, k: int, n: int) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("right", [K_MAJOR, MN_MAJOR], ids=["k", "mn"])
 @pytest.mark.parametrize("left", [IN_REGISTERS, K_MAJOR, MN_MAJOR], ids=["registers", "k", "mn"])
-def test_products_in_every_layout(library: ctypes.CDLL, left: int, right: int, dtype: torch.dtype, tma: bool) -> None:
+def test_products_in_every_layout(machine: ctypes.CDLL, left: int, right: int, dtype: torch.dtype, tma: bool) -> None:
     for k, n, seed in itertools.product((64, 128), (64, 128), (0, 1)):
         a, b, expected = operands(dtype, k, n)
-        message, result = multiply(library, a, b, layout(left, k), layout(right, k), tma, seed)
+        message, result = multiply(machine, a, b, layout(left, k), layout(right, k), tma, seed)
         assert message == ""
         assert torch.equal(result, expected)
 
@@ -129,7 +171,7 @@ class Result(NamedTuple):
 
 
 def run(library: ctypes.CDLL, features: Tensor, fault: str = "none", resident: int = 2, seed: int = 0) -> Result:
-    """Run the pipeline of hopper_library.cpp on features (C, N)."""
+    """Run the pipeline of hopper_kernels.cuh on features (C, N)."""
     channels, pixels = features.shape
     tiles = -(-pixels // BLOCK)
     rows, columns = torch.full((tiles, BLOCK, 64), torch.nan), torch.zeros(tiles, 2, 8, 4, 8, 4, 2, 2)
@@ -166,18 +208,18 @@ def is_right(result: Result, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("seed", [0, *SEEDS])
-def test_pipeline(library: ctypes.CDLL, seed: int) -> None:
+def test_pipeline(machine: ctypes.CDLL, seed: int) -> None:
     """Results are right in any order of execution, whether or not all blocks are resident."""
     features = integers(64, 3 * BLOCK)
-    result = run(library, features, resident=1 + seed % 3, seed=seed)
+    result = run(machine, features, resident=1 + seed % 3, seed=seed)
     assert result.message == ""
     assert is_right(result, expected_sums(features))
 
 
 @pytest.mark.parametrize("shape", [(8, 200), (40, 264), (64, 8)], ids=str)
-def test_loads_outside_a_tensor_are_zero(library: ctypes.CDLL, shape: tuple[int, int]) -> None:
+def test_loads_outside_a_tensor_are_zero(machine: ctypes.CDLL, shape: tuple[int, int]) -> None:
     features = integers(*shape)
-    result = run(library, features, seed=3)
+    result = run(machine, features, seed=3)
     assert result.message == ""
     assert is_right(result, expected_sums(features))
 
@@ -187,9 +229,9 @@ def test_maps_that_tma_does_not_support(library: ctypes.CDLL) -> None:
     assert "not a multiple of 16 bytes" in run(library, integers(65, 128).flatten()[1:-127].view(64, 128)).message
 
 
-def test_ordered_additions_are_deterministic(library: ctypes.CDLL) -> None:
+def test_ordered_additions_are_deterministic(machine: ctypes.CDLL) -> None:
     features = torch.randn(64, 3 * BLOCK).to(torch.bfloat16)
-    results = [run(library, features, resident=1 + seed % 3, seed=seed) for seed in range(8)]
+    results = [run(machine, features, resident=1 + seed % 3, seed=seed) for seed in range(8)]
     assert all(torch.equal(result.columns, results[0].columns) for result in results)
     expected = expected_sums(features)
     assert (results[0].columns - expected).abs().max() < 1e-6 * expected.abs().max()

@@ -121,7 +121,7 @@ inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, in
         std::memcpy(values + (begin - x), from, 2 * (end - begin));
       }
       for (int i = 0; i < sm90::LINE; i += 16)
-        std::memcpy(memory.at(sm90::swizzle(to + line * sm90::LINE + i)), values + i / 2, 16);
+        std::memcpy(memory.at(swizzled(to + line * sm90::LINE + i)), values + i / 2, 16);
     }
   });
 }

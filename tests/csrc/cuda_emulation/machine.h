@@ -107,6 +107,8 @@ struct Operation {
   std::function<void(int)> step;
 };
 
+struct TensorCore;
+
 struct Block {
   int index = 0, x = 0, y = 0;
   Participants participants{};
@@ -119,7 +121,7 @@ struct Block {
   int64_t grid_barriers = 0;   // that this block has arrived at
   std::vector<int> registers;  // of each thread, by warp; 0: unknown
   int free_registers = 0;
-  std::shared_ptr<void> tensor_cores;  // see asynchronous.h
+  std::shared_ptr<std::vector<TensorCore>> tensor_cores;  // of each warpgroup, see tensor_cores.h
 
   bool done() const {
     return std::all_of(threads.begin(), threads.end(), [](const Thread& thread) { return thread.done; });

@@ -25,6 +25,9 @@ constexpr int WARP = 32, WARPGROUP_WARPS = 4;
 constexpr int MAX_BARRIERS = 64;
 constexpr int NOBODY = -1;
 
+// Where the hardware puts a byte with the 128-byte swizzle: bits 7 to 9 of its address change bits 4 to 6.
+inline uint32_t swizzled(uint32_t address) { return address ^ address / 128 % 8 * 16; }
+
 struct Participants {
   int threads;
 

@@ -248,8 +248,14 @@ template <int LEFT>
 void wait_for_products() {
   machine->warpgroup_collective(&emulation::wait_for_products_of_warpgroup<LEFT>, nullptr);
 }
-template <typename Registers>
-void hold(Registers&) {}
+template <typename T, int COUNT>
+void hold(T (&registers)[COUNT]) {
+  if constexpr (std::is_same_v<T, float>) emulation::hold(*machine, registers);
+}
+template <typename T, int ROWS, int COUNT>
+void hold(T (&registers)[ROWS][COUNT]) {
+  for (auto& row : registers) hold(row);
+}
 
 template <typename T, Major A, Major B, int REGISTERS>
 void multiply_add_async(float (&sum)[REGISTERS], uint64_t a, uint64_t b, bool accumulate) {

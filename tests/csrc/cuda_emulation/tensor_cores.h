@@ -34,6 +34,8 @@ struct Sum {
   int columns;
   std::vector<float> values;  // 64 x columns
   uint64_t last_group = 0;
+  bool complete = false;  // waited for
+  int held = 0;           // threads that have their values back
 };
 
 // The registers of an operand of a product in flight, and their values.
@@ -56,7 +58,7 @@ struct TensorCore {            // of a warpgroup
 inline TensorCore& tensor_core(Machine& m) {
   auto& cores = m.block().tensor_cores;
   if (!cores) cores = std::make_shared<std::vector<TensorCore>>(m.block().threads.size() / WARPGROUP);
-  return (*std::static_pointer_cast<std::vector<TensorCore>>(cores))[m.thread() / WARPGROUP];
+  return (*cores)[m.thread() / WARPGROUP];
 }
 
 // The register, of the thread in a warpgroup, that has an element of a sum.
@@ -89,12 +91,11 @@ void for_each_piece(const Descriptor& d, Major major, int rows, F f) {
   if (major == Major::k)
     for (int row = 0; row < rows; ++row)
       for (int k = 0; k < 16; k += 8)
-        f(sm90::swizzle(d.address + row / 8 * d.stride + row % 8 * sm90::LINE + 2 * k), row, k);
+        f(swizzled(d.address + row / 8 * d.stride + row % 8 * sm90::LINE + 2 * k), row, k);
   else
     for (int k = 0; k < 16; ++k)
       for (int row = 0; row < rows; row += 8)
-        f(sm90::swizzle(d.address + row / 64 * d.leading + k / 8 * d.stride + k % 8 * sm90::LINE + row % 64 * 2), row,
-          k);
+        f(swizzled(d.address + row / 64 * d.leading + k / 8 * d.stride + k % 8 * sm90::LINE + row % 64 * 2), row, k);
 }
 
 inline void check_operand(Machine& m, uint64_t bits, Major major, int rows) {
@@ -148,15 +149,26 @@ inline void take(Sum& sum, void** operands) {
     }
 }
 
-// Writes the values back.
-inline void give_back(Machine& m, Sum& sum) {
-  for (int row = 0; row < 64; ++row)
+// Writes the values of a sum back to the registers of the calling thread, if it has been waited for.
+inline void hold(Machine& m, const float* registers) {
+  if (!m.block().tensor_cores) return;
+  TensorCore& core = tensor_core(m);
+  const int thread = m.thread() % WARPGROUP;
+  const auto found = std::find_if(core.sums.begin(), core.sums.end(), [&](const auto& entry) {
+    return entry.second.registers[thread] == registers && entry.second.complete;
+  });
+  if (found == core.sums.end()) return;
+  Sum& sum = found->second;
+  for (int row = thread / WARP * 16; row < (thread / WARP + 1) * 16; ++row)
     for (int column = 0; column < sum.columns; ++column) {
       const Place to = place(row, column);
-      float& value = sum.registers[to.thread][to.index];
-      if (std::memcmp(&value, &IN_FLIGHT, 4)) m.fail("the registers of a sum were written before wait_for_products");
+      if (to.thread != thread) continue;
+      float& value = sum.registers[thread][to.index];
+      if (std::memcmp(&value, &IN_FLIGHT, 4))
+        m.fail("the registers of a sum were written before wait_for_products and hold");
       value = sum.values[row * sum.columns + column];
     }
+  if (++sum.held == WARPGROUP) core.sums.erase(found);
 }
 
 // Starts one product of a warpgroup.
@@ -178,9 +190,10 @@ inline void start_product(void** operands) {
 
   const auto [place_of_sum, added] = core.sums.try_emplace(first.sum);
   Sum& sum = place_of_sum->second;
-  if (added) take(sum, operands);
+  if (added || (sum.complete && !sum.held && !first.accumulate)) take(sum, operands);
   if (sum.columns != 2 * first.registers) m.fail("products of different shapes to the same sum in flight");
-  sum.last_group = core.committed;
+  if (sum.held) m.fail("products to a sum that only some threads have held");
+  sum.last_group = core.committed, sum.complete = false;
   const Registers* a = nullptr;
   if (first.a) {
     Registers& own = core.operands.emplace_back();
@@ -231,11 +244,7 @@ void wait_for_products_of_warpgroup(void**) {
     for (int thread = 0; thread < WARPGROUP; ++thread)
       if (std::memcmp(i->values[thread], i->registers[thread], 16))
         m.fail("the registers of an operand were written before wait_for_products");
-  for (auto i = core.sums.begin(); i != core.sums.end();) {
-    const bool complete = i->second.last_group < core.committed - LEFT;
-    if (complete) give_back(m, i->second);
-    i = complete ? core.sums.erase(i) : std::next(i);
-  }
+  for (auto& [registers, sum] : core.sums) sum.complete = sum.last_group < core.committed - LEFT;
   for (int i = warpgroup * WARPGROUP; i < (warpgroup + 1) * WARPGROUP; ++i) {
     Time& seen = m.block().threads[i].clock.seen(participants.products(i / WARP));
     seen = std::max(seen, core.starts[core.committed - LEFT - 1]);
