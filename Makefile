@@ -35,7 +35,7 @@ test: lint suite
 # kernels/ by both runs is reported at the end.
 suite: $(VENV)/installed
 	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=
-	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py \
+	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
 	    $(PARALLEL) --cov --cov-append --cov-report=term-missing
 
 # In a copy of the tree, because the extension in this one is built for the torch of .venv. The copy's extension is

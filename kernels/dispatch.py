@@ -12,12 +12,14 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         optional: replaces ``compute_loss`` below for a backend that also computes
                                         the formulas around the tiles
 
-The exception is ``reference``: it defines ``relation_loss``, which autograd differentiates.
+The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
+``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -106,6 +108,34 @@ def auto_backend(
     return "blocked"
 
 
+@functools.lru_cache(maxsize=1024)
+def cached_auto_backend(
+    device: torch.device, relation: Relation, dtype: torch.dtype, pixels: int, channels: tuple[int, int]
+) -> str:
+    """``auto_backend``, computed once for each kind of features."""
+    return auto_backend(device, relation, dtype, pixels, channels)
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device,
+    relation: Relation,
+    dtype: torch.dtype,
+    pixels: int,
+    channels: tuple[int, int],
+) -> str:
+    """Return the backend that computes the loss of such features: the one that is named, or the choice of ``auto``.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run on this device.
+        ValueError: the named backend does not support this distance or dtype.
+    """
+    if backend == "auto":
+        return cached_auto_backend(device, relation, dtype, pixels, channels)
+    _check_supported(backend, device, dtype, relation)
+    return backend
+
+
 def compute_loss(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -117,16 +147,11 @@ def compute_loss(
         backend: "auto", or a name from BACKENDS other than "reference".
 
     Raises:
-        BackendUnavailable: the named backend cannot run on this device.
-        ValueError: the named backend does not support this distance or dtype.
+        BackendUnavailable, ValueError: as ``resolve_backend``.
     """
-    if backend == "auto":
-        _, pixels, channels = student.shape
-        name = auto_backend(student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
-        module = backend_module(name)
-    else:
-        module = backend_module(backend)
-        _check_supported(backend, module, student, relation)
+    _, pixels, channels = student.shape
+    name = resolve_backend(backend, student.device, relation, student.dtype, pixels, (channels, teacher.shape[2]))
+    module = backend_module(name)
     if hasattr(module, "loss_and_gradient"):
         return module.loss_and_gradient(student, teacher, relation, need_grad)
     accumulator = formulas.accumulator(student.dtype)
@@ -137,17 +162,18 @@ def compute_loss(
     return loss, formulas.gradient_of(student, tiles, scales, relation) if need_grad else None
 
 
-def _check_supported(name: str, module: ModuleType, student: Tensor, relation: Relation) -> None:
-    """Raise the errors of ``compute_loss`` for a backend that was requested by name."""
-    if (reason := module.unavailable_reason(student.device)) is not None:
-        raise BackendUnavailable(f"backend={name!r} cannot run on {student.device}: {reason}")
+def _check_supported(name: str, device: torch.device, dtype: torch.dtype, relation: Relation) -> None:
+    """Raise the errors of ``resolve_backend`` for a backend that was requested by name."""
+    module = backend_module(name)
+    if (reason := module.unavailable_reason(device)) is not None:
+        raise BackendUnavailable(f"backend={name!r} cannot run on {device}: {reason}")
     if relation.distance not in getattr(module, "DISTANCES", formulas.DISTANCES):
         raise ValueError(
             f"backend={name!r} supports distance {' or '.join(map(repr, module.DISTANCES))}, received "
             f"{relation.distance!r}: use backend='auto'"
         )
-    if student.dtype not in (dtypes := getattr(module, "DTYPES", (student.dtype,))):
+    if dtype not in (dtypes := getattr(module, "DTYPES", (dtype,))):
         raise ValueError(
             f"backend={name!r} supports features in {', '.join(str(dtype)[6:] for dtype in dtypes)}, received "
-            f"{str(student.dtype)[6:]}: use backend='auto', or convert the features"
+            f"{str(dtype)[6:]}: use backend='auto', or convert the features"
         )

@@ -1,4 +1,4 @@
-"""Backend ``native``: the tiles in C++ and CUDA (``csrc/``), through the operator ``srpkd::relation_tiles``.
+"""Backend ``native``: the loss in C++ and CUDA (``csrc/``), through the operator ``srpkd::relation_loss``.
 
 The extension is built when the package is installed into an environment with torch, or else when the backend is first
 requested by name: see build.py. ``auto`` uses it if it is built, and never builds it.
@@ -21,6 +21,44 @@ from .formulas import Relation, Scales, TileSums
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
 # are bit-identical for the same size.
 TILE = 0
+
+
+def relation_loss(
+    student: Tensor, teacher: Tensor, relation: Relation, reduction: str, layout: str, scope: str, method: str = "tiles"
+) -> Tensor:
+    """The whole loss of features in ``layout``, differentiable in the student, in one call of a C++ operator."""
+    extension()
+    return torch.ops.srpkd.relation_loss.default(
+        student,
+        teacher,
+        relation.normalize,
+        relation.distance,
+        relation.delta,
+        relation.eps,
+        reduction,
+        layout,
+        "image" if scope == "image" else "batch",
+        method,
+    )
+
+
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,) and its gradient (B, N, C_s)."""
+    extension()
+    loss, gradient = torch.ops.srpkd.relation_loss_forward.default(
+        student,
+        teacher,
+        relation.normalize,
+        relation.distance,
+        relation.delta,
+        relation.eps,
+        "none",
+        "tiles",
+        need_grad,
+    )
+    return loss, gradient if need_grad else None
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import check_number
-from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, reference, relation_loss_op
+from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, reference, relation_loss_op
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
@@ -156,6 +156,14 @@ def _relation_loss(
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
+    backend = dispatch.requested_backend(backend)
+    is_global = scope == "global" and _ranks(group) > 1
+    # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
+    if not (is_global or torch.compiler.is_compiling()) and _is_native(
+        student, teacher, relation, layout, backend, scope
+    ):
+        return native.relation_loss(student, teacher, relation, reduction, layout, scope)
+
     is_batch = student.ndim == NDIM[layout]
     if not is_batch:
         student, teacher = student.unsqueeze(0), teacher.unsqueeze(0)
@@ -169,8 +177,7 @@ def _relation_loss(
     if scope != "image":
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
-    backend = dispatch.requested_backend(backend)
-    if scope == "global" and _ranks(group) > 1:
+    if is_global:
         from .kernels import distributed  # here, since it takes a second to import torch's compiler
 
         dispatch.check_choice(
@@ -188,6 +195,21 @@ def _relation_loss(
     if reduction == "none":
         return loss if is_batch else loss.squeeze(0)
     return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _is_native(
+    student: Tensor, teacher: Tensor, relation: Relation, layout: Layout, backend: str, scope: Scope
+) -> bool:
+    """Return whether the C++ operator computes the loss of these features."""
+    if backend not in ("auto", "native"):
+        return False
+    ours, theirs, channel = student.shape, teacher.shape, channel_dim(layout)
+    dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
+    pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
+    if scope != "image" and len(ours) == NDIM[layout]:
+        pixels *= ours[0]
+    channels = (ours[channel], theirs[channel])
+    return dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels) == "native"
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

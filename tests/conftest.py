@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from srpkd.kernels import unavailable_reason
+from srpkd.kernels import dispatch, unavailable_reason
 
 pytest.register_assert_rewrite("helpers")
 
@@ -83,7 +83,9 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``auto`` choose by what this test finds, not by the environment or by what an earlier test pretended."""
     monkeypatch.delenv("SRPKD_BACKEND", raising=False)
+    dispatch.cached_auto_backend.cache_clear()
 
 
 @pytest.fixture

@@ -5,5 +5,14 @@ namespace srpkd {
 
 enum class Normalize { row, cosine, none };
 enum class Distance { l1, l2, huber };
+enum class Reduction { mean, sum, none };
+enum class Method { tiles, closed_form };  // closed_form: l2 without tiles
+
+// A relation matrix, and the distance between two of them: the Relation of kernels/formulas.py.
+struct Relation {
+  Normalize normalize;
+  Distance distance;
+  double delta, eps;
+};
 
 }  // namespace srpkd

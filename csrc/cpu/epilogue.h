@@ -1,5 +1,5 @@
 // The elementwise part of one tile: from its two Gram matrices to its part of the loss and of h, and to its tile of K.
-// Free of torch. Compiled once per instruction set, by epilogue_*.cpp.
+// Free of torch. Compiled once per instruction set, by epilogue_*.cpp; kernels.h chooses between them.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,13 @@ constexpr int64_t LINE = 16;
 template <typename T>
 struct TileOperands {
   int64_t rows, stride;
-  T* gram_s;                     // (rows, stride) G_s, overwritten with K
-  const T* gram_t;               // (rows, stride) G_t
+  const T *gram_s, *gram_t;      // (rows, stride) G_s and G_t
+  T* K;                          // out: (rows, stride), may be gram_s or gram_t
   const T *row_s, *row_t;        // (rows,) alpha of the rows, not read if normalize is none
   const T *column_s, *column_t;  // (stride,) alpha of the columns, not read if normalize is none
   T *h_row, *h_column;           // out: (rows,), (stride,) this tile's part of h
   T delta;
+  int64_t diagonal;  // the column of row 0 that is on the diagonal, if the tile is not mirrored
 };
 
 struct Kind {
@@ -31,21 +32,32 @@ struct Kind {
   bool mirrored;  // the tile also represents its mirror image
 };
 
-// Returns the sum of rho(D) over the tile, and over its mirror image if kind.mirrored.
 template <typename T>
-using Epilogue = double (*)(const TileOperands<T>&, Kind);
+struct Kernels {
+  // Returns the sum of rho(D) over the tile, and over its mirror image if kind.mirrored.
+  double (*epilogue)(const TileOperands<T>&, Kind);
+  // Returns the sum of squares of a row of `stride` elements, in double: it neither overflows nor underflows.
+  double (*sum_of_squares)(const T* row, int64_t stride);
+  // Subtracts the derivative of row norms from K: (w_i + w_j) G_ij with w = h alpha^2.
+  void (*subtract_norm_terms)(const TileOperands<T>&, const T* h_columns);
+};
 
-namespace baseline {
-double epilogue(const TileOperands<float>&, Kind);
-double epilogue(const TileOperands<double>&, Kind);
-}  // namespace baseline
+#define SRPKD_DECLARE_KERNELS(target)                                          \
+  namespace target {                                                           \
+  double epilogue(const TileOperands<float>&, Kind);                           \
+  double epilogue(const TileOperands<double>&, Kind);                          \
+  double sum_of_squares(const float*, int64_t);                                \
+  double sum_of_squares(const double*, int64_t);                               \
+  void subtract_norm_terms(const TileOperands<float>&, const float*);          \
+  void subtract_norm_terms(const TileOperands<double>&, const double*);        \
+  template <typename T>                                                        \
+  constexpr Kernels<T> kernels{epilogue, sum_of_squares, subtract_norm_terms}; \
+  }
 
+SRPKD_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 #define SRPKD_HAS_AVX2
-namespace avx2 {
-double epilogue(const TileOperands<float>&, Kind);
-double epilogue(const TileOperands<double>&, Kind);
-}  // namespace avx2
+SRPKD_DECLARE_KERNELS(avx2)
 #endif
 
 }  // namespace srpkd

@@ -5,19 +5,21 @@
 
 namespace srpkd::SRPKD_TARGET {
 
-// Vector types of GCC and clang. Mask is the integer vector with the same bits.
+// Vector types of GCC and clang. Mask is the integer vector with the same bits, Wide has the same number of doubles.
 template <typename T>
 struct Lanes;
 template <>
 struct Lanes<float> {
   typedef float Vector __attribute__((vector_size(SRPKD_VECTOR_BYTES), may_alias));
   typedef int32_t Mask __attribute__((vector_size(SRPKD_VECTOR_BYTES)));
+  typedef double Wide __attribute__((vector_size(2 * SRPKD_VECTOR_BYTES)));
   static constexpr int32_t sign = INT32_MIN;
 };
 template <>
 struct Lanes<double> {
   typedef double Vector __attribute__((vector_size(SRPKD_VECTOR_BYTES), may_alias));
   typedef int64_t Mask __attribute__((vector_size(SRPKD_VECTOR_BYTES)));
+  typedef Vector Wide;
   static constexpr int64_t sign = INT64_MIN;
 };
 
@@ -75,8 +77,10 @@ double run(const TileOperands<T>& tile) {
 
   double total = 0;
   for (int64_t i = 0; i < tile.rows; ++i) {
-    auto* const gram_s = reinterpret_cast<Vector*>(tile.gram_s + i * tile.stride);
+    const auto* const gram_s = reinterpret_cast<const Vector*>(tile.gram_s + i * tile.stride);
     const auto* const gram_t = reinterpret_cast<const Vector*>(tile.gram_t + i * tile.stride);
+    auto* const K = reinterpret_cast<Vector*>(tile.K + i * tile.stride);
+    const int64_t tie = tile.diagonal + i;
     Vector row_s{}, row_t{}, loss{}, h{};
     if constexpr (scaled) row_s += tile.row_s[i], row_t += tile.row_t[i];
 
@@ -87,7 +91,7 @@ double run(const TileOperands<T>& tile) {
       if constexpr (cosine) a *= column_s[j], d *= column_t[j];
       d = a - d;
       if constexpr (cosine && !mirrored) {  // D_ii is exactly 0; a product, so that NaN stays NaN
-        if (j == i / LANES) d[i % LANES] *= 0;
+        if (j == tie / LANES) d[tie % LANES] *= 0;
       }
       loss += rho.value(d);
       if constexpr (row && mirrored) loss += rho.value(e);
@@ -97,16 +101,16 @@ double run(const TileOperands<T>& tile) {
           const Vector q = rho.grad(e);
           h += p * a;
           if constexpr (mirrored) h_column[j] += q * b;
-          gram_s[j] = p * row_s + q * column_s[j];
+          K[j] = p * row_s + q * column_s[j];
         } else {
           const Vector k = p + p;
           if constexpr (cosine) {
             const Vector term = k * a;
             h += term;
             if constexpr (mirrored) h_column[j] += term;
-            gram_s[j] = k * row_s * column_s[j];
+            K[j] = k * row_s * column_s[j];
           } else {
-            gram_s[j] = k;
+            K[j] = k;
           }
         }
       }
@@ -151,7 +155,39 @@ double dispatch(const TileOperands<T>& tile, Kind kind) {
   }
 }
 
+template <typename T>
+double squares(const T* row, int64_t stride) {
+  using Wide = typename Lanes<T>::Wide;
+  using Vector = typename Lanes<T>::Vector;
+  const auto* const vectors = reinterpret_cast<const Vector*>(row);
+  Wide total{};
+  for (int64_t j = 0; j < stride / static_cast<int64_t>(sizeof(Vector) / sizeof(T)); ++j) {
+    const Wide wide = __builtin_convertvector(vectors[j], Wide);
+    total += wide * wide;
+  }
+  return sum<double>(total);
+}
+
+template <typename T>
+void norm_terms(const TileOperands<T>& tile, const T* h_columns) {
+  using Vector = typename Lanes<T>::Vector;
+  const auto* const column_s = reinterpret_cast<const Vector*>(tile.column_s);
+  const auto* const h_column = reinterpret_cast<const Vector*>(h_columns);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const auto* const gram = reinterpret_cast<const Vector*>(tile.gram_s + i * tile.stride);
+    auto* const K = reinterpret_cast<Vector*>(tile.K + i * tile.stride);
+    const Vector row_s = Vector{} + tile.row_s[i], weight = Vector{} + tile.h_row[i] * tile.row_s[i];
+    // alpha^2 could overflow, alpha G is at most 1
+    for (int64_t j = 0; j < tile.stride / static_cast<int64_t>(sizeof(Vector) / sizeof(T)); ++j)
+      K[j] -= gram[j] * row_s * weight + gram[j] * column_s[j] * (h_column[j] * column_s[j]);
+  }
+}
+
 double epilogue(const TileOperands<float>& tile, Kind kind) { return dispatch(tile, kind); }
 double epilogue(const TileOperands<double>& tile, Kind kind) { return dispatch(tile, kind); }
+double sum_of_squares(const float* row, int64_t stride) { return squares(row, stride); }
+double sum_of_squares(const double* row, int64_t stride) { return squares(row, stride); }
+void subtract_norm_terms(const TileOperands<float>& tile, const float* h) { norm_terms(tile, h); }
+void subtract_norm_terms(const TileOperands<double>& tile, const double* h) { norm_terms(tile, h); }
 
 }  // namespace srpkd::SRPKD_TARGET

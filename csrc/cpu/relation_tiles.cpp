@@ -9,7 +9,6 @@
 #include "relation_tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
@@ -23,12 +22,11 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <string>
 #include <thread>
 #include <vector>
 
 #include "../common/index.h"
-#include "epilogue.h"
+#include "kernels.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -89,25 +87,15 @@ Tensor gram(const Tensor& workspace, const Tensor& left, const Tensor& right, in
 }
 
 template <typename T>
-Epilogue<T> select_epilogue() {
-#if defined(SRPKD_HAS_AVX2)
-  const std::string capability = at::get_cpu_capability();  // respects ATEN_CPU_CAPABILITY
-  if (capability.rfind("AVX2", 0) == 0 || capability.rfind("AVX512", 0) == 0) return avx2::epilogue;
-#endif
-  return baseline::epilogue;
-}
-
-template <typename T>
 void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_student, const Tensor& alpha_teacher,
-         const Options& options, const Tensor& loss, const Tensor& U, const Tensor& h) {
+         const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const int64_t images = student.size(0), pixels = student.size(1);
-  const int64_t size =
-      options.tile > 0 ? round_up(options.tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
+  const int64_t size = tile > 0 ? round_up(tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
   const int64_t blocks = ceil_div(pixels, size), tiles = tile_count(blocks);
   const int64_t half = round_up(ceil_div(size, 2), LINE);
   const bool need_grad = U.defined();
   const auto type = student.options().dtype(c10::CppTypeToScalarType<T>::value);
-  const Epilogue<T> epilogue = select_epilogue<T>();
+  const Kernels<T>& kernels = select_kernels<T>();
 
   const std::vector<Tensor> q_s = student.unbind(0), q_t = teacher.unbind(0);  // (N, C) each
   const std::vector<Tensor> u = need_grad ? U.unbind(0) : std::vector<Tensor>{};
@@ -145,11 +133,12 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
     const auto alpha = [&](const Tensor& alpha, Block block) {
       return alpha.defined() ? alpha.const_data_ptr<T>() + image * alpha.size(1) + block.begin : nullptr;
     };
-    const double part = epilogue(
-        {i.size, stride, space.gram_s.template mutable_data_ptr<T>(), space.gram_t.template const_data_ptr<T>(),
-         alpha(alpha_s, i), alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j),
-         space.h[0].template mutable_data_ptr<T>(), space.h[1].template mutable_data_ptr<T>(), T(options.delta)},
-        {options.normalize, options.distance, need_grad, mirrored});
+    T* const gram_s = space.gram_s.template mutable_data_ptr<T>();  // overwritten with K
+    const double part = kernels.epilogue(
+        {i.size, stride, gram_s, space.gram_t.template const_data_ptr<T>(), gram_s, alpha(alpha_s, i),
+         alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j), space.h[0].template mutable_data_ptr<T>(),
+         space.h[1].template mutable_data_ptr<T>(), T(relation.delta), 0},
+        {relation.normalize, relation.distance, need_grad, mirrored});
     if (need_grad) {
       wait_for_turn();
       accumulate(image, i, K, s_j, space.h[0]);
@@ -218,9 +207,9 @@ int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t
 }
 
 void relation_tiles(const Tensor& student, const Tensor& teacher, const Tensor& alpha_s, const Tensor& alpha_t,
-                    const Options& options, const Tensor& loss, const Tensor& U, const Tensor& h) {
+                    const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const auto run_as = student.scalar_type() == at::kDouble ? run<double> : run<float>;
-  run_as(student, teacher, alpha_s, alpha_t, options, loss, U, h);
+  run_as(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
 }
 
 }  // namespace srpkd::cpu

@@ -1,107 +1,133 @@
-// srpkd::relation_tiles on an NVIDIA GPU: argument checks, memory layouts and the launch.
-#include <ATen/Context.h>
+// The operators on an NVIDIA GPU: srpkd::relation_loss_forward, the whole loss, and srpkd::relation_tiles, the tiles
+// alone.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <limits>
 #include <optional>
-#include <string>
+#include <string_view>
+#include <utility>
 
 #include "../common/arguments.h"
+#include "algebra/launch.h"
+#include "choose_kernel.h"
+#include "closed_form/launch.h"
+#include "inputs.h"
 #include "sm80/launch.h"
 
 namespace srpkd::cuda {
 namespace {
 
-using namespace sm80;
+cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels_adjacent, int u_channels,
+                         cudaStream_t stream) {
+  return sm80::with_precision(precision, [&](auto chosen) {
+    return sm80::launch<decltype(chosen)::value>(p, pixels_adjacent, u_channels, stream);
+  });
+}
 
-using at::Tensor;
+// --- the whole loss --------------------------------------------------------------------------------------------------
 
-// Returns the precision of float32 products that torch is set to.
-Precision float32_precision() {
-  try {
-    switch (at::globalContext().float32MatmulPrecision()) {
-      case at::Float32MatmulPrecision::HIGHEST:
-        return Precision::tf32x3;
-      case at::Float32MatmulPrecision::HIGH:
-        return Precision::tf32;
-      default:
-        return Precision::bf16;
-    }
-  } catch (const c10::Error&) {  // it was set per backend, with torch.backends.cuda.matmul.fp32_precision
-    const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-    return set == at::Float32Precision::TF32 ? Precision::tf32 : Precision::tf32x3;
+// T: the element type of the features.
+template <class T>
+void launch_loss(const LossPlan& plan, const LossArguments& a, cudaStream_t stream) {
+  C10_CUDA_CHECK(algebra::scales<T>(plan, a.pixels_adjacent, stream));
+  C10_CUDA_CHECK(launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, stream));
+  C10_CUDA_CHECK(algebra::gradient<T>(plan.weighted, plan.gradient, a.pixels_adjacent, plan.wide, stream));
+}
+
+// Returns the plan of a function of a workspace, and the memory of the workspace.
+template <class MakePlan>
+auto planned(const Tensor& like, MakePlan make_plan) {
+  Workspace size{nullptr};
+  make_plan(size);
+  Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
+  Workspace workspace{memory.mutable_data_ptr<char>()};
+  return std::make_pair(make_plan(workspace), std::move(memory));
+}
+
+LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teacher, std::string_view normalize,
+                                      std::string_view distance, double delta, double eps, std::string_view reduction,
+                                      std::string_view method, bool need_grad) {
+  LossArguments a{};
+  a.relation = {parse_normalize(normalize), parse_distance(distance), delta, eps};
+  a.reduction = parse_reduction(reduction), a.need_grad = need_grad;
+  const Method chosen = parse_method(method, a.relation.distance);
+  TORCH_CHECK_NOT_IMPLEMENTED(chosen == Method::tiles || a.relation.normalize != Normalize::row,
+                              "method=\"closed_form\" supports normalize=\"cosine\" or \"none\" on a GPU, received \"",
+                              normalize, "\": use method=\"tiles\", or backend='closed_form'");
+  check_features(student, teacher);
+  a.precision = precision_of(student.scalar_type());
+  const c10::cuda::CUDAGuard guard(student.device());
+  auto [loss, gradient] = empty_loss_and_gradient(student, a.reduction, need_grad);
+  if (!student.numel() || !teacher.numel()) return {loss.zero_(), gradient.zero_()};
+
+  Tensor q_s = student, q_t = teacher;
+  a.pixels_adjacent = unify_layouts(q_s, q_t);
+  Tensor tiles_s = q_s, tiles_t = q_t;
+  if (chosen == Method::tiles && student.scalar_type() == at::kFloat && a.precision == Precision::bf16) {
+    tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);
+    make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);
   }
-}
-
-bool adjacent(const Tensor& x, int64_t dim) { return x.stride(dim) == 1 || x.size(dim) == 1; }
-
-// Gives both tensors one of the two layouts that the kernels read, pixels adjacent or channels adjacent, and returns
-// whether pixels are adjacent. Copies neither if they already share one, else prefers the layout of the larger.
-bool unify_layouts(Tensor& student, Tensor& teacher) {
-  for (const int64_t dim : {2, 1})
-    if (adjacent(student, dim) && adjacent(teacher, dim)) return dim == 1;
-  const Tensor& larger = student.size(2) > teacher.size(2) ? student : teacher;
-  const Tensor& smaller = student.size(2) > teacher.size(2) ? teacher : student;
-  const bool pixels = !adjacent(larger, 2) && (adjacent(larger, 1) || adjacent(smaller, 1));
-  for (Tensor* x : {&student, &teacher})
-    if (!adjacent(*x, pixels ? 1 : 2)) *x = pixels ? x->mT().contiguous().mT() : x->contiguous();
-  return pixels;
-}
-
-Features features_of(const Tensor& x, const Tensor& alpha, bool pixels_adjacent) {
-  const auto stride = [&](int64_t dim) {
-    return x.size(dim) == 1 ? 0 : x.stride(dim);
-  };  // a stride along a dimension of size 1 is arbitrary
-  const int64_t image_stride = stride(0), line_stride = stride(pixels_adjacent ? 2 : 1);
-  return {x.const_data_ptr(),
-          alpha.defined() ? alpha.const_data_ptr<float>() : nullptr,
-          image_stride,
-          line_stride,
-          static_cast<int>(x.size(2)),
-          copy_bytes(x.const_data_ptr(), image_stride, line_stride, static_cast<int>(x.element_size()))};
-}
-
-Device device_of(c10::DeviceIndex index) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
-    return value;
+  a.features[0] = features_of(q_t, {}, a.pixels_adjacent), a.features[1] = features_of(q_s, {}, a.pixels_adjacent);
+  a.tile_features[0] = features_of(tiles_t, {}, a.pixels_adjacent);
+  a.tile_features[1] = features_of(tiles_s, {}, a.pixels_adjacent);
+  a.element_bytes = static_cast<int>(student.element_size());
+  a.images = static_cast<int>(student.size(0)), a.pixels = static_cast<int>(student.size(1));
+  a.loss = loss.mutable_data_ptr<float>();
+  if (need_grad) {
+    a.gradient = gradient.mutable_data_ptr();
+    for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
+  }
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const auto with_element = [&](auto launch) {
+    if (student.scalar_type() == at::kBFloat16) return launch(BFloat16{});
+    if (student.scalar_type() == at::kHalf) return launch(Half{});
+    return launch(0.f);
   };
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  TORCH_CHECK_NOT_IMPLEMENTED(major >= 8,
-                              "the native backend needs a GPU of compute capability 8.0 or newer, received ", major,
-                              ".", attribute(cudaDevAttrComputeCapabilityMinor), ": use backend='blocked'");
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+  if (chosen == Method::closed_form) {
+    const int multiprocessors = device_of(student.get_device()).multiprocessors;
+    const auto plan_in = [&](Workspace& workspace) { return closed_form::make_plan(a, multiprocessors, workspace); };
+    const auto planned_loss = planned(student, plan_in);
+    const closed_form::Plan& plan = planned_loss.first;
+    check_grid(student, plan.largest_grid);
+    with_element(
+        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream)); });
+    return {loss, gradient};
+  }
+  choose_kernel(a);  // today always sm80
+
+  const sm80::Device device = device_of(student.get_device());
+  const auto plan_in = [&](Workspace& workspace) { return make_plan(a, device, workspace); };
+  const auto planned_loss = planned(student, plan_in);
+  const LossPlan& plan = planned_loss.first;
+  check_grid(student, plan.largest_grid);
+  with_element([&](auto element) { launch_loss<decltype(element)>(plan, a, stream); });
+  return {loss, gradient};
 }
 
-Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
-                            const std::optional<Tensor>& alpha_t, const std::string& normalize,
-                            const std::string& distance, double delta, bool need_grad, int64_t) {
+// --- the tiles alone -------------------------------------------------------------------------------------------------
+
+Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
+                       const std::optional<Tensor>& alpha_t, std::string_view normalize, std::string_view distance,
+                       double delta, bool need_grad, int64_t) {
   const Normalize kind = parse_normalize(normalize);
-  Params p{};
+  sm80::Params p{};
   p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
   p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine;
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
-  TORCH_CHECK_NOT_IMPLEMENTED(student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16 ||
-                                  student.scalar_type() == at::kHalf,
-                              "the native backend supports float32, bfloat16 and float16 features on a GPU, received ",
-                              student.scalar_type(), ": use backend='blocked'");
+  const Precision precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   if (!student.numel() || !teacher.numel()) return zero_outputs(student, normalize, need_grad);
   const int64_t images = student.size(0), pixels = student.size(1), channels = student.size(2);
   const bool need_h = need_grad && kind != Normalize::none;
   const auto sums = student.options().dtype(at::kFloat), double_sums = student.options().dtype(at::kDouble);
 
-  Precision precision = student.scalar_type() == at::kHalf ? Precision::fp16 : Precision::bf16;
-  if (student.scalar_type() == at::kFloat) precision = float32_precision();
   Tensor q_s = student, q_t = teacher;
   if (precision == Precision::bf16) q_s = q_s.to(at::kBFloat16), q_t = q_t.to(at::kBFloat16);
   const bool pixels_adjacent = unify_layouts(q_s, q_t);
@@ -113,9 +139,8 @@ Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const 
   p.features[0] = features_of(q_t, scale_t, pixels_adjacent);
   p.features[1] = features_of(q_s, scale_s, pixels_adjacent);
   p.images = static_cast<int>(images), p.pixels = static_cast<int>(pixels);
-  const int u_channels = plan(p, precision, need_grad, device_of(student.get_device()));
-  TORCH_CHECK_VALUE(pixels <= (1 << 30) && images * p.blocks * p.channel_splits <= std::numeric_limits<int>::max(),
-                    "expected features that fit into one launch, received ", student.sizes(), ": split the batch");
+  const int u_channels = sm80::plan(p, precision, need_grad, device_of(student.get_device()));
+  check_grid(student, images * p.blocks * p.channel_splits);
 
   const bool split = p.splits > 1;
   Tensor U = need_grad ? at::empty_like(student, sums) : at::empty({0}, sums), U_of_splits = U;
@@ -131,10 +156,7 @@ Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const 
     p.U = U_of_splits.mutable_data_ptr<float>();
     for (int i = split ? 0 : 1; i < 4; ++i) p.U_strides[i] = U_of_splits.stride(split ? i : i - 1);
   }
-
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(with_precision(
-      precision, [&](auto chosen) { return launch<decltype(chosen)::value>(p, pixels_adjacent, u_channels, stream); }));
+  C10_CUDA_CHECK(launch_tiles(p, precision, pixels_adjacent, u_channels, c10::cuda::getCurrentCUDAStream()));
 
   if (split && need_grad) at::sum_out(U, U_of_splits, 0);
   if (split && need_h) at::sum_out(h, h_of_splits, 0);
@@ -143,6 +165,9 @@ Outputs relation_tiles_cuda(const Tensor& student, const Tensor& teacher, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(srpkd, CUDA, m) { m.impl("relation_tiles", relation_tiles_cuda); }
+TORCH_LIBRARY_IMPL(srpkd, CUDA, m) {
+  m.impl("relation_loss_forward", relation_loss_forward);
+  m.impl("relation_tiles", relation_tiles);
+}
 
 }  // namespace srpkd::cuda

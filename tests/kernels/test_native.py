@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import NARROW, STRIDES, assert_equal_to_reference, cases, error, features, value_and_gradient
+from helpers import NARROW, STRIDES, assert_equal, assert_equal_to_reference, cases, error, features, value_and_gradient
 from torch import Tensor
 
 from srpkd import relation_loss
@@ -45,6 +45,15 @@ def tiles(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool 
     return native.relation_tiles(student, teacher, scales, relation, need_grad)
 
 
+def through_tiles(student: Tensor, teacher: Tensor, relation: Relation, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Each image's loss and gradient from the primitive and the formulas in Python, for tiles of any size."""
+    scales = formulas.scales_of(student, teacher, relation, formulas.accumulator(student.dtype))
+    sums = native.relation_tiles(student, teacher, scales, relation, True)
+    gradient = formulas.gradient_of(student, sums, scales, relation)
+    loss = (sums.loss / student.shape[1] ** 2).to(formulas.accumulator(student.dtype))
+    return loss, (gradient * upstream).to(student.dtype)
+
+
 def assert_same_bits(one: TileSums, other: TileSums) -> None:
     for ours, theirs in zip(one, other, strict=True):
         assert ours is theirs is None or torch.equal(ours, theirs)
@@ -61,10 +70,11 @@ def test_tiles_of_any_size(
     """Complete and incomplete last tiles, one tile and many, even and odd numbers of blocks."""
     monkeypatch.setattr(native, "TILE", tile)
     student, teacher = features(relation, pixels=pixels)
-    assert_equal_to_reference(student, teacher, relation, backend)
+    assert_equal(through_tiles(student, teacher, relation), value_and_gradient(student, teacher, relation, "reference"))
     student[:, 5], teacher[:, 17] = 0, 0  # zero-norm pixels, on and off the diagonal
     student[:, 16:32] = 0
-    assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+    expected = value_and_gradient(student, teacher, relation, "reference")
+    assert_equal(through_tiles(student, teacher, relation), expected, slack=10)
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -77,9 +87,11 @@ def test_any_strides_in_tiles(
     monkeypatch.setattr(native, "TILE", 16)
     relation = Relation(normalize, "l1")
     student, teacher = (x.mT.unflatten(2, (7, 5)).contiguous() for x in features(relation, dtype=dtype))
-    expected = value_and_gradient(student, teacher, relation, "native", layout="nchw")
     view = STRIDES[strides]
-    actual = value_and_gradient(view(student), view(teacher), relation, "native", layout="nchw")
+    expected, actual = (
+        through_tiles(*(x.flatten(2).mT for x in pair), relation)
+        for pair in ((student, teacher), (view(student), view(teacher)))
+    )
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
     assert error(actual[0], expected[0]) <= tolerance
     assert error(actual[1], expected[1]) <= (torch.finfo(dtype).eps if dtype.itemsize == 2 else tolerance)
@@ -96,10 +108,13 @@ def test_error_over_many_tiles(
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     upstream = 2.0**14 if dtype == torch.float16 else 1.0
     eager = value_and_gradient(student, teacher, relation, "reference", upstream)
-    loss, gradient = value_and_gradient(student, teacher, relation, backend, upstream)
-    floor = torch.finfo(torch.float32).eps
-    assert error(loss, exact[0]) <= 3 * error(eager[0], exact[0]) + 4 * floor
-    assert error(gradient / upstream, exact[1]) <= 3 * error(eager[1] / upstream, exact[1]) + floor
+    for loss, gradient in (
+        through_tiles(student, teacher, relation, upstream),
+        value_and_gradient(student, teacher, relation, backend, upstream),
+    ):
+        floor = torch.finfo(torch.float32).eps
+        assert error(loss, exact[0]) <= 3 * error(eager[0], exact[0]) + 4 * floor
+        assert error(gradient / upstream, exact[1]) <= 3 * error(eager[1] / upstream, exact[1]) + floor
 
 
 @every_case
@@ -113,6 +128,57 @@ def test_loss_without_gradient_is_bit_identical(
         assert without.U is None
         assert without.h is None
         assert torch.equal(without.loss, tiles(*pair, relation).loss)
+
+
+# --- the whole loss -------------------------------------------------------------------------------------------------
+
+# up to 1024 pixels from whole matrices in blocks of 64 rows, beyond from tiles
+PIXELS = [1, 15, 64, 65, 200, 1024, 1100]
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
+@every_case
+def test_whole_loss(backend: str, relation: Relation, pixels: int) -> None:
+    student, teacher = features(None, batch=2, pixels=pixels, channels=(3, 4))
+    student[:, pixels // 2], teacher[:, pixels // 3] = 0, 0
+    assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("pixels", [40, 1100])
+def test_reductions_of_the_operator(pixels: int, reduction: str) -> None:
+    student, teacher = features(None, batch=3, pixels=pixels)
+    forward = torch.ops.srpkd.relation_loss_forward
+    loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, reduction, "tiles", True)
+    expected_loss, expected = forward(student, teacher, "row", "l1", 1.0, 1e-12, "none", "tiles", True)
+    of_batch = {"mean": expected_loss.mean(), "sum": expected_loss.sum(), "none": expected_loss}
+    torch.testing.assert_close(loss, of_batch[reduction], rtol=1e-14, atol=0)
+    assert error(gradient, expected / 3 if reduction == "mean" else expected) <= 1e-14
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e17])
+@pytest.mark.parametrize("pixels", [40, 1100])
+def test_features_of_any_magnitude(pixels: int, scale: float) -> None:
+    """Squares of row norms would overflow or underflow in float32."""
+    student, teacher = features(None, batch=1, pixels=pixels, dtype=torch.float32)
+    relation = Relation("row", "l2", eps=0.0)
+    expected = value_and_gradient(student, teacher, relation, "native")
+    loss, gradient = value_and_gradient(student * scale, teacher * scale, relation, "native")
+    assert error(loss, expected[0]) <= 1e-5
+    assert error(gradient * scale, expected[1]) <= 1e-5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("pixels", [700, 1100])
+def test_whole_loss_with_several_threads(pixels: int, batch: int, count: int) -> None:
+    student, teacher = features(None, batch=batch, pixels=pixels, channels=(16, 24), dtype=torch.float32)
+    expected = value_and_gradient(student, teacher, ROW_L1, "native")
+    torch.set_num_threads(count)
+    first, second = (value_and_gradient(student, teacher, ROW_L1, "native") for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert error(first[0], expected[0]) <= 1e-6
+    assert error(first[1], expected[1]) <= 1e-3  # signs near ties
 
 
 # --- determinism ----------------------------------------------------------------------------------------------------

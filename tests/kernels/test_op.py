@@ -1,4 +1,4 @@
-"""The operator under opcheck, torch.compile, autocast and unusual backward passes."""
+"""The operators in C++ and in Python under opcheck, torch.compile, autocast and unusual backward passes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import FAST, distances, error
+from helpers import distances, error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import op
+from srpkd.kernels import native, unavailable_reason
 from srpkd.kernels.op import relation_loss_backward_op, relation_loss_op
 
 HALVES = [torch.bfloat16, torch.float16]
-# in eager mode one backend of each kind is enough: the operator does not depend on the backend
 ROW_L1 = {"normalize": "row", "distance": "l1"}
-CPU_BACKENDS = ["blocked", "closed_form"]
+# in eager mode one backend of each kind is enough: the Python operator does not depend on the backend, and "native" is
+# the C++ operator
+CPU_BACKENDS = [
+    name for name in ("blocked", "closed_form", "native") if unavailable_reason(name, torch.device("cpu")) is None
+]
+needs_native = pytest.mark.skipif("native" not in CPU_BACKENDS, reason="native cannot be built")
+operators = pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "closed_form"])
 
 
 def images(
@@ -51,7 +57,7 @@ def fresh_compiler() -> Iterator[None]:
         ("closed_form", "cosine", "l2", torch.bfloat16),
     ],
 )
-def test_opcheck(backend: str, normalize: str, distance: str, dtype: torch.dtype) -> None:
+def test_opcheck_of_python(backend: str, normalize: str, distance: str, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 4, 9, dtype=dtype).mT
     for need_grad in (True, False):
         inputs = student.clone().requires_grad_(need_grad), teacher, normalize, distance, 0.5, 1e-12, backend, need_grad
@@ -59,33 +65,161 @@ def test_opcheck(backend: str, normalize: str, distance: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck_backward(dtype: torch.dtype) -> None:
+def test_opcheck_backward_of_python(dtype: torch.dtype) -> None:
     for upstream in (torch.rand(2), torch.ones(()).expand(2)):
         torch.library.opcheck(relation_loss_backward_op, (torch.randn(2, 3, 9).mT, upstream, dtype))
+
+
+def cpp(name: str) -> torch._ops.OpOverload:
+    """An operator of the extension."""
+    native.extension()
+    return getattr(torch.ops.srpkd, name).default
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((2, 3, 4, 4), "nchw"), ((2, 4, 4, 3), "nhwc"), ((2, 9, 3), "nlc"), ((3, 4, 4), "nchw"), ((9, 3), "nlc")],
+    ids=str,
+)
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_opcheck(shape: tuple[int, ...], layout: str, scope: str) -> None:
+    for reduction, need_grad, dtype in (("mean", True, torch.float32), ("none", False, torch.float16)):
+        student, teacher = torch.randn(shape).to(dtype).requires_grad_(need_grad), torch.randn(shape).to(dtype)
+        inputs = student, teacher, "row", "l1", 1.0, 1e-12, reduction, layout, scope, "tiles"
+        torch.library.opcheck(cpp("relation_loss"), inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_opcheck_forward(dtype: torch.dtype, need_grad: bool) -> None:
+    student, teacher = torch.randn(2, 9, 3).to(dtype), torch.randn(2, 4, 9).to(dtype).mT
+    for reduction in ("mean", "sum", "none"):
+        inputs = student, teacher, "cosine", "huber", 0.5, 1e-12, reduction, "tiles", need_grad
+        torch.library.opcheck(cpp("relation_loss_forward"), inputs)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_backward(dtype: torch.dtype) -> None:
+    for upstream in (torch.rand(2), torch.ones(()).expand(2), torch.rand(())):
+        torch.library.opcheck(cpp("relation_loss_backward"), (torch.randn(2, 3, 9).mT, upstream, dtype))
+
+
+MAP = torch.ones(2, 3, 4, 4)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({0: MAP[0]}, ValueError, "expected features of 4 or 3 dimensions with layout"),
+        ({0: MAP[0, 0], 1: MAP[0, 0]}, ValueError, "expected features of 4 or 3 dimensions with layout"),
+        ({1: MAP[:1]}, ValueError, r"expected student \(B, N, C_s\) and teacher \(B, N, C_t\)"),
+        ({1: MAP[..., :3]}, ValueError, r"expected student \(B, N, C_s\)"),
+        ({1: MAP.to("meta")}, ValueError, "on one device, received cpu and meta"),
+        ({0: MAP.long(), 1: MAP.long()}, TypeError, "one floating-point dtype, received Long"),
+        ({2: "rows"}, ValueError, 'expected normalize="row", "cosine" or "none", received "rows"'),
+        ({3: "l3"}, ValueError, 'expected distance="l1", "l2" or "huber", received "l3"'),
+        ({6: "max"}, ValueError, 'expected reduction="mean", "sum" or "none", received "max"'),
+        ({7: "chw"}, ValueError, 'expected layout="nchw", "nhwc" or "nlc", received "chw"'),
+        ({8: "global"}, ValueError, 'expected scope="image" or "batch", received "global"'),
+        ({9: "tile"}, ValueError, 'expected method="tiles" or "closed_form", received "tile"'),
+        ({9: "closed_form"}, ValueError, 'supports distance="l2" only'),
+        ({9: "closed_form", 3: "l2"}, NotImplementedError, 'not implemented for the CPU: use method="tiles"'),
+    ],
+    ids=lambda value: None,
+)
+def test_operator_checks_its_arguments(change: dict, kind: type, message: str) -> None:
+    arguments = MAP, MAP, "row", "l1", 1.0, 1e-12, "mean", "nchw", "image", "tiles"
+    changed = [change.get(index, value) for index, value in enumerate(arguments)]
+    with pytest.raises(kind, match=message):
+        cpp("relation_loss")(*changed)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the operators that run, and whether those of this package compute a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.need_grad: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        if func.name() in ("srpkd::relation_loss_forward", "srpkd::python_relation_loss"):
+            self.need_grad.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nlc"])
+def test_eager_call_is_one_operator_in_cpp(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside views, forward and backward are one operator each, and none of them is in Python."""
+    monkeypatch.setattr("srpkd.loss.relation_loss_op", lambda *_: pytest.fail("an operator in Python"))
+    student, teacher = images()
+    if layout != "nchw":
+        student, teacher = (x.detach().permute(0, 2, 3, 1) for x in (student, teacher))
+    if layout == "nlc":
+        student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
+    loss_fn = SRPLoss(**ROW_L1, layout=layout, backend="native")
+    loss_fn(student, teacher)
+    student.requires_grad_()
+    with Recorder() as recorder:
+        torch.autograd.grad(loss_fn(student, teacher), student)
+    views = {"aten::view", "aten::flatten.using_ints", "aten::transpose.int", "aten::detach"}
+    assert [name for name in recorder.names if name not in views] == [
+        "srpkd::relation_loss_forward",
+        "aten::ones_like",  # the upstream gradient
+        "srpkd::relation_loss_backward",
+    ]
+
+
+@needs_native
+def test_forward_mode_raises() -> None:
+    """Without a formula for it, the tangent would be lost."""
+    student, teacher = images()
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation: use backend='reference'"):
+        torch.func.jvp(lambda x: relation_loss(x, teacher, backend="native"), (student,), (student,))
+
+
+@needs_native
+def test_gradients_in_batches() -> None:
+    """Several upstream gradients at once, by vmap over the backward pass."""
+    student, teacher = images(batch=3)
+    loss = relation_loss(student, teacher, reduction="none", backend="native", **ROW_L1)
+    (batched,) = torch.autograd.grad(loss, student, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for image in range(3):
+        assert torch.equal(batched[image], torch.autograd.grad(loss[image], student, retain_graph=True)[0])
+
+
+@needs_native
+def test_vmap() -> None:
+    student, teacher = (x.detach() for x in images(batch=3))
+    losses = torch.vmap(lambda s, t: relation_loss(s, t, backend="native", **ROW_L1))(student, teacher)
+    assert torch.equal(losses, relation_loss(student, teacher, reduction="none", backend="native", **ROW_L1))
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
-def test_gradient_is_computed_only_if_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed, original = [], op.compute_loss
-
-    def spy(*arguments: object) -> tuple[Tensor, Tensor | None]:
-        needed.append(arguments[-1])
-        return original(*arguments)
-
-    monkeypatch.setattr(op, "compute_loss", spy)
+@operators
+def test_gradient_is_computed_only_if_needed(backend: str) -> None:
     student, teacher = images()
-    with_gradient = relation_loss(student, teacher, **ROW_L1)
-    with torch.no_grad():
-        without = relation_loss(student, teacher, **ROW_L1)
-    detached = relation_loss(student.detach(), teacher, **ROW_L1)
-    assert needed == [True, False, False]
+    with Recorder() as recorder:
+        with_gradient = relation_loss(student, teacher, backend=backend, **ROW_L1)
+        with torch.no_grad():
+            without = relation_loss(student, teacher, backend=backend, **ROW_L1)
+        detached = relation_loss(student.detach(), teacher, backend=backend, **ROW_L1)
+    assert recorder.need_grad == [True, False, False]
     assert with_gradient.requires_grad
     assert not without.requires_grad
     assert not detached.requires_grad
     assert torch.equal(with_gradient, without)
     assert torch.equal(with_gradient, detached)
+    with torch.inference_mode():
+        assert torch.equal(relation_loss(student, teacher, backend=backend, **ROW_L1), without)
 
 
 def test_no_gradient_is_returned_unless_needed() -> None:
@@ -107,11 +241,12 @@ def test_backward_twice(backend: str) -> None:
         torch.autograd.grad(loss, student)
 
 
+@operators
 @pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0])
-def test_expanded_upstream_gradient(upstream: float) -> None:
+def test_expanded_upstream_gradient(upstream: float, backend: str) -> None:
     """An upstream gradient with stride 0, as from ``.sum()`` and ``.mean()``."""
     student, teacher = images(batch=3)
-    loss = relation_loss(student, teacher, reduction="none", **ROW_L1)
+    loss = relation_loss(student, teacher, reduction="none", backend=backend, **ROW_L1)
     expanded, full = torch.tensor(upstream).expand(3), torch.full((3,), upstream)
     gradients = [torch.autograd.grad(loss, student, each, retain_graph=True)[0] for each in (expanded, full)]
     assert torch.equal(*gradients)
@@ -119,18 +254,20 @@ def test_expanded_upstream_gradient(upstream: float) -> None:
     assert torch.equal(torch.autograd.grad(loss, student, strided)[0], gradients[0])
 
 
-def test_upstream_gradient_of_each_image() -> None:
+@operators
+def test_upstream_gradient_of_each_image(backend: str) -> None:
     student, teacher = images(batch=3)
-    loss = relation_loss(student, teacher, reduction="none", **ROW_L1)
+    loss = relation_loss(student, teacher, reduction="none", backend=backend, **ROW_L1)
     upstream = torch.tensor([0.0, 1.0, -4.0])
     (weighted,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
     (plain,) = torch.autograd.grad(loss, student, torch.ones(3))
     torch.testing.assert_close(weighted, plain * upstream.view(-1, 1, 1, 1))
 
 
-def test_double_backward() -> None:
+@operators
+def test_double_backward(backend: str) -> None:
     student, teacher = images(dtype=torch.float64)
-    student_loss = relation_loss(student, teacher, normalize="row", distance="l2")
+    student_loss = relation_loss(student, teacher, normalize="row", distance="l2", backend=backend)
     (gradient,) = torch.autograd.grad(student_loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not support double backward.*backend='reference'"):
         torch.autograd.grad(gradient.square().sum(), student)
@@ -155,7 +292,7 @@ def test_loss_scaling_saves_float16() -> None:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
-@pytest.mark.parametrize("backend", [name for name in FAST if name in CPU_BACKENDS])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradient_has_the_strides_of_the_student(
     backend: str, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
@@ -220,8 +357,13 @@ def compiled_equals_eager(loss_fn: Callable[[Tensor, Tensor], Tensor], compiler:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "loss_fn",
-    [SRPLoss(**ROW_L1), SRPLoss(reduction="none"), SRPLoss(**ROW_L1, backend="reference")],
-    ids=["row-l1", "cosine-l2", "reference"],
+    [
+        SRPLoss(**ROW_L1),
+        SRPLoss(reduction="none"),
+        SRPLoss(**ROW_L1, backend="reference"),
+        pytest.param(SRPLoss(**ROW_L1, backend="native"), marks=needs_native),
+    ],
+    ids=["row-l1", "cosine-l2", "reference", "native"],
 )
 def test_compiled_graph(loss_fn: SRPLoss) -> None:
     compiled_equals_eager(loss_fn, "aot_eager")
@@ -251,9 +393,21 @@ def test_compiled_for_dynamic_shapes() -> None:
     for batch, size in ((2, 6), (3, 9), (5, 4)):
         student, teacher = images(batch, size=size)
         loss, expected = compiled(student, teacher), SRPLoss(**ROW_L1)(student, teacher)
-        assert torch.equal(loss, expected)
-        assert torch.equal(*(torch.autograd.grad(each, student)[0] for each in (loss, expected)))
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(each, student)[0] for each in (loss, expected)))
     assert len(graphs) == 1
+
+
+@needs_native
+@pytest.mark.usefixtures("fresh_compiler")
+def test_operator_in_a_compiled_graph() -> None:
+    """The C++ operator can be traced, with its backward pass."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return cpp_relation_loss(student, teacher, "row", "l1", 1.0, 1e-12, "mean", "nchw", "image", "tiles")
+
+    cpp_relation_loss = cpp("relation_loss")
+    compiled_equals_eager(loss, "aot_eager")
 
 
 @pytest.mark.slow

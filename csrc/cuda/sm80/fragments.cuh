@@ -52,6 +52,10 @@ SRPKD_DEVICE void split_feature(uint32_t bits, uint32_t& first, uint32_t& second
     first = fabsf(value) <= FLT_MAX ? nearest_tf32(value) : bits;  // NaN stays NaN
 }
 
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
 // --- shared memory ---------------------------------------------------------------------------------------------------
 
 // Returns the offset in a panel of byte `byte` of line `line`. The 16-byte units of a line are permuted, differently in

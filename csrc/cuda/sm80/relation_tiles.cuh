@@ -20,10 +20,6 @@
 
 namespace srpkd::cuda::sm80 {
 
-struct alignas(16) Words {
-  uint32_t word[4];
-};
-
 SRPKD_DEVICE int clamped(int value, int limit) { return value < 0 ? 0 : minimum(value, limit); }
 
 // The work of one thread block.

@@ -153,6 +153,23 @@ void store_global(T* to, T value) {
   *to = value;
 }
 
+template <int WORDS>
+void load_words(uint32_t (&to)[WORDS], const void* from) {
+  emulation::machine->check_global(from, sizeof to, sizeof to, "read");
+  std::memcpy(to, from, sizeof to);
+}
+template <int WORDS>
+void store_words(void* to, const uint32_t (&from)[WORDS]) {
+  emulation::machine->check_global(to, sizeof from, sizeof from, "write");
+  std::memcpy(to, from, sizeof from);
+}
+inline void fence_device() {}
+inline int increment(int* counter) {
+  emulation::machine->check_global(counter, sizeof(int), alignof(int), "atomic addition");
+  emulation::machine->yield();
+  return (*counter)++;
+}
+
 template <int BYTES>
 void copy_async(Address to, const void* from, int valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
@@ -179,6 +196,14 @@ T shuffle_xor(T value, int lanes) {
   emulation::Shuffle<T> own{value, T{}, lanes};
   emulation::machine->collective(&emulation::shuffle_warp<T>, &own);
   return own.result;
+}
+
+inline uint32_t pack_bfloat16(float lower, float upper) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = as_bits(value);
+    return value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fffu;
+  };
+  return rounded(lower) | rounded(upper) << 16;
 }
 
 template <typename T, bool UPPER>

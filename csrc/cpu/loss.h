@@ -1,0 +1,17 @@
+// The whole relation loss on the CPU, which csrc/bindings.cpp registers as an operator.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <tuple>
+
+#include "../common/relation.h"
+
+namespace srpkd::cpu {
+
+// Takes raw features (B, N, C_s), (B, N, C_t) of one dtype and any strides. Returns the loss and the gradient of
+// srpkd::relation_loss_forward.
+std::tuple<at::Tensor, at::Tensor> relation_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                                 const Relation& relation, Reduction reduction, bool need_grad);
+
+}  // namespace srpkd::cpu

@@ -1,0 +1,69 @@
+// Launches the kernels around the relation tiles on a GPU. Each of the files kernels_*.cu instantiates one element
+// type, so that they compile in parallel, and only they need nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../loss_plan.h"
+
+#if defined(__CUDACC__)
+#include "sequence.cuh"
+#endif
+
+namespace srpkd::cuda::algebra {
+
+// T: BFloat16, Half or float, the element type of the features.
+template <class T>
+cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream);
+
+template <class T, class SumsOfTiles>
+cudaError_t gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
+                     const GradientArguments<SumsOfTiles>& gradient, bool pixels_adjacent, bool wide,
+                     cudaStream_t stream);
+
+#if defined(__CUDACC__)
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::MIN_BLOCKS)
+    run(const __grid_constant__ typename Kernel::Arguments arguments) {
+  Kernel(arguments).run();
+}
+
+// Starts kernels until the first error.
+struct Launch {
+  cudaStream_t stream;
+  cudaError_t error = cudaSuccess;
+
+  template <class Kernel>
+  void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return;
+    run<Kernel><<<dim3(x, y), Kernel::THREADS, bytes, stream>>>(arguments);
+    error = cudaGetLastError();
+  }
+};
+
+template <class T>
+cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream) {
+  Launch launch{stream};
+  if (pixels_adjacent)
+    launch_scales<T, true>(plan, launch);
+  else
+    launch_scales<T, false>(plan, launch);
+  return launch.error;
+}
+
+template <class T, class SumsOfTiles>
+cudaError_t gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
+                     const GradientArguments<SumsOfTiles>& gradient, bool pixels_adjacent, bool wide,
+                     cudaStream_t stream) {
+  Launch launch{stream};
+  if (pixels_adjacent)
+    launch_gradient<T, true>(weighted, gradient, wide, launch);
+  else
+    launch_gradient<T, false>(weighted, gradient, wide, launch);
+  return launch.error;
+}
+#endif
+
+}  // namespace srpkd::cuda::algebra

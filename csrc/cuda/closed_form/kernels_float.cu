@@ -1,0 +1,7 @@
+#include "launch.h"
+
+namespace srpkd::cuda::closed_form {
+
+template cudaError_t loss<float>(const Plan&, bool, cudaStream_t);
+
+}  // namespace srpkd::cuda::closed_form

@@ -1,0 +1,288 @@
+"""The gradient of the closed form, and the reduction of the partial losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formulas import Scales, gradient_dtype
+from ..primitives import dot, feature_terms, jit, load_tile, split_terms, store_tile, tl, triton
+from .moments import load_vector
+from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, OPTIONS
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def by_factor(
+    acc,
+    ptr,
+    factor_ptr,
+    alpha_ptr,
+    start_m,
+    start_c,
+    stride_n,
+    stride_c,
+    stride_term,
+    pixels,
+    channels,
+    channels_s,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return acc + alpha times features (BLOCK_M pixels) @ factor, for the columns of the factor from start_c on."""
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for start_k in range(0, channels, BLOCK_K):
+        features = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
+        a0, a1, a2 = split_terms(features, TERMS)
+        b0 = load_tile(factor_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        second_ptr = factor_ptr + stride_term
+        b1 = load_tile(second_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        third_ptr = second_ptr + stride_term
+        b2 = load_tile(third_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
+        part = dot(a0, b2, tl.zeros([BLOCK_M, BLOCK_C], tl.float32))
+        if TERMS > 2:
+            part = dot(a2, b0, part)
+        if TERMS > 1:
+            part = dot(a1, b1, part)
+            part = dot(a1, b0, part)
+        part = dot(a0, b1, part)
+        total += dot(a0, b0, part)
+    if SCALED:
+        total *= load_vector(alpha_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return acc + total
+
+
+@jit
+def gradient_block(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    start_m,
+    start_c,
+    stride_sn,
+    stride_sc,
+    stride_tn,
+    stride_tc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there."""
+    V = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    V = by_factor(
+        V,
+        student_ptr,
+        factors_ptr,
+        alpha_s_ptr,
+        start_m,
+        start_c,
+        stride_sn,
+        stride_sc,
+        stride_term,
+        pixels,
+        channels_s,
+        channels_s,
+        SCALED,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    V = by_factor(
+        V,
+        teacher_ptr,
+        factors_ptr + channels_s * channels_s,
+        alpha_t_ptr,
+        start_m,
+        start_c,
+        stride_tn,
+        stride_tc,
+        stride_term,
+        pixels,
+        channels_t,
+        channels_s,
+        SCALED,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
+    z = z.to(tl.float32)
+    if SCALED:
+        z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return V, z
+
+
+@jit
+def closed_form_gradient_kernel(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    partial_ptr,
+    loss_ptr,
+    gradient_ptr,
+    stride_sb,
+    stride_sn,
+    stride_sc,
+    stride_tb,
+    stride_tn,
+    stride_tc,
+    stride_gb,
+    stride_gn,
+    stride_gc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    partials,
+    weight,
+    SCALED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Compute dL/dQ of BLOCK_M pixels, and the loss of each image from its partial sums.
+
+    With several blocks of channels, V is computed twice: the first time for z . V.
+    """
+    row_blocks = tl.cdiv(pixels, BLOCK_M)
+    program = tl.program_id(0)
+    start_m = program % row_blocks * BLOCK_M
+    image = (program // row_blocks).to(tl.int64)
+    student_ptr += image * stride_sb
+    teacher_ptr += image * stride_tb
+    gradient_ptr += image * stride_gb
+    factors_ptr += image * (channels_s + channels_t) * channels_s
+    if SCALED:
+        alpha_s_ptr += image * pixels
+        alpha_t_ptr += image * pixels
+    along = tl.zeros([BLOCK_M], tl.float32)
+    if SCALED and not ONE_BLOCK:
+        for start_c in range(0, channels_s, BLOCK_C):
+            V, z = gradient_block(
+                student_ptr,
+                teacher_ptr,
+                factors_ptr,
+                alpha_s_ptr,
+                alpha_t_ptr,
+                start_m,
+                start_c,
+                stride_sn,
+                stride_sc,
+                stride_tn,
+                stride_tc,
+                stride_term,
+                pixels,
+                channels_s,
+                channels_t,
+                SCALED,
+                TERMS,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_C,
+            )
+            along += tl.sum(z * V, 1)
+    for start_c in range(0, channels_s, BLOCK_C):
+        V, z = gradient_block(
+            student_ptr,
+            teacher_ptr,
+            factors_ptr,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            start_m,
+            start_c,
+            stride_sn,
+            stride_sc,
+            stride_tn,
+            stride_tc,
+            stride_term,
+            pixels,
+            channels_s,
+            channels_t,
+            SCALED,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
+        if SCALED:
+            if ONE_BLOCK:
+                along = tl.sum(z * V, 1)
+            alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
+            V = (V - along[:, None] * z) * alpha[:, None]
+        V *= weight
+        store_tile(gradient_ptr, V, start_m, start_c, stride_gn, stride_gc, pixels, channels_s, BLOCK_M, BLOCK_C)
+
+    if start_m == 0:
+        loss = tl.zeros([BLOCK_P], tl.float64)
+        for start_p in range(0, partials, BLOCK_P):
+            loss += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_P)
+        loss = tl.sum(loss, 0)
+        # a sum of squares up to rounding; the comparison keeps NaN
+        tl.store(loss_ptr + image, (tl.where(loss < 0, 0.0, loss) * weight).to(tl.float32))
+
+
+# -- launchers -------------------------------------------------------------------------------------------------------
+
+
+def reduce_and_gradient(
+    student: Tensor, teacher: Tensor, scales: Scales, partials: Tensor, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the losses (B,), means over all pairs, and their gradients (B, N, C_s).
+
+    Args:
+        student, teacher: (B, N, C_s) and (B, N, C_t).
+        scales: alpha of both.
+        partials, factors: of ``losses_and_factors``.
+    """
+    batch, pixels, channels_s = student.shape
+    loss = student.new_empty(batch, dtype=torch.float32)
+    gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
+    # with more channels the accumulators and terms of float32 features do not fit into registers
+    block_c = min(64 if student.dtype == torch.float32 else 128, max(32, triton.next_power_of_2(channels_s)))
+    closed_form_gradient_kernel[(batch * triton.cdiv(pixels, BLOCK_PIXELS),)](
+        student,
+        teacher,
+        factors,
+        scales.student,
+        scales.teacher,
+        partials,
+        loss,
+        gradient,
+        *student.stride(),
+        *teacher.stride(),
+        *gradient.stride(),
+        factors.stride(0),
+        pixels,
+        channels_s,
+        teacher.shape[2],
+        partials.shape[1],
+        1 / pixels**2,
+        SCALED=scales.student is not None,
+        ONE_BLOCK=channels_s <= block_c,
+        TERMS=feature_terms(student.dtype),
+        BLOCK_M=BLOCK_PIXELS,
+        BLOCK_K=BLOCK_SUM,
+        BLOCK_C=block_c,
+        BLOCK_P=BLOCK_VECTOR,
+        **OPTIONS,
+    )
+    return loss, gradient

@@ -1,0 +1,330 @@
+"""The moments of both networks' features, as partial sums over ranges of pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formulas import Scales, matmul_precision
+from ..primitives import feature_terms, jit, load_tile, multiprocessors, product, store_tile, tl, triton
+from ..scales import store_symmetric
+from .options import BLOCK_CHANNELS, BLOCK_SUM, OPTIONS, SPLIT_PIXELS
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_vector(ptr, start_n, pixels, BLOCK_N: tl.constexpr):
+    """Load one number for each of BLOCK_N pixels; 0 outside the image."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    return tl.load(ptr + offs_n, mask=offs_n < pixels, other=0.0)
+
+
+@jit
+def weighted_moment_tile(
+    left_ptr,
+    right_ptr,
+    alpha_l_ptr,
+    alpha_r_ptr,
+    out_ptr,
+    tile,
+    first,
+    last,
+    stride_ln,
+    stride_lc,
+    stride_rn,
+    stride_rc,
+    pixels,
+    channels_l,
+    channels_r,
+    SYMMETRIC: tl.constexpr,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    TERMS_WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute one tile of the sum of left_n (alpha_l alpha_r)_n right_n^T over the pixels [first, last).
+
+    The weight is on one side, so that 16-bit features on the other are one or two exact terms.
+    """
+    blocks = tl.cdiv(channels_r, BLOCK_C)
+    start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
+    if not SYMMETRIC or start_i <= start_j:
+        total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        for start_n in range(first, last, BLOCK_N):
+            start_n = tl.multiple_of(start_n, BLOCK_N)
+            left = load_tile(left_ptr, start_n, start_i, stride_ln, stride_lc, pixels, channels_l, BLOCK_N, BLOCK_C)
+            right = load_tile(right_ptr, start_n, start_j, stride_rn, stride_rc, pixels, channels_r, BLOCK_N, BLOCK_C)
+            if SCALED:
+                weights = load_vector(alpha_l_ptr, start_n, pixels, BLOCK_N)
+                weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)
+                right = right.to(tl.float32) * weights[:, None]
+            zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+            total += product(tl.trans(left), right, zero, TERMS, TERMS_WEIGHTED)
+        if SYMMETRIC:
+            store_symmetric(out_ptr, total, start_i, start_j, channels_l, BLOCK_C)
+        else:
+            store_tile(out_ptr, total, start_i, start_j, channels_r, 1, channels_l, channels_r, BLOCK_C, BLOCK_C)
+
+
+@jit
+def load_combined(
+    student_ptr,
+    teacher_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    sign,
+    start_n,
+    start_c,
+    stride_sn,
+    stride_sc,
+    stride_tn,
+    stride_tc,
+    pixels,
+    channels,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Load z + sign * y of BLOCK_N pixels: f for sign = 1, e for sign = -1."""
+    z = load_tile(student_ptr, start_n, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
+    y = load_tile(teacher_ptr, start_n, start_c, stride_tn, stride_tc, pixels, channels, BLOCK_N, BLOCK_C)
+    z, y = z.to(tl.float32), y.to(tl.float32)
+    if SCALED:
+        z *= load_vector(alpha_s_ptr, start_n, pixels, BLOCK_N)[:, None]
+        y *= load_vector(alpha_t_ptr, start_n, pixels, BLOCK_N)[:, None]
+    return z + sign * y
+
+
+@jit
+def moments_kernel(
+    student_ptr,
+    teacher_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    moments_ptr,
+    stride_sb,
+    stride_sn,
+    stride_sc,
+    stride_tb,
+    stride_tn,
+    stride_tc,
+    pixels,
+    channels_s,
+    channels_t,
+    splits,
+    split_pixels,
+    DIFFERENCE: tl.constexpr,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    TERMS_WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute partial sums of the three moments, (B, splits, C_s^2 + C_s C_t + C_t^2).
+
+    They are M_ss, M_st, M_tt, or with DIFFERENCE S_ff, S_fe, S_ee. A program computes one tile over ``split_pixels``
+    pixels.
+    """
+    blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK_C), tl.cdiv(channels_t, BLOCK_C)
+    tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
+    tiles = tiles_ss + tiles_st + blocks_t * blocks_t
+    program = tl.program_id(0)
+    tile = program % tiles
+    part = program // tiles
+    first = part % splits * split_pixels
+    last = tl.minimum(first + split_pixels, pixels)
+    image = (part // splits).to(tl.int64)
+    student_ptr += image * stride_sb
+    teacher_ptr += image * stride_tb
+    if SCALED:
+        alpha_s_ptr += image * pixels
+        alpha_t_ptr += image * pixels
+    size_ss, size_st = channels_s * channels_s, channels_s * channels_t
+    moments_ptr += part.to(tl.int64) * (size_ss + size_st + channels_t * channels_t)
+    if DIFFERENCE:
+        matrix = tile // tiles_ss
+        sign_l = tl.where(matrix == 2, -1.0, 1.0)
+        sign_r = tl.where(matrix == 0, 1.0, -1.0)
+        tile = tile % tiles_ss
+        start_i, start_j = tile // blocks_s * BLOCK_C, tile % blocks_s * BLOCK_C
+        if matrix == 1 or start_i <= start_j:
+            total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+            for start_n in range(first, last, BLOCK_N):
+                start_n = tl.multiple_of(start_n, BLOCK_N)
+                left = load_combined(
+                    student_ptr,
+                    teacher_ptr,
+                    alpha_s_ptr,
+                    alpha_t_ptr,
+                    sign_l,
+                    start_n,
+                    start_i,
+                    stride_sn,
+                    stride_sc,
+                    stride_tn,
+                    stride_tc,
+                    pixels,
+                    channels_s,
+                    SCALED,
+                    BLOCK_N,
+                    BLOCK_C,
+                )
+                right = load_combined(
+                    student_ptr,
+                    teacher_ptr,
+                    alpha_s_ptr,
+                    alpha_t_ptr,
+                    sign_r,
+                    start_n,
+                    start_j,
+                    stride_sn,
+                    stride_sc,
+                    stride_tn,
+                    stride_tc,
+                    pixels,
+                    channels_s,
+                    SCALED,
+                    BLOCK_N,
+                    BLOCK_C,
+                )
+                zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+                total += product(tl.trans(left), right, zero, TERMS_WEIGHTED, TERMS_WEIGHTED)
+            moments_ptr += matrix * size_ss
+            store_tile(moments_ptr, total, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK_C, BLOCK_C)
+            if matrix != 1 and start_i < start_j:
+                total = tl.trans(total)
+                store_tile(
+                    moments_ptr, total, start_j, start_i, channels_s, 1, channels_s, channels_s, BLOCK_C, BLOCK_C
+                )
+    elif tile < tiles_ss:
+        weighted_moment_tile(
+            student_ptr,
+            student_ptr,
+            alpha_s_ptr,
+            alpha_s_ptr,
+            moments_ptr,
+            tile,
+            first,
+            last,
+            stride_sn,
+            stride_sc,
+            stride_sn,
+            stride_sc,
+            pixels,
+            channels_s,
+            channels_s,
+            True,
+            SCALED,
+            TERMS,
+            TERMS_WEIGHTED,
+            BLOCK_N,
+            BLOCK_C,
+        )
+    elif tile < tiles_ss + tiles_st:
+        weighted_moment_tile(
+            student_ptr,
+            teacher_ptr,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            moments_ptr + size_ss,
+            tile - tiles_ss,
+            first,
+            last,
+            stride_sn,
+            stride_sc,
+            stride_tn,
+            stride_tc,
+            pixels,
+            channels_s,
+            channels_t,
+            False,
+            SCALED,
+            TERMS,
+            TERMS_WEIGHTED,
+            BLOCK_N,
+            BLOCK_C,
+        )
+    else:
+        weighted_moment_tile(
+            teacher_ptr,
+            teacher_ptr,
+            alpha_t_ptr,
+            alpha_t_ptr,
+            moments_ptr + size_ss + size_st,
+            tile - tiles_ss - tiles_st,
+            first,
+            last,
+            stride_tn,
+            stride_tc,
+            stride_tn,
+            stride_tc,
+            pixels,
+            channels_t,
+            channels_t,
+            True,
+            SCALED,
+            TERMS,
+            TERMS_WEIGHTED,
+            BLOCK_N,
+            BLOCK_C,
+        )
+
+
+# -- launchers -------------------------------------------------------------------------------------------------------
+
+
+def term_counts(dtype: torch.dtype, float32_factor: bool) -> tuple[int, int]:
+    """Return the numbers of bfloat16 terms of the left and the right factor of a moment.
+
+    16-bit features are exact. Weights and sums of features are float32 numbers, and so is the right factor then.
+    """
+    if dtype == torch.float32:
+        terms = {"highest": 3, "high": 2, "medium": 1}[matmul_precision()]
+        return terms, terms
+    terms = feature_terms(dtype)
+    # with (2, 2) terms, product() leaves out the smallest product, which float16 needs
+    return terms, 3 if float32_factor or terms == 2 else terms
+
+
+def split_count(tiles: int, pixels: int, device: torch.device) -> tuple[int, int]:
+    """Return into how many parts the pixels are split, and the pixels of a part, at most SPLIT_PIXELS."""
+    wanted = max(4 * multiprocessors(device) // tiles, triton.cdiv(pixels, SPLIT_PIXELS), 1)
+    split_pixels = triton.cdiv(triton.cdiv(pixels, wanted), BLOCK_SUM) * BLOCK_SUM
+    return triton.cdiv(pixels, split_pixels), split_pixels
+
+
+def moments_of(student: Tensor, teacher: Tensor, scales: Scales) -> Tensor:
+    """Return partial sums of the moments, (B, splits, C_s^2 + C_s C_t + C_t^2): see ``moments_kernel``."""
+    batch, pixels, channels_s = student.shape
+    channels_t = teacher.shape[2]
+    blocks_s, blocks_t = (triton.cdiv(channels, BLOCK_CHANNELS) for channels in (channels_s, channels_t))
+    tiles = blocks_s**2 + blocks_s * blocks_t + blocks_t**2
+    splits, split_pixels = split_count(batch * tiles, pixels, student.device)
+    size = channels_s**2 + channels_s * channels_t + channels_t**2
+    moments = student.new_empty((batch, splits, size), dtype=torch.float32)
+    difference, scaled = channels_s == channels_t, scales.student is not None
+    terms, weighted_terms = term_counts(student.dtype, scaled or difference)
+    moments_kernel[(batch * splits * tiles,)](
+        student,
+        teacher,
+        scales.student,
+        scales.teacher,
+        moments,
+        *student.stride(),
+        *teacher.stride(),
+        pixels,
+        channels_s,
+        channels_t,
+        splits,
+        split_pixels,
+        DIFFERENCE=difference,
+        SCALED=scaled,
+        TERMS=terms,
+        TERMS_WEIGHTED=weighted_terms,
+        BLOCK_N=BLOCK_SUM,
+        BLOCK_C=BLOCK_CHANNELS,
+        **OPTIONS,
+    )
+    return moments

@@ -1,0 +1,167 @@
+// The whole relation loss of csrc/cuda on the host. tests/csrc/test_cuda_loss.py calls it through ctypes.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/cuda/algebra/sequence.cuh"
+#include "../../../csrc/cuda/closed_form/sequence.cuh"
+#include "../../../csrc/cuda/sm80/relation_tiles.cuh"
+
+namespace {
+
+using namespace srpkd;
+using namespace srpkd::cuda;
+using namespace srpkd::cuda::algebra;
+using emulation::Machine;
+using emulation::machine;
+
+std::string message;
+
+// Runs kernels one after the other, until the first error.
+struct Launch {
+  Machine& machine_of_test;
+  uint64_t seed;
+  int shared_limit, launches = 0;
+
+  template <class F>
+  void run(int x, int y, int threads, int bytes, F kernel) {
+    if (!machine_of_test.error.empty()) return;
+    ++launches;
+    if (bytes > shared_limit)
+      machine_of_test.fail("a kernel needs " + std::to_string(bytes) + " bytes of shared memory");
+    machine = &machine_of_test;
+    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, {seed, seed ? 3 : 1}, kernel);
+    machine = nullptr;
+  }
+  template <class Kernel>
+  void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
+    run(x, y, Kernel::THREADS, bytes, [&] { Kernel(arguments).run(); });
+  }
+};
+
+void launch_tiles(const LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
+  sm80::with_precision(precision, [&](auto chosen) {
+    sm80::with_config(chosen, pixels_adjacent, plan.u_channels, [&](auto config) {
+      using C = decltype(config);
+      const sm80::Params& p = plan.tiles;
+      launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
+                 [&] { sm80::RelationTiles<C>(p).run(); });
+    });
+  });
+}
+
+// Calls f with the element type and the layout of the features.
+template <class F>
+void with_features(int element, bool pixels_adjacent, F f) {
+  const auto with_layout = [&](auto type) { pixels_adjacent ? f(type, std::true_type{}) : f(type, std::false_type{}); };
+  if (element == 0) with_layout(BFloat16{});
+  if (element == 1) with_layout(Half{});
+  if (element == 2) with_layout(0.f);
+}
+
+// Adds the terms of a matrix: (images, channels, channels).
+void add_terms(const uint16_t* terms, int images, int channels, float* to) {
+  const int blocks = blocks_of(channels);
+  for (int image = 0; image < images; ++image)
+    for (int row = 0; row < channels; ++row)
+      for (int column = 0; column < channels; ++column) {
+        const uint16_t* const from = terms + image * elements_of_terms(channels) +
+                                     panel_of_terms(row / BLOCK, column / BLOCK, blocks) + row % BLOCK * BLOCK +
+                                     column % BLOCK;
+        float sum = 0;
+        for (int term = MATRIX_TERMS - 1; term >= 0; --term)
+          sum += as_float(uint32_t{from[term * BLOCK * BLOCK]} << 16);
+        *to++ = sum;
+      }
+}
+
+}  // namespace
+
+extern "C" {
+
+struct FeaturesOfTest {
+  const void *data, *tile_data;               // as the scales and the gradient read them, and as the tiles do
+  int64_t image_stride, line_stride, extent;  // in elements
+  int channels;
+};
+
+// Results between the kernels; null if not wanted.
+struct Intermediate {
+  float* alpha[2];           // (images, pixels)
+  float *moment, *weighted;  // (images, channels, channels), of the student, divided by size^2; weighted: times size^2
+  float* size;               // (images, 2)
+};
+
+// Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
+// launches receives the number of kernels.
+const char* relation_loss(bool closed_form, int element, int precision, bool pixels_adjacent,
+                          const FeaturesOfTest* features, int images, int pixels, int normalize, int distance,
+                          double delta, double eps, int reduction, bool need_grad, const int* device, uint64_t seed,
+                          float* loss, void* gradient, const int64_t* gradient_strides,
+                          const Intermediate* intermediate, int* launches) {
+  LossArguments a{};
+  Machine local;
+  a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
+  a.element_bytes = element == 2 ? 4 : 2;
+  const int tile_bytes = a.precision == Precision::bf16 ? 2 : a.element_bytes;
+  for (int i = 0; i < 2; ++i) {
+    const FeaturesOfTest& f = features[i];
+    const auto features_of = [&](const void* data, int bytes) {
+      local.allow(data, f.extent * bytes);
+      return sm80::Features{data,          nullptr,    f.image_stride,
+                            f.line_stride, f.channels, sm80::copy_bytes(data, f.image_stride, f.line_stride, bytes)};
+    };
+    a.features[i] = features_of(f.data, a.element_bytes);
+    a.tile_features[i] = features_of(f.tile_data, tile_bytes);
+  }
+  a.images = images, a.pixels = pixels;
+  a.relation = {static_cast<Normalize>(normalize), static_cast<Distance>(distance), delta, eps};
+  a.reduction = static_cast<Reduction>(reduction), a.need_grad = need_grad, a.loss = loss, a.gradient = gradient;
+  if (need_grad) std::copy(gradient_strides, gradient_strides + 3, a.gradient_strides);
+  const int channels = features[STUDENT].channels;
+  local.allow(loss, a.reduction == Reduction::none ? images * 4 : 4);
+  local.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
+
+  const sm80::Device properties{device[0], device[1], device[2], device[3]};
+  std::vector<char> memory;
+  const auto planned = [&](auto make_plan) {
+    Workspace size{nullptr};
+    make_plan(size);
+    memory.assign(size.bytes + 256, static_cast<char>(0xff));  // NaN, and -1 in counters
+    Workspace workspace{reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256))};
+    const auto plan = make_plan(workspace);
+    local.allow(workspace.base, workspace.bytes);
+    return plan;
+  };
+  Launch launch{local, seed, properties.shared_of_block};
+  if (closed_form) {
+    const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
+    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+      cuda::closed_form::launch_loss<decltype(type), decltype(adjacent)::value>(plan, launch);
+    });
+    *launches = launch.launches;
+    message = local.error;
+    return message.c_str();
+  }
+  const LossPlan plan = planned([&](Workspace& w) { return make_plan(a, properties, w); });
+  with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+    launch_scales<decltype(type), decltype(adjacent)::value>(plan, launch);
+  });
+  launch_tiles(plan, a.precision, pixels_adjacent, launch);
+  with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+    launch_gradient<decltype(type), decltype(adjacent)::value>(plan.weighted, plan.gradient, plan.wide, launch);
+  });
+  *launches = launch.launches;
+
+  if (a.relation.normalize != Normalize::none)
+    for (int i = 0; i < 2; ++i) std::copy_n(plan.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
+  if (a.relation.normalize == Normalize::row) {
+    std::copy_n(plan.moments.results.size, 2 * images, intermediate->size);
+    add_terms(plan.moments.results.whole, images, channels, intermediate->moment);
+    if (need_grad) add_terms(plan.weighted.weighted, images, channels, intermediate->weighted);
+  }
+  message = local.error;
+  return message.c_str();
+}
+}

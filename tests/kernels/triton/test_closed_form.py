@@ -1,0 +1,230 @@
+"""The closed form as Triton kernels, on the CPU in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/test_closed_form.py
+
+The interpreter's products round to nearest, those of tensor cores towards zero: docs/kernels.md has a simulation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import NARROW, STRIDES, error, value_and_gradient
+from torch import Tensor
+
+from srpkd.kernels import Relation, triton
+from srpkd.kernels.triton import closed_form
+
+RELATIONS = [Relation(normalize, "l2") for normalize in closed_form.NORMALIZATIONS]
+COSINE = Relation("cosine", "l2")
+ULP = 2.0**-23  # of float32, added to bounds: the error of eager can be 0 by chance
+LEAST = 1e-2  # the smallest norm that errors are relative to: some gradients are 0 up to rounding
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="TRITON_INTERPRET=1 is not set: these tests run in Triton's interpreter, in a separate process",
+)
+
+every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
+every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
+
+
+def draw(batch: int, pixels: int, channels: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return random features (B, N, C) of student and teacher."""
+    student, teacher = ((torch.randn(batch, pixels, count) + 0.5).to(dtype) for count in channels)
+    return student, teacher
+
+
+def converged(batch: int, pixels: int, channels: int, noise: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return features of a teacher, and of a student that differs from it by noise."""
+    teacher = torch.randn(batch, pixels, channels) + 0.5
+    return (teacher + noise * torch.randn_like(teacher)).to(dtype), teacher.to(dtype)
+
+
+def run(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor, Tensor]:
+    """Return the loss of each image and N^2 times the gradient of their sum."""
+    loss, gradient = closed_form.loss_and_gradient(student, teacher, relation, True)
+    assert gradient is not None
+    return loss, gradient.double() * student.shape[1] ** 2
+
+
+def assert_as_accurate_as_eager(
+    student: Tensor, teacher: Tensor, relation: Relation, loss_bound: float = ULP
+) -> tuple[Tensor, Tensor]:
+    """Loss, with and without a gradient, and gradient have at most 3 times the error of eager PyTorch in that dtype.
+
+    ``loss_bound`` is added to the bound of the loss.
+    """
+    pixels = student.shape[1]
+    loss, gradient = run(student, teacher, relation)
+    forward, nothing = closed_form.loss_and_gradient(student, teacher, relation, False)
+    assert nothing is None
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", pixels**2)
+    eager = value_and_gradient(student, teacher, relation, "reference", pixels**2)
+    bound = 3 * error(eager[0], expected[0]) + loss_bound
+    assert error(loss, expected[0]) <= bound
+    assert error(forward, expected[0]) <= bound
+    assert error(gradient, expected[1], LEAST) <= 3 * error(eager[1], expected[1], LEAST) + 2 * ULP
+    return loss, gradient
+
+
+# incomplete, full and several blocks; equal channels use the difference form
+@pytest.mark.parametrize("channels", [(1, 3), (24, 40), (40, 40), (70, 130), (140, 70)], ids=str)
+@every_dtype
+@every_relation
+def test_errors(relation, dtype, channels):
+    assert_as_accurate_as_eager(*draw(1, 70, channels, dtype), relation)
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-4])
+@every_dtype
+@every_relation
+def test_errors_near_convergence(relation, dtype, noise):
+    """The relative error of the loss grows as the rounding errors of features relative to their difference."""
+    student, teacher = converged(1, 100, 40, noise, dtype)
+    loss, _ = assert_as_accurate_as_eager(student, teacher, relation, ULP + ULP / noise / 10)
+    assert dtype != torch.float32 or (loss < 10 * noise**2 * (1 if relation.normalize == "cosine" else 2000)).all()
+
+
+@every_relation
+def test_different_channels_near_convergence(relation):
+    """The direct form loses digits, but no more than float32 sums lose relative to a mean squared relation."""
+    student, _ = converged(1, 100, 24, 0.0, torch.float32)
+    teacher = student @ torch.linalg.qr(torch.randn(40, 24))[0].T  # the same relations up to rounding
+    teacher += 1e-3 * torch.randn_like(teacher)
+    loss, gradient = run(student, teacher, relation)
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", 100**2)
+    relations = student.double() @ student.double().mT
+    if relation.normalize == "cosine":
+        relations /= student.double().norm(dim=-1, keepdim=True) * student.double().norm(dim=-1).unsqueeze(1)
+    assert (loss - expected[0]).abs() < ULP * relations.square().mean()
+    assert error(gradient, expected[1]) < 1e-3
+
+
+@every_relation
+@every_dtype
+def test_equal_features_give_zero(dtype, relation):
+    student, _ = draw(2, 100, (40, 40), dtype)
+    loss, gradient = run(student, student.clone(), relation)
+    assert not loss.any()
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+@every_relation
+def test_zero_norm_pixels(relation, channels):
+    """Pixels of the student, the teacher or both. For "cosine" the diagonal counts as 0 at these too."""
+    student, teacher = draw(2, 70, channels, torch.float32)
+    student[:, [3, 69]] = teacher[:, [7, 69]] = 0
+    student[1, 30:50] = 0
+    _, gradient = assert_as_accurate_as_eager(student, teacher, relation)
+    if relation.normalize == "cosine":
+        assert not gradient[:, 3].any()
+
+
+def test_one_pixel():
+    student, teacher = draw(1, 1, (24, 40), torch.float32)
+    for one in (student, torch.zeros_like(student)):
+        loss, gradient = run(one, teacher, COSINE)
+        assert loss.item() < 2 * ULP
+        assert gradient.norm().item() < 1e-5
+
+
+@pytest.mark.parametrize("pixels", [2, 31, 33, 64, 129, 1100])
+def test_any_number_of_pixels(pixels, monkeypatch):
+    """And several partial sums, of different lengths."""
+    monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(closed_form.moments, "SPLIT_PIXELS", 512)
+    student, teacher = draw(1, pixels, (5, 7), torch.float32)
+    moments = closed_form.moments.moments_of(student, teacher, closed_form.scales_of(student, teacher, COSINE))
+    assert moments.shape[1] == (1 if pixels <= 32 else min(4, math.ceil(pixels / 32)))
+    assert_as_accurate_as_eager(student, teacher, COSINE)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+def test_features_of_any_size(channels, size):
+    student, teacher = draw(1, 60, channels, torch.float32)
+    relation = replace(COSINE, eps=0.0)
+    expected = run(student, teacher, relation)
+    size = 2.0 ** round(math.log2(size))  # a power of two, so that rounding does not change
+    loss, gradient = run(size * student, size * teacher, relation)
+    assert error(loss, expected[0]) < 1e-6
+    assert error(gradient * size, expected[1]) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow
+@pytest.mark.parametrize("value", [1e20, torch.inf, torch.nan])
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_overflow_gives_nan(value, need_grad):
+    student, teacher = draw(2, 40, (5, 7), torch.float32)
+    student[0, 3] *= value
+    loss, gradient = closed_form.loss_and_gradient(student, teacher, COSINE, need_grad)
+    assert loss.isnan().tolist() == [True, False]
+    assert gradient is None or gradient[0].isnan().any()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+def test_float32_follows_the_matmul_precision(precision, channels):
+    """The bounds are those of the benchmark's gate."""
+    student, teacher = draw(1, 70, channels, torch.float32)
+    expected = value_and_gradient(student.double(), teacher.double(), COSINE, "reference", 70**2)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        loss, gradient = run(student, teacher, COSINE)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    bound = {"high": 1e-4, "medium": 5e-3}[precision]
+    assert error(loss, expected[0]) < bound
+    assert error(gradient, expected[1]) < bound
+    assert not torch.equal(loss, run(student, teacher, COSINE)[0])
+
+
+@pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
+def test_strides_are_read_in_place(make):
+    """The memory between the features is NaN, so that a read outside them fails the test."""
+    student, teacher = torch.rand(2, 6, 5, 7), torch.rand(2, 9, 5, 7)
+    expected = run(student.flatten(2).mT, teacher.flatten(2).mT, COSINE)
+    views = [make(x).reshape(*x.shape[:2], -1).mT for x in (student, teacher)]
+    loss, gradient = run(*views, COSINE)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+
+
+def test_two_runs_and_other_images_give_the_same_bits():
+    student, teacher = draw(3, 130, (24, 40), torch.bfloat16)
+    loss, gradient = run(student, teacher, COSINE)
+    again = run(student, teacher, COSINE)
+    assert torch.equal(loss, again[0])
+    assert torch.equal(gradient, again[1])
+
+
+def test_launches(monkeypatch):
+    """Four kernels for "cosine", three for "none"."""
+    launched = []
+    for module in (triton.scales, closed_form.moments, closed_form.sums, closed_form.gradient):
+        for name in ("scale_kernel", "moment_kernel", "moments_kernel", "finish_kernel", "closed_form_gradient_kernel"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Launches(launched, name, getattr(module, name)))
+    student, teacher = draw(1, 40, (5, 7), torch.float32)
+    run(student, teacher, COSINE)
+    assert launched == ["scale_kernel", "moments_kernel", "finish_kernel", "closed_form_gradient_kernel"]
+    launched.clear()
+    run(student, teacher, Relation("none", "l2"))
+    assert launched == ["moments_kernel", "finish_kernel", "closed_form_gradient_kernel"]
+
+
+class Launches:
+    """A kernel that records its launches."""
+
+    def __init__(self, launched: list[str], name: str, kernel) -> None:
+        self.launched, self.name, self.kernel = launched, name, kernel
+
+    def __getitem__(self, grid):
+        self.launched.append(self.name)
+        return self.kernel[grid]
