@@ -4,6 +4,8 @@
 
 #include "algebra/arguments.h"
 #include "sm80/plan.h"
+#include "sm90/sums.cuh"
+#include "sm90/tile_plan.h"
 
 namespace srpkd::cuda {
 
@@ -22,16 +24,31 @@ struct LossArguments {
   int64_t gradient_strides[3];
 };
 
-struct LossPlan {
-  sm80::Params tiles;
-  int u_channels;  // of a thread block of the tiles
+// The kernels before the tiles.
+struct ScalesPlan {
   algebra::FinishArguments moments;
   algebra::NormArguments norms;
-  algebra::WeightedMomentArguments<algebra::SumsOfSplits> weighted;
-  algebra::GradientArguments<algebra::SumsOfSplits> gradient;
   Normalize normalize;
   int64_t largest_grid;  // thread blocks
   bool wide;             // whether a block computes 128 instead of 64 pixels of the row norms and of the gradient
+};
+
+// The kernels after the tiles.
+template <class Sums>
+struct GradientPlan {
+  algebra::WeightedMomentArguments<Sums> weighted;
+  algebra::GradientArguments<Sums> gradient;
+};
+
+// With the tiles of sm_80.
+struct LossPlan : ScalesPlan, GradientPlan<algebra::SumsOfSplits> {
+  sm80::Params tiles;
+  int u_channels;  // of a thread block of the tiles
+};
+
+// With the tiles of sm_90a.
+struct Sm90LossPlan : ScalesPlan, GradientPlan<sm90::SumsOfTiles> {
+  sm90::TilePlan tiles;
 };
 
 // Hands out parts of one allocation, or adds up its size if `base` is null.
@@ -71,13 +88,13 @@ inline int resident_blocks(const sm80::Features (&features)[2], int feature_byte
   return resident;
 }
 
-inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
   const int64_t both = padded(channels_t) + padded(channels_s);
   const bool row = a.relation.normalize == Normalize::row, scaled = a.relation.normalize != Normalize::none;
-  LossPlan plan{};
+  ScalesPlan plan{};
   plan.normalize = a.relation.normalize;
   plan.wide = 2 * images * ceil_div(pixels, 2 * BLOCK) >= device.multiprocessors;
 
@@ -107,7 +124,45 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
     results.counters = workspace.take<int>(images * tiles_s);
     plan.norms.moments = results;
   }
+  plan.largest_grid = images * ceil_div(pixels, BLOCK) * (2 + blocks_of(channels_s)) + images * tiles_of(channels_t);
+  return plan;
+}
 
+template <class Sums>
+GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
+                                 const sm80::Device& device, Workspace& workspace) {
+  using namespace algebra;
+  const int64_t images = a.images, channels_s = a.features[STUDENT].channels;
+  const bool row = a.relation.normalize == Normalize::row;
+  GradientPlan<Sums> plan{};
+  GradientArguments<Sums>& g = plan.gradient;
+  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels, g.normalize = a.relation.normalize;
+  g.sums = sums;
+  g.alpha = scales.norms.alpha[STUDENT], g.size = scales.moments.results.size, g.moment = scales.moments.results.whole;
+  g.gradient = a.gradient;
+  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
+  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
+  const double count = static_cast<double>(a.pixels);
+  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+
+  if (row && a.need_grad) {
+    WeightedMomentArguments<Sums>& w = plan.weighted;
+    w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
+    w.alpha = g.alpha, w.size = g.size, w.counters = scales.moments.results.counters;
+    w.ranges = ranges_of(images * tiles_of(channels_s), a.pixels, device.multiprocessors);
+    w.partial = workspace.take<float>(images * tiles_of(channels_s) * w.ranges.splits * BLOCK * BLOCK);
+    w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
+    g.weighted = w.weighted;
+  }
+  return plan;
+}
+
+inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+  using namespace algebra;
+  const int64_t images = a.images, pixels = a.pixels, channels_s = a.features[STUDENT].channels;
+  LossPlan plan{};
+  static_cast<ScalesPlan&>(plan) = plan_scales(a, device, workspace);
+  const bool row = a.relation.normalize == Normalize::row, scaled = a.relation.normalize != Normalize::none;
   sm80::Params& t = plan.tiles;
   for (int i = 0; i < 2; ++i) t.features[i] = a.tile_features[i], t.features[i].alpha = plan.norms.alpha[i];
   t.images = a.images, t.pixels = a.pixels;
@@ -123,30 +178,45 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
     if (scaled) t.h = workspace.take<float>(t.splits * images * pixels);
   }
 
-  GradientArguments<SumsOfSplits>& g = plan.gradient;
-  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels, g.normalize = a.relation.normalize;
-  SumsOfSplits& sums = g.sums;
+  SumsOfSplits sums{};
   sums.losses = t.loss, sums.loss_parts = t.splits * t.blocks, sums.U = t.U, sums.h = t.h, sums.splits = t.splits;
   for (int i = 0; i < 4; ++i) sums.U_strides[i] = t.U_strides[i];
   sums.h_strides[0] = images * pixels, sums.h_strides[1] = pixels;
-  g.alpha = plan.norms.alpha[STUDENT], g.size = plan.moments.results.size, g.moment = plan.moments.results.whole;
-  g.gradient = a.gradient;
-  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
-  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
-  const double count = static_cast<double>(pixels);
-  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+  static_cast<GradientPlan<SumsOfSplits>&>(plan) = plan_gradient(a, plan, sums, device, workspace);
+  const int64_t grid = images * t.blocks * t.channel_splits;
+  if (grid > plan.largest_grid) plan.largest_grid = grid;
+  return plan;
+}
 
-  if (row && a.need_grad) {
-    WeightedMomentArguments<SumsOfSplits>& w = plan.weighted;
-    w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
-    w.alpha = g.alpha, w.size = g.size, w.counters = plan.moments.results.counters;
-    w.ranges = ranges_of(images * tiles_of(channels_s), a.pixels, device.multiprocessors);
-    w.partial = workspace.take<float>(images * tiles_of(channels_s) * w.ranges.splits * BLOCK * BLOCK);
-    w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
-    g.weighted = w.weighted;
-  }
-  const int64_t row_blocks = ceil_div(pixels, BLOCK), most = t.channel_splits > 2 ? t.channel_splits : 2;
-  plan.largest_grid = images * row_blocks * (most + blocks_of(channels_s)) + images * tiles_of(channels_t);
+// Returns the problem that the tiles of sm_90a have to solve.
+inline sm90::Problem problem_of(const LossArguments& a) {
+  return {a.images,
+          a.pixels,
+          a.features[algebra::STUDENT].channels,
+          a.features[algebra::TEACHER].channels,
+          a.precision,
+          a.need_grad,
+          a.relation.normalize,
+          a.relation.distance,
+          static_cast<float>(a.relation.delta)};
+}
+
+inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+  Sm90LossPlan plan{};
+  static_cast<ScalesPlan&>(plan) = plan_scales(a, device, workspace);
+  const auto features = [&](const sm80::Features& x) {
+    return sm90::Features{x.data,
+                          {x.image_stride, a.pixels_adjacent ? 1 : x.line_stride,
+                           a.pixels_adjacent ? x.line_stride : 1},
+                          x.channels,
+                          a.element_bytes};
+  };
+  plan.tiles = sm90::plan_tiles(problem_of(a), features(a.features[algebra::STUDENT]),
+                                features(a.features[algebra::TEACHER]), device.multiprocessors, workspace);
+  plan.tiles.params.alpha_student = plan.norms.alpha[algebra::STUDENT];
+  plan.tiles.params.alpha_teacher = plan.norms.alpha[algebra::TEACHER];
+  const sm90::SumsOfTiles sums = sm90::sums_of(plan.tiles.params, plan.tiles.variant.symmetric);
+  static_cast<GradientPlan<sm90::SumsOfTiles>&>(plan) = plan_gradient(a, plan, sums, device, workspace);
   return plan;
 }
 

@@ -14,7 +14,7 @@ namespace srpkd::cuda::algebra {
 
 // T: BFloat16, Half or float, the element type of the features.
 template <class T>
-cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream);
+cudaError_t scales(const ScalesPlan& plan, bool pixels_adjacent, cudaStream_t stream);
 
 template <class T, class SumsOfTiles>
 cudaError_t gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
@@ -44,7 +44,7 @@ struct Launch {
 };
 
 template <class T>
-cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream) {
+cudaError_t scales(const ScalesPlan& plan, bool pixels_adjacent, cudaStream_t stream) {
   Launch launch{stream};
   if (pixels_adjacent)
     launch_scales<T, true>(plan, launch);

@@ -24,7 +24,7 @@ void launch_row_norms(const NormArguments& p, Launch& launch) {
 
 // Computes alpha of both networks and, for "row", M of the student.
 template <class T, bool PIXELS_ADJACENT, class Launch>
-void launch_scales(const LossPlan& plan, Launch& launch) {
+void launch_scales(const ScalesPlan& plan, Launch& launch) {
   if (plan.normalize == Normalize::row) {
     using Sum = Moments<T, PIXELS_ADJACENT>;
     const MomentArguments& p = plan.moments.sums;
