@@ -201,9 +201,7 @@ def test_sm90_tiles(library: ctypes.CDLL, case: str, layout: str, relation: Rela
 @pytest.mark.parametrize("channels", [(64, 70), (70, 8), (1, 3)], ids=str)
 @every_layout
 @pytest.mark.parametrize("case", SM90_TOLERANCE)
-def test_sm90_tiles_of_many_blocks(
-    library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]
-) -> None:
+def test_sm90_tiles_of_many_blocks(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
     for relation in (ROW, COSINE):
         check_sm90(library, draw(CASES[case][0], 1, 397, channels, layout), relation, case)
     check_sm90(library, draw(CASES[case][0], 1, 397, channels, layout), ROW, case, need_grad=False)
