@@ -43,7 +43,7 @@ def relation_loss(
 
 
 def loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, method: str = "tiles"
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,) and its gradient (B, N, C_s)."""
     extension()
@@ -55,7 +55,7 @@ def loss_and_gradient(
         relation.delta,
         relation.eps,
         "none",
-        "tiles",
+        method,
         need_grad,
     )
     return loss, gradient if need_grad else None

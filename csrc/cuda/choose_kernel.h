@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "loss_plan.h"
+#include "sm90_loss_plan.h"
 
 namespace srpkd::cuda {
 

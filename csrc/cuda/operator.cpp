@@ -44,9 +44,9 @@ cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, cudaStr
 // T: the element type of the features.
 template <class T, class Plan>
 void launch_loss(const Plan& plan, const LossArguments& a, cudaStream_t stream) {
-  C10_CUDA_CHECK(algebra::scales<T>(plan, a.pixels_adjacent, stream));
+  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, stream));
   C10_CUDA_CHECK(launch_tiles(plan, a, stream));
-  C10_CUDA_CHECK(algebra::gradient<T>(plan.weighted, plan.gradient, a.pixels_adjacent, plan.wide, stream));
+  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, stream));
 }
 
 // Returns the plan of a function of a workspace, and the memory of the workspace.
@@ -55,7 +55,7 @@ auto planned(const Tensor& like, MakePlan make_plan) {
   Workspace size{nullptr};
   make_plan(size);
   Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
-  Workspace workspace{memory.mutable_data_ptr<char>()};
+  Workspace workspace{static_cast<char*>(memory.mutable_data_ptr())};
   return std::make_pair(make_plan(workspace), std::move(memory));
 }
 

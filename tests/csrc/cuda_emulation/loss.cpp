@@ -11,6 +11,7 @@
 #include "../../../csrc/cuda/sm80/relation_tiles.cuh"
 #include "../../../csrc/cuda/sm90/algebra_sums.cuh"
 #include "../../../csrc/cuda/sm90/relation_tiles.cuh"
+#include "../../../csrc/cuda/sm90_loss_plan.h"
 
 namespace {
 
@@ -165,20 +166,21 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   }
   const auto run = [&](auto plan) {
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-      launch_scales<decltype(type), decltype(adjacent)::value>(plan, launch);
+      launch_scales<decltype(type), decltype(adjacent)::value>(plan.scales, launch);
     });
     launch_tiles(plan, a.precision, pixels_adjacent, launch);
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-      launch_gradient<decltype(type), decltype(adjacent)::value>(plan.weighted, plan.gradient, plan.wide, launch);
+      launch_gradient<decltype(type), decltype(adjacent)::value>(plan.gradient, launch);
     });
     *launches = launch.launches;
 
     if (a.relation.normalize != Normalize::none)
-      for (int i = 0; i < 2; ++i) std::copy_n(plan.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
+      for (int i = 0; i < 2; ++i)
+        std::copy_n(plan.scales.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
     if (a.relation.normalize == Normalize::row) {
-      std::copy_n(plan.moments.results.size, 2 * images, intermediate->size);
-      add_terms(plan.moments.results.whole, images, channels, intermediate->moment);
-      if (need_grad) add_terms(plan.weighted.weighted, images, channels, intermediate->weighted);
+      std::copy_n(plan.scales.moments.results.size, 2 * images, intermediate->size);
+      add_terms(plan.scales.moments.results.whole, images, channels, intermediate->moment);
+      if (need_grad) add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
     }
   };
   if (kernels == SM90)
