@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 from srpkd.kernels import build
 
@@ -30,16 +29,6 @@ KERNELS = {(adjacent, channels) for adjacent in (0, 1) for channels in (0, 64, 1
 FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)")
 
 pytestmark = pytest.mark.slow
-
-
-def tool(name: str) -> str | None:
-    """Return the path of an executable of the CUDA toolkit, or of Triton's wheel, which includes some of them."""
-    folders = [build.cuda_home() and build.cuda_home() / "bin"]
-    if triton := importlib.util.find_spec("triton"):
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return shutil.which(name) or next(
-        (str(folder / name) for folder in folders if folder and (folder / name).exists()), None
-    )
 
 
 @functools.cache
