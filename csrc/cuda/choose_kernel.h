@@ -15,6 +15,8 @@ enum class Kernel { sm80, sm90 };
 // Returns why the wgmma kernel cannot compute a loss on this GPU, or null if it can.
 inline const char* sm90_unavailable_reason(const LossArguments& arguments, const sm80::Device& device) {
   if (device.major != 9) return "a GPU without compute capability 9.0";
+  if (std::string_view(SRPKD_CUDA_ARCHITECTURES).find("9.0a") == std::string_view::npos)
+    return "an extension that is built without architecture 9.0a";
   return sm90::uncovered_reason(problem_of(arguments), {device.multiprocessors, device.shared_of_block});
 }
 
