@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import tool
 
 from srpkd.kernels import build
 
@@ -36,16 +35,6 @@ ELEMENTS = ("bf16", "fp16", "float")
 WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments")
 
 pytestmark = pytest.mark.slow
-
-
-def tool(name: str) -> str | None:
-    """Return the path of an executable of the CUDA toolkit, or of Triton's wheel, which includes some of them."""
-    folders = [build.cuda_home() and build.cuda_home() / "bin"]
-    if triton := importlib.util.find_spec("triton"):
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return shutil.which(name) or next(
-        (str(folder / name) for folder in folders if folder and (folder / name).exists()), None
-    )
 
 
 @functools.cache

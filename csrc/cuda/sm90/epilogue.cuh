@@ -65,16 +65,19 @@ struct Epilogue {
   const float unit;  // makes D of alpha d; not used for l1
   const int lane;
 
+  SRPKD_DEVICE float difference(float alpha, float d) const { return C::SCALED ? alpha * d * unit : alpha * d; }
+  SRPKD_DEVICE float clamped(float D) const { return fminf(fmaxf(D, -p.delta), p.delta); }
+
   // rho'(D) times alpha, given d and alpha.
   template <bool EXACT>
   SRPKD_DEVICE float weight(float alpha, float d) const {
     if constexpr (L1) return EXACT ? with_exact_sign(alpha, d) : with_sign(alpha, d);
-    return fminf(fmaxf((alpha * unit) * d, -p.delta), p.delta) * alpha;
+    return clamped(difference(alpha, d)) * alpha;
   }
   // rho(D), but for l1 without the factor alpha.
   SRPKD_DEVICE float distance(float alpha, float d) const {
     if constexpr (L1) return fabsf(d);
-    const float D = (alpha * unit) * d, P = fminf(fmaxf(D, -p.delta), p.delta);
+    const float D = difference(alpha, d), P = clamped(D);
     return P * fused_multiply_add(-0.5f, P, D);
   }
 

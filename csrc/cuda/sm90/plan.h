@@ -110,8 +110,8 @@ struct Config {
   static constexpr int RING_FULL = COLUMNS_EMPTY + 16, RING_EMPTY = RING_FULL + 8 * MAX_CHUNKS;  // (MAX_CHUNKS)
   static constexpr int TURN = RING_EMPTY + 8 * MAX_CHUNKS;                                       // (CONSUMERS)
   static constexpr int K_FULL = TURN + 8 * CONSUMERS, K_EMPTY = K_FULL + 8, SEGMENT_FULL = K_EMPTY + 8;
-  static constexpr int SEGMENT = SEGMENT_FULL + 8;  // ints: see Published
-  static_assert(SEGMENT + 32 <= CHUNKS && CHUNKS % ALIGNMENT == 0);
+  static constexpr int WALKS = BARRIERS + 512, SEGMENT = WALKS + 64;  // of the two loaders; ints, see Published
+  static_assert(SEGMENT_FULL + 8 <= WALKS && SEGMENT + 32 <= CHUNKS && CHUNKS % ALIGNMENT == 0);
 };
 
 // The template arguments of a kernel except its precision.
@@ -154,6 +154,11 @@ auto with_precision(Precision precision, F f) {
   return f(std::integral_constant<Precision, Precision::tf32>{});
 }
 
+// The properties of a GPU that the plan depends on.
+struct Device {
+  int multiprocessors, shared_of_block;
+};
+
 struct Problem {
   int images, pixels, student_channels, teacher_channels;
   Precision precision;  // tf32: two bfloat16 terms
@@ -164,12 +169,14 @@ struct Problem {
 };
 
 // Returns why the kernels do not cover a problem, or null if they do.
-inline const char* uncovered_reason(const Problem& problem, int shared_of_block) {
-  if (shared_of_block < SHARED_LIMIT) return "a thread block has less than 227 KB of shared memory";
-  if (problem.precision == Precision::tf32x3) return "float32 matmul precision \"highest\"";
+inline const char* uncovered_reason(const Problem& problem, const Device& device) {
+  if (device.shared_of_block < SHARED_LIMIT) return "a GPU with less than 227 KB of shared memory for a thread block";
+  if (problem.precision == Precision::tf32x3) return "float32 features with matmul precision \"highest\"";
   if (problem.student_channels > 256) return "a student with more than 256 channels";
   if (problem.teacher_channels > 1024) return "a teacher with more than 1024 channels";
-  if (problem.pixels > 1 << 19) return "more than 524288 pixels";
+  if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,
+                    device.multiprocessors))
+    return "features with more than 2^19 pixels, or more than 2^16 images";
   // |K| <= 2 |rho'| with normalize="none": other distances have no bound, and K is float16 like the features
   if (problem.precision == Precision::fp16 && problem.normalize == Normalize::none &&
       (problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1)))

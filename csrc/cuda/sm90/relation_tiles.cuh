@@ -59,10 +59,35 @@ struct Loader : Role<C> {
 
   SRPKD_DEVICE explicit Loader(const Params& params) : Role<C>(params) {}
 
+  // Moves to the next segment. The state of the walk is in shared memory, since 24 registers are few.
+  SRPKD_DEVICE bool next(Segment& segment, Address state) const {
+    Segments walk(p.work, block_index(0));
+    struct alignas(16) State {
+      int group, left, image, row;
+    };
+    const State before = load_shared<State>(state);
+    walk.group = before.group, walk.left = before.left, walk.image = before.image, walk.row = before.row;
+    if (!walk.next(segment)) return false;
+    store_shared(state, State{walk.group, walk.left, walk.image, walk.row});
+    store_shared(state + 20, segment.image / p.channel_splits);
+    store_shared(state + 24, segment.image % p.channel_splits);
+    return true;
+  }
+  static SRPKD_DEVICE void start_walk(Address state) {
+    for (int i = 0; i < 5; ++i) store_shared(state + 4 * i, i ? 0 : -1);
+  }
+  // Counts up and returns the number before.
+  static SRPKD_DEVICE int count(Address state) {
+    const int before = load_shared<int>(state + 16);
+    store_shared(state + 16, before + 1);
+    return before;
+  }
+
   // Starts to load one term of a group of channels of a block of pixels. Group number `at` of a tile: the teacher's come
   // first, the last is the student's whose U is computed. Both are rotated equally, so that equal features give
-  // bit-identical sums. `image` and `split` are those of a segment.
-  SRPKD_DEVICE void load(int image, int split, int at, int term, int block, Address to, Address barrier) const {
+  // bit-identical sums. The image is that of the walk's segment.
+  SRPKD_DEVICE void load(Address walk, int at, int term, int block, Address to, Address barrier) const {
+    const int image = load_shared<int>(walk + 20), split = load_shared<int>(walk + 24);
     const bool student = at >= p.teacher_groups;
     const int groups = student ? p.student_groups : p.teacher_groups;
     int group = at - (student ? p.teacher_groups : 0);
@@ -94,18 +119,18 @@ struct RowLoader : Loader<C> {
     arrive_expecting(barrier, C::TERMS * CHUNK);
 #pragma unroll 1
     for (int term = 0; term < C::TERMS; ++term)
-      this->load(this->published(Published::image), this->published(Published::split), at, term,
-                 this->published(Published::row), to + term * CHUNK, barrier);
+      this->load(shared + C::WALKS, at, term, this->published(Published::row), to + term * CHUNK, barrier);
   }
 
   SRPKD_DEVICE void run() const {
-    int parity = 0;
-    Segments walk(p.work, block_index(0));
+    const Address walk = shared + C::WALKS;
+    this->start_walk(walk);
 #pragma unroll 1
-    for (Segment segment; walk.next(segment); parity ^= 1) {
+    for (Segment segment; this->next(segment, walk);) {
+      const int parity = this->count(walk) & 1;
       wait(shared + C::ROWS_EMPTY, parity ^ 1);
-      publish(Published::image, segment.image / p.channel_splits);
-      publish(Published::split, segment.image % p.channel_splits);
+      publish(Published::image, load_shared<int>(walk + 20));
+      publish(Published::split, load_shared<int>(walk + 24));
       publish(Published::row, segment.row);
       publish(Published::first, segment.first);
       publish(Published::end, segment.end);
@@ -116,7 +141,7 @@ struct RowLoader : Loader<C> {
       for (int at = 0; at < p.resident; ++at) load_rows(at);
       load_rows(others);
     }
-    wait(shared + C::ROWS_EMPTY, parity ^ 1);
+    wait(shared + C::ROWS_EMPTY, (this->count(walk) & 1) ^ 1);
     publish(Published::image, -1);
     arrive(shared + C::SEGMENT_FULL);
   }
@@ -127,53 +152,52 @@ template <class C>
 struct ColumnLoader : Loader<C> {
   using Loader<C>::p, Loader<C>::shared, Loader<C>::others;
   Cursor ring{};
-  int tile = 0;
 
   SRPKD_DEVICE explicit ColumnLoader(const Params& params) : Loader<C>(params) {}
 
-  SRPKD_DEVICE void load_into_ring(int image, int split, int at, int term, int block) {
+  SRPKD_DEVICE void load_into_ring(int at, int term, int block) {
     const Address base = opaque(shared);
     wait(base + C::RING_EMPTY + 8 * ring.slot, ring.parity ^ 1);
     const Address barrier = base + C::RING_FULL + 8 * ring.slot;
     arrive_expecting(barrier, CHUNK);
-    this->load(image, split, at, term, block, base + C::CHUNKS + (p.resident * C::TERMS + ring.slot) * CHUNK, barrier);
+    this->load(base + C::WALKS + 32, at, term, block, base + C::CHUNKS + (p.resident * C::TERMS + ring.slot) * CHUNK, barrier);
     ring.advance(p.slots);
   }
 
-  SRPKD_DEVICE void load_last(int image, int split, int column) const {
+  SRPKD_DEVICE void load_last(int column) const {
     constexpr int SCALES = TILE * sizeof(PixelScale);
     const Address base = opaque(shared);
-    const int stage = tile % C::STAGES;
+    const int tile = this->count(base + C::WALKS + 32), stage = tile % C::STAGES;
     wait(base + C::COLUMNS_EMPTY + 8 * stage, (tile / C::STAGES & 1) ^ 1);
     const Address barrier = base + C::COLUMNS_FULL + 8 * stage;
     arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);
+    const int image = load_shared<int>(base + C::WALKS + 32 + 20);
     load_bulk(base + C::SCALES + stage * SCALES, p.scales + (int64_t{image} * p.work.blocks + column) * TILE, SCALES,
               barrier);
 #pragma unroll 1
     for (int term = 0; term < C::TERMS; ++term)
-      this->load(image, split, others, term, column, base + C::COLUMNS + (stage * C::TERMS + term) * CHUNK, barrier);
+      this->load(base + C::WALKS + 32, others, term, column, base + C::COLUMNS + (stage * C::TERMS + term) * CHUNK, barrier);
   }
 
-  SRPKD_DEVICE void load_tile(int image, int split, int row, int column) {
+  SRPKD_DEVICE void load_tile(int row, int column) {
 #pragma unroll 1
     for (int at = 0; at < others; ++at)
 #pragma unroll 1
       for (int term = 0; term < C::TERMS; ++term)
 #pragma unroll 1
         for (int of_columns = at < p.resident; of_columns < 2; ++of_columns)
-          load_into_ring(image, split, at, term, of_columns ? column : row);
-    load_last(image, split, column);
-    ++tile;
+          load_into_ring(at, term, of_columns ? column : row);
+    load_last(column);
   }
 
   SRPKD_DEVICE void run() {
-    Segments walk(p.work, block_index(0));
+    const Address walk = shared + C::WALKS + 32;
+    this->start_walk(walk);
 #pragma unroll 1
-    for (Segment segment; walk.next(segment);)
+    for (Segment segment; this->next(segment, walk);)
 #pragma unroll 1
       for (int step = segment.first; step < segment.end; ++step)
-        load_tile(segment.image / p.channel_splits, segment.image % p.channel_splits, segment.row,
-                  column_of(p.work.blocks, segment.row, step));
+        load_tile(segment.row, column_of(p.work.blocks, segment.row, step));
   }
 };
 
@@ -243,9 +267,13 @@ struct Consumer : Role<C> {
     for (int term = 0; term < C::TERMS; ++term) {
       rows[term] = resident ? base + C::CHUNKS + (at * C::TERMS + term) * CHUNK : take(base);
       columns[term] = take(base);
-      if (term == 0) fence_registers();
-      multiply_chunks(sum, rows[term == 0 ? 0 : term], columns[0], accumulate || term > 0);
-      if (term > 0) multiply_chunks(sum, rows[0], columns[term], true);
+    }
+    fence_registers();
+    multiply_chunks(sum, rows[0], columns[0], accumulate);
+#pragma unroll
+    for (int term = 1; term < C::TERMS; ++term) {
+      multiply_chunks(sum, rows[term], columns[0], true);
+      multiply_chunks(sum, rows[0], columns[term], true);
     }
     commit_products();
     if constexpr (!C::OVERLAP) {
@@ -337,7 +365,7 @@ struct Consumer : Role<C> {
       if (image < 0) break;
       const PixelScale* const own = p.scales + pixel_of(image, this->published(Published::row)) + row();
       const Rows rows{{load_scale(own), load_scale(own + 8)}};
-      const float unit = C::L1 ? 1 : unit_of(image);
+      const float unit = C::L1 || !C::SCALED ? 1 : unit_of(image);
       float U[32] = {};
       RowSums sums;
       bool new_rows = true;

@@ -53,26 +53,31 @@ SRPKD_HOST_DEVICE constexpr int column_of(int blocks, int row, int step) {
   return row + step < blocks ? row + step : row + step - blocks;
 }
 
+// Where part `index` begins if `count` things are divided into `parts`, and which part has a thing. In 32 bits, since
+// division of 64 bits needs many registers: count * parts is below 2^32, see is_divisible.
+SRPKD_HOST_DEVICE constexpr int quotient(int count, int index, int parts) {
+  return static_cast<int>(static_cast<uint32_t>(count) * static_cast<uint32_t>(index) / static_cast<uint32_t>(parts));
+}
+SRPKD_HOST_DEVICE constexpr int inverse_quotient(int thing, int count, int parts) {
+  return static_cast<int>(((static_cast<uint32_t>(thing) + 1) * static_cast<uint32_t>(parts) - 1) /
+                          static_cast<uint32_t>(count));
+}
+
 // A group's images [first, first + count), and the number of its items.
 struct Group {
   int first, count, items;
 };
 SRPKD_HOST_DEVICE constexpr Group group_at(const Work& work, int group) {
-  const int first = static_cast<int>(int64_t{work.images} * group / work.groups);
-  const int end = static_cast<int>(int64_t{work.images} * (group + 1) / work.groups);
+  const int first = quotient(work.images, group, work.groups), end = quotient(work.images, group + 1, work.groups);
   return {first, end - first, (end - first) * work.image_items};
 }
 SRPKD_HOST_DEVICE constexpr int group_of(const Work& work, int image) {
-  return static_cast<int>(((int64_t{image} + 1) * work.groups - 1) / work.images);
+  return inverse_quotient(image, work.images, work.groups);
 }
 
 // The range of a thread block: items [begin_of(b), begin_of(b + 1)) of a group. And the inverse.
-SRPKD_HOST_DEVICE constexpr int begin_of(int block, int items, int grid) {
-  return static_cast<int>(int64_t{block} * items / grid);
-}
-SRPKD_HOST_DEVICE constexpr int owner_of(int item, int items, int grid) {
-  return static_cast<int>(((int64_t{item} + 1) * grid - 1) / items);
-}
+SRPKD_HOST_DEVICE constexpr int begin_of(int block, int items, int grid) { return quotient(items, block, grid); }
+SRPKD_HOST_DEVICE constexpr int owner_of(int item, int items, int grid) { return inverse_quotient(item, items, grid); }
 
 // One row of an image, steps [first, end).
 struct Segment {
@@ -83,22 +88,26 @@ struct Segment {
 struct Segments {
   const Work& work;
   const int block;
-  int group = -1, item = 0, items_end = 0, first_image = 0;
+  int group = -1, left = 0;  // items of the group
+  int image = 0, row = 0;    // of the next segment, unless it starts a group
 
   SRPKD_HOST_DEVICE constexpr Segments(const Work& whole, int of_block) : work(whole), block(of_block) {}
 
   // Moves to the next segment. Returns false if there is none.
   SRPKD_HOST_DEVICE constexpr bool next(Segment& segment) {
-    while (item == items_end) {
+    int first = 0;
+    while (left == 0) {
       if (++group == work.groups) return false;
-      const Group of_images = group_at(work, group);
-      first_image = of_images.first;
-      item = begin_of(block, of_images.items, work.grid), items_end = begin_of(block + 1, of_images.items, work.grid);
+      const Group images = group_at(work, group);
+      const int begin = begin_of(block, images.items, work.grid);
+      left = begin_of(block + 1, images.items, work.grid) - begin;
+      const Item item = locate(work, begin);
+      image = images.first + item.image, row = item.row, first = item.step;
     }
-    const Item at = locate(work, item);
-    const int end = minimum(items_of_row(work.blocks, at.row), at.step + items_end - item);
-    segment = {first_image + at.image, at.row, at.step, end};
-    item += end - at.step;
+    const int end = minimum(items_of_row(work.blocks, row), first + left);
+    segment = {image, row, first, end};
+    left -= end - first;
+    if (++row == work.blocks) row = 0, ++image;
     return true;
   }
 };
@@ -148,6 +157,12 @@ SRPKD_HOST_DEVICE constexpr Owners owners_of(const Work& work, int image, int ro
   const int begin = (image - group.first) * work.image_items + item_at(work.blocks, row, 0);
   return {owner_of(begin, group.items, work.grid),
           owner_of(begin + items_of_row(work.blocks, row) - 1, group.items, work.grid) + 1, group.items};
+}
+
+// Returns whether `divide` can represent a problem.
+inline bool is_divisible(int64_t images, int64_t pixels, int tile, int multiprocessors) {
+  const int64_t blocks = ceil_div(pixels, tile);
+  return images < 1 << 16 && blocks <= 1 << 12 && blocks * (blocks + 1) / 2 * multiprocessors < int64_t{1} << 31;
 }
 
 // Divides the work among the multiprocessors, one thread block on each.

@@ -95,6 +95,7 @@ inline void start_load(Machine& m, Address to, uint32_t bytes, Address at, std::
   Block& block = m.block();
   Barrier& barrier = barrier_at(m, at);
   if (!barrier.visible_to_tma) m.fail("a load with a barrier without fence_barrier_initialization() before");
+  if (m.current().acquired) m.fail("a load after an acquire without fence_async_proxy_global() between");
   const int writer = block.participants.barrier(index_of(m, barrier));
   m.check(block.memory.begin_write(to, bytes, writer, m.thread(), m.clock()));
   block.operations.push_back({writer, false, 0, 1, [=, &m, &block, &barrier, write = std::move(write)](int) {

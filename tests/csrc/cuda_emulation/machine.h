@@ -70,7 +70,7 @@ struct Thread {
   std::vector<Copy> copies;              // cp.async, not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
   Bulk bulk;
-  bool acquired = false;  // since the last fence_async_proxy_global
+  bool acquired = false;  // what other blocks wrote, since the last fence_async_proxy_global
 };
 
 // A collective instruction: the number of threads that have arrived, and the operands of each.

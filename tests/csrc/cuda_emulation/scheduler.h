@@ -225,6 +225,7 @@ inline void Machine::grid_barrier() {
          });
   }
   barrier();
+  current().acquired = true;
 }
 
 }  // namespace srpkd::cuda::emulation

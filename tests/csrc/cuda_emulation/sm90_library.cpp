@@ -64,7 +64,7 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
                         static_cast<Normalize>(of_test->normalize),
                         static_cast<Distance>(of_test->distance),
                         of_test->delta};
-  if (const char* reason = uncovered_reason(problem, SHARED_LIMIT)) return reason;
+  if (const char* reason = uncovered_reason(problem, {multiprocessors, SHARED_LIMIT})) return reason;
   Machine local;
   Workspace workspace{&local, {}};
   const auto features = [&](const FeaturesOfTest& x, int channels) {

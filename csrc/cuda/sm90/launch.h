@@ -1,0 +1,53 @@
+// Launches the kernels. Each of the files kernels_*.cu instantiates those of one precision and half of the
+// normalisations, so that they compile in parallel, and only they need nvcc.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "tile_plan.h"
+
+#if defined(__CUDACC__)
+#include "relation_tiles.cuh"
+#endif
+
+namespace srpkd::cuda::sm90 {
+
+// Computes the tiles of a plan for this precision, and for row (SYMMETRIC false) or for cosine and none.
+template <Precision PRECISION, bool SYMMETRIC>
+cudaError_t launch(const TilePlan& plan, cudaStream_t stream);
+
+#if defined(__CUDACC__)
+template <Precision PRECISION, bool SYMMETRIC>
+cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
+  Params p = plan.params;
+  cudaError_t error = encode(plan.student, p.student);
+  if (error == cudaSuccess) error = encode(plan.teacher, p.teacher);
+  if (error != cudaSuccess) return error;
+  return with_config(std::integral_constant<Precision, PRECISION>{}, plan.variant, [&](auto config) {
+    using C = decltype(config);
+    if constexpr (C::SYMMETRIC == SYMMETRIC) {
+      const int bytes = C::bytes(p);
+      error = cudaFuncSetAttribute(relation_tiles<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      if (error != cudaSuccess) return error;
+      // cooperative: all thread blocks are resident, since they wait for each other
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+      cudaLaunchConfig_t launch{};
+      launch.gridDim = dim3(p.work.grid), launch.blockDim = dim3(C::THREADS);
+      launch.dynamicSmemBytes = bytes, launch.stream = stream, launch.attrs = &attribute, launch.numAttrs = 1;
+      return cudaLaunchKernelEx(&launch, relation_tiles<C>, p);
+    } else {
+      return cudaErrorInvalidValue;  // another instantiation has these kernels
+    }
+  });
+}
+#else
+inline cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
+  return with_precision(plan.precision, [&](auto chosen) {
+    constexpr Precision PRECISION = decltype(chosen)::value;
+    return plan.variant.symmetric ? launch<PRECISION, true>(plan, stream) : launch<PRECISION, false>(plan, stream);
+  });
+}
+#endif
+
+}  // namespace srpkd::cuda::sm90

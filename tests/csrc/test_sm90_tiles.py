@@ -1,0 +1,241 @@
+"""The tiles for Hopper (csrc/cuda/sm90), emulated on the CPU, against the float64 primitive.
+
+The emulation schedules warps and asynchronous work from a seed, and reports races; see test_hopper_emulation.py. The
+kernel runs as on a GPU with a few multiprocessors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import DELTA, error, within
+from torch import Tensor
+
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
+from srpkd.kernels.blocked import relation_tiles as blocked_tiles
+from srpkd.kernels.formulas import scales_of
+
+PRECISIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of enum Precision; 2: two bfloat16 terms
+# the error of U relative to float64 if G is exact: K is rounded to 8 bits, 11 bits, or two terms of 8 bits
+TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}
+RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
+ROW = Relation("row", "l1")
+LAYOUTS = ("nlc", "nchw")
+SEEDS = range(1, 10)  # every order of the warps with every delay of asynchronous work
+
+every_dtype = pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+class Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("images", "pixels", "student_channels", "teacher_channels")),
+        *((name, ctypes.c_int) for name in ("precision", "grad", "normalize", "distance")),
+        ("delta", ctypes.c_float),
+    )
+
+
+class Features(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("alpha", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 3),
+        ("bytes", ctypes.c_int64),
+        ("element_bytes", ctypes.c_int),
+    )
+
+
+@pytest.fixture(scope="session")
+def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    result = compile_emulation("sm90_library.cpp", "-O1", "-DSRPKD_EMULATION")
+    result.relation_tiles.restype = ctypes.c_char_p
+    return result
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def emulate(
+    library: ctypes.CDLL,
+    student: Tensor,
+    teacher: Tensor,
+    scales: Scales,
+    relation: Relation,
+    need_grad: bool = True,
+    multiprocessors: int = 2,
+    seed: int = 1,
+) -> TileSums:
+    """Compute the primitive with the emulated kernel."""
+    batch, pixels, channels = student.shape
+    problem = Problem(
+        *(batch, pixels, channels, teacher.shape[2], PRECISIONS[student.dtype], need_grad),
+        *(NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), relation.delta),
+    )
+    features, kept = [], []
+    for x, alpha in ((student, scales.student), (teacher, scales.teacher)):
+        kept.append(None if alpha is None else alpha.float().contiguous())
+        extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+        strides = (ctypes.c_int64 * 3)(*x.stride())
+        features.append(Features(x.data_ptr(), pointer(kept[-1]), strides, extent * x.element_size(), x.element_size()))
+    loss = torch.full((batch,), torch.nan, dtype=torch.float64)
+    U = torch.full((batch, pixels, channels), torch.nan) if need_grad else None
+    h = torch.full((batch, pixels), torch.nan) if need_grad and relation.normalize != "none" else None
+    message = library.relation_tiles(
+        ctypes.byref(problem), ctypes.byref(features[0]), ctypes.byref(features[1]), multiprocessors,
+        ctypes.c_uint64(seed), pointer(loss), pointer(U), pointer(h),
+    )  # fmt: skip
+    assert message == b"", message.decode()
+    return TileSums(loss, U, h)
+
+
+def draw(
+    dtype: torch.dtype, batch: int, pixels: int, channels: tuple[int, int], layout: str = "nchw"
+) -> tuple[Tensor, Tensor]:
+    """Return random features (B, N, C) with bfloat16 values, whose Gram matrices are exact but for the sum."""
+    pair = ((torch.randn(batch, pixels, count) + 0.5).bfloat16().to(dtype) for count in channels)
+    student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
+    return student, teacher
+
+
+def check(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, **options) -> TileSums:
+    """Compare with the float64 primitive, computed with the same scales."""
+    scales = scales_of(student, teacher, relation, torch.float32)
+    tiles = emulate(library, student, teacher, scales, relation, **options)
+    exact = Scales(*(None if x is None else x.double() for x in scales))
+    expected = blocked_tiles(student.double(), teacher.double(), exact, relation, tiles.U is not None)
+    assert error(tiles.loss, expected.loss) < 1e-6
+    if tiles.U is not None:
+        assert error(tiles.U, expected.U) < TOLERANCE[student.dtype]
+    if tiles.h is not None:
+        assert error(tiles.h, expected.h) < 2e-6
+    return tiles
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@every_dtype
+def test_every_relation(library: ctypes.CDLL, dtype: torch.dtype, relation: Relation) -> None:
+    if dtype == torch.float16 and relation.normalize == "none" and relation.distance != "l1":
+        pytest.skip("not covered: K has no bound")
+    for layout in LAYOUTS:
+        check(library, *draw(dtype, 1, 200, (5, 7), layout), relation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pixels", [1, 8, 127, 128, 129, 385])
+@every_dtype
+def test_any_number_of_pixels(library: ctypes.CDLL, dtype: torch.dtype, pixels: int) -> None:
+    relation = ROW if pixels > 1 else Relation("none", "l1")  # normalised, a single pixel has D = 1 - 1 = 0
+    for layout in LAYOUTS:
+        check(library, *draw(dtype, 2, pixels, (3, 4), layout), relation, multiprocessors=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [(1, 1), (8, 65), (64, 256), (65, 33), (130, 70), (256, 8), (8, 1024)], ids=str)
+@every_dtype
+def test_any_number_of_channels(library: ctypes.CDLL, dtype: torch.dtype, channels: tuple[int, int]) -> None:
+    """Features that do not fit into shared memory pass through the ring."""
+    for layout in LAYOUTS:
+        check(library, *draw(dtype, 1, 136, channels, layout), ROW)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@every_dtype
+def test_forward_only(library: ctypes.CDLL, dtype: torch.dtype, normalize: str) -> None:
+    check(library, *draw(dtype, 1, 300, (6, 70)), Relation(normalize, "l1"), need_grad=False)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@every_dtype
+def test_zero_norm_pixels(library: ctypes.CDLL, dtype: torch.dtype, normalize: str) -> None:
+    student, teacher = draw(dtype, 1, 140, (9, 10))
+    student[:, 3:5] = teacher[:, 4:6] = student[:, 136] = 0
+    tiles = check(library, student, teacher, Relation(normalize, "l1"))
+    if tiles.h is not None:
+        assert (tiles.h[:, [3, 4, 136]] == 0).all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("channels", [8, 200])
+@every_dtype
+def test_equal_features_give_exactly_zero(
+    library: ctypes.CDLL, dtype: torch.dtype, channels: int, normalize: str
+) -> None:
+    student, _ = draw(dtype, 1, 136, (channels, 1))
+    relation = Relation(normalize, "l1")
+    scales = scales_of(student, student, relation, torch.float32)
+    tiles = emulate(library, student, student.clone(), scales, relation)
+    assert (tiles.loss == 0).all() and (tiles.U == 0).all()
+
+
+def test_float32_has_two_terms(library: ctypes.CDLL) -> None:
+    """Products of float32 features have about 16 bits, not the 8 of one bfloat16 term."""
+    student, teacher = torch.randn(1, 200, 8), torch.randn(1, 200, 9)
+    relation = Relation("none", "l2")
+    scales = scales_of(student, teacher, relation, torch.float32)
+    tiles = emulate(library, student, teacher, scales, relation)
+    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, True)
+    assert error(tiles.loss, expected.loss) < 2**-16
+    assert error(tiles.U, expected.U) < 2**-15
+
+
+def test_float16_with_extreme_magnitudes(library: ctypes.CDLL) -> None:
+    """K is scaled, so that it neither overflows nor underflows."""
+    for magnitude in (2.0**-12, 2.0**10):
+        student, teacher = (x * magnitude for x in draw(torch.float16, 1, 140, (6, 6)))
+        for normalize in NORMALIZATIONS:
+            check(library, student, teacher, Relation(normalize, "l1"))
+
+
+@every_layout
+@every_dtype
+def test_views_are_read_in_place_or_copied(library: ctypes.CDLL, dtype: torch.dtype, layout: str) -> None:
+    """NaN surrounds the views. TMA cannot read those that are misaligned."""
+    every = slice(None)
+    for index in ((slice(1, None, 2), every, every), (every, slice(1, None, 2), every), (every, every, slice(1, None))):
+        student, teacher = draw(dtype, 2, 136, (10, 7), "nlc")
+        if layout == "nchw":
+            student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
+        else:
+            student, teacher = within(student, *index), within(teacher, *index)
+        check(library, student, teacher, ROW)
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+# pixels, channels, multiprocessors: each column block has one copy and several additions; the ring is as short as
+# possible and used several times in each tile; many segments
+SCHEDULES = {"additions": (7 * 128, (8, 8), 2), "ring": (264, (70, 600), 2), "segments": (5 * 128, (64, 64), 5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("relation", [ROW, Relation("cosine", "l2")], ids=lambda r: r.normalize)
+def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Relation, schedule: str) -> None:
+    pixels, channels, multiprocessors = SCHEDULES[schedule]
+    student, teacher = draw(torch.bfloat16, 1, pixels, channels)
+    first = check(library, student, teacher, relation, multiprocessors=multiprocessors, seed=0)
+    scales = scales_of(student, teacher, relation, torch.float32)
+    for seed in SEEDS:
+        other = emulate(library, student, teacher, scales, relation, True, multiprocessors, seed)
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("need_grad", [False, True])
+@every_dtype
+def test_races(library: ctypes.CDLL, dtype: torch.dtype, need_grad: bool) -> None:
+    """The ring is used several times in each tile, by every kind of kernel."""
+    student, teacher = draw(dtype, 1, 264, (8, 700))
+    scales = scales_of(student, teacher, ROW, torch.float32)
+    for seed in SEEDS:
+        assert math.isfinite(emulate(library, student, teacher, scales, ROW, need_grad, seed=seed).loss.item())
