@@ -3,6 +3,10 @@
 For d^2 all sums over pairs factor through C x C matrices: sum_ij G_ij^2 x_i y_j is the Frobenius product of
 Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of Q_s^T diag(x) Q_t and Q_s^T diag(y) Q_t.
 The loss is a small difference of such large numbers if the student is close to its teacher, hence float64 throughout.
+
+On NVIDIA GPUs, kernels compute "cosine" and "none" for all dtypes but float64, in four launches: those of csrc/cuda if
+the extension is built, or else Triton's. They sum bfloat16 terms in float32 and float64, and avoid the cancellation if
+both networks have the same number of channels.
 """
 
 from __future__ import annotations
@@ -10,10 +14,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import formulas, native
 from .formulas import Relation, Scales, TileSums, Total, identity
 
 DISTANCES = ("l2",)
 SCALE_DTYPE = torch.float64
+
+
+def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:
+    """Return what computes the loss of such features: "native" or "triton" kernels, or "pytorch"."""
+    if device.type == "cuda" and dtype != torch.float64 and relation.normalize != "row":
+        if native.is_built(device):
+            return "native"
+        from . import triton  # here, since it takes time to import
+
+        if triton.unavailable_reason(device) is None:
+            return "triton"
+    return "pytorch"
+
+
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s)."""
+    kernels = implementation(student.device, student.dtype, relation)
+    if kernels == "native":
+        return native.loss_and_gradient(student, teacher, relation, need_grad, method="closed_form")
+    if kernels == "triton":
+        from .triton import closed_form
+
+        return closed_form.loss_and_gradient(student, teacher, relation, need_grad)
+    return formulas.loss_and_gradient(relation_tiles, student, teacher, relation, need_grad, SCALE_DTYPE)
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:

@@ -9,8 +9,8 @@ A backend is a line in BACKENDS and a module of this package that defines
     SCALE_DTYPE                         optional: the lowest precision of its scales
     DISTANCES, DTYPES                   optional: the supported distances and dtypes; all by default
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
-                                        optional: replaces ``compute_loss`` below for a backend that also computes
-                                        the formulas around the tiles
+                                        optional: replaces ``formulas.loss_and_gradient`` for a backend that also
+                                        computes the formulas around the tiles
 
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
@@ -154,12 +154,8 @@ def compute_loss(
     module = backend_module(name)
     if hasattr(module, "loss_and_gradient"):
         return module.loss_and_gradient(student, teacher, relation, need_grad)
-    accumulator = formulas.accumulator(student.dtype)
-    scale_dtype = torch.promote_types(accumulator, getattr(module, "SCALE_DTYPE", accumulator))
-    scales = formulas.scales_of(student, teacher, relation, scale_dtype)
-    tiles = module.relation_tiles(student, teacher, scales, relation, need_grad)
-    loss = (tiles.loss / student.shape[1] ** 2).to(accumulator)
-    return loss, formulas.gradient_of(student, tiles, scales, relation) if need_grad else None
+    scale_dtype = getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
+    return formulas.loss_and_gradient(module.relation_tiles, student, teacher, relation, need_grad, scale_dtype)
 
 
 def _check_supported(name: str, device: torch.device, dtype: torch.dtype, relation: Relation) -> None:

@@ -232,3 +232,25 @@ def gradient_of(
     if gradient.dtype == result.dtype and gradient.stride() == result.stride():
         return result
     return gradient.copy_(result)
+
+
+def loss_and_gradient(
+    relation_tiles: Callable[..., TileSums],
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    need_grad: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
+
+    Args:
+        relation_tiles: the primitive of a backend.
+        student, teacher: raw features (B, N, C_s), (B, N, C_t).
+        scale_dtype: the lowest precision of the scales.
+    """
+    dtype = accumulator(student.dtype)
+    scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
+    tiles = relation_tiles(student, teacher, scales, relation, need_grad)
+    loss = (tiles.loss / student.shape[1] ** 2).to(dtype)
+    return loss, gradient_of(student, tiles, scales, relation) if need_grad else None

@@ -43,7 +43,7 @@ def relation_loss(
 
 
 def loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, method: str = "tiles"
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,) and its gradient (B, N, C_s)."""
     extension()
@@ -55,7 +55,7 @@ def loss_and_gradient(
         relation.delta,
         relation.eps,
         "none",
-        "tiles",
+        method,
         need_grad,
     )
     return loss, gradient if need_grad else None
@@ -144,5 +144,13 @@ def status() -> str:
     capability = module.cpu_capability()
     return (
         f"built for torch {module.torch_version}; CPU: {capability['instructions']}, "
-        f"{capability['cache_bytes'] // 1024} KB of cache per core; GPU: {module.cuda_architectures or 'not built'}"
+        f"{capability['cache_bytes'] // 1024} KB of cache per core; GPU: {_cuda_kernels(module.cuda_architectures)}"
     )
+
+
+def _cuda_kernels(architectures: str) -> str:
+    """Describe the kernels of the relation tiles, given the architectures that they are built for."""
+    if not architectures:
+        return "not built"
+    wgmma = ", or with SRPKD_CUDA_KERNEL=sm90 wgmma (not for float32 highest)" if "9.0a" in architectures else ""
+    return f"{architectures}, tiles by mma.sync{wgmma}"

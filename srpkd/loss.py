@@ -159,10 +159,10 @@ def _relation_loss(
     backend = dispatch.requested_backend(backend)
     is_global = scope == "global" and _ranks(group) > 1
     # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
-    if not (is_global or torch.compiler.is_compiling()) and _is_native(
-        student, teacher, relation, layout, backend, scope
-    ):
-        return native.relation_loss(student, teacher, relation, reduction, layout, scope)
+    if not (is_global or torch.compiler.is_compiling()):
+        method = _native_method(student, teacher, relation, layout, backend, scope)
+        if method is not None:
+            return native.relation_loss(student, teacher, relation, reduction, layout, scope, method)
 
     is_batch = student.ndim == NDIM[layout]
     if not is_batch:
@@ -197,19 +197,23 @@ def _relation_loss(
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _is_native(
+def _native_method(
     student: Tensor, teacher: Tensor, relation: Relation, layout: Layout, backend: str, scope: Scope
-) -> bool:
-    """Return whether the C++ operator computes the loss of these features."""
-    if backend not in ("auto", "native"):
-        return False
+) -> str | None:
+    """Return the method by which the C++ operator computes the loss of these features, or None if it does not."""
+    if backend not in ("auto", "native", "closed_form"):
+        return None
     ours, theirs, channel = student.shape, teacher.shape, channel_dim(layout)
     dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
     pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
     if scope != "image" and len(ours) == NDIM[layout]:
         pixels *= ours[0]
     channels = (ours[channel], theirs[channel])
-    return dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels) == "native"
+    name = dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels)
+    if name == "closed_form" and student.device.type == "cuda":
+        kernels = dispatch.backend_module(name).implementation(student.device, dtype, relation)
+        return "closed_form" if kernels == "native" else None
+    return "tiles" if name == "native" else None
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:

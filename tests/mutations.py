@@ -48,8 +48,11 @@ CLOSED_FORM, DISTRIBUTED = "kernels/closed_form.py", "kernels/distributed.py"
 TRITON_PRIMITIVES, TRITON_SCALES = "kernels/triton/primitives.py", "kernels/triton/scales.py"
 TRITON_TILES, TRITON_GRADIENT = "kernels/triton/tiles.py", "kernels/triton/gradient.py"
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
+CPU_LOSS, CPU_MATRICES, AUTOGRAD = "csrc/cpu/loss.cpp", "csrc/cpu/relation_matrices.cpp", "csrc/autograd.cpp"
 CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
+CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
+CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 
@@ -145,7 +148,7 @@ BACKENDS = {
         "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
         [
             Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
-            Fault("the tie is beside the diagonal", EPILOGUE, "if (j == i / LANES) d[", "if (j == i / LANES + 1) d["),
+            Fault("the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["),
             Fault("h of the columns dropped", EPILOGUE, "if constexpr (mirrored) h_column[j] += q * b;", ""),
             Fault("row: K is not symmetric", EPILOGUE, "p * row_s + q * column_s[j];", "p * row_s + q * row_s;"),
             Fault("the mirrored half of the loss counts once", EPILOGUE, "(!row && mirrored ? 2 : 1)", "1"),
@@ -160,6 +163,78 @@ BACKENDS = {
                 CPU_TILES,
                 "columns < stride && i < rows",
                 "columns < stride && i < rows - 1",
+            ),
+            Fault("the tie of a block is that of the first", EPILOGUE, "tie = tile.diagonal + i;", "tie = i;"),
+            Fault(
+                "norm terms are not symmetric",
+                EPILOGUE,
+                "gram[j] * column_s[j] * (h_column[j] * column_s[j])",
+                "gram[j] * row_s * weight",
+            ),
+            Fault(
+                "rows are not completed by symmetry",
+                CPU_MATRICES,
+                "for (int64_t left = end; left < pixels",
+                "for (int64_t left = end + LINE; left < pixels",
+            ),
+            Fault(
+                "cosine: wrong sign of the correction",
+                CPU_MATRICES,
+                "+ rows.begin + i] -= tile.h_row",
+                "+ rows.begin + i] += tile.h_row",
+            ),
+            Fault(
+                "row: correction dropped",
+                CPU_MATRICES,
+                "if (relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);",
+                "",
+            ),
+            Fault("a norm of exactly eps counts as nonzero", CPU_MATRICES, "norm <= static_cast", "norm < static_cast"),
+            Fault(
+                "blocks of rows are skipped",
+                CPU_MATRICES,
+                "i % 2 ? blocks - 1 - i / 2 : i / 2",
+                "i % 2 ? blocks - 2 - i / 2 : i / 2",
+            ),
+            Fault(
+                "tiles: row: correction M_w q dropped",
+                CPU_LOSS,
+                "  sum.baddbmm_(at::bmm(weighted.mT(), features) / size.square(), features.mT(), 1, -1);\n",
+                "",
+            ),
+            Fault("tiles: the mean of the features is lost", CPU_LOSS, "square.add_(", "square.clone().add_("),
+            Fault(
+                "the gradient of a mean is that of a sum",
+                CPU_LOSS,
+                "if (reduction == Reduction::mean) gradient_scale",
+                "if (false) gradient_scale",
+            ),
+            Fault(
+                "a mean is a sum",
+                CPU_LOSS,
+                "reduction == Reduction::mean ? total",
+                "reduction == Reduction::none ? total",
+            ),
+            Fault(
+                "the upstream gradient is ignored",
+                "csrc/bindings.cpp",
+                "grad_loss.view({-1, 1, 1}) : grad_loss)",
+                "grad_loss.view({-1, 1, 1}) : at::ones_like(grad_loss))",
+                "tests/kernels/test_op.py -k native",
+            ),
+            Fault(
+                "the batch's gradient is that of one image",
+                AUTOGRAD,
+                "gradient.view_symint({-1, pixels, gradient.sym_size(2)}).transpose(1, 2)",
+                "gradient.transpose(1, 2)",
+                "tests/kernels/test_distributed.py -k large_image",
+            ),
+            Fault(
+                "a gradient is computed without need",
+                AUTOGRAD,
+                "loss_and_gradient(student, teacher, options, false));\n}\n\n// Where",
+                "loss_and_gradient(student, teacher, options, true));\n}\n\n// Where",
+                "tests/kernels/test_op.py -k native",
             ),
             Fault("the last pixel is skipped", INDEX, "left = pixels - begin;", "left = pixels - begin - (begin > 0);"),
         ],
@@ -249,6 +324,75 @@ BACKENDS = {
                 "(e, p.delta) * beta_s : grad",
                 "(e, p.delta) * alpha_s : grad",
             ),
+        ],
+    ),
+    "cuda_algebra": Backend(
+        "tests/csrc/test_cuda_loss.py -k (every_relation and highest and nlc) or pixels_without or plans or "
+        "deterministic or reductions",
+        [
+            Fault(
+                "masks one pixel or channel too many",
+                CUDA_PANELS,
+                "minimum(PIXELS_ADJACENT ? pixels.end - at : from.channels - c, UNIT)",
+                "minimum((PIXELS_ADJACENT ? pixels.end - at : from.channels - c) - 1, UNIT)",
+            ),
+            Fault(
+                "pixels outside the image are shifted",
+                CUDA_MOMENTS,
+                "Part::pixel_at(pixels, pixel) < pixels.end ? x",
+                "Part::pixel_at(pixels, pixel) <= pixels.end ? x",
+            ),
+            Fault(
+                "moments: missing barrier",
+                CUDA_MOMENTS,
+                "      sync_block();  // the panels are free\n      const Pixels pixels{pixel, end};",
+                "      const Pixels pixels{pixel, end};",
+            ),
+            Fault(
+                "moments: the last range is dropped",
+                CUDA_MOMENTS,
+                "split < splits; ++split",
+                "split < splits - 1; ++split",
+            ),
+            Fault("moments: no shift to the mean", CUDA_MOMENTS, "return any;", "return false;"),
+            Fault(
+                "moments: the shift is not undone",
+                CUDA_MOMENTS,
+                "count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
+                "0 * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
+            ),
+            Fault(
+                "weighted moment: the first block sums",
+                CUDA_MOMENTS,
+                "== p.ranges.splits - 1 ? 1 : 0",
+                "== 0 ? 1 : 0",
+            ),
+            Fault(
+                "weighted moment: counted before all threads have written",
+                CUDA_MOMENTS,
+                "    fence_device();\n    sync_block();\n",
+                "    fence_device();\n",
+            ),
+            Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false)"),
+            Fault(
+                "norms: blocks beside the diagonal count once", CUDA_NORMS, "total[m][j][i] *= 2", "total[m][j][i] *= 1"
+            ),
+            Fault(
+                "norms: missing barrier",
+                CUDA_NORMS,
+                "sync_block();  // the panels have arrived",
+                "// the panels have arrived",
+            ),
+            Fault("cosine: correction dropped", CUDA_GRADIENT, "r + e : r) * 4) * q[e]", "r + e : r) * 4) * 0"),
+            Fault("row: correction M q dropped", CUDA_GRADIENT, "add_product_with(MOMENT_AT);", ""),
+            Fault("row: correction M_w q dropped", CUDA_GRADIENT, "add_product_with(WEIGHTED_AT);", ""),
+            Fault(
+                "the last part of the loss is dropped",
+                CUDA_GRADIENT,
+                "i < count; i += THREADS",
+                "i < count - 1; i += THREADS",
+            ),
+            Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
         ],
     ),
     "hopper": Backend(

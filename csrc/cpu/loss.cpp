@@ -31,6 +31,15 @@ Tensor inverse(const Tensor& norm, double eps) {
   return at::where(norm <= eps, at::zeros({}, norm.options()), norm.reciprocal() + norm * 0);
 }
 
+// Whether float32 products are not rounded to fewer bits, which is too coarse for scales.
+bool products_are_exact() {
+  try {
+    return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+  } catch (const c10::Error&) {  // it is set for each backend, with torch.backends.mkldnn.matmul.fp32_precision
+    return false;
+  }
+}
+
 struct Scale {
   Tensor alpha, moment;  // (B, N) and for row M = Q^T Q (B, C, C); undefined if normalize is none
 };
@@ -53,9 +62,11 @@ Scale row_scale(const Tensor& features, double eps) {
 }
 
 Scale scale_of(const Tensor& features, const Relation& relation) {
-  if (relation.normalize == Normalize::row) return row_scale(features, relation.eps);
+  if (relation.normalize == Normalize::none) return {};
   if (relation.normalize == Normalize::cosine) return {inverse(features.square().sum({2}).sqrt_(), relation.eps), {}};
-  return {};
+  if (products_are_exact()) return row_scale(features, relation.eps);
+  const auto [alpha, moment] = row_scale(features.to(at::kDouble), relation.eps);
+  return {alpha.to(features.scalar_type()), moment.to(features.scalar_type())};
 }
 
 // Overwrites U with N^2 dL/dQ: with w_i = h_i alpha_i^2,
@@ -111,6 +122,7 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   // autocast would round the products of the formulas
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   auto [loss, gradient] = empty_loss_and_gradient(student, reduction, need_grad);
+  if (student.numel() == 0 || teacher.numel() == 0) return {loss.zero_(), gradient.zero_()};
   const int64_t images = student.size(0), pixels = student.size(1);
   double gradient_scale = 1 / (static_cast<double>(pixels) * static_cast<double>(pixels));
   if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(images);

@@ -27,9 +27,8 @@ struct Matrix {
   // Whether multiply() can read or write it in place.
   bool is_blas() const { return row_major() || t().row_major(); }
 
-  operator Matrix<const T>() const
-    requires(!std::is_const_v<T>)
-  {
+  template <typename U, typename = std::enable_if_t<std::is_same_v<U, const T>>>
+  operator Matrix<U>() const {
     return {data, rows, columns, row_stride, column_stride};
   }
 };

@@ -181,7 +181,10 @@ void run(const Tensor& student, const Tensor& teacher, const Relation& relation,
       Image<T> current(relation, space, image_of(q_s, image, data_s), image_of(q_t, image, data_t));
       const auto for_each_block = [&](const auto& pass) {
         at::parallel_for(0, blocks, grain(operations / static_cast<double>(blocks)), [&](int64_t first, int64_t last) {
-          for (int64_t block = first; block < last; ++block) pass(block, block_at(block, size, pixels));
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2;  // two together have equal parts of a triangle
+            pass(block, block_at(block, size, pixels));
+          }
         });
       };
       for_each_block([&](int64_t, Block rows) { current.multiply_features(rows); });

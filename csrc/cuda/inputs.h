@@ -75,7 +75,8 @@ inline sm80::Device device_of(c10::DeviceIndex index) {
                               "the native backend needs a GPU of compute capability 8.0 or newer, received ", major,
                               ".", attribute(cudaDevAttrComputeCapabilityMinor), ": use backend='blocked'");
   return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+          major};
 }
 
 inline void check_grid(const Tensor& student, int64_t blocks) {

@@ -22,16 +22,28 @@ struct LossArguments {
   int64_t gradient_strides[3];
 };
 
+// The scales of both relation matrices.
+struct ScalesPlan {
+  Normalize normalize;
+  algebra::FinishArguments moments;  // only for "row"
+  algebra::NormArguments norms;
+  bool wide;  // whether a block of the row norms and of the gradient computes 128 pixels instead of 64
+};
+
+// From the sums of the tiles to the loss and the gradient. Sums: how these tiles store them, see algebra/sums.cuh.
+template <class Sums>
+struct GradientPlan {
+  algebra::WeightedMomentArguments<Sums> weighted;  // only for "row", with a gradient
+  algebra::GradientArguments<Sums> gradient;
+  bool wide;
+};
+
 struct LossPlan {
+  ScalesPlan scales;
   sm80::Params tiles;
   int u_channels;  // of a thread block of the tiles
-  algebra::FinishArguments moments;
-  algebra::NormArguments norms;
-  algebra::WeightedMomentArguments<algebra::SumsOfSplits> weighted;
-  algebra::GradientArguments<algebra::SumsOfSplits> gradient;
-  Normalize normalize;
+  GradientPlan<algebra::SumsOfSplits> gradient;
   int64_t largest_grid;  // thread blocks
-  bool wide;             // whether a block computes 128 instead of 64 pixels of the row norms and of the gradient
 };
 
 // Hands out parts of one allocation, or adds up its size if `base` is null.
@@ -71,82 +83,105 @@ inline int resident_blocks(const sm80::Features (&features)[2], int feature_byte
   return resident;
 }
 
+inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+  using namespace algebra;
+  const int64_t images = a.images, pixels = a.pixels;
+  ScalesPlan plan{};
+  plan.normalize = a.relation.normalize;
+  plan.wide = 2 * images * ceil_div(pixels, 2 * BLOCK) >= device.multiprocessors;
+  if (a.relation.normalize == Normalize::none) return plan;
+
+  NormArguments& n = plan.norms;
+  n.images = a.images, n.pixels = a.pixels, n.eps = static_cast<float>(a.relation.eps);
+  for (int i = 0; i < 2; ++i) n.features[i] = a.features[i], n.alpha[i] = workspace.take<float>(images * pixels);
+  if (a.relation.normalize != Normalize::row) return plan;
+
+  n.resident = resident_blocks(a.features, terms_of(a.element_bytes, a.precision) * PANEL_BYTES * (plan.wide ? 2 : 1),
+                               device.shared_of_block);
+  MomentArguments& m = plan.moments.sums;
+  MomentResults& results = plan.moments.results;
+  const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
+  const int64_t both = padded(channels_t) + padded(channels_s);
+  const int64_t tiles_s = tiles_of(channels_s), tiles = tiles_of(channels_t) + tiles_s;
+  for (int i = 0; i < 2; ++i) m.features[i] = a.features[i];
+  m.images = a.images, m.pixels = a.pixels;
+  m.ranges = ranges_of(images * tiles, a.pixels, device.multiprocessors);
+  m.partial = workspace.take<float>(images * tiles * m.ranges.splits * BLOCK * BLOCK);
+  m.sums = workspace.take<float>(images * m.ranges.splits * both);
+  m.squares = workspace.take<float>(images * m.ranges.splits * both);
+  m.shift = workspace.take<float>(images * both);
+  results.centred[TEACHER] = workspace.take<uint16_t>(images * elements_of_terms(channels_t));
+  results.centred[STUDENT] = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
+  results.whole = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
+  results.mean = workspace.take<float>(images * both);
+  results.size = workspace.take<float>(images * 2);
+  results.counters = workspace.take<int>(images * tiles_s);
+  n.moments = results;
+  return plan;
+}
+
+template <class Sums>
+GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
+                                 const sm80::Device& device, Workspace& workspace) {
+  using namespace algebra;
+  const int64_t images = a.images;
+  const algebra::MomentResults& moments = scales.moments.results;
+  GradientPlan<Sums> plan{};
+  plan.wide = scales.wide;
+  GradientArguments<Sums>& g = plan.gradient;
+  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels;
+  g.normalize = a.relation.normalize, g.sums = sums;
+  g.alpha = scales.norms.alpha[STUDENT], g.size = moments.size, g.moment = moments.whole;
+  g.gradient = a.gradient;
+  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
+  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
+  const double count = a.pixels;
+  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+  if (a.relation.normalize != Normalize::row || !a.need_grad) return plan;
+
+  WeightedMomentArguments<Sums>& w = plan.weighted;
+  const int channels = g.features.channels;
+  w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
+  w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
+  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, device.multiprocessors);
+  w.partial = workspace.take<float>(images * tiles_of(channels) * w.ranges.splits * BLOCK * BLOCK);
+  w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels));
+  g.weighted = w.weighted;
+  return plan;
+}
+
+// The whole loss with the tiles of sm80.
 inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
-  const int64_t both = padded(channels_t) + padded(channels_s);
-  const bool row = a.relation.normalize == Normalize::row, scaled = a.relation.normalize != Normalize::none;
   LossPlan plan{};
-  plan.normalize = a.relation.normalize;
-  plan.wide = 2 * images * ceil_div(pixels, 2 * BLOCK) >= device.multiprocessors;
-
-  if (scaled) {
-    NormArguments& n = plan.norms;
-    n.images = a.images, n.pixels = a.pixels, n.eps = static_cast<float>(a.relation.eps);
-    for (int i = 0; i < 2; ++i) n.features[i] = a.features[i], n.alpha[i] = workspace.take<float>(images * pixels);
-    n.resident = resident_blocks(a.features, terms_of(a.element_bytes, a.precision) * PANEL_BYTES * (plan.wide ? 2 : 1),
-                                 device.shared_of_block);
-  }
-  if (row) {
-    MomentArguments& m = plan.moments.sums;
-    MomentResults& results = plan.moments.results;
-    const int64_t tiles_s = tiles_of(channels_s), tiles = tiles_of(channels_t) + tiles_s;
-    for (int i = 0; i < 2; ++i) m.features[i] = a.features[i];
-    m.images = a.images, m.pixels = a.pixels;
-    m.ranges = ranges_of(images * tiles, a.pixels, device.multiprocessors);
-    m.partial = workspace.take<float>(images * tiles * m.ranges.splits * BLOCK * BLOCK);
-    m.sums = workspace.take<float>(images * m.ranges.splits * both);
-    m.squares = workspace.take<float>(images * m.ranges.splits * both);
-    m.shift = workspace.take<float>(images * both);
-    results.centred[TEACHER] = workspace.take<uint16_t>(images * elements_of_terms(channels_t));
-    results.centred[STUDENT] = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
-    results.whole = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
-    results.mean = workspace.take<float>(images * both);
-    results.size = workspace.take<float>(images * 2);
-    results.counters = workspace.take<int>(images * tiles_s);
-    plan.norms.moments = results;
-  }
+  plan.scales = plan_scales(a, device, workspace);
 
   sm80::Params& t = plan.tiles;
-  for (int i = 0; i < 2; ++i) t.features[i] = a.tile_features[i], t.features[i].alpha = plan.norms.alpha[i];
+  for (int i = 0; i < 2; ++i) t.features[i] = a.tile_features[i], t.features[i].alpha = plan.scales.norms.alpha[i];
   t.images = a.images, t.pixels = a.pixels;
   t.distance = a.relation.distance, t.delta = static_cast<float>(a.relation.delta);
-  t.row = row, t.zero_diagonal = a.relation.normalize == Normalize::cosine;
+  t.row = a.relation.normalize == Normalize::row, t.zero_diagonal = a.relation.normalize == Normalize::cosine;
   plan.u_channels = sm80::plan(t, a.precision, a.need_grad, device);
   t.loss = workspace.take<double>(images * t.splits * t.blocks);
   if (a.need_grad) {
-    t.U = workspace.take<float>(int64_t{t.splits} * images * pixels * channels_s);
     const int64_t image = pixels * channels_s;
+    t.U = workspace.take<float>(t.splits * images * image);
     t.U_strides[0] = images * image, t.U_strides[1] = image;
     t.U_strides[2] = a.pixels_adjacent ? 1 : channels_s, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
-    if (scaled) t.h = workspace.take<float>(t.splits * images * pixels);
+    if (a.relation.normalize != Normalize::none) t.h = workspace.take<float>(t.splits * images * pixels);
   }
 
-  GradientArguments<SumsOfSplits>& g = plan.gradient;
-  g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels, g.normalize = a.relation.normalize;
-  SumsOfSplits& sums = g.sums;
+  SumsOfSplits sums{};
   sums.losses = t.loss, sums.loss_parts = t.splits * t.blocks, sums.U = t.U, sums.h = t.h, sums.splits = t.splits;
   for (int i = 0; i < 4; ++i) sums.U_strides[i] = t.U_strides[i];
   sums.h_strides[0] = images * pixels, sums.h_strides[1] = pixels;
-  g.alpha = plan.norms.alpha[STUDENT], g.size = plan.moments.results.size, g.moment = plan.moments.results.whole;
-  g.gradient = a.gradient;
-  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
-  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
-  const double count = static_cast<double>(pixels);
-  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+  plan.gradient = plan_gradient(a, plan.scales, sums, device, workspace);
 
-  if (row && a.need_grad) {
-    WeightedMomentArguments<SumsOfSplits>& w = plan.weighted;
-    w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
-    w.alpha = g.alpha, w.size = g.size, w.counters = plan.moments.results.counters;
-    w.ranges = ranges_of(images * tiles_of(channels_s), a.pixels, device.multiprocessors);
-    w.partial = workspace.take<float>(images * tiles_of(channels_s) * w.ranges.splits * BLOCK * BLOCK);
-    w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
-    g.weighted = w.weighted;
-  }
   const int64_t row_blocks = ceil_div(pixels, BLOCK), most = t.channel_splits > 2 ? t.channel_splits : 2;
-  plan.largest_grid = images * row_blocks * (most + blocks_of(channels_s)) + images * tiles_of(channels_t);
+  plan.largest_grid =
+      images * (row_blocks * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
   return plan;
 }
 

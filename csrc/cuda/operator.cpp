@@ -20,6 +20,7 @@
 #include "closed_form/launch.h"
 #include "inputs.h"
 #include "sm80/launch.h"
+#include "sm90/launch.h"
 
 namespace srpkd::cuda {
 namespace {
@@ -33,12 +34,19 @@ cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels
 
 // --- the whole loss --------------------------------------------------------------------------------------------------
 
+cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, cudaStream_t stream) {
+  return launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, stream);
+}
+cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, cudaStream_t stream) {
+  return sm90::launch(plan.tiles, stream);
+}
+
 // T: the element type of the features.
-template <class T>
-void launch_loss(const LossPlan& plan, const LossArguments& a, cudaStream_t stream) {
-  C10_CUDA_CHECK(algebra::scales<T>(plan, a.pixels_adjacent, stream));
-  C10_CUDA_CHECK(launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, stream));
-  C10_CUDA_CHECK(algebra::gradient<T>(plan.weighted, plan.gradient, a.pixels_adjacent, plan.wide, stream));
+template <class T, class Plan>
+void launch_loss(const Plan& plan, const LossArguments& a, cudaStream_t stream) {
+  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, stream));
+  C10_CUDA_CHECK(launch_tiles(plan, a, stream));
+  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, stream));
 }
 
 // Returns the plan of a function of a workspace, and the memory of the workspace.
@@ -47,7 +55,7 @@ auto planned(const Tensor& like, MakePlan make_plan) {
   Workspace size{nullptr};
   make_plan(size);
   Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
-  Workspace workspace{memory.mutable_data_ptr<char>()};
+  Workspace workspace{static_cast<char*>(memory.mutable_data_ptr())};
   return std::make_pair(make_plan(workspace), std::move(memory));
 }
 
@@ -69,14 +77,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
 
   Tensor q_s = student, q_t = teacher;
   a.pixels_adjacent = unify_layouts(q_s, q_t);
-  Tensor tiles_s = q_s, tiles_t = q_t;
-  if (chosen == Method::tiles && student.scalar_type() == at::kFloat && a.precision == Precision::bf16) {
-    tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);
-    make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);
-  }
   a.features[0] = features_of(q_t, {}, a.pixels_adjacent), a.features[1] = features_of(q_s, {}, a.pixels_adjacent);
-  a.tile_features[0] = features_of(tiles_t, {}, a.pixels_adjacent);
-  a.tile_features[1] = features_of(tiles_s, {}, a.pixels_adjacent);
   a.element_bytes = static_cast<int>(student.element_size());
   a.images = static_cast<int>(student.size(0)), a.pixels = static_cast<int>(student.size(1));
   a.loss = loss.mutable_data_ptr<float>();
@@ -100,14 +101,24 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
         [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream)); });
     return {loss, gradient};
   }
-  choose_kernel(a);  // today always sm80
-
   const sm80::Device device = device_of(student.get_device());
-  const auto plan_in = [&](Workspace& workspace) { return make_plan(a, device, workspace); };
-  const auto planned_loss = planned(student, plan_in);
-  const LossPlan& plan = planned_loss.first;
-  check_grid(student, plan.largest_grid);
-  with_element([&](auto element) { launch_loss<decltype(element)>(plan, a, stream); });
+  const auto run = [&](auto make) {
+    const auto planned_loss = planned(student, [&](Workspace& workspace) { return make(a, device, workspace); });
+    check_grid(student, planned_loss.first.largest_grid);
+    with_element([&](auto element) { launch_loss<decltype(element)>(planned_loss.first, a, stream); });
+  };
+  if (choose_kernel(a, device) == Kernel::sm90) {
+    run(make_sm90_plan);
+    return {loss, gradient};
+  }
+  Tensor tiles_s = q_s, tiles_t = q_t;
+  if (student.scalar_type() == at::kFloat && a.precision == Precision::bf16) {
+    tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);
+    make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);
+  }
+  a.tile_features[0] = features_of(tiles_t, {}, a.pixels_adjacent);
+  a.tile_features[1] = features_of(tiles_s, {}, a.pixels_adjacent);
+  run(make_plan);
   return {loss, gradient};
 }
 

@@ -24,6 +24,7 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def run(source: str, *further: str) -> ctypes.CDLL:
         target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
         options = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+        options.append("-DSRPKD_EMULATION")  # tensor maps without the headers of CUDA
         command = [
             compiler,
             *options,

@@ -31,7 +31,7 @@ def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
 
 
 def run(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, case: str, **options) -> Result:
-    return emulate(library, student, teacher, relation, case, method="closed_form", **options)
+    return emulate(library, student, teacher, relation, case, kernels="closed_form", **options)
 
 
 def check(

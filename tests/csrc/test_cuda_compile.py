@@ -6,7 +6,8 @@ import functools
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,10 @@ INSTRUCTIONS = {
 }
 KERNELS = {(adjacent, channels) for adjacent in (0, 1) for channels in (0, 64, 128)}  # of one precision
 FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)")
+# of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores
+ALGEBRA = {"Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 2, "Gradient": 4}
+ELEMENTS = ("bf16", "fp16", "float")
+WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms")
 
 pytestmark = pytest.mark.slow
 
@@ -47,53 +52,92 @@ def kernel(symbol: str) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Path]]:
-    """Return a function: precision -> the report of ptxas and the path of the binary. Compile all in parallel."""
+    """Return a function: source in csrc/cuda -> the report of ptxas and the path of the binary. Compile in parallel."""
     if (nvcc := tool("nvcc")) is None:
         pytest.skip("nvcc is not installed")
     folder = tmp_path_factory.mktemp("cuda_compile")
 
-    def run(precision: str) -> tuple[str, Path]:
-        target = folder / f"{precision}.fatbin"
+    def run(source: str) -> tuple[str, Path]:
+        target = folder / f"{source.replace('/', '_')}.fatbin"
         codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures()]
         options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes, "-o", str(target)]
-        command = [nvcc, *options, str(build.CSRC / "cuda" / "sm80" / f"kernels_{precision}.cu")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [nvcc, *options, str(build.CSRC / "cuda" / source)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert done.returncode == 0, done.stdout
         return done.stdout, target
 
+    sources = [*(f"sm80/kernels_{x}.cu" for x in INSTRUCTIONS), *(f"algebra/kernels_{x}.cu" for x in ELEMENTS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = {precision: pool.submit(run, precision) for precision in INSTRUCTIONS}
-    return lambda precision: results[precision].result()
+        results = {source: pool.submit(run, source) for source in sources}
+    return lambda source: results[source].result()
 
 
-@pytest.mark.parametrize("precision", INSTRUCTIONS)
-def test_no_spills(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    report, _ = compiled(precision)
-    seen = set()
+def entries(report: str) -> Iterator[tuple[str, str]]:
+    """Yield (mangled name, architecture) of the kernels in a report of ptxas, none of which may spill registers."""
+    assert "warning" not in report
     for part in report.split("Compiling entry function ")[1:]:
         symbol, architecture = re.match(r"'(\S+)' for '(\w+)'", part).groups()
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", part).groups())
         assert max(stack, stores, loads) <= (MAX_SPILL if architecture == NEWER else 0), part
-        seen.add((architecture, *kernel(symbol)))
+        yield symbol, architecture
+
+
+def functions(target: Path) -> Iterator[tuple[str, set[str]]]:
+    """Yield (mangled name, instructions) of the kernels in a binary."""
+    if (disassembler := tool("cuobjdump")) is None or tool("nvdisasm") is None:
+        pytest.skip("cuobjdump and nvdisasm are not installed")
+    done = subprocess.run([disassembler, "-sass", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for function in done.stdout.split("Function : ")[1:]:
+        words = set(re.findall(r"\s([A-Z][\w.]+)", function))
+        # no generic loads and stores, which the compiler emits if it cannot infer the address space
+        assert not [word for word in words if re.fullmatch(r"(LD|ST)(\..*)?", word)]
+        yield function.split("\n", 1)[0], words
+
+
+@pytest.mark.parametrize("precision", INSTRUCTIONS)
+def test_tiles_do_not_spill(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
+    report, _ = compiled(f"sm80/kernels_{precision}.cu")
+    seen = {(architecture, *kernel(symbol)) for symbol, architecture in entries(report)}
     assert seen == {(architecture, *config) for architecture in architectures() for config in KERNELS}
-    assert "warning" not in report
 
 
 @pytest.mark.parametrize("precision", INSTRUCTIONS)
 def test_tensor_cores_and_asynchronous_copies(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    if (disassembler := tool("cuobjdump")) is None or tool("nvdisasm") is None:
-        pytest.skip("cuobjdump and nvdisasm are not installed")
-    _, target = compiled(precision)
-    done = subprocess.run([disassembler, "-sass", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    functions = done.stdout.split("Function : ")[1:]
-    assert len(functions) == len(architectures()) * len(KERNELS)
-    for function in functions:
-        _, channels = kernel(function.split("\n", 1)[0])
-        words = set(re.findall(r"\s([A-Z][\w.]+)", function))
+    _, target = compiled(f"sm80/kernels_{precision}.cu")
+    found = list(functions(target))
+    assert len(found) == len(architectures()) * len(KERNELS)
+    for symbol, words in found:
+        _, channels = kernel(symbol)
         of_features, of_K = INSTRUCTIONS[precision]
         assert of_features in words and (of_K in words or not channels)
         assert "LDGSTS.E.BYPASS.128.ZFILL" in words  # 16 bytes at a time
         assert any(word.startswith("LDSM") for word in words) or precision.startswith("tf32")
-        # no generic loads and stores, which the compiler emits if it cannot infer the address space
-        assert not [word for word in words if re.fullmatch(r"(LD|ST)(\..*)?", word)]
+
+
+def algebra_kernel(symbol: str) -> str:
+    """Return the name of a kernel in csrc/cuda/algebra."""
+    match = re.search(r"algebra3runINS1_\d+([A-Z][A-Za-z]+?)(?:I|E)", symbol)
+    assert match, symbol
+    return match[1]
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_algebra_does_not_spill(compiled: Callable[[str], tuple[str, Path]], element: str) -> None:
+    report, _ = compiled(f"algebra/kernels_{element}.cu")
+    found = Counter((algebra_kernel(symbol), architecture) for symbol, architecture in entries(report))
+    assert found == {(name, arch): count for name, count in ALGEBRA.items() for arch in architectures()}
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_algebra_multiplies_on_tensor_cores(compiled: Callable[[str], tuple[str, Path]], element: str) -> None:
+    _, target = compiled(f"algebra/kernels_{element}.cu")
+    for symbol, words in functions(target):
+        with_products = algebra_kernel(symbol) not in WITHOUT_PRODUCTS
+        assert ("HMMA.16816.F32.BF16" in words) == with_products, symbol
+        assert any(word.startswith("LDSM") for word in words) == with_products, symbol
+        assert "LDG.E.128.CONSTANT" in words or not with_products, symbol  # 16 bytes at a time

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import DELTA, error
+from helpers import DELTA, error, within
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
-from srpkd.kernels.formulas import gradient_dtype
+from srpkd.kernels.formulas import gradient_dtype, row_scales
 from srpkd.kernels.reference import relation_loss as reference_loss
 
 PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
@@ -34,6 +34,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # the relative error of the gradient: K has 11 bits or 22; bfloat16 gradients have 8
 TOLERANCE = {"bf16": 4e-3, "fp16": 2e-6, "high": 4e-4, "highest": 2e-6, "medium": 4e-4}
 REDUCTIONS = ("mean", "sum", "none")
+KERNELS = ("sm80", "sm90", "closed_form")  # of the tiles; the closed form needs none
 LAYOUTS = ("nlc", "nchw")
 RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
 ROW, COSINE = Relation("row", "l1"), Relation("cosine", "l1")
@@ -95,7 +96,7 @@ def emulate(
     device: str = "sm_90",
     seed: int = 0,
     gradient_layout: Tensor | None = None,
-    method: str = "tiles",
+    kernels: str = "sm80",
 ) -> Result:
     """Compute the loss with the emulated kernels. The strides of the features determine the layout."""
     dtype, precision = CASES[case]
@@ -121,11 +122,12 @@ def emulate(
         size.data_ptr(),
     )  # fmt: skip
     message = library.relation_loss(
-        method == "closed_form", DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch,
+        KERNELS.index(kernels), DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch,
         pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
         ctypes.c_double(relation.eps), REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
-        ctypes.c_uint64(seed), ctypes.c_void_p(loss.data_ptr()), ctypes.c_void_p(gradient.data_ptr() if need_grad else None),
+        ctypes.c_uint64(seed), ctypes.c_void_p(loss.data_ptr()),
+        ctypes.c_void_p(gradient.data_ptr() if need_grad else None),
         (ctypes.c_int64 * 3)(*like.stride()), ctypes.byref(intermediate), launches := (ctypes.c_int * 1)(),
     )  # fmt: skip
     assert message == b"", message.decode()
@@ -173,6 +175,47 @@ def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: 
     assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
 
 
+# with the tiles for Hopper, K has 8 bits, 11 bits or 16
+SM90_TOLERANCE = {"bf16": 4e-3, "fp16": 3e-4, "high": 1e-5, "medium": 2e-3}
+
+
+def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: Relation, case: str, **options) -> None:
+    result = emulate(library, *features, relation, case, kernels="sm90", **options)
+    loss, gradient = expected_of(*features, relation, "mean")
+    assert error(result.loss, loss) < 2e-6
+    if result.gradient is not None:
+        assert error(result.gradient, gradient) < SM90_TOLERANCE[case]
+        assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
+
+
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@every_layout
+@pytest.mark.parametrize("case", SM90_TOLERANCE)
+def test_sm90_tiles(library: ctypes.CDLL, case: str, layout: str, relation: Relation) -> None:
+    """The same launches, and the gradient from sums in another order."""
+    if case == "fp16" and relation.normalize == "none" and relation.distance != "l1":
+        pytest.skip("not covered: K has no bound")
+    check_sm90(library, draw(CASES[case][0], 2, 150, (5, 7), layout), relation, case, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [(64, 70), (70, 8), (1, 3)], ids=str)
+@every_layout
+@pytest.mark.parametrize("case", SM90_TOLERANCE)
+def test_sm90_tiles_of_many_blocks(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
+    for relation in (ROW, COSINE):
+        check_sm90(library, draw(CASES[case][0], 1, 397, channels, layout), relation, case)
+    check_sm90(library, draw(CASES[case][0], 1, 397, channels, layout), ROW, case, need_grad=False)
+
+
+def test_sm90_zero_norm_pixels_have_no_gradient(library: ctypes.CDLL) -> None:
+    """The tiles compute a tiny K for them, which the gradient kernel ignores."""
+    student, teacher = draw(torch.float32, 1, 140, (9, 10))
+    student[:, 3:5] = 0
+    result = emulate(library, student, teacher, COSINE, "high", kernels="sm90")
+    assert result.gradient is not None and (result.gradient[:, 3:5] == 0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 3, 33, 64, 65, 200, 257])
 @every_layout
@@ -190,7 +233,8 @@ def test_any_number_of_channels(library: ctypes.CDLL, case: str, layout: str, ch
     student, teacher = draw(CASES[case][0], 1, 20, channels, layout)
     if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
         student, teacher = (x.as_strided(x.shape, (20, 1, 20)) for x in (student, teacher))
-    for relation in (ROW, COSINE):
+    # with one channel the relations of row and cosine are signs: their exact gradient is 0
+    for relation in (ROW, COSINE) if channels != (1, 1) else (Relation("none", "l2"),):
         check(library, student, teacher, relation, case)
 
 

@@ -17,8 +17,9 @@ from srpkd.kernels import build
 
 SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("kernels_*.cu")))
 CONFIG = re.compile(r"ConfigINS0_\d+(\w+?)ELb(\d)ELb(\d)ELb(\d)ELb(\d)ELi(\d)E")
-# bytes per thread: the consumers of l2 and Huber with gradient need a few registers more than their 208
-MAX_SPILL = 32
+# bytes per thread: with a gradient, l2 and Huber, and two terms of K, need a few registers more than the consumers' 208.
+# They spill outside the products, which stay asynchronous
+MAX_SPILL, MAX_SPILL_OF_TWO_TERMS = 64, 160
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +69,8 @@ def test_registers(compiled: dict[str, tuple[str, Path]], source: str) -> None:
     for part in parts:
         config = kernel(part)
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", part).groups())
-        assert max(stack, stores, loads) <= (MAX_SPILL if config.grad and not config.l1 else 0), part
+        limit = MAX_SPILL_OF_TWO_TERMS if config.terms == 2 else 0 if config.l1 else MAX_SPILL
+        assert max(stack, stores, loads) <= limit * config.grad, part
         threads = 512 if config.grad else 384
         assert int(re.search(r"Used (\d+) registers", part)[1]) <= 65536 // threads, part
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed, unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last batch of an epoch
@@ -36,11 +36,13 @@ def loss_and_gradient(student: Tensor, teacher: Tensor, **options) -> tuple[Tens
     return loss.detach(), *torch.autograd.grad(loss, student)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "blocked"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "blocked", "native"])
 @pytest.mark.parametrize("scope", ["batch", "global"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_batch_is_one_large_image(normalize: str, scope: str, backend: str) -> None:
     """Without other processes, scope="global" relates the pixels of the batch."""
+    if backend != "auto" and (reason := unavailable_reason(backend, torch.device("cpu"))) is not None:
+        pytest.skip(reason)
     student, teacher = images(3)
     wide = (x.permute(1, 0, 2, 3).reshape(1, x.shape[1], 12, 6) for x in (student, teacher))
     expected_loss, expected = loss_and_gradient(*wide, normalize=normalize, backend="reference")

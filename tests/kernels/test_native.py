@@ -168,6 +168,30 @@ def test_features_of_any_magnitude(pixels: int, scale: float) -> None:
     assert error(gradient * scale, expected[1]) <= 1e-5
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_scales_are_exact_at_any_matmul_precision(precision: str) -> None:
+    student, teacher = features(None, batch=1, pixels=1100, dtype=torch.float32)
+    expected = value_and_gradient(student, teacher, ROW_L1, "native")
+    torch.set_float32_matmul_precision(precision)
+    try:
+        loss, gradient = value_and_gradient(student, teacher, ROW_L1, "native")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    coarse = 1e-6 if precision == "high" else 1e-2  # products of features may be rounded to bfloat16
+    assert error(loss, expected[0]) <= coarse
+    assert error(gradient, expected[1]) <= 1e-3 + 10 * coarse
+
+
+@pytest.mark.parametrize("shape", [(0, 9, 3), (2, 0, 3), (2, 9, 0)], ids=str)
+def test_empty_features(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.ones(shape), torch.ones(*shape[:2], 4)
+    forward = torch.ops.srpkd.relation_loss_forward
+    for reduction, size in (("mean", ()), ("sum", ()), ("none", shape[:1])):
+        loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, reduction, "tiles", True)
+        assert torch.equal(loss, torch.zeros(size))
+        assert torch.equal(gradient, torch.zeros(shape))
+
+
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("pixels", [700, 1100])

@@ -48,7 +48,8 @@ struct Gradient {
   static constexpr int TERM_BYTES = G::ROWS / BLOCK * PANEL_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
   static constexpr int MOMENT_AT = TERMS<T> * TERM_BYTES, WEIGHTED_AT = MOMENT_AT + MATRIX_BYTES;
   static constexpr int WEIGHTS_AT = WEIGHTED_AT + MATRIX_BYTES, ROW_SHARED_BYTES = WEIGHTS_AT + G::ROWS * 4;
-  static constexpr int OTHER_SHARED_BYTES = THREADS * 8 > G::ROWS * 4 ? THREADS * 8 : G::ROWS * 4;
+  static constexpr int OTHER_SHARED_BYTES = G::ROWS * 4;  // of weights, or the sums of the warps
+  static_assert(THREADS / 32 * 8 <= OTHER_SHARED_BYTES);
   // The correction in shared memory: lines of adjacent elements, padded so that lines start in different banks.
   static constexpr int LINE_FLOATS = (PIXELS_ADJACENT ? G::ROWS : BLOCK) + 4;
   static_assert((PIXELS_ADJACENT ? BLOCK : G::ROWS) * LINE_FLOATS * 4 <= WEIGHTS_AT);
@@ -84,10 +85,12 @@ struct Gradient {
     const int64_t first = int64_t{part} * count;
     double sum = 0;
     for (int i = thread_index(); i < count; i += THREADS) sum += loss_of(p.sums, first + i);
-    store_shared(shared + thread_index() * 8, sum);
+    for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
+    if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, sum);
     sync_block();
     if (thread_index() != 0) return;
-    for (int i = 1; i < THREADS; ++i) sum += load_shared<double>(shared + i * 8);
+    for (int warp_index = 1; warp_index < THREADS / 32; ++warp_index)
+      sum += load_shared<double>(shared + warp_index * 8);
     store_global(p.loss + part, static_cast<float>(sum * p.scale));
   }
 
@@ -163,5 +166,4 @@ struct Gradient {
   }
 };
 
-// The gradient times the upstream gradient of its image's loss, in the student's dtype. Any strides, the same for both.
 }  // namespace srpkd::cuda::algebra

@@ -1,9 +1,10 @@
+#include "../sm90/algebra_sums.cuh"
 #include "launch.h"
 
 namespace srpkd::cuda::algebra {
 
-template cudaError_t scales<BFloat16>(const LossPlan&, bool, cudaStream_t);
-template cudaError_t gradient<BFloat16, SumsOfSplits>(const WeightedMomentArguments<SumsOfSplits>&,
-                                                      const GradientArguments<SumsOfSplits>&, bool, bool, cudaStream_t);
+template cudaError_t scales<BFloat16>(const ScalesPlan&, bool, cudaStream_t);
+template cudaError_t gradient<BFloat16, SumsOfSplits>(const GradientPlan<SumsOfSplits>&, bool, cudaStream_t);
+template cudaError_t gradient<BFloat16, sm90::SumsOfTiles>(const GradientPlan<sm90::SumsOfTiles>&, bool, cudaStream_t);
 
 }  // namespace srpkd::cuda::algebra

@@ -1,9 +1,10 @@
+#include "../sm90/algebra_sums.cuh"
 #include "launch.h"
 
 namespace srpkd::cuda::algebra {
 
-template cudaError_t scales<Half>(const LossPlan&, bool, cudaStream_t);
-template cudaError_t gradient<Half, SumsOfSplits>(const WeightedMomentArguments<SumsOfSplits>&,
-                                                  const GradientArguments<SumsOfSplits>&, bool, bool, cudaStream_t);
+template cudaError_t scales<Half>(const ScalesPlan&, bool, cudaStream_t);
+template cudaError_t gradient<Half, SumsOfSplits>(const GradientPlan<SumsOfSplits>&, bool, cudaStream_t);
+template cudaError_t gradient<Half, sm90::SumsOfTiles>(const GradientPlan<sm90::SumsOfTiles>&, bool, cudaStream_t);
 
 }  // namespace srpkd::cuda::algebra

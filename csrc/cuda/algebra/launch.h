@@ -14,12 +14,10 @@ namespace srpkd::cuda::algebra {
 
 // T: BFloat16, Half or float, the element type of the features.
 template <class T>
-cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream);
+cudaError_t scales(const ScalesPlan& plan, bool pixels_adjacent, cudaStream_t stream);
 
 template <class T, class SumsOfTiles>
-cudaError_t gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
-                     const GradientArguments<SumsOfTiles>& gradient, bool pixels_adjacent, bool wide,
-                     cudaStream_t stream);
+cudaError_t gradient(const GradientPlan<SumsOfTiles>& plan, bool pixels_adjacent, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 template <class Kernel>
@@ -28,6 +26,8 @@ __global__ void __launch_bounds__(Kernel::THREADS, Kernel::MIN_BLOCKS)
   Kernel(arguments).run();
 }
 
+constexpr int SHARED_WITHOUT_ATTRIBUTE = 48 << 10;  // bytes
+
 // Starts kernels until the first error.
 struct Launch {
   cudaStream_t stream;
@@ -35,7 +35,7 @@ struct Launch {
 
   template <class Kernel>
   void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
-    if (error == cudaSuccess)
+    if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE)
       error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return;
     run<Kernel><<<dim3(x, y), Kernel::THREADS, bytes, stream>>>(arguments);
@@ -44,7 +44,7 @@ struct Launch {
 };
 
 template <class T>
-cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stream) {
+cudaError_t scales(const ScalesPlan& plan, bool pixels_adjacent, cudaStream_t stream) {
   Launch launch{stream};
   if (pixels_adjacent)
     launch_scales<T, true>(plan, launch);
@@ -54,14 +54,12 @@ cudaError_t scales(const LossPlan& plan, bool pixels_adjacent, cudaStream_t stre
 }
 
 template <class T, class SumsOfTiles>
-cudaError_t gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
-                     const GradientArguments<SumsOfTiles>& gradient, bool pixels_adjacent, bool wide,
-                     cudaStream_t stream) {
+cudaError_t gradient(const GradientPlan<SumsOfTiles>& plan, bool pixels_adjacent, cudaStream_t stream) {
   Launch launch{stream};
   if (pixels_adjacent)
-    launch_gradient<T, true>(weighted, gradient, wide, launch);
+    launch_gradient<T, true>(plan, launch);
   else
-    launch_gradient<T, false>(weighted, gradient, wide, launch);
+    launch_gradient<T, false>(plan, launch);
   return launch.error;
 }
 #endif

@@ -85,12 +85,14 @@ struct Moments {
     const int thread = thread_index(), channel = thread % BLOCK, count = minimum(p.pixels, BLOCK);
     const Address panel = thread < BLOCK ? left : right;
     float mean = 0, square = 0;
-    const auto value = [&](int i) { return element<TERMS<T>, PIXELS_ADJACENT, G>(panel, PANEL_BYTES, i, channel); };
-    for (int i = 0; i < count; ++i) mean += value(i);
+    for (int i = 0; i < count; ++i) {
+      const float value = element<TERMS<T>, PIXELS_ADJACENT, G>(panel, PANEL_BYTES, i, channel);
+      mean += value, square += value * value;
+    }
     mean /= static_cast<float>(count);
     if constexpr (NARROW) {
-      for (int i = 0; i < count; ++i) square += (value(i) - mean) * (value(i) - mean);
-      const bool large = mean * mean * static_cast<float>(count) >= 4 * square && mean != 0;
+      // mean^2 >= 4 variance; NaN and infinity do not compare
+      const bool large = mean != 0 && 5 * mean * mean * static_cast<float>(count) >= 4 * square;
       mean = large ? as_float(pack_bfloat16(mean, 0) << 16) : 0.f;
     }
     store_shared(shift + thread * 4, mean);
@@ -201,20 +203,20 @@ SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
   }
 }
 
-// Writes a tile of a symmetric matrix in terms, and the mirrored tile. value(row, column) is called once per element.
+// Writes two adjacent elements of a tile of a symmetric matrix in terms, and their mirror images.
+SRPKD_DEVICE void store_symmetric(uint16_t* matrix, TileOfMoment at, int blocks, int row, int column, float first,
+                                  float second) {
+  store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
+  if (at.row == at.column) return;
+  uint16_t* const mirrored = matrix + panel_of_terms(at.column, at.row, blocks) + column * BLOCK + row;
+  store_matrix_terms(mirrored, first);
+  store_matrix_terms(mirrored + BLOCK, second);
+}
+
+// Calls f(row, column) for every second element of a tile.
 template <int THREADS, class F>
-SRPKD_DEVICE void store_symmetric(uint16_t* matrix, TileOfMoment at, int blocks, F value) {
-  uint16_t* const upper = matrix + panel_of_terms(at.row, at.column, blocks);
-  uint16_t* const lower = matrix + panel_of_terms(at.column, at.row, blocks);
-  for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
-    const int row = i / BLOCK, column = i % BLOCK;
-    const float first = value(row, column), second = value(row, column + 1);
-    store_matrix_terms(upper + i, first, second);
-    if (at.row != at.column) {
-      store_matrix_terms(lower + column * BLOCK + row, first);
-      store_matrix_terms(lower + (column + 1) * BLOCK + row, second);
-    }
-  }
+SRPKD_DEVICE void for_each_pair(F f) {
+  for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) f(i / BLOCK, i % BLOCK);
 }
 
 // Returns the largest power of two below the root of M's largest element, and the reciprocal of its square: see
@@ -225,13 +227,16 @@ SRPKD_DEVICE float power_of_two_scale(float largest) {
 }
 SRPKD_DEVICE float inverse_square(float size) { return as_float((3 * 127u - 2 * (as_bits(size) >> 23)) << 23); }
 
+// Returns the larger number, or NaN if one is NaN.
+SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
+
 // Adds the partial moments. Grid: (images * tiles of both networks, 1).
 struct FinishMoments {
   using Arguments = FinishArguments;
   static constexpr int THREADS = 256, MIN_BLOCKS = 4;
-  // mean of the rows and the columns, their difference to the shift, and the largest square of each thread
+  // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
-  static constexpr int SHARED_BYTES = LARGEST_AT + THREADS * 4;
+  static constexpr int SHARED_BYTES = LARGEST_AT + THREADS / 32 * 4;
 
   const MomentArguments& p;
   const MomentResults& results;
@@ -260,7 +265,7 @@ struct FinishMoments {
       const double shift = load_global(p.shift + int64_t{image} * both + first + c), count = p.pixels;
       const double offset = sum_of(p.sums, vector, both) / count, square = sum_of(p.squares, vector, both);
       const auto whole = static_cast<float>(square + count * shift * (2 * offset + shift));
-      if (!(whole <= largest)) largest = whole;  // NaN stays
+      largest = larger(largest, whole);
       for (int side = 0; side < 2; ++side) {
         const int place = c - (side ? at.column : at.row) * BLOCK;
         if (place < 0 || place >= BLOCK) continue;
@@ -268,12 +273,11 @@ struct FinishMoments {
         store_shared(shared + OFFSETS_AT + (side * BLOCK + place) * 8, offset);
       }
     }
-    store_shared(shared + LARGEST_AT + thread_index() * 4, largest);
+    for (int lanes = 1; lanes < 32; lanes *= 2) largest = larger(largest, shuffle_xor(largest, lanes));
+    if (thread_index() % 32 == 0) store_shared(shared + LARGEST_AT + thread_index() / 32 * 4, largest);
     sync_block();
-    for (int i = 0; i < THREADS; ++i) {
-      const float other = load_shared<float>(shared + LARGEST_AT + i * 4);
-      if (!(other <= largest)) largest = other;
-    }
+    for (int warp = 0; warp < THREADS / 32; ++warp)
+      largest = larger(largest, load_shared<float>(shared + LARGEST_AT + warp * 4));
     return largest;
   }
 
@@ -285,18 +289,18 @@ struct FinishMoments {
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const int64_t partial = offset_of_partial(image, tiles, index, splits, 0);
     const double count = p.pixels;
-    const auto centred = [&](int row, int column) {
-      return sum_of(p.partial, partial + row * BLOCK + column, BLOCK * BLOCK) -
-             count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column);
-    };
-    store_symmetric<THREADS>(results.centred[network] + image * elements_of_terms(channels), at, blocks,
-                             [&](int row, int column) { return static_cast<float>(centred(row, column)) * scale; });
-    if (network == STUDENT)
-      store_symmetric<THREADS>(
-          results.whole + image * elements_of_terms(channels), at, blocks, [&](int row, int column) {
-            const double shared_mean = count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column);
-            return static_cast<float>(centred(row, column) + shared_mean) * scale;
-          });
+    for_each_pair<THREADS>([&](int row, int column) {
+      float centred[2], whole[2];
+      for (int i = 0; i < 2; ++i) {
+        const double sum = sum_of(p.partial, partial + row * BLOCK + column + i, BLOCK * BLOCK) -
+                           count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
+        centred[i] = static_cast<float>(sum) * scale;
+        whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
+      }
+      const int64_t matrix = image * elements_of_terms(channels);
+      store_symmetric(results.centred[network] + matrix, at, blocks, row, column, centred[0], centred[1]);
+      if (network == STUDENT) store_symmetric(results.whole + matrix, at, blocks, row, column, whole[0], whole[1]);
+    });
     const int thread = thread_index();
     if (at.row == at.column && thread < BLOCK)
       store_global(results.mean + int64_t{image} * both + first + at.row * BLOCK + thread,
@@ -373,13 +377,15 @@ struct WeightedMoment {
 
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
-    store_symmetric<THREADS>(p.weighted + image * elements_of_terms(p.features.channels), at, blocks,
-                             [&](int row, int column) {
-                               CompensatedSum sum;
-                               for (int i = 0; i < p.ranges.splits; ++i)
-                                 sum.add(load_global_coherent(partial + i * BLOCK * BLOCK + row * BLOCK + column));
-                               return static_cast<float>(sum.value()) * scale;
-                             });
+    uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
+    for_each_pair<THREADS>([&](int row, int column) {
+      CompensatedSum sum[2];
+      for (int split = 0; split < p.ranges.splits; ++split)
+        for (int i = 0; i < 2; ++i)
+          sum[i].add(load_global_coherent(partial + split * BLOCK * BLOCK + row * BLOCK + column + i));
+      store_symmetric(matrix, at, blocks, row, column, static_cast<float>(sum[0].value()) * scale,
+                      static_cast<float>(sum[1].value()) * scale);
+    });
   }
 };
 

@@ -24,7 +24,7 @@ void launch_row_norms(const NormArguments& p, Launch& launch) {
 
 // Computes alpha of both networks and, for "row", M of the student.
 template <class T, bool PIXELS_ADJACENT, class Launch>
-void launch_scales(const LossPlan& plan, Launch& launch) {
+void launch_scales(const ScalesPlan& plan, Launch& launch) {
   if (plan.normalize == Normalize::row) {
     using Sum = Moments<T, PIXELS_ADJACENT>;
     const MomentArguments& p = plan.moments.sums;
@@ -55,17 +55,16 @@ void launch_gradient_of(const GradientArguments<SumsOfTiles>& p, Launch& launch)
 
 // Computes the loss and, if required, the gradient from the sums of the tiles.
 template <class T, bool PIXELS_ADJACENT, class SumsOfTiles, class Launch>
-void launch_gradient(const WeightedMomentArguments<SumsOfTiles>& weighted,
-                     const GradientArguments<SumsOfTiles>& gradient, bool wide, Launch& launch) {
-  if (gradient.gradient && gradient.normalize == Normalize::row) {
+void launch_gradient(const GradientPlan<SumsOfTiles>& plan, Launch& launch) {
+  if (plan.gradient.gradient && plan.gradient.normalize == Normalize::row) {
     using Sum = WeightedMoment<T, PIXELS_ADJACENT, SumsOfTiles>;
-    launch(KernelType<Sum>{}, weighted, weighted.images * tiles_of(weighted.features.channels), weighted.ranges.splits,
-           Sum::SHARED_BYTES);
+    const WeightedMomentArguments<SumsOfTiles>& p = plan.weighted;
+    launch(KernelType<Sum>{}, p, p.images * tiles_of(p.features.channels), p.ranges.splits, Sum::SHARED_BYTES);
   }
-  if (wide)
-    launch_gradient_of<T, PIXELS_ADJACENT, 4>(gradient, launch);
+  if (plan.wide)
+    launch_gradient_of<T, PIXELS_ADJACENT, 4>(plan.gradient, launch);
   else
-    launch_gradient_of<T, PIXELS_ADJACENT, 2>(gradient, launch);
+    launch_gradient_of<T, PIXELS_ADJACENT, 2>(plan.gradient, launch);
 }
 
 }  // namespace srpkd::cuda::algebra

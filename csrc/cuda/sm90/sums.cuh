@@ -8,7 +8,7 @@ namespace srpkd::cuda::sm90 {
 // What the tiles leave in the workspace.
 struct SumsOfTiles {
   Work work;
-  int images, channel_splits;
+  int images, pixels, channel_splits;
   bool symmetric;
   float sum_factor, h_scale;
   int loss_parts;  // of an image
@@ -17,11 +17,24 @@ struct SumsOfTiles {
   const float* U_columns;
   const float* U_rows;
   const float* powers;
+  const float* alpha;  // of the student, null if it is 1
 };
 
 inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
-  return {p.work,  p.images, p.channel_splits, symmetric,   p.sum_factor, p.h_scale, p.work.blocks * p.work.parts * LOSS_TERMS,
-          p.loss,  p.h,      p.U_columns,      p.U_rows,    p.powers};
+  return {p.work,
+          p.images,
+          p.pixels,
+          p.channel_splits,
+          symmetric,
+          p.sum_factor,
+          p.h_scale,
+          p.work.blocks * p.work.parts * LOSS_TERMS,
+          p.loss,
+          p.h,
+          p.U_columns,
+          p.U_rows,
+          p.powers,
+          p.alpha_student};
 }
 
 // The position of a channel of a group and a pixel of a block in U_BLOCK floats. It is the order of the accumulators of

@@ -23,12 +23,12 @@ struct TilePlan {
 
 // Describes features for TMA, which may not support them.
 inline TensorMapShape shape_of(const Problem& problem, const Features& x, bool pixels_adjacent) {
-  const int64_t bytes = x.element_bytes;
-  // a stride along a dimension of size 1 is arbitrary
-  const int64_t line = (pixels_adjacent ? x.channels : problem.pixels) == 1 ? 16 : bytes * x.strides[pixels_adjacent ? 2 : 1];
-  const int64_t image = problem.images == 1 ? 16 : bytes * x.strides[0];
-  if (pixels_adjacent) return {x.data, {problem.pixels, x.channels, problem.images}, {line, image}, {64, GROUP, 1}};
-  return {x.data, {x.channels, problem.pixels, problem.images}, {line, image}, {GROUP, TILE, 1}};
+  const int64_t adjacent = pixels_adjacent ? problem.pixels : x.channels;
+  const int64_t lines = pixels_adjacent ? x.channels : problem.pixels;
+  // a stride along a dimension of size 1 is arbitrary, but TMA checks it
+  const int64_t line = lines == 1 ? round_up(2 * adjacent, 16) : x.element_bytes * x.strides[pixels_adjacent ? 2 : 1];
+  const int64_t image = problem.images == 1 ? line * lines : x.element_bytes * x.strides[0];
+  return {x.data, {adjacent, lines, problem.images}, {line, image}, {64, pixels_adjacent ? GROUP : TILE, 1}};
 }
 
 // Returns whether TMA can read features in place.

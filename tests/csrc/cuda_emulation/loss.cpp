@@ -4,9 +4,14 @@
 #include <string>
 #include <vector>
 
+#include "sm90_primitives.h"
+// after the primitives
 #include "../../../csrc/cuda/algebra/sequence.cuh"
 #include "../../../csrc/cuda/closed_form/sequence.cuh"
 #include "../../../csrc/cuda/sm80/relation_tiles.cuh"
+#include "../../../csrc/cuda/sm90/algebra_sums.cuh"
+#include "../../../csrc/cuda/sm90/relation_tiles.cuh"
+#include "../../../csrc/cuda/sm90_loss_plan.h"
 
 namespace {
 
@@ -25,13 +30,13 @@ struct Launch {
   int shared_limit, launches = 0;
 
   template <class F>
-  void run(int x, int y, int threads, int bytes, F kernel) {
+  void run(int x, int y, int threads, int bytes, F kernel, int resident = 0) {
     if (!machine_of_test.error.empty()) return;
     ++launches;
     if (bytes > shared_limit)
       machine_of_test.fail("a kernel needs " + std::to_string(bytes) + " bytes of shared memory");
     machine = &machine_of_test;
-    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, {seed, seed ? 3 : 1}, kernel);
+    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, {seed, resident ? resident : seed ? 3 : 1}, kernel);
     machine = nullptr;
   }
   template <class Kernel>
@@ -40,13 +45,25 @@ struct Launch {
   }
 };
 
-void launch_tiles(const LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
+void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
   sm80::with_precision(precision, [&](auto chosen) {
     sm80::with_config(chosen, pixels_adjacent, plan.u_channels, [&](auto config) {
       using C = decltype(config);
       const sm80::Params& p = plan.tiles;
       launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
                  [&] { sm80::RelationTiles<C>(p).run(); });
+    });
+  });
+}
+
+// All thread blocks are resident.
+void launch_tiles(Sm90LossPlan& plan, Precision, bool, Launch& launch) {
+  sm90::Params& p = plan.tiles.params;
+  p.student = plan.tiles.student, p.teacher = plan.tiles.teacher;
+  sm90::with_precision(plan.tiles.precision, [&](auto chosen) {
+    sm90::with_config(chosen, plan.tiles.variant, [&](auto config) {
+      using C = decltype(config);
+      launch.run(p.work.grid, 1, C::THREADS, C::bytes(p), [&] { sm90::relation_tiles_of_block<C>(p); }, p.work.grid);
     });
   });
 }
@@ -93,9 +110,12 @@ struct Intermediate {
   float* size;               // (images, 2)
 };
 
+// The kernels of the method.
+enum { SM80, SM90, CLOSED_FORM };
+
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
 // launches receives the number of kernels.
-const char* relation_loss(bool closed_form, int element, int precision, bool pixels_adjacent,
+const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent,
                           const FeaturesOfTest* features, int images, int pixels, int normalize, int distance,
                           double delta, double eps, int reduction, bool need_grad, const int* device, uint64_t seed,
                           float* loss, void* gradient, const int64_t* gradient_strides,
@@ -135,7 +155,7 @@ const char* relation_loss(bool closed_form, int element, int precision, bool pix
     return plan;
   };
   Launch launch{local, seed, properties.shared_of_block};
-  if (closed_form) {
+  if (kernels == CLOSED_FORM) {
     const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
       cuda::closed_form::launch_loss<decltype(type), decltype(adjacent)::value>(plan, launch);
@@ -144,23 +164,29 @@ const char* relation_loss(bool closed_form, int element, int precision, bool pix
     message = local.error;
     return message.c_str();
   }
-  const LossPlan plan = planned([&](Workspace& w) { return make_plan(a, properties, w); });
-  with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-    launch_scales<decltype(type), decltype(adjacent)::value>(plan, launch);
-  });
-  launch_tiles(plan, a.precision, pixels_adjacent, launch);
-  with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-    launch_gradient<decltype(type), decltype(adjacent)::value>(plan.weighted, plan.gradient, plan.wide, launch);
-  });
-  *launches = launch.launches;
+  const auto run = [&](auto plan) {
+    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+      launch_scales<decltype(type), decltype(adjacent)::value>(plan.scales, launch);
+    });
+    launch_tiles(plan, a.precision, pixels_adjacent, launch);
+    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
+      launch_gradient<decltype(type), decltype(adjacent)::value>(plan.gradient, launch);
+    });
+    *launches = launch.launches;
 
-  if (a.relation.normalize != Normalize::none)
-    for (int i = 0; i < 2; ++i) std::copy_n(plan.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
-  if (a.relation.normalize == Normalize::row) {
-    std::copy_n(plan.moments.results.size, 2 * images, intermediate->size);
-    add_terms(plan.moments.results.whole, images, channels, intermediate->moment);
-    if (need_grad) add_terms(plan.weighted.weighted, images, channels, intermediate->weighted);
-  }
+    if (a.relation.normalize != Normalize::none)
+      for (int i = 0; i < 2; ++i)
+        std::copy_n(plan.scales.norms.alpha[i], int64_t{images} * pixels, intermediate->alpha[i]);
+    if (a.relation.normalize == Normalize::row) {
+      std::copy_n(plan.scales.moments.results.size, 2 * images, intermediate->size);
+      add_terms(plan.scales.moments.results.whole, images, channels, intermediate->moment);
+      if (need_grad) add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
+    }
+  };
+  if (kernels == SM90)
+    run(planned([&](Workspace& w) { return make_sm90_plan(a, properties, w); }));
+  else
+    run(planned([&](Workspace& w) { return make_plan(a, properties, w); }));
   message = local.error;
   return message.c_str();
 }

@@ -1,0 +1,64 @@
+"""Which kernels the backend ``closed_form`` uses on a GPU. The kernels' own tests are in triton/ and in csrc/."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from srpkd.kernels import Relation, build, closed_form, native, triton
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+COSINE = Relation("cosine", "l2")
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU on which the kernels of csrc/cuda and those of Triton can run."""
+    monkeypatch.setattr(native, "is_built", lambda device: True)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", ["cosine", "none"])
+def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, normalize: str, dtype: torch.dtype) -> None:
+    relation = Relation(normalize, "l2")
+    assert closed_form.implementation(GPU, dtype, relation) == "native"
+    both.setattr(native, "is_built", lambda device: False)
+    assert closed_form.implementation(GPU, dtype, relation) == "triton"
+    both.setattr(triton, "unavailable_reason", lambda device: "not installed")
+    assert closed_form.implementation(GPU, dtype, relation) == "pytorch"
+
+
+def test_pytorch_for_what_the_kernels_do_not_support(both: pytest.MonkeyPatch) -> None:
+    assert closed_form.implementation(GPU, torch.float64, COSINE) == "pytorch"
+    assert closed_form.implementation(GPU, torch.float32, Relation("row", "l2")) == "pytorch"
+    assert closed_form.implementation(CPU, torch.float32, COSINE) == "pytorch"
+
+
+@pytest.mark.parametrize("kernels", ["native", "triton"])
+def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from srpkd.kernels.triton import closed_form as triton_closed_form
+
+    called = []
+
+    def record(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, **options: str) -> tuple:
+        called.append((student, teacher, relation, need_grad, options))
+        return "loss", "gradient"
+
+    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype, relation: kernels)
+    monkeypatch.setattr(native if kernels == "native" else triton_closed_form, "loss_and_gradient", record)
+    student, teacher = torch.rand(1, 4, 2), torch.rand(1, 4, 3)
+    assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")
+    options = {"method": "closed_form"} if kernels == "native" else {}
+    assert called == [(student, teacher, COSINE, True, options)]
+
+
+@pytest.mark.skipif(build.unavailable_reason() is not None, reason="the extension cannot be built")
+@pytest.mark.skipif(not native.is_built(CPU), reason="the extension is not built")
+def test_the_extension_has_no_closed_form_on_the_cpu() -> None:
+    """There, PyTorch's float64 products are as fast."""
+    student, teacher = torch.rand(1, 4, 2), torch.rand(1, 4, 3)
+    with pytest.raises(NotImplementedError, match="closed_form"):
+        native.loss_and_gradient(student, teacher, COSINE, True, method="closed_form")
