@@ -55,6 +55,7 @@ CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/n
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
+HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
 
 BACKENDS = {
     "blocked": Backend(
@@ -148,7 +149,9 @@ BACKENDS = {
         "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
         [
             Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
-            Fault("the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["),
+            Fault(
+                "the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["
+            ),
             Fault("h of the columns dropped", EPILOGUE, "if constexpr (mirrored) h_column[j] += q * b;", ""),
             Fault("row: K is not symmetric", EPILOGUE, "p * row_s + q * column_s[j];", "p * row_s + q * row_s;"),
             Fault("the mirrored half of the loss counts once", EPILOGUE, "(!row && mirrored ? 2 : 1)", "1"),
@@ -409,18 +412,21 @@ BACKENDS = {
                 HOPPER_TILES,
                 "          wait_for_bulk<0>();\n          fence_async_proxy_global();\n          fence_gpu();",
                 "          fence_gpu();",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "additions in any order",
                 HOPPER_TILES,
                 "            wait_until_at_least(p.additions + at, before);\n",
                 "",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "a slot of the ring is released before its products ended",
                 HOPPER_TILES,
                 "      wait_for_products<1>();\n      release(at - 1",
                 "      release(at - 1",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "missing barrier of the warp before K is announced",
@@ -433,6 +439,7 @@ BACKENDS = {
                 HOPPER_TILES,
                 "if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);",
                 "if (half == 0 && lane == 0) arrive(base + C::K_EMPTY);",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "the bytes of the scales are not expected",
@@ -451,6 +458,7 @@ BACKENDS = {
                 HOPPER_WORK,
                 "return step < other.step || ",
                 "return step > other.step || ",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "sign(0) is not 0",
