@@ -6,15 +6,14 @@ import copy
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..loss import SRPLoss
@@ -88,10 +87,6 @@ def fit(
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
-    schedulers = [
-        LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, config.n_epochs, config.n_epochs_decay))
-        for optimizer in objective.optimizers.values()
-    ]
     if not state:
         for line in warm_start(objective, config):
             distributed.print_rank0(f"{stage.name}: {line}")
@@ -100,10 +95,15 @@ def fit(
     batches = iter(loader)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
+
+    def lr_of(epoch: int) -> float:
+        return config.lr * lr_factor(epoch, config.n_epochs, config.n_epochs_decay)
+
     # initialisation draws a varying number of random numbers: seed again, so that all variants of a seed draw the same
     # numbers in training; each rank draws its own
     seed_everything(stage.seed + 1_000_003 * distributed.rank())
-    durations = load_training_state(objective, schedulers, state) if state else []
+    durations = load_training_state(objective, state) if state else []
+    objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)
     with _progress_bar(stage.name, first - 1, steps) as progress:
@@ -115,20 +115,23 @@ def fit(
                     for side, images in batch.items()
                 }
             )
-            if objective.optimizers.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
-                raise Diverged(_divergence_message(stage, run_dir, objective, step))
-            if step % config.print_freq == 0 or step == 1:
-                values = _mean_over_ranks(losses)  # waits for the GPU
+            logs = step % config.print_freq == 0 or step == 1
+            if logs or config.torch_device.type == "cpu":  # waits for a GPU
+                objective.find_nonfinite()
+                if objective.optimizers.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+                    raise Diverged(_divergence_message(stage, run_dir, objective, step))
+            if logs:
+                values = _mean_over_ranks(losses)
                 durations.append(timer.lap(step))
-                if objective.optimizers.skipped:
-                    values["skipped"] = objective.optimizers.skipped
+                if skipped := objective.optimizers.skipped:
+                    values["skipped"] = skipped
                 run_dir.log(stage.name, step, epoch=epoch, **values)
                 shown = {"img/s": config.batch_size / durations[-1]} | values
                 progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
             progress.update()
             with timer.paused():
                 if step % epoch_steps == 0:
-                    _step_schedulers(schedulers)
+                    objective.optimizers.set_lr(lr_of(epoch + 1))
                     if epoch % config.save_epoch_freq == 0 and step < steps and not objective.nonfinite_weights():
                         run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
                         _save_latest(stage, run_dir, objective)
@@ -136,7 +139,7 @@ def fit(
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
                 if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
-                    save_state(training_state(objective, schedulers, step, durations))
+                    save_state(training_state(objective, step, epoch_steps, durations))
     if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     _save_latest(stage, run_dir, objective)
@@ -144,7 +147,7 @@ def fit(
     entries = [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
     run_dir.report["files"] += [entry for entry in entries if entry not in run_dir.report["files"]]
     if keep_final_state:
-        final = training_state(objective, schedulers, steps, durations) if objective.can_resume() else None
+        final = training_state(objective, steps, epoch_steps, durations) if objective.can_resume() else None
         run_dir.save_final_state(stage.folder, final)
     objective.close()
     generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
@@ -199,40 +202,25 @@ def freeze_for_inference(network: nn.Module, config: ResolvedConfig) -> nn.Modul
     return to_device(network, config).eval().requires_grad_(False)
 
 
-def training_state(
-    objective: Objective, schedulers: Sequence[LambdaLR], step: int, durations: list[float]
-) -> dict[str, Any]:
-    """Return everything that the next training step depends on, of all ranks."""
+def training_state(objective: Objective, step: int, epoch_steps: int, durations: list[float]) -> dict[str, Any]:
+    """Return everything that the next training step depends on, of all ranks, and the number of complete epochs."""
     own = {"random": random_state(), **objective.rank_state_dict()}
     return {
         "step": step,
+        "epochs": step // epoch_steps,
         "durations": durations,
         "objective": objective.state_dict(),
-        "schedules": [scheduler.state_dict() for scheduler in schedulers],
         "processes": distributed.all_gather_object(own),
     }
 
 
-def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], state: Mapping[str, Any]) -> list[float]:
+def load_training_state(objective: Objective, state: Mapping[str, Any]) -> list[float]:
     """Load what ``training_state`` returned, and return its durations."""
     objective.load_state_dict(state["objective"])
-    for scheduler, scheduler_state in zip(schedulers, state["schedules"]):
-        scheduler.load_state_dict(scheduler_state)
-        # the learning rates in the optimizer's state are those of the schedule before the run was extended
-        for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-            group["lr"] = lr * factor(scheduler.last_epoch)
     own = state["processes"][distributed.rank()]
     objective.load_rank_state_dict(own)
     set_random_state(own["random"])
     return list(state["durations"])
-
-
-def _step_schedulers(schedulers: Sequence[LambdaLR]) -> None:
-    with warnings.catch_warnings():
-        # torch warns if all steps so far were skipped, and so no optimizer has stepped
-        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
-        for scheduler in schedulers:
-            scheduler.step()
 
 
 class _StepTimer:
@@ -272,7 +260,8 @@ def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:
 
 def _mean_over_ranks(losses: Losses) -> dict[str, float]:
     """Return the losses of the whole batch, as numbers."""
-    gathered = distributed.all_gather_object({name: float(loss) for name, loss in losses.items()})
+    values = torch.stack(list(losses.values())).tolist()  # one copy from the device
+    gathered = distributed.all_gather_object(dict(zip(losses, values, strict=True)))
     return {name: statistics.fmean(values[name] for values in gathered) for name in losses}
 
 

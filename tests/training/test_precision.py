@@ -118,9 +118,9 @@ def test_resumed_run_restores_the_loss_scale():
     for _ in range(5):
         objective.step(images())
     objective.optimizers.scaler.update(8.0)
-    state = copy.deepcopy(loop.training_state(objective, [], 5, []))
+    state = copy.deepcopy(loop.training_state(objective, 5, 1, []))
     other = objective_of(config)
-    loop.load_training_state(other, [], state)
+    loop.load_training_state(other, state)
     assert other.optimizers.scaler.get_scale() == 8.0
     assert all(torch.equal(a, b) for a, b in zip(objective.step(images()).values(), other.step(images()).values()))
 
@@ -133,8 +133,8 @@ def test_compiled_networks_train_alike(model):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_ = torch.compile
 
-    def with_quick_backend(network: nn.Module) -> nn.Module:
-        return compile_(network, backend="aot_eager")
+    def with_quick_backend(network: nn.Module, **others: Any) -> nn.Module:
+        return compile_(network, backend="aot_eager", **others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", with_quick_backend)
