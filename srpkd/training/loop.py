@@ -26,6 +26,7 @@ from .optimizers import Losses
 from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
+from .static_step import StaticStep, uncapturable_reason
 from .student_teacher import StudentTeacher
 from .warm_start import generator_spec, warm_start
 
@@ -103,6 +104,11 @@ def fit(
     # numbers in training; each rank draws its own
     seed_everything(stage.seed + 1_000_003 * distributed.rank())
     durations = load_training_state(objective, state) if state else []
+    if config.cuda_graph:
+        if reason := uncapturable_reason(config):
+            distributed.print_rank0(f"{stage.name}: cuda_graph has no effect: {reason}")
+        else:
+            objective.run_step = StaticStep(objective.take_step, config.torch_device)
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)

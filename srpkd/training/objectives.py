@@ -87,7 +87,7 @@ class Objective(ABC):
         self.pools: dict[str, ImagePool] = {}
         self.averages: dict[str, AveragedModel] = {}
         if config.ema is not None:
-            self.averages = {name: AveragedModel(network) for name, network in self.generators.items()}
+            self.averages = {name: AveragedModel(network, config.torch_device) for name, network in self.generators.items()}
         for copied in self.averages.values():
             remove_hooks(copied)  # the copies include the feature taps
 
@@ -117,7 +117,9 @@ class Objective(ABC):
             The weighted losses by name, detached. The next step may overwrite them.
         """
         device = self.config.torch_device
-        drawn = {name: values.to(device, non_blocking=True) for name, values in self.draw(batch).items()}
+        drawn = self.draw(batch)
+        if device.type == "cuda":  # a copy from pageable memory may wait for the GPU
+            drawn = {name: value.pin_memory().to(device, non_blocking=True) for name, value in drawn.items()}
         return self.run_step({**batch, **drawn})
 
     def take_step(self, inputs: Mapping[str, Tensor]) -> Losses:
@@ -242,7 +244,8 @@ class Objective(ABC):
             self.pools[name].restore([image.to(self.config.torch_device) for image in images])
 
     def close(self) -> None:
-        """Remove the hooks from the generators and their teachers."""
+        """Remove the hooks from the generators and their teachers, and free a CUDA graph."""
+        self.run_step = self.take_step
         for pair in self.student_teachers.values():
             pair.close()
 

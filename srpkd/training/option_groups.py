@@ -201,10 +201,12 @@ class RunOptions:
         precision: fp32, bf16 or fp16; the last two enable autocast.
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
+        cuda_graph: run each training step as one CUDA graph, which the host launches at once. It gives the results of
+            steps without it. Runs of several processes and images of different sizes do without.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
         resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
-            n_epochs_decay. All other options keep their values except device, num_threads, time_budget, runs_dir,
-            no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
+            n_epochs_decay. All other options keep their values except device, cuda_graph, num_threads, time_budget,
+            runs_dir, no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
         no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
@@ -236,6 +238,7 @@ class RunOptions:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     channels_last: bool = False
+    cuda_graph: bool = False
     device: str | None = None
     resume: str | None = None
     print_freq: int = 10

@@ -32,8 +32,8 @@ VARIANT_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for ent
 }  # fmt: skip
 # the options that may change when a run is resumed: they do not affect its results
 RESUME_OPTIONS = {
-    "resume", "runs_dir", "device", "num_threads", "time_budget", "update_html_freq", "save_latest_freq", "tensorboard",
-    "wandb", "trackio", "no_keep_state",
+    "resume", "runs_dir", "device", "cuda_graph", "num_threads", "time_budget", "update_html_freq", "save_latest_freq",
+    "tensorboard", "wandb", "trackio", "no_keep_state",
 }  # fmt: skip
 # the options that extend a run when it is resumed: the learning rate follows the new total from there on
 EXTEND_OPTIONS = {"n_epochs", "n_epochs_decay"}
