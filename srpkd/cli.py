@@ -13,6 +13,7 @@ COMMANDS = {
     "translate": "run a generator on every image of a folder",
     "profile": "compare parameters, MACs, file size and latency of generators",
     "export": "convert a generator to ONNX and check it against PyTorch; 8-bit on request",
+    "compare": "compare generators on your images in the browser",
     "report": "rewrite the report page of a run",
     "info": "list the backends that this machine can run, and why it cannot run the others",
 }

@@ -25,7 +25,7 @@ def test_help_lists_every_command(capsys):
         out = capsys.readouterr().out
         assert all(re.search(rf"^  {command} +\w", out, re.MULTILINE) for command in cli.COMMANDS)
         assert "srpkd COMMAND --help" in out
-    assert cli.COMMANDS.keys() == {"train", "evaluate", "translate", "profile", "export", "report", "info"}
+    assert cli.COMMANDS.keys() == {"train", "evaluate", "translate", "profile", "export", "compare", "report", "info"}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

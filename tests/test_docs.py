@@ -18,6 +18,7 @@ from srpkd import cli
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
+from srpkd.reporting.comparison_server import ComparisonServer
 from srpkd.training.config import parse_arguments, read_config
 from srpkd.training.options import check_keys
 
@@ -154,6 +155,7 @@ SMALL = {
     "--netD n_layers --n_layers_D 1 --netG resnet_1blocks --ngf 2 --samples 1 --device cpu",
     "profile": "--size 32 --modes",
     "translate": "--device cpu",
+    "compare": "--device cpu --no_browser",
     "evaluate": "--device cpu",
     "export": "",
 }
@@ -165,6 +167,7 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
     for package in ("onnxscript", "onnxruntime", "torchmetrics"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ComparisonServer, "serve_forever", lambda self: None)
     write_synthetic(tmp_path / "data", 2, 2, size=32, layout="unaligned")
     for name in ("A", "B"):
         save_weights(define_generator("resnet_2blocks", ngf=4), tmp_path / "teacher" / f"latest_net_G_{name}.pth")
@@ -186,5 +189,5 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
 def test_quick_start_names_files_that_the_demo_writes():
     config = parse_arguments([])
     variants = {f"{name} seed 0".replace(" ", "-") for name in config.variants} | {"teacher"}
-    named = {word for line in commands(DOCS / "quickstart.md") for word in line if word.startswith("runs/")}
+    named = {word for line in commands(DOCS / "quickstart.md") for word in line if word.startswith("runs/demo/")}
     assert named and {Path(word).parent.name for word in named} <= variants

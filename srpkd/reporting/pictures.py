@@ -25,7 +25,7 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     Raises:
         ValueError: The image has another shape or dtype.
     """
-    pixels = image if isinstance(image, np.ndarray) else _to_pixels(image)
+    pixels = image if isinstance(image, np.ndarray) else to_pixels(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image: expected a uint8 array (H, W, 3), received {pixels.dtype} {pixels.shape}")
     png = io.BytesIO()
@@ -110,10 +110,10 @@ def mark_pixel(image: Tensor, pixel: tuple[int, int], feature_shape: Sequence[in
     Raises:
         ValueError: The image has another shape, or the pixel is outside of the feature map.
     """
-    return _mark(_to_pixels(image), pixel, feature_shape[-2:])
+    return _mark(to_pixels(image), pixel, feature_shape[-2:])
 
 
-def _to_pixels(image: Tensor) -> np.ndarray:
+def to_pixels(image: Tensor) -> np.ndarray:
     """Convert (3, H, W) or (1, H, W) in [-1, 1] to (H, W, 3) uint8."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image: expected (3, H, W) or (1, H, W) in [-1, 1], received {tuple(image.shape)}")

@@ -58,7 +58,7 @@ def test_frame_surrounds_the_cell_of_the_pixel(size: tuple[int, int], pixel: tup
     image = torch.zeros(3, *size)
     image[0] = 0.5
     marked = mark_pixel(image, pixel, (8, 5, 7))
-    framed = (marked != pictures._to_pixels(image)).any(-1)
+    framed = (marked != pictures.to_pixels(image)).any(-1)
     assert marked.shape == (*size, 3) and framed.any()
     rows, columns = (np.arange(n) * cells // n for n, cells in zip(size, (5, 7)))
     cell = (rows == pixel[0])[:, None] & (columns == pixel[1])

@@ -1,0 +1,174 @@
+"""The local web page of ``srpkd compare``: a server on 127.0.0.1 that answers this machine's browser only.
+
+| request | answer |
+| --- | --- |
+| GET / | the page |
+| POST /translate, an image file as the body | JSON of ``Comparison.translate`` |
+| POST /sample?file=NAME | the same for an image in the list of samples |
+| GET /relations?x=X&y=Y | JSON of ``Comparison.relations`` |
+
+An error is {"error": message} with status 400, or 413 for a body that is too large. Requests whose Host or Origin is
+not this server are refused, so that no other web page can reach it (DNS rebinding, cross-site requests).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+from jinja2 import Environment, PackageLoader
+
+from .comparison import Comparison
+
+HOST = "127.0.0.1"
+MAX_BYTES = 256 << 20  # of an image file
+
+
+class ComparisonServer(ThreadingHTTPServer):
+    """Serve a comparison; ``serve_forever`` runs it, ``shutdown`` ends it.
+
+    Args:
+        comparison: the networks.
+        port: of 127.0.0.1; 0 takes a free one.
+        samples: name -> image file: offered on the page.
+
+    Raises:
+        OSError: the port is in use.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, comparison: Comparison, port: int = 0, samples: Mapping[str, Path] | None = None) -> None:
+        self.comparison, self.samples = comparison, dict(samples or {})
+        self.lock = threading.Lock()  # the networks run for one request at a time
+        super().__init__((HOST, port), _Handler)
+
+    @property
+    def url(self) -> str:
+        """The address of the page."""
+        return f"http://{HOST}:{self.server_port}/"
+
+    @property
+    def origins(self) -> list[str]:
+        """The addresses under which a browser on this machine reaches the server."""
+        return [f"http://{name}:{self.server_port}" for name in (HOST, "localhost")]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ComparisonServer
+    timeout = 60  # seconds without data
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        if self._is_foreign():
+            return
+        if address.path == "/":
+            nonce = secrets.token_urlsafe(16)
+            page = render_page(list(self.server.comparison.networks), list(self.server.samples), nonce)
+            self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", nonce)
+        elif address.path == "/relations":
+            query = parse_qs(address.query)
+            self._answer(lambda: self.server.comparison.relations(*(_fraction(query, name) for name in "xy")))
+        else:
+            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {address.path}")
+
+    def do_POST(self) -> None:
+        address = urlsplit(self.path)
+        if self._is_foreign():
+            return
+        if address.path == "/translate":
+            self._translate_body()
+        elif address.path == "/sample":
+            name = parse_qs(address.query).get("file", [""])[0]
+            if name in self.server.samples:
+                self._answer(lambda: self.server.comparison.translate(self.server.samples[name]))
+            else:
+                self._fail(HTTPStatus.NOT_FOUND, f"no sample is named {name!r}")
+        else:
+            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {address.path}")
+
+    def _translate_body(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or not int(length):
+            self._fail(HTTPStatus.BAD_REQUEST, "received no image: expected a file as the body of the request")
+            return
+        if int(length) > MAX_BYTES:
+            self._fail(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the file has {int(length) >> 20} MB: expected at most {MAX_BYTES >> 20} MB",
+            )
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "the image")  # the name in messages
+            file.write_bytes(self.rfile.read(int(length)))
+            self._answer(lambda: self.server.comparison.translate(file), hidden=f"{folder}/")
+
+    def _answer(self, compute: Callable[[], Any], hidden: str = "") -> None:
+        """Send a result, or the message of an error without the name of a temporary folder."""
+        try:
+            with self.server.lock:
+                result = compute()
+        except (ValueError, OSError) as error:  # of the image or the request
+            self._fail(HTTPStatus.BAD_REQUEST, str(error).replace(hidden, ""))
+        except RuntimeError as error:  # such as memory that does not suffice
+            traceback.print_exc()
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).splitlines()[0])
+        else:
+            self._send(HTTPStatus.OK, json.dumps(result).encode(), "application/json")
+
+    def _is_foreign(self) -> bool:
+        """Refuse a request that does not come from a page of this server; return whether it was refused."""
+        origin = self.headers.get("Origin")
+        hosts = [origin.removeprefix("http://") for origin in self.server.origins]
+        if self.headers.get("Host") in hosts and origin in (None, *self.server.origins):
+            return False
+        self._fail(HTTPStatus.FORBIDDEN, f"expected a request from {self.server.url}")
+        return True
+
+    def _fail(self, status: HTTPStatus, message: str) -> None:
+        self.close_connection = True  # the body may be unread
+        self._send(status, json.dumps({"error": message}).encode(), "application/json")
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, nonce: str = "") -> None:
+        self.send_response(status)
+        policy = f"default-src 'none'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing for each request."""
+
+
+def _fraction(query: Mapping[str, Sequence[str]], name: str) -> float:
+    text = query.get(name, [""])[0]
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: expected a number") from error
+
+
+def render_page(labels: Sequence[str], samples: Sequence[str], nonce: str) -> str:
+    """Return the HTML of the page, which loads nothing but data from this server."""
+    templates = Environment(
+        loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    addresses = [(name, f"sample?file={quote(name)}") for name in samples]
+    return templates.get_template("compare.html.j2").render(labels=labels, samples=addresses, nonce=nonce)

@@ -1,0 +1,233 @@
+"""``srpkd compare``: which networks it finds, what its server answers and refuses, and the page in a browser."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import threading
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import chromium
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srpkd import compare
+from srpkd.models.checkpoints import load_generator, save_weights
+from srpkd.models.inference import translate
+from srpkd.models.networks import define_generator
+from srpkd.reporting.comparison import Comparison, layers_of, networks_of, samples_of
+from srpkd.reporting.comparison_server import ComparisonServer
+from srpkd.reporting.pictures import relation_picture
+
+NET = {"init_gain": 0.2}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return the folder of a run with a teacher, two students, and a test image."""
+    folder = tmp_path / "run"
+    for name, ngf in (("teacher", 4), ("kd", 2), ("kd+srp", 2)):
+        (folder / name).mkdir(parents=True)
+        save_weights(define_generator("resnet_1blocks", ngf=ngf, **NET), folder / name / "latest_net_G.pth")
+        (folder / name / "latest_net_D.pth").write_text("a discriminator is not read")
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "images" / "000.png")
+    (folder / "config.yaml").write_text("normalize: row\nteacher: null\nlayers: {model.9: model.9}\n")
+    images = [{"label": "input", "file": "images/000.png"}, {"label": "teacher", "file": "images/missing.png"}]
+    (folder / "report.json").write_text(json.dumps({"samples": [{"caption": "test <image> 0", "images": images}]}))
+    return folder
+
+
+def comparison_of(run: Path, **options) -> Comparison:
+    return Comparison(networks_of([str(run)])[0], **options)
+
+
+def pixels(data_url: str) -> np.ndarray:
+    kind, data = data_url.split(",")
+    assert kind == "data:image/png;base64"
+    return np.array(Image.open(BytesIO(base64.b64decode(data))))
+
+
+# --- networks and pictures ------------------------------------------------------------------------------------------
+
+
+def test_the_networks_of_a_run(run):
+    weights, config, notes = networks_of([str(run)])
+    assert list(weights) == ["teacher", "kd", "kd+srp"] and not notes
+    assert config["normalize"] == "row"
+    assert layers_of(config, weights) == dict.fromkeys(weights, "model.9")
+    assert samples_of([run]) == {"test <image> 0": run / "images" / "000.png"}
+
+
+def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
+    only = tmp_path / "h2z"
+    only.mkdir()
+    for direction in "AB":
+        save_weights(define_generator("resnet_1blocks", ngf=2, **NET), only / f"latest_net_G_{direction}.pth")
+    teacher = run / "teacher" / "latest_net_G.pth"
+    (only / "config.yaml").write_text(f"teacher: {teacher}\nteacher_B: {tmp_path}/gone.pth\n")
+    assert networks_of([str(only)])[0] == {"teacher": teacher, "h2z": only / "latest_net_G_A.pth"}
+    weights, _, [note] = networks_of([str(only)], "B")
+    assert weights == {"h2z": only / "latest_net_G_B.pth"} and "gone.pth does not exist" in note
+    assert list(networks_of([str(teacher), str(only)])[0]) == ["teacher/latest_net_G.pth", "teacher", "h2z"]
+    assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
+
+
+def test_wrong_paths(run, tmp_path):
+    with pytest.raises(ValueError, match="gone does not exist: expected a file of weights, or the folder of a run"):
+        networks_of([str(tmp_path / "gone")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty contains no generator: expected latest_net_G.pth or latest_net_G_A"):
+        networks_of([str(tmp_path / "empty")])
+    with pytest.raises(SystemExit, match="error: --port 70000: expected 0 to 65535"):
+        compare.main([str(run), "--port=70000"])
+    gray = tmp_path / "gray.pth"
+    save_weights(define_generator("resnet_1blocks", ngf=2, input_nc=1, **NET), gray)
+    with pytest.raises(ValueError, match=r"different numbers of channels: {'teacher': 3, .*gray.pth': 1}"):
+        Comparison(networks_of([str(run), str(gray)])[0])
+
+
+def test_outputs_are_those_of_translate(run):
+    result = comparison_of(run).translate(run / "images" / "000.png")
+    assert (result["width"], result["height"], result["resized"]) == (41, 30, None)
+    image = torch.from_numpy(np.array(Image.open(run / "images" / "000.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    assert (pixels(result["input"]) == np.array(Image.open(run / "images" / "000.png"))).all()
+    assert [network["label"] for network in result["networks"]] == ["teacher", "kd", "kd+srp"]
+    for network in result["networks"]:
+        file = run / network["label"] / "latest_net_G.pth"
+        expected = (translate(load_generator(file).eval(), image)[0] + 1) * 127.5
+        assert abs(pixels(network["image"]).transpose(2, 0, 1) - expected.numpy()).max() <= 0.51
+        assert network["ms"] > 0 and network["bytes"] == file.stat().st_size
+    assert result["networks"][0]["parameters"] > result["networks"][1]["parameters"]
+
+
+def test_large_images_are_scaled_down(run):
+    result = comparison_of(run, size=20).translate(run / "images" / "000.png")
+    assert (result["width"], result["height"], result["resized"]) == (20, 15, (41, 30))
+    assert pixels(result["networks"][0]["image"]).shape == (15, 20, 3)
+
+
+def test_relations_are_rows_of_the_relation_matrix(run):
+    comparison = comparison_of(run, normalize="cosine")
+    with pytest.raises(ValueError, match="no image yet: drop one first"):
+        comparison.relations(0.5, 0.5)
+    comparison.translate(run / "images" / "000.png")
+    result = comparison.relations(0.99, 0.1)
+    assert list(result["maps"]) == ["teacher", "kd", "kd+srp"]
+    feature = comparison._features["kd"]
+    # 30 x 41 pixels are padded to 32 x 44, which gives 8 x 11 cells: those of the padding are left out
+    assert feature.shape[1:] == (8, 11)
+    assert (pixels(result["maps"]["kd"]) == relation_picture(feature, (0, 10), (30, 41), "cosine")).all()
+    assert (pixels(result["input"]) != np.array(Image.open(run / "images" / "000.png"))).any()
+    for x, y in ((1.0, 0.5), (0.5, -0.1), (float("nan"), 0.5)):
+        with pytest.raises(ValueError, match="expected fractions of the image's sides"):
+            comparison.relations(x, y)
+
+
+# --- the server -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(run):
+    with ComparisonServer(comparison_of(run), samples=samples_of([run])) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def ask(server, method, path, body=None, **headers):
+    """Return (status, JSON or text) of a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, body, {name: value for name, value in headers.items() if value is not None})
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    return answer.status, json.loads(data) if answer.getheader("Content-Type") == "application/json" else data.decode()
+
+
+def test_requests(run):
+    with serving(run) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        status, page = ask(server, "GET", "/")
+        assert status == 200 and "test &lt;image&gt; 0" in page and "<image>" not in page
+        assert "http://" not in page and "https://" not in page  # it loads nothing from elsewhere
+        status, result = ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())
+        assert status == 200 and len(result["networks"]) == 3
+        assert ask(server, "POST", "/sample?file=test%20%3Cimage%3E%200")[1]["input"] == result["input"]
+        status, maps = ask(server, "GET", "/relations?x=0.5&y=0.25")
+        assert status == 200 and len(maps["maps"]) == 3
+
+
+def test_wrong_requests(run):
+    with serving(run) as server:
+        status, answer = ask(server, "POST", "/translate", b"text")
+        assert status == 400 and answer["error"].startswith("the image: not an image; expected one of")
+        small = BytesIO()
+        Image.new("RGB", (4, 90)).save(small, format="png")
+        status, answer = ask(server, "POST", "/translate", small.getvalue())
+        assert (status, answer["error"]) == (400, "the image: 4 x 90 pixels; expected at least 8 x 8")
+        assert ask(server, "POST", "/translate")[0] == 400
+        assert ask(server, "POST", "/translate", b"x", **{"Content-Length": str(1 << 40)})[0] == 413
+        assert ask(server, "GET", "/relations?x=0.5&y=a") == (400, {"error": "y='a': expected a number"})
+        assert ask(server, "POST", "/sample?file=..%2Fconfig.yaml")[0] == 404
+        assert ask(server, "GET", "/config.yaml")[0] == 404
+        for headers in ({"Host": "example.com"}, {"Origin": "http://example.com"}, {"Origin": "null"}):
+            assert ask(server, "GET", "/", **headers)[0] == 403
+            assert ask(server, "POST", "/translate", b"x", **headers)[0] == 403
+        assert ask(server, "GET", "/", Origin=server.url[:-1])[0] == 200
+
+
+def test_the_command_prints_the_address(run, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(compare.webbrowser, "open", opened.append)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ComparisonServer, "serve_forever", interrupted)
+    compare.main([str(run), "--device=cpu"])
+    [url] = opened
+    assert capsys.readouterr().out == f"teacher, kd, kd+srp: {url} (Ctrl-C ends the server)\n\n"
+    compare.main([str(run), "--device=cpu", "--no_browser"])
+    assert len(opened) == 1
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(chromium.EXECUTABLE is None, reason="needs chromium or google-chrome")
+def test_the_page_in_a_browser(run, tmp_path):
+    with serving(run) as server, chromium.browser(tmp_path / "browser") as page:
+        page.open(server.url)
+        assert page.evaluate("document.title") == "srpkd compare"
+        page.choose_file("#file", run / "config.yaml")
+        page.wait("document.querySelector('#status').className == 'error'")
+        assert "not an image" in page.evaluate("document.querySelector('#status').textContent")
+        assert page.evaluate("document.querySelector('#results').hidden")
+
+        page.choose_file("#file", run / "images" / "000.png")
+        page.wait("document.querySelectorAll('#outputs img').length == 4")
+        page.wait("[...document.images].every(image => image.complete && image.naturalWidth == 41)")
+        captions = page.evaluate("[...document.querySelectorAll('#outputs figcaption')].map(c => c.innerText)")
+        assert [text.split()[0] for text in captions] == ["input", "teacher", "kd", "kd+srp"]
+        assert all("ms" in text and "KB" in text and "parameters" in text for text in captions[1:])
+        assert page.evaluate("document.querySelector('#status').textContent") == ""
+
+        page.click("#outputs figure:nth-child(2) img", 0.7, 0.3)
+        page.wait("document.querySelectorAll('#relations img').length == 4")
+        shown = page.evaluate("document.querySelectorAll('#relations img')[2].src")
+        assert shown == server.comparison.relations(0.7, 0.3)["maps"]["kd"]
+
+        page.click("[data-sample]", 0.5, 0.5)
+        page.wait("document.querySelectorAll('#relations img').length == 0")  # those of the previous image
+        assert [error for error in page.errors if "400" not in error] == []
