@@ -21,7 +21,7 @@ from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..taps import remove_hooks, unwrap
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
-from .objectives import OBJECTIVES, Objective, lr_factor, to_device
+from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
 from .optimizers import Losses
 from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
@@ -174,7 +174,9 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
     for direction in kind.directions:
         spec = generator_spec(config, direction)
         network = define_generator(**asdict(spec), init_type=config.init_type, init_gain=config.init_gain)
-        generators[direction] = distributed.wrap(to_device(network, config), config.compile)
+        generators[direction] = distributed.wrap(
+            to_device(network, config), config.compile, dynamic=dynamic_shapes(config)
+        )
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
         student_teachers[direction] = StudentTeacher(

@@ -70,7 +70,7 @@ class Objective(ABC):
         self.config = config
         self.student_teachers = dict(student_teachers)
         discriminators = {
-            name: wrap(_make_discriminator(config, channels), config.compile)
+            name: wrap(_make_discriminator(config, channels), config.compile, dynamic=dynamic_shapes(config))
             for name, channels in self.discriminator_channels(config).items()
         }
         self.networks = {**generators, **discriminators}
@@ -407,6 +407,11 @@ def require_grad(networks: Iterable[nn.Module], value: bool) -> None:
 
 def _join(groups: list[Tensor]) -> Tensor:
     return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def dynamic_shapes(config: ResolvedConfig) -> bool | None:
+    """Return what torch.compile should assume of shapes: images of one size come in two sizes of batches."""
+    return False if has_one_size(config) else None
 
 
 def to_device(network: nn.Module, config: ResolvedConfig) -> nn.Module:
