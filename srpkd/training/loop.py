@@ -22,7 +22,7 @@ from ..taps import remove_hooks, unwrap
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
 from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
-from .optimizers import Losses
+from .optimizers import PRECISIONS, Losses
 from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
@@ -179,6 +179,9 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
         )
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
+        dtype = PRECISIONS[config.precision]
+        if dtype != torch.float32:
+            teacher = copy.deepcopy(teacher)
         student_teachers[direction] = StudentTeacher(
             generator,
             teacher,
@@ -189,9 +192,18 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
             lambda_feature=config.lambda_feature,
             input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
         )
+        if dtype != torch.float32:
+            cast_convolutions(teacher, dtype)
     # adapters drew random numbers: seed again, so that discriminators start from the same weights in every variant
     seed_everything(seed + 1)
     return kind(config, generators, student_teachers)
+
+
+def cast_convolutions(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of convolutions: autocast would cast those of a frozen network to the same bits in each step."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(dtype)
 
 
 def make_relation_loss(config: ResolvedConfig) -> SRPLoss:

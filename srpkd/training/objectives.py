@@ -87,7 +87,9 @@ class Objective(ABC):
         self.pools: dict[str, ImagePool] = {}
         self.averages: dict[str, AveragedModel] = {}
         if config.ema is not None:
-            self.averages = {name: AveragedModel(network, config.torch_device) for name, network in self.generators.items()}
+            self.averages = {
+                name: AveragedModel(network, config.torch_device) for name, network in self.generators.items()
+            }
         for copied in self.averages.values():
             remove_hooks(copied)  # the copies include the feature taps
 

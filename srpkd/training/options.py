@@ -123,7 +123,9 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         if self.teacher:
             options["teacher_netG"] = None
         if self.fast and not self.resume:  # a resumed run keeps its options, on another device too
-            options |= {name: value for name, value in fast_options(self.torch_device).items() if self._is_default(name)}
+            options |= {
+                name: value for name, value in fast_options(self.torch_device).items() if self._is_default(name)
+            }
         config = ResolvedConfig(**options)
         _check(config)
         return config

@@ -126,7 +126,9 @@ def with_usable_precision(config: ResolvedConfig) -> ResolvedConfig:
     if config.resume:
         distributed.print_rank0(f"precision {config.precision}: {reason}; a resumed run keeps its precision")
         return config
-    distributed.print_rank0(f"precision fp32 instead of {config.precision}: {reason} (--force_bf16 uses it nevertheless)")
+    distributed.print_rank0(
+        f"precision fp32 instead of {config.precision}: {reason} (--force_bf16 uses it nevertheless)"
+    )
     return replace(config, precision="fp32")
 
 

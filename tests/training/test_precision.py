@@ -88,6 +88,18 @@ def test_networks_run_in_the_precision_and_losses_in_float32(model, precision):
     assert objective.optimizers.scaler.is_enabled() == (precision == "fp16")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_teachers_are_cast_once_to_the_bits_of_autocast(precision, monkeypatch):
+    config = options("cycle_gan", precision=precision)
+    objective = objective_of(config)
+    teacher = objective.student_teachers["G_A"].teacher
+    convolutions = [m for m in teacher.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert {p.dtype for module in convolutions for p in module.parameters()} == {DTYPES[precision]}
+    monkeypatch.setattr(loop, "cast_convolutions", lambda network, dtype: None)
+    expected = objective_of(config).step(images())
+    torch.testing.assert_close(objective.step(images()), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.01)])
 def test_first_losses_match_float32(model, precision, tolerance):
