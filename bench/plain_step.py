@@ -32,6 +32,17 @@ def plain_step(config: ResolvedConfig, generators: Networks, discriminators: Net
     return make(config, generators, discriminators)
 
 
+def with_inplace_activations(network: nn.Module) -> nn.Module:
+    """Return the network with the public code's activations, changed in place: they always work in place."""
+    for parent in network.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, nn.LeakyReLU):
+                setattr(parent, name, nn.LeakyReLU(module.negative_slope, inplace=True))
+            elif isinstance(module, nn.ReLU):
+                setattr(parent, name, nn.ReLU(inplace=True))
+    return network
+
+
 def _pix2pix(config: ResolvedConfig, generators: Networks, discriminators: Networks) -> Step:
     G, D = generators["G"], discriminators["D"]
     update_G, update_D = _optimizer(config, [G]), _optimizer(config, [D])

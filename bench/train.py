@@ -33,7 +33,7 @@ from srpkd.training.speedups import fast_options
 from srpkd.training.static_step import StaticStep
 
 from . import cases, machine, measure, results, train_loader, train_profile
-from .plain_step import plain_step
+from .plain_step import plain_step, with_inplace_activations
 
 RESULTS = results.FOLDER / "train.csv"
 SPEEDUPS: dict[str, dict[str, Any]] = {  # options of the trainer that may make a step faster
@@ -189,6 +189,8 @@ def step_of(config: ResolvedConfig, teachers: dict[str, nn.Module]) -> Callable[
 def plain_step_of(config: ResolvedConfig) -> Callable[[], object]:
     """Return a plain training step on the same images and networks, without a teacher."""
     objective = make_objective(config, 0, {})
+    for network in objective.networks.values():
+        with_inplace_activations(network)
     return partial(plain_step(config, objective.generators, objective.discriminators), images_of(config))
 
 

@@ -35,7 +35,7 @@ MAX_CONSECUTIVE_SKIPS = 10
 
 
 class Diverged(ArithmeticError):
-    """The loss of MAX_CONSECUTIVE_SKIPS consecutive steps was not finite, or the final weights are not."""
+    """The losses of MAX_CONSECUTIVE_SKIPS or more consecutive steps, or the final weights, are not finite."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def fit(
 
     Raises:
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
-        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite.
+        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite. On
+            a GPU this is checked when metrics are logged.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
@@ -124,8 +125,8 @@ def fit(
             logs = step % config.print_freq == 0 or step == 1
             if logs or config.torch_device.type == "cpu":  # waits for a GPU
                 objective.find_nonfinite()
-                if objective.optimizers.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                    raise Diverged(_divergence_message(stage, run_dir, objective, step))
+                if (skips := objective.optimizers.consecutive_skips) >= MAX_CONSECUTIVE_SKIPS:
+                    raise Diverged(_divergence_message(stage, run_dir, objective, step, skips))
             if logs:
                 values = _mean_over_ranks(losses)
                 durations.append(timer.lap(step))
@@ -285,12 +286,12 @@ def _mean_over_ranks(losses: Losses) -> dict[str, float]:
     return {name: statistics.fmean(values[name] for values in gathered) for name in losses}
 
 
-def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int) -> str:
+def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int, skips: int) -> str:
     source = objective.nonfinite_source
     reason = f"; not finite before it: {source}" if source else ""
     return (
-        f"{stage.name}: {MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped: the loss "
-        f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - MAX_CONSECUTIVE_SKIPS + 1}"
+        f"{stage.name}: {skips} consecutive steps were skipped: the loss "
+        f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - skips + 1}"
         f"{reason}. {_advice(stage, run_dir, source)}"
     )
 

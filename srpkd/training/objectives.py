@@ -350,8 +350,9 @@ class CycleGAN(Objective):
         return {"D_A": config.output_nc, "D_B": config.input_nc}
 
     def draw(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        draws = [draw(self.config.pool_size, len(batch["A"])) for _ in self.pools]
-        return {"draws": torch.tensor(draws, dtype=torch.int64)}
+        if not (size := self.config.pool_size):
+            return {}
+        return {"draws": torch.tensor([draw(size, len(batch["A"])) for _ in self.pools], dtype=torch.int64)}
 
     def update_networks(self, inputs: Mapping[str, Tensor]) -> Losses:
         config, optimizers = self.config, self.optimizers
@@ -383,8 +384,10 @@ class CycleGAN(Objective):
             require_grad((D_A, D_B), True)
             losses_D = {}
             sides = (("D_A", real_B, fake_B), ("D_B", real_A, fake_A))
-            for (name, real, fake), draws in zip(sides, inputs["draws"]):
-                shown = self.pools[name].query(fake, draws, optimizers.finite)
+            for number, (name, real, fake) in enumerate(sides):
+                shown = fake.detach()
+                if "draws" in inputs:
+                    shown = self.pools[name].query(fake, inputs["draws"][number], optimizers.finite)
                 prediction_real, prediction_fake = self.judge(name, real, shown)
                 losses_D[name] = 0.5 * (
                     gan_loss(prediction_real, True, config.gan_mode) + gan_loss(prediction_fake, False, config.gan_mode)

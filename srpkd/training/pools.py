@@ -20,19 +20,19 @@ KEEP_NEW = -1  # a draw for an image that a full pool neither stores nor replace
 def draw(size: int, count: int) -> list[int]:
     """Return a draw for each of `count` images: the index of the stored image to swap with, or KEEP_NEW.
 
-    A pool that is not full ignores it. The number of draws is the same either way, so that the host needs not know.
+    A pool that is not full ignores it, so that the host does not have to know whether it is.
 
     Args:
-        size: size of the pool.
+        size: size of the pool, at least 1.
     """
-    return [random.randrange(size) if random.random() < 0.5 else KEEP_NEW for _ in range(count if size else 0)]
+    return [random.randrange(size) if random.random() < 0.5 else KEEP_NEW for _ in range(count)]
 
 
 class ImagePool(ABC):
     """A history of generated images.
 
     Args:
-        size: number of images to store; a pool of size 0 returns the images that it receives.
+        size: number of images to store, at least 1.
     """
 
     def __init__(self, size: int) -> None:
@@ -68,8 +68,6 @@ class FixedSizePool(ImagePool):
 
     def query(self, images: Tensor, draws: Tensor, finite: Tensor) -> Tensor:
         images = images.detach()
-        if not self.size:
-            return images
         if not self._buffer.numel():
             self._allocate(images)
         position = self._filled + torch.arange(len(images), device=images.device)
@@ -109,7 +107,7 @@ class AnySizePool(ImagePool):
 
     def query(self, images: Tensor, draws: Tensor, finite: Tensor) -> Tensor:
         images = images.detach()
-        if not (self.size and finite):
+        if not finite:
             return images
         chosen = []
         for image, index in zip(images, draws.tolist()):

@@ -32,6 +32,7 @@ class StaticStep:
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None  # of the warm-up and the capture
         self._steps, self._has_warned = 0, False
 
     def __call__(self, inputs: Tensors) -> dict[str, Tensor]:
@@ -61,19 +62,19 @@ class StaticStep:
         return self._outputs
 
     def _warm_up(self) -> dict[str, Tensor]:
-        """Take a step in another stream: work of the default stream cannot be captured."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        """Take a step in the stream of the capture, because work of the default stream cannot be captured."""
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             outputs = self._step(self._inputs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return outputs
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             # "thread_local", because the data loader's thread allocates pinned memory meanwhile
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(self._inputs)
         except RuntimeError as error:
             raise RuntimeError(

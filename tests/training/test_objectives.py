@@ -260,6 +260,17 @@ def test_cycle_gan_discriminators_query_the_pools():
     torch.testing.assert_close(losses["D_A"], expected.detach())
 
 
+def test_without_pools_the_discriminators_see_the_new_images():
+    objective = make_small(options("cycle_gan", pool_size=0))
+    for _ in range(2):
+        batch, before = images(), copy.deepcopy((objective.generators["G_A"], objective.discriminators["D_A"]))
+        losses = objective.step(batch)
+    G_A, D_A = before
+    expected = (mean_square(D_A(batch["B"]), True) + mean_square(D_A(G_A(batch["A"])), False)) / 2
+    torch.testing.assert_close(losses["D_A"], expected.detach())
+    assert objective.rank_state_dict() == {"pools": {}}
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_states_are_restored(model):
     """A restored objective takes the same step: networks, adapters, averages, optimizers and image pools."""
