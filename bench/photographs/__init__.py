@@ -1,0 +1,72 @@
+"""Study whether the relation loss helps on photographs, with the weights that the study on generated scenes selected.
+
+    python -m bench photographs                    three hours on one core of a CPU
+
+Photographs that come inside scikit-image, scikit-learn and matplotlib are cut into crops; the test crops are from
+photographs that neither teacher nor students have seen. Two tasks: colour a gray image, and restore a blurred, noisy
+one. In each partition into training and test photographs, students start from the same weights and see the same crops
+in the same order, so their scores are compared in pairs, as in ``python -m bench study``.
+
+Each run of ``srpkd.train`` has a folder in RUNS_DIR. Call it again to resume it: finished runs are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.study.runs import is_finished, train_one
+from srpkd.arguments import positive
+from srpkd.extras import require
+from srpkd.training.summary import device_name
+
+from .images import TASKS, write_dataset
+from .plan import Study, dataset_folder, run_config
+from .report import render, write
+from .scores import run_scores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``python -m bench photographs``."""
+    add = parser.add_argument
+    add("--runs_dir", default="runs/photographs", help="folder of the runs and of the report (default: %(default)s)")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    add("--partitions", type=positive, default=6, help="into training and test photographs (default: %(default)s)")
+    add("--size", type=positive, default=96, help="side of the crops in pixels (default: %(default)s)")
+    add("--pairs", type=positive, default=400, help="training crops (default: %(default)s)")
+    add("--epoch_steps", type=positive, help="steps per epoch, to try it out (default: that of the plan)")
+    add("--report", type=Path, metavar="DIR", help="also write the report to this folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run or resume the study, print its report and write it to the folder of the runs."""
+    require("scipy.stats", "study", "a confidence interval")
+    study = Study(arguments.runs_dir, arguments.size, arguments.pairs, arguments.epoch_steps)
+    pairs = [(task, number) for number in range(arguments.partitions) for task in arguments.tasks]
+    found: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
+    for task, number in tqdm(pairs, desc="runs"):
+        write_dataset(dataset_folder(study, task, number), task, number, study.pairs, study.size)
+        config = run_config(study, task, number)
+        if not is_finished(config):
+            train_one(config)
+        found[task].append(run_scores(study, task, number))
+    result = {
+        "command": arguments.command_line,
+        "size": study.size,
+        "pairs": study.pairs,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device_name(config.torch_device),
+        },
+        "tasks": found,
+    }
+    path = write(result, Path(study.runs_dir))
+    if arguments.report:
+        path = write(result, arguments.report)
+    print(f"{render(result)}\nreport: {path}")

@@ -1,0 +1,126 @@
+"""The report of the study on photographs: Markdown, JSON and a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bench.study.comparison import paired_difference
+from srpkd.files import write_file
+from srpkd.reporting.figures import VARIANT_COLOURS, to_png
+
+from .images import PHOTOGRAPHS, TASKS, TESTED
+from .plan import VARIANTS
+from .scores import METRICS
+
+INTRODUCTION = """\
+This page is written by `{command}`.
+
+[The study on generated scenes](study.md) selects the relation loss, its weight and its layer. This page applies the
+same options, unchanged, to {count} colour photographs that come inside scikit-image, scikit-learn and matplotlib. Each
+partition trains a teacher and its students on crops of {trained} photographs ({pairs} crops of {size} x {size} pixels,
+the same for teacher and students) and tests them on crops of the {tested} others, which no network has seen. Students
+have 1/7 of their teacher's parameters, start from the same weights and see the same crops in the same order, so their
+scores are compared in pairs.
+
+Brackets contain the 95 % confidence interval of the mean difference (Student's t over partitions, separately for each
+comparison). An effect is claimed only if the interval excludes 0. The partitions share photographs, so they are less
+independent than the intervals assume. There are few photographs, the crops are small, and training is short. Hardware:
+{device}; torch {torch}."""
+COMPARISONS = (
+    ("output", "alone"),
+    ("output + SRP", "output"),
+    ("output + FitNet", "output"),
+    ("output + SRP", "output + FitNet"),
+)
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    introduction = INTRODUCTION.format(
+        **result["environment"],
+        command=result["command"],
+        count=len(PHOTOGRAPHS),
+        trained=len(PHOTOGRAPHS) - TESTED,
+        tested=TESTED,
+        pairs=result["pairs"],
+        size=result["size"],
+    )
+    lines = [
+        "# Does it help on photographs?",
+        "",
+        introduction,
+        "",
+        "![Differences to output distillation](photographs.png)",
+    ]
+    for task, runs in result["tasks"].items():
+        lines += ["", f"## {task.capitalize()}: {TASKS[task].words}", "", *_table(runs), "", *_verdicts(runs)]
+    return "\n".join(lines) + "\n"
+
+
+def scores_of(runs: Sequence[Mapping[str, Any]], network: str, metric: str) -> list[float]:
+    """Return a network's scores by partition."""
+    return [run["scores"][network][metric] for run in runs]
+
+
+def _table(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    labels = [label for label, _ in METRICS.values()]
+    lines = [f"| image | {' | '.join(labels)} |", f"| --- |{' ---: |' * len(METRICS)}"]
+    for network in ("input", "teacher", *VARIANTS):
+        cells = []
+        for metric, (_, digits) in METRICS.items():
+            own = scores_of(runs, network, metric)
+            spread = f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
+            cells.append(f"{statistics.fmean(own):.{digits}f}{spread}")
+        lines.append(f"| {network} | {' | '.join(cells)} |")
+    return [*lines, "", f"Mean ± standard deviation over {len(runs)} partition{'s' if len(runs) > 1 else ''}."]
+
+
+def _verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for variant, base in COMPARISONS:
+        parts = []
+        for metric, (label, _) in METRICS.items():
+            ours, theirs = scores_of(runs, variant, metric), scores_of(runs, base, metric)
+            gain, wins = paired_difference(ours, theirs), sum(a > b for a, b in zip(ours, theirs))
+            parts.append(f"{label} {gain}, better on {wins} of {len(runs)}: **{gain.verdict}**")
+        lines += [f"- {variant} minus {base}:", *(f"    - {part}" for part in parts)]
+    return lines
+
+
+def draw(result: Mapping[str, Any]) -> bytes:
+    """Plot the differences to output distillation, per partition and with their intervals, and return the PNG."""
+    variants = [name for name in VARIANTS if name != "output"]
+    tasks = result["tasks"]
+    figure = Figure(figsize=(3.4 * len(METRICS), 1.9 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), len(METRICS), sharey=True, squeeze=False)
+    for row, (task, runs) in zip(panels, tasks.items()):
+        for axes, (metric, (label, _)) in zip(row, METRICS.items()):
+            base = scores_of(runs, "output", metric)
+            for y, (variant, colour) in enumerate(zip(variants, VARIANT_COLOURS[1:])):
+                own = scores_of(runs, variant, metric)
+                axes.plot(
+                    [a - b for a, b in zip(own, base)], [y] * len(runs), "o", color=colour, alpha=0.3, markersize=4
+                )
+                gain = paired_difference(own, base)
+                margin = gain.high - gain.mean if len(runs) > 1 else 0.0
+                axes.errorbar(gain.mean, y, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6)
+            axes.axvline(0, color="#555555", linewidth=1)
+            axes.set_title(f"{task}: {label}", fontsize=10)
+            axes.set_xlabel("difference to output", fontsize=9)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set_yticks(range(len(variants)), variants)
+    panels[0, 0].invert_yaxis()
+    return to_png(figure, dpi=120)
+
+
+def write(result: Mapping[str, Any], folder: Path) -> Path:
+    """Write photographs.json, photographs.png and photographs.md, and return the path of photographs.md."""
+    write_file(folder / "photographs.json", json.dumps(result, indent=1).encode())
+    write_file(folder / "photographs.png", draw(result))
+    return write_file(folder / "photographs.md", render(result).encode())

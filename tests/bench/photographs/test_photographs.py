@@ -1,0 +1,135 @@
+"""The study on photographs: its images, scores and report, and a run of the whole command at small size."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.__main__ import main
+from bench.photographs.images import (
+    PHOTOGRAPHS,
+    TASKS,
+    TESTED,
+    grid_crops,
+    partition,
+    random_crops,
+    read_pairs,
+    read_photographs,
+    write_dataset,
+)
+from bench.photographs.plan import VARIANTS, Study, run_config
+from bench.photographs.report import draw, render
+from bench.photographs.scores import METRICS, score
+
+STUDY = Path(__file__).parents[3] / "docs" / "study.json"
+
+
+@pytest.fixture(autouse=True)
+def packages():
+    for name in ("skimage", "sklearn"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def test_photographs_are_in_colour():
+    found = read_photographs()
+    assert found.keys() == PHOTOGRAPHS.keys() and len(found) == 11
+    for name, photograph in found.items():
+        assert min(photograph.shape[1:]) == 256 and photograph.shape[0] == 3, name
+        assert photograph.min() >= -1 and photograph.max() <= 1 and photograph.std() > 0.1, name
+        assert (photograph - photograph.mean(0)).abs().mean() > 0.01, name
+
+
+def test_partitions_are_disjoint_and_test_every_photograph_equally():
+    counts: Counter[str] = Counter()
+    for number in range(len(PHOTOGRAPHS)):
+        trained, tested = partition(number)
+        assert len(tested) == TESTED and {*trained, *tested} == PHOTOGRAPHS.keys() and not {*trained} & {*tested}
+        counts.update(tested)
+    assert set(counts.values()) == {TESTED}
+
+
+def test_crops():
+    photograph = torch.arange(3 * 40 * 56.0).view(3, 40, 56)
+    crops = grid_crops({"a": photograph}, 16)
+    assert len(crops) == 2 * 3
+    assert crops[0].equal(photograph[:, 4:20, 4:20]) and crops[-1].equal(photograph[:, 20:36, 36:52])
+    generator = torch.Generator().manual_seed(0)
+    crops = random_crops({"a": photograph, "b": -photograph}, 5, 16, generator)
+    assert [crop.sum() > 0 for crop in crops] == [True, False, True, False, True]
+    assert len({crop[0, 0, 0].item() for crop in crops}) == 5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_dataset_repeats_and_inputs_differ_from_targets(task, tmp_path):
+    for folder in ("one", "two"):
+        write_dataset(tmp_path / folder, task, 3, 4, 32)
+    source, target = read_pairs(tmp_path / "one" / "train")
+    assert source.shape == target.shape == (4, 3, 32, 32)
+    again = read_pairs(tmp_path / "two" / "train")
+    assert source.equal(again[0]) and target.equal(again[1])
+    assert 0.01 < (source - target).abs().mean() < 0.5
+    if task == "colour":
+        assert source[:, 0].equal(source[:, 1])
+    assert len(read_pairs(tmp_path / "one" / "test")[0]) >= 3 * 8 * 8
+    before = (tmp_path / "one" / "train" / "0000.png").stat().st_mtime_ns
+    write_dataset(tmp_path / "one", task, 3, 4, 32)
+    assert (tmp_path / "one" / "train" / "0000.png").stat().st_mtime_ns == before
+
+
+def test_scores_order_images_by_their_error():
+    photograph = read_photographs(["cat"])["cat"][None, :, :96, :96]
+    noise = torch.randn(photograph.shape, generator=torch.Generator().manual_seed(0))
+    same, near, far = (score((photograph + size * noise).clamp(-1, 1), photograph) for size in (0, 0.02, 0.2))
+    assert same["ssim"] == pytest.approx(100, abs=1e-3) and same["vif"] == pytest.approx(100, abs=0.1)
+    assert all(same[name] > near[name] > far[name] for name in METRICS)
+    # the error is uniform noise of 0.02 * 127.5 levels before rounding
+    assert near["psnr"] == pytest.approx(-20 * torch.tensor(0.02 / 2).log10().item(), abs=0.3)
+
+
+def test_variants_are_those_that_the_study_selected():
+    """The weights are those of docs/study.json, and differ only in the losses."""
+    selected = {step["step"]: step["chosen"] for step in json.loads(STUDY.read_text())["choice"]}
+    configs = run_config(Study("runs", 96, 4, None), "colour", 0)
+    assert VARIANTS["output"]["lambda_kd"] == selected["output distillation"]["lambda_kd"]
+    assert VARIANTS["output + FitNet"]["lambda_feature"] == selected["feature matching"]["lambda_feature"]
+    relation = selected["relation loss: layers"]
+    assert {name: relation[name] for name in VARIANTS["output + SRP"]} == VARIANTS["output + SRP"]
+    assert configs.variants.keys() == VARIANTS.keys()
+
+
+def test_report_of_known_scores():
+    def run(gain: float) -> dict:
+        scores = {name: dict.fromkeys(METRICS, 10.0) for name in ("input", "teacher", *VARIANTS)}
+        scores["output + SRP"] = dict.fromkeys(METRICS, 10 + gain)
+        return {"tested": ["cat"], "scores": scores}
+
+    result = {
+        "command": "python -m bench photographs", "size": 96, "pairs": 400,
+        "environment": {"torch": "2", "python": "3", "device": "cpu"},
+        "tasks": {"colour": [run(1.0), run(1.1), run(0.9)]},
+    }  # fmt: skip
+    text = render(result)
+    assert "| output + SRP | 11.00 ± 0.10 | 11.00 ± 0.10 | 11.00 ± 0.10 |" in text
+    assert "    - PSNR dB +1.00 (+0.75 to +1.25), better on 3 of 3: **helped**" in text
+    assert "**no difference shown**" in text and "8 photographs (400 crops of 96 x 96 pixels," in text
+    assert draw(result).startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bench.photographs.images.SHORT_SIDE", 64)
+    arguments = ["photographs", "--partitions=1", "--size=48", "--pairs=4", "--epoch_steps=1", "--tasks", "restore"]
+    main(arguments)
+    out = capsys.readouterr().out
+    assert "## Restore: from a blurred and noisy to a clean image" in out and "too few pairs to tell" in out
+    assert out.endswith("report: runs/photographs/photographs.md\n")
+    result = json.loads((tmp_path / "runs" / "photographs" / "photographs.json").read_text())
+    [run] = result["tasks"]["restore"]
+    assert run["tested"] == partition(0)[1] and run["scores"].keys() == {"input", "teacher", *VARIANTS}
+    main([*arguments, "--report", "docs"])  # nothing is trained again
+    assert json.loads((tmp_path / "docs" / "photographs.json").read_text())["tasks"] == result["tasks"]
