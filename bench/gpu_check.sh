@@ -86,7 +86,8 @@ bench() {
 train() {
     local choice=()
     [ "$gpu" = no ] && choice=(--size 64 --netG resnet_1blocks --budget 2)
-    limit 480 train "$python" -m bench train "${choice[@]}" --out "$out/train.csv"
+    limit 420 train "$python" -m bench train "${choice[@]}" --out "$out/train.csv"
+    limit 90 profile "$python" -m bench train "${choice[@]}" --profile
 }
 
 ends=$((SECONDS + PART_SECONDS))

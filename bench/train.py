@@ -1,14 +1,14 @@
 """Time per training step, the share of the relation loss, and what makes a step faster.
 
     python -m bench train                one table of steps
-    python -m bench train --peer         the trainer's step against a plain one, written as the public trainer does it
+    python -m bench train --peer         only the teacher's steps, and a plain one as the public trainer writes it
     python -m bench train --profile      operators, launches and host time of a step, with the largest contributors
     python -m bench train --loader       images per second of the data loader, against those of a step
 
 A step of a CycleGAN with a teacher for both directions, on random images: without the relation loss (lambda_srp = 0),
 with the backends "reference" and "auto" for row and l1, with "auto" for the trainer's default relation, and with "auto"
 and each option that may make a step faster; then the default relation with `fast` and with CUDA graphs. The last rows
-are steps of the teacher, without distillation.
+are steps of the teacher, without distillation, and a plain step in the order of the public trainer's.
 
 All variants of a table take turns, step by step. The share of the relation loss is 1 - (seconds without it) / (seconds
 with it) at the same options, and a speed is (seconds of the baseline) / (seconds of the variant): medians over rounds.
@@ -58,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=256, help="height and width of the images (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument("--speedups", nargs="*", choices=SPEEDUPS, help="options to try (default: all; fp16 on a GPU)")
+    parser.add_argument(
+        "--speedups", nargs="*", choices=SPEEDUPS, help="options to try (default: each alone; fp16 on a GPU)"
+    )
     parser.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
-    parser.add_argument("--peer", action="store_true", help="only the teacher's steps, with the plain one")
+    parser.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
     parser.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
     parser.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
     cases.add_device(parser)
@@ -96,10 +98,10 @@ def run(options: argparse.Namespace) -> None:
         return
     speedups = options.speedups
     if speedups is None:
-        speedups = [name for name in SPEEDUPS if name != "fp16" or device == "cuda"]
+        speedups = [name for name in SPEEDUPS if " " not in name and (name != "fp16" or device == "cuda")]
     rows = [] if options.peer else distillation_rows(student, teacher, options.budget, speedups)
     if options.peer or not options.no_teacher:
-        rows += teacher_rows(teacher, options.budget, options.peer)
+        rows += teacher_rows(teacher, options.budget)
     common = {
         "model": student.model,
         "student": f"{student.netG} {student.ngf}",
@@ -160,14 +162,14 @@ def distillation_rows(
     return rows
 
 
-def teacher_rows(teacher: ResolvedConfig, budget: float, peer: bool) -> list[dict[str, Any]]:
-    """Return the rows of the teacher's training in each form and, with `peer`, of a plain step."""
-    steps: Steps = {PLAIN: plain_step_of(teacher)} if peer else {}
+def teacher_rows(teacher: ResolvedConfig, budget: float) -> list[dict[str, Any]]:
+    """Return the rows of a plain step, and of the teacher's training in each form."""
+    steps: Steps = {PLAIN: plain_step_of(teacher)}
     steps |= {TEACHER + form: step_of(config, {}) for form, config in forms(teacher).items()}
     samples = timed_steps(steps, teacher, budget)
     rows = []
     for name, seconds in samples.items():
-        faster = measure.ratio(seconds, samples[PLAIN]) if peer and name != PLAIN else None
+        faster = None if name == PLAIN else measure.ratio(seconds, samples[PLAIN])
         rows.append(as_row(name, seconds) | {"times_faster_than_plain": faster})
     return rows
 

@@ -27,7 +27,7 @@ def test_training_steps_are_timed(tmp_path, monkeypatch):
     faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
     default = "auto, the trainer's cosine l2"
     fast = ["without relation loss, fast", f"{default}, fast"]
-    teachers = ["teacher's own training", "teacher's own training, fast"]
+    teachers = ["plain step of the teacher", "teacher's own training", "teacher's own training, fast"]
     assert list(rows) == ["without relation loss", "reference", "auto: blocked", default, *faster, *fast, *teachers]
     assert all(float(row["median_s"]) > 0 for row in rows.values())
     with_share = ["reference", "auto: blocked", default, f"{default}, fast"]
