@@ -56,7 +56,7 @@ class Objective(ABC):
         averages: direction -> moving average of the generator; {} unless the option `ema` is set.
         pools: name -> image pool of the discriminator; {} for pix2pix, which has none.
         nonfinite_source: after a skipped step, what was not finite before the first such loss, in words, or "".
-        run_step: what runs a step on the device: ``take_step``, or a ``StaticStep`` of it.
+        run_step: a ``StaticStep`` of ``take_step``, to use in its place, or None.
     """
 
     directions: ClassVar[tuple[str, ...]]
@@ -81,7 +81,7 @@ class Objective(ABC):
             config, {"G": [*self.generators.values(), *adapters], "D": self.discriminators.values()}
         )
         self.nonfinite_source = ""
-        self.run_step: Callable[[Mapping[str, Tensor]], Losses] = self.take_step
+        self.run_step: Callable[[Mapping[str, Tensor]], Losses] | None = None
         self._inputs: Mapping[str, Tensor] = {}  # of the last step
         self._outputs: dict[str, Tensor] = {}  # direction -> output of the generator in the last step
         self.pools: dict[str, ImagePool] = {}
@@ -122,7 +122,7 @@ class Objective(ABC):
         drawn = self.draw(batch)
         if device.type == "cuda":  # a copy from pageable memory may wait for the GPU
             drawn = {name: value.pin_memory().to(device, non_blocking=True) for name, value in drawn.items()}
-        return self.run_step({**batch, **drawn})
+        return (self.run_step or self.take_step)({**batch, **drawn})
 
     def take_step(self, inputs: Mapping[str, Tensor]) -> Losses:
         """Take a training step without waiting for the device: a CUDA graph can contain it.
@@ -247,7 +247,7 @@ class Objective(ABC):
 
     def close(self) -> None:
         """Remove the hooks from the generators and their teachers, and free a CUDA graph."""
-        self.run_step = self.take_step
+        self.run_step = None
         for pair in self.student_teachers.values():
             pair.close()
 

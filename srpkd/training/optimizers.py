@@ -172,6 +172,8 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
 
     def _skip_if_nonfinite(self, optimizer: torch.optim.Optimizer, args: Any, keywords: Any) -> None:
         """Make a fused optimizer's step change nothing if a loss is not finite; called before the step."""
+        if not self._is_fused:
+            return
         skip = (~self.finite).float()
         if self.scaler.is_enabled():  # the scaler has set found_inf, for gradients that overflowed
             skip = torch.maximum(skip, optimizer.found_inf)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ lambda_kd * L1(student output, teacher output)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class StudentTeacher(nn.Module):
         input_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        self.relations = RelationDistiller(student, teacher, layers, loss, forward=self._run_network)
+        self.relations = RelationDistiller(student, teacher, layers, loss, forward=partial(_run, teacher))
         self.layers = self.relations.layers
         self.lambda_kd, self.lambda_srp, self.lambda_feature = lambda_kd, lambda_srp, lambda_feature
         self.adapters = nn.ModuleList()
@@ -99,7 +100,7 @@ class StudentTeacher(nn.Module):
             {"kd": ..., "srp": ..., "feature": ...}.
         """
         if not (self.lambda_kd or self.compares_features):
-            return self._run_network(self.student, images, others), {}
+            return _run(self.teacher, self.student, images, others), {}
         self._last = {}  # frees the memory
         passes, losses = self.relations.run(images, others, record_features=self.compares_features), {}
         features = passes.student_features
@@ -124,9 +125,6 @@ class StudentTeacher(nn.Module):
             )
         return passes.student_output, losses
 
-    def _run_network(self, network: nn.Module, images: Tensor, others: Tensor | None) -> Tensor:
-        return network(images if others is None or network is self.teacher else torch.cat((images, others)))
-
     def nonfinite_source(self) -> str:
         """Return what was not finite first in the last forward pass, a feature or an output in words, or ""."""
         return first_nonfinite(self._last)
@@ -138,6 +136,11 @@ class StudentTeacher(nn.Module):
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.relations.close()
+
+
+def _run(teacher: nn.Module, network: nn.Module, images: Tensor, others: Tensor | None) -> Tensor:
+    """Return a network's output for the images and, if it is not the teacher, for the others behind them."""
+    return network(images if others is None or network is teacher else torch.cat((images, others)))
 
 
 @torch.no_grad()

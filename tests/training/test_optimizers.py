@@ -185,6 +185,23 @@ def test_overflow_of_the_sum_is_skipped():
     assert torch.equal(net.weight, before)
 
 
+def test_optimizers_that_are_not_fused_skip_on_the_host():
+    """As on devices without fused optimizers."""
+    objective = loop.make_objective(options(precision="fp16"), 0, {})
+    objective.optimizers._is_fused = False
+    for optimizer in objective.optimizers.values():
+        optimizer.param_groups[0]["fused"] = None
+        optimizer._step_supports_amp_scaling = False
+    for _ in range(12):  # the loss scale of float16 adapts first
+        objective.step(images())
+    before, batch = weights(objective), images()
+    batch["A"][:] = math.nan
+    objective.step(batch)
+    assert not changed(before, objective) and objective.optimizers.skipped == 1
+    objective.step(images())
+    assert changed(before, objective) == objective.networks.keys()
+
+
 def test_batch_norms_reset_non_finite_statistics():
     objective = loop.make_objective(options(norm="batch"), 0, {})
     objective.step(images())
