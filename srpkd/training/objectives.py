@@ -118,10 +118,10 @@ class Objective(ABC):
         Returns:
             The weighted losses by name, detached. The next step may overwrite them.
         """
-        device = self.config.torch_device
-        drawn = self.draw(batch)
+        device, drawn = self.config.torch_device, self.draw(batch)
         if device.type == "cuda":  # a copy from pageable memory may wait for the GPU
-            drawn = {name: value.pin_memory().to(device, non_blocking=True) for name, value in drawn.items()}
+            drawn = {name: values.pin_memory() for name, values in drawn.items()}
+        drawn = {name: values.to(device, non_blocking=True) for name, values in drawn.items()}
         return (self.run_step or self.take_step)({**batch, **drawn})
 
     def take_step(self, inputs: Mapping[str, Tensor]) -> Losses:
