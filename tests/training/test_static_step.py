@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from small import SIZE, SMALL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from srpkd.training import loop
 from srpkd.training.loop import freeze_for_inference, make_objective
 from srpkd.training.objectives import Objective
 from srpkd.training.options import TrainConfig
@@ -135,6 +137,26 @@ def test_a_source_is_found_after_replays():
     objective.find_nonfinite()
     assert objective.optimizers.consecutive_skips == 3 and objective.optimizers.skipped == 5
     assert objective.optimizers.nonfinite_loss and objective.nonfinite_source.startswith("the images of A")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_stage_that_is_resumed_with_a_cuda_graph(run_dir, device, monkeypatch, capsys):
+    """It ends with the weights of one without, and without an interruption."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    options = SMALL | {"model": "cycle_gan", "ngf": 4, "ndf": 4, "pool_size": 3, "ema": 0.7, "device": device}
+    options |= DETERMINISTIC | {"synthetic_pairs": 8, "epoch_steps": 7, "n_epochs": 1, "n_epochs_decay": 1}
+    config = TrainConfig(**options, save_latest_freq=5).resolved()
+    states: list[dict[str, Any]] = []
+
+    def fit(config: TrainConfig, **others: Any) -> list[Tensor]:
+        trained = loop.fit(loop.Stage("student", config, 0, run_dir.folder), run_dir, {}, **others)
+        return [value for net in trained.generators.values() for value in net.state_dict().values()]
+
+    expected = fit(config, save_state=lambda state: states.append(copy.deepcopy(state)))
+    found = fit(replace(config, cuda_graph=True), state=states[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert states[0]["step"] == 5
+    assert ("cuda_graph has no effect: the device is cpu" in capsys.readouterr().out) == (device == "cpu")
 
 
 class HostReads(TorchDispatchMode):
