@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure the steps, and write and print the rows."""
     device = cases.device_of(options)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True  # as in training runs
     student = TrainConfig(
         dataroot=":synthetic:",  # not read: the images are random
         synthetic_size=options.size,
