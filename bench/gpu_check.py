@@ -174,13 +174,14 @@ def train(check: Check) -> None:
     if file.exists():
         print(f"{file} is recorded")
         return
-    command = ["-m", "bench", "train", "--out", file]
+    command, choice = ["-m", "bench", "train", "--out", file], []
     if check.on_gpu:  # the budget counts twice: for the distillation steps, and for those of the teacher
-        command += ["--budget", max(1, int(check.left / 4)), "--speedups", "channels_last", "bf16"]
+        command += ["--budget", max(1, int(check.left / 5)), "--speedups", "channels_last", "bf16"]
     else:
         command += ["--budget", 0.1, "--speedups", "bf16", "--no-teacher"]
-        command += ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 2]
-    check.python("train", *command)
+        choice += ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 2]
+    check.python("train", *command, *choice)
+    check.python("profile", "-m", "bench", "train", "--profile", *choice)
 
 
 def sanitize(check: Check) -> None:

@@ -60,6 +60,7 @@ TRAIN_COLUMNS = [
     {"key": "steps_per_s", "label": "steps/s", "format": ".3f"},
     {"key": "srp_percent_of_step", "label": "relation loss, % of step", "format": ".1f"},
     {"key": "times_faster_than_auto", "label": "x auto's speed", "format": ".2f"},
+    {"key": "times_faster_than_plain", "label": "x the plain step's speed", "format": ".2f"},
 ]
 
 

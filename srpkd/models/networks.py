@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_number, check_whole
 from ..kernels.dispatch import check_choice
+from .activations import LeakyReLU, ReLU
 from .antialias import ANTIALIAS, Antialias, Downsample, Upsample
 
 Norm = Literal["instance", "batch", "none"]
@@ -203,7 +204,7 @@ class ResnetGenerator(nn.Module):
             return stage(nn.ConvTranspose2d(inner, outer, 3, stride=2, padding=1, output_padding=1, bias=bias))
 
         def stage(conv: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, ...]:
-            return conv, norm(conv.out_channels), nn.ReLU(inplace=True)
+            return conv, norm(conv.out_channels), ReLU()
 
         self.model = nn.Sequential(
             nn.ReflectionPad2d(3),
@@ -233,7 +234,7 @@ class ResnetBlock(nn.Module):
             return nn.ReflectionPad2d(1), nn.Conv2d(channels, channels, 3, bias=bias), norm(channels)
 
         drop = [nn.Dropout(0.5)] if dropout else []
-        self.conv_block = nn.Sequential(*conv(), nn.ReLU(inplace=True), *drop, *conv())
+        self.conv_block = nn.Sequential(*conv(), ReLU(), *drop, *conv())
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_block(x)
@@ -297,14 +298,14 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, input_nc: int, ndf: int, norm: type[nn.Module], *, n_layers: int) -> None:
         super().__init__()
         widths = [ndf * min(2**layer, 8) for layer in range(n_layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), LeakyReLU(0.2)]
         for layer in range(1, n_layers + 1):
             stride = 2 if layer < n_layers else 1
             bias = norm is nn.InstanceNorm2d
             layers += [
                 nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=bias),
                 norm(widths[layer]),
-                nn.LeakyReLU(0.2, inplace=True),
+                LeakyReLU(0.2),
             ]
         self.model = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
@@ -320,10 +321,10 @@ class PixelDiscriminator(nn.Module):
         bias = norm is nn.InstanceNorm2d
         self.net = nn.Sequential(
             nn.Conv2d(input_nc, ndf, 1),
-            nn.LeakyReLU(0.2, inplace=True),
+            LeakyReLU(0.2),
             nn.Conv2d(ndf, 2 * ndf, 1, bias=bias),
             norm(2 * ndf),
-            nn.LeakyReLU(0.2, inplace=True),
+            LeakyReLU(0.2),
             nn.Conv2d(2 * ndf, 1, 1, bias=bias),
         )
 

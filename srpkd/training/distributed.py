@@ -99,14 +99,17 @@ def all_reduce_and(condition: Tensor) -> Tensor:
     return number.bool()
 
 
-def wrap(network: nn.Module, compiled: bool = False) -> nn.Module:
+def wrap(network: nn.Module, compiled: bool = False, *, dynamic: bool | None = False) -> nn.Module:
     """Return the network as training calls it: optionally compiled, and with gradients averaged over all ranks.
 
     Register hooks on the original network, before its first forward pass. A network on "meta" is returned unchanged.
+
+    Args:
+        dynamic: as for torch.compile; by default every shape of images is compiled by itself.
     """
     if next(network.parameters()).is_meta:
         return network
-    wrapped = cast(nn.Module, torch.compile(network)) if compiled else network
+    wrapped = cast(nn.Module, torch.compile(network, dynamic=dynamic)) if compiled else network
     if world_size() > 1:
         # a discriminator runs twice before its backward pass: a buffer sync in between would break its gradient
         options: dict[str, Any] = {BUFFER_SYNC_OPTION: False}

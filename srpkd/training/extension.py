@@ -111,7 +111,7 @@ def _epochs(config: ResolvedConfig) -> tuple[int, int]:
 def _check_epochs(
     config: ResolvedConfig, stage: str, options: ResolvedConfig, training_state: Mapping[str, Any]
 ) -> None:
-    trained = training_state["schedules"][0]["last_epoch"]
+    trained = training_state["epochs"]
     if sum(_epochs(options)) <= trained:
         raise ValueError(
             f"--resume {config.resume}: {stage} has already trained {trained} epochs, received n_epochs="

@@ -6,15 +6,14 @@ import copy
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..loss import SRPLoss
@@ -22,11 +21,12 @@ from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..taps import remove_hooks, unwrap
 from . import distributed
 from .datasets import channels_of, input_size, make_loader, open_data
-from .objectives import OBJECTIVES, Objective, lr_factor, to_device
-from .optimizers import Losses
+from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
+from .optimizers import PRECISIONS, Losses
 from .options import ResolvedConfig
 from .resume import random_state, seed_everything, set_random_state
 from .run_dir import RunDir
+from .static_step import StaticStep, uncapturable_reason
 from .student_teacher import StudentTeacher
 from .warm_start import generator_spec, warm_start
 
@@ -35,7 +35,7 @@ MAX_CONSECUTIVE_SKIPS = 10
 
 
 class Diverged(ArithmeticError):
-    """The loss of MAX_CONSECUTIVE_SKIPS consecutive steps was not finite, or the final weights are not."""
+    """The losses of MAX_CONSECUTIVE_SKIPS or more consecutive steps, or the final weights, are not finite."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,11 @@ def fit(
 
     Raises:
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
-        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite.
+        Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite. On
+            a GPU this is checked when metrics are logged.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
-    schedulers = [
-        LambdaLR(optimizer, lambda epoch: lr_factor(epoch + 1, config.n_epochs, config.n_epochs_decay))
-        for optimizer in objective.optimizers.values()
-    ]
     if not state:
         for line in warm_start(objective, config):
             distributed.print_rank0(f"{stage.name}: {line}")
@@ -100,10 +97,20 @@ def fit(
     batches = iter(loader)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
+
+    def lr_of(epoch: int) -> float:
+        return config.lr * lr_factor(epoch, config.n_epochs, config.n_epochs_decay)
+
     # initialisation draws a varying number of random numbers: seed again, so that all variants of a seed draw the same
     # numbers in training; each rank draws its own
     seed_everything(stage.seed + 1_000_003 * distributed.rank())
-    durations = load_training_state(objective, schedulers, state) if state else []
+    durations = load_training_state(objective, state) if state else []
+    if config.cuda_graph:
+        if reason := uncapturable_reason(config):
+            distributed.print_rank0(f"{stage.name}: cuda_graph has no effect: {reason}")
+        else:
+            objective.run_step = StaticStep(objective.take_step, config.torch_device)
+    objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)
     with _progress_bar(stage.name, first - 1, steps) as progress:
@@ -115,20 +122,23 @@ def fit(
                     for side, images in batch.items()
                 }
             )
-            if objective.optimizers.consecutive_skips == MAX_CONSECUTIVE_SKIPS:
-                raise Diverged(_divergence_message(stage, run_dir, objective, step))
-            if step % config.print_freq == 0 or step == 1:
-                values = _mean_over_ranks(losses)  # waits for the GPU
+            logs = step % config.print_freq == 0 or step == 1
+            if logs or config.torch_device.type == "cpu":  # waits for a GPU
+                objective.find_nonfinite()
+                if (skips := objective.optimizers.consecutive_skips) >= MAX_CONSECUTIVE_SKIPS:
+                    raise Diverged(_divergence_message(stage, run_dir, objective, step, skips))
+            if logs:
+                values = _mean_over_ranks(losses)
                 durations.append(timer.lap(step))
-                if objective.optimizers.skipped:
-                    values["skipped"] = objective.optimizers.skipped
+                if skipped := objective.optimizers.skipped:
+                    values["skipped"] = skipped
                 run_dir.log(stage.name, step, epoch=epoch, **values)
                 shown = {"img/s": config.batch_size / durations[-1]} | values
                 progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
             progress.update()
             with timer.paused():
                 if step % epoch_steps == 0:
-                    _step_schedulers(schedulers)
+                    objective.optimizers.set_lr(lr_of(epoch + 1))
                     if epoch % config.save_epoch_freq == 0 and step < steps and not objective.nonfinite_weights():
                         run_dir.save_checkpoint(stage.folder, str(epoch), objective.ema_or_live())
                         _save_latest(stage, run_dir, objective)
@@ -136,7 +146,7 @@ def fit(
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
                 if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
-                    save_state(training_state(objective, schedulers, step, durations))
+                    save_state(training_state(objective, step, epoch_steps, durations))
     if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     _save_latest(stage, run_dir, objective)
@@ -144,7 +154,7 @@ def fit(
     entries = [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
     run_dir.report["files"] += [entry for entry in entries if entry not in run_dir.report["files"]]
     if keep_final_state:
-        final = training_state(objective, schedulers, steps, durations) if objective.can_resume() else None
+        final = training_state(objective, steps, epoch_steps, durations) if objective.can_resume() else None
         run_dir.save_final_state(stage.folder, final)
     objective.close()
     generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
@@ -165,9 +175,14 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
     for direction in kind.directions:
         spec = generator_spec(config, direction)
         network = define_generator(**asdict(spec), init_type=config.init_type, init_gain=config.init_gain)
-        generators[direction] = distributed.wrap(to_device(network, config), config.compile)
+        generators[direction] = distributed.wrap(
+            to_device(network, config), config.compile, dynamic=dynamic_shapes(config)
+        )
     for direction, teacher in (teachers if config.learns_from_teacher else {}).items():
         generator = generators[direction]
+        dtype = PRECISIONS[config.precision]
+        if dtype != torch.float32:
+            teacher = copy.deepcopy(teacher)
         student_teachers[direction] = StudentTeacher(
             generator,
             teacher,
@@ -178,9 +193,18 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
             lambda_feature=config.lambda_feature,
             input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
         )
+        if dtype != torch.float32:
+            cast_convolutions(teacher, dtype)
     # adapters drew random numbers: seed again, so that discriminators start from the same weights in every variant
     seed_everything(seed + 1)
     return kind(config, generators, student_teachers)
+
+
+def cast_convolutions(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the weights of convolutions: autocast would cast those of a frozen network to the same bits in each step."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.to(dtype)
 
 
 def make_relation_loss(config: ResolvedConfig) -> SRPLoss:
@@ -199,40 +223,25 @@ def freeze_for_inference(network: nn.Module, config: ResolvedConfig) -> nn.Modul
     return to_device(network, config).eval().requires_grad_(False)
 
 
-def training_state(
-    objective: Objective, schedulers: Sequence[LambdaLR], step: int, durations: list[float]
-) -> dict[str, Any]:
-    """Return everything that the next training step depends on, of all ranks."""
+def training_state(objective: Objective, step: int, epoch_steps: int, durations: list[float]) -> dict[str, Any]:
+    """Return everything that the next training step depends on, of all ranks, and the number of complete epochs."""
     own = {"random": random_state(), **objective.rank_state_dict()}
     return {
         "step": step,
+        "epochs": step // epoch_steps,
         "durations": durations,
         "objective": objective.state_dict(),
-        "schedules": [scheduler.state_dict() for scheduler in schedulers],
         "processes": distributed.all_gather_object(own),
     }
 
 
-def load_training_state(objective: Objective, schedulers: Sequence[LambdaLR], state: Mapping[str, Any]) -> list[float]:
+def load_training_state(objective: Objective, state: Mapping[str, Any]) -> list[float]:
     """Load what ``training_state`` returned, and return its durations."""
     objective.load_state_dict(state["objective"])
-    for scheduler, scheduler_state in zip(schedulers, state["schedules"]):
-        scheduler.load_state_dict(scheduler_state)
-        # the learning rates in the optimizer's state are those of the schedule before the run was extended
-        for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-            group["lr"] = lr * factor(scheduler.last_epoch)
     own = state["processes"][distributed.rank()]
     objective.load_rank_state_dict(own)
     set_random_state(own["random"])
     return list(state["durations"])
-
-
-def _step_schedulers(schedulers: Sequence[LambdaLR]) -> None:
-    with warnings.catch_warnings():
-        # torch warns if all steps so far were skipped, and so no optimizer has stepped
-        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
-        for scheduler in schedulers:
-            scheduler.step()
 
 
 class _StepTimer:
@@ -272,16 +281,17 @@ def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:
 
 def _mean_over_ranks(losses: Losses) -> dict[str, float]:
     """Return the losses of the whole batch, as numbers."""
-    gathered = distributed.all_gather_object({name: float(loss) for name, loss in losses.items()})
+    values = torch.stack(list(losses.values())).tolist()  # one copy from the device
+    gathered = distributed.all_gather_object(dict(zip(losses, values, strict=True)))
     return {name: statistics.fmean(values[name] for values in gathered) for name in losses}
 
 
-def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int) -> str:
+def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int, skips: int) -> str:
     source = objective.nonfinite_source
     reason = f"; not finite before it: {source}" if source else ""
     return (
-        f"{stage.name}: {MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped: the loss "
-        f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - MAX_CONSECUTIVE_SKIPS + 1}"
+        f"{stage.name}: {skips} consecutive steps were skipped: the loss "
+        f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - skips + 1}"
         f"{reason}. {_advice(stage, run_dir, source)}"
     )
 

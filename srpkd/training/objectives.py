@@ -7,24 +7,25 @@ https://github.com/junyanz/pytorch-CycleGAN-and-pix2pix. A *direction* of a task
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..finite import first_nonfinite
 from ..models.networks import define_discriminator
 from ..taps import remove_hooks, unwrap
 from . import distributed
+from .datasets import has_one_size
 from .distributed import wrap
 from .optimizers import GuardedOptimizers, Losses
 from .options import ResolvedConfig
+from .pools import AnySizePool, FixedSizePool, ImagePool, draw
 from .student_teacher import StudentTeacher
 
 GAN_MODES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -37,36 +38,6 @@ def gan_loss(prediction: Tensor, is_real: bool, mode: str) -> Tensor:
     """Return the GAN loss of a discriminator's patch logits (B, 1, H, W) for the target "real" or "fake"."""
     target = torch.ones_like if is_real else torch.zeros_like
     return GAN_MODES[mode](prediction, target(prediction))
-
-
-class ImagePool:
-    """A history of generated images for a discriminator, which sees old ones half of the time.
-
-    After Shrivastava et al., *Learning from Simulated and Unsupervised Images through Adversarial Training*, 2017.
-
-    Args:
-        size: number of images to store; a pool of size 0 returns the images that it receives.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.images: list[Tensor] = []
-
-    def query(self, images: Tensor) -> Tensor:
-        """Return as many images (B, C, H, W): each is the new one, or an old one that the new one replaces."""
-        chosen = []
-        for image in images.detach() if self.size else ():
-            if len(self.images) < self.size:
-                self.images.append(image)
-            elif random.random() < 0.5:
-                index = random.randrange(self.size)
-                image, self.images[index] = self.images[index], image
-            chosen.append(image)
-        return torch.stack(chosen) if chosen else images.detach()
-
-    def restore(self, images: Tensor) -> None:
-        """Replace the stored images by images (B, C, H, W)."""
-        self.images = list(images)
 
 
 class Objective(ABC):
@@ -85,6 +56,7 @@ class Objective(ABC):
         averages: direction -> moving average of the generator; {} unless the option `ema` is set.
         pools: name -> image pool of the discriminator; {} for pix2pix, which has none.
         nonfinite_source: after a skipped step, what was not finite before the first such loss, in words, or "".
+        run_step: a ``StaticStep`` of ``take_step``, to use in its place, or None.
     """
 
     directions: ClassVar[tuple[str, ...]]
@@ -98,7 +70,7 @@ class Objective(ABC):
         self.config = config
         self.student_teachers = dict(student_teachers)
         discriminators = {
-            name: wrap(_make_discriminator(config, channels), config.compile)
+            name: wrap(_make_discriminator(config, channels), config.compile, dynamic=dynamic_shapes(config))
             for name, channels in self.discriminator_channels(config).items()
         }
         self.networks = {**generators, **discriminators}
@@ -109,12 +81,15 @@ class Objective(ABC):
             config, {"G": [*self.generators.values(), *adapters], "D": self.discriminators.values()}
         )
         self.nonfinite_source = ""
+        self.run_step: Callable[[Mapping[str, Tensor]], Losses] | None = None
+        self._inputs: Mapping[str, Tensor] = {}  # of the last step
         self._outputs: dict[str, Tensor] = {}  # direction -> output of the generator in the last step
         self.pools: dict[str, ImagePool] = {}
         self.averages: dict[str, AveragedModel] = {}
         if config.ema is not None:
-            average = partial(AveragedModel, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            self.averages = {name: average(network) for name, network in self.generators.items()}
+            self.averages = {
+                name: AveragedModel(network, config.torch_device) for name, network in self.generators.items()
+            }
         for copied in self.averages.values():
             remove_hooks(copied)  # the copies include the feature taps
 
@@ -124,24 +99,76 @@ class Objective(ABC):
         """Return name -> number of input channels of each discriminator."""
 
     @abstractmethod
-    def update_networks(self, batch: Mapping[str, Tensor]) -> Losses:
-        """Compute the losses and step the optimizers, until one of them skips its step; return the losses so far."""
+    def update_networks(self, inputs: Mapping[str, Tensor]) -> Losses:
+        """Compute the losses and step the optimizers; return the losses.
+
+        Args:
+            inputs: the batch, and what ``draw`` returned, on the device of the run.
+        """
+
+    def draw(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the random numbers that the host draws for a step, as CPU tensors by name."""
+        return {}
 
     def step(self, batch: Mapping[str, Tensor]) -> Losses:
         """Take a training step on {"A": images (B, C, H, W), "B": images (B, C', H, W)}.
 
+        On a GPU, the host does not wait for it.
+
         Returns:
-            The weighted losses by name, detached.
+            The weighted losses by name, detached. The next step may overwrite them.
         """
-        losses = self.update_networks(batch)
-        self.optimizers.update()
-        if self.optimizers.consecutive_skips == 1:
-            sources = distributed.all_gather_object(self._find_nonfinite_source(batch))
-            self.nonfinite_source = next(filter(None, sources), "")
-        if not self.optimizers.consecutive_skips:
-            for name, average in self.averages.items():
-                average.update_parameters(self.generators[name])
+        device, drawn = self.config.torch_device, self.draw(batch)
+        if device.type == "cuda":  # a copy from pageable memory may wait for the GPU
+            drawn = {name: values.pin_memory() for name, values in drawn.items()}
+        drawn = {name: values.to(device, non_blocking=True) for name, values in drawn.items()}
+        return (self.run_step or self.take_step)({**batch, **drawn})
+
+    def take_step(self, inputs: Mapping[str, Tensor]) -> Losses:
+        """Take a training step without waiting for the device: a CUDA graph can contain it.
+
+        Args:
+            inputs: the batch, and what ``draw`` returned, on the device of the run.
+        """
+        self._inputs = inputs
+        self.optimizers.begin()
+        losses = self.update_networks(inputs)
+        self.optimizers.finish()
+        self._update_averages()
         return {name: loss.detach() for name, loss in losses.items()}
+
+    def find_nonfinite(self) -> None:
+        """If the last step was skipped, find its first non-finite loss, and what was not finite before it.
+
+        Call it between steps, on all ranks together. It waits for the device. The first result remains until a step is
+        complete.
+        """
+        known = self.optimizers.nonfinite_loss
+        self.optimizers.find_nonfinite_loss()
+        if self.optimizers.nonfinite_loss and not known:
+            sources = distributed.all_gather_object(self._find_nonfinite_source())
+            self.nonfinite_source = next(filter(None, sources), "")
+
+    @torch.no_grad()
+    def _update_averages(self) -> None:
+        """Move the averages towards the generators, unless the step was skipped. The first step replaces them."""
+        if self.config.ema is None:
+            return
+        finite = self.optimizers.finite
+        for name, average in self.averages.items():
+            generator, is_first = self.generators[name], average.n_averaged == 0
+            weight = torch.where(is_first, 1.0, 1.0 - self.config.ema) * finite
+            kept, live = (
+                [value for value in chain(network.parameters(), network.buffers()) if value.is_floating_point()]
+                for network in (average.module, generator)
+            )
+            differences = torch._foreach_sub(live, kept)
+            torch._foreach_mul_(differences, weight)
+            torch._foreach_add_(kept, differences)
+            for kept_count, count in zip(average.module.buffers(), generator.buffers(), strict=True):
+                if not count.is_floating_point():
+                    kept_count.copy_(count)
+            average.n_averaged.add_(finite)
 
     def ema_or_live(self) -> dict[str, nn.Module]:
         """Return the generators that a stage saves and evaluates: the moving averages if there are any."""
@@ -173,11 +200,11 @@ class Objective(ABC):
             }
         )
 
-    def _find_nonfinite_source(self, batch: Mapping[str, Tensor]) -> str:
+    def _find_nonfinite_source(self) -> str:
         """Return what was not finite first on this rank in the last step, in words, or "" if only a loss was not."""
         pairs = self.student_teachers.items()
         found = (
-            first_nonfinite({f"the images of {side}": images for side, images in batch.items()}),
+            first_nonfinite({f"the images of {side}": self._inputs[side] for side in "AB"}),
             self.nonfinite_weights(),
             *(f"{source} of {direction}" for direction, pair in pairs if (source := pair.nonfinite_source())),
             first_nonfinite({f"the output of {direction}": output for direction, output in self._outputs.items()}),
@@ -209,28 +236,53 @@ class Objective(ABC):
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Return the state of this rank alone: the image pools."""
-        # stacked: an image is a view, which would be saved with all of its batch
-        return {"pools": {name: torch.stack(pool.images).cpu() for name, pool in self.pools.items() if pool.images}}
+        # copies: a view would be saved with all of its storage
+        pools = {name: [image.cpu().clone() for image in pool.images] for name, pool in self.pools.items()}
+        return {"pools": {name: images for name, images in pools.items() if images}}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what ``rank_state_dict`` returned on this rank."""
         for name, images in state["pools"].items():
-            self.pools[name].restore(images.to(self.config.torch_device))
+            self.pools[name].restore([image.to(self.config.torch_device) for image in images])
 
     def close(self) -> None:
-        """Remove the hooks from the generators and their teachers."""
+        """Remove the hooks from the generators and their teachers, and free a CUDA graph."""
+        self.run_step = None
         for pair in self.student_teachers.values():
             pair.close()
 
-    def generate(self, direction: str, images: Tensor) -> tuple[Tensor, Losses]:
-        """Return a generator's output in float32, and the distillation losses if it has a teacher."""
-        losses: Losses = {}
+    def generate(self, direction: str, images: Tensor, others: Tensor | None = None) -> tuple[list[Tensor], Losses]:
+        """Run a generator, and its teacher if there is one.
+
+        Args:
+            images: inputs (B, C, H, W) of generator and teacher.
+            others: inputs (B, C, H, W) of the generator alone.
+
+        Returns:
+            The generator's outputs for both inputs, in float32 at least, and the distillation losses for the first.
+        """
+        network, losses = self.networks[direction], {}
+        together = [images] if others is None or not self._can_join(images, others) else [images, others]
         if direction in self.student_teachers:
-            output, losses = self.student_teachers[direction](images)
+            output, losses = self.student_teachers[direction](images, *together[1:])
         else:
-            output = self.networks[direction](images)
-        self._outputs[direction] = output.detach()
-        return output.float(), losses
+            output = network(_join(together))
+        outputs = list(output.split(len(images)))
+        if others is not None and len(together) == 1:
+            outputs.append(network(others))
+        self._outputs[direction] = outputs[0].detach()
+        return [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs], losses
+
+    def judge(self, name: str, *groups: Tensor) -> list[Tensor]:
+        """Return a discriminator's logits for each group of images (B, C, H, W)."""
+        network = self.networks[name]
+        if self._can_join(*groups):
+            return list(network(torch.cat(groups)).split(len(groups[0])))
+        return [network(images) for images in groups]
+
+    def _can_join(self, *groups: Tensor) -> bool:
+        """Return whether one pass on all images is that of each group: batch norm would use statistics of all."""
+        return self.config.norm == "instance" and len({images.shape for images in groups}) == 1
 
 
 class Pix2Pix(Objective):
@@ -242,20 +294,20 @@ class Pix2Pix(Objective):
     def discriminator_channels(cls, config: ResolvedConfig) -> dict[str, int]:
         return {"D": config.input_nc + config.output_nc}
 
-    def update_networks(self, batch: Mapping[str, Tensor]) -> Losses:
+    def update_networks(self, inputs: Mapping[str, Tensor]) -> Losses:
         config, optimizers, D = self.config, self.optimizers, self.networks["D"]
-        real_A, real_B = batch["A"], batch["B"]
+        real_A, real_B = inputs["A"], inputs["B"]
         with optimizers.autocast():
-            fake_B, distillation_losses = self.generate("G", real_A)
+            (fake_B,), distillation_losses = self.generate("G", real_A)
             require_grad([D], True)
-            prediction_fake = D(torch.cat((real_A, fake_B.detach()), 1))
-            prediction_real = D(torch.cat((real_A, real_B), 1))
+            prediction_fake, prediction_real = self.judge(
+                "D", torch.cat((real_A, fake_B.detach()), 1), torch.cat((real_A, real_B), 1)
+            )
             losses_D = {
                 "D_fake": gan_loss(prediction_fake, False, config.gan_mode),
                 "D_real": gan_loss(prediction_real, True, config.gan_mode),
             }
-        if not optimizers.step("D", {name: loss / 2 for name, loss in losses_D.items()}):
-            return losses_D
+        optimizers.step("D", {name: loss / 2 for name, loss in losses_D.items()})
 
         with optimizers.autocast():
             require_grad([D], False)
@@ -289,20 +341,29 @@ class CycleGAN(Objective):
                 f"not input_nc={config.input_nc} and output_nc={config.output_nc}: set lambda_identity to 0"
             )
         super().__init__(config, generators, student_teachers)
-        self.pools = {name: ImagePool(config.pool_size) for name in self.discriminators}
+        pool = FixedSizePool if has_one_size(config) else AnySizePool
+        self.pools = {name: pool(config.pool_size) for name in self.discriminators}
 
     @classmethod
     def discriminator_channels(cls, config: ResolvedConfig) -> dict[str, int]:
         # as in the public code, D_A judges the outputs of G_A: images of B
         return {"D_A": config.output_nc, "D_B": config.input_nc}
 
-    def update_networks(self, batch: Mapping[str, Tensor]) -> Losses:
+    def draw(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not (size := self.config.pool_size):
+            return {}
+        return {"draws": torch.tensor([draw(size, len(batch["A"])) for _ in self.pools], dtype=torch.int64)}
+
+    def update_networks(self, inputs: Mapping[str, Tensor]) -> Losses:
         config, optimizers = self.config, self.optimizers
         G_A, G_B, D_A, D_B = (self.networks[name] for name in ("G_A", "G_B", "D_A", "D_B"))
-        real_A, real_B = batch["A"], batch["B"]
+        real_A, real_B = inputs["A"], inputs["B"]
+        keeps_identity = config.lambda_identity > 0
         with optimizers.autocast():
-            fake_B, distillation_losses_A = self.generate("G_A", real_A)
-            fake_A, distillation_losses_B = self.generate("G_B", real_B)
+            # G_A maps to B, so it should not change an image of B
+            outputs_A, distillation_losses_A = self.generate("G_A", real_A, real_B if keeps_identity else None)
+            outputs_B, distillation_losses_B = self.generate("G_B", real_B, real_A if keeps_identity else None)
+            fake_B, fake_A = outputs_A[0], outputs_B[0]
 
             require_grad((D_A, D_B), False)
             losses_G = {
@@ -311,21 +372,23 @@ class CycleGAN(Objective):
                 "cycle_A": config.lambda_A * F.l1_loss(G_B(fake_B), real_A),
                 "cycle_B": config.lambda_B * F.l1_loss(G_A(fake_A), real_B),
             }
-            if config.lambda_identity > 0:
-                # G_A maps to B, so it should not change an image of B
+            if keeps_identity:
                 weight_A, weight_B = config.lambda_B * config.lambda_identity, config.lambda_A * config.lambda_identity
-                losses_G["idt_A"] = weight_A * F.l1_loss(G_A(real_B), real_B)
-                losses_G["idt_B"] = weight_B * F.l1_loss(G_B(real_A), real_A)
+                losses_G["idt_A"] = weight_A * F.l1_loss(outputs_A[1], real_B)
+                losses_G["idt_B"] = weight_B * F.l1_loss(outputs_B[1], real_A)
             losses_G |= {f"{name}_A": loss for name, loss in distillation_losses_A.items()}
             losses_G |= {f"{name}_B": loss for name, loss in distillation_losses_B.items()}
-        if not optimizers.step("G", losses_G):
-            return losses_G  # the pools must not store these outputs
+        optimizers.step("G", losses_G)
 
         with optimizers.autocast():
             require_grad((D_A, D_B), True)
             losses_D = {}
-            for name, D, real, fake in (("D_A", D_A, real_B, fake_B), ("D_B", D_B, real_A, fake_A)):
-                prediction_real, prediction_fake = D(real), D(self.pools[name].query(fake))
+            sides = (("D_A", real_B, fake_B), ("D_B", real_A, fake_A))
+            for number, (name, real, fake) in enumerate(sides):
+                shown = fake.detach()
+                if "draws" in inputs:
+                    shown = self.pools[name].query(fake, inputs["draws"][number], optimizers.finite)
+                prediction_real, prediction_fake = self.judge(name, real, shown)
                 losses_D[name] = 0.5 * (
                     gan_loss(prediction_real, True, config.gan_mode) + gan_loss(prediction_fake, False, config.gan_mode)
                 )
@@ -345,6 +408,15 @@ def require_grad(networks: Iterable[nn.Module], value: bool) -> None:
     """Set whether the parameters of several networks require gradients."""
     for network in networks:
         network.requires_grad_(value)
+
+
+def _join(groups: list[Tensor]) -> Tensor:
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def dynamic_shapes(config: ResolvedConfig) -> bool | None:
+    """Return what torch.compile should assume of shapes: images of one size come in two sizes of batches."""
+    return False if has_one_size(config) else None
 
 
 def to_device(network: nn.Module, config: ResolvedConfig) -> nn.Module:

@@ -198,13 +198,19 @@ class RunOptions:
         train_mode_norm: evaluate generators with batch norms that use the statistics of each image, as pix2pix does,
             and not the running ones; dropout is disabled either way. Saved weights support both: evaluate, translate
             and export have the same flag.
-        precision: fp32, bf16 or fp16; the last two enable autocast.
+        fast: set the options among precision, compile and channels_last that make training fastest on the device;
+            options that you set to another value than their default remain.
+        precision: fp32, bf16 or fp16; the last two enable autocast. A CPU without bfloat16 instructions trains in fp32
+            instead of bf16.
+        force_bf16: use precision bf16 on such a CPU too, where it is many times slower than fp32.
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
+        cuda_graph: run each training step as one CUDA graph, which the host launches at once. It gives the results of
+            steps without it. Runs of several processes and images of different sizes do without.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
         resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
-            n_epochs_decay. All other options keep their values except device, num_threads, time_budget, runs_dir,
-            no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
+            n_epochs_decay. All other options keep their values except device, cuda_graph, num_threads, time_budget,
+            runs_dir, no_keep_state, update_html_freq, save_latest_freq, tensorboard, wandb and trackio.
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
         no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
@@ -233,9 +239,12 @@ class RunOptions:
     ema: float | None = None
     clip_grad_norm: float | None = None
     train_mode_norm: bool = False
+    fast: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    force_bf16: bool = False
     compile: bool = False
     channels_last: bool = False
+    cuda_graph: bool = False
     device: str | None = None
     resume: str | None = None
     print_freq: int = 10

@@ -24,6 +24,7 @@ from .option_groups import (
     RunOptions,
     TeacherOptions,
 )
+from .speedups import fast_options
 
 # the options in which variants may differ: images, teacher, seeds and device are the same for all
 VARIANT_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for entry in fields(group)} - {"model"} | {
@@ -32,8 +33,8 @@ VARIANT_OPTIONS = {entry.name for group in (NetworkOptions, LossOptions) for ent
 }  # fmt: skip
 # the options that may change when a run is resumed: they do not affect its results
 RESUME_OPTIONS = {
-    "resume", "runs_dir", "device", "num_threads", "time_budget", "update_html_freq", "save_latest_freq", "tensorboard",
-    "wandb", "trackio", "no_keep_state",
+    "resume", "runs_dir", "device", "cuda_graph", "num_threads", "time_budget", "update_html_freq", "save_latest_freq",
+    "tensorboard", "wandb", "trackio", "no_keep_state",
 }  # fmt: skip
 # the options that extend a run when it is resumed: the learning rate follows the new total from there on
 EXTEND_OPTIONS = {"n_epochs", "n_epochs_decay"}
@@ -121,9 +122,16 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             options["teacher_max_dataset_size"] = None
         if self.teacher:
             options["teacher_netG"] = None
+        if self.fast and not self.resume:  # a resumed run keeps its options, on another device too
+            options |= {
+                name: value for name, value in fast_options(self.torch_device).items() if self._is_default(name)
+            }
         config = ResolvedConfig(**options)
         _check(config)
         return config
+
+    def _is_default(self, name: str) -> bool:
+        return getattr(self, name) == OPTIONS[name].default
 
 
 @dataclass(kw_only=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from ..files import WriteError
 from ..models.checkpoints import load_generator
 from . import distributed
-from .datasets import ImageDataset, open_test_data
+from .datasets import ImageDataset, has_one_size, open_test_data
 from .extension import stage_folder, stage_name
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
-from .options import TrainConfig
+from .options import ResolvedConfig, TrainConfig
 from .plan import Plan, prepare
 from .resume import has_state, load_final_state, remove_older_states, remove_state
 from .run_dir import RunDir
@@ -122,12 +125,24 @@ def run_stage(
     if not plan.done and interrupted is None:
         save_progress(plan)  # a run can be resumed from its first step on
     keep = name != "teacher" and not plan.config.no_keep_state
-    trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show, keep)
+    with selected_convolutions(stage.config):
+        trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show, keep)
     plan.rows.setdefault(name, []).append(evaluate_stage(stage, plan.run_dir, trained, test_set, teachers))
     plan.done.append(stage.name)
     plan.extended = [other for other in plan.extended if other != stage.name]
     save_progress(plan)
     return trained.generators
+
+
+@contextmanager
+def selected_convolutions(config: ResolvedConfig) -> Iterator[None]:
+    """Context in which cuDNN times its algorithms at first use, as in the public code, if all images have one size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or has_one_size(config)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def save_progress(plan: Plan, training: tuple[str, dict[str, Any]] | None = None, *, finished: bool = False) -> None:

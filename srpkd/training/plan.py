@@ -27,6 +27,7 @@ from .objectives import OBJECTIVES, Objective
 from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
+from .speedups import slow_precision_reason
 from .summary import Row, describe_task, device_name
 from .warm_start import warm_start
 
@@ -73,7 +74,10 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         CheckpointError: The weights of a teacher or of a warm start, or the state of a resumed run cannot be used.
         ImportError: A logging option needs a package that is not installed.
     """
-    config = config.resolved()
+    config = with_usable_precision(config.resolved())
+    if config.fast:
+        speedups = ", ".join(f"{name}={getattr(config, name)}" for name in ("precision", "compile", "channels_last"))
+        distributed.print_rank0(f"fast: {speedups}")
     packages = import_loggers(config)
     teacher = teacher_config(config) if config.teacher_netG else None
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
@@ -109,6 +113,23 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     distributed.print_rank0(f"{task}\n{data_summary}\n{'resuming' if state else 'writing to'} {folder}")
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
     return Plan(config, teacher, variants, teachers, run_dir, **progress)
+
+
+def with_usable_precision(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the options with precision fp32 instead of one that would be slower, and say so.
+
+    A resumed run keeps its precision, and one with `force_bf16` its bf16.
+    """
+    reason = slow_precision_reason(config.torch_device, config.precision)
+    if not reason or config.force_bf16:
+        return config
+    if config.resume:
+        distributed.print_rank0(f"precision {config.precision}: {reason}; a resumed run keeps its precision")
+        return config
+    distributed.print_rank0(
+        f"precision fp32 instead of {config.precision}: {reason} (--force_bf16 uses it nevertheless)"
+    )
+    return replace(config, precision="fp32")
 
 
 def _open_run_dir(

@@ -21,7 +21,7 @@ from ..models.checkpoints import CheckpointError
 # newest first; NEXT remains only if the run was stopped between two renames
 NEXT, NEWEST, PREVIOUS = NAMES = ("state.next.pt", "state.pt", "state.previous.pt")
 FINAL = "final_state.pt"
-VERSION = 1
+VERSION = 2
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

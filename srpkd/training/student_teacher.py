@@ -8,6 +8,7 @@ lambda_kd * L1(student output, teacher output)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class StudentTeacher(nn.Module):
         input_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
-        self.relations = RelationDistiller(student, teacher, layers, loss)
+        self.relations = RelationDistiller(student, teacher, layers, loss, forward=partial(_run, teacher))
         self.layers = self.relations.layers
         self.lambda_kd, self.lambda_srp, self.lambda_feature = lambda_kd, lambda_srp, lambda_feature
         self.adapters = nn.ModuleList()
@@ -87,29 +88,39 @@ class StudentTeacher(nn.Module):
         """Whether a loss of tapped features has a weight."""
         return bool(self.lambda_srp or self.lambda_feature)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, others: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Run both networks on images (B, C, H, W).
 
+        Args:
+            images: inputs of both networks, whose outputs and features are compared.
+            others: inputs of the student alone, in the same pass.
+
         Returns:
-            The student's output, and the weighted losses that have a weight: {"kd": ..., "srp": ..., "feature": ...}.
+            The student's output for the images, then the others, and the weighted losses that have a weight:
+            {"kd": ..., "srp": ..., "feature": ...}.
         """
         if not (self.lambda_kd or self.compares_features):
-            return self.student(images), {}
+            return _run(self.teacher, self.student, images, others), {}
         self._last = {}  # frees the memory
-        passes, losses = self.relations.run(images, record_features=self.compares_features), {}
+        passes, losses = self.relations.run(images, others, record_features=self.compares_features), {}
+        features = passes.student_features
+        output = passes.student_output
+        if others is not None:
+            features = {name: feature[: len(images)] for name, feature in features.items()}
+            output = output[: len(images)]
         self._last = {
             **{f"the teacher's feature {name}": value.detach() for name, value in passes.teacher_features.items()},
             "the teacher's output": passes.teacher_output,
-            **{f"the student's feature {name}": value.detach() for name, value in passes.student_features.items()},
-            "the student's output": passes.student_output.detach(),
+            **{f"the student's feature {name}": value.detach() for name, value in features.items()},
+            "the student's output": output.detach(),
         }
         if self.lambda_kd:
-            losses["kd"] = self.lambda_kd * F.l1_loss(passes.student_output, passes.teacher_output)
+            losses["kd"] = self.lambda_kd * F.l1_loss(output, passes.teacher_output)
         if self.lambda_srp:
-            losses["srp"] = self.lambda_srp * self.relations.compare(passes.student_features, passes.teacher_features)
+            losses["srp"] = self.lambda_srp * self.relations.compare(features, passes.teacher_features)
         if self.lambda_feature:
             losses["feature"] = self.lambda_feature * total(
-                F.mse_loss(adapter(passes.student_features[student_name]), passes.teacher_features[teacher_name])
+                F.mse_loss(adapter(features[student_name]), passes.teacher_features[teacher_name])
                 for adapter, (student_name, teacher_name) in zip(self.adapters, self.layers.items())
             )
         return passes.student_output, losses
@@ -125,6 +136,11 @@ class StudentTeacher(nn.Module):
     def close(self) -> None:
         """Remove the hooks from both networks."""
         self.relations.close()
+
+
+def _run(teacher: nn.Module, network: nn.Module, images: Tensor, others: Tensor | None) -> Tensor:
+    """Return a network's output for the images and, if it is not the teacher, for the others behind them."""
+    return network(images if others is None or network is teacher else torch.cat((images, others)))
 
 
 @torch.no_grad()

@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from bench_helpers import run
 
 from bench import results, train
 
+SMALL = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """`fast` means channels_last on this machine."""
+    monkeypatch.setattr(train, "fast_options", lambda device: {"channels_last": True})
+
 
 @pytest.mark.slow
-def test_training_steps_are_timed(tmp_path):
+def test_training_steps_are_timed(tmp_path, monkeypatch):
     out = tmp_path / "train.csv"
-    small = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "auto_backend", lambda device, relation: "blocked")
-        speedups = ["--speedups", "channels_last", "bf16"]
-        run("train", "--model", "pix2pix", "--device", "cpu", "--out", out, *small, *speedups)
+    monkeypatch.setattr(train, "auto_backend", lambda device, relation: "blocked")
+    run("train", "--model", "pix2pix", "--out", out, *SMALL, "--speedups", "channels_last", "bf16")
     rows = {row["variant"]: row for row in results.read(out)}
     faster = ["auto: blocked, channels_last", "auto: blocked, bf16"]
     default = "auto, the trainer's cosine l2"
-    measured = ["without relation loss", "reference", "auto: blocked", default, *faster, "teacher's own training"]
-    assert list(rows) == measured
+    fast = ["without relation loss, fast", f"{default}, fast"]
+    teachers = ["plain step of the teacher", "teacher's own training", "teacher's own training, fast"]
+    assert list(rows) == ["without relation loss", "reference", "auto: blocked", default, *faster, *fast, *teachers]
     assert all(float(row["median_s"]) > 0 for row in rows.values())
-    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == ["reference", "auto: blocked", default]
-    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == faster
+    with_share = ["reference", "auto: blocked", default, f"{default}, fast"]
+    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == with_share
+    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [*faster, f"{default}, fast"]
+
+
+def test_steps_against_a_plain_one(tmp_path, capsys):
+    out = tmp_path / "train.csv"
+    run("train", "--peer", "--out", out, *SMALL)
+    rows = {row["variant"]: row for row in results.read(out)}
+    assert list(rows) == ["plain step of the teacher", "teacher's own training", "teacher's own training, fast"]
+    ratios = [row["times_faster_than_plain"] for row in rows.values()]
+    assert ratios[0] == "" and all(float(ratio) > 0 for ratio in ratios[1:])
+    assert capsys.readouterr().out.count("x the plain step's speed") == 2
+
+
+def test_profile(capsys):
+    run("train", "--profile", *SMALL)
+    text = capsys.readouterr().out
+    counts = {
+        name: int(count.replace(",", "")) for name, count in re.findall(r"^(\S.*): ([\d,]+) operators", text, re.M)
+    }
+    steps = ["plain step of the teacher", "teacher's own training", "distillation step", "distillation step, fast"]
+    assert list(counts) == steps
+    assert counts["teacher's own training"] < 0.5 * counts["plain step of the teacher"]
+    assert re.search(r"^ +\d+ convolution$", text, re.M)
+
+
+def test_loader(capsys):
+    run("train", "--loader", *SMALL)
+    text = capsys.readouterr().out
+    assert "loader with --num_threads 0" in text and "a training step uses" in text

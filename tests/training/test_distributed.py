@@ -170,6 +170,7 @@ def test_steps(model):
     if distributed.rank() == 1:
         make_next_output_nan(objective.networks[next(iter(objective.generators))])
     objective.step(images())
+    objective.find_nonfinite()
     after = [p for net in objective.networks.values() for p in net.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert objective.optimizers.skipped == 1

@@ -110,7 +110,7 @@ def test_the_learning_rate_follows_the_new_total(run, monkeypatch):
         step = objective.step
 
         def recorded(batch):
-            seen.append(objective.optimizers["G"].param_groups[0]["lr"])
+            seen.append(float(objective.optimizers["G"].param_groups[0]["lr"]))
             return step(batch)
 
         objective.step = recorded
@@ -118,11 +118,11 @@ def test_the_learning_rate_follows_the_new_total(run, monkeypatch):
 
     monkeypatch.setattr("srpkd.training.loop.make_objective", recording)
     done = run(*TINY)
-    assert seen == [lr * 0.0002 for lr in (1, 1, 1, 0.5, 0.5, 0.5)] and rates(done.folder) == {0.0}
+    assert seen == pytest.approx([lr * 0.0002 for lr in (1, 1, 1, 0.5, 0.5, 0.5)]) and rates(done.folder) == {0.0}
     seen.clear()
     run("--resume=run", "--n_epochs=3", "--n_epochs_decay=2")
-    assert seen == [0.0002 * lr_factor(epoch, 3, 2) for epoch in (3, 4, 5) for _ in range(3)]
-    assert seen[0] == 0.0002
+    assert seen == pytest.approx([0.0002 * lr_factor(epoch, 3, 2) for epoch in (3, 4, 5) for _ in range(3)])
+    assert seen[0] == pytest.approx(0.0002)
 
 
 def test_a_finished_run_says_how_to_extend_it(run, capsys):

@@ -40,7 +40,7 @@ def learning_rates(monkeypatch) -> list[float]:
     original = torch.optim.Adam.step
 
     def step(optimizer: torch.optim.Adam, *arguments: Any, **keywords: Any) -> Any:
-        found.extend(group["lr"] for group in optimizer.param_groups)
+        found.extend(float(group["lr"]) for group in optimizer.param_groups)
         return original(optimizer, *arguments, **keywords)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)

@@ -1,5 +1,4 @@
 import copy
-import math
 import random
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from srpkd import SRPLoss
 from srpkd.taps import FeatureTap
 from srpkd.training import objectives
 from srpkd.training.loop import make_objective
-from srpkd.training.objectives import ImagePool, gan_loss, lr_factor
+from srpkd.training.objectives import gan_loss, lr_factor
 from srpkd.training.options import TrainConfig
 
 MODELS = ("pix2pix", "cycle_gan")
@@ -252,13 +251,24 @@ def test_cycle_gan_discriminators_query_the_pools():
     objective = make_small(options("cycle_gan"))
     queried = {}
     for name, pool in objective.pools.items():
-        pool.query = lambda fake, name=name: queried.setdefault(name, torch.zeros_like(fake)).detach()
+        pool.query = lambda fake, *others, name=name: queried.setdefault(name, torch.zeros_like(fake)).detach()
     D_A = copy.deepcopy(objective.discriminators["D_A"])
     batch = images()
     losses = objective.step(batch)
     assert queried.keys() == {"D_A", "D_B"}
     expected = (mean_square(D_A(batch["B"]), True) + mean_square(D_A(torch.zeros(2, 3, SIZE, SIZE)), False)) / 2
     torch.testing.assert_close(losses["D_A"], expected.detach())
+
+
+def test_without_pools_the_discriminators_see_the_new_images():
+    objective = make_small(options("cycle_gan", pool_size=0))
+    for _ in range(2):
+        batch, before = images(), copy.deepcopy((objective.generators["G_A"], objective.discriminators["D_A"]))
+        losses = objective.step(batch)
+    G_A, D_A = before
+    expected = (mean_square(D_A(batch["B"]), True) + mean_square(D_A(G_A(batch["A"])), False)) / 2
+    torch.testing.assert_close(losses["D_A"], expected.detach())
+    assert objective.rank_state_dict() == {"pools": {}}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -292,7 +302,7 @@ def test_identity_loss_needs_equal_channels():
     )
 
 
-# GAN loss and image pools
+# GAN loss
 
 
 @pytest.mark.parametrize(
@@ -306,60 +316,3 @@ def test_gan_loss_of_known_logits(mode, real, fake):
     logits = torch.tensor([1.0, 0.0, -2.0]).view(1, 1, 1, 3)
     assert gan_loss(logits, True, mode).item() == pytest.approx(real, rel=1e-5)
     assert gan_loss(logits, False, mode).item() == pytest.approx(fake, rel=1e-5)
-
-
-def numbered(first: int, count: int = 1) -> Tensor:
-    """Images first, first + 1, ...: every pixel of an image is its number."""
-    return torch.arange(first, first + count, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).clone()
-
-
-def number(batch: Tensor) -> list[int]:
-    return batch[:, 0, 0, 0].int().tolist()
-
-
-def test_pool_first_stores_images():
-    pool = ImagePool(3)
-    assert [number(pool.query(numbered(i))) for i in range(3)] == [[0], [1], [2]]
-    assert sorted(number(torch.stack(pool.images))) == [0, 1, 2]
-
-
-def test_full_pool_swaps_half_of_the_time(monkeypatch):
-    pool = ImagePool(2)
-    pool.query(numbered(0, 2))
-    monkeypatch.setattr(random, "random", lambda: 0.5)
-    assert number(pool.query(numbered(2))) == [2]  # returned, not stored
-    assert number(torch.stack(pool.images)) == [0, 1]
-    monkeypatch.setattr(random, "random", lambda: 0.49)
-    monkeypatch.setattr(random, "randrange", lambda size: size - 1)
-    assert number(pool.query(numbered(3))) == [1]
-    assert number(torch.stack(pool.images)) == [0, 3]
-    assert number(pool.query(numbered(4, 2))) == [3, 4]  # each image is drawn separately
-    monkeypatch.undo()
-    random.seed(0)
-    count = 2000
-    swapped = sum(number(pool.query(numbered(i))) != [i] for i in range(10, 10 + count))
-    assert abs(swapped / count - 0.5) < 4 * 0.5 / math.sqrt(count)
-
-
-def test_batch_larger_than_the_pool():
-    pool = ImagePool(2)
-    given = pool.query(numbered(0, 5))
-    assert given.shape == (5, 3, 2, 2) and len(pool.images) == 2
-    assert set(number(given)) <= set(range(5))
-
-
-def test_pool_of_size_0_stores_nothing():
-    pool, batch = ImagePool(0), numbered(0, 3)
-    for _ in range(3):
-        assert torch.equal(pool.query(batch), batch)
-    assert pool.images == []
-
-
-@pytest.mark.parametrize("size", [0, 1, 5])
-def test_pool_detaches_and_keeps_its_images(size):
-    pool, batch = ImagePool(size), numbered(0, 2).requires_grad_()
-    made = batch * 1
-    given = pool.query(made)
-    assert not given.requires_grad
-    given.add_(100)  # must not change the stored images
-    assert size == 0 or set(number(torch.stack(pool.images))) <= {0, 1}

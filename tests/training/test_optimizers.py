@@ -123,6 +123,7 @@ def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, 
     pools = {name: len(pool.images) for name, pool in objective.pools.items()}
     spoil(objective, network, value)
     losses = objective.step(images())
+    objective.find_nonfinite()
     assert not losses[nonfinite_loss].isfinite()
     assert changed(before, objective) == updated
     assert (
@@ -136,8 +137,10 @@ def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, 
     )
     assert {name: len(pool.images) for name, pool in objective.pools.items()} == pools
     assert all(loss.isfinite() for loss in objective.step(images()).values())
+    objective.find_nonfinite()
     assert changed(before, objective) == objective.networks.keys()
     assert (objective.optimizers.skipped, objective.optimizers.consecutive_skips) == (1, 0)
+    assert objective.optimizers.nonfinite_loss == ""
 
 
 @pytest.mark.gpu
@@ -164,6 +167,7 @@ def test_only_the_second_update_is_skipped():
     batch = images()
     objective.config.lambda_L1 = math.inf
     objective.step(batch)
+    objective.find_nonfinite()
     assert changed(before, objective) == {"D"}
     assert objective.optimizers.nonfinite_loss == "G_L1"
 
@@ -171,9 +175,31 @@ def test_only_the_second_update_is_skipped():
 def test_overflow_of_the_sum_is_skipped():
     net = nn.Linear(1, 1)
     optimizers = GuardedOptimizers(options(), {"G": [net]})
-    x = net(torch.ones(1, 1)).sum() * 0 + 3e38
-    assert not optimizers.step("G", {"a": x, "b": x})
+    before = net.weight.clone()
+    x = net(torch.ones(1, 1)).sum() + 3e38
+    optimizers.begin()
+    optimizers.step("G", {"a": x, "b": x})
+    optimizers.finish()
+    optimizers.find_nonfinite_loss()
     assert optimizers.nonfinite_loss == "the sum of a, b"
+    assert torch.equal(net.weight, before)
+
+
+def test_optimizers_that_are_not_fused_skip_on_the_host():
+    """As on devices without fused optimizers."""
+    objective = loop.make_objective(options(precision="fp16"), 0, {})
+    objective.optimizers._is_fused = False
+    for optimizer in objective.optimizers.values():
+        optimizer.param_groups[0]["fused"] = None
+        optimizer._step_supports_amp_scaling = False
+    for _ in range(12):  # the loss scale of float16 adapts first
+        objective.step(images())
+    before, batch = weights(objective), images()
+    batch["A"][:] = math.nan
+    objective.step(batch)
+    assert not changed(before, objective) and objective.optimizers.skipped == 1
+    objective.step(images())
+    assert changed(before, objective) == objective.networks.keys()
 
 
 def test_batch_norms_reset_non_finite_statistics():

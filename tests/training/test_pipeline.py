@@ -25,6 +25,7 @@ from srpkd.models.complexity import count_macs, count_parameters
 from srpkd.training import datasets, loop, pipeline, summary
 from srpkd.training.config import parse_arguments
 from srpkd.training.options import TrainConfig
+from srpkd.training.pipeline import selected_convolutions
 
 FULL = [
     ("pix2pix", ["teacher", "alone", "output", "output + SRP"], ["G"], ["D"]),
@@ -325,3 +326,12 @@ def test_an_image_that_cannot_be_read_during_training_ends_the_run_with_a_messag
     monkeypatch.setattr(loop, "open_data", broken)
     with pytest.raises(SystemExit, match=r"(?s)error: .*trainA/0000\d\.png: not an image"):
         run("--dataroot=images", *CYCLE_GAN, *TINY, f"--num_threads={workers}")
+
+
+@pytest.mark.parametrize(("preprocess", "expected"), [("resize_and_crop", True), ("none", False)])
+def test_cudnn_selects_convolutions_for_images_of_one_size(preprocess, expected):
+    config = TrainConfig(dataroot="x", preprocess=preprocess, device="cpu").resolved()
+    assert not torch.backends.cudnn.benchmark
+    with selected_convolutions(config):
+        assert torch.backends.cudnn.benchmark == expected
+    assert not torch.backends.cudnn.benchmark

@@ -88,6 +88,18 @@ def test_networks_run_in_the_precision_and_losses_in_float32(model, precision):
     assert objective.optimizers.scaler.is_enabled() == (precision == "fp16")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_teachers_are_cast_once_to_the_bits_of_autocast(precision, monkeypatch):
+    config = options("cycle_gan", precision=precision)
+    objective = objective_of(config)
+    teacher = objective.student_teachers["G_A"].teacher
+    convolutions = [m for m in teacher.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert {p.dtype for module in convolutions for p in module.parameters()} == {DTYPES[precision]}
+    monkeypatch.setattr(loop, "cast_convolutions", lambda network, dtype: None)
+    expected = objective_of(config).step(images())
+    torch.testing.assert_close(objective.step(images()), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.01)])
 def test_first_losses_match_float32(model, precision, tolerance):
@@ -118,9 +130,9 @@ def test_resumed_run_restores_the_loss_scale():
     for _ in range(5):
         objective.step(images())
     objective.optimizers.scaler.update(8.0)
-    state = copy.deepcopy(loop.training_state(objective, [], 5, []))
+    state = copy.deepcopy(loop.training_state(objective, 5, 1, []))
     other = objective_of(config)
-    loop.load_training_state(other, [], state)
+    loop.load_training_state(other, state)
     assert other.optimizers.scaler.get_scale() == 8.0
     assert all(torch.equal(a, b) for a, b in zip(objective.step(images()).values(), other.step(images()).values()))
 
@@ -133,8 +145,8 @@ def test_compiled_networks_train_alike(model):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_ = torch.compile
 
-    def with_quick_backend(network: nn.Module) -> nn.Module:
-        return compile_(network, backend="aot_eager")
+    def with_quick_backend(network: nn.Module, **others: Any) -> nn.Module:
+        return compile_(network, backend="aot_eager", **others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", with_quick_backend)

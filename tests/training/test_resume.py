@@ -182,7 +182,7 @@ def test_load_state_runs_no_code(tmp_path):
 
 def test_unsupported_state_version(tmp_path):
     torch.save({"version": 0}, tmp_path / "state.pt")
-    with pytest.raises(CheckpointError, match=r"unsupported state version 0 \(this srpkd reads 1\): resume with"):
+    with pytest.raises(CheckpointError, match=r"unsupported state version 0 \(this srpkd reads 2\): resume with"):
         load_state(tmp_path)
 
 

@@ -1,0 +1,38 @@
+"""Options that make training faster on the device of a run, and those that would make it slower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
+
+
+def cpu_has_bfloat16() -> bool | None:
+    """Return whether the CPU has instructions for products of bfloat16 numbers, or None if that is unknown."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return None
+    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), None)
+    return None if flags is None else not BFLOAT16_FLAGS.isdisjoint(flags.split())
+
+
+def fast_options(device: torch.device) -> dict[str, Any]:
+    """Return what the option `fast` sets: the fastest of the combinations that ``python -m bench train`` records."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return {"precision": "bf16" if has_bfloat16 else "fp16", "compile": True}
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return {"precision": "bf16"}
+    return {}
+
+
+def slow_precision_reason(device: torch.device, precision: str) -> str:
+    """Return why a precision makes training slower on a device, in words, or ""."""
+    if device.type == "cpu" and precision == "bf16" and cpu_has_bfloat16() is False:
+        return "this CPU has no bfloat16 instructions, without which bf16 is many times slower than fp32"
+    return ""

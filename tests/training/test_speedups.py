@@ -1,0 +1,89 @@
+"""The option `fast`, and precisions that a CPU is slow in."""
+
+import pytest
+import torch
+from small import SMALL
+
+from srpkd.training import speedups
+from srpkd.training.options import TrainConfig
+from srpkd.training.plan import with_usable_precision
+
+X86 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f{}\n\nprocessor\t: 1\nflags\t\t: fpu avx2 avx512f{}\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd{}\nCPU part\t: 0xd40\n"
+
+
+@pytest.fixture
+def cpu(tmp_path, monkeypatch):
+    """A function that sets the content of /proc/cpuinfo."""
+
+    def write(text: str) -> None:
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(speedups, "CPU_INFO", tmp_path / "cpuinfo")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (X86.format("", ""), False),
+        (X86.format(*2 * [" avx512_bf16"]), True),
+        (X86.format(*2 * [" amx_bf16 amx_tile"]), True),
+        (ARM.format(""), False),
+        (ARM.format(" i8mm bf16"), True),
+        ("processor : 0\n", None),
+    ],
+)
+def test_bfloat16_instructions(cpu, text, expected):
+    cpu(text)
+    assert speedups.cpu_has_bfloat16() is expected
+
+
+def test_a_system_that_does_not_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedups, "CPU_INFO", tmp_path / "missing")
+    assert speedups.cpu_has_bfloat16() is None
+    assert speedups.slow_precision_reason(torch.device("cpu"), "bf16") == ""
+
+
+def options(**others):
+    return TrainConfig(**SMALL | others).resolved()
+
+
+def test_fast_on_a_cpu(cpu):
+    cpu(X86.format("", ""))
+    assert options(fast=True).precision == "fp32"
+    cpu(X86.format(" avx512_bf16", ""))
+    assert options(fast=True).precision == "bf16"
+    assert options(fast=True, precision="fp16").precision == "fp16"  # what a user sets remains
+    assert options(fast=True, resume="run").precision == "fp32"  # a resumed run keeps its options
+    assert options().precision == "fp32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16")])
+def test_fast_on_a_gpu(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    config = options(fast=True, device="cuda", channels_last=True)
+    assert (config.precision, config.compile, config.channels_last) == (precision, True, True)
+
+
+def test_precision_of_a_cpu_without_bfloat16_instructions(cpu, capsys):
+    cpu(X86.format("", ""))
+    assert with_usable_precision(options(precision="bf16")).precision == "fp32"
+    assert "precision fp32 instead of bf16: this CPU has no bfloat16 instructions" in capsys.readouterr().out
+    assert with_usable_precision(options(precision="bf16", resume="run")).precision == "bf16"
+    assert "a resumed run keeps its precision" in capsys.readouterr().out
+    assert with_usable_precision(options(precision="bf16", force_bf16=True)).precision == "bf16"
+    assert with_usable_precision(options(precision="fp16")).precision == "fp16"
+    cpu(X86.format(" avx512_bf16", ""))
+    assert with_usable_precision(options(precision="bf16")).precision == "bf16"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_prints_what_fast_selects(cpu, run):
+    cpu(X86.format("", ""))
+    arguments = [f"--{name}={value}" for name, value in SMALL.items() if name not in ("netD", "n_layers_D")]
+    done = run(*arguments, "--fast", "--precision=bf16", "--n_epochs=1", "--n_epochs_decay=0", "--epoch_steps=1",
+               "--synthetic_pairs=2", "--synthetic_test_pairs=1", "--netD=pixel", "--ngf=2", "--ndf=2")  # fmt: skip
+    assert "precision fp32 instead of bf16" in done.output
+    assert "fast: precision=fp32, compile=False, channels_last=False" in done.output
