@@ -451,8 +451,8 @@ BACKENDS = {
             Fault(
                 "moments: the shift is not undone",
                 CUDA_MOMENTS,
-                "count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
-                "0 * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column)",
+                "count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i)",
+                "0 * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i)",
             ),
             Fault(
                 "weighted moment: the first block sums",
