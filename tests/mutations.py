@@ -54,6 +54,7 @@ CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
+HOPPER_LOADERS = "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 
 BACKENDS = {
@@ -436,7 +437,7 @@ BACKENDS = {
             ),
             Fault(
                 "the bytes of the scales are not expected",
-                HOPPER_TILES,
+                HOPPER_LOADERS,
                 "arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);",
                 "arrive_expecting(barrier, C::TERMS * CHUNK);",
             ),
