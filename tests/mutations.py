@@ -149,7 +149,9 @@ BACKENDS = {
         "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
         [
             Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
-            Fault("the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["),
+            Fault(
+                "the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["
+            ),
             Fault("h of the columns dropped", EPILOGUE, "if constexpr (mirrored) h_column[j] += q * b;", ""),
             Fault("row: K is not symmetric", EPILOGUE, "p * row_s + q * column_s[j];", "p * row_s + q * row_s;"),
             Fault("the mirrored half of the loss counts once", EPILOGUE, "(!row && mirrored ? 2 : 1)", "1"),
