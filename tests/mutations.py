@@ -59,6 +59,7 @@ TRITON_CLOSED_MOMENTS, TRITON_CLOSED_SUMS, TRITON_CLOSED_GRADIENT = (
     f"kernels/triton/closed_form/{name}.py" for name in ("moments", "sums", "gradient")
 )
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
+HOPPER_LOADERS = "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
 
@@ -533,7 +534,7 @@ BACKENDS = {
             ),
             Fault(
                 "the bytes of the scales are not expected",
-                HOPPER_TILES,
+                HOPPER_LOADERS,
                 "arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);",
                 "arrive_expecting(barrier, C::TERMS * CHUNK);",
             ),

@@ -38,8 +38,7 @@ inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& d
                                 device.multiprocessors, workspace);
   sm90::Params& t = plan.tiles.params;
   t.alpha_student = plan.scales.norms.alpha[STUDENT], t.alpha_teacher = plan.scales.norms.alpha[TEACHER];
-  plan.gradient =
-      plan_gradient(a, plan.scales, sm90::sums_of(t, plan.tiles.variant.symmetric), device, workspace);
+  plan.gradient = plan_gradient(a, plan.scales, sm90::sums_of(t, plan.tiles.variant.symmetric), device, workspace);
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
   plan.largest_grid = a.images * (ceil_div(a.pixels, BLOCK) * (2 + blocks_of(channels_s)) + tiles_of(channels_t) +
                                   tiles_of(channels_s));

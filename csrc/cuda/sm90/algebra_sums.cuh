@@ -1,5 +1,5 @@
-// How the kernels of ../algebra read the sums of these tiles: overloads of the functions in ../algebra/sums.cuh. Free of
-// torch.
+// How the kernels of ../algebra read the sums of these tiles: overloads of the functions in ../algebra/sums.cuh. Free
+// of torch.
 #pragma once
 
 #include "../algebra/sums.cuh"

@@ -46,24 +46,24 @@ struct Params {
   int resident;                        // groups of the row block that stay in shared memory; others come with each tile
   int slots;                           // of the ring
   bool turns;                          // of the consumers: they need a ring for the chunks of a whole tile
-  bool zero_diagonal;  // D_ii = 0
-  float delta;         // infinity for l2, which is twice a Huber distance
-  float loss_factor, sum_factor;  // of the loss, and of U and h
-  float h_scale;                  // h is stored in units of 1 / h_scale
-  const float* alpha_student;     // (images, pixels), null if it is 1
+  bool zero_diagonal;                  // D_ii = 0
+  float delta;                         // infinity for l2, which is twice a Huber distance
+  float loss_factor, sum_factor;       // of the loss, and of U and h
+  float h_scale;                       // h is stored in units of 1 / h_scale
+  const float* alpha_student;          // (images, pixels), null if it is 1
   const float* alpha_teacher;
-  PixelScale* scales;             // (images, blocks * TILE), zeros beyond the last pixel
-  float* powers;                  // (images): alpha in `scales` is multiplied by it
-  double* loss;                   // (images, blocks, parts, LOSS_TERMS)
-  int64_t* h;                     // (images, blocks * TILE), null if not computed
-  float* U_columns;               // (copies, images of work, blocks, U_BLOCK): sums over tiles above the diagonal
-  float* U_rows;                  // (parts, images of work, blocks, U_BLOCK): of the other tiles
-  uint32_t* additions;            // (copies, images of work, blocks): to U_columns, so far
+  PixelScale* scales;   // (images, blocks * TILE), zeros beyond the last pixel
+  float* powers;        // (images): alpha in `scales` is multiplied by it
+  double* loss;         // (images, blocks, parts, LOSS_TERMS)
+  int64_t* h;           // (images, blocks * TILE), null if not computed
+  float* U_columns;     // (copies, images of work, blocks, U_BLOCK): sums over tiles above the diagonal
+  float* U_rows;        // (parts, images of work, blocks, U_BLOCK): of the other tiles
+  uint32_t* additions;  // (copies, images of work, blocks): to U_columns, so far
   int64_t loss_count, additions_count;
 };
 
-// The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of. They are images of their own
-// in the tensor maps: term t of image b is image b * TERMS + t.
+// The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of. In the tensor maps, term t
+// of image b is image b * TERMS + t.
 template <class Element_, bool PIXELS_ADJACENT_, bool SYMMETRIC_, bool L1_, bool GRAD_, int TERMS_>
 struct Config {
   using Element = Element_;
@@ -86,17 +86,17 @@ struct Config {
   // Two chunks for each term of K. Term 1 is the part that term 0 does not represent.
   static constexpr int K_BYTES = GRAD ? TERMS * 2 * CHUNK : 0;
 
-  // The products of a group start while those of the group before are in flight. Its chunks must fit into the ring, too.
+  // The products of a group start while those of the group before are in flight. The ring must hold the chunks of both.
   static constexpr bool OVERLAP = TERMS == 1 || !GRAD;
 
   // Offsets in shared memory.
-  static constexpr int K = 0;                                // (TERMS, 2 halves of the columns, TILE rows) lines
-  static constexpr int STAGING = K + K_BYTES;                // half of U_BLOCK
-  static constexpr int COLUMNS = STAGING + GRAD * CHUNK;     // (STAGES, TERMS) chunks
-  static constexpr int ROWS = COLUMNS + STAGES * TERMS * CHUNK;     // (TERMS) chunks, the last group of the row block
-  static constexpr int SCALES = ROWS + TERMS * CHUNK;               // (2, TILE) of the columns
+  static constexpr int K = 0;                                    // (TERMS, 2 halves of the columns, TILE rows) lines
+  static constexpr int STAGING = K + K_BYTES;                    // half of U_BLOCK
+  static constexpr int COLUMNS = STAGING + GRAD * CHUNK;         // (STAGES, TERMS) chunks
+  static constexpr int ROWS = COLUMNS + STAGES * TERMS * CHUNK;  // (TERMS) chunks, the last group of the row block
+  static constexpr int SCALES = ROWS + TERMS * CHUNK;            // (2, TILE) of the columns
   static constexpr int BARRIERS = SCALES + 2 * TILE * int{sizeof(PixelScale)};
-  static constexpr int CHUNKS = BARRIERS + 1024;                    // (resident, TERMS), then the ring's slots
+  static constexpr int CHUNKS = BARRIERS + 1024;  // (resident, TERMS), then the ring's slots
   static constexpr int FREE_CHUNKS = (SHARED_LIMIT - CHUNKS) / CHUNK;
 
   static_assert(FREE_CHUNKS >= (OVERLAP ? 4 : 2) * TERMS);
@@ -104,9 +104,9 @@ struct Config {
   static constexpr int bytes(const Params& p) { return CHUNKS + (p.resident * TERMS + p.slots) * CHUNK; }
 
   // Barriers, 8 bytes each.
-  static constexpr int ROWS_FULL = BARRIERS;                           // (MAX_CHUNKS + 1): resident groups, the last group
+  static constexpr int ROWS_FULL = BARRIERS;  // (MAX_CHUNKS + 1): resident groups, the last group
   static constexpr int ROWS_EMPTY = ROWS_FULL + 8 * (MAX_CHUNKS + 1);
-  static constexpr int COLUMNS_FULL = ROWS_EMPTY + 8, COLUMNS_EMPTY = COLUMNS_FULL + 16;  // (2)
+  static constexpr int COLUMNS_FULL = ROWS_EMPTY + 8, COLUMNS_EMPTY = COLUMNS_FULL + 16;         // (2)
   static constexpr int RING_FULL = COLUMNS_EMPTY + 16, RING_EMPTY = RING_FULL + 8 * MAX_CHUNKS;  // (MAX_CHUNKS)
   static constexpr int TURN = RING_EMPTY + 8 * MAX_CHUNKS;                                       // (CONSUMERS)
   static constexpr int K_FULL = TURN + 8 * CONSUMERS, K_EMPTY = K_FULL + 8, SEGMENT_FULL = K_EMPTY + 8;

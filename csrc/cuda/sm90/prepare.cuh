@@ -1,5 +1,5 @@
-// What the kernel does before the tiles, with all threads of the grid: the scales of the pixels, zeros where sums start,
-// and the 16-bit terms of features that TMA cannot read in place. Free of torch.
+// What the kernel does before the tiles, with all threads of the grid: the scales of the pixels, zeros where sums
+// start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,8 +29,8 @@ struct Preparation {
     return alpha ? load_global(alpha + pixel) : 1.f;
   }
 
-  // Returns the power of two that brings the largest alpha of the student into [1, 2) * 2^alpha_exponent, so that K is in
-  // the range of float16: at most 2^14, and its error at most 2^-11 |K| + 2^-25.
+  // Returns the power of two that brings the largest alpha of the student to about 2^11, or 2^5 if two are multiplied,
+  // so that K is in the range of float16: at most 2^14, and its error at most 2^-11 |K| + 2^-25.
   SRPKD_DEVICE float power_of(int image) const {
     if (!C::SCALED) return 1;
     constexpr int WARPS = C::THREADS / 32;

@@ -43,9 +43,8 @@ template <class Workspace>
 TensorMapShape split(const Problem& problem, const Features& x, int terms, Source& source, Workspace& workspace) {
   const int64_t line = round_up(problem.pixels, 8), image = line * x.channels;  // multiples of 16 bytes
   const int64_t images = int64_t{problem.images} * terms;
-  source = {x.data,          {x.strides[0], x.strides[1], x.strides[2]},
-            x.channels,      x.element_bytes,
-            line,            workspace.template take<uint16_t>(images * image)};
+  source = {x.data, {x.strides[0], x.strides[1], x.strides[2]},       x.channels, x.element_bytes,
+            line,   workspace.template take<uint16_t>(images * image)};
   return {source.terms, {problem.pixels, x.channels, images}, {2 * line, 2 * image}, {64, GROUP, 1}};
 }
 

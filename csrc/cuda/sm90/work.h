@@ -167,7 +167,7 @@ inline bool is_divisible(int64_t images, int64_t pixels, int tile, int multiproc
 
 // Divides the work among the multiprocessors, one thread block on each.
 inline Work divide(int images, int pixels, int tile, int multiprocessors) {
-  constexpr int ITEMS = 16;  // of a group's image and a thread block, at least: few segments, and images that fit into L2
+  constexpr int ITEMS = 16;  // of a thread block in a group, at least: few segments, and images that fit into L2
   Work work{};
   work.blocks = static_cast<int>(ceil_div(pixels, tile)), work.images = images;
   work.row_items = items_of_row(work.blocks, 0), work.image_items = item_at(work.blocks, work.blocks, 0);

@@ -115,11 +115,10 @@ enum { SM80, SM90, CLOSED_FORM };
 
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
 // launches receives the number of kernels.
-const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent,
-                          const FeaturesOfTest* features, int images, int pixels, int normalize, int distance,
-                          double delta, double eps, int reduction, bool need_grad, const int* device, uint64_t seed,
-                          float* loss, void* gradient, const int64_t* gradient_strides,
-                          const Intermediate* intermediate, int* launches) {
+const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent, const FeaturesOfTest* features,
+                          int images, int pixels, int normalize, int distance, double delta, double eps, int reduction,
+                          bool need_grad, const int* device, uint64_t seed, float* loss, void* gradient,
+                          const int64_t* gradient_strides, const Intermediate* intermediate, int* launches) {
   LossArguments a{};
   Machine local;
   a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
