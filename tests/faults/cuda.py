@@ -1,0 +1,163 @@
+"""Faults in the CUDA kernels for all architectures."""
+
+from __future__ import annotations
+
+from .kinds import Backend, Fault
+
+CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
+CUDA_CONFIG = "csrc/cuda/sm80/config.h"
+CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
+CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
+CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT = (f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient"))
+
+BACKENDS = {
+    "cuda": Backend(
+        "tests/csrc/test_cuda_emulation.py",
+        [
+            Fault("sign(0) is not 0", CUDA_EPILOGUE, "(d > 0 ? 1.f : 0.f) - (d < 0 ? 1.f : 0.f)", "d < 0 ? -1.f : 1.f"),
+            Fault(
+                "rows are not masked",
+                CUDA_TILES,
+                "const int left = i < lines ? valid : 0;",
+                "const int left = i <= lines ? valid : 0;",
+            ),
+            Fault(
+                "the tie is beside the diagonal",
+                CUDA_TILES,
+                "== warp.column(n, i % 2)) sum",
+                "== warp.column(n, i / 2)) sum",
+            ),
+            Fault(
+                "writes one channel too many",
+                CUDA_TILES,
+                "channel < p.features[1].channels)",
+                "channel <= p.features[1].channels)",
+            ),
+            Fault("some pairs of blocks are skipped", CUDA_CONFIG, "(blocks + 1) / 2 + (", "(blocks + 1) / 2 + 0 * ("),
+            Fault(
+                "does not wait for a copy", CUDA_TILES, "wait_for_copies<PREFETCH - 1>()", "wait_for_copies<PREFETCH>()"
+            ),
+            Fault(
+                "missing barrier",
+                CUDA_TILES,
+                "sync_block();  // all parts have",
+                "// all parts have",
+            ),
+            Fault(
+                "missing transpose of the accumulator",
+                CUDA_TILES,
+                "a[1] = as_bits(k[2]), a[2] = as_bits(k[1])",
+                "a[1] = as_bits(k[1]), a[2] = as_bits(k[2])",
+            ),
+            Fault(
+                "row: K is not symmetric",
+                CUDA_EPILOGUE,
+                "(e, p.delta) * beta_s : grad",
+                "(e, p.delta) * alpha_s : grad",
+            ),
+        ],
+    ),
+    "cuda_closed": Backend(
+        "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order",
+        [
+            Fault(
+                "the weights are those of one network",
+                CUDA_CLOSED_MOMENTS,
+                "alpha_of(network_of_column, pixel, pixels.end)",
+                "alpha_of(network_of_row, pixel, pixels.end)",
+            ),
+            Fault("the moments of f and e are equal", CUDA_CLOSED_MOMENTS, "at.moment == BB ? -1.f : 1.f", "1.f"),
+            Fault(
+                "wrong split: two terms of three",
+                CUDA_CLOSED_MOMENTS,
+                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS>",
+                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS - 1>",
+            ),
+            Fault(
+                "missing barrier",
+                CUDA_CLOSED_MOMENTS,
+                "    rows.template store<G>(shared, PANEL_BYTES);\n    sync_block();\n",
+                "    rows.template store<G>(shared, PANEL_BYTES);\n",
+            ),
+            Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
+            Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
+            Fault("the diagonal is not a tie", CUDA_CLOSED_MOMENTS, "static_cast<double>(count_ties())", "0"),
+            Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
+            Fault(
+                "the lanes of a row are not added",
+                CUDA_CLOSED_GRADIENT,
+                "sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);",
+                "sum += shuffle_xor(sum, 1);",
+            ),
+        ],
+    ),
+    "cuda_algebra": Backend(
+        "tests/csrc/test_cuda_loss.py -k (every_relation and highest and nlc) or pixels_without or plans or "
+        "deterministic or reductions",
+        [
+            Fault(
+                "masks one pixel or channel too many",
+                CUDA_PANELS,
+                "minimum(PIXELS_ADJACENT ? pixels.end - at : from.channels - c, UNIT)",
+                "minimum((PIXELS_ADJACENT ? pixels.end - at : from.channels - c) - 1, UNIT)",
+            ),
+            Fault(
+                "pixels outside the image are shifted",
+                CUDA_MOMENTS,
+                "Part::pixel_at(pixels, pixel) < pixels.end ? x",
+                "Part::pixel_at(pixels, pixel) <= pixels.end ? x",
+            ),
+            Fault(
+                "moments: missing barrier",
+                CUDA_MOMENTS,
+                "      sync_block();  // the panels are free\n      const Pixels pixels{pixel, end};",
+                "      const Pixels pixels{pixel, end};",
+            ),
+            Fault(
+                "moments: the last range is dropped",
+                CUDA_MOMENTS,
+                "split < splits; ++split",
+                "split < splits - 1; ++split",
+            ),
+            Fault("moments: no shift to the mean", CUDA_MOMENTS, "return any;", "return false;"),
+            Fault(
+                "moments: the shift is not undone",
+                CUDA_MOMENTS,
+                "count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i)",
+                "0 * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i)",
+            ),
+            Fault(
+                "weighted moment: the first block sums",
+                CUDA_MOMENTS,
+                "== p.ranges.splits - 1 ? 1 : 0",
+                "== 0 ? 1 : 0",
+            ),
+            Fault(
+                "weighted moment: counted before all threads have written",
+                CUDA_MOMENTS,
+                "    fence_device();\n    sync_block();\n",
+                "    fence_device();\n",
+            ),
+            Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false)"),
+            Fault(
+                "norms: blocks beside the diagonal count once", CUDA_NORMS, "total[m][j][i] *= 2", "total[m][j][i] *= 1"
+            ),
+            Fault(
+                "norms: missing barrier",
+                CUDA_NORMS,
+                "sync_block();  // the panels have arrived",
+                "// the panels have arrived",
+            ),
+            Fault("cosine: correction dropped", CUDA_GRADIENT, "r + e : r) * 4) * q[e]", "r + e : r) * 4) * 0"),
+            Fault("row: correction M q dropped", CUDA_GRADIENT, "add_product_with(MOMENT_AT);", ""),
+            Fault("row: correction M_w q dropped", CUDA_GRADIENT, "add_product_with(WEIGHTED_AT);", ""),
+            Fault(
+                "the last part of the loss is dropped",
+                CUDA_GRADIENT,
+                "i < count; i += THREADS",
+                "i < count - 1; i += THREADS",
+            ),
+            Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
+        ],
+    ),
+}

@@ -1,0 +1,83 @@
+"""Faults in the CUDA kernels for Hopper."""
+
+from __future__ import annotations
+
+from .kinds import Backend, Fault
+
+HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
+HOPPER_LOADERS = "csrc/cuda/sm90/loaders.cuh"
+HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
+HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
+
+BACKENDS = {
+    "hopper": Backend(
+        "tests/csrc/test_sm90_tiles.py -k every_relation or exactly_zero or schedule or races",
+        [
+            Fault(
+                "missing proxy fence between K and its products",
+                HOPPER_TILES,
+                "            fence_async_proxy();\n          }\n          sync_warp();",
+                "          }\n          sync_warp();",
+            ),
+            Fault(
+                "the turn to add is handed over too early",
+                HOPPER_TILES,
+                "          wait_for_bulk<0>();\n          fence_async_proxy_global();\n          fence_gpu();",
+                "          fence_gpu();",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "additions in any order",
+                HOPPER_TILES,
+                "            wait_until_at_least(p.additions + at, before);\n",
+                "",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "a slot of the ring is released before its products ended",
+                HOPPER_TILES,
+                "      wait_for_products<1>();\n      release(at - 1",
+                "      release(at - 1",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "missing barrier of the warp before K is announced",
+                HOPPER_TILES,
+                "          sync_warp();\n          arrive_warp(base + C::K_FULL);",
+                "          arrive_warp(base + C::K_FULL);",
+            ),
+            Fault(
+                "K is overwritten while it is read",
+                HOPPER_TILES,
+                "if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);",
+                "if (half == 0 && lane == 0) arrive(base + C::K_EMPTY);",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "the bytes of the scales are not expected",
+                HOPPER_LOADERS,
+                "arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);",
+                "arrive_expecting(barrier, C::TERMS * CHUNK);",
+            ),
+            Fault(
+                "missing proxy fence after the features were copied",
+                HOPPER_PREPARE,
+                "    sync_grid();\n    fence_async_proxy_global();\n",
+                "    sync_grid();\n",
+            ),
+            Fault(
+                "an addition waits for a later one",
+                HOPPER_WORK,
+                "return step < other.step || ",
+                "return step > other.step || ",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "sign(0) is not 0",
+                HOPPER_EPILOGUE,
+                "if (any_of_warp(smallest == 0))",
+                "if (any_of_warp(smallest == 1))",
+            ),
+        ],
+    ),
+}

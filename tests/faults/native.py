@@ -1,0 +1,109 @@
+"""Faults in the C++ operator and its CPU kernels."""
+
+from __future__ import annotations
+
+from .kinds import Backend, Fault
+
+EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
+CPU_LOSS, CPU_MATRICES, AUTOGRAD = "csrc/cpu/loss.cpp", "csrc/cpu/relation_matrices.cpp", "csrc/autograd.cpp"
+
+BACKENDS = {
+    "native": Backend(
+        "tests/kernels/test_native.py tests/kernels/test_backends.py -k native",
+        [
+            Fault("sign(0) is not 0", EPILOGUE, " & (d != Vector{}));", ");"),
+            Fault(
+                "the tie is beside the diagonal", EPILOGUE, "if (j == tie / LANES) d[", "if (j == tie / LANES + 1) d["
+            ),
+            Fault("h of the columns dropped", EPILOGUE, "if constexpr (mirrored) h_column[j] += q * b;", ""),
+            Fault("row: K is not symmetric", EPILOGUE, "p * row_s + q * column_s[j];", "p * row_s + q * row_s;"),
+            Fault("the mirrored half of the loss counts once", EPILOGUE, "(!row && mirrored ? 2 : 1)", "1"),
+            Fault(
+                "missing transpose",
+                CPU_TILES,
+                "accumulate(image, j, K.t(), s_i, space.h[1]);",
+                "accumulate(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
+            ),
+            Fault(
+                "the padding of a tile is not cleared",
+                CPU_TILES,
+                "columns < stride && i < rows",
+                "columns < stride && i < rows - 1",
+            ),
+            Fault("the tie of a block is that of the first", EPILOGUE, "tie = tile.diagonal + i;", "tie = i;"),
+            Fault(
+                "norm terms are not symmetric",
+                EPILOGUE,
+                "gram[j] * column_s[j] * (h_column[j] * column_s[j])",
+                "gram[j] * row_s * weight",
+            ),
+            Fault(
+                "rows are not completed by symmetry",
+                CPU_MATRICES,
+                "for (int64_t left = end; left < pixels",
+                "for (int64_t left = end + LINE; left < pixels",
+            ),
+            Fault(
+                "cosine: wrong sign of the correction",
+                CPU_MATRICES,
+                "+ rows.begin + i] -= tile.h_row",
+                "+ rows.begin + i] += tile.h_row",
+            ),
+            Fault(
+                "row: correction dropped",
+                CPU_MATRICES,
+                "if (relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);",
+                "",
+            ),
+            Fault("a norm of exactly eps counts as nonzero", CPU_MATRICES, "norm <= static_cast", "norm < static_cast"),
+            Fault(
+                "blocks of rows are skipped",
+                CPU_MATRICES,
+                "i % 2 ? blocks - 1 - i / 2 : i / 2",
+                "i % 2 ? blocks - 2 - i / 2 : i / 2",
+            ),
+            Fault(
+                "tiles: row: correction M_w q dropped",
+                CPU_LOSS,
+                "  sum.baddbmm_(at::bmm(weighted.mT(), features) / size.square(), features.mT(), 1, -1);\n",
+                "",
+            ),
+            Fault("tiles: the mean of the features is lost", CPU_LOSS, "square.add_(", "square.clone().add_("),
+            Fault(
+                "the gradient of a mean is that of a sum",
+                CPU_LOSS,
+                "if (reduction == Reduction::mean) gradient_scale",
+                "if (false) gradient_scale",
+            ),
+            Fault(
+                "a mean is a sum",
+                CPU_LOSS,
+                "reduction == Reduction::mean ? total",
+                "reduction == Reduction::none ? total",
+            ),
+            Fault(
+                "the upstream gradient is ignored",
+                "csrc/bindings.cpp",
+                "grad_loss.view({-1, 1, 1}) : grad_loss)",
+                "grad_loss.view({-1, 1, 1}) : at::empty({}, grad_loss.options()).fill_(1))",
+                "tests/kernels/test_op.py -k native",
+            ),
+            Fault(
+                "the batch's gradient is that of one image",
+                AUTOGRAD,
+                "gradient.view_symint({-1, pixels, gradient.sym_size(2)}).transpose(1, 2)",
+                "gradient.transpose(1, 2)",
+                "tests/kernels/test_distributed.py -k large_image",
+            ),
+            Fault(
+                "a gradient is computed without need",
+                AUTOGRAD,
+                "loss_and_gradient(student, teacher, options, false));\n}\n\n// Where",
+                "loss_and_gradient(student, teacher, options, true));\n}\n\n// Where",
+                "tests/kernels/test_op.py -k native",
+            ),
+            Fault("the last pixel is skipped", INDEX, "left = pixels - begin;", "left = pixels - begin - (begin > 0);"),
+        ],
+        compiled=True,
+    ),
+}
