@@ -5,9 +5,9 @@
 
 The faults are those of tests/faults/. The tests run in a copy of the tree in a temporary folder; the tree itself does
 not change. First the tests of a backend must pass without a fault. Then, with one fault at a time, the assertion of at
-least one test must fail. If an import, a fixture or the compilation fails, the fault is reported as "broken", because no
-test has detected it. The extension of ``native`` is compiled again for every fault, without CUDA. The exit status is 1
-if a fault survives or is broken.
+least one test must fail. If an import, a fixture or the compilation fails, the fault is reported as "broken", because
+no test has detected it. The extension of ``native`` is compiled again for every fault, without CUDA. The exit status is
+1 if a fault survives or is broken.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "sm90_loss_plan.h"
+#include "verified.h"
 
 namespace srpkd::cuda {
 
@@ -20,16 +21,21 @@ inline const char* sm90_unavailable_reason(const LossArguments& arguments, const
   return sm90::uncovered_reason(problem_of(arguments), {device.multiprocessors, device.shared_of_block});
 }
 
+// Returns whether the wgmma kernel passed on real hardware for such a loss.
+inline bool sm90_verified(const LossArguments& a) {
+  return sm90_verified(a.precision, a.element_bytes, a.relation.normalize, a.relation.distance, a.need_grad,
+                       a.features[1].channels, a.features[0].channels);
+}
+
 // Returns the kernel that SRPKD_CUDA_KERNEL asks for, or by default the fastest that is verified on a GPU.
 inline Kernel choose_kernel(const LossArguments& arguments, const sm80::Device& device) {
-  static const std::string_view setting = [] {
-    const char* value = std::getenv("SRPKD_CUDA_KERNEL");
-    return std::string_view(value ? value : "auto");
-  }();
+  const char* value = std::getenv("SRPKD_CUDA_KERNEL");
+  const std::string_view setting = value ? value : "auto";
   TORCH_CHECK_VALUE(setting == "auto" || setting == "sm80" || setting == "sm90", "SRPKD_CUDA_KERNEL=\"", setting,
                     "\": expected sm80 (mma.sync, any GPU since compute capability 8.0), sm90 (wgmma, Hopper) or auto");
-  if (setting != "sm90") return Kernel::sm80;
+  if (setting == "sm80" || (setting == "auto" && !sm90_verified(arguments))) return Kernel::sm80;
   const char* reason = sm90_unavailable_reason(arguments, device);
+  if (setting == "auto") return reason ? Kernel::sm80 : Kernel::sm90;
   TORCH_CHECK_NOT_IMPLEMENTED(!reason, "SRPKD_CUDA_KERNEL=\"sm90\" does not cover ", reason, ": use sm80 or auto");
   return Kernel::sm90;
 }

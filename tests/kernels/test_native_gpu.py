@@ -217,7 +217,7 @@ def test_upstream_gradient_is_not_rounded(dtype: torch.dtype, reduction: str) ->
 
 
 def test_kernel_setting() -> None:
-    """SRPKD_CUDA_KERNEL is read once per process."""
+    """A wrong value of SRPKD_CUDA_KERNEL is an error that lists the choices."""
     program = (
         "import torch; from srpkd import relation_loss; x = torch.randn(1, 64, 8, device='cuda');"
         "relation_loss(x, x, layout='nlc', backend='native')"

@@ -1,6 +1,6 @@
 """The wgmma kernels of backend ``native`` on a Hopper GPU, against float64 and with equal bits twice.
 
-They are compared in a process of their own, because SRPKD_CUDA_KERNEL is read once in a process.
+They are compared in a process of their own: a fault on the device would fail all later tests of this one.
 """
 
 from __future__ import annotations
