@@ -56,6 +56,7 @@ CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebr
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
 HOPPER_LOADERS = "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
+HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
 
 BACKENDS = {
     "blocked": Backend(
@@ -412,18 +413,21 @@ BACKENDS = {
                 HOPPER_TILES,
                 "          wait_for_bulk<0>();\n          fence_async_proxy_global();\n          fence_gpu();",
                 "          fence_gpu();",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "additions in any order",
                 HOPPER_TILES,
                 "            wait_until_at_least(p.additions + at, before);\n",
                 "",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "a slot of the ring is released before its products ended",
                 HOPPER_TILES,
                 "      wait_for_products<1>();\n      release(at - 1",
                 "      release(at - 1",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "missing barrier of the warp before K is announced",
@@ -436,6 +440,7 @@ BACKENDS = {
                 HOPPER_TILES,
                 "if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);",
                 "if (half == 0 && lane == 0) arrive(base + C::K_EMPTY);",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "the bytes of the scales are not expected",
@@ -454,6 +459,7 @@ BACKENDS = {
                 HOPPER_WORK,
                 "return step < other.step || ",
                 "return step > other.step || ",
+                HOPPER_SCHEDULES,
             ),
             Fault(
                 "sign(0) is not 0",

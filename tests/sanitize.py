@@ -26,6 +26,7 @@ RUNS = (
     ("tests/kernels/test_native.py", "not baseline", FLAGS),
     ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistakes",
      EMULATION_FLAGS),
+    ("tests/csrc/test_hopper_emulation.py", "outside or layout or noticed", EMULATION_FLAGS),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from srpkd.kernels import build
 
 SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("kernels_*.cu")))
 CONFIG = re.compile(r"ConfigINS0_\d+(\w+?)ELb(\d)ELb(\d)ELb(\d)ELb(\d)ELi(\d)E")
-# bytes per thread: with a gradient, l2 and Huber, and two terms of K, need a few registers more than 208 per consumer.
+# bytes per thread: with a gradient, l2 and Huber, and two terms of K, need more registers than the 208 of consumers.
 # They spill outside the products, which stay asynchronous
 MAX_SPILL, MAX_SPILL_OF_TWO_TERMS = 64, 160
 

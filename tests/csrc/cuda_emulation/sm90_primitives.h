@@ -148,6 +148,8 @@ inline void sync_warp(void**) {
   for (int i = first + 1; i < first + emulation::WARP; ++i) block.threads[i].clock = clock;
 }
 
+inline void elect_one(void**) {}  // of all threads of a warp
+
 struct Vote {
   bool condition, result;
 };
@@ -195,7 +197,10 @@ inline void sync_warp() {
   machine->publish();
   machine->collective(&emulated::sync_warp, nullptr);
 }
-inline bool elect_one() { return machine->thread() % emulation::WARP == 0; }
+inline bool elect_one() {
+  machine->collective(&emulated::elect_one, nullptr);
+  return machine->thread() % emulation::WARP == 0;
+}
 inline bool any_of_warp(bool condition) {
   emulated::Vote own{condition, false};
   machine->collective(&emulated::any_of_warp, &own);
