@@ -337,13 +337,11 @@ def test_extreme_magnitudes(library: ctypes.CDLL, layout: str, case: str, magnit
 @pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("mean", [1, 10, 100])
 @every_layout
-@every_case
+@pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
 def test_pixels_without_the_common_mean_keep_their_digits(
     library: ctypes.CDLL, case: str, layout: str, mean: float, outliers: bool
 ) -> None:
     """Computed as q^T M q, their row norms would be small differences of large sums."""
-    if case in ("high", "medium"):
-        pytest.skip("the scales are those of highest")
     student, teacher = (torch.randn(1, 300, c) + mean for c in (8, 70))
     for x in (student, teacher):
         x[:, :: 10 if outliers else 299] -= mean

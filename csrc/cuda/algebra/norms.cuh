@@ -28,10 +28,11 @@ struct RowNorms {
   using Arguments = NormArguments;
   using G = Geometry<WARPS_M, PIXELS_ADJACENT, 2>;
   using Part = PanelPart<T, PIXELS_ADJACENT>;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr bool TWO_BLOCKS = false;  // shared memory of the multiprocessor holds only one block of 128 pixels
-#else
+  // Two blocks of 128 pixels need the shared memory of Hopper; for other architectures the compiler would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
   static constexpr bool TWO_BLOCKS = TERMS<T> == 1;
+#else
+  static constexpr bool TWO_BLOCKS = false;
 #endif
   static constexpr int THREADS = G::THREADS, MIN_BLOCKS = WARPS_M == 2 ? 2 : TWO_BLOCKS ? 2 : 1;
   static constexpr int TERM_BYTES = G::ROWS / BLOCK * PANEL_BYTES;  // of one term of the features
