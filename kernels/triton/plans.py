@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -154,9 +154,13 @@ class Plan:
             [argument.of(bases) if isinstance(argument, Array) else argument for argument in launch.arguments]
             for launch in self.launches
         ]
-        if is_first and not INTERPRET:
-            compile_in_parallel(self.launches, calls, self.device)
-        compiled = [launch.kernel[launch.grid](*call, **launch.constants) for launch, call in zip(self.launches, calls)]
+        compiles = is_first and not INTERPRET
+        with announced() if compiles else nullcontext():
+            if compiles:
+                compile_in_parallel(self.launches, calls, self.device)
+            compiled = [
+                launch.kernel[launch.grid](*call, **launch.constants) for launch, call in zip(self.launches, calls)
+            ]
         # a Triton without these attributes launches by triton.jit every time
         if not all(hasattr(kernel, name) for kernel in compiled for name in ("run", "function", "packed_metadata")):
             return []
@@ -228,20 +232,25 @@ def announced() -> Iterator[None]:
         timer.cancel()
 
 
+# Triton parses the source of its kernels. CPython before 3.11.8 and 3.12.2 fails with a SystemError if two threads
+# parse at the same time (python/cpython#106905).
+PARSES_IN_THREADS = sys.version_info >= (3, 12, 2) or (3, 11, 8) <= sys.version_info < (3, 12)
+
+
 def compile_in_parallel(launches: list[Launch], calls: list[list[Any]], device: torch.device) -> None:
     """Compile and load the kernels that are not compiled yet, one thread per kernel. Launches then find them.
 
     Triton's passes and the assembler run without Python's lock.
     """
     mode = getattr(triton, "AsyncCompileMode", None)
-    if mode is None:  # the launches compile them, one by one
+    if mode is None or not PARSES_IN_THREADS:  # the launches compile them, one by one
         return
 
     def load(kernel: Any) -> None:
         with guard(device):
             kernel.run  # noqa: B018  a property, which loads the kernel and, in Triton 3.6, compiles its launcher
 
-    with announced(), ThreadPoolExecutor(len(launches)) as pool:
+    with ThreadPoolExecutor(len(launches)) as pool:
         with mode(pool, ignore_errors=True):  # the launch raises them
             kernels = [
                 launch.kernel.warmup(*call, grid=launch.grid, **launch.constants)

@@ -15,7 +15,7 @@ from srpkd.kernels import Relation
 from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, draw, emulate, expected_of
 
 COSINE, NONE = Relation("cosine", "l2"), Relation("none", "l2")
-# the relative error of the gradient: float32, but for bfloat16 gradients, which have 8 bits
+# the relative error of the gradient: float32, except for bfloat16 gradients, which have 8 bits
 TOLERANCE = {"bf16": 4e-3, "fp16": 1e-6, "highest": 1e-6}
 
 every_relation = pytest.mark.parametrize("relation", [COSINE, NONE], ids=lambda relation: relation.normalize)

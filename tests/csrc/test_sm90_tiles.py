@@ -97,7 +97,7 @@ def emulate(
 def draw(
     dtype: torch.dtype, batch: int, pixels: int, channels: tuple[int, int], layout: str = "nchw"
 ) -> tuple[Tensor, Tensor]:
-    """Return random features (B, N, C) with bfloat16 values, whose Gram matrices are exact but for the sum."""
+    """Return random features (B, N, C) with bfloat16 values, whose Gram matrices are exact except for the sum."""
     pair = ((torch.randn(batch, pixels, count) + 0.5).bfloat16().to(dtype) for count in channels)
     student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
     return student, teacher

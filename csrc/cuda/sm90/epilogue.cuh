@@ -74,7 +74,7 @@ struct Epilogue {
     if constexpr (L1) return EXACT ? with_exact_sign(alpha, d) : with_sign(alpha, d);
     return clamped(difference(alpha, d)) * alpha;
   }
-  // rho(D), but for l1 without the factor alpha.
+  // rho(D); for l1 without the factor alpha.
   SRPKD_DEVICE float distance(float alpha, float d) const {
     if constexpr (L1) return fabsf(d);
     const float D = difference(alpha, d), P = clamped(D);
