@@ -6,11 +6,11 @@ import ctypes
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from compile_once import compile_once
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,6 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     folder = Path(__file__).parent / "cuda_emulation"
 
     def run(source: str, *further: str) -> ctypes.CDLL:
-        target = tmp_path_factory.mktemp("cuda_emulation") / "library.so"
         options = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
         options.append("-DSRPKD_EMULATION")  # tensor maps without the headers of CUDA
         command = [
@@ -32,13 +31,10 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             *further,
             *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", "")),
             f"-I{folder}",
-            "-o",
-            str(target),
-            str(folder / source),
+            folder / source,
         ]
         # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads
-        done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": ""}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return ctypes.CDLL(str(target))
+        _, library = compile_once(tmp_path_factory, command, ".so", {**os.environ, "LD_PRELOAD": ""})
+        return ctypes.CDLL(str(library))
 
     return run

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compile_once import compile_once
 from helpers import tool
 
 from srpkd.kernels import build
@@ -57,20 +58,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     """Return a function: source in csrc/cuda -> the report of ptxas and the path of the binary. Compile in parallel."""
     if (nvcc := tool("nvcc")) is None:
         pytest.skip("nvcc is not installed")
-    folder = tmp_path_factory.mktemp("cuda_compile")
 
     def run(source: str) -> tuple[str, Path]:
-        target = folder / f"{source.replace('/', '_')}.fatbin"
         codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures()]
-        options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes, "-o", str(target)]
-        done = subprocess.run(
-            [nvcc, *options, str(build.CSRC / "cuda" / source)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout, target
+        options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes]
+        return compile_once(tmp_path_factory, [nvcc, *options, build.CSRC / "cuda" / source], ".fatbin")
 
     sources = [f"sm80/kernels_{precision}.cu" for precision in INSTRUCTIONS]
     sources += [f"{folder}/kernels_{element}.cu" for folder in ("algebra", "closed_form") for element in ELEMENTS]

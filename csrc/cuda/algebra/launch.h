@@ -7,6 +7,7 @@
 #include "../loss_plan.h"
 
 #if defined(__CUDACC__)
+#include "../shared_limit.h"
 #include "sequence.cuh"
 #endif
 
@@ -36,7 +37,7 @@ struct Launch {
   template <class Kernel>
   void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
     if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE)
-      error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      error = allow_all_shared_memory(run<Kernel>);
     if (error != cudaSuccess) return;
     run<Kernel><<<dim3(x, y), Kernel::THREADS, bytes, stream>>>(arguments);
     error = cudaGetLastError();
