@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +84,17 @@ class Losses(Dataset):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
 def test_forked_workers(backend: str) -> None:
+    """In a process of its own, because autograd refuses to fork once other tests have started its threads."""
+    command = [sys.executable, "-c", f"import test_load; test_load.compare_forked_workers({backend!r})"]
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compare_forked_workers(backend: str) -> None:
     """Forked workers do not wait for threads of their parent, and give the same bits."""
     data = Losses(backend)
-    torch.set_num_threads(2)  # put back by one_thread
+    torch.set_num_threads(2)
     expected = [data[i] for i in range(len(data))]
     loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
     torch.set_num_threads(1)
