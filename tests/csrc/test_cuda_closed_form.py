@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated_kernels import draw
 from helpers import error
 from torch import Tensor
 
 from srpkd.kernels import Relation
-from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, draw, emulate, expected_of
+from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, emulate, expected_of
 
 COSINE, NONE = Relation("cosine", "l2"), Relation("none", "l2")
 # the relative error of the gradient: float32, except for bfloat16 gradients, which have 8 bits

@@ -13,8 +13,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import emulated_kernels
 import pytest
 import torch
+from emulated_kernels import extent, pointer
 from helpers import DELTA, error, within
 from torch import Tensor
 
@@ -61,10 +63,6 @@ def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
     return result
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
 def emulate(
     library: ctypes.CDLL,
     student: Tensor,
@@ -86,7 +84,7 @@ def emulate(
         line_stride = x.stride(2 if pixels_adjacent else 1)
         assert x.stride(1 if pixels_adjacent else 2) == 1
         features[i] = Features(x.data_ptr(), pointer(kept[i]), x.stride(0), line_stride, x.shape[2])
-        extents[i] = (sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1) * x.element_size()
+        extents[i] = extent(x) * x.element_size()
     loss = torch.full((batch, splits, math.ceil(pixels / TILE)), torch.nan, dtype=torch.float64)
     U = torch.full((splits, batch, pixels, channels), torch.nan) if need_grad else None
     h = torch.full((splits, batch, pixels), torch.nan) if need_grad and relation.normalize != "none" else None
@@ -115,10 +113,8 @@ def draw(
     Float32 features have bfloat16 values unless ``dtype`` is given. One tf32 represents them exactly, so their Gram
     matrices are as exact as those of 16-bit features.
     """
-    dtype = dtype or (torch.bfloat16 if precision.startswith("tf32") else DTYPE[precision])
-    pair = ((torch.randn(batch, pixels, count) + 0.5).to(dtype).to(DTYPE[precision]) for count in channels)
-    student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
-    return student, teacher
+    values = dtype or (torch.bfloat16 if precision.startswith("tf32") else DTYPE[precision])
+    return emulated_kernels.draw(DTYPE[precision], batch, pixels, channels, layout, values)
 
 
 def assert_equal_to_float64(

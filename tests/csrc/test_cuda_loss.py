@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulated_kernels import draw, extent, pointer
 from helpers import DELTA, error, within
 from torch import Tensor
 
@@ -106,11 +107,10 @@ def emulate(
     features, kept = (Features * 2)(), []
     for i, x in enumerate((teacher, student)):
         assert x.stride(1 if pixels_adjacent else 2) == 1
-        extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
-        flat = x.as_strided((extent,), (1,))
+        flat = x.as_strided((extent(x),), (1,))
         kept.append(flat.bfloat16() if case == "medium" else flat)
         line_stride = x.stride(2 if pixels_adjacent else 1)
-        features[i] = Features(x.data_ptr(), kept[i].data_ptr(), x.stride(0), line_stride, extent, x.shape[2])
+        features[i] = Features(x.data_ptr(), kept[i].data_ptr(), x.stride(0), line_stride, len(flat), x.shape[2])
     loss = torch.full((batch,) if reduction == "none" else (), torch.nan)
     like = student if gradient_layout is None else gradient_layout
     gradient = torch.full_like(like, torch.nan, dtype=gradient_dtype(dtype)) if need_grad else None
@@ -126,21 +126,11 @@ def emulate(
         pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
         ctypes.c_double(relation.eps), REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
-        ctypes.c_uint64(seed), ctypes.c_void_p(loss.data_ptr()),
-        ctypes.c_void_p(gradient.data_ptr() if need_grad else None),
+        ctypes.c_uint64(seed), pointer(loss), pointer(gradient),
         (ctypes.c_int64 * 3)(*like.stride()), ctypes.byref(intermediate), launches := (ctypes.c_int * 1)(),
     )  # fmt: skip
     assert message == b"", message.decode()
     return Result(loss, gradient, alpha, moment * size[:, 1, None, None] ** 2, launches[0])
-
-
-def draw(
-    dtype: torch.dtype, batch: int, pixels: int, channels: tuple[int, int], layout: str = "nlc"
-) -> tuple[Tensor, Tensor]:
-    """Return random features (B, N, C) of student and teacher. Float32 features have bfloat16 values."""
-    pair = ((torch.randn(batch, pixels, count) + 0.5).bfloat16().to(dtype) for count in channels)
-    student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
-    return student, teacher
 
 
 def expected_of(student: Tensor, teacher: Tensor, relation: Relation, reduction: str) -> tuple[Tensor, Tensor]:

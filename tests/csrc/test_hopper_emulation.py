@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from emulated_kernels import pointer
 from torch import Tensor
 
 from srpkd.kernels import build
@@ -87,10 +88,6 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     target = tmp_path_factory.mktemp("hopper") / "library.so"
     compile_for_gpu(target)
     return with_types(ctypes.CDLL(str(target)))
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from emulated_kernels import draw, extent, pointer
 from helpers import DELTA, error, within
 from torch import Tensor
 
@@ -52,13 +53,9 @@ class Features(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("sm90_library.cpp", "-O1", "-DSRPKD_EMULATION")
+    result = compile_emulation("sm90_library.cpp", "-O1")
     result.relation_tiles.restype = ctypes.c_char_p
     return result
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def emulate(
@@ -80,9 +77,8 @@ def emulate(
     features, kept = [], []
     for x, alpha in ((student, scales.student), (teacher, scales.teacher)):
         kept.append(None if alpha is None else alpha.float().contiguous())
-        extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
-        strides = (ctypes.c_int64 * 3)(*x.stride())
-        features.append(Features(x.data_ptr(), pointer(kept[-1]), strides, extent * x.element_size(), x.element_size()))
+        strides, size = (ctypes.c_int64 * 3)(*x.stride()), x.element_size()
+        features.append(Features(x.data_ptr(), pointer(kept[-1]), strides, extent(x) * size, size))
     loss = torch.full((batch,), torch.nan, dtype=torch.float64)
     U = torch.full((batch, pixels, channels), torch.nan) if need_grad else None
     h = torch.full((batch, pixels), torch.nan) if need_grad and relation.normalize != "none" else None
@@ -92,15 +88,6 @@ def emulate(
     )  # fmt: skip
     assert message == b"", message.decode()
     return TileSums(loss, U, h)
-
-
-def draw(
-    dtype: torch.dtype, batch: int, pixels: int, channels: tuple[int, int], layout: str = "nchw"
-) -> tuple[Tensor, Tensor]:
-    """Return random features (B, N, C) with bfloat16 values, whose Gram matrices are exact except for the sum."""
-    pair = ((torch.randn(batch, pixels, count) + 0.5).bfloat16().to(dtype) for count in channels)
-    student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
-    return student, teacher
 
 
 def check(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, **options) -> TileSums:
@@ -150,13 +137,13 @@ def test_any_number_of_channels(library: ctypes.CDLL, dtype: torch.dtype, channe
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @every_dtype
 def test_forward_only(library: ctypes.CDLL, dtype: torch.dtype, normalize: str) -> None:
-    check(library, *draw(dtype, 1, 300, (6, 70)), Relation(normalize, "l1"), need_grad=False)
+    check(library, *draw(dtype, 1, 300, (6, 70), "nchw"), Relation(normalize, "l1"), need_grad=False)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @every_dtype
 def test_zero_norm_pixels(library: ctypes.CDLL, dtype: torch.dtype, normalize: str) -> None:
-    student, teacher = draw(dtype, 1, 140, (9, 10))
+    student, teacher = draw(dtype, 1, 140, (9, 10), "nchw")
     student[:, 3:5] = teacher[:, 4:6] = student[:, 136] = 0
     tiles = check(library, student, teacher, Relation(normalize, "l1"))
     if tiles.h is not None:
@@ -169,7 +156,7 @@ def test_zero_norm_pixels(library: ctypes.CDLL, dtype: torch.dtype, normalize: s
 def test_equal_features_give_exactly_zero(
     library: ctypes.CDLL, dtype: torch.dtype, channels: int, normalize: str
 ) -> None:
-    student, _ = draw(dtype, 1, 136, (channels, 1))
+    student, _ = draw(dtype, 1, 136, (channels, 1), "nchw")
     relation = Relation(normalize, "l1")
     scales = scales_of(student, student, relation, torch.float32)
     tiles = emulate(library, student, student.clone(), scales, relation)
@@ -190,7 +177,7 @@ def test_float32_has_two_terms(library: ctypes.CDLL) -> None:
 def test_float16_with_extreme_magnitudes(library: ctypes.CDLL) -> None:
     """K is scaled, so that it neither overflows nor underflows."""
     for magnitude in (2.0**-12, 2.0**10):
-        student, teacher = (x * magnitude for x in draw(torch.float16, 1, 140, (6, 6)))
+        student, teacher = (x * magnitude for x in draw(torch.float16, 1, 140, (6, 6), "nchw"))
         for normalize in NORMALIZATIONS:
             check(library, student, teacher, Relation(normalize, "l1"))
 
@@ -222,7 +209,7 @@ SCHEDULES = {"additions": (7 * 128, (8, 8), 2), "ring": (264, (70, 600), 2), "se
 @pytest.mark.parametrize("relation", [ROW, Relation("cosine", "l2")], ids=lambda r: r.normalize)
 def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Relation, schedule: str) -> None:
     pixels, channels, multiprocessors = SCHEDULES[schedule]
-    student, teacher = draw(torch.bfloat16, 1, pixels, channels)
+    student, teacher = draw(torch.bfloat16, 1, pixels, channels, "nchw")
     first = check(library, student, teacher, relation, multiprocessors=multiprocessors, seed=0)
     scales = scales_of(student, teacher, relation, torch.float32)
     for seed in SEEDS:
@@ -235,7 +222,7 @@ def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Rela
 @every_dtype
 def test_races(library: ctypes.CDLL, dtype: torch.dtype, need_grad: bool) -> None:
     """The ring is used several times in each tile, by every kind of kernel."""
-    student, teacher = draw(dtype, 1, 264, (8, 700))
+    student, teacher = draw(dtype, 1, 264, (8, 700), "nchw")
     scales = scales_of(student, teacher, ROW, torch.float32)
     for seed in SEEDS:
         assert math.isfinite(emulate(library, student, teacher, scales, ROW, need_grad, seed=seed).loss.item())
