@@ -160,7 +160,7 @@ def kind_of(case: Case) -> Kind:
 def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
     """Return the kinds for which the sm_90 kernel, in its present version, was right and faster at some N and B.
 
-    ``python -m bench record`` writes them into csrc/cuda/verified.h, by which ``native`` chooses its kernel.
+    ``python -m bench record`` writes them into csrc/cuda/verified_rows.h, by which ``native`` chooses its kernel.
     """
     return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry.times)})
 

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(relation, "RESULTS", tmp_path / "results" / "relation.csv")
     monkeypatch.setattr(record, "TABLE", tmp_path / "measured_cases.py")
-    monkeypatch.setattr(record, "HEADER", tmp_path / "verified.h")
+    monkeypatch.setattr(record, "HEADER", tmp_path / "verified_rows.h")
     results.upsert(tmp_path / "out" / "relation.csv", relation_rows("cuda", dtype="bfloat16"), relation.KEY)
     return tmp_path
 
@@ -82,6 +82,7 @@ def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
     results.upsert(relation.RESULTS, rows + fast * recorded, relation.KEY)
     run("record")
     (folder / "program.cpp").write_text(PROGRAM)
+    shutil.copy(ROOT / "csrc" / "cuda" / "verified.h", folder)  # it includes the rows beside it
     flags = [f"-DEXPECTED={str(recorded).lower()}", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only"]
     folders = ["-I", str(folder), "-I", str(ROOT / "csrc" / "cuda")]
     done = subprocess.run([compiler, *flags, *folders, folder / "program.cpp"], capture_output=True, text=True)
