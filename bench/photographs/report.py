@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.study.comparison import paired_difference
+from bench.study.comparison import describe_difference, draw_differences
 from srpkd.files import write_file
-from srpkd.reporting.figures import VARIANT_COLOURS, to_png
+from srpkd.reporting.figures import to_png
 
 from .images import PHOTOGRAPHS, TASKS, TESTED
 from .plan import VARIANTS
@@ -87,8 +87,7 @@ def _verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         parts = []
         for metric, (label, _) in METRICS.items():
             ours, theirs = scores_of(runs, variant, metric), scores_of(runs, base, metric)
-            gain, wins = paired_difference(ours, theirs), sum(a > b for a, b in zip(ours, theirs))
-            parts.append(f"{label} {gain}, better on {wins} of {len(runs)}: **{gain.verdict}**")
+            parts.append(f"{label} {describe_difference(ours, theirs)}")
         lines += [f"- {variant} minus {base}:", *(f"    - {part}" for part in parts)]
     return lines
 
@@ -102,18 +101,9 @@ def draw(result: Mapping[str, Any]) -> bytes:
     for row, (task, runs) in zip(panels, tasks.items()):
         for axes, (metric, (label, _)) in zip(row, METRICS.items()):
             base = scores_of(runs, "output", metric)
-            for y, (variant, colour) in enumerate(zip(variants, VARIANT_COLOURS[1:])):
-                own = scores_of(runs, variant, metric)
-                axes.plot(
-                    [a - b for a, b in zip(own, base)], [y] * len(runs), "o", color=colour, alpha=0.3, markersize=4
-                )
-                gain = paired_difference(own, base)
-                margin = gain.high - gain.mean if len(runs) > 1 else 0.0
-                axes.errorbar(gain.mean, y, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6)
-            axes.axvline(0, color="#555555", linewidth=1)
+            draw_differences(axes, [scores_of(runs, variant, metric) for variant in variants], base)
             axes.set_title(f"{task}: {label}", fontsize=10)
             axes.set_xlabel("difference to output", fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
         row[0].set_yticks(range(len(variants)), variants)
     panels[0, 0].invert_yaxis()
     return to_png(figure, dpi=120)

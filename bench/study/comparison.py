@@ -1,4 +1,4 @@
-"""Paired differences with confidence intervals."""
+"""Paired differences with confidence intervals, and how they are shown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
+
 from srpkd.extras import require
+from srpkd.reporting.figures import VARIANT_COLOURS
 
 
 class Difference(NamedTuple):
@@ -44,3 +47,27 @@ def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Dif
     stats = require("scipy.stats", "study", "a confidence interval")
     margin = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(gains) / math.sqrt(count)
     return Difference(mean, mean - margin, mean + margin)
+
+
+def describe_difference(scores: Sequence[float], baseline: Sequence[float]) -> str:
+    """Return the mean difference, the number of pairs in which `scores` are better, and the verdict, in Markdown."""
+    gain, wins = paired_difference(scores, baseline), sum(ours > theirs for ours, theirs in zip(scores, baseline))
+    return f"{gain}, better on {wins} of {len(scores)}: **{gain.verdict}**"
+
+
+def draw_differences(axes: Axes, scores: Sequence[Sequence[float] | None], baseline: Sequence[float]) -> None:
+    """Draw a line of differences for each variant: a dot per pair, and the mean with its interval.
+
+    Args:
+        scores: of the variants, from y = 0 on; None leaves a line empty.
+        baseline: scores of the variant that they are compared with.
+    """
+    for y, (own, colour) in enumerate(zip(scores, VARIANT_COLOURS[1:])):
+        if own is None:
+            continue
+        axes.plot([a - b for a, b in zip(own, baseline)], [y] * len(own), "o", color=colour, alpha=0.3, markersize=4)
+        gain = paired_difference(own, baseline)
+        margin = 0.0 if math.isnan(gain.low) else gain.high - gain.mean
+        axes.errorbar(gain.mean, y, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6)
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)

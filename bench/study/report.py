@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from srpkd.files import write_file
-from srpkd.reporting.figures import VARIANT_COLOURS, to_png
+from srpkd.reporting.figures import to_png
 
-from .comparison import paired_difference
+from .comparison import describe_difference, draw_differences, paired_difference
 from .plan import SETTINGS, describe_options
 
 INTRODUCTION = """\
@@ -75,9 +74,7 @@ def _evaluation(judged: Mapping[str, Any]) -> list[str]:
     lines += ["", f"Mean ± standard deviation over {count} data set{'s' if count > 1 else ''}.", ""]
     for variant, base in COMPARISONS:
         if base in scores:
-            gain = paired_difference(scores[variant], scores[base])
-            wins = sum(ours > theirs for ours, theirs in zip(scores[variant], scores[base]))
-            lines.append(f"- {variant} minus {base}: {gain}, better on {wins} of {count}: **{gain.verdict}**")
+            lines.append(f"- {variant} minus {base}: {describe_difference(scores[variant], scores[base])}")
     return [*lines, ""]
 
 
@@ -121,19 +118,10 @@ def draw(result: Mapping[str, Any]) -> bytes:
 def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str]) -> None:
     """Plot one setting: a line per variant, with a dot per data set and the mean with its interval."""
     base = entry["variants"]["output"]["scores"]
-    for y, (variant, colour) in enumerate(zip(variants, VARIANT_COLOURS[1:])):
-        if variant not in entry["variants"]:
-            continue
-        scores = entry["variants"][variant]["scores"]
-        differences = [ours - theirs for ours, theirs in zip(scores, base)]
-        axes.plot(differences, [y] * len(differences), "o", color=colour, alpha=0.3, markersize=4)
-        gain = paired_difference(scores, base)
-        margin = 0.0 if math.isnan(gain.low) else gain.high - gain.mean
-        axes.errorbar(gain.mean, y, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6)
-    axes.axvline(0, color="#555555", linewidth=1)
+    scores = [entry["variants"][variant]["scores"] if variant in entry["variants"] else None for variant in variants]
+    draw_differences(axes, scores, base)
     axes.set_title(f"{entry['setting']}, {len(entry['datasets'])} data sets", fontsize=10)
     axes.set_xlabel(f"{SETTINGS[entry['setting']].label}, difference to output", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(result: Mapping[str, Any], folder: Path) -> Path:
