@@ -171,7 +171,9 @@ def _forward_call(net: nn.Module, images: Tensor, mode: Mode, dtype: str, device
     return call
 
 
-def measure_latency(call: Callable[[], Any], images: int, repeats: int, seconds: float) -> dict[str, float]:
+def measure_latency(
+    call: Callable[[], Any], images: int, repeats: int, seconds: float, warm_up: int = WARM_UP
+) -> dict[str, float]:
     """Time a call after a warm-up: its median and 95th percentile in ms, and images per second.
 
     Args:
@@ -179,8 +181,9 @@ def measure_latency(call: Callable[[], Any], images: int, repeats: int, seconds:
         images: per call.
         repeats: number of calls, at most.
         seconds: time limit; at least `MIN_CALLS` calls are made.
+        warm_up: number of calls before, which are not timed.
     """
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         call()
     times: list[float] = []
     began = time.perf_counter()

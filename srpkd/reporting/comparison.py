@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
+import math
 import os
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor, nn
 
 from ..arguments import check_whole
@@ -24,10 +21,11 @@ from ..kernels.formulas import DEFAULT_NORMALIZE, Normalize
 from ..models.checkpoints import load_generator
 from ..models.complexity import count_parameters
 from ..models.inference import MIN_SIZE, check_output, input_channels, pad_images
+from ..models.latency import measure_latency
 from ..models.networks import default_tap, size_multiple
 from ..taps import FeatureTap
 from .page import read_report
-from .pictures import mark_pixel, relation_picture, to_pixels
+from .pictures import encode_png, mark_pixel, relation_picture, to_pixels
 
 TIMED_CALLS = 3  # after one that is not timed
 
@@ -101,9 +99,9 @@ class Comparison:
         image = image_to_tensor(with_channels(picture, self.channels))
         outputs, features = [], {}
         for label, network in self.networks.items():
-            output, features[label], seconds = self._run(network, self.taps[label], image)
+            output, features[label], milliseconds = self._run(network, self.taps[label], image)
             check_output(output, label)
-            outputs.append({"label": label, "image": png(to_pixels(output)), "ms": 1e3 * seconds} | self.costs[label])
+            outputs.append({"label": label, "image": png(to_pixels(output)), "ms": milliseconds} | self.costs[label])
         self._image, self._features = image, features
         height, width = image.shape[1:]
         return {
@@ -142,7 +140,7 @@ class Comparison:
 
     @torch.no_grad()
     def _run(self, network: nn.Module, tap: FeatureTap, image: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return a network's output and feature for an image (C, H, W), cropped to it, and its median time in s."""
+        """Return a network's output and feature for an image (C, H, W), cropped to it, and its median time in ms."""
         height, width = image.shape[1:]
         padded = pad_images(image[None], size_multiple(network)).to(self.device)
         with tap.recording() as recorded:
@@ -151,14 +149,14 @@ class Comparison:
         feature = feature[0]
         rows = -(-feature.shape[1] * height // padded.shape[2])  # without the cells of the padding
         columns = -(-feature.shape[2] * width // padded.shape[3])
-        times = []
-        for _ in range(TIMED_CALLS):
-            start = time.perf_counter()
+
+        def call() -> None:
             network(padded)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            times.append(time.perf_counter() - start)
-        return output[0, :, :height, :width].cpu(), feature[:, :rows, :columns].cpu(), statistics.median(times)
+
+        milliseconds = measure_latency(call, 1, TIMED_CALLS, seconds=math.inf, warm_up=0)["p50_ms"]
+        return output[0, :, :height, :width].cpu(), feature[:, :rows, :columns].cpu(), milliseconds
 
 
 def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, Path], dict[str, Any], list[str]]:
@@ -235,9 +233,7 @@ def _add(found: dict[str, Path], label: str, path: Path) -> None:
 
 def png(pixels: np.ndarray) -> str:
     """Return pixels (H, W, 3) as the data URL of a PNG."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
 def layers_of(config: Mapping[str, Any], labels: Iterable[str]) -> dict[str, str]:

@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
-from jinja2 import Environment, PackageLoader
-
 from .comparison import Comparison
+from .page import render_template
 
 HOST = "127.0.0.1"
 MAX_BYTES = 256 << 20  # of an image file
@@ -167,8 +166,5 @@ def _fraction(query: Mapping[str, Sequence[str]], name: str) -> float:
 
 def render_page(labels: Sequence[str], samples: Sequence[str], nonce: str) -> str:
     """Return the HTML of the page, which loads nothing but data from this server."""
-    templates = Environment(
-        loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     addresses = [(name, f"sample?file={quote(name)}") for name in samples]
-    return templates.get_template("compare.html.j2").render(labels=labels, samples=addresses, nonce=nonce)
+    return render_template("compare.html.j2", labels=labels, samples=addresses, nonce=nonce)

@@ -77,11 +77,8 @@ def write_report(run_dir: str | Path) -> Path:
         ) from error
     metrics = read_metrics(metrics_file) if metrics_file else Metrics({}, Counter(), None, [])
     curves = draw_curves(metrics, run / "images")
-    # select_autoescape depends on the file's suffix and would not escape .j2
-    templates = Environment(
-        loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = templates.get_template("index.html.j2").render(
+    page = render_template(
+        "index.html.j2",
         run=run.resolve().name,
         report=report,
         problem=problem,
@@ -93,6 +90,15 @@ def write_report(run_dir: str | Path) -> Path:
         **content,
     )
     return write_file(run / "index.html", page.encode("utf-8", errors="replace"))
+
+
+def render_template(name: str, **values: Any) -> str:
+    """Render an HTML template of this package; all values are escaped."""
+    # select_autoescape depends on the file's suffix and would not escape .j2
+    templates = Environment(
+        loader=PackageLoader("srpkd.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return templates.get_template(name).render(**values)
 
 
 def read_report(path: Path) -> tuple[dict[str, Any], str]:

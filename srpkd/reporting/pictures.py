@@ -28,9 +28,14 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     pixels = image if isinstance(image, np.ndarray) else to_pixels(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image: expected a uint8 array (H, W, 3), received {pixels.dtype} {pixels.shape}")
+    return write_file(Path(path), encode_png(pixels))
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Return the content of a PNG file of pixels (H, W, 3), uint8."""
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, format="png")
-    return write_file(Path(path), png.getvalue())
+    return png.getvalue()
 
 
 def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: Normalize, eps: float = 1e-12) -> Tensor:
