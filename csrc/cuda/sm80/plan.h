@@ -74,7 +74,7 @@ int best_splits(const Params& p, int concurrent) {
 // The properties of a GPU that the plan depends on.
 struct Device {
   int multiprocessors, shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; reserved: per thread block
-  int major = 8;  // of the compute capability
+  int major = 8;                                                                    // of the compute capability
 };
 
 // Sets all parameters that follow from the features, and returns the number of channels of U that a thread block

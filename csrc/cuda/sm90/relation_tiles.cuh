@@ -10,8 +10,7 @@
 //                its elementwise part. If the ring does not hold the chunks of a whole tile, they share them at the
 //                same time instead.
 //   columns      One warpgroup reads K of both from shared memory, multiplies U_J = K^T q_I, and adds it to global
-//   memory
-//                in the fixed order of work.h, by bulk copies.
+//                memory in the fixed order of work.h, by bulk copies.
 #pragma once
 
 #include "epilogue.cuh"
@@ -24,6 +23,12 @@ namespace srpkd::cuda::sm90 {
 struct alignas(16) FourFloats {
   float value[4];
 };
+
+// The features of the pixels [16 k, 16 k + 16) of a chunk, for products whose sums run over pixels.
+template <class C>
+SRPKD_DEVICE uint64_t pixels_of(Address chunk, int k) {
+  return C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
+}
 
 // --- the consumers ---------------------------------------------------------------------------------------------------
 
@@ -150,7 +155,7 @@ struct Consumer : Role<C> {
 #pragma unroll
         for (int k = 0; k < TILE / 16; ++k) {
           const Address chunk = columns + other * CHUNK;
-          const uint64_t features = C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
+          const uint64_t features = pixels_of<C>(chunk, k);
           multiply_add_async<Element, OF_U>(U, K[term][k], features, true);
         }
   }
@@ -330,7 +335,7 @@ struct Columns : Role<C> {
 #pragma unroll
         for (int k = 0; k < TILE / 16; ++k) {
           const Address chunk = base + C::ROWS + other * CHUNK;
-          const uint64_t features = C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
+          const uint64_t features = pixels_of<C>(chunk, k);
           multiply_add_async<Element, OF_U, Major::mn>(
               sum, features, mn_major(base + C::K + (2 * term + half) * CHUNK, k, CHUNK), term + other + k > 0);
         }
