@@ -22,6 +22,7 @@ from .formulas import Relation, Scales, TileSums
 # are bit-identical for the same size.
 TILE = 0
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UNSUPPORTED = ("rectify", "detach_norms")
 
 
 def relation_loss(
