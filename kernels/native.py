@@ -22,7 +22,6 @@ from .formulas import Relation, Scales, TileSums
 # are bit-identical for the same size.
 TILE = 0
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNSUPPORTED = ("rectify", "detach_norms")
 
 
 def relation_loss(
@@ -37,6 +36,8 @@ def relation_loss(
         relation.distance,
         relation.delta,
         relation.eps,
+        relation.rectify,
+        relation.detach_norms,
         reduction,
         layout,
         "image" if scope == "image" else "batch",
@@ -56,6 +57,8 @@ def loss_and_gradient(
         relation.distance,
         relation.delta,
         relation.eps,
+        relation.rectify,
+        relation.detach_norms,
         "none",
         method,
         need_grad,
@@ -74,10 +77,11 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         relation.normalize,
         relation.distance,
         relation.delta,
+        relation.rectify,
         need_grad,
         TILE,
     )
-    return TileSums(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
+    return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
 
 
 def extension() -> ModuleType:

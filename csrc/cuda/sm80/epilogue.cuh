@@ -41,15 +41,17 @@ SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>&
       for (int i = 0; i < 4; ++i) {
         const float alpha_s = row_s[m][i / 2], alpha_t = row_t[m][i / 2], beta_s = column_s[i % 2],
                     beta_t = column_t[i % 2];
-        const float g = s[m][n][i];
+        float g = s[m][n][i], g_t = t[m][n][i];
+        if constexpr (C::RECTIFY) g = g < 0 ? 0 : g, g_t = g_t < 0 ? 0 : g_t;  // scales are not negative; NaN stays NaN
         const float scale = ROW ? alpha_s : product(alpha_s, beta_s);
-        const float a = product(g, scale), d = a - product(t[m][n][i], ROW ? alpha_t : product(alpha_t, beta_t));
+        const float a = product(g, scale), d = a - product(g_t, ROW ? alpha_t : product(alpha_t, beta_t));
         tile_loss += distance_value<DISTANCE>(d, p.delta);
-        const float e = ROW ? product(g, beta_s) - product(t[m][n][i], beta_t) : 0;  // D_ji
+        const float e = ROW ? product(g, beta_s) - product(g_t, beta_t) : 0;  // D_ji
         if constexpr (C::GRAD) {
           const float grad = distance_grad<DISTANCE>(d, p.delta);
           tile_h[m][i / 2] += grad * a;
-          const float k = ROW ? grad * alpha_s + distance_grad<DISTANCE>(e, p.delta) * beta_s : grad * scale;
+          float k = ROW ? grad * alpha_s + distance_grad<DISTANCE>(e, p.delta) * beta_s : grad * scale;
+          if constexpr (C::RECTIFY) k = g <= 0 ? 0 : k;
           uint32_t first = nearest_tf32(k), rest = 0;
           if constexpr (C::K_TERMS == 2) split_float(k, first, rest);
           s[m][n][i] = as_float(first), t[m][n][i] = as_float(rest);
