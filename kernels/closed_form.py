@@ -24,7 +24,7 @@ SCALE_DTYPE = torch.float64
 
 def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:
     """Return what computes the loss of such features: "native" or "triton" kernels, or "pytorch"."""
-    if device.type == "cuda" and dtype != torch.float64 and relation.normalize != "row" and not relation.detach_norms:
+    if device.type == "cuda" and dtype != torch.float64 and relation.normalize != "row":
         if native.is_built(device):
             return "native"
         from . import triton  # here, since it takes time to import

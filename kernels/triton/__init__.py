@@ -28,7 +28,6 @@ from .scales import PlannedScales, plan_scales, split_scales
 from .tiles import Partials, plan_tiles, relation_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-UNSUPPORTED = ("rectify", "detach_norms")
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
