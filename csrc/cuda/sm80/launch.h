@@ -1,4 +1,4 @@
-// Launches the kernels of one precision. Each of the files kernels_*.cu instantiates one precision, rectified or not,
+// Launches the kernels of one precision. Each of the files sm80_*.cu instantiates one precision, rectified or not,
 // so that they compile in parallel, and only they need nvcc.
 #pragma once
 
