@@ -91,7 +91,7 @@ BACKENDS = {
                 "0.f",
             ),
             Fault(
-                "constant norms: projected", CUDA_CLOSED_GRADIENT, "if (project && p.detach_norms) {", "if (false) {"
+                "constant norms: projected", CUDA_CLOSED_GRADIENT, "if (DETACH_NORMS && project) {", "if (false) {"
             ),
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
