@@ -55,7 +55,7 @@ BACKENDS = {
                 "mirrored_grad * beta_s : grad",
                 "mirrored_grad * alpha_s : grad",
             ),
-            Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && d <= 0"),
+            Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && relation <= d"),
         ],
     ),
     "cuda_closed": Backend(
