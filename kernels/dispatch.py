@@ -13,6 +13,9 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
 
+    sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
+                                        optional: the sums over sampled columns; add the backend to SAMPLING_BACKENDS
+
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
 """
@@ -87,6 +90,7 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 
 # On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on.
 CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
+SAMPLING_BACKENDS = {"cpu": ("native", "blocked")}  # on other devices "blocked"; auto takes the first that is built
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -162,8 +166,33 @@ def resolve_backend(
     return cached_auto_backend(device, relation, dtype, pixels, channels, batch, precision, need_grad)
 
 
+def sampling_backend(backend: str, device: torch.device) -> str:
+    """Return the backend that estimates the loss from sampled columns: the named one, or the choice of ``auto``.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run on this device.
+        ValueError: the named backend does not support sampled columns.
+    """
+    names = SAMPLING_BACKENDS.get(device.type, ("blocked",))
+    if backend == "auto":
+        return next(name for name in names if not hasattr(module := backend_module(name), "is_built") or module.is_built(device))
+    if backend not in names:
+        raise ValueError(
+            f"columns, the number of sampled columns, works on {device.type} with backend='auto' or "
+            f"{' or '.join(map(repr, names))}, received {backend!r}: change backend, or leave out columns"
+        )
+    if (reason := unavailable_reason(backend, device)) is not None:
+        raise BackendUnavailable(f"backend={backend!r} cannot run on {device}: {reason}")
+    return backend
+
+
 def compute_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    backend: str,
+    need_grad: bool,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
 
@@ -171,11 +200,18 @@ def compute_loss(
         student: raw features (B, N, C_s), any strides.
         teacher: raw features (B, N, C_t), same device and dtype.
         backend: "auto", or a name from BACKENDS other than "reference".
+        columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
 
     Raises:
-        BackendUnavailable, ValueError: as ``resolve_backend``.
+        BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``sampling_backend``.
     """
     batch, pixels, channels = student.shape
+    if columns is not None:
+        tiles = functools.partial(
+            backend_module(sampling_backend(backend, student.device)).sampled_tiles, columns=columns
+        )
+        dtype, pairs = formulas.accumulator(student.dtype), 2 * pixels * columns.shape[2]
+        return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
     sizes = pixels, (channels, teacher.shape[2]), batch
     module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))
     if hasattr(module, "loss_and_gradient"):

@@ -90,7 +90,7 @@ def ring_loss_and_gradient(
         own = Pixels(student, teacher, scales.student, scales.teacher)
         tiles = ring_tiles(own, scales, relation, need_grad, counts, group)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels**2) if need_grad else None
 
 
 def pixels_of_ranks(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None) -> list[int]:

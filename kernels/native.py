@@ -79,6 +79,27 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     return TileSums(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
 
 
+def sampled_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
+) -> TileSums:
+    """Return ``TileSums`` over the sampled pairs on the CPU, each as (i, j) and as (j, i).
+
+    ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
+    """
+    pixels = [x for x in (student, teacher, scales.student, scales.teacher) if x is not None]
+    return _indexed_tiles(pixels, pixels, columns, relation, need_grad, mirrored=True)
+
+
+def _indexed_tiles(
+    rows: list[Tensor], columns: list[Tensor], index: Tensor, relation: Relation, need_grad: bool, mirrored: bool
+) -> TileSums:
+    extension()
+    loss, U, h = torch.ops.srpkd.indexed_tiles(
+        rows, columns, index, relation.normalize, relation.distance, relation.delta, need_grad, mirrored, TILE
+    )
+    return TileSums(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
+
+
 def extension() -> ModuleType:
     """Return the module of the extension. Build it first if it is not built yet.
 
