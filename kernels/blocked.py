@@ -91,9 +91,7 @@ def sampled_tiles(
             U[i] += terms.K @ q_j
             U[j] += terms.K.mT @ q_i
     shape = batch, pixels, -1
-    return TileSums(
-        loss.to(dtype), None if U is None else U.view(shape), None if h is None else h.view(batch, pixels)
-    )
+    return TileSums(loss.to(dtype), None if U is None else U.view(shape), None if h is None else h.view(batch, pixels))
 
 
 def disjoint_sets(sets: int, disjoint: int, size: int) -> Iterator[slice]:

@@ -14,7 +14,7 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         computes the formulas around the tiles
 
     sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
-                                        optional: the sums over sampled columns; add the backend to SAMPLING_BACKENDS
+                                        optional: the sums over sampled columns; see ``sampling_backends``
 
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
@@ -90,7 +90,6 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 
 # On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on.
 CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
-SAMPLING_BACKENDS = {"cpu": ("native", "blocked")}  # on other devices "blocked"; auto takes the first that is built
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -166,6 +165,20 @@ def resolve_backend(
     return cached_auto_backend(device, relation, dtype, pixels, channels, batch, precision, need_grad)
 
 
+def sampling_backends(device: torch.device) -> tuple[str, ...]:
+    """Return the backends that estimate the loss from sampled columns; ``auto`` takes the first that is built."""
+    return ("native", "blocked") if device.type == "cpu" else ("blocked",)
+
+
+def check_samples_columns(backend: str, device: torch.device) -> None:
+    """Raise a ValueError if the named backend does not estimate the loss from sampled columns."""
+    if backend != "auto" and backend not in (names := sampling_backends(device)):
+        raise ValueError(
+            f"columns, the number of sampled columns, works on {device.type} with backend='auto' or "
+            f"{' or '.join(map(repr, names))}, received {backend!r}: change backend, or leave out columns"
+        )
+
+
 def sampling_backend(backend: str, device: torch.device) -> str:
     """Return the backend that estimates the loss from sampled columns: the named one, or the choice of ``auto``.
 
@@ -173,14 +186,10 @@ def sampling_backend(backend: str, device: torch.device) -> str:
         BackendUnavailable: the named backend cannot run on this device.
         ValueError: the named backend does not support sampled columns.
     """
-    names = SAMPLING_BACKENDS.get(device.type, ("blocked",))
     if backend == "auto":
-        return next(name for name in names if not hasattr(module := backend_module(name), "is_built") or module.is_built(device))
-    if backend not in names:
-        raise ValueError(
-            f"columns, the number of sampled columns, works on {device.type} with backend='auto' or "
-            f"{' or '.join(map(repr, names))}, received {backend!r}: change backend, or leave out columns"
-        )
+        names = sampling_backends(device)
+        return next(name for name in names if name == "blocked" or backend_module(name).is_built(device))
+    check_samples_columns(backend, device)
     if (reason := unavailable_reason(backend, device)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run on {device}: {reason}")
     return backend

@@ -205,7 +205,8 @@ def gradient_of(
 
     Overwrites ``tiles.U``, and returns it where dtype and strides fit.
 
-    With the number of pairs n, which is N^2 by default, n dL/dQ is U plus the terms from the scales' dependence on Q; with w_i = h_i alpha_i^2:
+    With the number of pairs n, by default N^2, n dL/dQ is U plus the terms from the scales' dependence on Q; with
+    w_i = h_i alpha_i^2:
 
         none      U_i
         cosine    U_i - w_i q_i

@@ -1,9 +1,9 @@
 """Sampled columns: which pairs of pixels an estimate of the loss relates.
 
-The pixels of an image form sets of up to ROWS rows: set s of S has the rows s, s + S, s + 2 S and so on, spread over the
-image. Each set draws m columns, and its rows are related to them and they to its rows. Every pair is drawn with the same
-probability, independently of the features, so loss and gradient are unbiased. They vary less than with one draw for all
-rows: the errors of the sets average out, and the sets that share a permutation have disjoint columns.
+The pixels of an image form sets of up to ROWS rows: set s of S has the rows s, s + S, s + 2 S and so on, spread over
+the image. Each set draws m columns, and its rows are related to them and they to its rows. Every pair is drawn with the
+same probability, independently of the features, so loss and gradient are unbiased. They vary less than with one draw
+for all rows: the errors of the sets average out, and the sets that share a permutation have disjoint columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 from .formulas import Relation
 
 # More rows reuse the gathered columns more often, fewer rows average more draws.
-ROWS = 256
+ROWS = 128
+# From this ratio of m (3 C_s + C_t) to (C_s + C_t)^2 on, the exact l2 loss of closed_form takes no longer on a CPU.
+CLOSED_FORM_OPERATIONS = 5
 
 
 def draw_columns(
@@ -51,6 +53,7 @@ def exact_backend(
     """
     if 2 * columns >= pixels:  # the exact loss computes each Gram matrix up to the diagonal only
         return backend
-    operations, exact_operations = columns * (3 * channels[0] + channels[1]), 2 * sum(channels) ** 2
-    closed_form = backend == "auto" and relation.distance == "l2" and device.type != "mps"
-    return "closed_form" if closed_form and operations >= exact_operations else None
+    if backend != "auto" or relation.distance != "l2" or device.type == "mps":
+        return None
+    operations = columns * (3 * channels[0] + channels[1])
+    return "closed_form" if operations >= CLOSED_FORM_OPERATIONS * sum(channels) ** 2 else None

@@ -196,7 +196,7 @@ def _relation_loss(
     if columns is not None:
         if is_global:
             raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
-        dispatch.sampling_backend(backend, student.device)  # raises
+        dispatch.check_samples_columns(backend, student.device)
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
         backend, columns = (backend, columns) if exact is None else (exact, None)

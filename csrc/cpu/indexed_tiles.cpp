@@ -31,18 +31,17 @@ using at::Tensor;
 template <typename T>
 struct Side {
   std::vector<int64_t> pixels;
-  Tensor student, teacher;          // (size, C_s), (size, C_t)
-  Tensor product;                   // (size, C_s): the tile's part of U
-  std::vector<T> alpha_s, alpha_t;  // (size,), padded with zeros
-  std::vector<T> h;                 // (size,): the tile's part of h
+  Tensor student, teacher;  // (size, C_s), (size, C_t)
+  Tensor alpha_s, alpha_t;  // (size,), padded with zeros
+  Tensor product, h;        // (size, C_s), (size,): the tile's parts of U and h
 
   Side(int64_t size, int64_t channels_s, int64_t channels_t, const at::TensorOptions& options)
       : student(at::empty({size, channels_s}, options)),
         teacher(at::empty({size, channels_t}, options)),
+        alpha_s(at::empty({size}, options)),
+        alpha_t(at::empty({size}, options)),
         product(at::empty({size, channels_s}, options)),
-        alpha_s(size),
-        alpha_t(size),
-        h(size) {}
+        h(at::empty({size}, options)) {}
 
   int64_t size() const { return static_cast<int64_t>(pixels.size()); }
 
@@ -67,7 +66,8 @@ struct Side {
     }
     if (!sums.defined()) return;
     T* const data = sums.mutable_data_ptr<T>() + image * count;
-    for (int64_t k = 0; k < size(); ++k) data[pixels[k]] += h[k];
+    const T* const terms = h.const_data_ptr<T>();
+    for (int64_t k = 0; k < size(); ++k) data[pixels[k]] += terms[k];
   }
 
  private:
@@ -78,10 +78,11 @@ struct Side {
     for (const int64_t pixel : pixels) place = std::copy_n(rows + pixel * channels, channels, place);
   }
 
-  void copy_scales(const Tensor& alpha, int64_t image, std::vector<T>& copy) const {
+  void copy_scales(const Tensor& alpha, int64_t image, const Tensor& copy) const {
     const T* const scales = alpha.const_data_ptr<T>() + image * alpha.size(1);
-    for (int64_t k = 0; k < size(); ++k) copy[k] = scales[pixels[k]];
-    std::fill(copy.begin() + size(), copy.end(), T(0));
+    T* const place = copy.mutable_data_ptr<T>();
+    for (int64_t k = 0; k < size(); ++k) place[k] = scales[pixels[k]];
+    std::fill(place + size(), place + copy.numel(), T(0));
   }
 };
 
@@ -156,10 +157,12 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     const Tensor K = gram<T>(space.gram_s, s_i, s_j, stride);
     gram<T>(space.gram_t, first_rows(i.teacher, i.size()), first_rows(j.teacher, j.size()), stride);
     if (mirrored && relation.normalize == Normalize::cosine) clear_ties(space, set, stride);
-    T* const gram_s = space.gram_s.template mutable_data_ptr<T>();  // overwritten with K
+    const auto read = [](const Tensor& x) { return x.const_data_ptr<T>(); };
+    const auto write = [](const Tensor& x) { return x.mutable_data_ptr<T>(); };
+    T* const gram_s = write(space.gram_s);  // overwritten with K
     const double part = kernels.epilogue(
-        {i.size(), stride, gram_s, space.gram_t.template const_data_ptr<T>(), gram_s, i.alpha_s.data(),
-         i.alpha_t.data(), j.alpha_s.data(), j.alpha_t.data(), i.h.data(), j.h.data(), T(relation.delta),
+        {i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s), read(i.alpha_t), read(j.alpha_s),
+         read(j.alpha_t), write(i.h), write(j.h), T(relation.delta),
          stride},  // no element of the tile is on the diagonal
         {relation.normalize, relation.distance, need_grad, mirrored});
     if (need_grad) {
