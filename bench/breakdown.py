@@ -50,7 +50,11 @@ def run(options: argparse.Namespace) -> None:
     for case in cases.selected(options):
         print(case.describe())
         for name in options.providers:
-            print("\n".join(f"  {line}" for line in lines(name, case, device)), flush=True)
+            try:
+                found = lines(name, case, device)
+            except Exception as error:  # everything that a kernel can raise; the others are still measured
+                found = [f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            print("\n".join(f"  {line}" for line in found), flush=True)
 
 
 def lines(name: str, case: Case, device: str) -> list[str]:
