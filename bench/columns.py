@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from srpkd import relation_loss
 from srpkd.kernels import NORMALIZATIONS
+from srpkd.kernels.formulas import Normalize
 from srpkd.reporting.table import format_table
 
 from . import cases, machine, results
@@ -86,7 +87,7 @@ def smooth_maps(channels: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def measure(
-    size: int, channels: list[int], normalize: str, columns: list[int], draws: int, repeats: int, device: str
+    size: int, channels: list[int], normalize: Normalize, columns: list[int], draws: int, repeats: int, device: str
 ) -> list[dict[str, Any]]:
     """Return a row for each number of columns."""
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .formulas import Relation, Scales, TileSums, accumulator, distance_value
+from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
 from .strips import STRIP_ELEMENTS, Alphas, gradient_terms, relate, strip_rows
 
 
@@ -92,6 +92,32 @@ def sampled_tiles(
             U[j] += terms.K.mT @ q_i
     shape = batch, pixels, -1
     return TileSums(loss.to(dtype), None if U is None else U.view(shape), None if h is None else h.view(batch, pixels))
+
+
+def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
+    """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank.
+
+    The loss is in float64 on a CPU, since it is one of several.
+    """
+    dtype, device = accumulator(rows.student.dtype), rows.student.device
+    student, teacher = columns.student.to(dtype), columns.teacher.to(dtype)
+    row_alphas, column_alphas = Alphas(rows.alpha_s, rows.alpha_t), Alphas(columns.alpha_s, columns.alpha_t)
+    loss = student.new_zeros(1, dtype=torch.float64 if device.type == "cpu" else dtype)
+    U, h = [], []
+    size = strip_rows(1, max(rows.student.shape[1], student.shape[1]), device)
+    for start in range(0, rows.student.shape[1], size):
+        block = slice(start, start + size)
+        gram_s = rows.student[:, block].to(dtype) @ student.mT
+        gram_t = rows.teacher[:, block].to(dtype) @ teacher.mT
+        strip = relate(gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=None)
+        loss += distance_value(strip.difference, relation).sum((1, 2))
+        if not need_grad:
+            continue
+        terms = gradient_terms(strip, row_alphas.at(block).student, column_alphas.student, relation)
+        U.append(terms.K @ student)
+        if terms.h is not None:
+            h.append(terms.h.sum(2))
+    return TileSums(loss, torch.cat(U, 1) if U else None, torch.cat(h, 1) if h else None)
 
 
 def disjoint_sets(sets: int, disjoint: int, size: int) -> Iterator[slice]:

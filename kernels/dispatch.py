@@ -14,7 +14,9 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         computes the formulas around the tiles
 
     sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
-                                        optional: the sums over sampled columns; see ``sampling_backends``
+    remote_tiles(rows, columns, relation, need_grad) -> TileSums
+                                        optional: the sums over sampled columns, and over those of another rank, for
+                                        ``partial_backends``
 
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
@@ -165,31 +167,32 @@ def resolve_backend(
     return cached_auto_backend(device, relation, dtype, pixels, channels, batch, precision, need_grad)
 
 
-def sampling_backends(device: torch.device) -> tuple[str, ...]:
-    """Return the backends that estimate the loss from sampled columns; ``auto`` takes the first that is built."""
+def partial_backends(device: torch.device) -> tuple[str, ...]:
+    """Return the backends that compute parts of the relation matrices: sampled columns, and those of another rank.
+
+    ``auto`` takes the first that is built.
+    """
     return ("native", "blocked") if device.type == "cpu" else ("blocked",)
 
 
 def check_samples_columns(backend: str, device: torch.device) -> None:
     """Raise a ValueError if the named backend does not estimate the loss from sampled columns."""
-    if backend != "auto" and backend not in (names := sampling_backends(device)):
+    if backend != "auto" and backend not in (names := partial_backends(device)):
         raise ValueError(
             f"columns, the number of sampled columns, works on {device.type} with backend='auto' or "
             f"{' or '.join(map(repr, names))}, received {backend!r}: change backend, or leave out columns"
         )
 
 
-def sampling_backend(backend: str, device: torch.device) -> str:
-    """Return the backend that estimates the loss from sampled columns: the named one, or the choice of ``auto``.
+def partial_backend(backend: str, device: torch.device) -> str:
+    """Return the one of ``partial_backends`` that computes: the named one, or the choice of ``auto``.
 
     Raises:
         BackendUnavailable: the named backend cannot run on this device.
-        ValueError: the named backend does not support sampled columns.
     """
     if backend == "auto":
-        names = sampling_backends(device)
+        names = partial_backends(device)
         return next(name for name in names if name == "blocked" or backend_module(name).is_built(device))
-    check_samples_columns(backend, device)
     if (reason := unavailable_reason(backend, device)) is not None:
         raise BackendUnavailable(f"backend={backend!r} cannot run on {device}: {reason}")
     return backend
@@ -212,12 +215,12 @@ def compute_loss(
         columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
 
     Raises:
-        BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``sampling_backend``.
+        BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``partial_backend``.
     """
     batch, pixels, channels = student.shape
     if columns is not None:
         tiles = functools.partial(
-            backend_module(sampling_backend(backend, student.device)).sampled_tiles, columns=columns
+            backend_module(partial_backend(backend, student.device)).sampled_tiles, columns=columns
         )
         dtype, pairs = formulas.accumulator(student.dtype), 2 * pixels * columns.shape[2]
         return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)

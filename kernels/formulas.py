@@ -61,6 +61,15 @@ class Scales(NamedTuple):
     moment: Tensor | None
 
 
+class Pixels(NamedTuple):
+    """Some pixels: features (B, n, C_s), (B, n, C_t), and alpha (B, n) of both relation matrices, None for "none"."""
+
+    student: Tensor
+    teacher: Tensor
+    alpha_s: Tensor | None
+    alpha_t: Tensor | None
+
+
 class TileSums(NamedTuple):
     """The result of the primitive ``relation_tiles``.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import build, cuda_device
-from .formulas import Relation, Scales, TileSums
+from .formulas import Pixels, Relation, Scales, TileSums
 
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
 # are bit-identical for the same size.
@@ -88,6 +88,13 @@ def sampled_tiles(
     """
     pixels = [x for x in (student, teacher, scales.student, scales.teacher) if x is not None]
     return _indexed_tiles(pixels, pixels, columns, relation, need_grad, mirrored=True)
+
+
+def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
+    """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank, on the CPU."""
+    every_column = torch.arange(columns.student.shape[1]).view(1, 1, -1)
+    of_rows, of_columns = ([x for x in pixels if x is not None] for pixels in (rows, columns))
+    return _indexed_tiles(of_rows, of_columns, every_column, relation, need_grad, mirrored=False)
 
 
 def _indexed_tiles(

@@ -225,9 +225,9 @@ def _relation_loss(
         dispatch.check_choice(
             f"with scope='global', several ranks and distance={relation.distance!r}, backend",
             backend,
-            distributed.BACKENDS[relation.distance],
+            distributed.backend_choices(relation, student.device),
         )
-        loss = distributed.relation_loss(student, teacher, relation, group)
+        loss = distributed.relation_loss(student, teacher, relation, group, backend)
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
     else:

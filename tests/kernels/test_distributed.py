@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed, unavailable_reason
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, distributed, native, unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last batch of an epoch
 
 
@@ -121,15 +122,19 @@ def check_relations(rank: int, ranks: int) -> None:
         for distance in DISTANCES:
             options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]}
             expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-            for layout in (torch.contiguous_format, torch.channels_last):
-                mine = (x[own].contiguous(memory_format=layout) for x in (student, teacher))
-                loss, gradient = loss_and_gradient(*mine, scope="global", **options)
-                assert error(loss, expected_loss) < 1e-12, options
-                assert error(gradient / ranks, expected[own]) < 1e-12, options
-            narrow = [x[own].bfloat16() for x in (student, teacher)]
-            loss = relation_loss(*narrow, scope="global", **options)
-            assert loss.dtype == torch.float32
-            assert error(loss, expected_loss) < 0.05
+            for backend in backends(distance):
+                options["backend"] = backend
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    mine = [x[own].contiguous(memory_format=layout) for x in (student, teacher)]
+                    loss, gradient = loss_and_gradient(*mine, scope="global", **options)
+                    assert error(loss, expected_loss) < 1e-12, options
+                    assert error(gradient / ranks, expected[own]) < 1e-12, options
+                    again = loss_and_gradient(*mine, scope="global", **options)
+                    assert torch.equal(again[0], loss) and torch.equal(again[1], gradient), options
+                narrow = [x[own].bfloat16() for x in (student, teacher)]
+                loss = relation_loss(*narrow, scope="global", **options)
+                assert loss.dtype == torch.float32
+                assert error(loss, expected_loss) < 0.05
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
@@ -138,16 +143,24 @@ def check_relations(rank: int, ranks: int) -> None:
         assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
 
 
+def backends(distance: str) -> list[str]:
+    """The backends that can be named for several ranks, "auto" among them."""
+    choices = distributed.backend_choices(Relation(distance=distance), CPU)
+    return [name for name in choices if name == "auto" or unavailable_reason(name, CPU) is None]
+
+
 def check_strips(rank: int, ranks: int) -> None:
-    distributed.strip_rows = lambda *_: 7
+    blocked.strip_rows = lambda *_: 7
+    native.TILE = 16
     student, teacher = images(ranks)
     own = slice(rank, rank + 1)
     for normalize in NORMALIZATIONS:
         options = {"normalize": normalize, "distance": "huber", "delta": DELTA[normalize]}
         expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-        loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", **options)
-        assert error(loss, expected_loss) < 1e-12, options
-        assert error(gradient / ranks, expected[own]) < 1e-12, options
+        for backend in backends("huber"):
+            loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", backend=backend, **options)
+            assert error(loss, expected_loss) < 1e-12, options
+            assert error(gradient / ranks, expected[own]) < 1e-12, options
 
 
 def check_ddp(rank: int, ranks: int) -> None:
@@ -170,12 +183,12 @@ def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
-    for distance, wrong, right in (("l1", "reference", "blocked"), ("l1", "closed_form", "blocked"),
-                                   ("l2", "blocked", "closed_form")):  # fmt: skip
-        with pytest.raises(
-            ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', '{right}'"
-        ):
+    for distance, wrong, right in (("l1", "reference", "'native', 'blocked'"), ("l1", "closed_form", "'native', 'blocked'"),
+                                   ("l2", "blocked", "'closed_form'")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', {right}"):
             relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
+    with pytest.raises(ValueError, match="columns=4 with scope='global' works in one process only"):
+        relation_loss(student, teacher, distance="l1", scope="global", columns=4)
 
 
 def main() -> None:

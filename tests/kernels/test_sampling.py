@@ -17,7 +17,7 @@ from srpkd.kernels.op import relation_loss_op
 from srpkd.kernels.reference import relation_matrix
 
 CPU = torch.device("cpu")
-BACKENDS = [name for name in dispatch.sampling_backends(CPU) if unavailable_reason(name, CPU) is None]
+BACKENDS = [name for name in dispatch.partial_backends(CPU) if unavailable_reason(name, CPU) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 RELATIONS = [Relation(normalize, distance, DELTA[normalize]) for normalize in NORMALIZATIONS for distance in DISTANCES]
 every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
