@@ -103,6 +103,12 @@ def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bytes_that_are_exchanged(tmp_path: Path) -> None:
+    """Those of docs/several-gpus.md."""
+    spawn("traffic", 3, tmp_path)
+
+
+@pytest.mark.slow
 def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
@@ -163,6 +169,39 @@ def check_strips(rank: int, ranks: int) -> None:
             assert error(gradient / ranks, expected[own]) < 1e-12, options
 
 
+def check_traffic(rank: int, ranks: int) -> None:
+    """Count the elements of reduced matrices, and the bytes that are sent around the ring."""
+    reduced, sent = [], []
+    all_reduce, batch_isend_irecv = distributed.dist.all_reduce, distributed.dist.batch_isend_irecv
+
+    def counting_all_reduce(tensor: Tensor, **options) -> None:
+        if tensor.ndim == 3 and min(tensor.shape[1:]) > 1:
+            reduced.append(tensor)
+        all_reduce(tensor, **options)
+
+    def counting_transfers(transfers: list) -> list:
+        sent.extend(transfer.tensor for transfer in transfers if transfer.op is distributed.dist.isend)
+        return batch_isend_irecv(transfers)
+
+    distributed.dist.all_reduce, distributed.dist.batch_isend_irecv = counting_all_reduce, counting_transfers
+    C_s, C_t, pixels = 5, 7, 24
+    elements = {
+        ("l2", "cosine"): C_s**2 + C_s * C_t + C_t**2,
+        ("l2", "none"): C_s**2 + C_s * C_t + C_t**2,
+        ("l2", "row"): 3 * C_s**2 + 2 * C_s * C_t + C_t**2,
+        ("l1", "row"): 2 * C_s**2 + C_t**2,
+    }
+    for distance in ("l1", "l2"):
+        for normalize in NORMALIZATIONS:
+            reduced.clear(), sent.clear()
+            student, teacher = (x.bfloat16() for x in images(1))
+            loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global")
+            assert sum(x.numel() for x in reduced) == elements.get((distance, normalize), 0)
+            assert {x.dtype for x in reduced} <= {torch.float64 if distance == "l2" else torch.float32}
+            expected = pixels * (2 * (C_s + C_t) + (0 if normalize == "none" else 8)) * (ranks - 1)
+            assert sum(x.nbytes for x in sent) == (expected if distance == "l1" else 0)
+
+
 def check_ddp(rank: int, ranks: int) -> None:
     """DistributedDataParallel averages the ranks' gradients to the gradient of one process with the whole batch."""
     network = nn.Conv2d(7, 5, 1).double()
@@ -183,8 +222,12 @@ def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
-    for distance, wrong, right in (("l1", "reference", "'native', 'blocked'"), ("l1", "closed_form", "'native', 'blocked'"),
-                                   ("l2", "blocked", "'closed_form'")):  # fmt: skip
+    strips = "'native', 'blocked'"
+    for distance, wrong, right in (
+        ("l1", "reference", strips),
+        ("l1", "closed_form", strips),
+        ("l2", "blocked", "'closed_form'"),
+    ):
         with pytest.raises(ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', {right}"):
             relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
     with pytest.raises(ValueError, match="columns=4 with scope='global' works in one process only"):
@@ -197,7 +240,13 @@ def main() -> None:
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
-        cases = {"relations": check_relations, "strips": check_strips, "ddp": check_ddp, "misfit": check_misfit}
+        cases = {
+            "relations": check_relations,
+            "strips": check_strips,
+            "traffic": check_traffic,
+            "ddp": check_ddp,
+            "misfit": check_misfit,
+        }
         cases[case](rank, ranks)
     finally:
         torch.distributed.destroy_process_group()
