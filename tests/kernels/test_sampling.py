@@ -343,3 +343,47 @@ def test_compiled(fresh_compiler: None) -> None:
     assert error(found[1], found[0]) < 1e-6
     exact = torch.compile(SRPLoss(distance="l1", columns=18), fullgraph=True, backend="aot_eager")
     assert error(exact(student, teacher), relation_loss(student, teacher, distance="l1")) < 1e-6
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@every_relation
+def test_blocked_on_a_gpu(relation: Relation) -> None:
+    """The same columns give the same estimate as on the CPU, in two runs the same bits, and no synchronisation."""
+    student, teacher = features(relation, pixels=300)
+    index = sampling.draw_columns(2, 300, 40, CPU)
+    expected = dispatch.compute_loss(student, teacher, relation, "blocked", True, index)
+    inputs = [x.cuda() for x in (student, teacher)], index.cuda()
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        return dispatch.compute_loss(*inputs[0], relation, "auto", True, inputs[1])
+
+    first = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+        sampling.draw_columns(2, 300, 40, torch.device("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, again, other in zip(first, second, expected, strict=True):
+        assert torch.equal(one, again)
+        assert error(one, other) < 1e-12
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_draws_other_columns_in_each_replay() -> None:
+    student, teacher = (x.detach().cuda() for x in maps(size=16))
+    loss_fn = SRPLoss(distance="l1", columns=8)
+    exact = SRPLoss(distance="l1")(student, teacher)
+    loss_fn(student, teacher)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = loss_fn(student, teacher)
+    losses = []
+    for _ in range(20):
+        graph.replay()
+        losses.append(loss.clone())
+    assert torch.stack(losses).unique().numel() > 15
+    assert error(torch.stack(losses).mean(), exact) < 0.05
