@@ -57,21 +57,19 @@ cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view
   return {convert(0), convert(1), convert(2), convert(3)};
 }
 
-Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Tensor& index,
-                          std::string_view normalize, std::string_view distance, double delta, bool need_grad,
-                          bool mirrored, int64_t tile) {
+Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Tensor& index, std::string_view normalize,
+                          std::string_view distance, double delta, bool need_grad, bool mirrored, int64_t tile) {
   const Relation relation{parse_normalize(normalize), parse_distance(distance), delta, 0};
   const cpu::Pixels i = pixels_of("rows", rows, normalize);
   const cpu::Pixels j = mirrored ? i : pixels_of("columns", columns, normalize);
-  TORCH_CHECK_VALUE(index.dim() == 3 && index.scalar_type() == at::kLong && index.size(0) == i.student.size(0) &&
-                        index.numel() > 0,
-                    "expected an index (B, sets, m) of int64 with B = ", i.student.size(0), ", received ",
-                    index.sizes(), " of ", index.scalar_type());
+  TORCH_CHECK_VALUE(
+      index.dim() == 3 && index.scalar_type() == at::kLong && index.size(0) == i.student.size(0) && index.numel() > 0,
+      "expected an index (B, sets, m) of int64 with B = ", i.student.size(0), ", received ", index.sizes(), " of ",
+      index.scalar_type());
   TORCH_CHECK_VALUE(i.student.scalar_type() == j.student.scalar_type() && i.student.size(0) == j.student.size(0) &&
                         i.student.size(2) == j.student.size(2) && i.teacher.size(2) == j.teacher.size(2),
-                    "expected rows and columns that differ in their pixels only, received student ",
-                    rows[0].sizes(), " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ",
-                    j.teacher.sizes());
+                    "expected rows and columns that differ in their pixels only, received student ", rows[0].sizes(),
+                    " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ", j.teacher.sizes());
   auto [loss, U, h] = zero_outputs(i.student, normalize, need_grad);
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::indexed_tiles(i, j, index.contiguous(), relation, mirrored, tile, loss, if_nonempty(U), if_nonempty(h));

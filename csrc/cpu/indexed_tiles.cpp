@@ -106,9 +106,9 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
          int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const int64_t images = rows.student.size(0), pixels = rows.student.size(1), column_pixels = columns.student.size(1);
   const int64_t sets = index.size(1), listed = index.size(2), rows_of_set = ceil_div(pixels, sets);
-  const int64_t size = tile > 0 ? round_up(tile, LINE)
-                                : tile_size(images * sets, std::max(rows_of_set, listed), sizeof(T),
-                                            at::get_num_threads());
+  const int64_t size = tile > 0
+                           ? round_up(tile, LINE)
+                           : tile_size(images * sets, std::max(rows_of_set, listed), sizeof(T), at::get_num_threads());
   const int64_t row_blocks = ceil_div(rows_of_set, size), column_blocks = ceil_div(listed, size);
   const int64_t tiles = sets * row_blocks * column_blocks;  // of an image
   const bool need_grad = U.defined();
@@ -160,11 +160,10 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     const auto read = [](const Tensor& x) { return x.const_data_ptr<T>(); };
     const auto write = [](const Tensor& x) { return x.mutable_data_ptr<T>(); };
     T* const gram_s = write(space.gram_s);  // overwritten with K
-    const double part = kernels.epilogue(
-        {i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s), read(i.alpha_t), read(j.alpha_s),
-         read(j.alpha_t), write(i.h), write(j.h), T(relation.delta),
-         stride},  // no element of the tile is on the diagonal
-        {relation.normalize, relation.distance, need_grad, mirrored});
+    const double part = kernels.epilogue({i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s),
+                                          read(i.alpha_t), read(j.alpha_s), read(j.alpha_t), write(i.h), write(j.h),
+                                          T(relation.delta), stride},  // no element of the tile is on the diagonal
+                                         {relation.normalize, relation.distance, need_grad, mirrored});
     if (need_grad) {
       Tensor product_i = first_rows(i.product, i.size()), product_j = first_rows(j.product, j.size());
       at::cpu::mm_out(product_i, K, s_j);
