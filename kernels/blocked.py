@@ -23,7 +23,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     alphas = Alphas(scales.student, scales.teacher)
     loss = student.new_zeros(batch, dtype=torch.float64 if student.device.type == "cpu" else dtype)
     U = torch.zeros_like(student) if need_grad else None
-    h = student.new_zeros(batch, pixels) if need_grad and relation.normalize != "none" else None
+    h = student.new_zeros(batch, pixels) if need_grad and relation.differentiates_norms else None
 
     rows = strip_rows(batch, pixels, student.device)
     for start in range(0, pixels, rows):
@@ -63,7 +63,7 @@ def sampled_tiles(
     alphas = Alphas(*(None if alpha is None else alpha.flatten() for alpha in scales[:2]))
     loss = student.new_zeros(batch, dtype=torch.float64 if device.type == "cpu" else dtype)
     U = torch.zeros_like(student) if need_grad else None
-    h = student.new_zeros(batch * pixels) if need_grad and relation.normalize != "none" else None
+    h = student.new_zeros(batch * pixels) if need_grad and relation.differentiates_norms else None
 
     first = torch.arange(0, batch * pixels, pixels, device=device).view(-1, 1, 1)  # pixel of each image
     for start, rows, sets_with_rows in ((0, pixels // sets, sets), (pixels // sets * sets, 1, pixels % sets)):

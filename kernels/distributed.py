@@ -22,7 +22,11 @@ from .op import relation_loss_backward_op
 
 def backend_choices(relation: Relation, device: torch.device) -> tuple[str, ...]:
     """Return the backends that can be named."""
-    return ("auto", "closed_form") if relation.distance == "l2" else ("auto", *dispatch.partial_backends(device))
+    return ("auto", "closed_form") if _has_closed_form(relation) else ("auto", *dispatch.partial_backends(device))
+
+
+def _has_closed_form(relation: Relation) -> bool:
+    return relation.distance in closed_form.DISTANCES and not relation.rectify
 
 
 @torch.compiler.disable  # collectives whose sizes depend on the ranks cannot be traced
@@ -80,7 +84,7 @@ def ring_loss_and_gradient(
     counts = pixels_of_ranks(student, teacher, group)
     pixels, total = sum(counts), partial(sum_over_ranks, group=group)
     dtype = formulas.accumulator(student.dtype)
-    if relation.distance == "l2":
+    if _has_closed_form(relation):
         scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
         tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
     else:

@@ -53,7 +53,7 @@ def exact_backend(
     """
     if 2 * columns >= pixels:  # the exact loss computes each Gram matrix up to the diagonal only
         return backend
-    if backend != "auto" or relation.distance != "l2" or device.type == "mps":
+    if backend != "auto" or relation.distance != "l2" or relation.rectify or device.type == "mps":
         return None
     operations = columns * (3 * channels[0] + channels[1])
     return "closed_form" if operations >= CLOSED_FORM_OPERATIONS * sum(channels) ** 2 else None

@@ -160,10 +160,11 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     const auto read = [](const Tensor& x) { return x.const_data_ptr<T>(); };
     const auto write = [](const Tensor& x) { return x.mutable_data_ptr<T>(); };
     T* const gram_s = write(space.gram_s);  // overwritten with K
-    const double part = kernels.epilogue({i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s),
-                                          read(i.alpha_t), read(j.alpha_s), read(j.alpha_t), write(i.h), write(j.h),
-                                          T(relation.delta), stride},  // no element of the tile is on the diagonal
-                                         {relation.normalize, relation.distance, need_grad, mirrored});
+    const double part =
+        kernels.epilogue({i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s), read(i.alpha_t),
+                          read(j.alpha_s), read(j.alpha_t), write(i.h), write(j.h), T(relation.delta),
+                          stride},  // no element of the tile is on the diagonal
+                         {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
     if (need_grad) {
       Tensor product_i = first_rows(i.product, i.size()), product_j = first_rows(j.product, j.size());
       at::cpu::mm_out(product_i, K, s_j);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DELTA, ROOT, error
+from helpers import DELTA, FLAG_SETS, ROOT, error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,23 +125,23 @@ def check_relations(rank: int, ranks: int) -> None:
     first = sum(SHARES[:rank])
     own = slice(first, first + SHARES[rank])
     student, teacher = images(sum(SHARES[:ranks]))
-    for normalize in NORMALIZATIONS:
-        for distance in DISTANCES:
-            options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]}
-            expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-            for backend in backends(distance):
-                options["backend"] = backend
-                for layout in (torch.contiguous_format, torch.channels_last):
-                    mine = [x[own].contiguous(memory_format=layout) for x in (student, teacher)]
-                    loss, gradient = loss_and_gradient(*mine, scope="global", **options)
-                    assert error(loss, expected_loss) < 1e-12, options
-                    assert error(gradient / ranks, expected[own]) < 1e-12, options
-                    again = loss_and_gradient(*mine, scope="global", **options)
-                    assert torch.equal(again[0], loss) and torch.equal(again[1], gradient), options
-                narrow = [x[own].bfloat16() for x in (student, teacher)]
-                loss = relation_loss(*narrow, scope="global", **options)
-                assert loss.dtype == torch.float32
-                assert error(loss, expected_loss) < 0.05
+    every = itertools.product(NORMALIZATIONS, DISTANCES, [(), *FLAG_SETS])
+    for normalize, distance, flags in every:
+        options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]} | dict.fromkeys(flags, True)
+        expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+        for backend in backends(distance, *flags):
+            options["backend"] = backend
+            for layout in (torch.contiguous_format, torch.channels_last):
+                mine = [x[own].contiguous(memory_format=layout) for x in (student, teacher)]
+                loss, gradient = loss_and_gradient(*mine, scope="global", **options)
+                assert error(loss, expected_loss) < 1e-12, options
+                assert error(gradient / ranks, expected[own]) < 1e-12, options
+                again = loss_and_gradient(*mine, scope="global", **options)
+                assert torch.equal(again[0], loss) and torch.equal(again[1], gradient), options
+            narrow = [x[own].bfloat16() for x in (student, teacher)]
+            loss = relation_loss(*narrow, scope="global", **options)
+            assert loss.dtype == torch.float32
+            assert error(loss, expected_loss) < 0.05
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
@@ -149,9 +150,9 @@ def check_relations(rank: int, ranks: int) -> None:
         assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
 
 
-def backends(distance: str) -> list[str]:
+def backends(distance: str, *flags: str) -> list[str]:
     """The backends that can be named for several ranks, "auto" among them."""
-    choices = distributed.backend_choices(Relation(distance=distance), CPU)
+    choices = distributed.backend_choices(Relation(distance=distance, **dict.fromkeys(flags, True)), CPU)
     return [name for name in choices if name == "auto" or unavailable_reason(name, CPU) is None]
 
 
@@ -223,13 +224,17 @@ def check_misfit(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
     strips = "'native', 'blocked'"
-    for distance, wrong, right in (
-        ("l1", "reference", strips),
-        ("l1", "closed_form", strips),
-        ("l2", "blocked", "'closed_form'"),
+    for distance, rectify, wrong, right in (
+        ("l1", False, "reference", strips),
+        ("l1", False, "closed_form", strips),
+        ("l2", False, "blocked", "'closed_form'"),
+        ("l2", True, "closed_form", strips),
     ):
-        with pytest.raises(ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', {right}"):
-            relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
+        with pytest.raises(
+            ValueError,
+            match=f"distance='{distance}' and rectify={rectify}, backend='{wrong}' is not one of 'auto', {right}",
+        ):
+            relation_loss(student, teacher, distance=distance, rectify=rectify, scope="global", backend=wrong)
     with pytest.raises(ValueError, match="columns=4 with scope='global' works in one process only"):
         relation_loss(student, teacher, distance="l1", scope="global", columns=4)
 

@@ -20,8 +20,17 @@ CPU = torch.device("cpu")
 BACKENDS = [name for name in dispatch.partial_backends(CPU) if unavailable_reason(name, CPU) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 RELATIONS = [Relation(normalize, distance, DELTA[normalize]) for normalize in NORMALIZATIONS for distance in DISTANCES]
-every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 every_normalization = pytest.mark.parametrize("relation", RELATIONS[::3], ids=lambda r: r.normalize)
+FLAGGED = [
+    Relation(normalize, "l1", rectify=rectify, detach_norms=True)
+    for normalize in NORMALIZATIONS
+    for rectify in (False, True)
+]
+every_relation = pytest.mark.parametrize(
+    "relation",
+    RELATIONS + FLAGGED,
+    ids=lambda r: f"{r.normalize}-{r.distance}{'-rectify' * r.rectify}{'-detach_norms' * r.detach_norms}",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +148,7 @@ def test_wrong_arguments_of_the_operator(change: dict, kind: type[Exception], me
     pixels = [torch.ones(1, 4, 3), torch.ones(1, 4, 5)]
     arguments = {"rows": pixels, "columns": pixels, "index": torch.zeros(1, 1, 1).long()} | change
     with pytest.raises(kind, match=message):
-        torch.ops.srpkd.indexed_tiles(*arguments.values(), "none", "l1", 1.0, True, False)
+        torch.ops.srpkd.indexed_tiles(*arguments.values(), "none", "l1", 1.0, False, True, False)
 
 
 # --- the draw -------------------------------------------------------------------------------------------------------
@@ -318,7 +327,19 @@ def test_opcheck(backend: str) -> None:
     student, teacher = torch.randn(2, 20, 3), torch.randn(2, 20, 4)
     index = sampling.draw_columns(2, 20, 5, CPU)
     for need_grad in (True, False):
-        inputs = student.clone().requires_grad_(need_grad), teacher, "row", "l1", 1.0, 1e-12, backend, need_grad, index
+        inputs = (
+            student.clone().requires_grad_(need_grad),
+            teacher,
+            "row",
+            "l1",
+            1.0,
+            1e-12,
+            True,
+            False,
+            backend,
+            need_grad,
+            index,
+        )
         torch.library.opcheck(relation_loss_op, inputs)
 
 
