@@ -55,7 +55,7 @@ BACKENDS = {
                 "mirrored_grad * beta_s : grad",
                 "mirrored_grad * alpha_s : grad",
             ),
-            Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && d <= 0"),
+            Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && relation <= d"),
         ],
     ),
     "cuda_closed": Backend(
@@ -90,9 +90,7 @@ BACKENDS = {
                 "alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f",
                 "0.f",
             ),
-            Fault(
-                "constant norms: projected", CUDA_CLOSED_GRADIENT, "if (project && p.detach_norms) {", "if (false) {"
-            ),
+            Fault("constant norms: projected", CUDA_CLOSED_GRADIENT, "if (DETACH_NORMS && project) {", "if (false) {"),
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
                 "the lanes of a row are not added",

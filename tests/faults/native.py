@@ -56,7 +56,7 @@ BACKENDS = {
                 "if (norms && relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);",
                 "",
             ),
-            Fault("rectify: K is masked by D", EPILOGUE, "zero = a <= Vector{};", "zero = a <= d;"),
+            Fault("rectify: K is masked by the teacher", EPILOGUE, "zero = a <= Vector{};", "zero = a <= d;"),
             Fault(
                 "detach_norms: correction kept",
                 CPU_MATRICES,
