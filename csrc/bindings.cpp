@@ -14,6 +14,7 @@
 
 #include "common/arguments.h"
 #include "common/index.h"
+#include "cpu/indexed_tiles.h"
 #include "cpu/loss.h"
 #include "cpu/relation_tiles.h"
 
@@ -41,6 +42,38 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::relation_tiles(student, teacher, alpha_s.value_or(Tensor()), alpha_t.value_or(Tensor()), relation, tile, loss,
                       if_nonempty(U), if_nonempty(h));
+  return {loss, U, h};
+}
+
+// Converts [student, teacher], followed by alpha of both unless normalize is none, for indexed_tiles().
+cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view normalize) {
+  const size_t expected = normalize == "none" ? 2 : 4;
+  TORCH_CHECK_VALUE(tensors.size() == expected, "expected ", expected, " tensors of the ", name, " with normalize=\"",
+                    normalize, "\", received ", tensors.size());
+  const auto optional = [&](size_t i) { return expected == 4 ? std::optional(tensors[i]) : std::nullopt; };
+  check_tensors(tensors[0], tensors[1], optional(2), optional(3), normalize);
+  const auto sums = tensors[0].options().dtype(accumulator(tensors[0].scalar_type()));
+  const auto convert = [&](size_t i) { return i < expected ? tensors[i].to(sums).contiguous() : Tensor(); };
+  return {convert(0), convert(1), convert(2), convert(3)};
+}
+
+Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Tensor& index, std::string_view normalize,
+                          std::string_view distance, double delta, bool rectify, bool need_grad, bool mirrored,
+                          int64_t tile) {
+  const Relation relation = parse_relation(normalize, distance, delta, 0, rectify, false);
+  const cpu::Pixels i = pixels_of("rows", rows, normalize);
+  const cpu::Pixels j = mirrored ? i : pixels_of("columns", columns, normalize);
+  TORCH_CHECK_VALUE(
+      index.dim() == 3 && index.scalar_type() == at::kLong && index.size(0) == i.student.size(0) && index.numel() > 0,
+      "expected an index (B, sets, m) of int64 with B = ", i.student.size(0), ", received ", index.sizes(), " of ",
+      index.scalar_type());
+  TORCH_CHECK_VALUE(i.student.scalar_type() == j.student.scalar_type() && i.student.size(0) == j.student.size(0) &&
+                        i.student.size(2) == j.student.size(2) && i.teacher.size(2) == j.teacher.size(2),
+                    "expected rows and columns that differ in their pixels only, received student ", rows[0].sizes(),
+                    " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ", j.teacher.sizes());
+  auto [loss, U, h] = zero_outputs(i.student, normalize, need_grad);
+  const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
+  cpu::indexed_tiles(i, j, index.contiguous(), relation, mirrored, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};
 }
 
@@ -80,6 +113,9 @@ TORCH_LIBRARY_FRAGMENT(srpkd, m) {
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "
       "str distance, float delta, bool rectify, bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
   m.def(
+      "indexed_tiles(Tensor[] rows, Tensor[] columns, Tensor index, str normalize, str distance, float delta, "
+      "bool rectify, bool need_grad, bool mirrored, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
+  m.def(
       "relation_loss(Tensor student, Tensor teacher, str normalize, str distance, float delta, float eps, "
       "bool rectify, bool detach_norms, str reduction, str layout, str scope, str method) -> Tensor");
   m.def(
@@ -89,6 +125,7 @@ TORCH_LIBRARY_FRAGMENT(srpkd, m) {
 }
 TORCH_LIBRARY_IMPL(srpkd, CPU, m) {
   m.impl("relation_tiles", relation_tiles_cpu);
+  m.impl("indexed_tiles", indexed_tiles_cpu);
   m.impl("relation_loss_forward", relation_loss_forward_cpu);
 }
 TORCH_LIBRARY_IMPL(srpkd, Meta, m) {

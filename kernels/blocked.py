@@ -6,11 +6,13 @@ stands for the mirrored part below the diagonal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .formulas import Relation, Scales, TileSums, accumulator, distance_value
-from .strips import Alphas, gradient_terms, relate, strip_rows
+from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
+from .strips import STRIP_ELEMENTS, Alphas, gradient_terms, relate, strip_rows
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
@@ -45,6 +47,85 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         U[:, block] += terms.K @ student[:, columns]
         U[:, rest] += terms.K[..., own:].mT @ student[:, block]
     return TileSums(loss.to(dtype), U, h)
+
+
+def sampled_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
+) -> TileSums:
+    """Return ``TileSums`` over the sampled pairs, each as (i, j) and as (j, i).
+
+    ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
+    """
+    batch, pixels, _ = student.shape
+    sets, per_set = columns.shape[1:]
+    dtype, device = accumulator(student.dtype), student.device
+    student, teacher = student.to(dtype).flatten(0, 1), teacher.to(dtype).flatten(0, 1)  # (B N, C)
+    alphas = Alphas(*(None if alpha is None else alpha.flatten() for alpha in scales[:2]))
+    loss = student.new_zeros(batch, dtype=torch.float64 if device.type == "cpu" else dtype)
+    U = torch.zeros_like(student) if need_grad else None
+    h = student.new_zeros(batch * pixels) if need_grad and relation.differentiates_norms else None
+
+    first = torch.arange(0, batch * pixels, pixels, device=device).view(-1, 1, 1)  # pixel of each image
+    for start, rows, sets_with_rows in ((0, pixels // sets, sets), (pixels // sets * sets, 1, pixels % sets)):
+        size = max(1, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * rows * per_set))
+        for chunk in disjoint_sets(sets_with_rows, pixels // per_set, size):
+            of_sets = torch.arange(chunk.start, chunk.stop, device=device).unsqueeze(1)
+            i = (first + start + of_sets + torch.arange(0, rows * sets, sets, device=device)).flatten(0, 1)
+            j = (first + columns[:, chunk]).flatten(0, 1)
+            q_i, q_j = student[i], student[j]  # (sets, rows, C_s), (sets, m, C_s)
+            gram_s, gram_t = q_i @ q_j.mT, teacher[i] @ teacher[j].mT
+            if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact; NaN stays
+                for gram in (gram_s, gram_t):
+                    gram.mul_(i.unsqueeze(2) != j.unsqueeze(1))
+            strip = relate(gram_s, gram_t, alphas.at(i), alphas.at(j), relation, diagonal=None)
+            value = distance_value(strip.difference, relation)
+            mirrored = strip.mirrored_difference
+            value += value if mirrored is None else distance_value(mirrored, relation)
+            loss += value.view(batch, -1).sum(1)
+            if U is None:
+                continue
+            terms = gradient_terms(strip, alphas.at(i).student, alphas.at(j).student, relation)
+            if h is not None and terms.h is not None and terms.mirrored_h is not None:
+                h[i] += terms.h.sum(2)
+                h[j] += terms.mirrored_h.sum(1)
+            U[i] += terms.K @ q_j
+            U[j] += terms.K.mT @ q_i
+    shape = batch, pixels, -1
+    return TileSums(loss.to(dtype), None if U is None else U.view(shape), None if h is None else h.view(batch, pixels))
+
+
+def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
+    """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank.
+
+    The loss is in float64 on a CPU, since it is one of several.
+    """
+    dtype, device = accumulator(rows.student.dtype), rows.student.device
+    student, teacher = columns.student.to(dtype), columns.teacher.to(dtype)
+    row_alphas, column_alphas = Alphas(rows.alpha_s, rows.alpha_t), Alphas(columns.alpha_s, columns.alpha_t)
+    loss = student.new_zeros(1, dtype=torch.float64 if device.type == "cpu" else dtype)
+    U, h = [], []
+    size = strip_rows(1, max(rows.student.shape[1], student.shape[1]), device)
+    for start in range(0, rows.student.shape[1], size):
+        block = slice(start, start + size)
+        gram_s = rows.student[:, block].to(dtype) @ student.mT
+        gram_t = rows.teacher[:, block].to(dtype) @ teacher.mT
+        strip = relate(gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=None)
+        loss += distance_value(strip.difference, relation).sum((1, 2))
+        if not need_grad:
+            continue
+        terms = gradient_terms(strip, row_alphas.at(block).student, column_alphas.student, relation)
+        U.append(terms.K @ student)
+        if terms.h is not None:
+            h.append(terms.h.sum(2))
+    return TileSums(loss, torch.cat(U, 1) if U else None, torch.cat(h, 1) if h else None)
+
+
+def disjoint_sets(sets: int, disjoint: int, size: int) -> Iterator[slice]:
+    """Yield all sets in slices of up to ``size``, within groups of ``disjoint`` sets: no column is there twice."""
+    for group in range(0, sets, disjoint):
+        end = min(group + disjoint, sets)
+        for start in range(group, end, size):
+            yield slice(start, min(start + size, end))
 
 
 def unavailable_reason(device: torch.device) -> str | None:

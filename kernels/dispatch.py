@@ -14,6 +14,11 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
 
+    sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
+    remote_tiles(rows, columns, relation, need_grad) -> TileSums
+                                        optional: the sums over sampled columns, and over those of another rank, for
+                                        ``partial_backends``
+
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
 """
@@ -169,8 +174,44 @@ def resolve_backend(
     return cached_auto_backend(device, relation, dtype, pixels, channels, batch, precision, need_grad)
 
 
+def partial_backends(device: torch.device) -> tuple[str, ...]:
+    """Return the backends that compute parts of the relation matrices: sampled columns, and those of another rank.
+
+    ``auto`` takes the first that is built.
+    """
+    return ("native", "blocked") if device.type == "cpu" else ("blocked",)
+
+
+def check_samples_columns(backend: str, device: torch.device) -> None:
+    """Raise a ValueError if the named backend does not estimate the loss from sampled columns."""
+    if backend != "auto" and backend not in (names := partial_backends(device)):
+        raise ValueError(
+            f"columns, the number of sampled columns, works on {device.type} with backend='auto' or "
+            f"{' or '.join(map(repr, names))}, received {backend!r}: change backend, or leave out columns"
+        )
+
+
+def partial_backend(backend: str, device: torch.device) -> str:
+    """Return the one of ``partial_backends`` that computes: the named one, or the choice of ``auto``.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run on this device.
+    """
+    if backend == "auto":
+        names = partial_backends(device)
+        return next(name for name in names if name == "blocked" or backend_module(name).is_built(device))
+    if (reason := unavailable_reason(backend, device)) is not None:
+        raise BackendUnavailable(f"backend={backend!r} cannot run on {device}: {reason}")
+    return backend
+
+
 def compute_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    backend: str,
+    need_grad: bool,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
 
@@ -178,11 +219,18 @@ def compute_loss(
         student: raw features (B, N, C_s), any strides.
         teacher: raw features (B, N, C_t), same device and dtype.
         backend: "auto", or a name from BACKENDS other than "reference".
+        columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
 
     Raises:
-        BackendUnavailable, ValueError: as ``resolve_backend``.
+        BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``partial_backend``.
     """
     batch, pixels, channels = student.shape
+    if columns is not None:
+        tiles = functools.partial(
+            backend_module(partial_backend(backend, student.device)).sampled_tiles, columns=columns
+        )
+        dtype, pairs = formulas.accumulator(student.dtype), 2 * pixels * columns.shape[2]
+        return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
     sizes = pixels, (channels, teacher.shape[2]), batch
     module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))
     if hasattr(module, "loss_and_gradient"):

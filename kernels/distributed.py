@@ -9,44 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import closed_form, formulas
-from .formulas import Relation, Scales, TileSums, distance_value
+from . import closed_form, dispatch, formulas
+from .formulas import Pixels, Relation, Scales, TileSums
 from .op import relation_loss_backward_op
-from .strips import Alphas, gradient_terms, relate, strip_rows
 
 
-def backend_choices(relation: Relation) -> tuple[str, str]:
-    """Return the backends that can be named for a relation. The computation is that of the second one."""
-    return "auto", "closed_form" if _has_closed_form(relation) else "blocked"
+def backend_choices(relation: Relation, device: torch.device) -> tuple[str, ...]:
+    """Return the backends that can be named."""
+    return ("auto", "closed_form") if _has_closed_form(relation) else ("auto", *dispatch.partial_backends(device))
 
 
 def _has_closed_form(relation: Relation) -> bool:
     return relation.distance in closed_form.DISTANCES and not relation.rectify
 
 
-class Pixels(NamedTuple):
-    """The pixels of one rank: features (1, N_r, C_s), (1, N_r, C_t), and alpha (1, N_r) of both, None for "none"."""
-
-    student: Tensor
-    teacher: Tensor
-    alpha_s: Tensor | None
-    alpha_t: Tensor | None
-
-    @property
-    def alphas(self) -> Alphas:
-        return Alphas(self.alpha_s, self.alpha_t)
-
-
 @torch.compiler.disable  # collectives whose sizes depend on the ranks cannot be traced
 def relation_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, group: dist.ProcessGroup | None = None
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Return the mean of rho(D_ij) over all pairs of pixels of all ranks: (1,), the same on every rank.
 
@@ -57,19 +46,21 @@ def relation_loss(
         student: this rank's features (1, N_r, C_s). N_r may differ from rank to rank, C_s and dtype may not.
         teacher: (1, N_r, C_t), without a gradient.
         group: the process group; the default group if None.
+        backend: one of ``backend_choices``.
 
     Raises:
+        BackendUnavailable: the named backend cannot run on this device.
         ValueError: on every rank, if the ranks' channels or dtypes differ.
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
-    return _RelationLoss.apply(student, teacher, relation, group, need_grad)
+    return _RelationLoss.apply(student, teacher, relation, group, backend, need_grad)
 
 
 class _RelationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, relation, group, need_grad):
+    def forward(ctx, student, teacher, relation, group, backend, need_grad):
         with torch.autocast(student.device.type, enabled=False):
-            loss, gradient = ring_loss_and_gradient(student, teacher, relation, group, need_grad)
+            loss, gradient = ring_loss_and_gradient(student, teacher, relation, group, backend, need_grad)
         ctx.save_for_backward(gradient)
         ctx.dtype, ctx.ranks = student.dtype, dist.get_world_size(group)
         return loss
@@ -78,11 +69,16 @@ class _RelationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        return relation_loss_backward_op(gradient, ctx.ranks * grad_loss, ctx.dtype), None, None, None, None
+        return relation_loss_backward_op(gradient, ctx.ranks * grad_loss, ctx.dtype), *[None] * 5
 
 
 def ring_loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, group: dist.ProcessGroup | None, need_grad: bool
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    group: dist.ProcessGroup | None,
+    backend: str,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss (1,), and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
     counts = pixels_of_ranks(student, teacher, group)
@@ -93,10 +89,9 @@ def ring_loss_and_gradient(
         tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
     else:
         scales = formulas.scales_of(student, teacher, relation, dtype, total, pixels)
-        own = Pixels(student, teacher, scales.student, scales.teacher)
-        tiles = ring_tiles(own, scales, relation, need_grad, counts, group)
+        tiles = ring_tiles(student, teacher, scales, relation, need_grad, counts, group, backend)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels**2) if need_grad else None
 
 
 def pixels_of_ranks(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None) -> list[int]:
@@ -120,20 +115,28 @@ def sum_over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def ring_tiles(
-    own: Pixels, scales: Scales, relation: Relation, need_grad: bool, counts: list[int], group: dist.ProcessGroup | None
+    student: Tensor,
+    teacher: Tensor,
+    scales: Scales,
+    relation: Relation,
+    need_grad: bool,
+    counts: list[int],
+    group: dist.ProcessGroup | None,
+    backend: str,
 ) -> TileSums:
     """Return ``TileSums`` of this rank's rows and every rank's columns; the loss is that of all rows."""
-    dtype = formulas.accumulator(own.student.dtype)
-    loss = own.student.new_zeros(1, dtype=torch.float64 if own.student.device.type != "mps" else dtype)
-    U = torch.zeros_like(own.student, dtype=dtype) if need_grad else None
-    h = (
-        own.student.new_zeros(own.student.shape[:2], dtype=dtype)
-        if need_grad and relation.differentiates_norms
-        else None
-    )
-    tiles = TileSums(loss, U, h)
-    for columns in around_the_ring(own, counts, group):
-        add_columns(tiles, own, columns, relation)
+    module = dispatch.backend_module(dispatch.partial_backend(backend, student.device))
+    own = Pixels(student, teacher, scales.student, scales.teacher)
+    ring = around_the_ring(own, counts, group)
+    next(ring)  # the own pixels, while the first remote ones are received
+    loss, U, h = module.relation_tiles(student, teacher, scales, relation, need_grad)
+    for columns in ring:
+        part = module.remote_tiles(own, columns, relation, need_grad)
+        loss = loss + part.loss
+        if U is not None:
+            U += part.U
+        if h is not None:
+            h += part.h
     return TileSums(sum_over_ranks(loss, group), U, h)
 
 
@@ -159,24 +162,3 @@ def around_the_ring(own: Pixels, counts: list[int], group: dist.ProcessGroup | N
             transfer.wait()
         student, teacher, *alphas = received
         pixels = Pixels(student, teacher, *(alphas or (None, None)))
-
-
-def add_columns(tiles: TileSums, rows: Pixels, columns: Pixels, relation: Relation) -> None:
-    """Add the columns' part to the rows' loss (1,), U (1, N_r, C_s) and h (1, N_r), a strip of rows at a time."""
-    dtype = formulas.accumulator(rows.student.dtype)
-    student, teacher = columns.student.to(dtype), columns.teacher.to(dtype)
-    count = rows.student.shape[1]
-    size = strip_rows(1, max(count, student.shape[1]), student.device)
-    for start in range(0, count, size):
-        block = slice(start, min(count, start + size))
-        gram_s = rows.student[:, block].to(dtype) @ student.mT
-        gram_t = rows.teacher[:, block].to(dtype) @ teacher.mT
-        alphas = rows.alphas.at(block)
-        strip = relate(gram_s, gram_t, alphas, columns.alphas, relation, diagonal=start if columns is rows else None)
-        tiles.loss.add_(distance_value(strip.difference, relation).sum())
-        if tiles.U is None:
-            continue
-        terms = gradient_terms(strip, alphas.student, columns.alpha_s, relation)
-        if tiles.h is not None and terms.h is not None:
-            tiles.h[:, block] += terms.h.sum(2)
-        tiles.U[:, block] += terms.K @ student

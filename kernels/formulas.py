@@ -70,6 +70,15 @@ class Scales(NamedTuple):
     moment: Tensor | None
 
 
+class Pixels(NamedTuple):
+    """Some pixels: features (B, n, C_s), (B, n, C_t), and alpha (B, n) of both relation matrices, None for "none"."""
+
+    student: Tensor
+    teacher: Tensor
+    alpha_s: Tensor | None
+    alpha_t: Tensor | None
+
+
 class TileSums(NamedTuple):
     """The result of the primitive ``relation_tiles``.
 
@@ -210,13 +219,14 @@ def gradient_of(
     scales: Scales,
     relation: Relation,
     total: Total = identity,
-    pixels: int | None = None,
+    pairs: int | None = None,
 ) -> Tensor:
     """Return dL/dQ (B, N, C) of the mean over all pairs, with the student's strides, in ``gradient_dtype``.
 
     Overwrites ``tiles.U``, and returns it where dtype and strides fit.
 
-    N^2 dL/dQ is U plus the terms from the scales' dependence on Q; with w_i = h_i alpha_i^2:
+    With the number of pairs n, by default N^2, n dL/dQ is U plus the terms from the scales' dependence on Q; with
+    w_i = h_i alpha_i^2:
 
         none      U_i
         cosine    U_i - w_i q_i
@@ -224,9 +234,8 @@ def gradient_of(
 
     and just U_i if the norms are constants (``Relation.detach_norms``).
     A zero-norm pixel has alpha = 0, hence w = 0: no gradient flows through its normalisation.
-    ``pixels`` is N if it differs from that of the student.
     """
-    scale = 1 / (pixels or student.shape[1]) ** 2
+    scale = 1 / (pairs or student.shape[1] ** 2)
     result, h, alpha, moment = tiles.U, tiles.h, scales.student, scales.moment
     assert result is not None, "tiles without a gradient"
     if alpha is None or h is None:
@@ -254,6 +263,7 @@ def loss_and_gradient(
     relation: Relation,
     need_grad: bool,
     scale_dtype: torch.dtype,
+    pairs: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
 
@@ -261,9 +271,10 @@ def loss_and_gradient(
         relation_tiles: the primitive of a backend.
         student, teacher: raw features (B, N, C_s), (B, N, C_t).
         scale_dtype: the lowest precision of the scales.
+        pairs: the number of pairs that the primitive sums over, if it is not N^2.
     """
     dtype = accumulator(student.dtype)
     scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
     tiles = relation_tiles(student, teacher, scales, relation, need_grad)
-    loss = (tiles.loss / student.shape[1] ** 2).to(dtype)
-    return loss, gradient_of(student, tiles, scales, relation) if need_grad else None
+    loss = (tiles.loss / (pairs or student.shape[1] ** 2)).to(dtype)
+    return loss, gradient_of(student, tiles, scales, relation, pairs=pairs) if need_grad else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import build, cuda_device
-from .formulas import Relation, Scales, TileSums
+from .formulas import Pixels, Relation, Scales, TileSums
 
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
 # are bit-identical for the same size.
@@ -79,6 +79,43 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         relation.delta,
         relation.rectify,
         need_grad,
+        TILE,
+    )
+    return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
+
+
+def sampled_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
+) -> TileSums:
+    """Return ``TileSums`` over the sampled pairs on the CPU, each as (i, j) and as (j, i).
+
+    ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
+    """
+    pixels = [x for x in (student, teacher, scales.student, scales.teacher) if x is not None]
+    return _indexed_tiles(pixels, pixels, columns, relation, need_grad, mirrored=True)
+
+
+def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
+    """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank, on the CPU."""
+    every_column = torch.arange(columns.student.shape[1]).view(1, 1, -1)
+    of_rows, of_columns = ([x for x in pixels if x is not None] for pixels in (rows, columns))
+    return _indexed_tiles(of_rows, of_columns, every_column, relation, need_grad, mirrored=False)
+
+
+def _indexed_tiles(
+    rows: list[Tensor], columns: list[Tensor], index: Tensor, relation: Relation, need_grad: bool, mirrored: bool
+) -> TileSums:
+    extension()
+    loss, U, h = torch.ops.srpkd.indexed_tiles(
+        rows,
+        columns,
+        index,
+        relation.normalize,
+        relation.distance,
+        relation.delta,
+        relation.rectify,
+        need_grad,
+        mirrored,
         TILE,
     )
     return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)

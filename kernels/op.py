@@ -21,7 +21,12 @@ from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
 
 
 def python_relation_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, backend: str, reduction: str = "none"
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    backend: str,
+    reduction: str = "none",
+    columns: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of each image (B,), or with ``reduction`` "mean" or "sum" that of the batch ().
 
@@ -29,6 +34,7 @@ def python_relation_loss(
         student: raw features (B, N, C_s), any strides.
         teacher: raw features (B, N, C_t), same device and dtype, without a gradient.
         backend: "auto", or a name from BACKENDS other than "reference".
+        columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
     if not _is_eager(student, teacher):
@@ -43,11 +49,12 @@ def python_relation_loss(
             relation.detach_norms,
             backend,
             need_grad,
+            columns,
         )
         return _reduced(loss, reduction)
     if need_grad:
-        return _RelationLoss.apply(student, teacher, relation, backend, reduction)[0]
-    return _reduced(_loss_and_gradient(student, teacher, relation, backend, need_grad)[0], reduction)
+        return _RelationLoss.apply(student, teacher, relation, backend, reduction, columns)[0]
+    return _reduced(_loss_and_gradient(student, teacher, relation, backend, need_grad, columns)[0], reduction)
 
 
 def _is_eager(student: Tensor, teacher: Tensor) -> bool:
@@ -66,12 +73,12 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
 
 
 def _loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool
+    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool, columns: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return ``compute_loss`` without autocast, which would round the products of the formulas to 16 bits."""
     kind = student.device.type
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-        return compute_loss(student, teacher, relation, backend, need_grad)
+        return compute_loss(student, teacher, relation, backend, need_grad, columns)
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,8 +95,8 @@ class _RelationLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, relation, backend, reduction):
-        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True)
+    def forward(ctx, student, teacher, relation, backend, reduction, columns):
+        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True, columns)
         ctx.dtype, ctx.weight = student.dtype, 1 / len(loss) if reduction == "mean" else 1.0
         ctx.save_for_backward(gradient)
         ctx.set_materialize_grads(False)
@@ -103,7 +110,7 @@ class _RelationLoss(torch.autograd.Function):
             # autograd records this only for double backward, of which the operator reports that it is not supported
             scale = relation_loss_backward_op if torch.is_grad_enabled() else _scaled
             gradient = scale(ctx.saved_tensors[0], grad_loss, ctx.dtype)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 # -- operators -------------------------------------------------------------------------------------------------------
@@ -121,19 +128,20 @@ def relation_loss_op(
     detach_norms: bool,
     backend: str,
     need_grad: bool,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss (B,) and its gradient (B, N, C_s), which is empty without need_grad.
 
-    The features are (B, N, C_s) and (B, N, C_t).
+    The features are (B, N, C_s) and (B, N, C_t), sampled columns (B, S, m).
     """
     # the schema of an operator has no Literal types
     relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps, rectify, detach_norms)
-    loss, gradient = _loss_and_gradient(student, teacher, relation, backend, need_grad)
+    loss, gradient = _loss_and_gradient(student, teacher, relation, backend, need_grad, columns)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
 @relation_loss_op.register_fake
-def _(student, teacher, normalize, distance, delta, eps, rectify, detach_norms, backend, need_grad):
+def _(student, teacher, normalize, distance, delta, eps, rectify, detach_norms, backend, need_grad, columns=None):
     loss = student.new_empty(student.shape[0], dtype=accumulator(student.dtype))
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else student.new_empty(0)
     return loss, gradient
@@ -151,7 +159,7 @@ def _(gradient, grad_loss, dtype):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.dtype, ctx.need_grad = inputs[0].dtype, inputs[-1]
+    ctx.dtype, ctx.need_grad = inputs[0].dtype, inputs[9]
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
 
@@ -160,7 +168,7 @@ def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
     gradient = None
     if ctx.need_grad and grad_loss is not None:
         gradient = relation_loss_backward_op(ctx.saved_tensors[0], grad_loss, ctx.dtype)
-    return gradient, *[None] * 9
+    return gradient, *[None] * 10
 
 
 def _backward_of_backward(ctx, grad):

@@ -20,9 +20,10 @@ class Alphas(NamedTuple):
     student: Tensor | None
     teacher: Tensor | None
 
-    def at(self, pixels: slice) -> Alphas:
-        """Return the scales of these pixels."""
-        return Alphas(*(None if alpha is None else alpha[:, pixels] for alpha in self))
+    def at(self, pixels: slice | Tensor) -> Alphas:
+        """Return the scales of these pixels: a slice of every image, or an index (B, n) of flat scales (B N,)."""
+        at = (slice(None), pixels) if isinstance(pixels, slice) else pixels
+        return Alphas(*(None if alpha is None else alpha[at] for alpha in self))
 
 
 class Strip(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import check_flag, check_number
-from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference
+from .arguments import check_flag, check_number, check_type, check_whole
+from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
@@ -17,6 +17,23 @@ Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+class Sample(NamedTuple):
+    """The options of an estimate from sampled columns: ``columns`` and ``generator`` of ``relation_loss``."""
+
+    columns: int | None
+    generator: torch.Generator | None
+
+    def draw(self, features: Tensor, columns: int) -> Tensor:
+        """Return the columns (B, S, m) of each set of rows of features (B, N, C)."""
+        device, generator = features.device, self.generator
+        if generator is not None and generator.device.type != device.type:
+            raise ValueError(
+                f"generator is on {generator.device} and the features on {device}: expected "
+                f"torch.Generator({device.type!r})"
+            )
+        return sampling.draw_columns(features.shape[0], features.shape[1], columns, device, generator)
 
 
 def relation_loss(
@@ -34,6 +51,8 @@ def relation_loss(
     group: dist.ProcessGroup | None = None,
     rectify: bool = False,
     detach_norms: bool = False,
+    columns: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the distance between the relation matrices of a student's and a teacher's features.
 
@@ -67,14 +86,19 @@ def relation_loss(
         detach_norms: the norms (cosine) or row norms (row) are constants to the gradient, as in the pairwise loss of
             structured knowledge distillation (Liu et al., CVPR 2019). The value is the same; ``normalize="none"`` has
             no norms and ignores it.
+        columns: m, to relate every pixel to m random pixels instead of all N, in O(N m C) time: an unbiased estimate
+            of the loss and of its gradient. Each call draws other pixels. The loss is exact if that takes no longer:
+            from m = N/2 on, and for ``distance="l2"`` with many channels or columns. Needs backend "auto", "blocked"
+            or, on a CPU, "native", and one process if scope is "global".
+        generator: the random generator of the columns, on the device of the features; torch's default generator if
+            None.
 
     Returns:
         A scalar, or (B,) with ``reduction="none"``: (1,) unless scope is "image", and () for features without a batch.
         float64 for float64 features, else float32.
 
     Raises:
-        TypeError: the features are not dense tensors of one of the four dtypes, delta or eps is not a number, or
-            rectify or detach_norms is not a bool.
+        TypeError: the features are not dense tensors of one of the four dtypes, or an option has the wrong type.
         ValueError: shapes, devices or options do not fit, the teacher requires a gradient, or the named backend does
             not support these options.
         BackendUnavailable: the named backend cannot run here.
@@ -90,13 +114,16 @@ def relation_loss(
         ("scope", scope),
         ("rectify", rectify),
         ("detach_norms", detach_norms),
+        ("columns", columns),
+        ("generator", generator),
     ):
         _check_option(name, value)
     _check_features(student, teacher, layout)
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
     relation = Relation(normalize, distance, float(delta), float(eps), rectify, detach_norms)
-    return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group)
+    sample = Sample(columns, generator)
+    return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group, sample)
 
 
 class SRPLoss(nn.Module):
@@ -117,6 +144,8 @@ class SRPLoss(nn.Module):
     scope: Scope
     rectify: bool
     detach_norms: bool
+    columns: int | None
+    generator: torch.Generator | None
     has_warned = False  # that features look like another layout: once is enough
 
     def __init__(
@@ -132,12 +161,15 @@ class SRPLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         rectify: bool = False,
         detach_norms: bool = False,
+        columns: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.normalize, self.distance, self.delta = normalize, distance, delta
         self.reduction, self.layout, self.eps = reduction, layout, eps
         self.backend, self.scope, self.group = backend, scope, group
         self.rectify, self.detach_norms = rectify, detach_norms
+        self.columns, self.generator = columns, generator
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_option(name, value)
@@ -153,12 +185,13 @@ class SRPLoss(nn.Module):
         relation = Relation(
             self.normalize, self.distance, float(self.delta), float(self.eps), self.rectify, self.detach_norms
         )
+        sample = Sample(self.columns, self.generator)
         return _relation_loss(
-            student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group
+            student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group, sample
         )
 
     def extra_repr(self) -> str:
-        names = ["normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope"]
+        names = ["normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope", "columns"]
         names += ["rectify", "detach_norms"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -172,12 +205,21 @@ def _relation_loss(
     backend: str,
     scope: Scope,
     group: dist.ProcessGroup | None,
+    sample: Sample,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
     backend = dispatch.requested_backend(backend)
     is_global = scope == "global" and _ranks(group) > 1
+    columns = sample.columns
+    if columns is not None:
+        if is_global:
+            raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
+        dispatch.check_samples_columns(backend, student.device)
+        _, pixels, channels = _sizes(student, teacher, layout, scope)
+        exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
+        backend, columns = (backend, columns) if exact is None else (exact, None)
     # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
-    if not (is_global or torch.compiler.is_compiling()):
+    if not (is_global or columns is not None or torch.compiler.is_compiling()):
         method = _native_method(student, teacher, relation, layout, backend, scope)
         if method is not None:
             return native.relation_loss(student, teacher, relation, reduction, layout, scope, method)
@@ -202,13 +244,14 @@ def _relation_loss(
             f"with scope='global', several ranks, distance={relation.distance!r} and rectify={relation.rectify}, "
             "backend",
             backend,
-            distributed.backend_choices(relation),
+            distributed.backend_choices(relation, student.device),
         )
-        loss = distributed.relation_loss(student, teacher, relation, group)
+        loss = distributed.relation_loss(student, teacher, relation, group, backend)
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
     else:
-        loss = python_relation_loss(student, teacher, relation, backend, reduction)
+        index = None if columns is None else sample.draw(student, columns)
+        loss = python_relation_loss(student, teacher, relation, backend, reduction, index)
         return loss.squeeze(0) if reduction == "none" and not is_batch else loss
     if reduction == "none":
         return loss if is_batch else loss.squeeze(0)
@@ -221,19 +264,24 @@ def _native_method(
     """Return the method by which the C++ operator computes the loss of these features, or None if it does not."""
     if backend not in ("auto", "native", "closed_form"):
         return None
-    ours, theirs, channel = student.shape, teacher.shape, channel_dim(layout)
     dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
-    pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
-    batch = ours[0] if len(ours) == NDIM[layout] else 1
-    if scope != "image":
-        pixels, batch = pixels * batch, 1
-    channels = (ours[channel], theirs[channel])
+    batch, pixels, channels = _sizes(student, teacher, layout, scope)
     need_grad = student.requires_grad and torch.is_grad_enabled()
     name = dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels, batch, need_grad)
     if name == "closed_form" and student.device.type == "cuda":
         kernels = dispatch.backend_module(name).implementation(student.device, dtype, relation)
         return "closed_form" if kernels == "native" else None
     return "tiles" if name == "native" else None
+
+
+def _sizes(student: Tensor, teacher: Tensor, layout: Layout, scope: Scope) -> tuple[int, int, tuple[int, int]]:
+    """Return B, N, and C_s and C_t; B is 1 unless ``scope`` is "image"."""
+    ours, channel = student.shape, channel_dim(layout)
+    pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
+    batch = ours[0] if len(ours) == NDIM[layout] else 1
+    if scope != "image":
+        pixels, batch = pixels * batch, 1
+    return batch, pixels, (ours[channel], teacher.shape[channel])
 
 
 def _ranks(group: dist.ProcessGroup | None) -> int:
@@ -254,6 +302,10 @@ def _check_option(name: str, value: Any) -> None:
         dispatch.check_choice(name, value, SCOPES)
     elif name == "backend":
         dispatch.requested_backend(value)
+    elif name == "columns" and value is not None:
+        check_whole(name, value, least=1)
+    elif name == "generator" and value is not None:
+        check_type(name, value, torch.Generator, "a torch.Generator or None")
     elif name == "delta":
         check_number(name, value, above=0)
     elif name == "eps":

@@ -24,6 +24,7 @@ EMULATION_FLAGS = "-O0 -fsanitize=address --param=asan-stack=0"
 # Without the test that starts a subprocess; of the emulation, the tests that access the boundaries of memory.
 RUNS = (
     ("tests/kernels/test_native.py", "not baseline", FLAGS),
+    ("tests/kernels/test_sampling.py", "native and not opcheck", FLAGS),
     ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistakes",
      EMULATION_FLAGS),
     ("tests/csrc/test_hopper_emulation.py", "outside or layout or noticed", EMULATION_FLAGS),

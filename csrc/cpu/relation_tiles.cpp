@@ -12,7 +12,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #if defined(__unix__)
 #include <unistd.h>
@@ -26,6 +25,7 @@
 #include <vector>
 
 #include "../common/index.h"
+#include "gram.h"
 #include "kernels.h"
 
 namespace srpkd::cpu {
@@ -71,19 +71,6 @@ Tensor widened(const Tensor& block, const Tensor& buffer) {
   const int64_t rows = block.size(0), channels = block.size(1);
   const bool by_channel = block.stride(0) < block.stride(1);
   return buffer.as_strided({rows, channels}, {by_channel ? 1 : channels, by_channel ? rows : 1}).copy_(block);
-}
-
-// Computes the product left right^T into a workspace (rows, stride), with zeros after the last column, and returns a
-// view of the product (rows, columns).
-template <typename T>
-Tensor gram(const Tensor& workspace, const Tensor& left, const Tensor& right, int64_t stride) {
-  const int64_t rows = left.size(0), columns = right.size(0);
-  Tensor product = workspace.as_strided({rows, columns}, {stride, 1});
-  at::cpu::mm_out(product, left, right.t());
-  T* const data = workspace.mutable_data_ptr<T>();
-  for (int64_t i = 0; columns < stride && i < rows; ++i)
-    std::fill(data + i * stride + columns, data + (i + 1) * stride, T(0));
-  return product;
 }
 
 template <typename T>

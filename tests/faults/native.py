@@ -5,6 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
+INDEXED = "csrc/cpu/indexed_tiles.cpp"
 CPU_LOSS, CPU_MATRICES, AUTOGRAD = "csrc/cpu/loss.cpp", "csrc/cpu/relation_matrices.cpp", "csrc/autograd.cpp"
 
 BACKENDS = {
@@ -26,7 +27,7 @@ BACKENDS = {
             ),
             Fault(
                 "the padding of a tile is not cleared",
-                CPU_TILES,
+                "csrc/cpu/gram.h",
                 "columns < stride && i < rows",
                 "columns < stride && i < rows - 1",
             ),
@@ -116,6 +117,39 @@ BACKENDS = {
                 "tests/kernels/test_op.py -k native",
             ),
             Fault("the last pixel is skipped", INDEX, "left = pixels - begin;", "left = pixels - begin - (begin > 0);"),
+        ],
+        compiled=True,
+    ),
+    "native-indexed": Backend(
+        "tests/kernels/test_sampling.py -k native",
+        [
+            Fault("ties of sampled columns are kept", INDEXED, "gram_t[row * stride + column] *= 0;", ""),
+            Fault(
+                "ties are those of the first block of rows",
+                INDEXED,
+                "const int64_t row = (pixel - space.rows.pixels.front()) / sets;",
+                "const int64_t row = pixel / sets;",
+            ),
+            Fault(
+                "the scales of an earlier tile remain",
+                INDEXED,
+                "std::fill(place + size(), place + copy.numel(), T(0));",
+                "",
+            ),
+            Fault("columns are those of the first image", INDEXED, "(image * sets + set) * listed", "set * listed"),
+            Fault(
+                "the gradient of the columns is dropped",
+                INDEXED,
+                "if (mirrored) space.columns.add_to(U, h, image);",
+                "",
+            ),
+            Fault("an index is not checked", INDEXED, "pixel >= 0 && pixel < column_pixels", "pixel < column_pixels"),
+            Fault(
+                "sets with a row less repeat a row",
+                INDEXED,
+                "if (set + k * sets < pixels) space.rows.pixels.push_back(set + k * sets);",
+                "space.rows.pixels.push_back(std::min(set + k * sets, pixels - 1));",
+            ),
         ],
         compiled=True,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 FORMULAS, STRIPS, BLOCKED = "kernels/formulas.py", "kernels/strips.py", "kernels/blocked.py"
+SAMPLING = "kernels/sampling.py"
 CLOSED_FORM, DISTRIBUTED = "kernels/closed_form.py", "kernels/distributed.py"
 
 BACKENDS = {
@@ -75,6 +76,23 @@ BACKENDS = {
             ),
         ],
     ),
+    "sampling": Backend(
+        "tests/kernels/test_sampling.py",
+        [
+            Fault("h of the sampled columns dropped", BLOCKED, "h[j] += terms.mirrored_h.sum(1)", "pass"),
+            Fault("U of the sampled columns dropped", BLOCKED, "U[j] += terms.K.mT @ q_i", "pass"),
+            Fault("ties of sampled columns are kept", BLOCKED, "gram.mul_(i.unsqueeze(2) != j.unsqueeze(1))", "pass"),
+            Fault("row: D_ji is not counted", BLOCKED, "else distance_value(mirrored, relation)", "else value"),
+            Fault("a column twice in a slice of sets", BLOCKED, "end = min(group + disjoint, sets)", "end = sets"),
+            Fault("the last row of the first sets is skipped", BLOCKED, "1, pixels % sets)", "1, 0)"),
+            Fault(
+                "pairs count once", "kernels/dispatch.py", "2 * pixels * columns.shape[2]", "pixels * columns.shape[2]"
+            ),
+            Fault("columns are not random", SAMPLING, "keys.argsort(-1)", "keys.sort(-1).values.argsort(-1)"),
+            Fault("columns are drawn without the generator", SAMPLING, "generator=generator)", "generator=None)"),
+        ],
+        environment={"SRPKD_BUILD": "0"},
+    ),
     "closed_form": Backend(
         "tests/kernels/test_backends.py tests/test_loss.py -k closed_form",
         [
@@ -112,16 +130,12 @@ BACKENDS = {
         [
             Fault(
                 "ties between pixels of different ranks",
-                DISTRIBUTED,
-                "diagonal=start if columns is rows",
-                "diagonal=start if rows.student.shape == columns.student.shape",
+                BLOCKED,
+                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=None",
+                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=start",
             ),
-            Fault(
-                "wrong ties in strips after the first",
-                DISTRIBUTED,
-                "diagonal=start if",
-                "diagonal=0 if",
-            ),
+            Fault("h of the own columns only", DISTRIBUTED, "            h += part.h\n", "            pass\n"),
+            Fault("the loss is that of the last hop", DISTRIBUTED, "loss = loss + part.loss", "loss = part.loss"),
             Fault("the gradient is that of one rank's loss", DISTRIBUTED, "ctx.ranks * grad_loss", "grad_loss"),
             Fault(
                 "cosine: h lacks the factor 2",
@@ -140,9 +154,10 @@ BACKENDS = {
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
-                "scales, relation, total, pixels)",
-                "scales, relation, formulas.identity, pixels)",
+                "scales, relation, total, pixels**2)",
+                "scales, relation, formulas.identity, pixels**2)",
             ),
         ],
+        environment={"SRPKD_BUILD": "0"},  # blocked, whose faults these are
     ),
 }

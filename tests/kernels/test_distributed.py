@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, distributed, unavailable_reason
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, distributed, native, unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last batch of an epoch
 
 
@@ -103,6 +104,12 @@ def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bytes_that_are_exchanged(tmp_path: Path) -> None:
+    """Those of docs/several-gpus.md."""
+    spawn("traffic", 3, tmp_path)
+
+
+@pytest.mark.slow
 def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
@@ -122,15 +129,19 @@ def check_relations(rank: int, ranks: int) -> None:
     for normalize, distance, flags in every:
         options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]} | dict.fromkeys(flags, True)
         expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            mine = (x[own].contiguous(memory_format=layout) for x in (student, teacher))
-            loss, gradient = loss_and_gradient(*mine, scope="global", **options)
-            assert error(loss, expected_loss) < 1e-12, options
-            assert error(gradient / ranks, expected[own]) < 1e-12, options
-        narrow = [x[own].bfloat16() for x in (student, teacher)]
-        loss = relation_loss(*narrow, scope="global", **options)
-        assert loss.dtype == torch.float32
-        assert error(loss, expected_loss) < 0.05
+        for backend in backends(distance, *flags):
+            options["backend"] = backend
+            for layout in (torch.contiguous_format, torch.channels_last):
+                mine = [x[own].contiguous(memory_format=layout) for x in (student, teacher)]
+                loss, gradient = loss_and_gradient(*mine, scope="global", **options)
+                assert error(loss, expected_loss) < 1e-12, options
+                assert error(gradient / ranks, expected[own]) < 1e-12, options
+                again = loss_and_gradient(*mine, scope="global", **options)
+                assert torch.equal(again[0], loss) and torch.equal(again[1], gradient), options
+            narrow = [x[own].bfloat16() for x in (student, teacher)]
+            loss = relation_loss(*narrow, scope="global", **options)
+            assert loss.dtype == torch.float32
+            assert error(loss, expected_loss) < 0.05
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
@@ -139,16 +150,57 @@ def check_relations(rank: int, ranks: int) -> None:
         assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
 
 
+def backends(distance: str, *flags: str) -> list[str]:
+    """The backends that can be named for several ranks, "auto" among them."""
+    choices = distributed.backend_choices(Relation(distance=distance, **dict.fromkeys(flags, True)), CPU)
+    return [name for name in choices if name == "auto" or unavailable_reason(name, CPU) is None]
+
+
 def check_strips(rank: int, ranks: int) -> None:
-    distributed.strip_rows = lambda *_: 7
+    blocked.strip_rows = lambda *_: 7
+    native.TILE = 16
     student, teacher = images(ranks)
     own = slice(rank, rank + 1)
     for normalize in NORMALIZATIONS:
         options = {"normalize": normalize, "distance": "huber", "delta": DELTA[normalize]}
         expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-        loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", **options)
-        assert error(loss, expected_loss) < 1e-12, options
-        assert error(gradient / ranks, expected[own]) < 1e-12, options
+        for backend in backends("huber"):
+            loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", backend=backend, **options)
+            assert error(loss, expected_loss) < 1e-12, options
+            assert error(gradient / ranks, expected[own]) < 1e-12, options
+
+
+def check_traffic(rank: int, ranks: int) -> None:
+    """Count the elements of reduced matrices, and the bytes that are sent around the ring."""
+    reduced, sent = [], []
+    all_reduce, batch_isend_irecv = distributed.dist.all_reduce, distributed.dist.batch_isend_irecv
+
+    def counting_all_reduce(tensor: Tensor, **options) -> None:
+        if tensor.ndim == 3 and min(tensor.shape[1:]) > 1:
+            reduced.append(tensor)
+        all_reduce(tensor, **options)
+
+    def counting_transfers(transfers: list) -> list:
+        sent.extend(transfer.tensor for transfer in transfers if transfer.op is distributed.dist.isend)
+        return batch_isend_irecv(transfers)
+
+    distributed.dist.all_reduce, distributed.dist.batch_isend_irecv = counting_all_reduce, counting_transfers
+    C_s, C_t, pixels = 5, 7, 24
+    elements = {
+        ("l2", "cosine"): C_s**2 + C_s * C_t + C_t**2,
+        ("l2", "none"): C_s**2 + C_s * C_t + C_t**2,
+        ("l2", "row"): 3 * C_s**2 + 2 * C_s * C_t + C_t**2,
+        ("l1", "row"): 2 * C_s**2 + C_t**2,
+    }
+    for distance in ("l1", "l2"):
+        for normalize in NORMALIZATIONS:
+            reduced.clear(), sent.clear()
+            student, teacher = (x.bfloat16() for x in images(1))
+            loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global")
+            assert sum(x.numel() for x in reduced) == elements.get((distance, normalize), 0)
+            assert {x.dtype for x in reduced} <= {torch.float64 if distance == "l2" else torch.float32}
+            expected = pixels * (2 * (C_s + C_t) + (0 if normalize == "none" else 8)) * (ranks - 1)
+            assert sum(x.nbytes for x in sent) == (expected if distance == "l1" else 0)
 
 
 def check_ddp(rank: int, ranks: int) -> None:
@@ -171,17 +223,20 @@ def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
+    strips = "'native', 'blocked'"
     for distance, rectify, wrong, right in (
-        ("l1", False, "reference", "blocked"),
-        ("l1", False, "closed_form", "blocked"),
-        ("l2", False, "blocked", "closed_form"),
-        ("l2", True, "closed_form", "blocked"),
+        ("l1", False, "reference", strips),
+        ("l1", False, "closed_form", strips),
+        ("l2", False, "blocked", "'closed_form'"),
+        ("l2", True, "closed_form", strips),
     ):
         with pytest.raises(
             ValueError,
-            match=f"distance='{distance}' and rectify={rectify}, backend='{wrong}' is not one of 'auto', '{right}'",
+            match=f"distance='{distance}' and rectify={rectify}, backend='{wrong}' is not one of 'auto', {right}",
         ):
             relation_loss(student, teacher, distance=distance, rectify=rectify, scope="global", backend=wrong)
+    with pytest.raises(ValueError, match="columns=4 with scope='global' works in one process only"):
+        relation_loss(student, teacher, distance="l1", scope="global", columns=4)
 
 
 def main() -> None:
@@ -190,7 +245,13 @@ def main() -> None:
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     try:
-        cases = {"relations": check_relations, "strips": check_strips, "ddp": check_ddp, "misfit": check_misfit}
+        cases = {
+            "relations": check_relations,
+            "strips": check_strips,
+            "traffic": check_traffic,
+            "ddp": check_ddp,
+            "misfit": check_misfit,
+        }
         cases[case](rank, ranks)
     finally:
         torch.distributed.destroy_process_group()

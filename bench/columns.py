@@ -1,0 +1,152 @@
+"""Spread and speed of estimates from sampled columns.
+
+    python -m bench columns
+
+The features are smooth random maps. The student's are a random 1 x 1 convolution of 24 such maps. Spreads are root mean
+squares of the deviation from the exact value over several draws, relative to the exact value: of the loss, of the
+gradient of the features, and of the gradient of the convolution's weights, which sums over all pixels. Times are of
+loss and gradient, exact and estimated in turns. The command writes the CSV and the table of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from srpkd import relation_loss
+from srpkd.kernels import NORMALIZATIONS
+from srpkd.kernels.formulas import Normalize
+from srpkd.reporting.table import format_table
+
+from . import cases, machine, results
+from .readme import put_between_markers
+from .results import Row, number
+
+RESULTS = results.FOLDER / "columns.csv"
+KEY = ("pixels", "channels", "normalize", "distance", "columns", "device")
+PAGE = machine.ROOT / "docs" / "sampled-columns.md"
+NAME = "columns table"  # in the page's markers
+INPUTS = 24  # channels of the maps that the student's convolution reads
+TABLE_COLUMNS = [
+    {"key": "pixels", "label": "N", "format": ","},
+    {"key": "normalize", "label": "normalize"},
+    {"key": "columns", "label": "m", "format": ","},
+    {"key": "loss", "label": "loss ± %", "format": ".2f"},
+    {"key": "weights", "label": "weight gradient ± %", "format": ".1f"},
+    {"key": "features", "label": "feature gradient ± %", "format": ".0f"},
+    {"key": "times_faster", "label": "x exact speed", "format": ".1f"},
+]
+
+
+class Gradients(NamedTuple):
+    """The loss (), and its gradients for the student's features and for the weights of the convolution."""
+
+    loss: Tensor
+    features: Tensor
+    weights: Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``python -m bench columns``."""
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], metavar="H", help="of H x H maps")
+    parser.add_argument("--columns", type=int, nargs="+", default=[64, 256, 1024], metavar="M")
+    parser.add_argument("--channels", type=int, nargs=2, default=[64, 256], metavar="C", help="C_s and C_t")
+    parser.add_argument("--normalize", nargs="+", choices=NORMALIZATIONS, default=["cosine", "row"])
+    parser.add_argument("--draws", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="default: %(default)s")
+    cases.add_device(parser)
+    results.add_csv(parser, RESULTS, "--out")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and write the rows and the table."""
+    device = cases.device_of(options)
+    for size in options.sizes:
+        for normalize in options.normalize:
+            rows = measure(size, options.channels, normalize, options.columns, options.draws, options.repeats, device)
+            results.upsert(options.out, rows, KEY)
+            print(f"{size} x {size}, {normalize}: {len(rows)} rows", flush=True)
+    put_between_markers(options.page, NAME, table(results.read(options.out)))
+    print(options.out, options.page, sep="\n")
+
+
+def smooth_maps(channels: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return random maps (1, C, H, W) whose neighbouring pixels are similar."""
+    noise = torch.randn(1, channels, size, size, generator=generator)
+    width = 2 * (size // 16) + 1
+    smooth = F.avg_pool2d(noise, width, 1, width // 2)
+    return smooth / smooth.std() + 0.3 * torch.randn(noise.shape, generator=generator) + 0.3
+
+
+def measure(
+    size: int, channels: list[int], normalize: Normalize, columns: list[int], draws: int, repeats: int, device: str
+) -> list[dict[str, Any]]:
+    """Return a row for each number of columns."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, teacher = (smooth_maps(count, size, generator).to(device) for count in (INPUTS, channels[1]))
+    weights = (torch.randn(channels[0], INPUTS, 1, 1, generator=generator) / INPUTS**0.5).to(device)
+    columns_generator = torch.Generator(device).manual_seed(0)
+
+    def gradients(columns: int | None) -> Gradients:
+        student = F.conv2d(inputs, weights).requires_grad_()
+        loss = relation_loss(
+            student, teacher, normalize=normalize, distance="l1", columns=columns, generator=columns_generator
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        return Gradients(loss.detach(), gradient, torch.einsum("bihw,bohw->oi", inputs, gradient))
+
+    def seconds(columns: int | None) -> float:
+        start = time.perf_counter()
+        gradients(columns).loss.item()  # waits for a GPU
+        return time.perf_counter() - start
+
+    exact = gradients(None)
+    drawn = {count: spread([gradients(count) for _ in range(draws)], exact) for count in columns}
+    times = [{count: seconds(count) for count in (None, *columns)} for _ in range(repeats)]
+    return [
+        {"pixels": size**2, "channels": "/".join(map(str, channels)), "normalize": normalize, "distance": "l1"}
+        | {"columns": count, "device": machine.device_name(device), "draws": draws}
+        | {f"{name}_spread": value for name, value in drawn[count]._asdict().items()}
+        | {"times_faster": statistics.median(time[None] / time[count] for time in times)}
+        | machine.versions()
+        for count in columns
+    ]
+
+
+class Spread(NamedTuple):
+    """Relative deviations of a ``Gradients``."""
+
+    loss: float
+    features: float
+    weights: float
+
+
+def spread(estimates: list[Gradients], exact: Gradients) -> Spread:
+    """Return the root mean square of the relative deviation of estimates."""
+
+    def relative(found: list[Tensor], expected: Tensor) -> float:
+        squares = [(x - expected).square().sum().item() for x in found]
+        return (statistics.fmean(squares) ** 0.5) / expected.norm().item()
+
+    return Spread(*(relative(list(found), expected) for found, expected in zip(zip(*estimates), exact)))
+
+
+def table(rows: list[Row]) -> str:
+    """Return the table of the page as Markdown."""
+    cells = [
+        {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
+        | {name: 100 * float(row[f"{name}_spread"]) for name in Spread._fields}
+        | {"times_faster": number(row, "times_faster")}
+        for row in rows
+    ]
+    first = rows[0]
+    note = f"Maps of {first['channels']} channels, l1, {first['draws']} draws; {first['device']}."
+    return format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True)

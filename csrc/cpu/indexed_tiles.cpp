@@ -1,0 +1,219 @@
+// The loss, U and h of indexed pairs on the CPU, one tile at a time.
+//
+// A tile copies the features of its rows and columns next to each other, and then takes the same products and the same
+// epilogue as a tile of relation_tiles.cpp. Threads claim tiles in order and add to U and h in that order, because the
+// pixels of any two tiles may overlap: results are bit-identical from run to run. Only the additions wait for their
+// turn. There is no deadlock, because a tile waits only for tiles that were claimed before it.
+#include "indexed_tiles.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "../common/index.h"
+#include "gram.h"
+#include "kernels.h"
+#include "relation_tiles.h"
+
+namespace srpkd::cpu {
+namespace {
+
+using at::Tensor;
+
+// One side of a tile, its rows or its columns: their pixels, and copies of what belongs to them.
+template <typename T>
+struct Side {
+  std::vector<int64_t> pixels;
+  Tensor student, teacher;  // (size, C_s), (size, C_t)
+  Tensor alpha_s, alpha_t;  // (size,), padded with zeros
+  Tensor product, h;        // (size, C_s), (size,): the tile's parts of U and h
+
+  Side(int64_t size, int64_t channels_s, int64_t channels_t, const at::TensorOptions& options)
+      : student(at::empty({size, channels_s}, options)),
+        teacher(at::empty({size, channels_t}, options)),
+        alpha_s(at::empty({size}, options)),
+        alpha_t(at::empty({size}, options)),
+        product(at::empty({size, channels_s}, options)),
+        h(at::empty({size}, options)) {}
+
+  int64_t size() const { return static_cast<int64_t>(pixels.size()); }
+
+  // Copies the features and scales of `pixels` of an image.
+  void gather(const Pixels& source, int64_t image) {
+    copy_rows(source.student, image, student);
+    copy_rows(source.teacher, image, teacher);
+    if (source.alpha_s.defined()) {
+      copy_scales(source.alpha_s, image, alpha_s);
+      copy_scales(source.alpha_t, image, alpha_t);
+    }
+  }
+
+  // Adds the tile's parts to U and h of an image.
+  void add_to(const Tensor& U, const Tensor& sums, int64_t image) const {
+    const int64_t channels = U.size(2), count = U.size(1);
+    const T* part = product.const_data_ptr<T>();
+    T* const rows = U.mutable_data_ptr<T>() + image * count * channels;
+    for (const int64_t pixel : pixels) {
+      T* const row = rows + pixel * channels;
+      for (int64_t c = 0; c < channels; ++c) row[c] += *part++;
+    }
+    if (!sums.defined()) return;
+    T* const data = sums.mutable_data_ptr<T>() + image * count;
+    const T* const terms = h.const_data_ptr<T>();
+    for (int64_t k = 0; k < size(); ++k) data[pixels[k]] += terms[k];
+  }
+
+ private:
+  void copy_rows(const Tensor& features, int64_t image, const Tensor& copy) const {
+    const int64_t channels = features.size(2);
+    const T* const rows = features.const_data_ptr<T>() + image * features.size(1) * channels;
+    T* place = copy.mutable_data_ptr<T>();
+    for (const int64_t pixel : pixels) place = std::copy_n(rows + pixel * channels, channels, place);
+  }
+
+  void copy_scales(const Tensor& alpha, int64_t image, const Tensor& copy) const {
+    const T* const scales = alpha.const_data_ptr<T>() + image * alpha.size(1);
+    T* const place = copy.mutable_data_ptr<T>();
+    for (int64_t k = 0; k < size(); ++k) place[k] = scales[pixels[k]];
+    std::fill(place + size(), place + copy.numel(), T(0));
+  }
+};
+
+// The buffers of one thread.
+template <typename T>
+struct Workspace {
+  Tensor gram_s, gram_t;
+  Side<T> rows, columns;
+
+  Workspace(int64_t size, const Pixels& pixels)
+      : gram_s(at::empty({size, size}, pixels.student.options())),
+        gram_t(at::empty({size, size}, pixels.student.options())),
+        rows(size, pixels.student.size(2), pixels.teacher.size(2), pixels.student.options()),
+        columns(size, pixels.student.size(2), pixels.teacher.size(2), pixels.student.options()) {}
+};
+
+Tensor first_rows(const Tensor& matrix, int64_t rows) { return matrix.narrow(0, 0, rows); }
+
+template <typename T>
+void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const Relation& relation, bool mirrored,
+         int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
+  const int64_t images = rows.student.size(0), pixels = rows.student.size(1), column_pixels = columns.student.size(1);
+  const int64_t sets = index.size(1), listed = index.size(2), rows_of_set = ceil_div(pixels, sets);
+  const int64_t size = tile > 0
+                           ? round_up(tile, LINE)
+                           : tile_size(images * sets, std::max(rows_of_set, listed), sizeof(T), at::get_num_threads());
+  const int64_t row_blocks = ceil_div(rows_of_set, size), column_blocks = ceil_div(listed, size);
+  const int64_t tiles = sets * row_blocks * column_blocks;  // of an image
+  const bool need_grad = U.defined();
+  const Kernels<T>& kernels = select_kernels<T>();
+  const int64_t* const listed_pixels = index.const_data_ptr<int64_t>();
+
+  std::vector<double> losses(images * tiles);
+  std::vector<std::atomic<int64_t>> tiles_done(images);
+  std::atomic<int64_t> claimed_tiles{0};
+  std::atomic<bool> failed{false};
+
+  // Sets the pixels of both sides of a tile.
+  const auto select = [&](Workspace<T>& space, int64_t image, int64_t set, int64_t row_block, int64_t column_block) {
+    const Block block = block_at(column_block, size, listed);
+    const int64_t* const first = listed_pixels + (image * sets + set) * listed + block.begin;
+    space.columns.pixels.assign(first, first + block.size);
+    for (const int64_t pixel : space.columns.pixels)
+      TORCH_CHECK_INDEX(pixel >= 0 && pixel < column_pixels, "expected an index of pixels from 0 to ",
+                        column_pixels - 1, ", received ", pixel);
+    space.rows.pixels.clear();
+    for (int64_t k = row_block * size; k < std::min((row_block + 1) * size, rows_of_set); ++k)
+      if (set + k * sets < pixels) space.rows.pixels.push_back(set + k * sets);
+  };
+
+  // Makes relations of pixels to themselves exact ties; products, so that NaN stays NaN.
+  const auto clear_ties = [&](Workspace<T>& space, int64_t set, int64_t stride) {
+    T* const gram_s = space.gram_s.template mutable_data_ptr<T>();
+    T* const gram_t = space.gram_t.template mutable_data_ptr<T>();
+    for (int64_t column = 0; column < space.columns.size(); ++column) {
+      const int64_t pixel = space.columns.pixels[column];
+      if (pixel % sets != set) continue;
+      const int64_t row = (pixel - space.rows.pixels.front()) / sets;
+      if (pixel < space.rows.pixels.front() || row >= space.rows.size()) continue;
+      gram_s[row * stride + column] *= 0;
+      gram_t[row * stride + column] *= 0;
+    }
+  };
+
+  // Returns a tile's part of the loss, and leaves those of U and h in the workspace.
+  const auto process = [&](Workspace<T>& space, int64_t image, int64_t set) {
+    Side<T>&i = space.rows, &j = space.columns;
+    i.gather(rows, image);
+    j.gather(columns, image);
+    const int64_t stride = round_up(j.size(), LINE);
+    const Tensor s_i = first_rows(i.student, i.size()), s_j = first_rows(j.student, j.size());
+    const Tensor K = gram<T>(space.gram_s, s_i, s_j, stride);
+    gram<T>(space.gram_t, first_rows(i.teacher, i.size()), first_rows(j.teacher, j.size()), stride);
+    if (mirrored && relation.normalize == Normalize::cosine) clear_ties(space, set, stride);
+    const auto read = [](const Tensor& x) { return x.const_data_ptr<T>(); };
+    const auto write = [](const Tensor& x) { return x.mutable_data_ptr<T>(); };
+    T* const gram_s = write(space.gram_s);  // overwritten with K
+    const double part =
+        kernels.epilogue({i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s), read(i.alpha_t),
+                          read(j.alpha_s), read(j.alpha_t), write(i.h), write(j.h), T(relation.delta),
+                          stride},  // no element of the tile is on the diagonal
+                         {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
+    if (need_grad) {
+      Tensor product_i = first_rows(i.product, i.size()), product_j = first_rows(j.product, j.size());
+      at::cpu::mm_out(product_i, K, s_j);
+      if (mirrored) at::cpu::mm_out(product_j, K.t(), s_i);
+    }
+    return part;
+  };
+
+  const auto work = [&](Workspace<T>& space) {
+    for (int64_t claim; !failed && (claim = claimed_tiles++) < images * tiles;) {
+      const int64_t image = claim % images, place = claim / images;  // alternates between images: fewer waits
+      const int64_t set = place / (row_blocks * column_blocks), block = place % (row_blocks * column_blocks);
+      select(space, image, set, block / column_blocks, block % column_blocks);
+      const bool is_empty = space.rows.pixels.empty();  // of a set with fewer rows than others
+      if (!is_empty) losses[image * tiles + place] = process(space, image, set);
+      if (!need_grad) continue;
+      while (tiles_done[image].load(std::memory_order_acquire) != place && !failed) std::this_thread::yield();
+      if (!is_empty) {
+        space.rows.add_to(U, h, image);
+        if (mirrored) space.columns.add_to(U, h, image);
+      }
+      tiles_done[image].store(place + 1, std::memory_order_release);
+    }
+  };
+
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), images * tiles);
+  std::vector<Workspace<T>> workspaces;
+  for (int64_t worker = 0; worker < workers; ++worker) workspaces.emplace_back(size, rows);
+  at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
+    try {
+      work(workspaces[worker]);
+    } catch (...) {
+      failed = true;  // or other threads would wait forever for this thread's tile
+      throw;
+    }
+  });
+
+  double* const total = loss.mutable_data_ptr<double>();
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t place = 0; place < tiles; ++place) total[image] += losses[image * tiles + place];
+}
+
+}  // namespace
+
+void indexed_tiles(const Pixels& rows, const Pixels& columns, const Tensor& index, const Relation& relation,
+                   bool mirrored, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
+  const auto run_as = rows.student.scalar_type() == at::kDouble ? run<double> : run<float>;
+  run_as(rows, columns, index, relation, mirrored, tile, loss, U, h);
+}
+
+}  // namespace srpkd::cpu

@@ -1,0 +1,59 @@
+"""Sampled columns: which pairs of pixels an estimate of the loss relates.
+
+The pixels of an image form sets of up to ROWS rows: set s of S has the rows s, s + S, s + 2 S and so on, spread over
+the image. Each set draws m columns, and its rows are related to them and they to its rows. Every pair is drawn with the
+same probability, independently of the features, so loss and gradient are unbiased. They vary less than with one draw
+for all rows: the errors of the sets average out, and the sets that share a permutation have disjoint columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .formulas import Relation
+
+# More rows reuse the gathered columns more often, fewer rows average more draws.
+ROWS = 128
+# From this ratio of m (3 C_s + C_t) to (C_s + C_t)^2 on, the exact l2 loss of closed_form takes no longer on a CPU.
+CLOSED_FORM_OPERATIONS = 5
+
+
+def draw_columns(
+    batch: int, pixels: int, columns: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the columns (B, S, m) of each set of rows, S = ceil(N / ROWS).
+
+    N // m consecutive sets take their columns from one random permutation of the pixels, so these are disjoint.
+
+    Args:
+        batch, pixels: B, N.
+        columns: m, at most N.
+        generator: of ``device``; torch's default generator if None.
+    """
+    sets = -(-pixels // ROWS)
+    sets_per_permutation = pixels // columns
+    permutations = -(-sets // sets_per_permutation)
+    # in float64 ties, whose order would not be random, are improbable
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    keys = torch.rand(batch, permutations, pixels, dtype=dtype, device=device, generator=generator)
+    order = keys.argsort(-1)[..., : sets_per_permutation * columns]
+    return order.reshape(batch, permutations * sets_per_permutation, columns)[:, :sets]
+
+
+def exact_backend(
+    backend: str, relation: Relation, device: torch.device, pixels: int, channels: tuple[int, int], columns: int
+) -> str | None:
+    """Return the backend that computes the exact loss in no more time than an estimate takes, or None.
+
+    Args:
+        backend: the requested one.
+        pixels, channels: N, (C_s, C_t).
+        columns: m.
+    """
+    if 2 * columns >= pixels:  # the exact loss computes each Gram matrix up to the diagonal only
+        return backend
+    if backend != "auto" or relation.distance != "l2" or relation.rectify or device.type == "mps":
+        return None
+    operations = columns * (3 * channels[0] + channels[1])
+    return "closed_form" if operations >= CLOSED_FORM_OPERATIONS * sum(channels) ** 2 else None

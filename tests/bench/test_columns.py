@@ -1,0 +1,43 @@
+"""The command ``python -m bench columns``, and its table in the documentation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench_helpers import run
+from helpers import ROOT
+
+from bench import columns, results
+from bench.columns import Gradients
+from bench.readme import between_markers
+
+
+def test_rows_and_table_are_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- {columns.NAME}: begin -->\n<!-- {columns.NAME}: end -->\n")
+    out = tmp_path / "columns.csv"
+    small = ("--sizes", 16, "--columns", 8, 32, "--channels", 4, 6, "--draws", 12, "--repeats", 1)
+    run("columns", *small, "--device", "cpu", "--out", out, "--page", page)
+    rows = results.read(out)
+    assert [(row["normalize"], row["columns"]) for row in rows] == [
+        ("cosine", "8"), ("cosine", "32"), ("row", "8"), ("row", "32"),
+    ]  # fmt: skip
+    assert all(float(row["times_faster"]) > 0 for row in rows)
+    few, many = rows[:2]
+    for name in columns.Spread._fields:  # the spread falls with the root of m
+        assert 1.2 < float(few[f"{name}_spread"]) / float(many[f"{name}_spread"]) < 4
+    assert between_markers(page, columns.NAME).strip() == columns.table(rows)
+    assert "4/6 channels" in page.read_text()
+
+
+def test_spread_is_the_relative_deviation():
+    exact = Gradients(torch.tensor(2.0), torch.tensor([3.0, 4.0]), torch.tensor([5.0]))
+    moved = Gradients(torch.tensor(2.2), torch.tensor([3.0, 5.0]), torch.tensor([5.0]))
+    assert columns.spread([exact, moved], exact) == pytest.approx((0.1 / 2**0.5, 0.2 / 2**0.5, 0))
+
+
+def test_the_page_contains_the_recorded_rows():
+    rows = results.read(columns.RESULTS)
+    assert {row["pixels"] for row in rows} == {"4096", "65536"}
+    page = between_markers(ROOT / "docs" / "sampled-columns.md", columns.NAME)
+    assert page.strip() == columns.table(rows), "run python -m bench columns"
