@@ -22,6 +22,7 @@ using torch::autograd::variable_list;
 struct Options {
   std::string_view normalize, distance;
   double delta, eps;
+  bool rectify, detach_norms;
   std::string_view reduction, layout, scope, method;
 };
 
@@ -67,12 +68,13 @@ LossAndGradient loss_and_gradient(const Tensor& student, const Tensor& teacher, 
                                   bool need_grad) {
   static const auto forward =
       find_operator<LossAndGradient(const Tensor&, const Tensor&, std::string_view, std::string_view, double, double,
-                                    std::string_view, std::string_view, bool)>("srpkd::relation_loss_forward");
+                                    bool, bool, std::string_view, std::string_view, bool)>(
+          "srpkd::relation_loss_forward");
   check_options(student, teacher, options);
   const at::ScalarType dtype = c10::promoteTypes(student.scalar_type(), teacher.scalar_type());
-  auto result =
-      forward.call(as_pixels(student, dtype, options), as_pixels(teacher, dtype, options), options.normalize,
-                   options.distance, options.delta, options.eps, options.reduction, options.method, need_grad);
+  auto result = forward.call(as_pixels(student, dtype, options), as_pixels(teacher, dtype, options), options.normalize,
+                             options.distance, options.delta, options.eps, options.rectify, options.detach_norms,
+                             options.reduction, options.method, need_grad);
   Tensor& loss = std::get<0>(result);
   if (options.reduction == "none" && !is_batch(student, options)) loss = loss.squeeze(0);
   return result;
@@ -131,12 +133,13 @@ struct RelationLossBackward : torch::autograd::Function<RelationLossBackward> {
 bool needs_grad(const Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
 Tensor relation_loss_autograd(const Tensor& student, const Tensor& teacher, std::string_view normalize,
-                              std::string_view distance, double delta, double eps, std::string_view reduction,
-                              std::string_view layout, std::string_view scope, std::string_view method) {
+                              std::string_view distance, double delta, double eps, bool rectify, bool detach_norms,
+                              std::string_view reduction, std::string_view layout, std::string_view scope,
+                              std::string_view method) {
   TORCH_CHECK_NOT_IMPLEMENTED(!student._fw_grad(0).defined(),
                               "the relation loss does not support forward-mode differentiation: use "
                               "backend='reference', which does");
-  const Options options{normalize, distance, delta, eps, reduction, layout, scope, method};
+  const Options options{normalize, distance, delta, eps, rectify, detach_norms, reduction, layout, scope, method};
   if (needs_grad(student)) return RelationLoss::apply(student, teacher, options)[0];
   const at::AutoDispatchBelowADInplaceOrView guard;
   return std::get<0>(loss_and_gradient(student, teacher, options, false));
@@ -144,9 +147,10 @@ Tensor relation_loss_autograd(const Tensor& student, const Tensor& teacher, std:
 
 // Where autograd is off, as in inference mode.
 Tensor relation_loss(const Tensor& student, const Tensor& teacher, std::string_view normalize,
-                     std::string_view distance, double delta, double eps, std::string_view reduction,
-                     std::string_view layout, std::string_view scope, std::string_view method) {
-  const Options options{normalize, distance, delta, eps, reduction, layout, scope, method};
+                     std::string_view distance, double delta, double eps, bool rectify, bool detach_norms,
+                     std::string_view reduction, std::string_view layout, std::string_view scope,
+                     std::string_view method) {
+  const Options options{normalize, distance, delta, eps, rectify, detach_norms, reduction, layout, scope, method};
   return std::get<0>(loss_and_gradient(student, teacher, options, false));
 }
 

@@ -27,15 +27,15 @@ namespace {
 using at::Tensor;
 
 Outputs relation_tiles_meta(const Tensor& student, const Tensor&, const std::optional<Tensor>&,
-                            const std::optional<Tensor>&, std::string_view normalize, std::string_view, double,
+                            const std::optional<Tensor>&, std::string_view normalize, std::string_view, double, bool,
                             bool need_grad, int64_t) {
   return zero_outputs(student, normalize, need_grad);
 }
 
 Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
                            const std::optional<Tensor>& alpha_t, std::string_view normalize, std::string_view distance,
-                           double delta, bool need_grad, int64_t tile) {
-  const Relation relation{parse_normalize(normalize), parse_distance(distance), delta, 0};
+                           double delta, bool rectify, bool need_grad, int64_t tile) {
+  const Relation relation = parse_relation(normalize, distance, delta, 0, rectify, false);
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
   auto [loss, U, h] = zero_outputs(student, normalize, need_grad);
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
@@ -45,17 +45,18 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
 }
 
 LossAndGradient relation_loss_forward_meta(const Tensor& student, const Tensor& teacher, std::string_view,
-                                           std::string_view, double, double, std::string_view reduction,
+                                           std::string_view, double, double, bool, bool, std::string_view reduction,
                                            std::string_view, bool need_grad) {
   check_features(student, teacher);
   return empty_loss_and_gradient(student, parse_reduction(reduction), need_grad);
 }
 
 LossAndGradient relation_loss_forward_cpu(const Tensor& student, const Tensor& teacher, std::string_view normalize,
-                                          std::string_view distance, double delta, double eps,
-                                          std::string_view reduction, std::string_view method, bool need_grad) {
-  const Relation relation{parse_normalize(normalize), parse_distance(distance), delta, eps};
-  TORCH_CHECK_NOT_IMPLEMENTED(parse_method(method, relation.distance) == Method::tiles,
+                                          std::string_view distance, double delta, double eps, bool rectify,
+                                          bool detach_norms, std::string_view reduction, std::string_view method,
+                                          bool need_grad) {
+  const Relation relation = parse_relation(normalize, distance, delta, eps, rectify, detach_norms);
+  TORCH_CHECK_NOT_IMPLEMENTED(parse_method(method, relation) == Method::tiles,
                               "method=\"closed_form\" is not implemented for the CPU: use method=\"tiles\", or "
                               "backend='closed_form'");
   check_features(student, teacher);
@@ -77,13 +78,13 @@ Tensor relation_loss_backward(const Tensor& gradient, const Tensor& grad_loss, a
 TORCH_LIBRARY_FRAGMENT(srpkd, m) {
   m.def(
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "
-      "str distance, float delta, bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
+      "str distance, float delta, bool rectify, bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
   m.def(
       "relation_loss(Tensor student, Tensor teacher, str normalize, str distance, float delta, float eps, "
-      "str reduction, str layout, str scope, str method) -> Tensor");
+      "bool rectify, bool detach_norms, str reduction, str layout, str scope, str method) -> Tensor");
   m.def(
       "relation_loss_forward(Tensor student, Tensor teacher, str normalize, str distance, float delta, float eps, "
-      "str reduction, str method, bool need_grad) -> (Tensor loss, Tensor gradient)");
+      "bool rectify, bool detach_norms, str reduction, str method, bool need_grad) -> (Tensor loss, Tensor gradient)");
   m.def("relation_loss_backward(Tensor gradient, Tensor grad_loss, ScalarType dtype) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(srpkd, CPU, m) {

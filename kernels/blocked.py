@@ -21,7 +21,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     alphas = Alphas(scales.student, scales.teacher)
     loss = student.new_zeros(batch, dtype=torch.float64 if student.device.type == "cpu" else dtype)
     U = torch.zeros_like(student) if need_grad else None
-    h = student.new_zeros(batch, pixels) if need_grad and relation.normalize != "none" else None
+    h = student.new_zeros(batch, pixels) if need_grad and relation.differentiates_norms else None
 
     rows = strip_rows(batch, pixels, student.device)
     for start in range(0, pixels, rows):

@@ -18,6 +18,7 @@ from . import formulas, native
 from .formulas import Relation, Scales, TileSums, Total, identity
 
 DISTANCES = ("l2",)
+UNSUPPORTED = ("rectify",)  # max(A, 0) does not factor
 SCALE_DTYPE = torch.float64
 
 
@@ -93,12 +94,10 @@ def tiles_over(
         by_row_s = student @ total(_moment(student, student, row_s))
         by_row_st = teacher @ total(_moment(teacher, student, row_st))
         U = 2 * (forward + by_row_s - by_row_st)
-    if relation.normalize == "none":
-        return TileSums(loss, U, None)
-    h = 2 * (energy_s - energy_st)
+    h = 2 * (energy_s - energy_st) if relation.differentiates_norms else None
     if excess is not None:
-        h = 2 * (h - 2 * excess * diagonal_s)
         U = U - (4 * excess * row_s).unsqueeze(-1) * student
+        h = None if h is None else 2 * (h - 2 * excess * diagonal_s)
     return TileSums(loss, U, h)
 
 

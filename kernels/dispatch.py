@@ -9,6 +9,7 @@ A backend is a line in BACKENDS and a module of this package that defines
     SCALE_DTYPE                         optional: the lowest precision of its scales
     DISTANCES, DTYPES                   optional: the supported distances and dtypes; all by default
     GPU_DTYPES                          optional: the dtypes on GPUs, if they differ
+    UNSUPPORTED                         optional: the flags of ``Relation`` that it does not support; none by default
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
@@ -61,6 +62,11 @@ def supported_dtypes(name: str, device: torch.device) -> tuple[torch.dtype, ...]
     return everywhere if device.type == "cpu" else getattr(module, "GPU_DTYPES", everywhere)
 
 
+def unsupported_flag(name: str, relation: Relation) -> str | None:
+    """Return the first flag of the relation that backend ``name`` does not support, or None."""
+    return next((flag for flag in getattr(backend_module(name), "UNSUPPORTED", ()) if getattr(relation, flag)), None)
+
+
 def requested_backend(backend: str) -> str:
     """Return the requested backend: the argument, or SRPKD_BACKEND if the argument is "auto" and the variable is set.
 
@@ -110,9 +116,9 @@ def auto_backend(
         need_grad: whether the gradient is computed too.
     """
     if device.type == "cpu":
-        if relation.distance == "l2" and pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels):
-            return "closed_form"
-        return "native" if backend_module("native").is_built(device) else "blocked"
+        enough = pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels)
+        names = ("closed_form", "native") if enough else ("native",)
+        return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
     runnable = [name for name in GPU_BACKENDS if _auto_can_run(name, device, relation, dtype)]
     if len(runnable) > 1:
         case = measured.Case(
@@ -130,6 +136,7 @@ def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: to
     return (
         relation.distance in getattr(module, "DISTANCES", formulas.DISTANCES)
         and dtype in supported_dtypes(name, device)
+        and unsupported_flag(name, relation) is None
         and (module.is_built(device) if hasattr(module, "is_built") else module.unavailable_reason(device) is None)
     )
 
@@ -151,7 +158,7 @@ def resolve_backend(
 
     Raises:
         BackendUnavailable: the named backend cannot run on this device.
-        ValueError: the named backend does not support this distance or dtype.
+        ValueError: the named backend does not support this relation or dtype.
     """
     if backend != "auto":
         _check_supported(backend, device, dtype, relation)
@@ -194,6 +201,8 @@ def _check_supported(name: str, device: torch.device, dtype: torch.dtype, relati
             f"backend={name!r} supports distance {' or '.join(map(repr, module.DISTANCES))}, received "
             f"{relation.distance!r}: use backend='auto'"
         )
+    if (flag := unsupported_flag(name, relation)) is not None:
+        raise ValueError(f"backend={name!r} does not support {flag}=True: use backend='auto', or {flag}=False")
     if dtype not in (dtypes := supported_dtypes(name, device)):
         where = "" if device.type == "cpu" else f" on {device.type}"
         raise ValueError(

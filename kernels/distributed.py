@@ -21,8 +21,14 @@ from .formulas import Relation, Scales, TileSums, distance_value
 from .op import relation_loss_backward_op
 from .strips import Alphas, gradient_terms, relate, strip_rows
 
-# The backends that can be named for each distance. The computation is that of the second one.
-BACKENDS = {"l1": ("auto", "blocked"), "l2": ("auto", "closed_form"), "huber": ("auto", "blocked")}
+
+def backend_choices(relation: Relation) -> tuple[str, str]:
+    """Return the backends that can be named for a relation. The computation is that of the second one."""
+    return "auto", "closed_form" if _has_closed_form(relation) else "blocked"
+
+
+def _has_closed_form(relation: Relation) -> bool:
+    return relation.distance in closed_form.DISTANCES and not relation.rectify
 
 
 class Pixels(NamedTuple):
@@ -82,7 +88,7 @@ def ring_loss_and_gradient(
     counts = pixels_of_ranks(student, teacher, group)
     pixels, total = sum(counts), partial(sum_over_ranks, group=group)
     dtype = formulas.accumulator(student.dtype)
-    if relation.distance == "l2":
+    if _has_closed_form(relation):
         scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
         tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
     else:
@@ -120,7 +126,11 @@ def ring_tiles(
     dtype = formulas.accumulator(own.student.dtype)
     loss = own.student.new_zeros(1, dtype=torch.float64 if own.student.device.type != "mps" else dtype)
     U = torch.zeros_like(own.student, dtype=dtype) if need_grad else None
-    h = own.student.new_zeros(own.student.shape[:2], dtype=dtype) if need_grad and scales.student is not None else None
+    h = (
+        own.student.new_zeros(own.student.shape[:2], dtype=dtype)
+        if need_grad and relation.differentiates_norms
+        else None
+    )
     tiles = TileSums(loss, U, h)
     for columns in around_the_ring(own, counts, group):
         add_columns(tiles, own, columns, relation)

@@ -40,17 +40,26 @@ class Relation:
         distance: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 inside delta and delta*(abs(d) - delta/2) outside.
         delta: where the Huber distance becomes linear; the other distances ignore it.
         eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to all pixels.
+        rectify: negative entries of both relation matrices count as 0: max(A_ij, 0) replaces A_ij.
+        detach_norms: the norms (cosine) or row norms (row) are constants to the gradient.
     """
 
     normalize: Normalize = DEFAULT_NORMALIZE
     distance: Distance = DEFAULT_DISTANCE
     delta: float = 1.0
     eps: float = 1e-12
+    rectify: bool = False
+    detach_norms: bool = False
 
     @property
     def symmetric(self) -> bool:
         """Whether A, and with it D and rho'(D), is symmetric."""
         return self.normalize != "row"
+
+    @property
+    def differentiates_norms(self) -> bool:
+        """Whether the gradient has terms from the norms, for which the tiles sum h."""
+        return self.normalize != "none" and not self.detach_norms
 
 
 class Scales(NamedTuple):
@@ -67,7 +76,9 @@ class TileSums(NamedTuple):
     loss: (B,) sums of rho(D_ij) over all pairs.
     U: (B, N, C) sums over j of K_ij q_j, K_ij = P_ij alpha_i beta_j + P_ji alpha_j beta_i, P = rho'(D).
     h: (B, N) sums over j of P_ij A_ij, and for cosine also of P_ji A_ji.
-    U and h are None without ``need_grad``; h is also None for ``normalize="none"``.
+    U and h are None without ``need_grad``; h is also None unless ``Relation.differentiates_norms``.
+
+    With ``Relation.rectify``, P_ij = 0 where the student's A_ij <= 0.
     """
 
     loss: Tensor
@@ -211,6 +222,7 @@ def gradient_of(
         cosine    U_i - w_i q_i
         row       U_i - w_i M q_i - M_w q_i,  M = Q^T Q,  M_w = Q^T diag(w) Q
 
+    and just U_i if the norms are constants (``Relation.detach_norms``).
     A zero-norm pixel has alpha = 0, hence w = 0: no gradient flows through its normalisation.
     ``pixels`` is N if it differs from that of the student.
     """

@@ -36,6 +36,8 @@ def relation_loss(
         relation.distance,
         relation.delta,
         relation.eps,
+        relation.rectify,
+        relation.detach_norms,
         reduction,
         layout,
         "image" if scope == "image" else "batch",
@@ -55,6 +57,8 @@ def loss_and_gradient(
         relation.distance,
         relation.delta,
         relation.eps,
+        relation.rectify,
+        relation.detach_norms,
         "none",
         method,
         need_grad,
@@ -73,10 +77,11 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         relation.normalize,
         relation.distance,
         relation.delta,
+        relation.rectify,
         need_grad,
         TILE,
     )
-    return TileSums(loss, U if need_grad else None, h if need_grad and relation.normalize != "none" else None)
+    return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
 
 
 def extension() -> ModuleType:

@@ -32,8 +32,18 @@ def python_relation_loss(
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
     if not _is_eager(student, teacher):
-        normalize, distance, delta, eps = relation.normalize, relation.distance, relation.delta, relation.eps
-        loss, _ = relation_loss_op(student, teacher, normalize, distance, delta, eps, backend, need_grad)
+        loss, _ = relation_loss_op(
+            student,
+            teacher,
+            relation.normalize,
+            relation.distance,
+            relation.delta,
+            relation.eps,
+            relation.rectify,
+            relation.detach_norms,
+            backend,
+            need_grad,
+        )
         return _reduced(loss, reduction)
     if need_grad:
         return _RelationLoss.apply(student, teacher, relation, backend, reduction)[0]
@@ -107,6 +117,8 @@ def relation_loss_op(
     distance: str,
     delta: float,
     eps: float,
+    rectify: bool,
+    detach_norms: bool,
     backend: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -115,13 +127,13 @@ def relation_loss_op(
     The features are (B, N, C_s) and (B, N, C_t).
     """
     # the schema of an operator has no Literal types
-    relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps)
+    relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps, rectify, detach_norms)
     loss, gradient = _loss_and_gradient(student, teacher, relation, backend, need_grad)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
 @relation_loss_op.register_fake
-def _(student, teacher, normalize, distance, delta, eps, backend, need_grad):
+def _(student, teacher, normalize, distance, delta, eps, rectify, detach_norms, backend, need_grad):
     loss = student.new_empty(student.shape[0], dtype=accumulator(student.dtype))
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else student.new_empty(0)
     return loss, gradient
@@ -148,7 +160,7 @@ def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
     gradient = None
     if ctx.need_grad and grad_loss is not None:
         gradient = relation_loss_backward_op(ctx.saved_tensors[0], grad_loss, ctx.dtype)
-    return gradient, *[None] * 7
+    return gradient, *[None] * 9
 
 
 def _backward_of_backward(ctx, grad):

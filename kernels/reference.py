@@ -17,7 +17,7 @@ def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
     features = features.to(accumulator(features.dtype))
     gram = features @ features.mT
     if relation.normalize == "none":
-        return gram
+        return gram.relu() if relation.rectify else gram
     rows = gram if relation.normalize == "row" else features
     # after division by a power of two the squares neither overflow nor underflow
     size = rows.detach().abs().amax((-2, -1)).clamp_min(torch.finfo(rows.dtype).tiny).log2().floor().exp2()[:, None]
@@ -25,8 +25,12 @@ def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
     alive = square.sqrt() * size > relation.eps
     # the inner where keeps the infinite slope of 1/sqrt at 0 out of the backward pass, where 0 * inf is NaN
     alpha = torch.where(alive, torch.where(alive, square, 1).rsqrt() / size, 0)
+    if relation.detach_norms:
+        alpha = alpha.detach()
     relations = gram * alpha.unsqueeze(-1)
-    return relations if relation.normalize == "row" else relations * alpha.unsqueeze(-2)
+    if relation.normalize == "cosine":
+        relations = relations * alpha.unsqueeze(-2)
+    return relations.relu() if relation.rectify else relations
 
 
 def relation_loss(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:

@@ -43,8 +43,8 @@ class GradientTerms(NamedTuple):
     """The elementwise part of the gradient of a strip, (B, rows, columns) each.
 
     K: K_ij = P_ij alpha_i beta_j + P_ji alpha_j beta_i.
-    h: the summands of h of the rows, None for ``normalize="none"``.
-    mirrored_h: the summands of h of the columns, None for ``normalize="none"``.
+    h: the summands of h of the rows, None unless ``Relation.differentiates_norms``.
+    mirrored_h: the summands of h of the columns, None unless ``Relation.differentiates_norms``.
     """
 
     K: Tensor
@@ -72,6 +72,8 @@ def relate(
         rows, columns: the scales of the pixels i and of the pixels j.
         diagonal: the offset of the diagonal i = j, as of ``torch.diagonal``; None where the strip does not meet it.
     """
+    if relation.rectify:  # scales are not negative: A_ij has the sign of G_ij
+        gram_s.relu_(), gram_t.relu_()
     relations = scaled(gram_s, rows.student, columns.student, relation)
     difference = relations - scaled(gram_t, rows.teacher, columns.teacher, relation)
     if relation.normalize == "cosine" and diagonal is not None:
@@ -90,17 +92,25 @@ def gradient_terms(
     Args:
         alpha_rows, alpha_columns: the student's scales (B, rows), (B, columns).
     """
-    slope = distance_grad(strip.difference, relation)
+    slope = relation_grad(strip.difference, strip.relations, relation)
     if alpha_rows is None or alpha_columns is None:
         return GradientTerms(2 * slope, None, None)
     if strip.mirrored_relations is None or strip.mirrored_difference is None:
         K = 2 * slope
-        h = strip.relations.mul_(K)
+        h = strip.relations.mul_(K) if relation.differentiates_norms else None
         return GradientTerms(K.mul_(alpha_rows.unsqueeze(2)).mul_(alpha_columns.unsqueeze(1)), h, h)
-    mirrored_slope = distance_grad(strip.mirrored_difference, relation)
-    h, mirrored_h = strip.relations.mul_(slope), strip.mirrored_relations.mul_(mirrored_slope)
+    mirrored_slope = relation_grad(strip.mirrored_difference, strip.mirrored_relations, relation)
+    h = mirrored_h = None
+    if relation.differentiates_norms:
+        h, mirrored_h = strip.relations.mul_(slope), strip.mirrored_relations.mul_(mirrored_slope)
     K = slope.mul_(alpha_rows.unsqueeze(2)).addcmul_(mirrored_slope, alpha_columns.unsqueeze(1))
     return GradientTerms(K, h, mirrored_h)
+
+
+def relation_grad(difference: Tensor, relations: Tensor, relation: Relation) -> Tensor:
+    """Return P_ij, the derivative of rho(D_ij) with respect to the student's A_ij before it is rectified."""
+    slope = distance_grad(difference, relation)
+    return slope.masked_fill_(relations <= 0, 0) if relation.rectify else slope
 
 
 def scaled(gram: Tensor, alpha_rows: Tensor | None, alpha_columns: Tensor | None, relation: Relation) -> Tensor:

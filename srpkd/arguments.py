@@ -19,6 +19,12 @@ def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: s
         raise TypeError(f"{name}: expected {expected}, received {received}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise a TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False, received {type(value).__name__}")
+
+
 def check_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> None:
     """Raise a TypeError unless value is a number, a ValueError unless it is finite, >= least and > above."""
     bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""

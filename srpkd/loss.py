@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import check_number
+from .arguments import check_flag, check_number
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
@@ -32,6 +32,8 @@ def relation_loss(
     backend: str = "auto",
     scope: Scope = "image",
     group: dist.ProcessGroup | None = None,
+    rectify: bool = False,
+    detach_norms: bool = False,
 ) -> Tensor:
     """Return the distance between the relation matrices of a student's and a teacher's features.
 
@@ -60,14 +62,21 @@ def relation_loss(
             only C x C matrices, otherwise their features, around the ring of ranks. The loss is the same on every rank.
             Its gradient is exact under DistributedDataParallel, which averages over the ranks.
         group: the process group of ``scope="global"``; the default group if None.
+        rectify: negative entries of both relation matrices count as 0: max(A, 0) replaces A before the distance, as in
+            Gram anchoring (DINOv3). The gradient is 0 where A_student <= 0, as through ``torch.relu``.
+        detach_norms: the norms (cosine) or row norms (row) are constants to the gradient, as in the pairwise loss of
+            structured knowledge distillation (Liu et al., CVPR 2019). The value is the same; ``normalize="none"`` has
+            no norms and ignores it.
 
     Returns:
         A scalar, or (B,) with ``reduction="none"``: (1,) unless scope is "image", and () for features without a batch.
         float64 for float64 features, else float32.
 
     Raises:
-        TypeError: the features are not dense tensors of one of the four dtypes, or delta or eps is not a number.
-        ValueError: shapes, devices or options do not fit, or the teacher requires a gradient.
+        TypeError: the features are not dense tensors of one of the four dtypes, delta or eps is not a number, or
+            rectify or detach_norms is not a bool.
+        ValueError: shapes, devices or options do not fit, the teacher requires a gradient, or the named backend does
+            not support these options.
         BackendUnavailable: the named backend cannot run here.
     """
     for name, value in (
@@ -79,12 +88,14 @@ def relation_loss(
         ("eps", eps),
         ("backend", backend),
         ("scope", scope),
+        ("rectify", rectify),
+        ("detach_norms", detach_norms),
     ):
         _check_option(name, value)
     _check_features(student, teacher, layout)
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
-    relation = Relation(normalize, distance, float(delta), float(eps))
+    relation = Relation(normalize, distance, float(delta), float(eps), rectify, detach_norms)
     return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group)
 
 
@@ -104,6 +115,8 @@ class SRPLoss(nn.Module):
     eps: float
     backend: str
     scope: Scope
+    rectify: bool
+    detach_norms: bool
     has_warned = False  # that features look like another layout: once is enough
 
     def __init__(
@@ -117,11 +130,14 @@ class SRPLoss(nn.Module):
         backend: str = "auto",
         scope: Scope = "image",
         group: dist.ProcessGroup | None = None,
+        rectify: bool = False,
+        detach_norms: bool = False,
     ) -> None:
         super().__init__()
         self.normalize, self.distance, self.delta = normalize, distance, delta
         self.reduction, self.layout, self.eps = reduction, layout, eps
         self.backend, self.scope, self.group = backend, scope, group
+        self.rectify, self.detach_norms = rectify, detach_norms
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_option(name, value)
@@ -134,13 +150,16 @@ class SRPLoss(nn.Module):
             student, teacher, (self.layout, self.layout)
         ):
             self.has_warned = True
-        relation = Relation(self.normalize, self.distance, float(self.delta), float(self.eps))
+        relation = Relation(
+            self.normalize, self.distance, float(self.delta), float(self.eps), self.rectify, self.detach_norms
+        )
         return _relation_loss(
             student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group
         )
 
     def extra_repr(self) -> str:
-        names = ("normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope")
+        names = ["normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope"]
+        names += ["rectify", "detach_norms"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -180,9 +199,10 @@ def _relation_loss(
         from .kernels import distributed  # here, since it takes a second to import torch's compiler
 
         dispatch.check_choice(
-            f"with scope='global', several ranks and distance={relation.distance!r}, backend",
+            f"with scope='global', several ranks, distance={relation.distance!r} and rectify={relation.rectify}, "
+            "backend",
             backend,
-            distributed.BACKENDS[relation.distance],
+            distributed.backend_choices(relation),
         )
         loss = distributed.relation_loss(student, teacher, relation, group)
     elif backend == "reference":
@@ -238,6 +258,8 @@ def _check_option(name: str, value: Any) -> None:
         check_number(name, value, above=0)
     elif name == "eps":
         check_number(name, value, least=0)
+    elif name in ("rectify", "detach_norms"):
+        check_flag(name, value)
 
 
 def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ FAST = [name for name in BACKENDS if name != "reference"]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # about the median of abs(D) in features(), so that the Huber distance has pairs on both sides
 DELTA = {"row": 0.1, "cosine": 0.3, "none": 2.0}
+FLAGS = ("rectify", "detach_norms")
+FLAG_SETS = (("rectify",), ("detach_norms",), FLAGS)
 
 
 def distances(backend: str) -> tuple[str, ...]:
@@ -42,19 +46,33 @@ def rounding(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
 
 
-def cases(backends: list[str] = FAST) -> list:
-    """Every supported (backend, relation), for ``pytest.mark.parametrize(("backend", "relation"), ...)``."""
-    return [
-        pytest.param(backend, Relation(normalize, distance, DELTA[normalize]), id=f"{backend}-{normalize}-{distance}")
+def cases(backends: list[str] = FAST, flags: Sequence[tuple[str, ...]] = ((),)) -> list:
+    """Every supported (backend, relation), for ``pytest.mark.parametrize(("backend", "relation"), ...)``.
+
+    flags: sets of flags of a relation that are True.
+    """
+    every = [
+        (backend, Relation(normalize, distance, DELTA[normalize], **dict.fromkeys(names, True)))
+        for names in flags
         for backend in backends
         for normalize in NORMALIZATIONS
         for distance in distances(backend)
     ]
+    return [
+        pytest.param(backend, relation, id=f"{backend}-{name_of(relation)}")
+        for backend, relation in every
+        if dispatch.unsupported_flag(backend, relation) is None
+    ]
 
 
-def few_cases(backends: list[str] = FAST) -> list:
+def name_of(relation: Relation) -> str:
+    """The relation in the id of a test."""
+    return "-".join([relation.normalize, relation.distance, *(name for name in FLAGS if getattr(relation, name))])
+
+
+def few_cases(backends: list[str] = FAST, flags: Sequence[tuple[str, ...]] = ((),)) -> list:
     """One distance of every (backend, normalize): for tests of the normalisation."""
-    return [case for case in cases(backends) if case.values[1].distance == distances(case.values[0])[0]]
+    return [case for case in cases(backends, flags) if case.values[1].distance == distances(case.values[0])[0]]
 
 
 def options(relation: Relation) -> dict:
@@ -64,6 +82,7 @@ def options(relation: Relation) -> dict:
         "distance": relation.distance,
         "delta": relation.delta,
         "eps": relation.eps,
+        **{name: getattr(relation, name) for name in FLAGS},
     }
 
 
@@ -76,12 +95,20 @@ def difference(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
 
 
 def tie_gap(student: Tensor, teacher: Tensor, relation: Relation) -> float:
-    """Distance of D from the kink of rho, relative to D: larger rounding errors change the gradient."""
+    """Distance of D from the kink of rho, relative to D: larger rounding errors change the gradient.
+
+    With ``rectify`` also the distance of the student's A from its kink at 0, below which D has no kink.
+    """
     size = difference(student, teacher, relation).abs()
-    if relation.normalize == "cosine":
-        size = size[:, ~torch.eye(size.shape[1], dtype=torch.bool)]
     bend = {"l1": 0.0, "huber": relation.delta}.get(relation.distance)
-    return float("inf") if bend is None or not size.numel() else ((size - bend).abs().min() / size.mean()).item()
+    gap = torch.full_like(size, torch.inf) if bend is None else (size - bend).abs()
+    if relation.rectify:
+        before = relation_matrix(student.double(), replace(relation, rectify=False))
+        gap = torch.minimum(gap.masked_fill(before < 0, torch.inf), before.abs())
+    if relation.normalize == "cosine":
+        apart = ~torch.eye(size.shape[1], dtype=torch.bool)
+        size, gap = size[:, apart], gap[:, apart]
+    return (gap.min() / size.mean()).item() if size.numel() else float("inf")
 
 
 def features(

@@ -18,19 +18,25 @@ def zero_norm_pixels(features: np.ndarray, normalize: str, eps: float) -> list[b
     return [norm <= eps for norm in _norms(features, normalize)]
 
 
-def relation_matrix(features: np.ndarray, normalize: str, zero_norm: list[bool]) -> list[list[float]]:
-    """A_ij of one image (N, C)."""
+def relation_matrix(
+    features: np.ndarray,
+    normalize: str,
+    zero_norm: list[bool],
+    norms_of: np.ndarray | None = None,
+    rectify: bool = False,
+) -> list[list[float]]:
+    """A_ij of one image (N, C); norms_of: the features whose norms divide, if they are others."""
     pixels = range(len(features))
     gram = [[_dot(features[i], features[j]) for j in pixels] for i in pixels]
-    if normalize == "none":
-        return gram
-    norm = _norms(features, normalize)
+    norm = _norms(features if norms_of is None else norms_of, normalize)
     for i in pixels:
         for j in pixels:
-            if zero_norm[i] or (normalize == "cosine" and zero_norm[j]):
+            if normalize != "none" and (zero_norm[i] or (normalize == "cosine" and zero_norm[j])):
                 gram[i][j] = 0.0
-            else:
+            elif normalize != "none":
                 gram[i][j] /= norm[i] * (norm[j] if normalize == "cosine" else 1.0)
+            if rectify and gram[i][j] < 0:
+                gram[i][j] = 0.0
     return gram
 
 
@@ -53,11 +59,17 @@ def loss(
     delta: float = 1.0,
     eps: float = 1e-12,
     zero_norm: list[bool] | None = None,
+    norms_of: np.ndarray | None = None,
+    rectify: bool = False,
 ) -> float:
-    """The loss of one image of features (N, C_s), (N, C_t); ``zero_norm``: the student's zero-norm pixels, if given."""
+    """The loss of one image of features (N, C_s), (N, C_t).
+
+    zero_norm: the student's zero-norm pixels, if given. norms_of: the features whose norms divide the student's, if
+    they are others.
+    """
     zero_norm = zero_norm_pixels(student, normalize, eps) if zero_norm is None else zero_norm
-    ours = relation_matrix(student, normalize, zero_norm)
-    theirs = relation_matrix(teacher, normalize, zero_norm_pixels(teacher, normalize, eps))
+    ours = relation_matrix(student, normalize, zero_norm, norms_of, rectify)
+    theirs = relation_matrix(teacher, normalize, zero_norm_pixels(teacher, normalize, eps), rectify=rectify)
     total = 0.0
     for i in range(len(student)):
         for j in range(len(student)):
@@ -75,8 +87,11 @@ def gradient(
     delta: float = 1.0,
     eps: float = 1e-12,
     step: float = 1e-6,
+    rectify: bool = False,
+    detach_norms: bool = False,
 ) -> np.ndarray:
     """dL/dQ_s (N, C_s) by central differences."""
+    norms_of = student if detach_norms else None
     zero_norm = zero_norm_pixels(student, normalize, eps)
     result = np.zeros_like(student)
     for index in np.ndindex(student.shape):
@@ -84,7 +99,7 @@ def gradient(
         for sign in (1, -1):
             moved = student.copy()
             moved[index] += sign * step
-            values.append(loss(moved, teacher, normalize, distance, delta, eps, zero_norm))
+            values.append(loss(moved, teacher, normalize, distance, delta, eps, zero_norm, norms_of, rectify))
         result[index] = (values[0] - values[1]) / (2 * step)
     return result
 

@@ -11,6 +11,7 @@ is uniform within a unit roundoff u, which is 1/2 ulp of 1: float32 2^-24, TF32 
   (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
 - The scales have errors of a few float32 units.
 - K_ij is rounded to the format of the features or of the products, for the product U = K Q.
+- Where the student's A_ij changes its sign, rectify makes P_ij appear or disappear.
 - The float32 sums over N pixels, U and h, have errors of about sqrt(N) 2^-24 of their values.
 - The gradient is rounded to the features' dtype.
 
@@ -27,7 +28,8 @@ from helpers import value_and_gradient
 from torch import Tensor
 
 from srpkd.kernels import Relation, Scales, TileSums
-from srpkd.kernels.formulas import distance_grad, distance_value, gradient_of, matmul_precision, scales_of
+from srpkd.kernels.formulas import distance_value, gradient_of, matmul_precision, scales_of
+from srpkd.kernels.strips import relation_grad
 
 UNITS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 PRODUCT_UNITS = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}  # of float32 features on a GPU
@@ -90,10 +92,12 @@ def predicted_errors(student: Tensor, teacher: Tensor, relation: Relation, preci
         betas = alphas if relation.symmetric else [ones, ones]
         grams = gram(student), gram(teacher)
         A = [alpha[:, :, None] * G * beta[:, None] for G, alpha, beta in zip(grams, alphas, betas)]
+        if relation.rectify:
+            A = [a.relu() for a in A]
         D = A[0] - A[1]
         if relation.normalize == "cosine":
             D.diagonal(dim1=1, dim2=2).zero_()
-        P = distance_grad(D, relation)
+        P = relation_grad(D, A[0], relation)
         K = alphas[0][:, :, None] * P * betas[0][:, None]
         K = rounded(K + K.mT, max(UNITS[dtype], product))
         h = (P * A[0]).sum(2) * (2 if relation.symmetric else 1)
@@ -102,7 +106,7 @@ def predicted_errors(student: Tensor, teacher: Tensor, relation: Relation, preci
         tiles = TileSums(
             rounded(distance_value(D, relation).mean((1, 2)), SCALE_UNITS * single),
             rounded(K @ rounded(student, product), sums),
-            None if relation.normalize == "none" else rounded(h, sums),
+            rounded(h, sums) if relation.differentiates_norms else None,
         )
         gradient = rounded(gradient_of(student, tiles, scales, relation), UNITS[dtype])
         return error_norms((tiles.loss, gradient), exact)

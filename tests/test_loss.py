@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import reference_loops as loops
 import torch
-from helpers import cases, distances, error, features, few_cases, options, rounding, widest
+from helpers import FLAG_SETS, cases, distances, error, features, few_cases, options, rounding, widest
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpkd import SRPLoss, relation_loss
@@ -32,14 +33,21 @@ def pair(batch: int = 2, height: int = 3, width: int = 4, dtype: torch.dtype = t
 
 
 @pytest.mark.parametrize("zero_norm", [(), (2,), (0, 4)], ids=["none", "one pixel", "two pixels"])
-@pytest.mark.parametrize(("backend", "relation"), cases(ALL_BACKENDS))
+@pytest.mark.parametrize(("backend", "relation"), cases(ALL_BACKENDS, [(), *FLAG_SETS]))
 def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], device: torch.device) -> None:
     """Value and gradient of plain loops over NumPy arrays, zero-norm pixels of student and teacher included."""
+    if zero_norm and relation.rectify:
+        pytest.skip("a central difference of max(A, 0) at A = 0 is half its slope, autograd's is 0")
     student, teacher = features(relation, batch=1, pixels=5, channels=(3, 2), apart=1e-2)
     # a pixel of norm 0 in both is a tie: there a central difference of |d| is 0, as sign(0) is
     student[:, zero_norm, :], teacher[:, zero_norm[:1], :] = 0, 0
     s, t = student[0].numpy(), teacher[0].numpy()
-    expected = {"normalize": relation.normalize, "distance": relation.distance, "delta": relation.delta}
+    expected = {
+        "normalize": relation.normalize,
+        "distance": relation.distance,
+        "delta": relation.delta,
+        "rectify": relation.rectify,
+    }
 
     dtype = widest(backend, device)
     student, teacher = student.to(device, dtype).requires_grad_(), teacher.to(device, dtype)
@@ -47,7 +55,8 @@ def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], dev
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == pytest.approx(loops.loss(s, t, **expected), rel=rounding(dtype))
     tolerance = 1e-7 + rounding(dtype)
-    np.testing.assert_allclose(gradient[0].cpu(), loops.gradient(s, t, **expected), rtol=10 * tolerance, atol=tolerance)
+    expected_gradient = loops.gradient(s, t, **expected, detach_norms=relation.detach_norms)
+    np.testing.assert_allclose(gradient[0].cpu(), expected_gradient, rtol=10 * tolerance, atol=tolerance)
 
 
 def test_loops_by_hand() -> None:
@@ -58,6 +67,9 @@ def test_loops_by_hand() -> None:
     assert loops.loss(student, teacher, "row", "l1") == 1 / 4
     assert loops.loss(student, teacher, "cosine", "l1") == 0
     assert loops.loss(student, teacher, "none", "l2") == (24**2 + 4**2) / 4
+    opposite = np.array([[2.0, 0.0], [-1.0, 0.0]])  # G = [[4, -2], [-2, 1]]
+    assert loops.loss(opposite, 0 * opposite, "none", "l1") == 9 / 4
+    assert loops.loss(opposite, 0 * opposite, "none", "l1", rectify=True) == 5 / 4
     assert loops.loss(student, teacher, "none", "huber", delta=10) == (10 * (24 - 5) + 8) / 4
 
 
@@ -174,6 +186,8 @@ def test_module_equals_the_function() -> None:
         "layout": "nlc",
         "eps": 1e-6,
         "backend": "blocked",
+        "rectify": True,
+        "detach_norms": True,
     }
     module = SRPLoss(**given)
     tokens = student.flatten(2).mT, teacher.flatten(2).mT
@@ -272,9 +286,56 @@ def test_every_option_matters() -> None:
     """Every option reaches the computation."""
     student, teacher = pair()
     base = SRPLoss(distance="huber", delta=0.1)
-    for changed in ({"normalize": "row"}, {"distance": "l1"}, {"delta": 0.01}, {"reduction": "sum"}, {"eps": 1e3}):
+    for changed in (
+        {"normalize": "row"},
+        {"distance": "l1"},
+        {"delta": 0.01},
+        {"reduction": "sum"},
+        {"eps": 1e3},
+        {"rectify": True},
+    ):
         other = SRPLoss(**{"distance": "huber", "delta": 0.1, **changed})
         assert not torch.equal(base(student, teacher), other(student, teacher)), changed
+    constant = SRPLoss(distance="huber", delta=0.1, detach_norms=True)  # changes only the gradient
+    losses = base(student, teacher), constant(student, teacher)
+    torch.testing.assert_close(*losses)
+    assert not torch.equal(*(torch.autograd.grad(loss, student)[0] for loss in losses))
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if dispatch.unsupported_flag(name, Relation(rectify=True)) is None]
+)
+def test_rectified_equals_the_relu_of_both_matrices(backend: str, device: torch.device) -> None:
+    """Gram anchoring as it is usually written: negative similarities of both networks are clamped to 0."""
+    if (reason := dispatch.unavailable_reason(backend, device)) is not None:
+        pytest.skip(reason)
+    student, teacher = features(Relation(rectify=True), dtype=widest(backend, device), device=device)
+    student.requires_grad_()
+    grams = [(x @ x.mT).relu() for x in (F.normalize(x, dim=-1) for x in (student, teacher))]
+    expected = (grams[0] - grams[1]).square().mean()
+    loss = relation_loss(student, teacher, layout="nlc", rectify=True, backend=backend)
+    assert error(loss, expected) <= 3 * rounding(student.dtype)
+    gradients = [torch.autograd.grad(value, student)[0] for value in (loss, expected)]
+    assert error(*gradients) <= 3 * rounding(student.dtype)
+
+
+def test_detached_norms_equal_the_pairwise_loss_of_structured_distillation() -> None:
+    """The published code divides by the norm plus 1e-8, computed from the features' values."""
+    student, teacher = pair(dtype=torch.float64)
+    scaled = [x / (x.detach().square().sum(1, keepdim=True).sqrt() + 1e-8) for x in (student, teacher)]
+    grams = [torch.einsum("icm,icn->imn", x.flatten(2), x.flatten(2)) for x in scaled]
+    expected = (grams[1] - grams[0]).square().sum() / 12**2 / 2
+    loss = relation_loss(student, teacher, detach_norms=True)
+    assert error(loss, expected) <= 1e-7
+    assert error(*(torch.autograd.grad(value, student)[0] for value in (loss, expected))) <= 1e-7
+
+
+def test_a_backend_without_rectify_says_so() -> None:
+    student, teacher = pair()
+    message = r"backend='closed_form' does not support rectify=True: use backend='auto', or rectify=False"
+    with pytest.raises(ValueError, match=message):
+        relation_loss(student, teacher, rectify=True, backend="closed_form")
+    assert relation_loss(student, teacher, rectify=True) > 0  # auto takes tiles
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -294,6 +355,8 @@ REFUSED = {
     "delta nan": ({"delta": math.nan}, ValueError, ["delta=nan"]),
     "eps below 0": ({"eps": -1e-9}, ValueError, ["eps=-1e-09", "at least 0"]),
     "eps nan": ({"eps": math.nan}, ValueError, ["eps=nan"]),
+    "rectify": ({"rectify": "yes"}, TypeError, ["rectify='yes'", "True or False", "received str"]),
+    "detach_norms": ({"detach_norms": 1}, TypeError, ["detach_norms=1", "True or False", "received int"]),
     "array": ({"student": np.ones((2, 3, 4, 4))}, TypeError, ["student", "(B, C, H, W)", "received ndarray"]),
     "no teacher": ({"teacher": None}, TypeError, ["teacher", "received NoneType"]),
     "integers": ({"student": IMAGE.long()}, TypeError, ["student", "torch.int64", "float32", ".float()"]),

@@ -38,11 +38,16 @@ inline Reduction parse_reduction(std::string_view name) {
   return name == "mean" ? Reduction::mean : name == "sum" ? Reduction::sum : Reduction::none;
 }
 
-inline Method parse_method(std::string_view name, Distance distance) {
+inline Relation parse_relation(std::string_view normalize, std::string_view distance, double delta, double eps,
+                               bool rectify, bool detach_norms) {
+  return {parse_normalize(normalize), parse_distance(distance), delta, eps, rectify, detach_norms};
+}
+
+inline Method parse_method(std::string_view name, const Relation& relation) {
   TORCH_CHECK_VALUE(name == "tiles" || name == "closed_form",
                     "expected method=\"tiles\" or \"closed_form\", received \"", name, "\"");
-  TORCH_CHECK_VALUE(name == "tiles" || distance == Distance::l2,
-                    "method=\"closed_form\" supports distance=\"l2\" only: use method=\"tiles\"");
+  TORCH_CHECK_VALUE(name == "tiles" || (relation.distance == Distance::l2 && !relation.rectify),
+                    "method=\"closed_form\" supports distance=\"l2\" without rectify only: use method=\"tiles\"");
   return name == "tiles" ? Method::tiles : Method::closed_form;
 }
 

@@ -13,6 +13,10 @@ struct Relation {
   Normalize normalize;
   Distance distance;
   double delta, eps;
+  bool rectify = false, detach_norms = false;
+
+  // Whether the gradient has terms from the norms, for which the tiles sum h.
+  constexpr bool differentiates_norms() const { return normalize != Normalize::none && !detach_norms; }
 };
 
 }  // namespace srpkd

@@ -30,6 +30,7 @@ struct Kind {
   Distance distance;
   bool need_grad;
   bool mirrored;  // the tile also represents its mirror image
+  bool rectify;
 };
 
 template <typename T>

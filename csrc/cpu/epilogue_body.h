@@ -58,9 +58,10 @@ T sum(const Vector& v) {
   return part[0];
 }
 
-template <typename T, Normalize normalize, Distance distance, bool need_grad, bool mirrored>
+template <typename T, Normalize normalize, Distance distance, bool rectify, bool need_grad, bool mirrored>
 double run(const TileOperands<T>& tile) {
   using Vector = typename Lanes<T>::Vector;
+  using Mask = typename Lanes<T>::Mask;
   constexpr int64_t LANES = sizeof(Vector) / sizeof(T);
   constexpr bool row = normalize == Normalize::row, cosine = normalize == Normalize::cosine;
   constexpr bool scaled = normalize != Normalize::none;
@@ -86,6 +87,11 @@ double run(const TileOperands<T>& tile) {
 
     for (int64_t j = 0; j < vectors; ++j) {
       Vector a = gram_s[j], d = gram_t[j], b{}, e{};
+      Mask zero{};  // where A_s <= 0: scales are not negative, so A_ij has the sign of G_ij; NaN stays NaN
+      if constexpr (rectify) {
+        zero = a <= Vector{};
+        a = (Vector)((Mask)a & ~zero), d = (Vector)((Mask)d & ~(d <= Vector{}));
+      }
       if constexpr (both) b = a * column_s[j], e = b - d * column_t[j];
       if constexpr (scaled) a *= row_s, d *= row_t;
       if constexpr (cosine) a *= column_s[j], d *= column_t[j];
@@ -101,9 +107,12 @@ double run(const TileOperands<T>& tile) {
           const Vector q = rho.grad(e);
           h += p * a;
           if constexpr (mirrored) h_column[j] += q * b;
-          K[j] = p * row_s + q * column_s[j];
+          Vector k = p * row_s + q * column_s[j];
+          if constexpr (rectify) k = (Vector)((Mask)k & ~zero);
+          K[j] = k;
         } else {
-          const Vector k = p + p;
+          Vector k = p + p;
+          if constexpr (rectify) k = (Vector)((Mask)k & ~zero);
           if constexpr (cosine) {
             const Vector term = k * a;
             h += term;
@@ -121,14 +130,20 @@ double run(const TileOperands<T>& tile) {
   return (!row && mirrored ? 2 : 1) * total;
 }
 
-// Turns the four runtime options into template arguments.
-template <typename T, Normalize normalize, Distance distance>
+// Turns the five runtime options into template arguments.
+template <typename T, Normalize normalize, Distance distance, bool rectify>
 double dispatch(const TileOperands<T>& tile, Kind kind) {
   if (kind.need_grad)
-    return kind.mirrored ? run<T, normalize, distance, true, true>(tile)
-                         : run<T, normalize, distance, true, false>(tile);
-  return kind.mirrored ? run<T, normalize, distance, false, true>(tile)
-                       : run<T, normalize, distance, false, false>(tile);
+    return kind.mirrored ? run<T, normalize, distance, rectify, true, true>(tile)
+                         : run<T, normalize, distance, rectify, true, false>(tile);
+  return kind.mirrored ? run<T, normalize, distance, rectify, false, true>(tile)
+                       : run<T, normalize, distance, rectify, false, false>(tile);
+}
+
+template <typename T, Normalize normalize, Distance distance>
+double dispatch(const TileOperands<T>& tile, Kind kind) {
+  return kind.rectify ? dispatch<T, normalize, distance, true>(tile, kind)
+                      : dispatch<T, normalize, distance, false>(tile, kind);
 }
 
 template <typename T, Normalize normalize>

@@ -69,11 +69,11 @@ Scale scale_of(const Tensor& features, const Relation& relation) {
   return {alpha.to(features.scalar_type()), moment.to(features.scalar_type())};
 }
 
-// Overwrites U with N^2 dL/dQ: with w_i = h_i alpha_i^2,
+// Overwrites U with N^2 dL/dQ, which is U itself if h is undefined; else with w_i = h_i alpha_i^2,
 //     cosine    U_i - w_i q_i
 //     row       U_i - w_i M q_i - M_w q_i,  M_w = Q^T diag(w) Q
 void correct(const Tensor& U, const Tensor& h, const Tensor& features, const Scale& scale) {
-  if (!scale.alpha.defined()) return;
+  if (!h.defined()) return;
   if (!scale.moment.defined()) {
     U.sub_((h * scale.alpha.square()).unsqueeze(2) * features);
     return;
@@ -95,7 +95,7 @@ void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& re
   const Tensor alpha_t = scale_of(q_t, relation).alpha;
   const bool need_grad = gradient.defined();
   const Tensor U = need_grad ? at::zeros_like(q_s) : Tensor();
-  const Tensor h = need_grad && scale.alpha.defined() ? at::zeros({images, pixels}, q_s.options()) : Tensor();
+  const Tensor h = need_grad && relation.differentiates_norms() ? at::zeros({images, pixels}, q_s.options()) : Tensor();
   losses.zero_();
   relation_tiles(student, teacher, scale.alpha, alpha_t, relation, 0, losses, U, h);
   losses.div_(static_cast<double>(pixels) * static_cast<double>(pixels));

@@ -90,14 +90,16 @@ class Image {
 
   // Pass 3: the rows of K and h. Returns the rows' part of the loss.
   double compare(Block rows, bool need_grad) {
-    return kernels_.epilogue(operands(rows), {relation_.normalize, relation_.distance, need_grad, false});
+    return kernels_.epilogue(operands(rows),
+                             {relation_.normalize, relation_.distance, need_grad, false, relation_.rectify});
   }
 
   // Pass 4: the rows of the gradient.
   void differentiate(Block rows, T scale, Matrix<T> gradient) {
     const TileOperands<T> tile = operands(rows);
-    if (relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);
-    if (relation_.normalize == Normalize::cosine)  // of norms that depend on their own pixel only
+    const bool norms = relation_.differentiates_norms();
+    if (norms && relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);
+    if (norms && relation_.normalize == Normalize::cosine)  // of norms that depend on their own pixel only
       for (int64_t i = 0; i < rows.size; ++i)
         tile.K[i * tile.stride + rows.begin + i] -= tile.h_row[i] * tile.row_s[i] * tile.row_s[i];
     const Matrix<const T> K = {tile.K, rows.size, student_.rows, tile.stride, 1};

@@ -138,7 +138,7 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
         {i.size, stride, gram_s, space.gram_t.template const_data_ptr<T>(), gram_s, alpha(alpha_s, i),
          alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j), space.h[0].template mutable_data_ptr<T>(),
          space.h[1].template mutable_data_ptr<T>(), T(relation.delta), 0},
-        {relation.normalize, relation.distance, need_grad, mirrored});
+        {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
     if (need_grad) {
       wait_for_turn();
       accumulate(image, i, K, s_j, space.h[0]);

@@ -130,14 +130,14 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   plan.wide = scales.wide;
   GradientArguments<Sums>& g = plan.gradient;
   g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels;
-  g.normalize = a.relation.normalize, g.sums = sums;
+  g.normalize = a.relation.differentiates_norms() ? a.relation.normalize : Normalize::none, g.sums = sums;
   g.alpha = scales.norms.alpha[STUDENT], g.size = moments.size, g.moment = moments.whole;
   g.gradient = a.gradient;
   for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
   g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
   const double count = a.pixels;
   g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
-  if (a.relation.normalize != Normalize::row || !a.need_grad) return plan;
+  if (g.normalize != Normalize::row || !a.need_grad) return plan;
 
   WeightedMomentArguments<Sums>& w = plan.weighted;
   const int channels = g.features.channels;
@@ -163,6 +163,7 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   t.images = a.images, t.pixels = a.pixels;
   t.distance = a.relation.distance, t.delta = static_cast<float>(a.relation.delta);
   t.row = a.relation.normalize == Normalize::row, t.zero_diagonal = a.relation.normalize == Normalize::cosine;
+  t.rectify = a.relation.rectify;
   plan.u_channels = sm80::plan(t, a.precision, a.need_grad, device);
   t.loss = workspace.take<double>(images * t.splits * t.blocks);
   if (a.need_grad) {
@@ -170,7 +171,7 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
     t.U = workspace.take<float>(t.splits * images * image);
     t.U_strides[0] = images * image, t.U_strides[1] = image;
     t.U_strides[2] = a.pixels_adjacent ? 1 : channels_s, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
-    if (a.relation.normalize != Normalize::none) t.h = workspace.take<float>(t.splits * images * pixels);
+    if (a.relation.differentiates_norms()) t.h = workspace.take<float>(t.splits * images * pixels);
   }
 
   SumsOfSplits sums{};

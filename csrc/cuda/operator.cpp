@@ -28,7 +28,9 @@ namespace {
 cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels_adjacent, int u_channels,
                          cudaStream_t stream) {
   return sm80::with_precision(precision, [&](auto chosen) {
-    return sm80::launch<decltype(chosen)::value>(p, pixels_adjacent, u_channels, stream);
+    constexpr Precision PRECISION = decltype(chosen)::value;
+    return p.rectify ? sm80::launch<PRECISION, true>(p, pixels_adjacent, u_channels, stream)
+                     : sm80::launch<PRECISION, false>(p, pixels_adjacent, u_channels, stream);
   });
 }
 
@@ -60,12 +62,13 @@ auto planned(const Tensor& like, MakePlan make_plan) {
 }
 
 LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teacher, std::string_view normalize,
-                                      std::string_view distance, double delta, double eps, std::string_view reduction,
-                                      std::string_view method, bool need_grad) {
+                                      std::string_view distance, double delta, double eps, bool rectify,
+                                      bool detach_norms, std::string_view reduction, std::string_view method,
+                                      bool need_grad) {
   LossArguments a{};
-  a.relation = {parse_normalize(normalize), parse_distance(distance), delta, eps};
+  a.relation = parse_relation(normalize, distance, delta, eps, rectify, detach_norms);
   a.reduction = parse_reduction(reduction), a.need_grad = need_grad;
-  const Method chosen = parse_method(method, a.relation.distance);
+  const Method chosen = parse_method(method, a.relation);
   TORCH_CHECK_NOT_IMPLEMENTED(chosen == Method::tiles || a.relation.normalize != Normalize::row,
                               "method=\"closed_form\" supports normalize=\"cosine\" or \"none\" on a GPU, received \"",
                               normalize, "\": use method=\"tiles\", or backend='closed_form'");
@@ -126,11 +129,11 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
 
 Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
                        const std::optional<Tensor>& alpha_t, std::string_view normalize, std::string_view distance,
-                       double delta, bool need_grad, int64_t) {
+                       double delta, bool rectify, bool need_grad, int64_t) {
   const Normalize kind = parse_normalize(normalize);
   sm80::Params p{};
   p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
-  p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine;
+  p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine, p.rectify = rectify;
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
   const Precision precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());

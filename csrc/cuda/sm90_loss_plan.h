@@ -23,7 +23,9 @@ inline sm90::Problem problem_of(const LossArguments& a) {
           a.need_grad,
           a.relation.normalize,
           a.relation.distance,
-          static_cast<float>(a.relation.delta)};
+          static_cast<float>(a.relation.delta),
+          a.relation.rectify,
+          a.relation.differentiates_norms()};
 }
 
 inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {

@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -88,7 +88,9 @@ class Case:
 
     def __str__(self) -> str:
         shape = "{}/{}".format(*self.channels)
-        relation = f"{self.relation.normalize} {self.relation.distance}" + ("" if self.need_grad else " forward only")
+        relation = f"{self.relation.normalize} {self.relation.distance}"
+        relation += " rectify" * self.relation.rectify + " detach_norms" * self.relation.detach_norms
+        relation += "" if self.need_grad else " forward only"
         return f"{self.kernel:<15} {self.numbers:<8} {shape:>9} {self.layout} {relation}"
 
 
@@ -116,9 +118,11 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
         chosen = configuration(case.capability, case.numbers, *case.channels)
         known = constants(relation, case.need_grad, case.channels, case.numbers, chosen)
         if not case.need_grad:
-            known |= {"U_ptr": None, "h_ptr": None}
+            known |= {"U_ptr": None}
+        if not (case.need_grad and relation.differentiates_norms):
+            known |= {"h_ptr": None}
         if relation.normalize == "none":
-            known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr", "h_ptr"))
+            known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr"))
         return known, compile_options(chosen)
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
     if case.kernel in CLOSED_FORM:
@@ -153,6 +157,7 @@ def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
     channels_s, channels_t = case.channels
     scaled, difference = case.relation.normalize == "cosine", channels_s == channels_t
     known: dict[str, int] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
+    known["DETACH_NORMS"] = case.relation.detach_norms
     if case.kernel == "closed_sums":
         known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
         return known, closed_form.FINISH_OPTIONS
@@ -232,6 +237,10 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
         for distance in DISTANCES:
             yield Case("relation", capability, "bfloat16", relation=Relation(normalize, distance))
         yield Case("relation", capability, "bfloat16", relation=Relation(normalize, "l1"), need_grad=False)
+        for numbers in ("bfloat16", "highest"):
+            relation = Relation(normalize, "l2", rectify=True)
+            yield Case("relation", capability, numbers, relation=relation)
+            yield Case("relation", capability, numbers, relation=replace(relation, detach_norms=True))
         yield Case("gradient", capability, "bfloat16", relation=Relation(normalize, "l1"))
     yield Case("scale", capability, "bfloat16", relation=Relation("cosine", "l1"))
     for numbers in ("bfloat16", "highest"):
@@ -245,6 +254,7 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
         yield Case(kernel, capability, "bfloat16", relation=Relation("none", "l2"))
         yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="nlc")
         yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="odd")
+    yield Case("closed_gradient", capability, "bfloat16", relation=replace(COSINE_L2, detach_norms=True))
 
 
 def compiler_pool(processes: int | None = None) -> ProcessPoolExecutor:

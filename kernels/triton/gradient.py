@@ -55,6 +55,7 @@ def gradient_kernel(
 ):
     """Compute dL/dQ of one tile of the student's features, and the loss of each image, from their partial sums.
 
+    NORMALIZE is "none" if the gradient has no terms from the norms.
     A program reads only those elements of U that it then writes to the gradient: U and the gradient may share memory.
     """
     row_blocks, blocks = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels, BLOCK_C)
@@ -120,7 +121,9 @@ def plan_gradient(
     ``partials.U`` and ``gradient`` may share memory.
     """
     batch, pixels, channels = student.shape
-    h, alpha, moments = partials.h, scales.vectors[0], scales.moments
+    h, alpha, moments = partials.h, None, None
+    if h is not None:
+        alpha, moments = scales.vectors[0], scales.moments
     assert partials.U is not None, "the tile kernel ran without a gradient"
     weighted = None
     if h is not None and alpha is not None and moments is not None:
@@ -149,7 +152,7 @@ def plan_gradient(
         partials.splits,
         partials.loss.shape[1],
         1 / pixels**2,
-        NORMALIZE=relation.normalize,
+        NORMALIZE=relation.normalize if relation.differentiates_norms else "none",
         TERMS=feature_terms(student.dtype),
         BLOCK_M=block_m,
         BLOCK_K=block_k,

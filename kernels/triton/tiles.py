@@ -157,6 +157,7 @@ def relation_kernel(
     delta,
     NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
+    RECTIFY: tl.constexpr,
     NEED_GRAD: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -177,6 +178,8 @@ def relation_kernel(
 
     D_ij = mantissa_i (ratio_i G_s,ij - power_i G_t,ij), with the scales of ``scale_kernel``: power_i G_t,ij is exact,
     so D of equal features is exactly 0 also if the compiler fuses the multiplications with the subtraction.
+
+    ``h_ptr`` is None unless the gradient has terms from the norms.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(pixels, BLOCK_M)
@@ -256,6 +259,10 @@ def relation_kernel(
             BLOCK_T,
         )
 
+        if RECTIFY:  # scales are not negative: A_ij has the sign of G_ij; NaN stays
+            gram_s = tl.where(gram_s < 0, 0.0, gram_s)
+            gram_t = tl.where(gram_t < 0, 0.0, gram_t)
+
         mirrors = (start_n >= start_m + BLOCK_M).to(tl.float32)  # 0 on the diagonal block, which is its own mirror
         if NORMALIZE == "none":
             difference = gram_s - gram_t
@@ -301,6 +308,8 @@ def relation_kernel(
             elif NORMALIZE == "cosine":  # the other factor of K, 2 alpha_i, follows after the loop over columns
                 K *= alpha_n
                 h += tl.sum(K * gram_s, 1)
+            if RECTIFY:
+                K = tl.where(gram_s <= 0, 0.0, K)
             if LOOP_S:
                 student_n = load_tile(
                     student_ptr, start_u, start_n, stride_sc, stride_sn, limit_s, pixels, BLOCK_S, BLOCK_N
@@ -318,7 +327,7 @@ def relation_kernel(
         if NORMALIZE == "cosine":
             U *= 2 * alpha_m[:, None]
             h *= 2
-        if NORMALIZE != "none" and start_u == 0:
+        if h_ptr is not None and start_u == 0:
             h_ptr += split.to(tl.int64) * stride_hs + image * pixels
             store_vector(h_ptr, h * alpha_m, start_m, pixels, BLOCK_M)
         U_ptr += split.to(tl.int64) * stride_us + image * stride_ub
@@ -356,6 +365,7 @@ def constants(
     return {
         "NORMALIZE": relation.normalize,
         "DISTANCE": relation.distance,
+        "RECTIFY": relation.rectify,
         "NEED_GRAD": need_grad,
         "TERMS": TERMS[numbers],
         "BLOCK_M": chosen.block_m,
@@ -399,7 +409,7 @@ def plan_tiles(
     U = h = None
     if need_grad:
         U = gradient if splits == 1 and gradient is not None else plan.scratch(splits, *student.shape)
-    if need_grad and relation.normalize != "none":
+    if need_grad and relation.differentiates_norms:
         h = plan.scratch(splits, batch, pixels)
     partials = Partials(splits, loss, U, h)
     plan.launch(

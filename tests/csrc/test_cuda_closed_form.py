@@ -52,6 +52,15 @@ def converged(case: str, pixels: int, channels: int, noise: float) -> tuple[Tens
     return student.to(CASES[case][0]), teacher.to(CASES[case][0])
 
 
+@pytest.mark.parametrize("channels", [(5, 7), (72, 72)], ids=str)
+@every_layout
+@every_case
+def test_constant_norms(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
+    student, teacher = draw(CASES[case][0], 2, 75, channels, layout)
+    student[:, 3] = teacher[:, 7] = student[:, 70] = teacher[:, 70] = 0
+    check(library, student, teacher, replace(COSINE, detach_norms=True), case)
+
+
 # equal channels use the difference form; incomplete and several blocks
 @pytest.mark.parametrize("channels", [(5, 7), (7, 7), (70, 130), (130, 70), (72, 72)], ids=str)
 @every_layout

@@ -27,8 +27,9 @@ INSTRUCTIONS = {
     "tf32": ("HMMA.1688.F32.TF32",) * 2,
     "tf32x3": ("HMMA.1688.F32.TF32",) * 2,
 }
+VARIANTS = {"": "default", "_rectified": "rectified"}  # files of the sm80 kernels
 KERNELS = {(adjacent, channels) for adjacent in (0, 1) for channels in (0, 64, 128)}  # of one precision
-FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)")
+FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)ELb(\d)")
 # of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores. Those
 # after the tiles exist for the sums of the sm_80 and of the sm_90 tiles
 ALGEBRA = {"Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8}
@@ -46,10 +47,11 @@ def architectures() -> tuple[str, ...]:
     return (*ARCHITECTURES, NEWER) if NEWER in listed else ARCHITECTURES
 
 
-def kernel(symbol: str) -> tuple[int, int]:
+def kernel(symbol: str, rectified: bool) -> tuple[int, int]:
     """Return whether a kernel's pixels are adjacent (0 or 1), and its channels of U."""
     match = FUNCTION.search(symbol)
     assert match, symbol
+    assert bool(int(match[3])) == rectified
     return int(match[1]), int(match[2])
 
 
@@ -64,7 +66,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes]
         return compile_once(tmp_path_factory, [nvcc, *options, build.CSRC / "cuda" / source], ".fatbin")
 
-    sources = [f"sm80/sm80_{precision}.cu" for precision in INSTRUCTIONS]
+    sources = [f"sm80/sm80_{precision}{variant}.cu" for variant in VARIANTS for precision in INSTRUCTIONS]
     sources += [f"{folder}/{folder}_{element}.cu" for folder in ("algebra", "closed_form") for element in ELEMENTS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = {source: pool.submit(run, source) for source in sources}
@@ -94,20 +96,28 @@ def functions(target: Path) -> Iterator[tuple[str, set[str]]]:
         yield function.split("\n", 1)[0], words
 
 
-@pytest.mark.parametrize("precision", INSTRUCTIONS)
-def test_tiles_do_not_spill(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    report, _ = compiled(f"sm80/sm80_{precision}.cu")
-    seen = {(architecture, *kernel(symbol)) for symbol, architecture in entries(report)}
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANTS.get)
+every_precision = pytest.mark.parametrize("precision", INSTRUCTIONS)
+
+
+@every_variant
+@every_precision
+def test_tiles_do_not_spill(compiled: Callable[[str], tuple[str, Path]], precision: str, variant: str) -> None:
+    report, _ = compiled(f"sm80/sm80_{precision}{variant}.cu")
+    seen = {(architecture, *kernel(symbol, bool(variant))) for symbol, architecture in entries(report)}
     assert seen == {(architecture, *config) for architecture in architectures() for config in KERNELS}
 
 
-@pytest.mark.parametrize("precision", INSTRUCTIONS)
-def test_tensor_cores_and_asynchronous_copies(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    _, target = compiled(f"sm80/sm80_{precision}.cu")
+@every_variant
+@every_precision
+def test_tensor_cores_and_asynchronous_copies(
+    compiled: Callable[[str], tuple[str, Path]], precision: str, variant: str
+) -> None:
+    _, target = compiled(f"sm80/sm80_{precision}{variant}.cu")
     found = list(functions(target))
     assert len(found) == len(architectures()) * len(KERNELS)
     for symbol, words in found:
-        _, channels = kernel(symbol)
+        _, channels = kernel(symbol, bool(variant))
         of_features, of_K = INSTRUCTIONS[precision]
         assert of_features in words and (of_K in words or not channels)
         assert "LDGSTS.E.BYPASS.128.ZFILL" in words  # 16 bytes at a time

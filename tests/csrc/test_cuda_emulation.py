@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import emulated_kernels
@@ -94,7 +95,8 @@ def emulate(
     message = library.relation_tiles(
         PRECISIONS.index(precision), pixels_adjacent, need_grad, features, extents, batch, pixels, splits, shared_limit,
         DISTANCES.index(relation.distance), relation.normalize == "row", relation.normalize == "cosine",
-        ctypes.c_float(relation.delta), pointer(loss), pointer(U), strides, pointer(h), ctypes.c_uint64(seed),
+        relation.rectify, ctypes.c_float(relation.delta), pointer(loss), pointer(U), strides, pointer(h),
+        ctypes.c_uint64(seed),
     )  # fmt: skip
     assert message == b"", message.decode()
     return TileSums(loss.sum((1, 2)), None if U is None else U.sum(0), None if h is None else h.sum(0))
@@ -147,6 +149,16 @@ def check(
 @every_precision
 def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relation: Relation) -> None:
     check(library, *draw(precision, 1, 75, (5, 7), layout), relation, precision)
+
+
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@every_precision
+def test_rectified(library: ctypes.CDLL, precision: str, relation: Relation, need_grad: bool) -> None:
+    """Two blocks of pixels: tiles on and off the diagonal, and zero-norm pixels."""
+    student, teacher = draw(precision, 1, 75, (5, 7), "nlc" if need_grad else "nchw")
+    student[:, 3] = teacher[:, 70] = 0
+    check(library, student, teacher, replace(relation, rectify=True), precision, need_grad=need_grad)
 
 
 @pytest.mark.slow

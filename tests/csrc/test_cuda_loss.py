@@ -10,12 +10,13 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from emulated_kernels import draw, extent, pointer
-from helpers import DELTA, error, within
+from helpers import DELTA, FLAG_SETS, error, within
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
@@ -125,7 +126,8 @@ def emulate(
         KERNELS.index(kernels), DTYPES.index(dtype), PRECISIONS.index(precision), pixels_adjacent, features, batch,
         pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
-        ctypes.c_double(relation.eps), REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
+        ctypes.c_double(relation.eps), relation.rectify, relation.detach_norms,
+        REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
         ctypes.c_uint64(seed), pointer(loss), pointer(gradient),
         (ctypes.c_int64 * 3)(*like.stride()), ctypes.byref(intermediate), launches := (ctypes.c_int * 1)(),
     )  # fmt: skip
@@ -165,6 +167,18 @@ def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: 
     assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
 
 
+@pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
+@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("case", ["bf16", "highest"])
+def test_flags(library: ctypes.CDLL, case: str, relation: Relation, flags: tuple[str, ...]) -> None:
+    """Constant norms take no weighted moment."""
+    student, teacher = draw(CASES[case][0], 2, 75, (5, 7))
+    student[:, 3] = teacher[:, 70] = 0
+    relation = replace(relation, **dict.fromkeys(flags, True))
+    result = check(library, student, teacher, relation, case)
+    assert result.launches == {"row": 5 if relation.detach_norms else 6, "cosine": 3, "none": 2}[relation.normalize]
+
+
 # with the tiles for Hopper, K has 8 bits, 11 bits or 16
 SM90_TOLERANCE = {"bf16": 4e-3, "fp16": 3e-4, "high": 1e-5, "medium": 2e-3}
 
@@ -175,7 +189,15 @@ def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: 
     assert error(result.loss, loss) < 2e-6
     if result.gradient is not None:
         assert error(result.gradient, gradient) < SM90_TOLERANCE[case]
-        assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
+        of_row = 5 if relation.detach_norms else 6
+        assert result.launches == {"row": of_row, "cosine": 3, "none": 2}[relation.normalize]
+
+
+@pytest.mark.parametrize("relation", RELATIONS[:6], ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("case", ["bf16", "high"])
+def test_sm90_tiles_with_constant_norms(library: ctypes.CDLL, case: str, relation: Relation) -> None:
+    features = draw(CASES[case][0], 2, 150, (5, 7))
+    check_sm90(library, features, replace(relation, detach_norms=True), case, seed=1)
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     DELTA,
     FAST,
+    FLAG_SETS,
     NARROW,
     STRIDES,
     assert_equal,
@@ -41,6 +42,7 @@ from srpkd.kernels.reference import relation_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize(("backend", "relation"), cases())
+every_flag = pytest.mark.parametrize(("backend", "relation"), cases(flags=[(), *FLAG_SETS]))
 every_normalization = pytest.mark.parametrize(("backend", "relation"), few_cases())
 
 
@@ -55,7 +57,7 @@ def test_backend_is_tested_here(backend: str) -> None:
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 
-@every_case
+@every_flag
 def test_values_and_gradients(backend: str, relation: Relation, device: torch.device) -> None:
     student, teacher = features(relation, dtype=widest(backend, device), device=device)
     assert_equal_to_reference(student, teacher, relation, backend)
@@ -77,7 +79,10 @@ def test_any_number_of_channels(
     assert_equal_to_reference(student, teacher, relation, backend)
 
 
-@pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if widest(case.values[0]) == torch.float64])
+@pytest.mark.parametrize(
+    ("backend", "relation"),
+    [case for case in cases(flags=[(), ("rectify",)]) if widest(case.values[0]) == torch.float64],
+)
 def test_gradcheck(backend: str, relation: Relation, device: torch.device) -> None:
     if widest(backend, device) != torch.float64:
         pytest.skip(f"{backend} does not support float64 there")
@@ -89,7 +94,7 @@ def test_gradcheck(backend: str, relation: Relation, device: torch.device) -> No
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
 
 
-@every_case
+@every_flag
 def test_tiles_match_the_definition(backend: str, relation: Relation, device: torch.device) -> None:
     """The primitive: U and h against P and K as N x N arrays."""
     student, teacher = features(relation, dtype=widest(backend, device), device=device)
@@ -102,6 +107,8 @@ def test_tiles_match_the_definition(backend: str, relation: Relation, device: to
     tolerance, student = rounding(student.dtype), student.double()
     A, D = relation_matrix(student, relation), difference(student, teacher, relation)
     P = {"l1": torch.sign(D), "l2": 2 * D, "huber": D.clamp(-relation.delta, relation.delta)}[relation.distance]
+    if relation.rectify:
+        P = torch.where(A > 0, P, 0)
     # PyTorch's own Huber loss: the reference calls the same function as the backends
     rho = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": partial(F.huber_loss, delta=relation.delta)}[relation.distance]
     total = rho(D, torch.zeros_like(D), reduction="none").sum((1, 2))
@@ -116,7 +123,7 @@ def test_tiles_match_the_definition(backend: str, relation: Relation, device: to
     for loss in (tiles.loss, without.loss):
         assert error(loss, total) <= tolerance
     assert error(tiles.U, (one_way + one_way.mT) @ student) <= tolerance
-    if relation.normalize == "none":
+    if relation.normalize == "none" or relation.detach_norms:
         assert tiles.h is None
     else:
         assert error(tiles.h, (P * A).sum(2) * (2 if relation.normalize == "cosine" else 1)) <= tolerance
@@ -164,7 +171,7 @@ def test_reference_matches_pytorch(backend: str, relation: Relation) -> None:
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
-@every_case
+@every_flag
 def test_error_is_that_of_the_formats(
     backend: str, relation: Relation, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -180,7 +187,7 @@ def test_error_is_that_of_the_formats(
     assert gradient.dtype == dtype
     assert_rounding(loss, gradient, student, teacher, relation, upstream)
 
-    if dtype != torch.float32:
+    if dtype != torch.float32 and not (relation.rectify or relation.detach_norms):
         exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
         leaf = student.detach().requires_grad_()
         naive = as_usually_written(leaf, teacher, relation)
@@ -235,7 +242,7 @@ def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("backend", "relation"), cases(list(BACKENDS)))
+@pytest.mark.parametrize(("backend", "relation"), cases(list(BACKENDS)) + few_cases(flags=FLAG_SETS))
 def test_two_runs_are_bit_equal(backend: str, relation: Relation, threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)  # put back by one_thread
     student, teacher = features(pixels=300, channels=(16, 16), dtype=torch.float32, device=device)
@@ -330,7 +337,7 @@ DEAD = {
 
 
 @pytest.mark.parametrize("kill", DEAD.values(), ids=DEAD.keys())
-@every_case
+@every_flag
 def test_zero_norm_pixels(backend: str, relation: Relation, kill: Callable, device: torch.device) -> None:
     """All-zero pixels give finite values, and no gradient through their normalisation."""
     student, teacher = features(relation, dtype=widest(backend, device), device=device)
@@ -390,7 +397,7 @@ def test_identical_teacher(
         assert not gradient.any()
 
 
-@every_normalization
+@pytest.mark.parametrize(("backend", "relation"), few_cases(flags=[(), ("rectify",)]))
 def test_a_nan_is_not_hidden(backend: str, relation: Relation, device: torch.device) -> None:
     for broken in (0, 1):
         pair = features(dtype=widest(backend, device), device=device)

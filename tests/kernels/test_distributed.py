@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DELTA, ROOT, error
+from helpers import DELTA, FLAG_SETS, ROOT, error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,19 +118,19 @@ def check_relations(rank: int, ranks: int) -> None:
     first = sum(SHARES[:rank])
     own = slice(first, first + SHARES[rank])
     student, teacher = images(sum(SHARES[:ranks]))
-    for normalize in NORMALIZATIONS:
-        for distance in DISTANCES:
-            options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]}
-            expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
-            for layout in (torch.contiguous_format, torch.channels_last):
-                mine = (x[own].contiguous(memory_format=layout) for x in (student, teacher))
-                loss, gradient = loss_and_gradient(*mine, scope="global", **options)
-                assert error(loss, expected_loss) < 1e-12, options
-                assert error(gradient / ranks, expected[own]) < 1e-12, options
-            narrow = [x[own].bfloat16() for x in (student, teacher)]
-            loss = relation_loss(*narrow, scope="global", **options)
-            assert loss.dtype == torch.float32
-            assert error(loss, expected_loss) < 0.05
+    every = itertools.product(NORMALIZATIONS, DISTANCES, [(), *FLAG_SETS])
+    for normalize, distance, flags in every:
+        options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]} | dict.fromkeys(flags, True)
+        expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            mine = (x[own].contiguous(memory_format=layout) for x in (student, teacher))
+            loss, gradient = loss_and_gradient(*mine, scope="global", **options)
+            assert error(loss, expected_loss) < 1e-12, options
+            assert error(gradient / ranks, expected[own]) < 1e-12, options
+        narrow = [x[own].bfloat16() for x in (student, teacher)]
+        loss = relation_loss(*narrow, scope="global", **options)
+        assert loss.dtype == torch.float32
+        assert error(loss, expected_loss) < 0.05
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
@@ -170,12 +171,17 @@ def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
-    for distance, wrong, right in (("l1", "reference", "blocked"), ("l1", "closed_form", "blocked"),
-                                   ("l2", "blocked", "closed_form")):  # fmt: skip
+    for distance, rectify, wrong, right in (
+        ("l1", False, "reference", "blocked"),
+        ("l1", False, "closed_form", "blocked"),
+        ("l2", False, "blocked", "closed_form"),
+        ("l2", True, "closed_form", "blocked"),
+    ):
         with pytest.raises(
-            ValueError, match=f"distance='{distance}', backend='{wrong}' is not one of 'auto', '{right}'"
+            ValueError,
+            match=f"distance='{distance}' and rectify={rectify}, backend='{wrong}' is not one of 'auto', '{right}'",
         ):
-            relation_loss(student, teacher, distance=distance, scope="global", backend=wrong)
+            relation_loss(student, teacher, distance=distance, rectify=rectify, scope="global", backend=wrong)
 
 
 def main() -> None:

@@ -14,7 +14,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import NARROW, STRIDES, assert_equal, assert_equal_to_reference, cases, error, features, value_and_gradient
+from helpers import (
+    FLAG_SETS,
+    NARROW,
+    STRIDES,
+    assert_equal,
+    assert_equal_to_reference,
+    cases,
+    error,
+    features,
+    value_and_gradient,
+)
 from torch import Tensor
 
 from srpkd import relation_loss
@@ -144,13 +154,21 @@ def test_whole_loss(backend: str, relation: Relation, pixels: int) -> None:
     assert_equal_to_reference(student, teacher, relation, backend, slack=10)
 
 
+@pytest.mark.parametrize("pixels", [65, 1100])
+@pytest.mark.parametrize(("backend", "relation"), cases(["native"], FLAG_SETS))
+def test_whole_loss_with_flags(backend: str, relation: Relation, pixels: int) -> None:
+    student, teacher = features(None, batch=1, pixels=pixels, channels=(3, 4))
+    student[:, pixels // 2], teacher[:, pixels // 3] = 0, 0
+    assert_equal_to_reference(student, teacher, relation, backend, slack=10)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("pixels", [40, 1100])
 def test_reductions_of_the_operator(pixels: int, reduction: str) -> None:
     student, teacher = features(None, batch=3, pixels=pixels)
     forward = torch.ops.srpkd.relation_loss_forward
-    loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, reduction, "tiles", True)
-    expected_loss, expected = forward(student, teacher, "row", "l1", 1.0, 1e-12, "none", "tiles", True)
+    loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, False, False, reduction, "tiles", True)
+    expected_loss, expected = forward(student, teacher, "row", "l1", 1.0, 1e-12, False, False, "none", "tiles", True)
     of_batch = {"mean": expected_loss.mean(), "sum": expected_loss.sum(), "none": expected_loss}
     torch.testing.assert_close(loss, of_batch[reduction], rtol=1e-14, atol=0)
     assert error(gradient, expected / 3 if reduction == "mean" else expected) <= 1e-14
@@ -187,7 +205,7 @@ def test_empty_features(shape: tuple[int, ...]) -> None:
     student, teacher = torch.ones(shape), torch.ones(*shape[:2], 4)
     forward = torch.ops.srpkd.relation_loss_forward
     for reduction, size in (("mean", ()), ("sum", ()), ("none", shape[:1])):
-        loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, reduction, "tiles", True)
+        loss, gradient = forward(student, teacher, "row", "l1", 1.0, 1e-12, False, False, reduction, "tiles", True)
         assert torch.equal(loss, torch.zeros(size))
         assert torch.equal(gradient, torch.zeros(shape))
 
@@ -252,7 +270,7 @@ def test_memory_is_bounded() -> None:
 def arguments(dtype: torch.dtype = torch.float32, normalize: str = "row", need_grad: bool = True) -> tuple:
     student, teacher = features(dtype=dtype)
     scales = formulas.scales_of(student, teacher, Relation(normalize, "l1"), formulas.accumulator(dtype))
-    return student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, need_grad
+    return student, teacher, scales.student, scales.teacher, normalize, "l1", 1.0, normalize == "none", need_grad
 
 
 @pytest.mark.parametrize("need_grad", [True, False])
@@ -293,6 +311,7 @@ def test_compiles() -> None:
 
 
 SAMPLES = """
+import itertools
 import torch
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, formulas, native
 torch.set_num_threads(1)
@@ -300,8 +319,8 @@ native.TILE = 32
 student, teacher = (torch.arange(154 * c).mul(0.618).frac().sub(0.4).view(2, 77, c).double() for c in (5, 6))
 numbers = []
 for normalize in NORMALIZATIONS:
-    for distance in DISTANCES:
-        relation = Relation(normalize, distance, 0.1)
+    for distance, rectify in itertools.product(DISTANCES, (False, True)):
+        relation = Relation(normalize, distance, 0.1, rectify=rectify)
         scales = formulas.scales_of(student, teacher, relation, torch.float64)
         for need_grad in (True, False):
             tiles = native.relation_tiles(student, teacher, scales, relation, need_grad)

@@ -63,7 +63,9 @@ def fresh_compiler() -> Iterator[None]:
 def test_opcheck_of_python(backend: str, normalize: str, distance: str, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 4, 9, dtype=dtype).mT
     for need_grad in (True, False):
-        inputs = student.clone().requires_grad_(need_grad), teacher, normalize, distance, 0.5, 1e-12, backend, need_grad
+        flags = backend == "blocked", normalize == "cosine"
+        leaf = student.clone().requires_grad_(need_grad)
+        inputs = leaf, teacher, normalize, distance, 0.5, 1e-12, *flags, backend, need_grad
         torch.library.opcheck(relation_loss_op, inputs)
 
 
@@ -89,7 +91,7 @@ def cpp(name: str) -> torch._ops.OpOverload:
 def test_opcheck(shape: tuple[int, ...], layout: str, scope: str) -> None:
     for reduction, need_grad, dtype in (("mean", True, torch.float32), ("none", False, torch.float16)):
         student, teacher = torch.randn(shape).to(dtype).requires_grad_(need_grad), torch.randn(shape).to(dtype)
-        inputs = student, teacher, "row", "l1", 1.0, 1e-12, reduction, layout, scope, "tiles"
+        inputs = student, teacher, "row", "l1", 1.0, 1e-12, need_grad, True, reduction, layout, scope, "tiles"
         torch.library.opcheck(cpp("relation_loss"), inputs)
 
 
@@ -99,7 +101,7 @@ def test_opcheck(shape: tuple[int, ...], layout: str, scope: str) -> None:
 def test_opcheck_forward(dtype: torch.dtype, need_grad: bool) -> None:
     student, teacher = torch.randn(2, 9, 3).to(dtype), torch.randn(2, 4, 9).to(dtype).mT
     for reduction in ("mean", "sum", "none"):
-        inputs = student, teacher, "cosine", "huber", 0.5, 1e-12, reduction, "tiles", need_grad
+        inputs = student, teacher, "cosine", "huber", 0.5, 1e-12, True, need_grad, reduction, "tiles", need_grad
         torch.library.opcheck(cpp("relation_loss_forward"), inputs)
 
 
@@ -125,17 +127,18 @@ MAP = torch.ones(2, 3, 4, 4)
         ({0: MAP.long(), 1: MAP.long()}, TypeError, "one floating-point dtype, received Long"),
         ({2: "rows"}, ValueError, 'expected normalize="row", "cosine" or "none", received "rows"'),
         ({3: "l3"}, ValueError, 'expected distance="l1", "l2" or "huber", received "l3"'),
-        ({6: "max"}, ValueError, 'expected reduction="mean", "sum" or "none", received "max"'),
-        ({7: "chw"}, ValueError, 'expected layout="nchw", "nhwc" or "nlc", received "chw"'),
-        ({8: "global"}, ValueError, 'expected scope="image" or "batch", received "global"'),
-        ({9: "tile"}, ValueError, 'expected method="tiles" or "closed_form", received "tile"'),
-        ({9: "closed_form"}, ValueError, 'supports distance="l2" only'),
-        ({9: "closed_form", 3: "l2"}, NotImplementedError, 'not implemented for the CPU: use method="tiles"'),
+        ({8: "max"}, ValueError, 'expected reduction="mean", "sum" or "none", received "max"'),
+        ({9: "chw"}, ValueError, 'expected layout="nchw", "nhwc" or "nlc", received "chw"'),
+        ({10: "global"}, ValueError, 'expected scope="image" or "batch", received "global"'),
+        ({11: "tile"}, ValueError, 'expected method="tiles" or "closed_form", received "tile"'),
+        ({11: "closed_form"}, ValueError, 'supports distance="l2" without rectify only'),
+        ({11: "closed_form", 3: "l2", 6: True}, ValueError, 'supports distance="l2" without rectify only'),
+        ({11: "closed_form", 3: "l2"}, NotImplementedError, 'not implemented for the CPU: use method="tiles"'),
     ],
     ids=lambda value: None,
 )
 def test_operator_checks_its_arguments(change: dict, kind: type, message: str) -> None:
-    arguments = MAP, MAP, "row", "l1", 1.0, 1e-12, "mean", "nchw", "image", "tiles"
+    arguments = MAP, MAP, "row", "l1", 1.0, 1e-12, False, False, "mean", "nchw", "image", "tiles"
     changed = [change.get(index, value) for index, value in enumerate(arguments)]
     with pytest.raises(kind, match=message):
         cpp("relation_loss")(*changed)
@@ -273,7 +276,7 @@ def test_gradient_is_computed_only_if_needed(backend: str) -> None:
 def test_no_gradient_is_returned_unless_needed() -> None:
     student, teacher = (x.detach().flatten(2).mT for x in images())
     for need_grad, size in ((True, student.numel()), (False, 0)):
-        _, gradient = relation_loss_op(student, teacher, "row", "l1", 1.0, 1e-12, "blocked", need_grad)
+        _, gradient = relation_loss_op(student, teacher, "row", "l1", 1.0, 1e-12, False, False, "blocked", need_grad)
         assert gradient.numel() == size
 
 
@@ -452,7 +455,8 @@ def test_operator_in_a_compiled_graph() -> None:
     """The C++ operator can be traced, with its backward pass."""
 
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return cpp_relation_loss(student, teacher, "row", "l1", 1.0, 1e-12, "mean", "nchw", "image", "tiles")
+        options = "row", "l1", 1.0, 1e-12, False, False, "mean", "nchw", "image", "tiles"
+        return cpp_relation_loss(student, teacher, *options)
 
     cpp_relation_loss = cpp("relation_loss")
     compiled_equals_eager(loss, "aot_eager")

@@ -108,7 +108,7 @@ template <class Sums>
 struct GradientArguments {
   Features features;
   int images, pixels;
-  Normalize normalize;
+  Normalize normalize;  // whose norms have a gradient
   Sums sums;
   const float* alpha;
   const float* size;  // the three of "row"

@@ -6,6 +6,7 @@
 //   sum_ij D_ij^2          = |M_ss|^2 - 2 |M_st|^2 + |M_tt|^2       (Frobenius norms)
 //   V_i = 4 sum_j D_ij z_j = 4 (M_ss z_i - M_st y_i)
 //   N^2 dL/dq_i            = alpha_i (V_i - (z_i . V_i) z_i) for "cosine", V_i for "none"
+//                            alpha_i (V_i - 4 D_ii z_i) for "cosine" if the norms are constants
 //
 // This direct form of the loss cancels as the student converges. If both networks have the same number of channels, the
 // loss is computed from f_i = z_i + y_i and e_i = z_i - y_i: D_ij = (f_i . e_j + e_i . f_j) / 2, and hence
@@ -64,6 +65,7 @@ struct Arguments {
   int images, pixels;
   Tiles tiles;
   bool difference;
+  bool detach_norms;
   Ranges ranges;
   float* partial;        // moments: (images, tiles, splits, BLOCK, BLOCK)
   double* losses;        // (images, tiles): partial losses
@@ -94,6 +96,7 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   plan.normalize = a.relation.normalize;
   Arguments& p = plan.arguments;
   p.images = a.images, p.pixels = a.pixels, p.tiles = {blocks_s, blocks_t};
+  p.detach_norms = a.relation.detach_norms;
   p.difference = a.features[STUDENT].channels == a.features[TEACHER].channels;
   for (int i = 0; i < 2; ++i) p.features[i] = a.features[i];
   if (a.relation.normalize == Normalize::cosine) {

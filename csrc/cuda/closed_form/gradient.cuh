@@ -33,7 +33,11 @@ struct Gradient {
     const int blocks = p.tiles.blocks_a;
     const bool project = p.alpha[STUDENT] != nullptr;
     sm80::RowVector<G> along{};
-    if (project && blocks > 1) {
+    if (project && p.detach_norms) {
+      // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
+      for (int m = 0; m < G::M_TILES; ++m)
+        for (int half = 0; half < 2; ++half) along[m][half] = alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f;
+    } else if (project && blocks > 1) {
 #pragma unroll 1
       for (int block = 0; block < blocks; ++block) {
         algebra::Sums<G> V{}, z{};
@@ -47,7 +51,7 @@ struct Gradient {
       algebra::Sums<G> V{}, z{};
       compute(block, V, z);
       if (project) {
-        if (blocks == 1) {
+        if (blocks == 1 && !p.detach_norms) {
           add_dot(V, z, along);
           exchange(along);
         }

@@ -36,20 +36,22 @@ struct Params {
   float delta;
   bool row;            // A_ij = G_ij alpha_i, else G_ij alpha_i alpha_j
   bool zero_diagonal;  // D_ii = 0
+  bool rectify;        // max(A_ij, 0) instead of A_ij: other kernels
   double* loss;        // (images, splits, blocks)
   float* U;            // (splits, images, pixels, channels), with these strides
   int64_t U_strides[4];
   float* h;  // (splits, images, pixels), null if not computed
 };
 
-// The template arguments of one kernel: precision and layout of the features, and the number of channels of U that a
-// thread block computes (0: no gradient).
-template <Precision PRECISION_, bool PIXELS_ADJACENT_, int U_CHANNELS_>
+// The template arguments of one kernel: precision and layout of the features, the number of channels of U that a thread
+// block computes (0: no gradient), and whether relations are rectified.
+template <Precision PRECISION_, bool PIXELS_ADJACENT_, int U_CHANNELS_, bool RECTIFY_ = false>
 struct Config {
   static constexpr Precision PRECISION = PRECISION_;
   static constexpr bool PIXELS_ADJACENT = PIXELS_ADJACENT_;
   static constexpr int U_CHANNELS = U_CHANNELS_;
   static constexpr bool GRAD = U_CHANNELS > 0;
+  static constexpr bool RECTIFY = RECTIFY_;
 
   using Element = std::conditional_t<PRECISION == Precision::bf16, BFloat16,
                                      std::conditional_t<PRECISION == Precision::fp16, Half, float>>;

@@ -20,6 +20,19 @@ SRPKD_DEVICE float distance_grad(float d, float delta) {
   return d > delta ? delta : d < -delta ? -delta : d;  // NaN stays NaN
 }
 
+// rho'(D), or 0 where relations are rectified and this one, the student's A of that D, is not positive. NaN stays NaN.
+template <Distance DISTANCE, bool RECTIFY>
+SRPKD_DEVICE float relation_grad(float d, float relation, float delta) {
+  const float grad = distance_grad<DISTANCE>(d, delta);
+  return RECTIFY && relation <= 0 ? 0 : grad;
+}
+
+// max(G, 0) if relations are rectified: scales are not negative, so A has the sign of G. NaN stays NaN.
+template <bool RECTIFY>
+SRPKD_DEVICE float rectified(float gram) {
+  return RECTIFY && gram < 0 ? 0 : gram;
+}
+
 // Adds this thread's part of the loss and of h, and overwrites s = G_s and t = G_t with the two terms of K.
 template <bool ROW, Distance DISTANCE, class C>
 SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>& s, Accumulator<C>& t,
@@ -41,15 +54,16 @@ SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>&
       for (int i = 0; i < 4; ++i) {
         const float alpha_s = row_s[m][i / 2], alpha_t = row_t[m][i / 2], beta_s = column_s[i % 2],
                     beta_t = column_t[i % 2];
-        const float g = s[m][n][i];
+        const float g = rectified<C::RECTIFY>(s[m][n][i]), g_t = rectified<C::RECTIFY>(t[m][n][i]);
         const float scale = ROW ? alpha_s : product(alpha_s, beta_s);
-        const float a = product(g, scale), d = a - product(t[m][n][i], ROW ? alpha_t : product(alpha_t, beta_t));
+        const float a = product(g, scale), d = a - product(g_t, ROW ? alpha_t : product(alpha_t, beta_t));
         tile_loss += distance_value<DISTANCE>(d, p.delta);
-        const float e = ROW ? product(g, beta_s) - product(t[m][n][i], beta_t) : 0;  // D_ji
+        const float b = ROW ? product(g, beta_s) : 0, e = ROW ? b - product(g_t, beta_t) : 0;  // A_ji, D_ji
         if constexpr (C::GRAD) {
-          const float grad = distance_grad<DISTANCE>(d, p.delta);
+          const float grad = relation_grad<DISTANCE, C::RECTIFY>(d, a, p.delta);
           tile_h[m][i / 2] += grad * a;
-          const float k = ROW ? grad * alpha_s + distance_grad<DISTANCE>(e, p.delta) * beta_s : grad * scale;
+          const float mirrored_grad = ROW ? relation_grad<DISTANCE, C::RECTIFY>(e, b, p.delta) : 0;
+          const float k = ROW ? grad * alpha_s + mirrored_grad * beta_s : grad * scale;
           uint32_t first = nearest_tf32(k), rest = 0;
           if constexpr (C::K_TERMS == 2) split_float(k, first, rest);
           s[m][n][i] = as_float(first), t[m][n][i] = as_float(rest);

@@ -1,5 +1,5 @@
-// Launches the kernels of one precision. Each of the four files sm80_*.cu instantiates one precision, so that they
-// compile in parallel, and only they need nvcc.
+// Launches the kernels of one precision. Each of the files sm80_*.cu instantiates one precision, rectified or not,
+// so that they compile in parallel, and only they need nvcc.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,20 +13,21 @@
 
 namespace srpkd::cuda::sm80 {
 
-template <Precision PRECISION>
+template <Precision PRECISION, bool RECTIFY>
 cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream);
 
 #if defined(__CUDACC__)
-template <Precision PRECISION>
+template <Precision PRECISION, bool RECTIFY>
 cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream) {
-  return with_config(std::integral_constant<Precision, PRECISION>{}, pixels_adjacent, u_channels, [&](auto config) {
+  const auto run = [&](auto config) {
     using C = decltype(config);
     const int bytes = shared_bytes<C>(p);
     const cudaError_t error = allow_all_shared_memory(relation_tiles<C>);
     if (error != cudaSuccess) return error;
     relation_tiles<C><<<dim3(p.images * p.channel_splits * p.blocks, p.splits), C::THREADS, bytes, stream>>>(p);
     return cudaGetLastError();
-  });
+  };
+  return with_config<RECTIFY>(std::integral_constant<Precision, PRECISION>{}, pixels_adjacent, u_channels, run);
 }
 #endif
 

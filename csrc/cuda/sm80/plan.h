@@ -15,13 +15,13 @@ inline int copy_bytes(const void* data, int64_t image_stride, int64_t line_strid
 }
 
 // Calls f(Config<...>{}) for one precision, an integral_constant.
-template <class P, class F>
+template <bool RECTIFY = false, class P, class F>
 auto with_config(P, bool pixels_adjacent, int u_channels, F f) {
   const auto with_layout = [&](auto adjacent) {
     constexpr bool ADJACENT = decltype(adjacent)::value;
-    if (u_channels == 0) return f(Config<P::value, ADJACENT, 0>{});
-    if (u_channels == 64) return f(Config<P::value, ADJACENT, 64>{});
-    return f(Config<P::value, ADJACENT, 128>{});
+    if (u_channels == 0) return f(Config<P::value, ADJACENT, 0, RECTIFY>{});
+    if (u_channels == 64) return f(Config<P::value, ADJACENT, 64, RECTIFY>{});
+    return f(Config<P::value, ADJACENT, 128, RECTIFY>{});
   };
   return pixels_adjacent ? with_layout(std::true_type{}) : with_layout(std::false_type{});
 }

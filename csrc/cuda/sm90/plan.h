@@ -166,12 +166,14 @@ struct Problem {
   Normalize normalize;
   Distance distance;
   float delta;
+  bool rectify, with_h;  // with_h: the gradient has terms from the norms
 };
 
 // Returns why the kernels do not cover a problem, or null if they do.
 inline const char* uncovered_reason(const Problem& problem, const Device& device) {
   if (device.shared_of_block < SHARED_LIMIT) return "a GPU with less than 227 KB of shared memory for a thread block";
   if (problem.precision == Precision::tf32x3) return "float32 features with matmul precision \"highest\"";
+  if (problem.rectify) return "rectify=True";
   if (problem.student_channels > 256) return "a student with more than 256 channels";
   if (problem.teacher_channels > 1024) return "a teacher with more than 1024 channels";
   if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,

@@ -75,7 +75,7 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
   p.powers = workspace.template take<float>(problem.images);
   p.loss = workspace.template take<double>(p.loss_count);
   if (problem.grad) {
-    if (problem.normalize != Normalize::none) p.h = workspace.template take<int64_t>(padded);
+    if (problem.with_h) p.h = workspace.template take<int64_t>(padded);
     p.U_columns = workspace.template take<float>(work.copies * U);
     p.U_rows = workspace.template take<float>(work.parts * U);
     p.additions = workspace.template take<uint32_t>(p.additions_count);

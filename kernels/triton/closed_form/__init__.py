@@ -8,6 +8,7 @@ moments, the C x C sums over pixels
     sum_ij D_ij^2          = ||M_ss||^2 - 2 ||M_st||^2 + ||M_tt||^2       (Frobenius norms)
     V_i = 4 sum_j D_ij z_j = 4 (M_ss z_i - M_st y_i)
     N^2 dL/dq_i            = alpha_i (V_i - (z_i . V_i) z_i) for "cosine", V_i for "none"
+                             alpha_i (V_i - 4 D_ii z_i) for "cosine" if the norms are constants
 
 This direct form of the loss cancels as the student converges. If both networks have the same number of channels, the
 loss is computed from f_i = z_i + y_i and e_i = z_i - y_i instead. D_ij = (f_i . e_j + e_i . f_j) / 2, and hence
@@ -60,7 +61,8 @@ def loss_and_gradient(
         if gradient is None or factors is None:
             plan_loss(plan, student.shape[1], partials, losses)
         else:
-            plan_gradient(plan, *features, alphas, partials, factors, losses, plan.argument(gradient))
+            outputs = losses, plan.argument(gradient)
+            plan_gradient(plan, *features, alphas, partials, factors, *outputs, relation.detach_norms)
         return plan
 
     plan = planned("closed_form", student, teacher, relation, build, need_grad)

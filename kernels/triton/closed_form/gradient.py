@@ -155,6 +155,7 @@ def closed_form_gradient_kernel(
     partials,
     weight,
     SCALED: tl.constexpr,
+    DETACH_NORMS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,6 +167,7 @@ def closed_form_gradient_kernel(
 
     With several blocks of channels, V is computed twice: the first time for z . V.
     """
+    PROJECT: tl.constexpr = SCALED and not DETACH_NORMS
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     program = tl.program_id(0)
     start_m = program % row_blocks * BLOCK_M
@@ -178,7 +180,10 @@ def closed_form_gradient_kernel(
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
     along = tl.zeros([BLOCK_M], tl.float32)
-    if SCALED and not ONE_BLOCK:
+    if SCALED and DETACH_NORMS:
+        # D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
+        along = tl.where(load_vector(alpha_t_ptr, start_m, pixels, BLOCK_M) == 0, 4.0, 0.0)
+    if PROJECT and not ONE_BLOCK:
         for start_c in range(0, channels_s, BLOCK_C):
             V, z = gradient_block(
                 student_ptr,
@@ -227,7 +232,7 @@ def closed_form_gradient_kernel(
             BLOCK_C,
         )
         if SCALED:
-            if ONE_BLOCK:
+            if PROJECT and ONE_BLOCK:
                 along = tl.sum(z * V, 1)
             alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
             V = (V - along[:, None] * z) * alpha[:, None]
@@ -276,6 +281,7 @@ def plan_gradient(
     factors: Array,
     loss: Array,
     gradient: Array,
+    detach_norms: bool,
 ) -> None:
     """Plan the launch that computes the losses (B,), means over all pairs, and their gradients (B, N, C_s).
 
@@ -285,6 +291,7 @@ def plan_gradient(
         alphas: the scales of both.
         partials, factors: of ``plan_sums``.
         loss, gradient: the results.
+        detach_norms: whether the norms are constants to the gradient.
     """
     batch, pixels, channels_s = student.shape
     block_k, block_c = gradient_blocks(student.dtype, channels_s)
@@ -308,6 +315,7 @@ def plan_gradient(
         partials.shape[1],
         1 / pixels**2,
         SCALED=alphas[0] is not None,
+        DETACH_NORMS=detach_norms,
         ONE_BLOCK=channels_s <= block_c,
         TERMS=feature_terms(student.dtype),
         BLOCK_M=BLOCK_PIXELS,

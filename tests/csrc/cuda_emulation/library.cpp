@@ -47,11 +47,12 @@ struct FeaturesOfTest {
 // span; strides: of U, see Params; splits: of the columns; shared_limit: maximum bytes of shared memory of a block.
 const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const FeaturesOfTest* features,
                            const int64_t* extents, int images, int pixels, int splits, int shared_limit, int distance,
-                           bool row, bool zero_diagonal, float delta, double* loss, float* U, const int64_t* strides,
-                           float* h, uint64_t seed) {
+                           bool row, bool zero_diagonal, bool rectify, float delta, double* loss, float* U,
+                           const int64_t* strides, float* h, uint64_t seed) {
   Params p{};
   p.images = images, p.pixels = pixels;
-  p.distance = static_cast<Distance>(distance), p.delta = delta, p.row = row, p.zero_diagonal = zero_diagonal;
+  p.distance = static_cast<Distance>(distance), p.delta = delta;
+  p.row = row, p.zero_diagonal = zero_diagonal, p.rectify = rectify;
   p.loss = loss, p.U = U, p.h = h;
   std::copy(strides, strides + 4, p.U_strides);
   Machine local;
@@ -68,12 +69,14 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   local.allow(loss, int64_t{images} * splits * p.blocks * 8);
   local.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
   local.allow(h, int64_t{splits} * images * pixels * 4);
+  const auto run_config = [&](auto config) {
+    using C = decltype(config);
+    return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), seed,
+               [&] { RelationTiles<C>(p).run(); });
+  };
   return with_precision(static_cast<Precision>(precision), [&](auto chosen) {
-    return with_config(chosen, pixels_adjacent, u_channels, [&](auto config) {
-      using C = decltype(config);
-      return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), seed,
-                 [&] { RelationTiles<C>(p).run(); });
-    });
+    return rectify ? with_config<true>(chosen, pixels_adjacent, u_channels, run_config)
+                   : with_config<false>(chosen, pixels_adjacent, u_channels, run_config);
   });
 }
 

@@ -46,13 +46,17 @@ struct Launch {
 };
 
 void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
+  const sm80::Params& p = plan.tiles;
+  const auto run = [&](auto config) {
+    using C = decltype(config);
+    launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
+               [&] { sm80::RelationTiles<C>(p).run(); });
+  };
   sm80::with_precision(precision, [&](auto chosen) {
-    sm80::with_config(chosen, pixels_adjacent, plan.u_channels, [&](auto config) {
-      using C = decltype(config);
-      const sm80::Params& p = plan.tiles;
-      launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
-                 [&] { sm80::RelationTiles<C>(p).run(); });
-    });
+    if (p.rectify)
+      sm80::with_config<true>(chosen, pixels_adjacent, plan.u_channels, run);
+    else
+      sm80::with_config<false>(chosen, pixels_adjacent, plan.u_channels, run);
   });
 }
 
@@ -116,9 +120,10 @@ enum { SM80, SM90, CLOSED_FORM };
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
 // launches receives the number of kernels.
 const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent, const FeaturesOfTest* features,
-                          int images, int pixels, int normalize, int distance, double delta, double eps, int reduction,
-                          bool need_grad, const int* device, uint64_t seed, float* loss, void* gradient,
-                          const int64_t* gradient_strides, const Intermediate* intermediate, int* launches) {
+                          int images, int pixels, int normalize, int distance, double delta, double eps, bool rectify,
+                          bool detach_norms, int reduction, bool need_grad, const int* device, uint64_t seed,
+                          float* loss, void* gradient, const int64_t* gradient_strides,
+                          const Intermediate* intermediate, int* launches) {
   LossArguments a{};
   Machine local;
   a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
@@ -135,7 +140,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
     a.tile_features[i] = features_of(f.tile_data, tile_bytes);
   }
   a.images = images, a.pixels = pixels;
-  a.relation = {static_cast<Normalize>(normalize), static_cast<Distance>(distance), delta, eps};
+  a.relation = {static_cast<Normalize>(normalize), static_cast<Distance>(distance), delta, eps, rectify, detach_norms};
   a.reduction = static_cast<Reduction>(reduction), a.need_grad = need_grad, a.loss = loss, a.gradient = gradient;
   if (need_grad) std::copy(gradient_strides, gradient_strides + 3, a.gradient_strides);
   const int channels = features[STUDENT].channels;
@@ -179,7 +184,8 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
     if (a.relation.normalize == Normalize::row) {
       std::copy_n(plan.scales.moments.results.size, 2 * images, intermediate->size);
       add_terms(plan.scales.moments.results.whole, images, channels, intermediate->moment);
-      if (need_grad) add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
+      if (plan.gradient.weighted.weighted)
+        add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
     }
   };
   if (kernels == SM90)

@@ -63,7 +63,9 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
                         of_test->grad != 0,
                         static_cast<Normalize>(of_test->normalize),
                         static_cast<Distance>(of_test->distance),
-                        of_test->delta};
+                        of_test->delta,
+                        false,
+                        static_cast<Normalize>(of_test->normalize) != Normalize::none};
   if (const char* reason = uncovered_reason(problem, {multiprocessors, SHARED_LIMIT})) return reason;
   Machine local;
   Workspace workspace{&local, {}};

@@ -80,6 +80,14 @@ def test_errors(relation, dtype, channels):
     assert_as_accurate_as_eager(*draw(1, 40, channels, dtype), relation)
 
 
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40), (140, 30)], ids=str)
+@every_dtype
+def test_constant_norms(dtype, channels):
+    student, teacher = draw(2, 40, channels, dtype)
+    student[:, 3] = teacher[:, 7] = student[:, 39] = teacher[:, 39] = 0
+    assert_as_accurate_as_eager(student, teacher, replace(COSINE, detach_norms=True))
+
+
 @pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-4])
 @every_dtype
 @every_relation

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DELTA, NARROW, STRIDES, error, features, value_and_gradient
+from helpers import DELTA, FLAG_SETS, NARROW, STRIDES, error, features, value_and_gradient
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -138,6 +138,26 @@ def test_error_of_every_relation(relation, dtype):
     assert_as_accurate_as_eager(*features(relation, 1, pixels, (24, 40), dtype), relation)
 
 
+@pytest.mark.parametrize("dtype", NARROW, ids=name)
+@pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_flags(relation, flags, dtype):
+    """Two blocks of pixels, with zero-norm pixels in both networks."""
+    relation = replace(relation, **dict.fromkeys(flags, True))
+    student, teacher = features(relation, 1, 140, (5, 7), dtype, apart=1e-8)
+    student[:, 3] = teacher[:, 135] = 0
+    assert_as_accurate_as_eager(student, teacher, relation)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_rectified_nan_is_not_hidden(normalize):
+    for broken in range(2):
+        pair = features(None, 2, 40, (5, 7), torch.float32)
+        pair[broken][1, 2, 3] = math.nan
+        loss, _ = run(*pair, Relation(normalize, "l2", rectify=True))
+        assert loss.isnan().tolist() == [False, True]
+
+
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
 def test_float32_follows_the_matmul_precision(precision, bits, relation):
@@ -211,16 +231,18 @@ def test_split_columns_add_up(slots, monkeypatch):
     assert [partials.splits for _, partials in plans._plans.values()] == [1 if slots == 1 else 2] * 2
 
 
+@pytest.mark.parametrize("flags", [(), *FLAG_SETS], ids="-".join)
 @pytest.mark.parametrize("relation", L1, ids=name)
-def test_relation_tiles(relation):
+def test_relation_tiles(relation, flags):
     """The primitive with the scales of formulas.py equals that of ``blocked`` in float64."""
+    relation = replace(relation, **dict.fromkeys(flags, True))
     student, teacher = features(relation, 2, 70, (24, 40), torch.float32)
     rounded = formulas.scales_of(student, teacher, relation, torch.float32)
     actual = triton.relation_tiles(student, teacher, rounded, relation, need_grad=True)
     exact = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
     expected = blocked.relation_tiles(student.double(), teacher.double(), exact, relation, need_grad=True)
     assert actual.loss.shape == (2,)
-    assert (actual.h is None) == (relation.normalize == "none")
+    assert (actual.h is None) == (relation.normalize == "none" or relation.detach_norms)
     for one, other in zip(actual, expected):
         assert one is None or error(one, other) < 1e-6
 
