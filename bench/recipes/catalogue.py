@@ -132,14 +132,19 @@ class Recipe:
 
 
 RECIPES = {  # by the names of their pages
+    "gram-anchoring": Recipe(published.gram_loss, matrices_between_pixels),
     "batch-similarity": Recipe(published.similarity_preserving, matrices_between_images),
+    "pairwise-segmentation": Recipe(published.pairwise, matrices_between_pixels),
     "diffusion": Recipe(published.relations, matrices_between_pixels),
     "super-resolution": Recipe(published.spatial_affinity, matrices_between_pixels),
     "semantic-synthesis": Recipe(published.relations, matrices_between_pixels),
     "nst": Recipe(published.neuron_selectivity_transfer, products_of_channels),
 }
 CASES = [
+    RecipeCase("gram-anchoring", "ViT-S, patches of 16, 2 images of 512 px", (2, 1024, 384), (2, 1024, 384)),
+    RecipeCase("gram-anchoring", "ViT-L, patches of 16, 1,024 px", (1, 4096, 1024), (1, 4096, 1024), 1, 4),
     RecipeCase("batch-similarity", "64 images, maps of 8 x 8", (64, 64, 8, 8), (64, 256, 8, 8)),
+    RecipeCase("pairwise-segmentation", "maps of 64 x 64, 2 images", (2, 128, 64, 64), (2, 512, 64, 64), 1, 4),
     RecipeCase("diffusion", "UNet, latents of 64 x 64", (1, 160, 64, 64), (1, 320, 64, 64), 1, 4),
     RecipeCase("diffusion", "autoencoder, first block at 256 px", (1, 64, 256, 256), (1, 128, 256, 256), 1, 32),
     RecipeCase("super-resolution", "maps of 64 x 64", (1, 64, 64, 64), (1, 64, 64, 64), 1, 4),

@@ -26,7 +26,9 @@ from srpkd.reporting.pictures import mark_pixel, relation_picture
 
 from . import pages
 
-PIXELS = ((0.3, 0.45), (0.5, 0.4))  # (y, x) of the framed pixel of each image, relative to the map
+# (y, x) of the framed pixel of the first two images, relative to the map
+PIXELS = ((0.3, 0.45), (0.5, 0.4))
+PIXELS_OF = {"pairwise-segmentation": ((0.55, 0.3), (0.65, 0.4))}  # inside regions
 TITLES = ("teacher", "student before", "student after")
 Picture = tuple[str, np.ndarray]  # title, pixels (H, W, 3) uint8
 
@@ -50,14 +52,17 @@ def draw(name: str) -> Path:
         if name == "nst":
             maps = [F.normalize(features.flatten(2), dim=2).view_as(features) for features in maps]
         normalize = "none" if name == "nst" else "cosine"
-        rows = [relation_row(names["images"][i], [features[i] for features in maps], i, normalize) for i in (0, 1)]
+        rows = [
+            relation_row(names["images"][i], [features[i] for features in maps], place, normalize)
+            for i, place in enumerate(PIXELS_OF.get(name, PIXELS))
+        ]
     return write_file(pages.FOLDER / f"{name}.png", to_png(panels(rows), dpi=120))
 
 
-def relation_row(image: Tensor, maps: list[Tensor], index: int, normalize: Any) -> list[Picture]:
+def relation_row(image: Tensor, maps: list[Tensor], place: tuple[float, float], normalize: Any) -> list[Picture]:
     """Return an image with its framed pixel, and the pixel's relations in maps (C, h, w) of the three networks."""
     height, width = maps[0].shape[1:]
-    pixel = round(PIXELS[index][0] * height), round(PIXELS[index][1] * width)
+    pixel = round(place[0] * height), round(place[1] * width)
     shown = image if len(image) == 3 else paint(image.argmax(0)[None])[0]  # of a label map, its colours
     size = image.shape[1], image.shape[2]
     return [

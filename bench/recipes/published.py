@@ -6,8 +6,20 @@ student and teacher. The tests hold srpkd to these functions in float64, and ``p
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """DINOv3's ``GramLoss`` with its default options: tokens (B, N, C_s), (B, N, C_t)."""
+    similarities = []
+    for tokens in (student, teacher):
+        tokens = F.normalize(tokens, dim=-1)
+        similarity = tokens @ tokens.transpose(-1, -2)
+        similarity[similarity < 0] = 0
+        similarities.append(similarity)
+    return F.mse_loss(similarities[0], similarities[1])
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
@@ -17,6 +29,17 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
         flat = features.flatten(1)
         matrices.append(F.normalize(flat @ flat.T))
     return (matrices[1] - matrices[0]).square().sum() / len(student) ** 2
+
+
+def pairwise(student: Tensor, teacher: Tensor) -> Tensor:
+    """The pair-wise loss of structured knowledge distillation, after its pooling: maps (B, C, H, W)."""
+    similarities = []
+    for features in (student, teacher):
+        norm = features.square().sum(1, keepdim=True).sqrt() + 1e-8
+        features = (features / norm.detach()).flatten(2)
+        similarities.append(torch.einsum("icm,icn->imn", features, features))
+    pixels = student.shape[-1] * student.shape[-2]
+    return ((similarities[1] - similarities[0]) ** 2 / pixels**2 / len(student)).sum()
 
 
 def relations(student: Tensor, teacher: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from bench.recipes.catalogue import CASES, RECIPES, RecipeCase, value_and_gradie
 
 # features of student and teacher for the equivalence to the public code; and what that code adds to the norms, relative
 SHAPES = {
+    "gram-anchoring": ((2, 30, 6), (2, 30, 9), 0),
     "batch-similarity": ((7, 3, 4, 4), (7, 5, 2, 2), 0),
+    "pairwise-segmentation": ((2, 6, 4, 5), (2, 9, 4, 5), 1e-8),
     "diffusion": ((2, 6, 4, 5), (2, 9, 4, 5), 0),
     "super-resolution": ((2, 6, 4, 5), (2, 9, 4, 5), 1e-7),
     "semantic-synthesis": ((2, 6, 4, 5), (2, 9, 4, 5), 0),
@@ -37,8 +39,16 @@ def test_loss_of_the_page_is_that_of_the_public_code(name):
         assert error(ours, theirs) <= 1e-12 + 10 * added
 
 
-def test_copies_have_the_loss_and_gradient_of_their_features():
-    case = SMALL
+def test_pooled_patches_of_the_pairwise_loss():
+    """The public code pools before it compares; with scale 0.5, to patches of half the height and width."""
+    student, teacher = torch.randn(2, 6, 6, 8, dtype=torch.float64), torch.randn(2, 9, 6, 8, dtype=torch.float64)
+    pooled = (torch.nn.functional.max_pool2d(x, (3, 4), (3, 4), ceil_mode=True) for x in (student, teacher))
+    expected = RECIPES["pairwise-segmentation"].published(*pooled)
+    assert error(pages.loss_of("pairwise-segmentation")(student, teacher, patch=(3, 4)), expected) < 1e-7
+
+
+@pytest.mark.parametrize("case", [SMALL, RecipeCase("gram-anchoring", "tokens", (4, 12, 5), (4, 12, 7), 2, 3)])
+def test_copies_have_the_loss_and_gradient_of_their_features(case):
     student, teacher = (features.double() for features in case.features())
     assert (student.shape, teacher.shape) == (case.student, case.teacher)
     assert len(catalogue.as_tokens(student)[0].unique(dim=0)) == case.pixels // case.pixel_copies
