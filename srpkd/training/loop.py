@@ -209,7 +209,15 @@ def cast_convolutions(network: nn.Module, dtype: torch.dtype) -> None:
 
 def make_relation_loss(config: ResolvedConfig) -> SRPLoss:
     """Return the relation loss that the options select."""
-    return SRPLoss(config.normalize, config.distance, config.delta, backend=config.backend, scope=config.scope)
+    return SRPLoss(
+        config.normalize,
+        config.distance,
+        config.delta,
+        backend=config.backend,
+        scope=config.scope,
+        rectify=config.rectify,
+        detach_norms=config.detach_norms,
+    )
 
 
 def freeze_for_inference(network: nn.Module, config: ResolvedConfig) -> nn.Module:

@@ -154,6 +154,8 @@ class LossOptions:
         scope: pixels that are related to each other: those of one image, of the process's part of the batch
             (batch), or of the whole batch across all processes (global).
         backend: backend of the relation loss; auto selects the fastest one that is available.
+        rectify: negative entries of both relation matrices count as 0, as in Gram anchoring.
+        detach_norms: the norms that the relation matrices are divided by are constants to the gradient.
     """
 
     gan_mode: Literal["lsgan", "vanilla"] | None = None
@@ -172,6 +174,8 @@ class LossOptions:
     delta: float = 1.0
     scope: Literal["image", "batch", "global"] = "image"
     backend: str = "auto"
+    rectify: bool = False
+    detach_norms: bool = False
 
 
 @dataclass

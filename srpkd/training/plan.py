@@ -151,12 +151,17 @@ def _open_run_dir(
 def check_resumed(config: ResolvedConfig, state: Mapping[str, Any]) -> None:
     """Check that a saved state fits the options and the number of processes.
 
+    Options that did not exist when the state was written count as having their default.
+
     Raises:
         ValueError: It does not; the message lists the differences.
     """
     ours, theirs, changeable = asdict(config), state["config"], RESUME_OPTIONS | EXTEND_OPTIONS
-    if changed := [name for name in ours if name not in changeable and ours[name] != theirs.get(name)]:
-        differences = [f"{name} is {ours[name]!r} and was {theirs.get(name)!r}" for name in changed]
+    if ours.keys() - theirs.keys():
+        stored = {name: value for name, value in theirs.items() if name in ours}
+        theirs = asdict(TrainConfig(**stored).resolved()) | stored
+    if changed := [name for name in ours if name not in changeable and ours[name] != theirs[name]]:
+        differences = [f"{name} is {ours[name]!r} and was {theirs[name]!r}" for name in changed]
         raise ValueError(f"--resume {config.resume}: {'; '.join(differences)}: a resumed run must keep its options")
     if state["training"]:
         check_processes(config, state["training"][1])

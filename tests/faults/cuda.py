@@ -52,13 +52,15 @@ BACKENDS = {
             Fault(
                 "row: K is not symmetric",
                 CUDA_EPILOGUE,
-                "(e, p.delta) * beta_s : grad",
-                "(e, p.delta) * alpha_s : grad",
+                "mirrored_grad * beta_s : grad",
+                "mirrored_grad * alpha_s : grad",
             ),
+            Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && d <= 0"),
         ],
     ),
     "cuda_closed": Backend(
-        "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order",
+        "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order "
+        "or (constant_norms and highest)",
         [
             Fault(
                 "the weights are those of one network",
@@ -82,6 +84,15 @@ BACKENDS = {
             Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
             Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
             Fault("the diagonal is not a tie", CUDA_CLOSED_MOMENTS, "static_cast<double>(count_ties())", "0"),
+            Fault(
+                "constant norms: the diagonal is not a tie",
+                CUDA_CLOSED_GRADIENT,
+                "alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f",
+                "0.f",
+            ),
+            Fault(
+                "constant norms: projected", CUDA_CLOSED_GRADIENT, "if (project && p.detach_norms) {", "if (false) {"
+            ),
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
                 "the lanes of a row are not added",
@@ -93,7 +104,7 @@ BACKENDS = {
     ),
     "cuda_algebra": Backend(
         "tests/csrc/test_cuda_loss.py -k (every_relation and highest and nlc) or pixels_without or plans or "
-        "deterministic or reductions",
+        "deterministic or reductions or (flags and highest)",
         [
             Fault(
                 "masks one pixel or channel too many",
@@ -156,6 +167,12 @@ BACKENDS = {
                 CUDA_GRADIENT,
                 "i < count; i += THREADS",
                 "i < count - 1; i += THREADS",
+            ),
+            Fault(
+                "detach_norms: correction kept",
+                "csrc/common/relation.h",
+                "return normalize != Normalize::none && !detach_norms;",
+                "return normalize != Normalize::none;",
             ),
             Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
         ],

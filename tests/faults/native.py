@@ -52,8 +52,21 @@ BACKENDS = {
             Fault(
                 "row: correction dropped",
                 CPU_MATRICES,
-                "if (relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);",
+                "if (norms && relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);",
                 "",
+            ),
+            Fault("rectify: K is masked by D", EPILOGUE, "zero = a <= Vector{};", "zero = a <= d;"),
+            Fault(
+                "detach_norms: correction kept",
+                CPU_MATRICES,
+                "norms = relation_.differentiates_norms();",
+                "norms = relation_.normalize != Normalize::none;",
+            ),
+            Fault(
+                "tiles: detach_norms: correction kept",
+                CPU_LOSS,
+                "need_grad && relation.differentiates_norms() ?",
+                "need_grad && scale.alpha.defined() ?",
             ),
             Fault("a norm of exactly eps counts as nonzero", CPU_MATRICES, "norm <= static_cast", "norm < static_cast"),
             Fault(

@@ -63,6 +63,15 @@ BACKENDS = {
                 "mask=(offs_p < tl.maximum(splits - 1, 1)) & inside",
             ),
             Fault(
+                "rectify: K is masked by D", TRITON_TILES, "tl.where(gram_s <= 0, 0.0, K)", "tl.where(K <= 0, 0.0, K)"
+            ),
+            Fault(
+                "detach_norms: correction kept",
+                "kernels/formulas.py",
+                'return self.normalize != "none" and not self.detach_norms',
+                'return self.normalize != "none"',
+            ),
+            Fault(
                 "scratch memory overlaps", TRITON_PLANS, "self._live[start] = start + size", "self._live[start] = start"
             ),
             Fault(
@@ -75,7 +84,8 @@ BACKENDS = {
         environment={"TRITON_INTERPRET": "1"},
     ),
     "triton_closed": Backend(
-        "tests/kernels/triton/test_closed_form.py -k (test_errors and float32) or zero_norm or any_number_of_pixels",
+        "tests/kernels/triton/test_closed_form.py -k (test_errors and float32) or zero_norm or any_number_of_pixels "
+        "or constant_norms",
         [
             Fault(
                 "the weights are those of one network",
@@ -100,6 +110,13 @@ BACKENDS = {
                 "stride_term + stride_term, second,",
             ),
             Fault("the gradient is not projected", TRITON_CLOSED_GRADIENT, "V - along[:, None] * z", "V"),
+            Fault("constant norms: projected", TRITON_CLOSED_GRADIENT, "SCALED and not DETACH_NORMS\n", "SCALED\n"),
+            Fault(
+                "constant norms: the diagonal is not a tie",
+                TRITON_CLOSED_GRADIENT,
+                "== 0, 4.0, 0.0)",
+                "== 0, 0.0, 0.0)",
+            ),
         ],
         environment={"TRITON_INTERPRET": "1"},
     ),

@@ -42,6 +42,7 @@ from srpkd.kernels.reference import relation_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 every_case = pytest.mark.parametrize(("backend", "relation"), cases())
+FLOAT64 = [name for name in FAST if widest(name) == torch.float64]
 every_flag = pytest.mark.parametrize(("backend", "relation"), cases(flags=[(), *FLAG_SETS]))
 every_normalization = pytest.mark.parametrize(("backend", "relation"), few_cases())
 
@@ -79,10 +80,7 @@ def test_any_number_of_channels(
     assert_equal_to_reference(student, teacher, relation, backend)
 
 
-@pytest.mark.parametrize(
-    ("backend", "relation"),
-    [case for case in cases(flags=[(), ("rectify",)]) if widest(case.values[0]) == torch.float64],
-)
+@pytest.mark.parametrize(("backend", "relation"), cases(FLOAT64, [(), ("rectify",)]))
 def test_gradcheck(backend: str, relation: Relation, device: torch.device) -> None:
     if widest(backend, device) != torch.float64:
         pytest.skip(f"{backend} does not support float64 there")

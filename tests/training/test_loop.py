@@ -200,3 +200,11 @@ def test_anti_aliased_students_and_teachers(run_dir, antialias, options):
         fresh = define_generator(config.netG, ngf=config.ngf, antialias=antialias).state_dict()
         filters = [key for key in fresh if key.endswith(".filt")]
         assert filters and all(torch.equal(weights[key], fresh[key]) for key in filters)
+
+
+def test_the_relation_loss_has_the_options_of_the_run():
+    given = {"normalize": "row", "distance": "huber", "delta": 0.5, "scope": "batch", "backend": "blocked"}
+    flags = {"rectify": True, "detach_norms": True}
+    config = config_of(*(f"--{name}={value}" for name, value in given.items()), *(f"--{name}" for name in flags))
+    loss = loop.make_relation_loss(config)
+    assert {name: getattr(loss, name) for name in given | flags} == given | flags

@@ -133,6 +133,7 @@ def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
         ([*TEACHER, "--variants={a: {}, b: {ngf: 0}}"], "variant 'b': ngf=0: expected at least 1"),
         (["--backend=blokced"], "backend='blokced' is not one of"),
         ([*TEACHER, "--backend=closed_form", "--distance=l1"], "backend='closed_form' supports distance 'l2'"),
+        ([*TEACHER, "--backend=closed_form", "--rectify"], "backend='closed_form' does not support rectify=True"),
         (["--n_layers_D=5"], "images of 16 x 16 pixels are too small for netD n_layers: use larger images, or --n"),
         (["--input_nc=1"], "lambda_identity=0.5 needs images of equal channels on both sides"),
         (["--runs_dir=text.pth"], "runs_dir text.pth: this folder cannot be made: File exists"),

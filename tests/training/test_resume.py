@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from resumable_runs import ARGUMENTS, outcome
 
 from srpkd.data.synthetic import write_synthetic
@@ -146,6 +147,26 @@ def test_options_that_may_change_on_resume(server, undisturbed, root):
     # the main process now loads the images, in the same order
     assert server(["--resume=run", "--num_threads=0", "--save_latest_freq=5", "--time_budget=9"], cwd) == 0
     assert_equal(cwd / "runs/run", undisturbed("cycle_gan"))
+
+
+def test_a_state_from_before_an_option_existed_takes_its_default(server, undisturbed, root):
+    """Also of options whose default follows from other options, as that of gan_mode."""
+    cwd = root / "older"
+    cwd.mkdir()
+    assert server(ARGUMENTS["cycle_gan"], cwd, ("step", 9)) == -signal.SIGKILL
+    folder, new = cwd / "runs/run", ("rectify", "detach_norms", "gan_mode")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = {name: value for name, value in config.items() if name not in new}
+    for path in folder.glob("state*.pt"):
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"config": {name: state["config"][name] for name in config}}, path)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"rectify": True}))
+    assert server(["--resume=run"], cwd) == 1
+    assert "rectify is True and was False: a resumed run must keep its options" in (cwd / "log").read_text()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert server(["--resume=run"], cwd) == 0, (cwd / "log").read_text()
+    (folder / "config.yaml").write_text((undisturbed("cycle_gan") / "config.yaml").read_text())
+    assert_equal(folder, undisturbed("cycle_gan"))
 
 
 def test_resume_reads_the_options_of_the_run(tmp_path, monkeypatch):
