@@ -103,14 +103,9 @@ def as_tokens(gradient: Tensor) -> Tensor:
     return gradient.flatten(2).mT if gradient.ndim == 4 else gradient
 
 
-def matrices_between_pixels(case: RecipeCase) -> int:
-    """Return the elements of both relation matrices and their difference."""
-    return 3 * case.student[0] * case.pixels**2
-
-
-def matrices_between_images(case: RecipeCase) -> int:
-    """Return the elements of both similarity matrices and their difference."""
-    return 3 * case.student[0] ** 2
+def matrices(number: int) -> Callable[[RecipeCase], int]:
+    """Return the function that counts the elements of a number of N x N matrices per image."""
+    return lambda case: number * case.student[0] * case.pixels**2
 
 
 def products_of_channels(case: RecipeCase) -> int:
@@ -124,7 +119,7 @@ class Recipe:
 
     Attributes:
         published: the loss as the public code of the method computes it.
-        stored: the least number of elements that it stores at once.
+        stored: the least number of elements that it stores at once, as measured.
     """
 
     published: Loss
@@ -132,12 +127,12 @@ class Recipe:
 
 
 RECIPES = {  # by the names of their pages
-    "gram-anchoring": Recipe(published.gram_loss, matrices_between_pixels),
-    "batch-similarity": Recipe(published.similarity_preserving, matrices_between_images),
-    "pairwise-segmentation": Recipe(published.pairwise, matrices_between_pixels),
-    "diffusion": Recipe(published.relations, matrices_between_pixels),
-    "super-resolution": Recipe(published.spatial_affinity, matrices_between_pixels),
-    "semantic-synthesis": Recipe(published.relations, matrices_between_pixels),
+    "gram-anchoring": Recipe(published.gram_loss, matrices(3)),
+    "batch-similarity": Recipe(published.similarity_preserving, lambda case: 3 * case.student[0] ** 2),
+    "pairwise-segmentation": Recipe(published.pairwise, matrices(5)),
+    "diffusion": Recipe(published.relations, matrices(3)),
+    "super-resolution": Recipe(published.spatial_affinity, matrices(4)),
+    "semantic-synthesis": Recipe(published.relations, matrices(3)),
     "nst": Recipe(published.neuron_selectivity_transfer, products_of_channels),
 }
 CASES = [
@@ -146,7 +141,7 @@ CASES = [
     RecipeCase("batch-similarity", "64 images, maps of 8 x 8", (64, 64, 8, 8), (64, 256, 8, 8)),
     RecipeCase("pairwise-segmentation", "maps of 64 x 64, 2 images", (2, 128, 64, 64), (2, 512, 64, 64), 1, 4),
     RecipeCase("diffusion", "UNet, latents of 64 x 64", (1, 160, 64, 64), (1, 320, 64, 64), 1, 4),
-    RecipeCase("diffusion", "autoencoder, first block at 256 px", (1, 64, 256, 256), (1, 128, 256, 256), 1, 32),
+    RecipeCase("diffusion", "autoencoder, first block, 256 px", (1, 64, 256, 256), (1, 128, 256, 256), 1, 32),
     RecipeCase("super-resolution", "maps of 64 x 64", (1, 64, 64, 64), (1, 64, 64, 64), 1, 4),
     RecipeCase("super-resolution", "maps of 256 x 256", (1, 64, 256, 256), (1, 64, 256, 256), 1, 32),
     RecipeCase("semantic-synthesis", "pix2pixHD, last residual block", (1, 256, 32, 64), (1, 1024, 32, 64)),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import error
 
-from bench import recipes, results
+from bench import measure, recipes, results
 from bench.recipes import catalogue, pages, tables
 from bench.recipes.catalogue import CASES, RECIPES, RecipeCase, value_and_gradient
 
@@ -134,3 +136,18 @@ def test_draws_the_picture_of_a_page(tmp_path, monkeypatch, one_thread):
     from bench.recipes.pictures import draw
 
     assert draw("batch-similarity").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+def test_measures_on_a_gpu():
+    for row in recipes.measure_case(SMALL, "cuda", budget=0.01):
+        assert row["status"] == "ok" and row["peak_extra_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")
+@pytest.mark.parametrize("case", [case for case in CASES if case.pixels == 4096 or case.recipe == "nst"][:-1], ids=str)
+def test_usual_code_stores_what_the_catalogue_says(case):
+    case = replace(case, student=(1, *case.student[1:]), teacher=(1, *case.teacher[1:]), image_copies=1)
+    peak = measure.peak_on_cpu(functools.partial(recipes.prepare_call, case, "usual"), threads=1, warm=False)
+    assert case.needed_bytes("usual") <= peak <= 1.5 * case.needed_bytes("usual")
