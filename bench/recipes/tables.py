@@ -47,7 +47,7 @@ def table(rows: Sequence[Row], shown: Sequence[RecipeCase], with_pages: bool = F
             versions, commits = (", ".join(dict.fromkeys(row[name] for row in used)) for name in ("torch", "commit"))
             threads = f", {device[1]} threads" if own[0]["device_type"] == "cpu" else ""
             parts.append(f"{device[0]}{threads}; float32; torch {versions}; commit {commits}:")
-            columns = [{"key": "recipe"}, *COLUMNS] if with_pages else COLUMNS
+            columns = [{"key": "recipe"}, COLUMNS[0], *COLUMNS[2:]] if with_pages else COLUMNS  # too wide with shapes
             parts.append(format_table({"columns": columns, "rows": lines}, markdown=True))
     return "\n\n".join(parts)
 
