@@ -90,9 +90,7 @@ BACKENDS = {
                 "alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f",
                 "0.f",
             ),
-            Fault(
-                "constant norms: projected", CUDA_CLOSED_GRADIENT, "if (project && p.detach_norms) {", "if (false) {"
-            ),
+            Fault("constant norms: projected", CUDA_CLOSED_GRADIENT, "if (DETACH_NORMS && project) {", "if (false) {"),
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
                 "the lanes of a row are not added",

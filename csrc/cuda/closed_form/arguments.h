@@ -65,7 +65,6 @@ struct Arguments {
   int images, pixels;
   Tiles tiles;
   bool difference;
-  bool detach_norms;
   Ranges ranges;
   float* partial;        // moments: (images, tiles, splits, BLOCK, BLOCK)
   double* losses;        // (images, tiles): partial losses
@@ -86,6 +85,7 @@ struct Plan {
   algebra::NormArguments norms;
   Arguments arguments;
   Normalize normalize;
+  bool detach_norms;
   int64_t largest_grid;  // thread blocks
 };
 
@@ -93,10 +93,9 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   const int64_t images = a.images, pixels = a.pixels;
   const int blocks_s = blocks_of(a.features[STUDENT].channels), blocks_t = blocks_of(a.features[TEACHER].channels);
   Plan plan{};
-  plan.normalize = a.relation.normalize;
+  plan.normalize = a.relation.normalize, plan.detach_norms = a.relation.detach_norms;
   Arguments& p = plan.arguments;
   p.images = a.images, p.pixels = a.pixels, p.tiles = {blocks_s, blocks_t};
-  p.detach_norms = a.relation.detach_norms;
   p.difference = a.features[STUDENT].channels == a.features[TEACHER].channels;
   for (int i = 0; i < 2; ++i) p.features[i] = a.features[i];
   if (a.relation.normalize == Normalize::cosine) {

@@ -7,8 +7,9 @@
 namespace srpkd::cuda::closed_form {
 
 // Grid: (loss blocks + images * row blocks of 64 pixels, 1). A gradient block computes V of 64 channels at a time. The
-// projection of "cosine" needs z . V over all channels: with more than 64, V is computed twice.
-template <class T, bool PIXELS_ADJACENT>
+// projection of "cosine" needs z . V over all channels: with more than 64, V is computed twice. DETACH_NORMS: without
+// the projection.
+template <class T, bool PIXELS_ADJACENT, bool DETACH_NORMS = false>
 struct Gradient {
   using Arguments = closed_form::Arguments;
   using G = algebra::Geometry<2, PIXELS_ADJACENT>;
@@ -33,7 +34,7 @@ struct Gradient {
     const int blocks = p.tiles.blocks_a;
     const bool project = p.alpha[STUDENT] != nullptr;
     sm80::RowVector<G> along{};
-    if (project && p.detach_norms) {
+    if (DETACH_NORMS && project) {
       // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
       for (int m = 0; m < G::M_TILES; ++m)
         for (int half = 0; half < 2; ++half) along[m][half] = alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f;
@@ -51,7 +52,7 @@ struct Gradient {
       algebra::Sums<G> V{}, z{};
       compute(block, V, z);
       if (project) {
-        if (blocks == 1 && !p.detach_norms) {
+        if (!DETACH_NORMS && blocks == 1) {
           add_dot(V, z, along);
           exchange(along);
         }

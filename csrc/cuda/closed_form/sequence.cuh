@@ -29,8 +29,14 @@ void launch_loss(const Plan& plan, Launch& launch) {
   else
     launch_moments<T, PIXELS_ADJACENT, false>(p, launch);
   launch(KernelType<SumMoments>{}, p, p.images * p.tiles.count(), 1, SumMoments::SHARED_BYTES);
-  using Last = Gradient<T, PIXELS_ADJACENT>;
-  launch(KernelType<Last>{}, p, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Last::SHARED_BYTES);
+  const auto launch_last = [&](auto kernel) {
+    using Last = typename decltype(kernel)::type;
+    launch(kernel, p, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Last::SHARED_BYTES);
+  };
+  if (plan.detach_norms)
+    launch_last(KernelType<Gradient<T, PIXELS_ADJACENT, true>>{});
+  else
+    launch_last(KernelType<Gradient<T, PIXELS_ADJACENT>>{});
 }
 
 }  // namespace srpkd::cuda::closed_form
