@@ -66,9 +66,6 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
   a.relation = {parse_normalize(normalize), parse_distance(distance), delta, eps};
   a.reduction = parse_reduction(reduction), a.need_grad = need_grad;
   const Method chosen = parse_method(method, a.relation.distance);
-  TORCH_CHECK_NOT_IMPLEMENTED(chosen == Method::tiles || a.relation.normalize != Normalize::row,
-                              "method=\"closed_form\" supports normalize=\"cosine\" or \"none\" on a GPU, received \"",
-                              normalize, "\": use method=\"tiles\", or backend='closed_form'");
   check_features(student, teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
