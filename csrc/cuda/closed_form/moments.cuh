@@ -251,6 +251,7 @@ struct FinishTiles {
     for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
       const int row = i / BLOCK, column = i % BLOCK;
       float student[2], teacher[2], teacher_alone[2];
+#pragma unroll
       for (int j = 0; j < 2; ++j) {
         const double ff = element(AA, block_row, block_column, row, column + j);
         const double ee = element(BB, block_row, block_column, row, column + j);

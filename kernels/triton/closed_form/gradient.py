@@ -60,12 +60,13 @@ def by_factor(
 
 
 @jit
-def gradient_block(
+def by_factors(
     student_ptr,
     teacher_ptr,
     factors_ptr,
     alpha_s_ptr,
     alpha_t_ptr,
+    distance_ptr,
     start_m,
     start_c,
     stride_sn,
@@ -82,10 +83,13 @@ def gradient_block(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there."""
-    V = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    V = by_factor(
-        V,
+    """Return the sum of both networks' features times alpha times factor; the student's also times 1 - distance.
+
+    Both products are computed in the same order: for equal features they cancel exactly.
+    """
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    total = by_factor(
+        total,
         student_ptr,
         factors_ptr,
         alpha_s_ptr,
@@ -103,8 +107,10 @@ def gradient_block(
         BLOCK_K,
         BLOCK_C,
     )
-    V = by_factor(
-        V,
+    if distance_ptr is not None:
+        total *= 1 - load_vector(distance_ptr, start_m, pixels, BLOCK_M)[:, None]
+    total = by_factor(
+        total,
         teacher_ptr,
         factors_ptr + channels_s * channels_s,
         alpha_t_ptr,
@@ -122,10 +128,92 @@ def gradient_block(
         BLOCK_K,
         BLOCK_C,
     )
-    z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
-    z = z.to(tl.float32)
-    if SCALED:
-        z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return total
+
+
+@jit
+def gradient_block(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    raw_factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    distance_ptr,
+    start_m,
+    start_c,
+    stride_sn,
+    stride_sc,
+    stride_tn,
+    stride_tc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there.
+
+    For "row" V is the gradient times N^2.
+    """
+    V = by_factors(
+        student_ptr,
+        teacher_ptr,
+        factors_ptr,
+        alpha_s_ptr,
+        alpha_t_ptr,
+        None,
+        start_m,
+        start_c,
+        stride_sn,
+        stride_sc,
+        stride_tn,
+        stride_tc,
+        stride_term,
+        pixels,
+        channels_s,
+        channels_t,
+        SCALED and raw_factors_ptr is None,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    if raw_factors_ptr is None:
+        z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
+        z = z.to(tl.float32)
+        if SCALED:
+            z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    else:
+        of_rows = by_factors(
+            student_ptr,
+            teacher_ptr,
+            raw_factors_ptr,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            distance_ptr,
+            start_m,
+            start_c,
+            stride_sn,
+            stride_sc,
+            stride_tn,
+            stride_tc,
+            stride_term,
+            pixels,
+            channels_s,
+            channels_t,
+            SCALED,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
+        V = 0.5 * (V + of_rows * load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None])
+        z = V  # not used
     return V, z
 
 
@@ -139,6 +227,8 @@ def closed_form_gradient_kernel(
     partial_ptr,
     loss_ptr,
     gradient_ptr,
+    raw_factors_ptr,
+    distance_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -164,7 +254,8 @@ def closed_form_gradient_kernel(
 ):
     """Compute dL/dQ of BLOCK_M pixels, and the loss of each image from its partial sums.
 
-    With several blocks of channels, V is computed twice: the first time for z . V.
+    With several blocks of channels, V is computed twice for "cosine": the first time for z . V. For "row",
+    raw_factors_ptr has the factors of the first stage, and factors_ptr those of the second.
     """
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     program = tl.program_id(0)
@@ -177,15 +268,20 @@ def closed_form_gradient_kernel(
     if SCALED:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
+    if raw_factors_ptr is not None:
+        raw_factors_ptr += image * (channels_s + channels_t) * channels_s
+        distance_ptr += image * pixels
     along = tl.zeros([BLOCK_M], tl.float32)
-    if SCALED and not ONE_BLOCK:
+    if SCALED and not ONE_BLOCK and raw_factors_ptr is None:
         for start_c in range(0, channels_s, BLOCK_C):
             V, z = gradient_block(
                 student_ptr,
                 teacher_ptr,
                 factors_ptr,
+                None,
                 alpha_s_ptr,
                 alpha_t_ptr,
+                None,
                 start_m,
                 start_c,
                 stride_sn,
@@ -208,8 +304,10 @@ def closed_form_gradient_kernel(
             student_ptr,
             teacher_ptr,
             factors_ptr,
+            raw_factors_ptr,
             alpha_s_ptr,
             alpha_t_ptr,
+            distance_ptr,
             start_m,
             start_c,
             stride_sn,
@@ -226,7 +324,7 @@ def closed_form_gradient_kernel(
             BLOCK_K,
             BLOCK_C,
         )
-        if SCALED:
+        if SCALED and raw_factors_ptr is None:
             if ONE_BLOCK:
                 along = tl.sum(z * V, 1)
             alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
@@ -276,6 +374,8 @@ def plan_gradient(
     factors: Array,
     loss: Array,
     gradient: Array,
+    raw_factors: Array | None = None,
+    distances: Array | None = None,
 ) -> None:
     """Plan the launch that computes the losses (B,), means over all pairs, and their gradients (B, N, C_s).
 
@@ -285,6 +385,7 @@ def plan_gradient(
         alphas: the scales of both.
         partials, factors: of ``plan_sums``.
         loss, gradient: the results.
+        raw_factors, distances: for "row", the factors of its first stage and the distances of its rows.
     """
     batch, pixels, channels_s = student.shape
     block_k, block_c = gradient_blocks(student.dtype, channels_s)
@@ -298,6 +399,8 @@ def plan_gradient(
         partials,
         loss,
         gradient,
+        raw_factors,
+        distances,
         *student.strides,
         *teacher.strides,
         *gradient.strides,
