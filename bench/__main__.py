@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {  # each is a module of this package with add_arguments(parser) and run(arguments)
     "relation": "time and memory of the relation loss: srpkd's backends and their alternatives in PyTorch",
     "train": "time per training step, and the share of the relation loss",
+    "breakdown": "time of every kernel in a call on a GPU, and of the host",
     "accuracy": "errors of the backends against float64 as the student converges to its teacher",
     "scaling": "growth of the recorded times and memory with the pixels and the batch size",
     "plot": "plots of the recorded times and memory",

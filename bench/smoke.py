@@ -146,7 +146,10 @@ def compare(
     if gradient is not None:
         gradient = gradient.double() / check.case.loss_scale
     found = gate.relative_errors(gate.Result(value, gradient), expected)
-    return found, gate.failure_reason(found, check.case, gate.KERNEL_LIMITS)
+    # with one channel, the rows of a matrix differ in their signs only: U cancels to a few percent of its terms, whose
+    # rounding remains
+    limits = gate.LIMITS if check.case.channels == (1, 1) else gate.KERNEL_LIMITS
+    return found, gate.failure_reason(found, check.case, limits)
 
 
 # --- the processes of all kernels -----------------------------------------------------------------------------------

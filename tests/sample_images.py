@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image
@@ -23,6 +22,8 @@ def save_deep(path: Path, array: np.ndarray, **options) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     array = array[:, :, 0] if array.shape[2] == 1 else array
     if path.suffix == ".png":
+        import imagecodecs  # not on every machine with a GPU, where other tests of the same files run
+
         path.write_bytes(imagecodecs.png_encode(np.ascontiguousarray(array), **options))
     else:
         kind = "rgb" if array.ndim == 3 and array.shape[2] >= 3 else "minisblack"

@@ -66,8 +66,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         options = ["-std=c++17", *build.NVCC_FLAGS, "-fatbin", "-Xptxas", "-v", *codes]
         return compile_once(tmp_path_factory, [nvcc, *options, build.CSRC / "cuda" / source], ".fatbin")
 
-    sources = [f"sm80/kernels_{precision}.cu" for precision in INSTRUCTIONS]
-    sources += [f"{folder}/kernels_{element}.cu" for folder in ("algebra", "closed_form") for element in ELEMENTS]
+    sources = [f"sm80/sm80_{precision}.cu" for precision in INSTRUCTIONS]
+    sources += [f"{folder}/{folder}_{element}.cu" for folder in ("algebra", "closed_form") for element in ELEMENTS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = {source: pool.submit(run, source) for source in sources}
     return lambda source: results[source].result()
@@ -98,14 +98,14 @@ def functions(target: Path) -> Iterator[tuple[str, set[str]]]:
 
 @pytest.mark.parametrize("precision", INSTRUCTIONS)
 def test_tiles_do_not_spill(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    report, _ = compiled(f"sm80/kernels_{precision}.cu")
+    report, _ = compiled(f"sm80/sm80_{precision}.cu")
     seen = {(architecture, *kernel(symbol)) for symbol, architecture in entries(report)}
     assert seen == {(architecture, *config) for architecture in architectures() for config in KERNELS}
 
 
 @pytest.mark.parametrize("precision", INSTRUCTIONS)
 def test_tensor_cores_and_asynchronous_copies(compiled: Callable[[str], tuple[str, Path]], precision: str) -> None:
-    _, target = compiled(f"sm80/kernels_{precision}.cu")
+    _, target = compiled(f"sm80/sm80_{precision}.cu")
     found = list(functions(target))
     assert len(found) == len(architectures()) * len(KERNELS)
     for symbol, words in found:
@@ -130,7 +130,7 @@ every_folder = pytest.mark.parametrize("folder", ["algebra", "closed_form"])
 @every_element
 @every_folder
 def test_algebra_does_not_spill(compiled: Callable[[str], tuple[str, Path]], folder: str, element: str) -> None:
-    report, _ = compiled(f"{folder}/kernels_{element}.cu")
+    report, _ = compiled(f"{folder}/{folder}_{element}.cu")
     found = Counter((algebra_kernel(symbol), architecture) for symbol, architecture in entries(report))
     expected = ALGEBRA if folder == "algebra" else CLOSED_FORM
     assert found == {(name, arch): count for name, count in expected.items() for arch in architectures()}
@@ -141,7 +141,7 @@ def test_algebra_does_not_spill(compiled: Callable[[str], tuple[str, Path]], fol
 def test_algebra_multiplies_on_tensor_cores(
     compiled: Callable[[str], tuple[str, Path]], folder: str, element: str
 ) -> None:
-    _, target = compiled(f"{folder}/kernels_{element}.cu")
+    _, target = compiled(f"{folder}/{folder}_{element}.cu")
     for symbol, words in functions(target):
         with_products = algebra_kernel(symbol) not in WITHOUT_PRODUCTS
         assert ("HMMA.16816.F32.BF16" in words) == with_products, symbol

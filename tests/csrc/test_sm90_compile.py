@@ -16,7 +16,7 @@ from helpers import tool
 
 from srpkd.kernels import build
 
-SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("kernels_*.cu")))
+SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("*.cu")))
 CONFIG = re.compile(r"ConfigINS0_\d+(\w+?)ELb(\d)ELb(\d)ELb(\d)ELb(\d)ELi(\d)E")
 # bytes per thread: with a gradient, l2 and Huber, and two terms of K, need a few registers more than 208 per consumer.
 # They spill outside the products, which stay asynchronous

@@ -2,7 +2,6 @@
 
 import io
 
-import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -10,6 +9,8 @@ import torch
 from PIL import Image, ImageCms
 
 from srpkd.data.encode import Source, encode, losses
+
+imagecodecs = pytest.importorskip("imagecodecs")
 
 OUTPUT = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1  # some values are clipped
 UNIT = ((OUTPUT.double() + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -302,6 +303,30 @@ def test_builds_and_loads(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert module.cuda_architectures == ""
     assert native.is_built(CPU)
     assert build.stale_reason(build.cached_library()) is None
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_ninja_accepts_the_sources(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A dry run of the build on first use: torch names an object file after its source, without the folder."""
+    if cuda and (reason := build.cuda_unavailable_reason()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("SRPKD_BUILD_CUDA", str(int(cuda)))
+    environment = build.environment(cuda)
+    if (ninja := shutil.which("ninja", path=environment["PATH"])) is None:
+        pytest.skip("ninja is not installed")
+    tools, folder = tmp_path_factory.mktemp("tools"), tmp_path_factory.mktemp("build")
+    (tools / "ninja").write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec {ninja} --version\n{ninja} -n "$@"\necho exit status $?\nexit 1\n'
+    )
+    (tools / "ninja").chmod(0o755)
+    path = os.pathsep.join([str(tools), environment["PATH"]])
+    monkeypatch.setattr(build, "environment", lambda _: environment | {"PATH": path})
+    with pytest.raises(build.BuildError, match="exit status 0") as failure:
+        build.build_in(folder)
+    steps = len(build.sources(cuda)) + 1
+    assert f"[{steps}/{steps}]" in str(failure.value)
 
 
 # --- ahead of time --------------------------------------------------------------------------------------------------

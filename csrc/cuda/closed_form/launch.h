@@ -1,4 +1,4 @@
-// Launches the kernels of the closed form on a GPU. Each of the files kernels_*.cu instantiates one element type.
+// Launches the kernels of the closed form on a GPU. Each of the files closed_form_*.cu instantiates one element type.
 #pragma once
 
 #include "../algebra/launch.h"

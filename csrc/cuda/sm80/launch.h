@@ -1,4 +1,4 @@
-// Launches the kernels of one precision. Each of the four files kernels_*.cu instantiates one precision, so that they
+// Launches the kernels of one precision. Each of the four files sm80_*.cu instantiates one precision, so that they
 // compile in parallel, and only they need nvcc.
 #pragma once
 

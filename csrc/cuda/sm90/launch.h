@@ -1,4 +1,4 @@
-// Launches the kernels. Each of the files kernels_*.cu instantiates those of one precision and half of the
+// Launches the kernels. Each of the files sm90_*.cu instantiates those of one precision and half of the
 // normalisations, so that they compile in parallel, and only they need nvcc.
 #pragma once
 

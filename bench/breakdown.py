@@ -1,0 +1,111 @@
+"""Time of every kernel in a call of the relation loss on a GPU, and of the host.
+
+    python -m bench breakdown                               loss and gradient of 1 and 16 images of 4,096 pixels
+    python -m bench breakdown --pixels 16384 --providers triton
+
+Each line is a kernel: its launches in a call, and the median microseconds of a launch by the profiler, times the
+launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from . import cases, measure
+from .cases import Case, features, settings
+from .providers import PROVIDERS, CannotRun, evaluate
+
+CALLS = 10
+DEFAULT = ("native-sm90", "native-sm80", "triton")
+LONGEST_NAME = 60
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cases.add_arguments(parser)
+    parser.set_defaults(pixels=[4096], batch=[1, 16], dtype=["bfloat16"])
+    parser.add_argument(
+        "--providers",
+        choices=PROVIDERS,
+        nargs="+",
+        default=DEFAULT,
+        metavar="PROVIDER",
+        help=f"from {', '.join(PROVIDERS)} (default: {' '.join(DEFAULT)})",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the breakdown of each case by each provider.
+
+    Raises:
+        ValueError: The device is not a GPU.
+    """
+    if (device := cases.device_of(options)) == "cpu":
+        raise ValueError("the breakdown is of kernels on a GPU, and torch sees none")
+    for case in cases.selected(options):
+        print(case.describe())
+        for name in options.providers:
+            try:
+                found = lines(name, case, device)
+            except Exception as error:  # everything that a kernel can raise; the others are still measured
+                found = [f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            print("\n".join(f"  {line}" for line in found), flush=True)
+
+
+def lines(name: str, case: Case, device: str) -> list[str]:
+    """Return the breakdown of a provider's call as lines."""
+    provider = PROVIDERS[name]
+    if (reason := provider.unavailable_reason(case)) is not None:
+        return [f"{name}: {reason}"]
+    with settings(case):
+        student, teacher = features(case)
+        loss = provider.make(case)
+
+        def call() -> object:
+            return evaluate(loss, student, teacher, case)
+
+        try:
+            for _ in range(3):
+                call()
+        except CannotRun as error:
+            return [f"{name}: {error}"]
+        host, gpu = measure.host_seconds(call, device), measure.gpu_seconds(call, device)
+        kernels = kernel_times(call)
+    launches = sum(count for count, _ in kernels.values())
+    shown = [f"{label} {1e6 * value:,.0f} us" for label, value in (("GPU", gpu), ("host", host)) if value is not None]
+    found = [f"{name}: {', '.join(shown)}, {launches:g} launches"]
+    for kernel, (count, time) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+        found.append(f"  {time:9,.1f} us  {count:g} x {kernel}")
+    return found
+
+
+def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, float]]:
+    """Return the launches and the microseconds of each kernel in a call, by name."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in profiled.events():
+        if event.device_type == DeviceType.CUDA:
+            times.setdefault(short_name(event.name), []).append(event.device_time)
+    return {
+        name: (len(samples) / CALLS, statistics.median(samples) * len(samples) / CALLS)
+        for name, samples in times.items()
+    }
+
+
+def short_name(name: str) -> str:
+    """Return a kernel's name without namespaces, template arguments and parameters.
+
+    The kernel ``run<Kernel>`` of csrc/cuda/algebra/launch.h has the name of its argument.
+    """
+    parts = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("(", "<").split("<")
+    plain = [part.strip().rpartition("::")[2] for part in parts]
+    return (plain[1] if plain[0] == "run" and len(plain) > 1 else plain[0])[:LONGEST_NAME] or name[:LONGEST_NAME]

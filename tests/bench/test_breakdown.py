@@ -1,0 +1,42 @@
+"""The breakdown of a call into kernels."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from bench import breakdown
+from bench.cases import Case
+
+NAMES = {
+    "void srpkd::cuda::(anonymous namespace)::moments<(int)3, float>(Inputs<int>)": "moments",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(int, float)": (
+        "vectorized_elementwise_kernel"
+    ),
+    "void srpkd::cuda::algebra::run<srpkd::cuda::algebra::RowNorms<float, true> >(RowNorms<float>)": "RowNorms",
+    "relation_kernel": "relation_kernel",
+    "Memset (Device)": "Memset",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_names(name):
+    assert breakdown.short_name(name) == NAMES[name]
+
+
+def test_without_a_gpu_it_says_so():
+    parser = argparse.ArgumentParser()
+    breakdown.add_arguments(parser)
+    options = parser.parse_args(["--device", "cpu"])
+    assert options.pixels == [4096] and options.batch == [1, 16]
+    with pytest.raises(ValueError, match="kernels on a GPU"):
+        breakdown.run(options)
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_call():
+    case = Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1)
+    title, *kernels = breakdown.lines("native", case, "cuda")
+    assert title.startswith("native: GPU ") and "host " in title
+    assert any("tiles" in line for line in kernels)
