@@ -211,7 +211,7 @@ def _native_method(
     need_grad = student.requires_grad and torch.is_grad_enabled()
     name = dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels, batch, need_grad)
     if name == "closed_form" and student.device.type == "cuda":
-        kernels = dispatch.backend_module(name).implementation(student.device, dtype, relation)
+        kernels = dispatch.backend_module(name).implementation(student.device, dtype)
         return "closed_form" if kernels == "native" else None
     return "tiles" if name == "native" else None
 

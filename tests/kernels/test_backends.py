@@ -227,7 +227,7 @@ def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device
     exact = value_and_gradient(student.double(), teacher.double(), relation, "reference")
     closed = value_and_gradient(student, teacher, relation, "closed_form")
     tiles = value_and_gradient(student, teacher, relation, backend)
-    in_float64 = closed_form.implementation(device, student.dtype, relation) == "pytorch"
+    in_float64 = closed_form.implementation(device, student.dtype) == "pytorch"
     assert error(closed[0], exact[0]) <= (1e-5 if in_float64 else 1e-3)  # of a loss as small as 1e-11
     assert error(closed[1], exact[1]) <= (1e-6 if in_float64 else 1e-2)
     assert error(tiles[0], closed[0]) <= 1e-2

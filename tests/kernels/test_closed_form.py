@@ -21,20 +21,17 @@ def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalize", ["cosine", "none"])
-def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, normalize: str, dtype: torch.dtype) -> None:
-    relation = Relation(normalize, "l2")
-    assert closed_form.implementation(GPU, dtype, relation) == "native"
+def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    assert closed_form.implementation(GPU, dtype) == "native"
     both.setattr(native, "is_built", lambda device: False)
-    assert closed_form.implementation(GPU, dtype, relation) == "triton"
+    assert closed_form.implementation(GPU, dtype) == "triton"
     both.setattr(triton, "unavailable_reason", lambda device: "not installed")
-    assert closed_form.implementation(GPU, dtype, relation) == "pytorch"
+    assert closed_form.implementation(GPU, dtype) == "pytorch"
 
 
 def test_pytorch_for_what_the_kernels_do_not_support(both: pytest.MonkeyPatch) -> None:
-    assert closed_form.implementation(GPU, torch.float64, COSINE) == "pytorch"
-    assert closed_form.implementation(GPU, torch.float32, Relation("row", "l2")) == "pytorch"
-    assert closed_form.implementation(CPU, torch.float32, COSINE) == "pytorch"
+    assert closed_form.implementation(GPU, torch.float64) == "pytorch"
+    assert closed_form.implementation(CPU, torch.float32) == "pytorch"
 
 
 @pytest.mark.parametrize("kernels", ["native", "triton"])
@@ -47,7 +44,7 @@ def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -
         called.append((student, teacher, relation, need_grad, options))
         return "loss", "gradient"
 
-    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype, relation: kernels)
+    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype: kernels)
     monkeypatch.setattr(native if kernels == "native" else triton_closed_form, "loss_and_gradient", record)
     student, teacher = torch.rand(1, 4, 2), torch.rand(1, 4, 3)
     assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")

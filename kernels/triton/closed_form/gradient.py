@@ -356,12 +356,13 @@ def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gradient_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int]:
+def gradient_blocks(dtype: torch.dtype, channels: int, row: bool = False) -> tuple[int, int]:
     """Return the channels that are summed at a time and those of a block of the gradient.
 
     With more, the accumulators and the terms of the features do not fit into registers.
     """
-    block_k, most = (BLOCK_SUM // 2, 64) if dtype == torch.float32 else (BLOCK_SUM, 128)
+    block_k = BLOCK_SUM // 2 if dtype == torch.float32 or (row and dtype == torch.float16) else BLOCK_SUM
+    most = 64 if row or dtype == torch.float32 else 128
     return block_k, min(most, max(32, triton.next_power_of_2(channels)))
 
 
@@ -388,7 +389,7 @@ def plan_gradient(
         raw_factors, distances: for "row", the factors of its first stage and the distances of its rows.
     """
     batch, pixels, channels_s = student.shape
-    block_k, block_c = gradient_blocks(student.dtype, channels_s)
+    block_k, block_c = gradient_blocks(student.dtype, channels_s, raw_factors is not None)
     plan.launch(
         closed_form_gradient_kernel,
         (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
