@@ -142,6 +142,16 @@ def test_zero_norm_pixels(relation, channels):
         assert not gradient[:, 3].any()
 
 
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+def test_row_norms_below_eps(channels):
+    """The rows are 0, but not the columns: these pixels have a gradient."""
+    student, teacher = draw(2, 70, channels, torch.float32)
+    student[:, 3:9] *= 1e-3
+    teacher[:, 7:20] *= 1e-3
+    _, gradient = assert_as_accurate_as_eager(student, teacher, replace(ROW, eps=1.0), 4 * ULP)
+    assert gradient[:, 3].any()
+
+
 @every_normalized
 def test_one_pixel(relation):
     student, teacher = draw(1, 1, (24, 40), torch.float32)
