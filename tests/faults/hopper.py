@@ -75,8 +75,8 @@ BACKENDS = {
             Fault(
                 "sign(0) is not 0",
                 HOPPER_EPILOGUE,
-                "if (any_of_warp(smallest == 0))",
-                "if (any_of_warp(smallest == 1))",
+                "fused_multiply_add(d, 0x1p100f, 0.5f)",
+                "fused_multiply_add(d, 0x1p100f, 1.f)",
             ),
         ],
     ),

@@ -31,15 +31,22 @@ SRPKD_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, uint32_t leadi
   return SWIZZLE_128 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
-// The descriptor of elements [16 k, 16 k + 16) of the 64 in each line: MAJOR k. The eight-line groups are adjacent.
+// The descriptor of an operand that starts `bytes` further. Only its lower half changes, by a constant that the compiler
+// knows: a product needs one addition for each operand.
+SRPKD_HOST_DEVICE constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
+// The descriptor of elements [16 k, 16 k + 16) of the 64 in each line: MAJOR k. The eight-line groups are adjacent. The
+// next 64 elements of k are a panel further.
 SRPKD_HOST_DEVICE constexpr uint64_t k_major(uint32_t address, int k) {
-  return descriptor(address + 32 * k, 16, 8 * LINE);
+  return advanced(descriptor(address, 16, 8 * LINE), k / 4 * PANEL + 32 * (k % 4));
 }
 
 // The descriptor of lines [16 k, 16 k + 16): MAJOR mn. The operand's elements [64 n, 64 n + 64) are in the buffer that
 // starts at address + n * leading.
 SRPKD_HOST_DEVICE constexpr uint64_t mn_major(uint32_t address, int k, uint32_t leading = PANEL) {
-  return descriptor(address + 16 * LINE * k, leading, 8 * LINE);
+  return advanced(descriptor(address, leading, 8 * LINE), 16 * LINE * k);
 }
 
 }  // namespace srpkd::cuda::sm90

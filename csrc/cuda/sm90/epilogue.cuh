@@ -42,13 +42,10 @@ struct RowSums {
   }
 };
 
-// |x| with the sign of D. 0 is positive here: see `exact`.
+// magnitude * sign(d) with sign(0) = 0, without a branch: two instructions. A sign taken from the sign bit needs one, but
+// a branch that computes ties again; instructions that are jumped over make the code outgrow the instruction cache. For
+// |d| < 2^-101 the result is between 0 and the magnitude.
 SRPKD_DEVICE float with_sign(float magnitude, float d) {
-  return as_float(as_bits(magnitude) ^ (as_bits(d) & 0x80000000u));
-}
-// The same with sign(0) = 0, and equal bits for |d| >= 2^-101. It takes two instructions of the FMA pipe, not one of
-// the other pipe.
-SRPKD_DEVICE float with_exact_sign(float magnitude, float d) {
   return fused_multiply_add(saturate(fused_multiply_add(d, 0x1p100f, 0.5f)), 2 * magnitude, -magnitude);
 }
 
@@ -69,9 +66,8 @@ struct Epilogue {
   SRPKD_DEVICE float clamped(float D) const { return fminf(fmaxf(D, -p.delta), p.delta); }
 
   // rho'(D) times alpha, given d and alpha.
-  template <bool EXACT>
   SRPKD_DEVICE float weight(float alpha, float d) const {
-    if constexpr (L1) return EXACT ? with_exact_sign(alpha, d) : with_sign(alpha, d);
+    if constexpr (L1) return with_sign(alpha, d);
     return clamped(difference(alpha, d)) * alpha;
   }
   // rho(D); for l1 without the factor alpha.
@@ -81,11 +77,9 @@ struct Epilogue {
     return P * fused_multiply_add(-0.5f, P, D);
   }
 
-  // Columns [8 n, 8 n + 8). Sets `h` to this lane's part of the sums over the rows, `k` to the elements of K and
-  // `smallest` to the least bits of |d| so far: 0 if there is a tie.
-  template <bool EXACT, bool LOSS>
+  // Columns [8 n, 8 n + 8). Sets `h` to this lane's part of the sums over the rows, and `k` to the elements of K.
   SRPKD_DEVICE void columns(const float* s, const float* t, const PixelScale (&scale)[2], RowSums& sums, float (&h)[2],
-                            float (&k)[4], uint32_t& smallest) const {
+                            float (&k)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const PixelScale& row = rows.scale[i / 2];
@@ -93,22 +87,18 @@ struct Epilogue {
       float of_row, of_column;  // K_ij and h_i without their units: of D_ij, of D_ji
       if constexpr (SYMMETRIC) {
         const float d = fused_multiply_add(-(row.ratio * column.ratio), t[i], s[i]), alpha = row.alpha * column.alpha;
-        of_row = of_column = k[i] = weight<EXACT>(alpha, d);
-        if constexpr (L1 && !EXACT) smallest = minimum_of(smallest, as_bits(d), as_bits(d));
-        if constexpr (LOSS) sums.loss[i / 2] += L1 ? of_row * d : distance(alpha, d);
+        of_row = of_column = k[i] = weight(alpha, d);
+        sums.loss[i / 2] += L1 ? of_row * d : distance(alpha, d);
       } else {
         const float d = fused_multiply_add(-row.ratio, t[i], s[i]);
         const float mirrored = fused_multiply_add(-column.ratio, t[i], s[i]);
-        of_row = weight<EXACT>(row.alpha, d), of_column = weight<EXACT>(column.alpha, mirrored);
+        of_row = weight(row.alpha, d), of_column = weight(column.alpha, mirrored);
         k[i] = of_row + of_column;
-        if constexpr (L1 && !EXACT) smallest = minimum_of(smallest, as_bits(d), as_bits(mirrored));
-        if constexpr (LOSS) {
-          sums.loss[i / 2] += distance(row.alpha, d);
-          if constexpr (L1)
-            sums.loss_of_columns = fused_multiply_add(of_column, mirrored, sums.loss_of_columns);
-          else
-            sums.loss_of_columns += distance(column.alpha, mirrored);
-        }
+        sums.loss[i / 2] += distance(row.alpha, d);
+        if constexpr (L1)
+          sums.loss_of_columns = fused_multiply_add(of_column, mirrored, sums.loss_of_columns);
+        else
+          sums.loss_of_columns += distance(column.alpha, mirrored);
       }
       if constexpr (C::GRAD) {
         sums.h[i / 2] = fused_multiply_add(of_row, s[i], sums.h[i / 2]);
@@ -121,32 +111,22 @@ struct Epilogue {
   template <int HALF>
   SRPKD_DEVICE void half(const float (&s)[64], const float (&t)[64], Address scales, RowSums& sums, float (&h)[2],
                          Weights<C>& K) const {
-    constexpr int TOGETHER = 1;  // groups of eight columns that are computed again if there is a tie
-    float parts[8][2];
+    // Columns are added up over the rows as soon as there are two: each step halves the columns of a lane.
+    float halved[3][2][2];
 #pragma unroll
-    for (int first = 0; first < 8; first += TOGETHER) {
-      const float h_before[2] = {sums.h[0], sums.h[1]};
-      uint32_t smallest = 0x7fffffffu;
-      const auto each = [&](auto exact, auto with_loss) {
-#pragma unroll
-        for (int i = first; i < first + TOGETHER; ++i) {
-          const int part = i / 2 + i % 2 * 4, n = 8 * HALF + part;  // 0, 4, 1, 5, ...: these are exchanged first
-          PixelScale scale[2];
-          load_scales(scale, scales + (8 * n + 2 * (lane % 4)) * int{sizeof(PixelScale)});
-          float k[4];
-          columns<decltype(exact)::value, decltype(with_loss)::value>(s + 4 * n, t + 4 * n, scale, sums, parts[part], k,
-                                                                      smallest);
-          if constexpr (C::GRAD) pack_terms(K, n, k);
-        }
-      };
-      each(std::false_type{}, std::true_type{});
-      if constexpr (L1 && C::GRAD)
-        if (any_of_warp(smallest == 0)) {
-          sums.h[0] = h_before[0], sums.h[1] = h_before[1];
-          each(std::true_type{}, std::false_type{});
-        }
+    for (int i = 0; i < 8; ++i) {
+      const int n = 8 * HALF + i % 2 * 4 + i / 2 % 2 * 2 + i / 4;
+      PixelScale scale[2];
+      load_scales(scale, scales + (8 * n + 2 * (lane % 4)) * int{sizeof(PixelScale)});
+      float k[4];
+      columns(s + 4 * n, t + 4 * n, scale, sums, halved[0][i % 2], k);
+      if constexpr (C::GRAD) {
+        pack_terms(K, n, k);
+        if (i % 2 == 1) halve(halved[0], halved[1][i / 2 % 2], 16);
+        if (i % 4 == 3) halve(halved[1], halved[2][i / 4], 8);
+      }
     }
-    if constexpr (C::GRAD) sum_over_rows(parts, h);
+    if constexpr (C::GRAD) halve(halved[2], h, 4);
   }
 
   static SRPKD_DEVICE void load_scales(PixelScale (&scale)[2], Address from) {
@@ -171,23 +151,14 @@ struct Epilogue {
     }
   }
 
-  // Sums over the eight lanes with the same t. Each step halves the columns of a lane.
-  SRPKD_DEVICE void sum_over_rows(const float (&parts)[8][2], float (&h)[2]) const {
-    float four[4][2], two[2][2];
-    halve(parts, four, lane & 16, 16), halve(four, two, lane & 8, 8);
-    float one[1][2];
-    halve(two, one, lane & 4, 4);
-    h[0] = one[0][0], h[1] = one[0][1];
-  }
-  template <int COUNT>
-  static SRPKD_DEVICE void halve(const float (&from)[2 * COUNT][2], float (&to)[COUNT][2], bool upper, int lanes) {
+  // Of two columns, adds the first over two lanes and leaves it in the lower one, and the second in the upper one.
+  SRPKD_DEVICE void halve(const float (&from)[2][2], float (&to)[2], int lanes) const {
+    const bool upper = lane & lanes;
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n)
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const float sent = upper ? from[n][odd] : from[n + COUNT][odd];
-        to[n][odd] = (upper ? from[n + COUNT][odd] : from[n][odd]) + shuffle_xor(sent, lanes);
-      }
+    for (int odd = 0; odd < 2; ++odd) {
+      const float sent = upper ? from[0][odd] : from[1][odd];
+      to[odd] = (upper ? from[1][odd] : from[0][odd]) + shuffle_xor(sent, lanes);
+    }
   }
 };
 

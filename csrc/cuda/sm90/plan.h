@@ -75,9 +75,10 @@ struct Config {
   static_assert(TERMS == 1 || TERMS == 2);
   static constexpr bool SCALED = std::is_same_v<Element, Half>;  // so that K is in the range of float16
 
-  // The warpgroups: a producer, which starts all loads, the consumers, and one that adds up U of the columns.
+  // The warpgroups: a producer, which starts all loads and the additions to global memory, the consumers, and one that
+  // computes U of the columns.
   static constexpr int THREADS = 128 * (1 + CONSUMERS + GRAD);
-  static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = GRAD ? 208 : 240, COLUMN_REGISTERS = 72;
+  static constexpr int PRODUCER_REGISTERS = GRAD ? 32 : 24, CONSUMER_REGISTERS = GRAD ? 208 : 240, COLUMN_REGISTERS = 64;
   static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS + GRAD * COLUMN_REGISTERS) <= 1 << 16);
 
   // The student's group whose part of U is computed is the last of each tile. It stays in shared memory until that
@@ -110,8 +111,9 @@ struct Config {
   static constexpr int RING_FULL = COLUMNS_EMPTY + 16, RING_EMPTY = RING_FULL + 8 * MAX_CHUNKS;  // (MAX_CHUNKS)
   static constexpr int TURN = RING_EMPTY + 8 * MAX_CHUNKS;                                       // (CONSUMERS)
   static constexpr int K_FULL = TURN + 8 * CONSUMERS, K_EMPTY = K_FULL + 8, SEGMENT_FULL = K_EMPTY + 8;
+  static constexpr int STAGING_FULL = SEGMENT_FULL + 8, STAGING_EMPTY = STAGING_FULL + 8;
   static constexpr int WALKS = BARRIERS + 512, SEGMENT = WALKS + 64;  // of the two loaders; ints, see Published
-  static_assert(SEGMENT_FULL + 8 <= WALKS && SEGMENT + 32 <= CHUNKS && CHUNKS % ALIGNMENT == 0);
+  static_assert(STAGING_EMPTY + 8 <= WALKS && SEGMENT + 32 <= CHUNKS && CHUNKS % ALIGNMENT == 0);
 };
 
 // The template arguments of a kernel except its precision.

@@ -162,7 +162,6 @@ SRPKD_DEVICE bool elect_one() {
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
   return elected;
 }
-SRPKD_DEVICE bool any_of_warp(bool condition) { return __any_sync(0xffffffffu, condition); }
 // The value of lane 0, which tells the compiler that the result is the same in the whole warp.
 template <typename T>
 SRPKD_DEVICE T uniform(T value) {
@@ -188,7 +187,6 @@ SRPKD_DEVICE uint32_t pack(float lower, float upper) {
 
 SRPKD_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SRPKD_DEVICE float saturate(float value) { return __saturatef(value); }  // to [0, 1]; NaN becomes 0
-SRPKD_DEVICE uint32_t minimum_of(uint32_t a, uint32_t b, uint32_t c) { return __vimin3_u32(a, b, c); }
 SRPKD_DEVICE int64_t round_to_integer(float value) { return __float2ll_rn(value); }
 
 // Stores four matrices of 8 rows of 16 bytes: the inverse of load_matrices.

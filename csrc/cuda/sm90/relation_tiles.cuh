@@ -9,26 +9,15 @@
 //                U_I += K q_J with K from registers. They take turns: while one has the tensor cores, the other is in
 //                its elementwise part. If the ring does not hold the chunks of a whole tile, they share them at the
 //                same time instead.
-//   columns      One warpgroup reads K of both from shared memory, multiplies U_J = K^T q_I, and adds it to global
-//                memory in the fixed order of work.h, by bulk copies.
+//   columns      One warpgroup reads K of both from shared memory, and multiplies U_J = K^T q_I.
+//   adder        One warp adds U_J to global memory, in the fixed order of work.h, by bulk copies.
 #pragma once
 
+#include "columns.cuh"
 #include "epilogue.cuh"
-#include "loaders.cuh"
 #include "prepare.cuh"
-#include "sums.cuh"
 
 namespace srpkd::cuda::sm90 {
-
-struct alignas(16) FourFloats {
-  float value[4];
-};
-
-// The features of the pixels [16 k, 16 k + 16) of a chunk, for products whose sums run over pixels.
-template <class C>
-SRPKD_DEVICE uint64_t pixels_of(Address chunk, int k) {
-  return C::PIXELS_ADJACENT ? k_major(chunk + k / 4 * PANEL, k % 4) : mn_major(chunk, k);
-}
 
 // --- the consumers ---------------------------------------------------------------------------------------------------
 
@@ -62,11 +51,8 @@ struct Consumer : Role<C> {
     ring.advance(p.slots);
     return base + C::CHUNKS + (p.resident * C::TERMS + slot) * CHUNK;
   }
-  // How many slots of the ring a group of a tile takes.
-  SRPKD_DEVICE int slots_of(int at) const { return C::TERMS * (at < p.resident ? 1 : 2); }
-  // Gives slots back: those of the group `at`, before the last `newer` taken.
-  SRPKD_DEVICE void release(int at, int newer, Address base) const {
-    const int count = slots_of(at);
+  // Gives back `count` slots of the ring, before the last `newer` taken.
+  SRPKD_DEVICE void release(int count, int newer, Address base) const {
     int slot = ring.slot - newer - count;
     if (slot < 0) slot += p.slots;
     for (int i = 0; i < count; ++i) {
@@ -74,6 +60,8 @@ struct Consumer : Role<C> {
       if (++slot == p.slots) slot = 0;
     }
   }
+  // How many slots a group of a tile takes: the columns, and the rows unless they are resident.
+  SRPKD_DEVICE int slots_of(int at) const { return C::TERMS * (at < p.resident ? 1 : 2); }
 
   // sum += the Gram matrix of this warpgroup's rows and all columns over 64 channels.
   SRPKD_DEVICE void multiply_chunks(float (&sum)[64], Address rows, Address columns, bool accumulate) const {
@@ -85,40 +73,51 @@ struct Consumer : Role<C> {
     }
   }
 
-  // The same for all products of the terms of a group, except the smallest. The ring has what is not resident.
-  SRPKD_DEVICE void multiply_group(float (&sum)[64], int at, bool new_rows, bool accumulate, Address base) {
-    const bool resident = at < p.resident;
-    if (resident && new_rows) wait(base + C::ROWS_FULL + 8 * at, this->published(Published::parity));
-    Address rows[C::TERMS], columns[C::TERMS];
+  // sum += the products of the groups [first, end), for each of all terms except the smallest. A loop for groups whose
+  // rows are resident, and one for those that come through the ring: the instructions between the products, not the
+  // products, limit the loop.
+  template <bool RESIDENT>
+  SRPKD_DEVICE void multiply_groups(float (&sum)[64], int first, int end, bool accumulate, Address base) {
+#pragma unroll 1
+    for (int at = first; at < end; ++at, accumulate = true) {
+      Address rows[C::TERMS], columns[C::TERMS];
 #pragma unroll
-    for (int term = 0; term < C::TERMS; ++term) {
-      rows[term] = resident ? base + C::CHUNKS + (at * C::TERMS + term) * CHUNK : take(base);
-      columns[term] = take(base);
-    }
-    fence_registers();
-    multiply_chunks(sum, rows[0], columns[0], accumulate);
+      for (int term = 0; term < C::TERMS; ++term) {
+        rows[term] = RESIDENT ? base + C::CHUNKS + (at * C::TERMS + term) * CHUNK : take(base);
+        columns[term] = take(base);
+      }
+      fence_registers();
+      multiply_chunks(sum, rows[0], columns[0], accumulate);
 #pragma unroll
-    for (int term = 1; term < C::TERMS; ++term) {
-      multiply_chunks(sum, rows[term], columns[0], true);
-      multiply_chunks(sum, rows[0], columns[term], true);
-    }
-    commit_products();
-    if constexpr (!C::OVERLAP) {
-      wait_for_products<0>();
-      release(at, 0, base);
-    } else if (at > 0) {
-      wait_for_products<1>();
-      release(at - 1, slots_of(at), base);
+      for (int term = 1; term < C::TERMS; ++term) {
+        multiply_chunks(sum, rows[term], columns[0], true);
+        multiply_chunks(sum, rows[0], columns[term], true);
+      }
+      commit_products();
+      constexpr int OWN = C::TERMS * (RESIDENT ? 1 : 2);
+      if constexpr (!C::OVERLAP) {
+        wait_for_products<0>();
+        release(OWN, 0, base);
+      } else if (at > 0) {
+        wait_for_products<1>();
+        release(RESIDENT ? OWN : slots_of(at - 1), OWN, base);
+      }
     }
   }
 
   // G_s and G_t of this warpgroup's rows.
   SRPKD_DEVICE void gram(float (&s)[64], float (&t)[64], bool new_rows, int stage, Address base) {
+    const int teacher = p.teacher_groups, resident = p.resident;
+    if (new_rows) {
+      const int parity = this->published(Published::parity);
 #pragma unroll 1
-    for (int at = 0; at < p.teacher_groups; ++at) multiply_group(t, at, new_rows, at > 0, base);
-#pragma unroll 1
-    for (int at = p.teacher_groups; at < others; ++at) multiply_group(s, at, new_rows, true, base);
-    if (new_rows) wait(base + C::ROWS_FULL + 8 * MAX_CHUNKS, this->published(Published::parity));
+      for (int at = 0; at < resident; ++at) wait(base + C::ROWS_FULL + 8 * at, parity);
+      wait(base + C::ROWS_FULL + 8 * MAX_CHUNKS, parity);
+    }
+    multiply_groups<true>(t, 0, minimum(resident, teacher), false, base);
+    multiply_groups<false>(t, minimum(resident, teacher), teacher, resident > 0, base);
+    multiply_groups<true>(s, teacher, resident, true, base);
+    multiply_groups<false>(s, resident > teacher ? resident : teacher, others, true, base);
     wait(base + C::COLUMNS_FULL + 8 * stage, tile / C::STAGES & 1);
     const Address columns = base + C::COLUMNS + stage * C::TERMS * CHUNK;
     fence_registers();
@@ -208,7 +207,7 @@ struct Consumer : Role<C> {
         gram(s, t, new_rows, stage, base);
         if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
         wait_for_products<0>();
-        if (C::OVERLAP && others > 0) release(others - 1, 0, base);
+        if (C::OVERLAP && others > 0) release(slots_of(others - 1), 0, base);
         hold(s), hold(t);
 
         if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
@@ -302,115 +301,6 @@ struct Consumer : Role<C> {
   }
 };
 
-// --- U of the columns ------------------------------------------------------------------------------------------------
-
-template <class C>
-struct Columns : Role<C> {
-  using Element = typename C::Element;
-  using Role<C>::p, Role<C>::shared;
-  static constexpr Major OF_U = C::PIXELS_ADJACENT ? Major::k : Major::mn;
-  static constexpr int BARRIER = 1;  // of this warpgroup
-
-  const int thread = thread_index() % 128, lane = thread % 32;
-  int tile = 0, segments = 0;
-
-  SRPKD_DEVICE explicit Columns(const Params& params) : Role<C>(params) {}
-
-  // The first warp returns how many additions to the column block come before this one.
-  SRPKD_DEVICE int rank(int image, int row, int step) const {
-    if (thread >= 32) return 0;
-    int count = earlier_items(p.work, image, row, step, 1 + lane, 32);
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) count += shuffle_xor(count, lanes);
-    return count;
-  }
-
-  // sum (64 channels x 64 pixels of J) = q_I^T K.
-  SRPKD_DEVICE void multiply(float (&sum)[32], int half, Address base) const {
-    fence_registers();
-#pragma unroll
-    for (int term = 0; term < C::TERMS; ++term)
-#pragma unroll
-      for (int other = 0; other + term < C::TERMS; ++other)
-#pragma unroll
-        for (int k = 0; k < TILE / 16; ++k) {
-          const Address chunk = base + C::ROWS + other * CHUNK;
-          const uint64_t features = pixels_of<C>(chunk, k);
-          multiply_add_async<Element, OF_U, Major::mn>(
-              sum, features, mn_major(base + C::K + (2 * term + half) * CHUNK, k, CHUNK), term + other + k > 0);
-        }
-    commit_products();
-    wait_for_products<0>();
-    hold(sum);
-  }
-
-  SRPKD_DEVICE void add(int image, int row, int step, Address base) const {
-    const int earlier = rank(image, row, step);
-    const int64_t at = (int64_t{earlier % p.work.copies} * p.work.images + image) * p.work.blocks +
-                       column_of(p.work.blocks, row, step);
-    const int before = earlier / p.work.copies;  // additions to the same copy
-    wait(base + C::K_FULL, tile & 1);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {  // one after the other: 32 registers for sums leave the consumers 208
-      float sum[32];
-      multiply(sum, half, base);
-      if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);
-      if (thread == 0) wait_for_bulk_reads<0>();  // the staging buffer is free
-      sync_threads<128>(BARRIER);
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-        store_shared(base + C::STAGING + (n * 128 + thread) * 16,
-                     FourFloats{{sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]}});
-      fence_async_proxy();
-      sync_threads<128>(BARRIER);
-      if (thread == 0) {
-        float* const to = p.U_columns + at * U_BLOCK + half * (U_BLOCK / 2);
-        if (before == 0) {  // so that nobody has to zero it
-          store_bulk(to, base + C::STAGING, CHUNK);
-        } else {
-          if (half == 0) {
-            wait_until_at_least(p.additions + at, before);
-            fence_async_proxy_global();
-          }
-          add_bulk(to, base + C::STAGING, CHUNK);
-        }
-        commit_bulk();
-        if (half == 1) {
-          wait_for_bulk<0>();
-          fence_async_proxy_global();
-          fence_gpu();
-          add_release(p.additions + at, 1);
-        }
-      }
-      sync_warp();
-    }
-  }
-
-  SRPKD_DEVICE void run() {
-#pragma unroll 1
-    for (;; ++segments) {
-      wait(shared + C::SEGMENT_FULL, segments & 1);
-      if (this->published(Published::image) < 0) break;
-      const int image = this->published(Published::image) * p.channel_splits + this->published(Published::split);
-      const int row = this->published(Published::row), end = this->published(Published::end);
-      wait(shared + C::ROWS_FULL + 8 * MAX_CHUNKS, segments & 1);
-#pragma unroll 1
-      for (int step = this->published(Published::first); step < end; ++step, ++tile) {
-        const Address base = uniform(opaque(shared));
-        if (step == 0) {  // the rows have the whole tile
-          wait(base + C::K_FULL, tile & 1);
-          sync_warp();  // a thread that still waits would miss the phase
-          if (lane == 0) arrive(base + C::K_EMPTY);
-        } else {
-          add(image, row, step, base);
-        }
-      }
-      sync_warp();
-      if (lane == 0) arrive(shared + C::ROWS_EMPTY);
-    }
-  }
-};
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class C>
@@ -418,7 +308,7 @@ SRPKD_DEVICE void initialize_barriers(Address shared) {
   constexpr int WARPS = 4 * CONSUMERS;
   for (int i = 0; i <= MAX_CHUNKS; ++i) initialize_barrier(shared + C::ROWS_FULL + 8 * i, 1);
   initialize_barrier(shared + C::SEGMENT_FULL, 1);
-  initialize_barrier(shared + C::ROWS_EMPTY, WARPS + 4 * C::GRAD);
+  initialize_barrier(shared + C::ROWS_EMPTY, WARPS + 5 * C::GRAD);  // with those of Columns and the adder
   for (int i = 0; i < C::STAGES; ++i) {
     initialize_barrier(shared + C::COLUMNS_FULL + 8 * i, 1);
     initialize_barrier(shared + C::COLUMNS_EMPTY + 8 * i, WARPS);
@@ -430,6 +320,8 @@ SRPKD_DEVICE void initialize_barriers(Address shared) {
   for (int i = 0; i < CONSUMERS; ++i) initialize_barrier(shared + C::TURN + 8 * i, 4);
   initialize_barrier(shared + C::K_FULL, WARPS);
   initialize_barrier(shared + C::K_EMPTY, 4);
+  initialize_barrier(shared + C::STAGING_FULL, 4);
+  initialize_barrier(shared + C::STAGING_EMPTY, 1);
   fence_barrier_initialization();
   fence_async_proxy();
 }
@@ -446,6 +338,8 @@ SRPKD_DEVICE void relation_tiles_of_block(const Params& p) {
       ColumnLoader<C>(p).run();
     else if (thread == 32)
       RowLoader<C>(p).run();
+    else if (C::GRAD && thread / 32 == 2)
+      Adder<C>(p).run();
   } else if (warpgroup <= CONSUMERS) {
     increase_registers<C::CONSUMER_REGISTERS>();
     Consumer<C>(p, warpgroup - 1).run();

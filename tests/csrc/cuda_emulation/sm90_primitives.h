@@ -150,15 +150,6 @@ inline void sync_warp(void**) {
 
 inline void elect_one(void**) {}  // of all threads of a warp
 
-struct Vote {
-  bool condition, result;
-};
-inline void any_of_warp(void** operands) {
-  bool any = false;
-  for (int lane = 0; lane < emulation::WARP; ++lane) any |= static_cast<Vote*>(operands[lane])->condition;
-  for (int lane = 0; lane < emulation::WARP; ++lane) static_cast<Vote*>(operands[lane])->result = any;
-}
-
 template <typename T>
 void uniform(void** operands) {
   for (int lane = 1; lane < emulation::WARP; ++lane) *static_cast<T*>(operands[lane]) = *static_cast<T*>(operands[0]);
@@ -201,11 +192,6 @@ inline bool elect_one() {
   machine->collective(&emulated::elect_one, nullptr);
   return machine->thread() % emulation::WARP == 0;
 }
-inline bool any_of_warp(bool condition) {
-  emulated::Vote own{condition, false};
-  machine->collective(&emulated::any_of_warp, &own);
-  return own.result;
-}
 template <typename T>
 T uniform(T value) {
   machine->collective(&emulated::uniform<T>, &value);
@@ -235,7 +221,6 @@ uint32_t pack(float lower, float upper) {
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float saturate(float value) { return value > 0 ? (value < 1 ? value : 1.f) : 0.f; }
-inline uint32_t minimum_of(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline int64_t round_to_integer(float value) { return std::llrint(value); }
 
 template <bool TRANSPOSED>
