@@ -13,7 +13,10 @@ struct PixelProducts {
   using Part = PanelPart<T, PIXELS_ADJACENT>;
   using Sums = algebra::Sums<G>;
   static constexpr int THREADS = G::THREADS, UNIT = 4, TERMS = algebra::TERMS<T>;
-  static constexpr int MATRIX_AT = TERMS * PANEL_BYTES, ALONG_AT = MATRIX_AT + MATRIX_TERMS * PANEL_BYTES;
+  // Whether the next panels are loaded while the present ones are multiplied: float32 features need too many registers.
+  static constexpr bool LOADS_AHEAD = sizeof(T) == 2;
+  static constexpr int MATRIX_AT = TERMS * PANEL_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
+  static constexpr int ALONG_AT = MATRIX_AT + (LOADS_AHEAD ? 2 : 1) * MATRIX_BYTES;
   static constexpr int SHARED_BYTES = ALONG_AT + G::WARPS_N * G::ROWS * 4;
   // The gradient in shared memory: lines of adjacent elements, padded so that lines start in different banks.
   static constexpr int LINE_FLOATS = BLOCK + 4;
@@ -41,25 +44,35 @@ struct PixelProducts {
   // with k > n count twice in it.
   template <bool SYMMETRIC = false>
   SRPKD_DEVICE void add_products(int network, const uint16_t* factors, int rows, int block, Sums& total) const {
-    const int blocks = blocks_of(network);
+    const int blocks = blocks_of(network), steps = SYMMETRIC ? blocks - block : blocks;
     const uint16_t* const factor = factors + image * elements_of_factor(rows, blocks);
-    Sums sum{};
-#pragma unroll 1
-    for (int step = 1; step <= blocks; ++step) {
-      const int k = (block + step) % blocks;
-      if (SYMMETRIC && k < block) continue;
-      if (SYMMETRIC && k == block)
-        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] *= 2; });
-      Part part;
-      part.load(p.features[network], image, {pixel, p.pixels}, k * BLOCK);
-      sync_block();  // the panels are free
-      algebra::copy_matrix<THREADS, G>(factor, block, k, blocks, shared + MATRIX_AT);
+    const auto k_of = [&](int step) { return SYMMETRIC && step == steps - 1 ? block : (block + 1 + step) % blocks; };
+    const auto matrix_at = [&](int step) { return shared + MATRIX_AT + (LOADS_AHEAD ? step % 2 * MATRIX_BYTES : 0); };
+    const auto copy = [&](int step) {
+      algebra::copy_matrix<THREADS, G>(factor, block, k_of(step), blocks, matrix_at(step));
       commit_copies();
+    };
+    Part part;
+    const auto load = [&](int step) { part.load(p.features[network], image, {pixel, p.pixels}, k_of(step) * BLOCK); };
+    Sums sum{};
+    if constexpr (LOADS_AHEAD) {
+      load(0);
+      sync_block();  // the panels are free
+      copy(0);
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if constexpr (!LOADS_AHEAD) load(step);
+      if (!LOADS_AHEAD || step > 0) sync_block();  // the panels are free
+      if constexpr (!LOADS_AHEAD) copy(step);
       part.template store<G>(shared, PANEL_BYTES);
       wait_for_copies<0>();
-      sync_block();
+      sync_block();  // the panels have arrived, and the other slot of the factor is free
+      if (LOADS_AHEAD && step + 1 < steps) copy(step + 1), load(step + 1);
+      if (SYMMETRIC && step == steps - 1)
+        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] *= 2; });
       const Address a = shared + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
-      const Address b = shared + MATRIX_AT + warp.template lane_offset<true, false>(warp.first_column, 0);
+      const Address b = matrix_at(step) + warp.template lane_offset<true, false>(warp.first_column, 0);
       add_product<G, !PIXELS_ADJACENT, true, TERMS, MATRIX_TERMS>(sum, a, PANEL_BYTES, b, PANEL_BYTES);
       move_sums<G>(total, sum);
     }
