@@ -174,7 +174,7 @@ struct Moments {
   }
 };
 
-// Adds the partial sums of moments in double, and computes what follows from them. COHERENT: other blocks of this
+// Adds the partial sums of moments, and computes what follows from them. COHERENT: other blocks of this
 // launch have written the partial sums.
 template <int THREADS, bool COHERENT>
 struct FinishTiles {
@@ -188,12 +188,10 @@ struct FinishTiles {
         mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
     const float* const partial =
         p.partial + offset_of_partial(p, image, tile) + (mirrored ? column * BLOCK + row : row * BLOCK + column);
-    double sum = 0;
-    for (int split = 0; split < p.ranges.splits; ++split) {
+    return algebra::sum_in_order(p.ranges.splits, [&](int split) {
       const float* const from = partial + split * BLOCK * BLOCK;
-      sum += COHERENT ? load_global_coherent(from) : load_global(from);
-    }
-    return sum;
+      return COHERENT ? load_global_coherent(from) : load_global(from);
+    });
   }
 
   // The place of an element of S, which are as large as one split of the moments AA, AB and BB.
