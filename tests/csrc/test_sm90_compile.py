@@ -18,9 +18,9 @@ from srpkd.kernels import build
 
 SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("*.cu")))
 CONFIG = re.compile(r"ConfigINS0_\d+(\w+?)ELb(\d)ELb(\d)ELb(\d)ELb(\d)ELi(\d)E")
-# bytes per thread: with a gradient, l2 and Huber, and two terms of K, need a few registers more than 208 per consumer.
-# They spill outside the products, which stay asynchronous
-MAX_SPILL, MAX_SPILL_OF_TWO_TERMS = 64, 160
+# bytes per thread: with a gradient, the elementwise part needs a few registers more than 208 per consumer. They spill
+# outside the products, which stay asynchronous
+MAX_SPILL, MAX_SPILL_OF_TWO_TERMS = 96, 192
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,7 @@ def test_registers(compiled: dict[str, tuple[str, Path]], source: str) -> None:
     for part in parts:
         config = kernel(part)
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes.*?(\d+) bytes", part).groups())
-        limit = MAX_SPILL_OF_TWO_TERMS if config.terms == 2 else 0 if config.l1 else MAX_SPILL
+        limit = MAX_SPILL_OF_TWO_TERMS if config.terms == 2 else MAX_SPILL
         assert max(stack, stores, loads) <= limit * config.grad, part
         threads = 512 if config.grad else 384
         # with fewer, setmaxnreg.inc would wait forever; they are allocated in units of 8
@@ -89,8 +89,8 @@ def test_products(compiled: dict[str, tuple[str, Path]], source: str) -> None:
         type_ = "F32" if config.element == "Half" else "F32.BF16"
         # of two terms, all pairs but the product of both second terms
         pairs = config.terms * (config.terms + 1) // 2
-        # groups of 64 channels: in the loops over the teacher's and the student's, and the last one
-        assert words[f"HGMMA.64x128x16.{type_}"] == 3 * 4 * pairs
+        # groups of 64 channels: in two loops over the teacher's and two over the student's, and the last one
+        assert words[f"HGMMA.64x128x16.{type_}"] == 5 * 4 * pairs
         # U of the rows, and of two halves of the columns, over 128 pixels
         assert words[f"HGMMA.64x64x16.{type_}"] == 3 * 8 * pairs * config.grad
         assert max(int(register) for register in re.findall(r"\bR(\d+)\b", function)) < 240
