@@ -14,6 +14,7 @@ COMMANDS = {  # each is a module of this package with add_arguments(parser) and 
     "breakdown": "time of every kernel in a call on a GPU, and of the host",
     "accuracy": "errors of the backends against float64 as the student converges to its teacher",
     "columns": "spread and speed of estimates from sampled columns",
+    "recipes": "time and memory of the recipes in docs/recipes: public code of other methods against srpkd",
     "scaling": "growth of the recorded times and memory with the pixels and the batch size",
     "plot": "plots of the recorded times and memory",
     "record": "take results into bench/results, and update the table from which auto chooses on GPUs",

@@ -14,14 +14,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from .cases import Case, features
 from .machine import synchronize
-from .providers import PROVIDERS, evaluate
 
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
@@ -164,21 +161,23 @@ def peak_on_gpu(call: Callable[[], object], device: str) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
+def peak_on_cpu(prepare: Callable[[], Callable[[], object]], threads: int, warm: bool = True) -> int | None:
     """Return the peak memory on the CPU as ``peak_on_gpu`` does, or None on systems other than Linux.
 
     It is the resident memory of a separate process, which is forked from a server that has no threads: threads do not
     survive a fork.
 
     Args:
-        warm: call the provider once before, to exclude what only the first call allocates.
+        prepare: function that creates the inputs and returns the call to measure; it must be possible to pickle it.
+        threads: CPU threads.
+        warm: make the call once before, to exclude what only the first call allocates.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_in_child, args=(sender, provider, case, warm))
+    process = context.Process(target=_peak_in_child, args=(sender, prepare, threads, warm))
     process.start()
     sender.close()
     try:
@@ -189,17 +188,15 @@ def peak_on_cpu(provider: str, case: Case, warm: bool = True) -> int | None:
     return result
 
 
-def _peak_in_child(sender, provider: str, case: Case, warm: bool) -> None:
+def _peak_in_child(sender, prepare: Callable[[], Callable[[], object]], threads: int, warm: bool) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         # glibc: return freed arrays to the system, instead of keeping a reserve of unknown size
         m_trim_threshold, m_mmap_threshold = -1, -3
         library.mallopt(m_mmap_threshold, 2**16)
         library.mallopt(m_trim_threshold, 0)
-    torch.set_num_threads(case.threads)
-    student, teacher = features(case)
-    loss = PROVIDERS[provider].make(case)
-    call = partial(evaluate, loss, student, teacher, case)
+    torch.set_num_threads(threads)
+    call = prepare()
     if warm:
         call()
     if hasattr(library, "malloc_trim"):

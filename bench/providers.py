@@ -215,3 +215,9 @@ def evaluate(loss: Loss, student: Tensor, teacher: Tensor, case: Case) -> tuple[
     value = loss(student, teacher)
     upstream = torch.full_like(value, case.loss_scale)
     return value.detach(), torch.autograd.grad(value, student, upstream)[0]
+
+
+def prepare_call(name: str, case: Case) -> Callable[[], object]:
+    """Return a call of a provider on the features of a case."""
+    student, teacher = features(case)
+    return partial(evaluate, PROVIDERS[name].make(case), student, teacher, case)

@@ -24,7 +24,7 @@ from srpkd.kernels import measured
 
 from . import cases, gate, machine, measure, results
 from .cases import Case, features, settings
-from .providers import DEFAULT, PROVIDERS, CannotRun, evaluate
+from .providers import DEFAULT, PROVIDERS, CannotRun, evaluate, prepare_call
 
 RESULTS = results.FOLDER / "relation.csv"
 KEY = (
@@ -138,7 +138,9 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
             if memory and case.device != "cpu":
                 peaks[name] = measure.peak_on_gpu(trial.call, case.device)
             elif memory:
-                peaks[name] = measure.peak_on_cpu(name, case, warm=trial.seconds < SLOW)
+                peaks[name] = measure.peak_on_cpu(
+                    partial(prepare_call, name, case), case.threads, warm=trial.seconds < SLOW
+                )
     return [as_row(name, case, trials, peaks.get(name), peak_rates) for name in names]
 
 

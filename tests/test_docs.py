@@ -77,9 +77,20 @@ def test_links_and_languages(page):
     assert text.count("```") % 2 == 0
 
 
-@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")], ids=page_id)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page.parent.name == "recipes" else ())
+        for page in TEXTS
+        if blocks(page, "python")
+    ],
+    ids=page_id,
+)
 def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
+    for package in ("diffusers", "skimage", "sklearn", "timm"):
+        if re.search(rf"^(from|import) {package}\b", page.read_text(), re.MULTILINE):
+            pytest.importorskip(package, reason=f"{package} is not installed")
     if "onnxruntime" in page.read_text():
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
         from srpkd.models.exporters import to_onnx
