@@ -1,4 +1,4 @@
-"""Every kernel on forty small cases: against float64, and twice for equal bits. About a minute on a GPU.
+"""Every kernel on some forty small cases: against float64, and twice for equal bits. About a minute on a GPU.
 
     python -m bench.smoke OUT [--seconds 60]
 
@@ -77,7 +77,8 @@ def checks(device: str) -> list[Check]:
     found += [Check(case(pixels=130, channels=channels)) for channels in sizes]
     found += [Check(case(*relation, mode="forward")) for relation in some]
     found += [Check(case(), "zero norm"), Check(case("cosine", "l2"), "zero norm"), Check(case(), "tokens")]
-    found += [Check(case("cosine", "l2", channels=(64, 64)), "close")]
+    found += [Check(case(normalize, "l2", channels=(64, 64)), "close") for normalize in ("row", "cosine")]
+    found += [Check(case("row", "l2", mode="forward")), Check(case("row", "l2", dtype="float32"), "zero norm")]
     found += [Check(case(*relation, pixels=256, batch=16)) for relation in some[:2]]
     return found if device == "cuda" else found[::7]
 

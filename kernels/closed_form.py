@@ -4,9 +4,9 @@ For d^2 all sums over pairs factor through C x C matrices: sum_ij G_ij^2 x_i y_j
 Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of Q_s^T diag(x) Q_t and Q_s^T diag(y) Q_t.
 The loss is a small difference of such large numbers if the student is close to its teacher, hence float64 throughout.
 
-On NVIDIA GPUs, kernels compute "cosine" and "none" for all dtypes but float64, in four launches: those of csrc/cuda if
-the extension is built, or else Triton's. They sum bfloat16 terms in float32 and float64, and avoid the cancellation if
-both networks have the same number of channels.
+On NVIDIA GPUs, kernels compute it in a few launches, except for float64 and for "row" with constant norms: those of
+csrc/cuda if the extension is built, or else Triton's. They sum bfloat16 terms in float32 and float64, and avoid the
+cancellation if both networks have the same number of channels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SCALE_DTYPE = torch.float64
 
 def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:
     """Return what computes the loss of such features: "native" or "triton" kernels, or "pytorch"."""
-    if device.type == "cuda" and dtype != torch.float64 and relation.normalize != "row":
+    constant_row_norms = relation.normalize == "row" and relation.detach_norms
+    if device.type == "cuda" and dtype != torch.float64 and not constant_row_norms:
         if native.is_built(device):
             return "native"
         from . import triton  # here, since it takes time to import

@@ -69,9 +69,10 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
   a.relation = parse_relation(normalize, distance, delta, eps, rectify, detach_norms);
   a.reduction = parse_reduction(reduction), a.need_grad = need_grad;
   const Method chosen = parse_method(method, a.relation);
-  TORCH_CHECK_NOT_IMPLEMENTED(chosen == Method::tiles || a.relation.normalize != Normalize::row,
-                              "method=\"closed_form\" supports normalize=\"cosine\" or \"none\" on a GPU, received \"",
-                              normalize, "\": use method=\"tiles\", or backend='closed_form'");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      chosen == Method::tiles || a.relation.normalize != Normalize::row || !a.relation.detach_norms || !need_grad,
+      "method=\"closed_form\" does not support normalize=\"row\" with detach_norms on a GPU: use method=\"tiles\", or "
+      "backend='closed_form'");
   check_features(student, teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());

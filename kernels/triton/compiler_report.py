@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from ..formulas import DISTANCES, NORMALIZATIONS, Relation
 from .closed_form import options as closed_form
 from .closed_form.gradient import closed_form_gradient_kernel, gradient_blocks
 from .closed_form.moments import moments_kernel, term_counts
+from .closed_form.row import gains_kernel, row_scale_blocks, row_scales_kernel
 from .closed_form.sums import finish_kernel
 from .configurations import (
     BLOCK_CHANNELS,
@@ -47,8 +49,10 @@ KERNELS = {
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "closed_gains": gains_kernel,
     "closed_moments": moments_kernel,
     "closed_sums": finish_kernel,
+    "closed_scales": row_scales_kernel,
     "closed_gradient": closed_form_gradient_kernel,
 }
 
@@ -57,8 +61,9 @@ SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448}
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
 FEATURE_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # "*fp32" for the other number formats
 CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
+ROW_ONLY = ("closed_gains", "closed_scales")  # kernels of CLOSED_FORM
 ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
-ROW_L1, COSINE_L2 = Relation("row", "l1"), Relation("cosine", "l2")
+ROW_L1, ROW_L2, COSINE_L2 = Relation("row", "l1"), Relation("row", "l2"), Relation("cosine", "l2")
 SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
 
 
@@ -155,14 +160,29 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
 def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
     """Return ``compile_arguments`` of a kernel of CLOSED_FORM."""
     channels_s, channels_t = case.channels
-    scaled, difference = case.relation.normalize == "cosine", channels_s == channels_t
-    known: dict[str, int] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
+    row, scaled = case.relation.normalize == "row", case.relation.normalize != "none"
+    difference = channels_s == channels_t
+    known: dict[str, Any] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
     known["DETACH_NORMS"] = case.relation.detach_norms
+    # of the two stages of "row", the second
+    known |= {"STAGE": "second" if row else "only", "MOMENTS": 3 if not row else 4 if difference else 2}
+    if not row:
+        absent = "distance_ptr", "raw_factors_ptr", "gains_ptr", "teacher_factor_ptr", "sums_ptr"
+        known |= dict.fromkeys(absent)
+    if case.kernel == "closed_gains":
+        return {"BLOCK": closed_form.BLOCK_VECTOR}, closed_form.FINISH_OPTIONS
     if case.kernel == "closed_sums":
+        if row and not difference:
+            known |= {"partial_ptr": None, "sums_ptr": None}
         known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
         return known, closed_form.FINISH_OPTIONS
-    if case.kernel == "closed_gradient":
-        block_k, block_c = gradient_blocks(dtype, channels_s)
+    if case.kernel == "closed_scales" and difference:
+        known["partial_ptr"] = None
+    if case.kernel in ("closed_gradient", "closed_scales"):
+        if case.kernel == "closed_gradient":
+            block_k, block_c = gradient_blocks(dtype, channels_s, row)
+        else:
+            block_k, block_c = row_scale_blocks(dtype, channels_s, channels_t)
         known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
         known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": block_k, "BLOCK_C": block_c}
         return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
@@ -180,6 +200,7 @@ def compile_case(case: Case) -> Report:
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features}
     types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr", "factors_ptr"), "*bf16")
+    types |= dict.fromkeys(("raw_factors_ptr", "teacher_factor_ptr"), "*bf16")
     if case.kernel in CLOSED_FORM:
         types["partial_ptr"] = "*fp64"
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
@@ -227,8 +248,9 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     for numbers in ("bfloat16", "float16", "highest"):
         for kernel in CLOSED_FORM:
             for channels in ((64, 256), (128, 128)):
-                if kernel != "closed_sums" or numbers == "bfloat16":  # the others are equal
-                    yield Case(kernel, capability, numbers, channels, COSINE_L2)
+                if kernel not in ("closed_sums", "closed_gains") or numbers == "bfloat16":  # the others are equal
+                    for relation in (ROW_L2,) if kernel in ROW_ONLY else (ROW_L2, COSINE_L2):
+                        yield Case(kernel, capability, numbers, channels, relation)
 
 
 def variants(capability: tuple[int, int]) -> Iterator[Case]:
@@ -251,9 +273,11 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
         yield Case(kernel, capability, "float16")
         yield Case(kernel, capability, "bfloat16", layout="odd")
     for kernel in CLOSED_FORM:
-        yield Case(kernel, capability, "bfloat16", relation=Relation("none", "l2"))
-        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="nlc")
-        yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="odd")
+        if kernel not in ROW_ONLY:
+            yield Case(kernel, capability, "bfloat16", relation=Relation("none", "l2"))
+            yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="nlc")
+            yield Case(kernel, capability, "bfloat16", relation=COSINE_L2, layout="odd")
+        yield Case(kernel, capability, "bfloat16", relation=ROW_L2, layout="odd")
     yield Case("closed_gradient", capability, "bfloat16", relation=replace(COSINE_L2, detach_norms=True))
 
 

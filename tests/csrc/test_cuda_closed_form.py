@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from srpkd.kernels import Relation
 from tests.csrc.test_cuda_loss import CASES, REDUCTIONS, Result, emulate, expected_of
 
-COSINE, NONE = Relation("cosine", "l2"), Relation("none", "l2")
+ROW, COSINE, NONE = (Relation(normalize, "l2") for normalize in ("row", "cosine", "none"))
+RELATIONS = ROW, COSINE, NONE
 # the relative error of the gradient: float32, except for bfloat16 gradients, which have 8 bits
 TOLERANCE = {"bf16": 4e-3, "fp16": 1e-6, "highest": 1e-6}
 
-every_relation = pytest.mark.parametrize("relation", [COSINE, NONE], ids=lambda relation: relation.normalize)
+every_normalized = pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda relation: relation.normalize)
+every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
 every_case = pytest.mark.parametrize("case", TOLERANCE)
 every_layout = pytest.mark.parametrize("layout", ["nlc", "nchw"])
 
@@ -71,21 +74,29 @@ def test_values(library: ctypes.CDLL, relation: Relation, case: str, layout: str
     if case == "highest":  # float32 features that need three terms
         student, teacher = (x + 2**-12 * torch.randn_like(x) for x in (student, teacher))
     result = check(library, student, teacher, relation, case)
-    assert result.launches == (4 if relation == COSINE else 3)
+    assert result.launches == {ROW: 5, COSINE: 4, NONE: 3}[relation]
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 64, 65, 200])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
-def test_any_number_of_pixels(library: ctypes.CDLL, channels: tuple[int, int], pixels: int) -> None:
-    relation = COSINE if pixels > 1 else NONE  # normalised, a single pixel has D = 1 - 1 = 0
+@every_normalized
+def test_any_number_of_pixels(library: ctypes.CDLL, relation: Relation, channels: tuple[int, int], pixels: int) -> None:
+    if pixels == 1:
+        relation = NONE  # normalised, a single pixel has D = 1 - 1 = 0
     check(library, *draw(torch.bfloat16, 2, pixels, channels), relation, "bf16")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("need_grad", [True, False])
-def test_reductions(library: ctypes.CDLL, reduction: str, need_grad: bool) -> None:
-    student, teacher = draw(torch.float32, 3, 70, (8, 16))
-    check(library, student, teacher, COSINE, "highest", reduction, need_grad=need_grad)
+@every_normalized
+@pytest.mark.parametrize("channels", [(8, 16), (72, 72)], ids=str)
+def test_reductions(
+    library: ctypes.CDLL, channels: tuple[int, int], relation: Relation, need_grad: bool, reduction: str
+) -> None:
+    student, teacher = draw(torch.float32, 3, 70, channels)
+    result = check(library, student, teacher, relation, "highest", reduction, need_grad=need_grad)
+    # without a gradient, the direct form of "row" needs no second stage
+    assert result.launches == (4 if relation == COSINE or (channels == (8, 16) and not need_grad) else 5)
 
 
 def test_many_images(library: ctypes.CDLL) -> None:
@@ -105,6 +116,17 @@ def test_near_convergence(library: ctypes.CDLL, relation: Relation, case: str, n
     assert error(result.gradient, gradient) < max(TOLERANCE[case], 3e-7 / noise)
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 1.0, 10.0, 2.0**40])
+def test_rows_of_another_magnitude_near_convergence(library: ctypes.CDLL, factor: float) -> None:
+    """The relation does not depend on the magnitude of the features, which the gains compensate."""
+    student, teacher = converged("highest", 150, 40, 1e-3)
+    student *= factor
+    result = run(library, student, teacher, ROW, "highest")
+    loss, gradient = expected_of(student, teacher, ROW, "mean")
+    assert error(result.loss, loss) < 1e-5
+    assert error(result.gradient, gradient) < 3e-4
+
+
 @every_layout
 @every_case
 @every_relation
@@ -116,31 +138,62 @@ def test_equal_features_give_zero(library: ctypes.CDLL, relation: Relation, case
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
-def test_zero_norm_pixels(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
+@every_normalized
+def test_zero_norm_pixels(library: ctypes.CDLL, relation: Relation, channels: tuple[int, int]) -> None:
     student, teacher = draw(torch.float32, 2, 150, channels)
     student[:, [3, 149]] = teacher[:, [7, 149]] = 0
     student[1, 30:90] = 0
-    result = check(library, student, teacher, COSINE, "highest")
-    assert not result.gradient[:, 3].any()
+    result = check(library, student, teacher, relation, "highest")
+    if relation == COSINE:
+        assert not result.gradient[:, 3].any()
 
 
-@pytest.mark.parametrize("size", [2.0**-50, 2.0**50])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
-def test_features_of_any_size(library: ctypes.CDLL, channels: tuple[int, int], size: float) -> None:
-    student, teacher = draw(torch.float32, 1, 70, channels)
-    check(library, size * student, size * teacher, replace(COSINE, eps=0.0), "highest")
+def test_row_norms_below_eps(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
+    """The rows are 0, but not the columns: these pixels have a gradient."""
+    student, teacher = draw(torch.float32, 2, 70, channels)
+    student[:, 3:9] *= 1e-3
+    teacher[:, 7:20] *= 1e-3
+    result = check(library, student, teacher, replace(ROW, eps=1.0), "highest")
+    assert result.gradient[:, 3].any()
 
 
-def test_overflow_gives_nan(library: ctypes.CDLL) -> None:
-    student, teacher = draw(torch.float32, 2, 40, (5, 7))
-    student[0, 3] *= 1e20
-    result = run(library, student, teacher, COSINE, "highest", reduction="none")
+@pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
+def test_zero_features(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
+    """Rows have norm 1, so that the loss does not depend on the student."""
+    student, teacher = draw(torch.float32, 2, 70, channels)
+    student[1] = teacher[0] = 0
+    result = run(library, student, teacher, ROW, "highest", reduction="none")
+    assert error(result.loss, torch.full((2,), 1 / 70)) < 1e-6
+    assert result.gradient.abs().max() < 1e-6 / 70**2
+
+
+@pytest.mark.parametrize("sizes", [(2.0**-50, 2.0**-50), (2.0**50, 2.0**50), (2.0**40, 2.0**-40)], ids=str)
+@every_normalized
+@pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
+def test_features_of_any_size(
+    library: ctypes.CDLL, channels: tuple[int, int], relation: Relation, sizes: tuple[float, float]
+) -> None:
+    student, teacher = (size * x for size, x in zip(sizes, draw(torch.float32, 1, 70, channels)))
+    check(library, student, teacher, replace(relation, eps=0.0), "highest")
+
+
+@pytest.mark.parametrize("channels", [(5, 7), (7, 7)], ids=str)
+@every_normalized
+@pytest.mark.parametrize("value", [1e20, math.inf, math.nan])
+def test_overflow_gives_nan(library: ctypes.CDLL, value: float, relation: Relation, channels: tuple[int, int]) -> None:
+    student, teacher = draw(torch.float32, 2, 40, channels)
+    student[0, 3] *= value
+    result = run(library, student, teacher, relation, "highest", reduction="none")
     assert result.loss.isnan().tolist() == [True, False]
 
 
+@every_normalized
 @pytest.mark.parametrize("channels", [(72, 8), (72, 72)], ids=str)
-def test_the_order_of_the_threads_does_not_change_the_bits(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
-    student, teacher = draw(torch.bfloat16, 1, 150, channels)
-    one, other = (run(library, student, teacher, COSINE, "bf16", seed=seed) for seed in range(2))
+def test_the_order_of_the_threads_does_not_change_the_bits(
+    library: ctypes.CDLL, channels: tuple[int, int], relation: Relation
+) -> None:
+    student, teacher = draw(torch.bfloat16, 2, 150, channels)
+    one, other = (run(library, student, teacher, relation, "bf16", seed=seed) for seed in range(2))
     assert torch.equal(one.loss, other.loss)
     assert torch.equal(one.gradient, other.gradient)

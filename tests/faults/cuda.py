@@ -8,7 +8,9 @@ CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
-CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT = (f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient"))
+CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
+    f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
+)
 
 BACKENDS = {
     "cuda": Backend(
@@ -60,7 +62,7 @@ BACKENDS = {
     ),
     "cuda_closed": Backend(
         "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order "
-        "or (constant_norms and highest)",
+        "or (constant_norms and highest) or magnitude or below_eps",
         [
             Fault(
                 "the weights are those of one network",
@@ -94,10 +96,37 @@ BACKENDS = {
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
                 "the lanes of a row are not added",
-                CUDA_CLOSED_GRADIENT,
+                CUDA_CLOSED_PRODUCTS,
                 "sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);",
                 "sum += shuffle_xor(sum, 1);",
             ),
+            Fault("blocks beside the diagonal count once", CUDA_CLOSED_PRODUCTS, "*= 2; });", "*= 1; });"),
+            Fault(
+                "row: one gain for both networks",
+                CUDA_CLOSED_MOMENTS,
+                "return network == STUDENT ? gain[STUDENT] : gain[TEACHER];",
+                "return gain[STUDENT];",
+            ),
+            Fault("row: no gain", CUDA_CLOSED_MOMENTS, "(inverse > LARGEST_GAIN ? LARGEST_GAIN : inverse)", "1"),
+            Fault("row: eps is ignored", CUDA_CLOSED_ROW, "norm <= p.eps ?", "norm <= 0 ?"),
+            Fault(
+                "row: missing barrier",
+                CUDA_CLOSED_ROW,
+                "      sync_block();  // their place in shared memory is free\n",
+                "",
+            ),
+            Fault("row: W_d is dropped", CUDA_CLOSED_MOMENTS, " - 4 * of_distances)", ")"),
+            Fault(
+                "row: W_d is dropped in the direct form",
+                CUDA_CLOSED_MOMENTS,
+                "weight *= 1 - distance_of(pixel, pixels.end);",
+                "weight *= 1;",
+            ),
+            Fault(
+                "row: the distances are dropped", CUDA_CLOSED_GRADIENT, "alpha_s * (1 - distance_of(row))", "alpha_s"
+            ),
+            Fault("row: missing transpose", CUDA_CLOSED_MOMENTS, "2 * fe * raw(AB, true)", "2 * fe * raw(AB, false)"),
+            Fault("row: finished too early", CUDA_CLOSED_ROW, "tiles * p.ranges.splits", "p.ranges.splits"),
         ],
     ),
     "cuda_algebra": Backend(
@@ -138,14 +167,14 @@ BACKENDS = {
             Fault(
                 "weighted moment: the first block sums",
                 CUDA_MOMENTS,
-                "== p.ranges.splits - 1 ? 1 : 0",
+                "== blocks - 1 ? 1 : 0",
                 "== 0 ? 1 : 0",
             ),
             Fault(
                 "weighted moment: counted before all threads have written",
                 CUDA_MOMENTS,
-                "    fence_device();\n    sync_block();\n",
-                "    fence_device();\n",
+                "  fence_device();\n  sync_block();\n  if",
+                "  fence_device();\n  if",
             ),
             Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false)"),
             Fault(

@@ -7,8 +7,8 @@ from .kinds import Backend, Fault
 TRITON_PRIMITIVES, TRITON_SCALES = "kernels/triton/primitives.py", "kernels/triton/scales.py"
 TRITON_TILES, TRITON_GRADIENT = "kernels/triton/tiles.py", "kernels/triton/gradient.py"
 TRITON_MOMENTS, TRITON_PLANS = "kernels/triton/moments.py", "kernels/triton/plans.py"
-TRITON_CLOSED_MOMENTS, TRITON_CLOSED_SUMS, TRITON_CLOSED_GRADIENT = (
-    f"kernels/triton/closed_form/{name}.py" for name in ("moments", "sums", "gradient")
+TRITON_CLOSED_MOMENTS, TRITON_CLOSED_SUMS, TRITON_CLOSED_ROW, TRITON_CLOSED_GRADIENT = (
+    f"kernels/triton/closed_form/{name}.py" for name in ("moments", "sums", "row", "gradient")
 )
 
 BACKENDS = {
@@ -85,7 +85,7 @@ BACKENDS = {
     ),
     "triton_closed": Backend(
         "tests/kernels/triton/test_closed_form.py -k (test_errors and float32) or zero_norm or any_number_of_pixels "
-        "or constant_norms",
+        "or constant_norms or magnitude or below_eps",
         [
             Fault(
                 "the weights are those of one network",
@@ -93,7 +93,12 @@ BACKENDS = {
                 "                weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)\n",
                 "                weights *= weights\n",
             ),
-            Fault("the moments of f and e are equal", TRITON_CLOSED_MOMENTS, "tl.where(matrix == 2, -1.0, 1.0)", "1.0"),
+            Fault(
+                "the moments of f and e are equal",
+                TRITON_CLOSED_MOMENTS,
+                "tl.where(matrix == 2, -1.0, tl.where(matrix == 3, 0.0, 1.0))",
+                "tl.where(matrix == 3, 0.0, 1.0)",
+            ),
             Fault(
                 "the last range of pixels is dropped",
                 TRITON_CLOSED_SUMS,
@@ -117,6 +122,23 @@ BACKENDS = {
                 "== 0, 4.0, 0.0)",
                 "== 0, 0.0, 0.0)",
             ),
+            Fault("row: one gain for both networks", TRITON_CLOSED_ROW, "ones * gain_t", "ones * gain_s"),
+            Fault("row: no gain", TRITON_CLOSED_ROW, "tl.where(gain > LARGEST_GAIN, LARGEST_GAIN, gain)", "1.0"),
+            Fault("row: eps is ignored", TRITON_CLOSED_ROW, "tl.where(norm <= eps, 0.0", "tl.where(norm <= 0.0, 0.0"),
+            Fault("row: W_d is dropped", TRITON_CLOSED_SUMS, "student -= 4 * sum", "student -= 0 * sum"),
+            Fault(
+                "row: W_d is dropped in the direct form",
+                TRITON_CLOSED_MOMENTS,
+                "weights *= 1 - load_vector(",
+                "weights *= 1 - 0 * load_vector(",
+            ),
+            Fault(
+                "row: the distances are dropped",
+                TRITON_CLOSED_GRADIENT,
+                "total *= 1 - load_vector(",
+                "total *= 1 - 0 * load_vector(",
+            ),
+            Fault("row: missing transpose", TRITON_CLOSED_SUMS, "2 * fe * tl.trans(raw_ef)", "2 * fe * raw_ef"),
         ],
         environment={"TRITON_INTERPRET": "1"},
     ),

@@ -20,9 +20,9 @@ def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.parametrize("normalize", ["row", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("normalize", ["cosine", "none"])
-def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, normalize: str, dtype: torch.dtype) -> None:
+def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, dtype: torch.dtype, normalize: str) -> None:
     relation = Relation(normalize, "l2")
     assert closed_form.implementation(GPU, dtype, relation) == "native"
     both.setattr(native, "is_built", lambda device: False)
@@ -33,8 +33,9 @@ def test_kernels_on_a_gpu(both: pytest.MonkeyPatch, normalize: str, dtype: torch
 
 def test_pytorch_for_what_the_kernels_do_not_support(both: pytest.MonkeyPatch) -> None:
     assert closed_form.implementation(GPU, torch.float64, COSINE) == "pytorch"
-    assert closed_form.implementation(GPU, torch.float32, Relation("row", "l2")) == "pytorch"
     assert closed_form.implementation(CPU, torch.float32, COSINE) == "pytorch"
+    assert closed_form.implementation(GPU, torch.float32, Relation("cosine", "l2", detach_norms=True)) == "native"
+    assert closed_form.implementation(GPU, torch.float32, Relation("row", "l2", detach_norms=True)) == "pytorch"
 
 
 @pytest.mark.parametrize("kernels", ["native", "triton"])
@@ -47,7 +48,7 @@ def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -
         called.append((student, teacher, relation, need_grad, options))
         return "loss", "gradient"
 
-    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype, relation: kernels)
+    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype: kernels)
     monkeypatch.setattr(native if kernels == "native" else triton_closed_form, "loss_and_gradient", record)
     student, teacher = torch.rand(1, 4, 2), torch.rand(1, 4, 3)
     assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")

@@ -12,13 +12,14 @@ from torch import Tensor
 from srpkd.kernels import Relation, native, unavailable_reason
 
 CUDA = torch.device("cuda")
-RELATIONS = [Relation("cosine", "l2"), Relation("none", "l2")]
+RELATIONS = ROW, COSINE, NONE = [Relation(normalize, "l2") for normalize in ("row", "cosine", "none")]
 # Tensor cores round sums of up to 64 pixels or channels towards zero. As the student converges, the gradient is a
 # difference of products with large factors: on an H100 its error was 6e-7 / noise.
 LOSS_BOUND, GRADIENT_BOUND = 1e-6, 1e-6
 
 pytestmark = pytest.mark.gpu
 every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
+every_normalized = pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda relation: relation.normalize)
 every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
 Kernels = Callable[[Tensor, Tensor, Relation, bool], tuple[Tensor, Tensor | None]]
 
@@ -77,6 +78,13 @@ def test_near_convergence(kernels: Kernels, relation: Relation, dtype: torch.dty
     check(kernels, *draw(1000, (64, 64), dtype, noise=noise), relation, noise)
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 10.0])
+def test_rows_of_another_magnitude_near_convergence(kernels: Kernels, factor: float) -> None:
+    """The relation does not depend on the magnitude of the features."""
+    student, teacher = draw(1000, (64, 64), torch.float32, noise=1e-3)
+    check(kernels, factor * student, teacher, ROW, noise=1e-3)
+
+
 @every_relation
 def test_equal_features_give_zero(kernels: Kernels, relation: Relation) -> None:
     _, teacher = draw(1000, (64, 64), torch.bfloat16)
@@ -87,19 +95,23 @@ def test_equal_features_give_zero(kernels: Kernels, relation: Relation) -> None:
 
 
 @pytest.mark.parametrize("channels", [(64, 256), (64, 64)], ids=str)
-def test_zero_norm_pixels(kernels: Kernels, channels: tuple[int, int]) -> None:
+@every_normalized
+def test_zero_norm_pixels(kernels: Kernels, relation: Relation, channels: tuple[int, int]) -> None:
     student, teacher = draw(500, channels, torch.float32)
     student[:, 3:60] = teacher[:, 50:90] = 0
-    check(kernels, student, teacher, RELATIONS[0])
+    check(kernels, student, teacher, relation)
 
 
 @pytest.mark.parametrize("channels", [(64, 256), (64, 64)], ids=str)
-def test_two_runs_and_a_cuda_graph_give_the_same_bits(kernels: Kernels, channels: tuple[int, int]) -> None:
+@every_normalized
+def test_two_runs_and_a_cuda_graph_give_the_same_bits(
+    kernels: Kernels, relation: Relation, channels: tuple[int, int]
+) -> None:
     student, teacher = draw(4096, channels, torch.bfloat16, batch=3)
-    first, second = (kernels(student, teacher, RELATIONS[0], True) for _ in range(2))
+    first, second = (kernels(student, teacher, relation, True) for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = kernels(student, teacher, RELATIONS[0], True)
+        captured = kernels(student, teacher, relation, True)
     graph.replay()
     for one, *others in zip(first, second, captured):
         assert all(torch.equal(one, other) for other in others)

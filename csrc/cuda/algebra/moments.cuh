@@ -77,8 +77,7 @@ struct Moments {
 
   // Chooses c of this tile's rows and columns, and returns whether any is not 0. Equal in all blocks of a channel.
   SRPKD_DEVICE bool choose_shift() {
-    const int stride = p.pixels < BLOCK ? 8 : p.pixels / BLOCK * 8;  // eight groups, all over the image
-    load({0, p.pixels, stride});
+    load(sample_of(p.pixels));
     part[0].template store<G>(left, PANEL_BYTES);
     if (!diagonal) part[1].template store<G>(right, PANEL_BYTES);
     sync_block();
@@ -339,6 +338,16 @@ struct FinishMoments {
   }
 };
 
+// Returns whether the other blocks of a group of `blocks` have written their sums. Their counter starts at 0.
+SRPKD_DEVICE bool is_last_block(int* counter, int blocks, Address shared) {
+  fence_device();
+  sync_block();
+  if (thread_index() == 0) store_shared(shared, increment(counter) == blocks - 1 ? 1 : 0);
+  sync_block();
+  fence_device();
+  return load_shared<int>(shared);
+}
+
 // Grid: (images * tiles, splits).
 template <class T, bool PIXELS_ADJACENT, class SumsOfTiles>
 struct WeightedMoment {
@@ -395,18 +404,7 @@ struct WeightedMoment {
     tile.for_each_element([&](int row, int column, int m, int n, int i) {
       store_global(partial + split * BLOCK * BLOCK + row * BLOCK + column, total[m][n][i]);
     });
-    if (is_last()) finish(partial);
-  }
-
-  // Returns whether all other blocks of this tile have written their sums.
-  SRPKD_DEVICE bool is_last() const {
-    fence_device();
-    sync_block();
-    if (thread_index() == 0)
-      store_shared(shared, increment(p.counters + image * tiles + index) == p.ranges.splits - 1 ? 1 : 0);
-    sync_block();
-    fence_device();
-    return load_shared<int>(shared);
+    if (is_last_block(p.counters + image * tiles + index, p.ranges.splits, shared)) finish(partial);
   }
 
   SRPKD_DEVICE void finish(const float* partial) const {

@@ -73,6 +73,9 @@ struct Pixels {
   int first, end, stride = 8;
 };
 
+// At most 64 pixels from all over an image, in eight groups.
+SRPKD_DEVICE Pixels sample_of(int pixels) { return {0, pixels, pixels < BLOCK ? 8 : pixels / BLOCK * 8}; }
+
 // One thread's part of a panel: units of 8 adjacent elements of four lines.
 template <class T, bool PIXELS_ADJACENT>
 struct PanelPart {

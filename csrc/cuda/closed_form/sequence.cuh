@@ -1,19 +1,34 @@
-// The order of the kernels of the closed form, for the GPU and for the emulation: four for "cosine", three for "none".
-// Free of torch. See algebra/sequence.cuh for `launch`.
+// The order of the kernels of the closed form, for the GPU and for the emulation: five for "row", four for "cosine",
+// three for "none". Free of torch. See algebra/sequence.cuh for `launch`.
 #pragma once
 
 #include "../algebra/sequence.cuh"
 #include "gradient.cuh"
 #include "moments.cuh"
+#include "row.cuh"
 
 namespace srpkd::cuda::closed_form {
 
 using algebra::KernelType;
 
-template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE, class Launch>
+// Launches Kernel<T, PIXELS_ADJACENT, whether it is the difference form>.
+template <template <class, bool, bool> class Kernel, class T, bool PIXELS_ADJACENT, class Launch>
 void launch_moments(const Arguments& p, Launch& launch) {
-  using Sum = Moments<T, PIXELS_ADJACENT, DIFFERENCE>;
-  launch(KernelType<Sum>{}, p, p.images * p.tiles.count(), p.ranges.splits, Sum::SHARED_BYTES);
+  const auto launch_form = [&](auto type) {
+    using Sum = typename decltype(type)::type;
+    launch(type, p, p.images * p.tiles.count(), p.ranges.splits, Sum::SHARED_BYTES);
+  };
+  if (p.difference)
+    launch_form(KernelType<Kernel<T, PIXELS_ADJACENT, true>>{});
+  else
+    launch_form(KernelType<Kernel<T, PIXELS_ADJACENT, false>>{});
+}
+
+template <class T, bool PIXELS_ADJACENT, bool ROW, bool DETACH_NORMS, class Launch>
+void launch_gradient(const Arguments& p, Launch& launch) {
+  using Last = Gradient<T, PIXELS_ADJACENT, ROW, DETACH_NORMS>;
+  const int row_blocks = p.images * static_cast<int>(ceil_div(p.pixels, BLOCK));
+  launch(KernelType<Last>{}, p, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Last::SHARED_BYTES);
 }
 
 template <class T, bool PIXELS_ADJACENT, class Launch>
@@ -24,19 +39,16 @@ void launch_loss(const Plan& plan, Launch& launch) {
     using Norms = algebra::PixelNorms<T, PIXELS_ADJACENT>;
     launch(KernelType<Norms>{}, plan.norms, 2 * row_blocks, 1, Norms::SHARED_BYTES);
   }
-  if (p.difference)
-    launch_moments<T, PIXELS_ADJACENT, true>(p, launch);
-  else
-    launch_moments<T, PIXELS_ADJACENT, false>(p, launch);
+  launch_moments<Moments, T, PIXELS_ADJACENT>(p, launch);
   launch(KernelType<SumMoments>{}, p, p.images * p.tiles.count(), 1, SumMoments::SHARED_BYTES);
-  const auto launch_last = [&](auto kernel) {
-    using Last = typename decltype(kernel)::type;
-    launch(kernel, p, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Last::SHARED_BYTES);
-  };
-  if (plan.detach_norms)
-    launch_last(KernelType<Gradient<T, PIXELS_ADJACENT, true>>{});
-  else
-    launch_last(KernelType<Gradient<T, PIXELS_ADJACENT>>{});
+  if (plan.normalize != Normalize::row) {
+    if (plan.detach_norms) return launch_gradient<T, PIXELS_ADJACENT, false, true>(p, launch);
+    return launch_gradient<T, PIXELS_ADJACENT, false, false>(p, launch);
+  }
+  using Scales = RowScales<T, PIXELS_ADJACENT>;
+  launch(KernelType<Scales>{}, p, row_blocks, 1, Scales::SHARED_BYTES);
+  if (plan.has_second) launch_moments<ScaledMoments, T, PIXELS_ADJACENT>(plan.second, launch);
+  launch_gradient<T, PIXELS_ADJACENT, true, false>(plan.has_second ? plan.second : p, launch);
 }
 
 }  // namespace srpkd::cuda::closed_form

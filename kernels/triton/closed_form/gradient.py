@@ -60,12 +60,13 @@ def by_factor(
 
 
 @jit
-def gradient_block(
+def by_factors(
     student_ptr,
     teacher_ptr,
     factors_ptr,
     alpha_s_ptr,
     alpha_t_ptr,
+    distance_ptr,
     start_m,
     start_c,
     stride_sn,
@@ -82,10 +83,13 @@ def gradient_block(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there."""
-    V = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    V = by_factor(
-        V,
+    """Return the sum of both networks' features times alpha times factor; the student's also times 1 - distance.
+
+    Both products are computed in the same order: for equal features they cancel exactly.
+    """
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    total = by_factor(
+        total,
         student_ptr,
         factors_ptr,
         alpha_s_ptr,
@@ -103,8 +107,10 @@ def gradient_block(
         BLOCK_K,
         BLOCK_C,
     )
-    V = by_factor(
-        V,
+    if distance_ptr is not None:
+        total *= 1 - load_vector(distance_ptr, start_m, pixels, BLOCK_M)[:, None]
+    total = by_factor(
+        total,
         teacher_ptr,
         factors_ptr + channels_s * channels_s,
         alpha_t_ptr,
@@ -122,10 +128,92 @@ def gradient_block(
         BLOCK_K,
         BLOCK_C,
     )
-    z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
-    z = z.to(tl.float32)
-    if SCALED:
-        z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    return total
+
+
+@jit
+def gradient_block(
+    student_ptr,
+    teacher_ptr,
+    factors_ptr,
+    raw_factors_ptr,
+    alpha_s_ptr,
+    alpha_t_ptr,
+    distance_ptr,
+    start_m,
+    start_c,
+    stride_sn,
+    stride_sc,
+    stride_tn,
+    stride_tc,
+    stride_term,
+    pixels,
+    channels_s,
+    channels_t,
+    SCALED: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Return V (BLOCK_M, BLOCK_C) of the pixels from start_m and the channels from start_c on, and z there.
+
+    For "row" V is the gradient times N^2.
+    """
+    V = by_factors(
+        student_ptr,
+        teacher_ptr,
+        factors_ptr,
+        alpha_s_ptr,
+        alpha_t_ptr,
+        None,
+        start_m,
+        start_c,
+        stride_sn,
+        stride_sc,
+        stride_tn,
+        stride_tc,
+        stride_term,
+        pixels,
+        channels_s,
+        channels_t,
+        SCALED and raw_factors_ptr is None,
+        TERMS,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_C,
+    )
+    if raw_factors_ptr is None:
+        z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
+        z = z.to(tl.float32)
+        if SCALED:
+            z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+    else:
+        of_rows = by_factors(
+            student_ptr,
+            teacher_ptr,
+            raw_factors_ptr,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            distance_ptr,
+            start_m,
+            start_c,
+            stride_sn,
+            stride_sc,
+            stride_tn,
+            stride_tc,
+            stride_term,
+            pixels,
+            channels_s,
+            channels_t,
+            SCALED,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
+        V = 0.5 * (V + of_rows * load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None])
+        z = V  # not used
     return V, z
 
 
@@ -139,6 +227,8 @@ def closed_form_gradient_kernel(
     partial_ptr,
     loss_ptr,
     gradient_ptr,
+    raw_factors_ptr,
+    distance_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -165,7 +255,8 @@ def closed_form_gradient_kernel(
 ):
     """Compute dL/dQ of BLOCK_M pixels, and the loss of each image from its partial sums.
 
-    With several blocks of channels, V is computed twice: the first time for z . V.
+    With several blocks of channels, V is computed twice for "cosine": the first time for z . V. For "row",
+    raw_factors_ptr has the factors of the first stage, and factors_ptr those of the second.
     """
     PROJECT: tl.constexpr = SCALED and not DETACH_NORMS
     row_blocks = tl.cdiv(pixels, BLOCK_M)
@@ -179,18 +270,23 @@ def closed_form_gradient_kernel(
     if SCALED:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
+    if raw_factors_ptr is not None:
+        raw_factors_ptr += image * (channels_s + channels_t) * channels_s
+        distance_ptr += image * pixels
     along = tl.zeros([BLOCK_M], tl.float32)
     if SCALED and DETACH_NORMS:
         # D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
         along = tl.where(load_vector(alpha_t_ptr, start_m, pixels, BLOCK_M) == 0, 4.0, 0.0)
-    if PROJECT and not ONE_BLOCK:
+    if PROJECT and not ONE_BLOCK and raw_factors_ptr is None:
         for start_c in range(0, channels_s, BLOCK_C):
             V, z = gradient_block(
                 student_ptr,
                 teacher_ptr,
                 factors_ptr,
+                None,
                 alpha_s_ptr,
                 alpha_t_ptr,
+                None,
                 start_m,
                 start_c,
                 stride_sn,
@@ -213,8 +309,10 @@ def closed_form_gradient_kernel(
             student_ptr,
             teacher_ptr,
             factors_ptr,
+            raw_factors_ptr,
             alpha_s_ptr,
             alpha_t_ptr,
+            distance_ptr,
             start_m,
             start_c,
             stride_sn,
@@ -231,7 +329,7 @@ def closed_form_gradient_kernel(
             BLOCK_K,
             BLOCK_C,
         )
-        if SCALED:
+        if SCALED and raw_factors_ptr is None:
             if PROJECT and ONE_BLOCK:
                 along = tl.sum(z * V, 1)
             alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
@@ -263,12 +361,13 @@ def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def gradient_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int]:
+def gradient_blocks(dtype: torch.dtype, channels: int, row: bool = False) -> tuple[int, int]:
     """Return the channels that are summed at a time and those of a block of the gradient.
 
     With more, the accumulators and the terms of the features do not fit into registers.
     """
-    block_k, most = (BLOCK_SUM // 2, 64) if dtype == torch.float32 else (BLOCK_SUM, 128)
+    block_k = BLOCK_SUM // 2 if dtype == torch.float32 or (row and dtype == torch.float16) else BLOCK_SUM
+    most = 64 if row or dtype == torch.float32 else 128
     return block_k, min(most, max(32, triton.next_power_of_2(channels)))
 
 
@@ -281,7 +380,8 @@ def plan_gradient(
     factors: Array,
     loss: Array,
     gradient: Array,
-    detach_norms: bool,
+    detach_norms: bool = False,
+    of_row: tuple[Array, Array] | None = None,
 ) -> None:
     """Plan the launch that computes the losses (B,), means over all pairs, and their gradients (B, N, C_s).
 
@@ -291,10 +391,11 @@ def plan_gradient(
         alphas: the scales of both.
         partials, factors: of ``plan_sums``.
         loss, gradient: the results.
-        detach_norms: whether the norms are constants to the gradient.
+        detach_norms: whether the norms are constants to the gradient; not for "row".
+        of_row: for "row", the factors of its first stage and the distances of its rows.
     """
     batch, pixels, channels_s = student.shape
-    block_k, block_c = gradient_blocks(student.dtype, channels_s)
+    block_k, block_c = gradient_blocks(student.dtype, channels_s, of_row is not None)
     plan.launch(
         closed_form_gradient_kernel,
         (batch * triton.cdiv(pixels, BLOCK_PIXELS),),
@@ -305,6 +406,7 @@ def plan_gradient(
         partials,
         loss,
         gradient,
+        *(of_row or (None, None)),
         *student.strides,
         *teacher.strides,
         *gradient.strides,

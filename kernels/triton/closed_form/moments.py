@@ -19,6 +19,7 @@ def weighted_moment_tile(
     right_ptr,
     alpha_l_ptr,
     alpha_r_ptr,
+    distance_ptr,
     out_ptr,
     tile,
     first,
@@ -39,6 +40,7 @@ def weighted_moment_tile(
 ):
     """Compute one tile of the sum of left_n (alpha_l alpha_r)_n right_n^T over the pixels [first, last).
 
+    If distance_ptr is not None, the weights are multiplied by 1 - distance.
     The weight is on one side, so that 16-bit features on the other are one or two exact terms.
     """
     blocks = tl.cdiv(channels_r, BLOCK_C)
@@ -52,6 +54,8 @@ def weighted_moment_tile(
             if SCALED:
                 weights = load_vector(alpha_l_ptr, start_n, pixels, BLOCK_N)
                 weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)
+                if distance_ptr is not None:
+                    weights *= 1 - load_vector(distance_ptr, start_n, pixels, BLOCK_N)
                 right = right.to(tl.float32) * weights[:, None]
             zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
             total += product(tl.trans(left), right, zero, TERMS, TERMS_WEIGHTED)
@@ -80,7 +84,7 @@ def load_combined(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Load z + sign * y of BLOCK_N pixels: f for sign = 1, e for sign = -1."""
+    """Load z + sign * y of BLOCK_N pixels: f for sign = 1, e for sign = -1, z for sign = 0."""
     z = load_tile(student_ptr, start_n, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
     y = load_tile(teacher_ptr, start_n, start_c, stride_tn, stride_tc, pixels, channels, BLOCK_N, BLOCK_C)
     z, y = z.to(tl.float32), y.to(tl.float32)
@@ -91,11 +95,23 @@ def load_combined(
 
 
 @jit
+def moments_size(channels_s, channels_t, MOMENTS: tl.constexpr):
+    """Return the number of elements of the first MOMENTS moments."""
+    size = channels_s * channels_s + channels_s * channels_t
+    if MOMENTS > 2:
+        size += channels_t * channels_t
+    if MOMENTS > 3:
+        size += channels_s * channels_s
+    return size
+
+
+@jit
 def moments_kernel(
     student_ptr,
     teacher_ptr,
     alpha_s_ptr,
     alpha_t_ptr,
+    distance_ptr,
     moments_ptr,
     stride_sb,
     stride_sn,
@@ -109,20 +125,26 @@ def moments_kernel(
     splits,
     split_pixels,
     DIFFERENCE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     TERMS_WEIGHTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute partial sums of the three moments, (B, splits, C_s^2 + C_s C_t + C_t^2).
+    """Compute partial sums of the first MOMENTS moments, (B, splits, C_s^2 + C_s C_t + C_t^2 + C_s^2).
 
-    They are M_ss, M_st, M_tt, or with DIFFERENCE S_ff, S_fe, S_ee. A program computes one tile over ``split_pixels``
-    pixels.
+    They are M_ss, M_st, M_tt, or with DIFFERENCE S_ff, S_fe, S_ee, and W_d. If distance_ptr is not None, the first is
+    M_ss - W_d. A program computes one tile over ``split_pixels`` pixels.
     """
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK_C), tl.cdiv(channels_t, BLOCK_C)
     tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
-    tiles = tiles_ss + tiles_st + blocks_t * blocks_t
+    if DIFFERENCE:
+        tiles = MOMENTS * tiles_ss
+    elif MOMENTS > 2:
+        tiles = tiles_ss + tiles_st + blocks_t * blocks_t
+    else:
+        tiles = tiles_ss + tiles_st
     program = tl.program_id(0)
     tile = program % tiles
     part = program // tiles
@@ -134,12 +156,14 @@ def moments_kernel(
     if SCALED:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
+    if distance_ptr is not None:
+        distance_ptr += image * pixels
     size_ss, size_st = channels_s * channels_s, channels_s * channels_t
-    moments_ptr += part.to(tl.int64) * (size_ss + size_st + channels_t * channels_t)
+    moments_ptr += part.to(tl.int64) * moments_size(channels_s, channels_t, MOMENTS)
     if DIFFERENCE:
         matrix = tile // tiles_ss
-        sign_l = tl.where(matrix == 2, -1.0, 1.0)
-        sign_r = tl.where(matrix == 0, 1.0, -1.0)
+        sign_l = tl.where(matrix == 2, -1.0, tl.where(matrix == 3, 0.0, 1.0))
+        sign_r = tl.where(matrix == 0, 1.0, tl.where(matrix == 3, 0.0, -1.0))
         tile = tile % tiles_ss
         start_i, start_j = tile // blocks_s * BLOCK_C, tile % blocks_s * BLOCK_C
         if matrix == 1 or start_i <= start_j:
@@ -182,6 +206,9 @@ def moments_kernel(
                     BLOCK_N,
                     BLOCK_C,
                 )
+                if MOMENTS > 3:
+                    distances = load_vector(distance_ptr, start_n, pixels, BLOCK_N)
+                    right *= tl.where(matrix == 3, distances, 1.0)[:, None]
                 zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
                 total += product(tl.trans(left), right, zero, TERMS_WEIGHTED, TERMS_WEIGHTED)
             moments_ptr += matrix * size_ss
@@ -197,6 +224,7 @@ def moments_kernel(
             student_ptr,
             alpha_s_ptr,
             alpha_s_ptr,
+            distance_ptr,
             moments_ptr,
             tile,
             first,
@@ -221,6 +249,7 @@ def moments_kernel(
             teacher_ptr,
             alpha_s_ptr,
             alpha_t_ptr,
+            None,
             moments_ptr + size_ss,
             tile - tiles_ss,
             first,
@@ -245,6 +274,7 @@ def moments_kernel(
             teacher_ptr,
             alpha_t_ptr,
             alpha_t_ptr,
+            None,
             moments_ptr + size_ss + size_st,
             tile - tiles_ss - tiles_st,
             first,
@@ -288,17 +318,25 @@ def split_count(tiles: int, pixels: int, device: torch.device) -> tuple[int, int
     return triton.cdiv(pixels, split_pixels), split_pixels
 
 
-def plan_moments(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array | None, Array | None]) -> Array:
-    """Plan the launch that computes partial sums of the moments, (B, splits, C_s^2 + C_s C_t + C_t^2).
+def plan_moments(
+    plan: Plan,
+    student: Array,
+    teacher: Array,
+    alphas: tuple[Array | None, Array | None],
+    count: int = 3,
+    distances: Array | None = None,
+) -> Array:
+    """Plan the launch that computes partial sums of the first ``count`` moments, (B, splits, size of all).
 
     See ``moments_kernel``. ``alphas`` are the scales of student and teacher.
     """
     batch, pixels, channels_s = student.shape
     channels_t = teacher.shape[2]
     blocks_s, blocks_t = (triton.cdiv(channels, BLOCK_CHANNELS) for channels in (channels_s, channels_t))
-    tiles = blocks_s**2 + blocks_s * blocks_t + blocks_t**2
+    tiles = sum((blocks_s**2, blocks_s * blocks_t, blocks_t**2, blocks_s**2)[:count])
     splits, split_pixels = split_count(batch * tiles, pixels, plan.device)
-    moments = plan.scratch(batch, splits, channels_s**2 + channels_s * channels_t + channels_t**2)
+    size = sum((channels_s**2, channels_s * channels_t, channels_t**2, channels_s**2)[:count])
+    moments = plan.scratch(batch, splits, size)
     difference, scaled = channels_s == channels_t, alphas[0] is not None
     terms, weighted_terms = term_counts(student.dtype, scaled or difference)
     plan.launch(
@@ -307,6 +345,7 @@ def plan_moments(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array
         student,
         teacher,
         *alphas,
+        distances,
         moments,
         *student.strides,
         *teacher.strides,
@@ -316,6 +355,7 @@ def plan_moments(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array
         splits,
         split_pixels,
         DIFFERENCE=difference,
+        MOMENTS=count,
         SCALED=scaled,
         TERMS=terms,
         TERMS_WEIGHTED=weighted_terms,

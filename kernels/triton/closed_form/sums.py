@@ -1,11 +1,14 @@
-"""The sums of the partial moments in float64: partial losses, and the factors of the gradient."""
+"""The sums of the partial moments in float64: partial losses, and the factors of scales and gradient."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
 from ..plans import Array, Plan
 from ..primitives import FULL, jit, load_tile, load_vector, split_terms, store_tile, tl, triton
+from .moments import moments_size
 from .options import BLOCK_FINISH, BLOCK_VECTOR, FINISH_OPTIONS
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -41,14 +44,20 @@ def finish_kernel(
     moments_ptr,
     alpha_s_ptr,
     alpha_t_ptr,
+    gains_ptr,
     partial_ptr,
     factors_ptr,
+    teacher_factor_ptr,
+    sums_ptr,
     stride_term,
+    stride_teacher_term,
     pixels,
     channels_s,
     channels_t,
     splits,
+    STAGE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     SCALED: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,21 +67,32 @@ def finish_kernel(
 
     The factors are 4 M_ss (C_s, C_s) and -4 M_ts (C_t, C_s), one after the other, in three bfloat16 terms each. A
     program computes one tile of one moment, or with DIFFERENCE the same tile of all moments.
+
+    The first STAGE of "row" also computes 4 M_tt (C_t, C_t) in terms, no loss, and with DIFFERENCE sums of S (B, 3, C,
+    C). The second has the factors 4 (W_ss - W_d) and -4 W_ts times the gains, and a loss only with DIFFERENCE.
     """
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK), tl.cdiv(channels_t, BLOCK)
     size_ss, size_st = channels_s * channels_s, channels_s * channels_t
-    size = size_ss + size_st + channels_t * channels_t
+    size = moments_size(channels_s, channels_t, MOMENTS)
     tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
     if DIFFERENCE:
         tiles = tiles_ss
-    else:
+    elif MOMENTS > 2:
         tiles = tiles_ss + tiles_st + blocks_t * blocks_t
+    else:
+        tiles = tiles_ss + tiles_st
     program = tl.program_id(0)
     image = (program // tiles).to(tl.int64)
     tile = program % tiles
     moments_ptr += image * splits * size
     if GRAD:
         factors_ptr += image * (channels_s + channels_t) * channels_s
+    if STAGE == "first":
+        teacher_factor_ptr += image * channels_t * channels_t
+    gain_ss, gain_st = 1.0, 1.0
+    if STAGE == "second":
+        gain_s, gain_t = tl.load(gains_ptr + 2 * image), tl.load(gains_ptr + 2 * image + 1)
+        gain_ss, gain_st = gain_s * gain_s, gain_s * gain_t
     if DIFFERENCE:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
         cross_ptr = moments_ptr + size_ss
@@ -80,10 +100,35 @@ def finish_kernel(
         ee = sum_splits(cross_ptr + size_ss, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
         fe = sum_splits(cross_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
         ef = tl.trans(sum_splits(cross_ptr, start_j, start_i, channels_s, channels_s, size, splits, BLOCK))
-        loss = 0.5 * total(ff * ee + fe * ef)
+        if STAGE == "second":
+            sums_ptr += image * 3 * size_ss
+            raw_ff = load_tile(sums_ptr, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            sums_ptr += size_ss
+            raw_ef = load_tile(sums_ptr, start_j, start_i, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            sums_ptr += size_ss
+            raw_ee = load_tile(sums_ptr, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            loss = 0.25 * total(ff * raw_ee + ee * raw_ff + 2 * fe * tl.trans(raw_ef))
+        else:
+            loss = 0.5 * total(ff * ee + fe * ef)
+        if STAGE == "first" and sums_ptr is not None:
+            sums_ptr += image * 3 * size_ss
+            store_tile(sums_ptr, ff, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            sums_ptr += size_ss
+            store_tile(sums_ptr, fe, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            sums_ptr += size_ss
+            store_tile(sums_ptr, ee, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+        if STAGE == "first":
+            alone = (ff + ee - fe - ef).to(tl.float32)
+            store_terms(teacher_factor_ptr, alone, start_i, start_j, channels_t, channels_t, stride_teacher_term, BLOCK)
         if GRAD:
-            student = (ff + fe + ef + ee).to(tl.float32)
-            teacher = (ef + ee - ff - fe).to(tl.float32)
+            student = ff + fe + ef + ee
+            if MOMENTS > 3:
+                by_distance_ptr = cross_ptr + size_ss + size_ss
+                student -= 4 * sum_splits(
+                    by_distance_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK
+                )
+            student = student.to(tl.float32) * gain_ss
+            teacher = (ef + ee - ff - fe).to(tl.float32) * gain_st
             store_terms(factors_ptr, student, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
             factors_ptr += size_ss
             store_terms(factors_ptr, teacher, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
@@ -92,7 +137,7 @@ def finish_kernel(
         moment = sum_splits(moments_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
         loss = total(moment * moment)
         if GRAD:
-            factor = (4 * moment).to(tl.float32)
+            factor = (4 * moment).to(tl.float32) * gain_ss
             store_terms(factors_ptr, factor, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
     elif tile < tiles_ss + tiles_st:
         start_i, start_j = (tile - tiles_ss) // blocks_t * BLOCK, (tile - tiles_ss) % blocks_t * BLOCK
@@ -100,7 +145,7 @@ def finish_kernel(
         moment = sum_splits(moments_ptr, start_i, start_j, channels_s, channels_t, size, splits, BLOCK)
         loss = -2 * total(moment * moment)
         if GRAD:
-            factor = tl.trans((-4 * moment).to(tl.float32))
+            factor = tl.trans((-4 * moment).to(tl.float32) * gain_st)
             factors_ptr += size_ss
             store_terms(factors_ptr, factor, start_j, start_i, channels_t, channels_s, stride_term, BLOCK)
     else:
@@ -109,7 +154,10 @@ def finish_kernel(
         moments_ptr += size_ss + size_st
         moment = sum_splits(moments_ptr, start_i, start_j, channels_t, channels_t, size, splits, BLOCK)
         loss = total(moment * moment)
-    if SCALED:
+        if STAGE == "first":
+            alone = (4 * moment).to(tl.float32)
+            store_terms(teacher_factor_ptr, alone, start_i, start_j, channels_t, channels_t, stride_teacher_term, BLOCK)
+    if SCALED and STAGE == "only":
         # D_ii counts as 0, but the sums contain 1 where only one of student and teacher has norm 0 at pixel i
         ties = tl.zeros([BLOCK_P], tl.int32)
         for start_n in range(tile * BLOCK_P, pixels, tiles * BLOCK_P):
@@ -117,10 +165,27 @@ def finish_kernel(
             alpha_t = load_vector(alpha_t_ptr + image * pixels, start_n, pixels, BLOCK_P)
             ties += ((alpha_s != 0) != (alpha_t != 0)).to(tl.int32)
         loss -= tl.sum(ties, 0).to(tl.float64)
-    tl.store(partial_ptr + program, loss)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + program, loss)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
+
+
+class StageOfRow(NamedTuple):
+    """What the sums of one of the two stages of "row" read or write beside those of "cosine" and "none".
+
+    Attributes:
+        name: "first" or "second".
+        gains: (B, 2), read by the second stage.
+        teacher_factor: (3, B, C_t, C_t), written by the first stage.
+        sums: (B, 3, C, C), written by the first stage and read by the second; for equal numbers of channels.
+    """
+
+    name: str
+    gains: Array
+    teacher_factor: Array
+    sums: Array | None
 
 
 def plan_sums(
@@ -129,8 +194,10 @@ def plan_sums(
     pixels: int,
     channels: tuple[int, int],
     alphas: tuple[Array | None, Array | None],
-    need_grad: bool,
-) -> tuple[Array, Array | None]:
+    need_factors: bool,
+    count: int = 3,
+    row: StageOfRow | None = None,
+) -> tuple[Array | None, Array | None]:
     """Plan the launch that computes partial losses (B, programs) and the factors (3, B, C_s + C_t, C_s).
 
     Args:
@@ -139,32 +206,42 @@ def plan_sums(
         pixels: N.
         channels: C_s, C_t.
         alphas: the scales of student and teacher.
-        need_grad: whether to compute the factors.
+        need_factors: whether to compute the factors.
+        count: the number of moments.
+        row: the stage for ``normalize="row"``. The first computes no losses, and the second only for equal numbers of
+            channels.
     """
     channels_s, channels_t = channels
     batch, splits, _ = moments.shape
     difference = channels_s == channels_t
-    blocks_s, blocks_t = (triton.cdiv(count, BLOCK_FINISH) for count in channels)
-    programs = blocks_s**2 if difference else blocks_s**2 + blocks_s * blocks_t + blocks_t**2
-    partials = plan.scratch(batch, programs, dtype=torch.float64)
-    factors = None
-    if need_grad:
+    blocks_s, blocks_t = (triton.cdiv(width, BLOCK_FINISH) for width in channels)
+    programs = blocks_s**2 if difference else sum((blocks_s**2, blocks_s * blocks_t, blocks_t**2)[:count])
+    partials = factors = None
+    if row is None or (row.name == "second" and difference):
+        partials = plan.scratch(batch, programs, dtype=torch.float64)
+    if need_factors:
         factors = plan.scratch(3, batch, channels_s + channels_t, channels_s, dtype=torch.bfloat16)
     plan.launch(
         finish_kernel,
         (batch * programs,),
         moments,
         *alphas,
+        None if row is None else row.gains,
         partials,
         factors,
+        None if row is None else row.teacher_factor,
+        None if row is None else row.sums,
         batch * (channels_s + channels_t) * channels_s,
+        batch * channels_t**2,
         pixels,
         channels_s,
         channels_t,
         splits,
+        STAGE="only" if row is None else row.name,
         DIFFERENCE=difference,
+        MOMENTS=count,
         SCALED=alphas[0] is not None,
-        GRAD=need_grad,
+        GRAD=need_factors,
         BLOCK=BLOCK_FINISH,
         BLOCK_P=BLOCK_VECTOR,
         **FINISH_OPTIONS,

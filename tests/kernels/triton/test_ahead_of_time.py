@@ -57,7 +57,7 @@ def test_compiled_ahead_of_time(case, reports):
     report = reports[case].result()
     assert report.shared <= SHARED_LIMIT[case.capability]
     assert report.spilled <= MAX_SPILLED
-    multiplies = case.kernel in ("relation", "closed_moments", "closed_gradient") or (
+    multiplies = case.kernel in ("relation", "closed_moments", "closed_scales", "closed_gradient") or (
         case.kernel in ALGEBRA and case.kernel != "terms" and case.relation.normalize == "row"
     )
     assert list(report.instructions) == ([INSTRUCTION[case.capability]] if multiplies else [])

@@ -16,11 +16,11 @@ import torch
 from helpers import NARROW, STRIDES, error, value_and_gradient
 from torch import Tensor
 
-from srpkd.kernels import Relation
+from srpkd.kernels import NORMALIZATIONS, Relation
 from srpkd.kernels.triton import closed_form, plans
 
-RELATIONS = [Relation(normalize, "l2") for normalize in closed_form.NORMALIZATIONS]
-COSINE = Relation("cosine", "l2")
+RELATIONS = [Relation(normalize, "l2") for normalize in NORMALIZATIONS]
+ROW, COSINE = Relation("row", "l2"), Relation("cosine", "l2")
 ULP = 2.0**-23  # of float32, added to bounds: the error of eager can be 0 by chance
 LEAST = 1e-2  # the smallest norm that errors are relative to: some gradients are 0 up to rounding
 
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
+every_normalized = pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda relation: relation.normalize)
 every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -77,7 +78,9 @@ def assert_as_accurate_as_eager(
 @every_dtype
 @every_relation
 def test_errors(relation, dtype, channels):
-    assert_as_accurate_as_eager(*draw(1, 40, channels, dtype), relation)
+    # the direct form of "row" adds up float32 sums of each row, without an average over squares
+    bound = 4 * ULP if relation == ROW and channels[0] != channels[1] else ULP
+    assert_as_accurate_as_eager(*draw(1, 40, channels, dtype), relation, bound)
 
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40), (140, 30)], ids=str)
@@ -98,6 +101,17 @@ def test_errors_near_convergence(relation, dtype, noise):
     assert dtype != torch.float32 or (loss < 10 * noise**2 * (1 if relation.normalize == "cosine" else 2000)).all()
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 10.0, 2.0**40])
+def test_rows_of_another_magnitude_near_convergence(factor):
+    """The relation does not depend on the magnitude of the features, which the gains compensate."""
+    student, teacher = converged(1, 100, 40, 1e-3, torch.float32)
+    student *= factor
+    loss, gradient = run(student, teacher, ROW)
+    expected = value_and_gradient(student.double(), teacher.double(), ROW, "reference", 100**2)
+    assert error(loss, expected[0]) < 1e-5
+    assert error(gradient, expected[1]) < 3e-4
+
+
 @every_relation
 def test_different_channels_near_convergence(relation):
     """The direct form loses digits, but no more than float32 sums lose relative to a mean squared relation."""
@@ -107,6 +121,8 @@ def test_different_channels_near_convergence(relation):
     loss, gradient = run(student, teacher, relation)
     expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", 100**2)
     relations = student.double() @ student.double().mT
+    if relation.normalize == "row":
+        relations /= relations.norm(dim=-1, keepdim=True)
     if relation.normalize == "cosine":
         relations /= student.double().norm(dim=-1, keepdim=True) * student.double().norm(dim=-1).unsqueeze(1)
     assert (loss - expected[0]).abs() < ULP * relations.square().mean()
@@ -134,46 +150,69 @@ def test_zero_norm_pixels(relation, channels):
         assert not gradient[:, 3].any()
 
 
-def test_one_pixel():
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+def test_row_norms_below_eps(channels):
+    """The rows are 0, but not the columns: these pixels have a gradient."""
+    student, teacher = draw(2, 70, channels, torch.float32)
+    student[:, 3:9] *= 1e-3
+    teacher[:, 7:20] *= 1e-3
+    _, gradient = assert_as_accurate_as_eager(student, teacher, replace(ROW, eps=1.0), 4 * ULP)
+    assert gradient[:, 3].any()
+
+
+@every_normalized
+def test_one_pixel(relation):
     student, teacher = draw(1, 1, (24, 40), torch.float32)
     for one in (student, torch.zeros_like(student)):
-        loss, gradient = run(one, teacher, COSINE)
-        assert loss.item() < 2 * ULP
+        loss, gradient = run(one, teacher, relation)
+        if relation == COSINE or one is student:
+            assert loss.item() < 4 * ULP
+        else:  # the diagonal counts
+            assert error(loss, torch.ones(1)) < 4 * ULP
         assert gradient.norm().item() < 1e-5
 
 
 @pytest.mark.parametrize(("pixels", "splits"), [(2, 1), (31, 1), (33, 2), (64, 2), (129, 3), (1100, 4)])
-def test_any_number_of_pixels(pixels, splits, monkeypatch):
+@every_normalized
+def test_any_number_of_pixels(relation, pixels, splits, monkeypatch):
     """And several partial sums, of different lengths."""
     monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(closed_form.moments, "SPLIT_PIXELS", 512)
     monkeypatch.setattr(plans, "_plans", {})
-    assert_as_accurate_as_eager(*draw(1, pixels, (5, 7), torch.float32), COSINE)
-    assert launches()["moments_kernel"][0] == 3 * splits  # three tiles
+    assert_as_accurate_as_eager(*draw(1, pixels, (5, 7), torch.float32), relation, 4 * ULP)
+    assert dict(launches())["moments_kernel"][0] == 3 * splits  # three tiles
 
 
-def launches() -> dict[str, tuple[int, ...]]:
-    """Return the grids of the launches of the last plan, by the names of their kernels."""
+def launches() -> list[tuple[str, tuple[int, ...]]]:
+    """Return the names of the kernels and the grids of the launches of the last plan."""
     plan = list(plans._plans.values())[-1]
-    return {launch.kernel.fn.__name__: launch.grid for launch in plan.launches}
+    return [(launch.kernel.fn.__name__, launch.grid) for launch in plan.launches]
 
 
+@pytest.mark.parametrize("channels", [(5, 7), (7, 7)], ids=str)
 @pytest.mark.parametrize("need_grad", [True, False])
-def test_launches(need_grad, monkeypatch):
-    """Four for "cosine", three for "none"."""
+def test_launches(need_grad, channels, monkeypatch):
+    """Seven for "row", four for "cosine", three for "none"; the direct form of "row" needs five without a gradient."""
+    stage = ["moments_kernel", "finish_kernel"]
+    second = stage if need_grad or channels == (7, 7) else []
+    before = {
+        "row": ["gains_kernel", *stage, "row_scales_kernel", *second],
+        "cosine": ["scale_kernel", *stage],
+        "none": stage,
+    }
     last = "closed_form_gradient_kernel" if need_grad else "loss_kernel"
     for relation in RELATIONS:
         monkeypatch.setattr(plans, "_plans", {})
-        closed_form.loss_and_gradient(*draw(1, 40, (5, 7), torch.float32), relation, need_grad)
-        scales = ["scale_kernel"] if relation == COSINE else []
-        assert list(launches()) == [*scales, "moments_kernel", "finish_kernel", last]
+        closed_form.loss_and_gradient(*draw(1, 40, channels, torch.float32), relation, need_grad)
+        assert [name for name, _ in launches()] == [*before[relation.normalize], last]
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
-def test_features_of_any_size(channels, size):
+@every_normalized
+def test_features_of_any_size(relation, channels, size):
     student, teacher = draw(1, 60, channels, torch.float32)
-    relation = replace(COSINE, eps=0.0)
+    relation = replace(relation, eps=0.0)
     expected = run(student, teacher, relation)
     size = 2.0 ** round(math.log2(size))  # a power of two, so that rounding does not change
     loss, gradient = run(size * student, size * teacher, relation)
@@ -184,45 +223,51 @@ def test_features_of_any_size(channels, size):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow
 @pytest.mark.parametrize("value", [1e20, torch.inf, torch.nan])
 @pytest.mark.parametrize("need_grad", [True, False])
-def test_overflow_gives_nan(value, need_grad):
-    student, teacher = draw(2, 40, (5, 7), torch.float32)
+@pytest.mark.parametrize("channels", [(5, 7), (7, 7)], ids=str)
+@every_normalized
+def test_overflow_gives_nan(relation, channels, need_grad, value):
+    student, teacher = draw(2, 40, channels, torch.float32)
     student[0, 3] *= value
-    loss, gradient = closed_form.loss_and_gradient(student, teacher, COSINE, need_grad)
+    loss, gradient = closed_form.loss_and_gradient(student, teacher, relation, need_grad)
     assert loss.isnan().tolist() == [True, False]
     assert gradient is None or gradient[0].isnan().any()
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
-def test_float32_follows_the_matmul_precision(precision, channels):
+@every_normalized
+def test_float32_follows_the_matmul_precision(relation, precision, channels):
     """The bounds are those of the benchmark's gate."""
     student, teacher = draw(1, 70, channels, torch.float32)
-    expected = value_and_gradient(student.double(), teacher.double(), COSINE, "reference", 70**2)
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", 70**2)
     torch.set_float32_matmul_precision(precision)
     try:
-        loss, gradient = run(student, teacher, COSINE)
+        loss, gradient = run(student, teacher, relation)
     finally:
         torch.set_float32_matmul_precision("highest")
     bound = {"high": 1e-4, "medium": 5e-3}[precision]
     assert error(loss, expected[0]) < bound
     assert error(gradient, expected[1]) < bound
-    assert not torch.equal(loss, run(student, teacher, COSINE)[0])
+    assert not torch.equal(loss, run(student, teacher, relation)[0])
 
 
 @pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
-def test_strides_are_read_in_place(make):
+@every_normalized
+def test_strides_are_read_in_place(relation, make):
     """The memory between the features is NaN, so that a read outside them fails the test."""
     student, teacher = torch.rand(2, 6, 5, 7), torch.rand(2, 9, 5, 7)
-    expected = run(student.flatten(2).mT, teacher.flatten(2).mT, COSINE)
+    expected = run(student.flatten(2).mT, teacher.flatten(2).mT, relation)
     views = [make(x).reshape(*x.shape[:2], -1).mT for x in (student, teacher)]
-    loss, gradient = run(*views, COSINE)
+    loss, gradient = run(*views, relation)
     assert torch.equal(loss, expected[0])
     assert torch.equal(gradient, expected[1])
 
 
-def test_two_runs_and_other_images_give_the_same_bits():
-    student, teacher = draw(3, 130, (24, 40), torch.bfloat16)
-    loss, gradient = run(student, teacher, COSINE)
-    again = run(student, teacher, COSINE)
+@pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+@every_normalized
+def test_two_runs_give_the_same_bits(relation, channels):
+    student, teacher = draw(3, 130, channels, torch.bfloat16)
+    loss, gradient = run(student, teacher, relation)
+    again = run(student, teacher, relation)
     assert torch.equal(loss, again[0])
     assert torch.equal(gradient, again[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srpkd.kernels import Relation, triton
-from srpkd.kernels.triton import configurations, plans
+from srpkd.kernels.triton import closed_form, configurations, plans
 from srpkd.kernels.triton.plans import ALIGNMENT, Plan
 
 package = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -105,11 +105,13 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[_Driver]:
 def _modules() -> list:
     from srpkd.kernels.triton import gradient, moments, scales, tiles
 
-    return [moments, scales, tiles, gradient]
+    of_closed_form = [getattr(closed_form, name) for name in ("moments", "sums", "row", "gradient")]
+    return [moments, scales, tiles, gradient, *of_closed_form]
 
 
-def features(pixels: int = 256) -> tuple[Tensor, Tensor]:
-    return torch.randn(1, 64, pixels, dtype=torch.bfloat16).mT, torch.randn(1, 256, pixels, dtype=torch.bfloat16).mT
+def features(pixels: int = 256, channels: tuple[int, int] = (64, 256)) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(1, count, pixels, dtype=torch.bfloat16).mT for count in channels)
+    return student, teacher
 
 
 @pytest.mark.slow
@@ -145,6 +147,21 @@ def test_compiled_kernels_are_launched_directly(driver, monkeypatch, capsys) -> 
         assert (name, grid) == (again, again_grid)
         assert (stream, again_stream) == (5, 7)
         assert values == again_values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize("channels", [(64, 256), (64, 64)], ids=str)
+def test_the_closed_form_of_row_is_compiled_and_launched(driver, channels, need_grad) -> None:
+    """The second stage uses the kernels of the first, specialised in another way."""
+    for _ in range(2):
+        driver.launched = []
+        closed_form.loss_and_gradient(*features(128, channels), Relation("row", "l2"), need_grad)
+    stage = ["moments_kernel", "finish_kernel"]
+    second = stage if need_grad or channels == (64, 64) else []
+    last = "closed_form_gradient_kernel" if need_grad else "loss_kernel"
+    names = [name for name, *_ in driver.launched]
+    assert names == ["gains_kernel", *stage, "row_scales_kernel", *second, last]
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+// Products of features with the factors that the moments give. Free of torch.
+#pragma once
+
+#include "../algebra/gradient.cuh"
+#include "moments.cuh"
+
+namespace srpkd::cuda::closed_form {
+
+// Products of 64 pixels of both networks with factors, 64 columns at a time.
+template <class T, bool PIXELS_ADJACENT>
+struct PixelProducts {
+  using G = algebra::Geometry<2, PIXELS_ADJACENT>;
+  using Part = PanelPart<T, PIXELS_ADJACENT>;
+  using Sums = algebra::Sums<G>;
+  static constexpr int THREADS = G::THREADS, UNIT = 4, TERMS = algebra::TERMS<T>;
+  // Whether the next panels are loaded while the present ones are multiplied: float32 features need too many registers.
+  static constexpr bool LOADS_AHEAD = sizeof(T) == 2;
+  static constexpr int MATRIX_AT = TERMS * PANEL_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
+  static constexpr int ALONG_AT = MATRIX_AT + (LOADS_AHEAD ? 2 : 1) * MATRIX_BYTES;
+  static constexpr int SHARED_BYTES = ALONG_AT + G::WARPS_N * G::ROWS * 4;
+  // The gradient in shared memory: lines of adjacent elements, padded so that lines start in different banks.
+  static constexpr int LINE_FLOATS = BLOCK + 4;
+  static_assert(G::ROWS == BLOCK && BLOCK * LINE_FLOATS * 4 <= ALONG_AT && THREADS * 8 <= SHARED_BYTES);
+
+  const Arguments& p;
+  const int image, pixel;
+  const sm80::Warp<G> warp{};
+  const Address shared = shared_memory();
+
+  SRPKD_DEVICE int blocks_of(int network) const { return network == STUDENT ? p.tiles.blocks_a : p.tiles.blocks_b; }
+
+  SRPKD_DEVICE float alpha_of(int network, int row) const {
+    if (pixel + row >= p.pixels) return 0;
+    return p.alpha[network] ? load_global(p.alpha[network] + int64_t{image} * p.pixels + pixel + row) : 1.f;
+  }
+
+  // Returns a feature of the network and the block of channels of the last product.
+  SRPKD_DEVICE float feature(int row, int column) const {
+    return algebra::element<TERMS, PIXELS_ADJACENT, G>(shared, PANEL_BYTES, row, column);
+  }
+
+  // Adds the products of a network's features with block `block` of the `rows` blocks of a factor. The blocks of
+  // channels end with `block` if the network has it. SYMMETRIC: computes the quadratic form alone, as the blocks (n, k)
+  // with k > n count twice in it.
+  template <bool SYMMETRIC = false>
+  SRPKD_DEVICE void add_products(int network, const uint16_t* factors, int rows, int block, Sums& total) const {
+    const int blocks = blocks_of(network), steps = SYMMETRIC ? blocks - block : blocks;
+    const uint16_t* const factor = factors + image * elements_of_factor(rows, blocks);
+    const auto k_of = [&](int step) { return SYMMETRIC && step == steps - 1 ? block : (block + 1 + step) % blocks; };
+    const auto matrix_at = [&](int step) { return shared + MATRIX_AT + (LOADS_AHEAD ? step % 2 * MATRIX_BYTES : 0); };
+    const auto copy = [&](int step) {
+      algebra::copy_matrix<THREADS, G>(factor, block, k_of(step), blocks, matrix_at(step));
+      commit_copies();
+    };
+    Part part;
+    const auto load = [&](int step) { part.load(p.features[network], image, {pixel, p.pixels}, k_of(step) * BLOCK); };
+    Sums sum{};
+    if constexpr (LOADS_AHEAD) {
+      load(0);
+      sync_block();  // the panels are free
+      copy(0);
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if constexpr (!LOADS_AHEAD) load(step);
+      if (!LOADS_AHEAD || step > 0) sync_block();  // the panels are free
+      if constexpr (!LOADS_AHEAD) copy(step);
+      part.template store<G>(shared, PANEL_BYTES);
+      wait_for_copies<0>();
+      sync_block();  // the panels have arrived, and the other slot of the factor is free
+      if (LOADS_AHEAD && step + 1 < steps) copy(step + 1), load(step + 1);
+      if (SYMMETRIC && step == steps - 1)
+        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] *= 2; });
+      const Address a = shared + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
+      const Address b = matrix_at(step) + warp.template lane_offset<true, false>(warp.first_column, 0);
+      add_product<G, !PIXELS_ADJACENT, true, TERMS, MATRIX_TERMS>(sum, a, PANEL_BYTES, b, PANEL_BYTES);
+      move_sums<G>(total, sum);
+    }
+  }
+
+  SRPKD_DEVICE void add_dot(const Sums& V, const Sums& z, sm80::RowVector<G>& along) const {
+    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
+  }
+
+  // Adds the parts of the lanes and warps of a row.
+  SRPKD_DEVICE void exchange(sm80::RowVector<G>& along) const {
+    const auto place = [&](int m, int half, int warp_n) {
+      return shared + ALONG_AT + (warp_n * G::ROWS + warp.row(m, half)) * 4;
+    };
+    for (int m = 0; m < G::M_TILES; ++m)
+      for (int half = 0; half < 2; ++half) {
+        float& sum = along[m][half];
+        sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);
+        if (warp.member == 0) store_shared(place(m, half, warp.warp_n), sum);
+      }
+    sync_block();
+    for (int m = 0; m < G::M_TILES; ++m)
+      for (int half = 0; half < 2; ++half)
+        along[m][half] = load_shared<float>(place(m, half, 0)) + load_shared<float>(place(m, half, 1));
+  }
+
+  // Writes a block of channels to global memory, through shared memory so that all accesses are adjacent.
+  SRPKD_DEVICE void store(int block, const Sums& V) const {
+    const auto place = [&](int row, int column) {
+      return shared + (PIXELS_ADJACENT ? column * LINE_FLOATS + row : row * LINE_FLOATS + column) * 4;
+    };
+    sync_block();  // the panels are free
+    algebra::for_each<G::M_TILES, G::N_TILES>(
+        [&](int m, int n, int i) { store_shared(place(warp.row(m, i / 2), warp.column(n, i % 2)), V[m][n][i]); });
+    sync_block();
+#pragma unroll 1
+    for (int i = thread_index(); i < BLOCK * BLOCK / UNIT; i += THREADS) {
+      const int line = i / (BLOCK / UNIT), first = i % (BLOCK / UNIT) * UNIT;
+      const int row = PIXELS_ADJACENT ? first : line, column = PIXELS_ADJACENT ? line : first;
+      const int pixels = p.pixels - pixel - row, channels = p.features[STUDENT].channels - block * BLOCK - column;
+      if (pixels <= 0 || channels <= 0) continue;
+      const auto words = load_shared<sm80::Words>(place(row, column));
+      float x[UNIT];
+#pragma unroll
+      for (int e = 0; e < UNIT; ++e) x[e] = as_float(words.word[e]);
+      algebra::store_gradient_unit<T, PIXELS_ADJACENT>(p, image, x, pixel + row, block * BLOCK + column,
+                                                       minimum(PIXELS_ADJACENT ? pixels : channels, UNIT));
+    }
+  }
+};
+
+}  // namespace srpkd::cuda::closed_form
