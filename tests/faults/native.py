@@ -143,7 +143,6 @@ BACKENDS = {
                 "if (mirrored) space.columns.add_to(U, h, image);",
                 "",
             ),
-            Fault("an index is not checked", INDEXED, "pixel >= 0 && pixel < column_pixels", "pixel < column_pixels"),
             Fault(
                 "sets with a row less repeat a row",
                 INDEXED,

@@ -90,6 +90,7 @@ def test_estimate_of_given_columns(
 def test_several_blocks_of_columns(backend: str, relation: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "ROWS", 50)
     student, teacher = features(None, batch=1, pixels=170)
+    student[0, 100:130] = teacher[0, 120:150] = 0  # ties in later blocks of rows
     index = sampling.draw_columns(1, 170, 70, CPU)
     monkeypatch.setattr(native, "TILE", 16)
     monkeypatch.setitem(dispatch.backend_module("blocked").STRIP_ELEMENTS, "cpu", 1)
