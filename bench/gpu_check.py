@@ -42,7 +42,6 @@ from .providers import CUDA_KERNELS, KERNEL_VARIABLE
 
 # without it, an access beyond an array stays inside the allocator's pool, and compute-sanitizer misses it
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-SELECTED_SECONDS = 30  # for the table's cases by a kernel that is selected by name
 
 
 class Part(NamedTuple):
@@ -119,24 +118,18 @@ def table(check: Check) -> None:
     if check.on_gpu:
         command += ["--sweep", "table", "--budget", 2]
         plain, selected = sound_kernels(check)
-        providers = ["eager", "compile", *plain]
+        providers = ["eager", "compile", *plain, *selected]
     else:
         command += ["--pixels", 64, 128, "--budget", 0.1]
-        providers, selected = ["eager", "blocked"], []
-    reserve = SELECTED_SECONDS * len(selected)
-    minutes = (check.left - margin - reserve) / 60
-    check.python("table", *command, "--providers", *providers, "--minutes", minutes, seconds=check.left - reserve)
-    for name in selected:
-        minutes = (min(check.left, SELECTED_SECONDS) - 10) / 60
-        check.python(f"table, {name}", *command, "--providers", name, "--minutes", minutes, seconds=SELECTED_SECONDS)
+        providers = ["eager", "blocked"]
+    check.python("table", *command, "--providers", *providers, "--minutes", (check.left - margin) / 60)
     print(times(results.read(file)))
 
 
 def sound_kernels(check: Check) -> tuple[list[str], list[str]]:
     """Return the kernels that the smoke test found neither to crash nor to hang, which would stop a measurement.
 
-    Second are those that are selected by name, which must have passed it. They need a process each, because a
-    selection may hold for a whole process.
+    Second are those that are selected by name, which must have passed it.
     """
     found: dict[str, set[str]] = {}
     for (kernel, _), entry in smoke_cases.recorded(check.out / "smoke.jsonl").items():

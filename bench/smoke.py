@@ -43,6 +43,9 @@ FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetiti
 SILENCE = 45.0  # seconds without a result after which a process counts as hung; the first includes importing torch
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
 NOISE = 0.03
+# With one channel, the rows of a matrix differ in their signs only: the gradient is an eightieth of U, and the rounding
+# of K to bfloat16 makes an error of 0.07 of it, and 1.2 of one pixel's. Eager PyTorch's are 0.09 and 1.4.
+ONE_CHANNEL = {"bfloat16": gate.Errors(1e-3, 0.15, 3.0)}
 
 
 class Check(NamedTuple):
@@ -146,9 +149,7 @@ def compare(
     if gradient is not None:
         gradient = gradient.double() / check.case.loss_scale
     found = gate.relative_errors(gate.Result(value, gradient), expected)
-    # with one channel, the rows of a matrix differ in their signs only: U cancels to a few percent of its terms, whose
-    # rounding remains
-    limits = gate.LIMITS if check.case.channels == (1, 1) else gate.KERNEL_LIMITS
+    limits = ONE_CHANNEL if check.case.channels == (1, 1) else gate.KERNEL_LIMITS
     return found, gate.failure_reason(found, check.case, limits)
 
 

@@ -59,12 +59,18 @@ struct Workspace {
   }
 };
 
-// Splits the pixels of a sum so that `blocks` thread blocks per range occupy a GPU.
-inline algebra::Ranges ranges_of(int64_t blocks, int pixels, int multiprocessors) {
-  const int64_t most = ceil_div(pixels, 2 * algebra::BLOCK), wanted = ceil_div(4 * multiprocessors, blocks);
-  const int64_t splits = wanted < most ? wanted : most;
-  const int64_t chosen = splits < algebra::MAX_SPLITS ? splits : algebra::MAX_SPLITS;
-  const int split_pixels = static_cast<int>(round_up(ceil_div(pixels, chosen), algebra::BLOCK));
+// Splits the pixels of a sum by `blocks` thread blocks per range, of which `resident` fit on the GPU at once: into the
+// ranges that take the fewest steps, a step being BLOCK pixels. A thread block starts and ends in about as long as
+// START steps take.
+inline algebra::Ranges ranges_of(int64_t blocks, int pixels, int64_t resident) {
+  constexpr int64_t START = 4;
+  const int64_t steps = ceil_div(pixels, algebra::BLOCK), most = ceil_div(steps, 2);
+  int64_t chosen = 1, least = 0;
+  for (int64_t splits = 1; splits <= algebra::MAX_SPLITS && splits <= most; ++splits) {
+    const int64_t cost = ceil_div(blocks * splits, resident) * (ceil_div(steps, splits) + START);
+    if (splits == 1 || cost < least) chosen = splits, least = cost;
+  }
+  const int split_pixels = static_cast<int>(ceil_div(steps, chosen)) * algebra::BLOCK;
   return {static_cast<int>(ceil_div(pixels, split_pixels)), split_pixels};
 }
 
@@ -105,7 +111,7 @@ inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device
   const int64_t tiles_s = tiles_of(channels_s), tiles = tiles_of(channels_t) + tiles_s;
   for (int i = 0; i < 2; ++i) m.features[i] = a.features[i];
   m.images = a.images, m.pixels = a.pixels;
-  m.ranges = ranges_of(images * tiles, a.pixels, device.multiprocessors);
+  m.ranges = ranges_of(images * tiles, a.pixels, int64_t{device.multiprocessors} * (a.element_bytes == 4 ? 2 : 3));
   m.partial = workspace.take<float>(images * tiles * m.ranges.splits * BLOCK * BLOCK);
   m.sums = workspace.take<float>(images * m.ranges.splits * both);
   m.squares = workspace.take<float>(images * m.ranges.splits * both);
@@ -143,7 +149,7 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
   w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
-  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, device.multiprocessors);
+  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2);
   w.partial = workspace.take<float>(images * tiles_of(channels) * w.ranges.splits * BLOCK * BLOCK);
   w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels));
   g.weighted = w.weighted;

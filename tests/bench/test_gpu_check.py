@@ -145,16 +145,15 @@ class Recorder(Check):
         return 0
 
 
-def test_selected_kernels_are_measured_in_a_process_each(tmp_path, monkeypatch):
+def test_kernels_that_passed_are_measured(tmp_path, monkeypatch):
     entries = [{"kernel": kernel, "case": 0, "status": "ok"} for kernel in ("native-sm80", "native-sm90")]
     (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     check = Recorder(tmp_path, 200)
     gpu_check.table(check)
     providers = [words[words.index("--providers") + 1 : words.index("--minutes")] for words, _ in check.commands]
     assert providers == [
-        ["eager", "compile", "native", "closed_form", "triton"], ["native-sm90"], ["native-sm80"],
+        ["eager", "compile", "native", "closed_form", "triton", "native-sm90", "native-sm80"],
     ]  # fmt: skip
-    assert sum(seconds for _, seconds in check.commands) <= 200
 
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/true")
     check = Recorder(tmp_path, 200)

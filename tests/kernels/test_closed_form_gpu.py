@@ -13,8 +13,9 @@ from srpkd.kernels import Relation, native, unavailable_reason
 
 CUDA = torch.device("cuda")
 RELATIONS = [Relation("cosine", "l2"), Relation("none", "l2")]
-# a tensor core rounds sums of up to 64 pixels towards zero
-LOSS_BOUND = 1e-6
+# Tensor cores round sums of up to 64 pixels or channels towards zero. As the student converges, the gradient is a
+# difference of products with large factors: on an H100 its error was 6e-7 / noise.
+LOSS_BOUND, GRADIENT_BOUND = 1e-6, 1e-6
 
 pytestmark = pytest.mark.gpu
 every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
@@ -45,18 +46,21 @@ def draw(
     return student.to(dtype), teacher.to(dtype)
 
 
-def check(kernels: Kernels, student: Tensor, teacher: Tensor, relation: Relation, bound: float = LOSS_BOUND) -> None:
-    """The errors against float64 are at most 3 times those of eager PyTorch; ``bound`` is added for the loss."""
-    pixels = student.shape[1]
-    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", pixels**2)
-    eager = value_and_gradient(student, teacher, relation, "reference", pixels**2)
+def check(kernels: Kernels, student: Tensor, teacher: Tensor, relation: Relation, noise: float = 1.0) -> None:
+    """The errors against float64 are at most 3 times those of eager PyTorch plus what tensor cores add."""
+    # a scale with which eager's float16 gradient neither underflows nor overflows
+    scale = 1 if relation.normalize == "none" else student.shape[1] ** 2
+    expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", scale)
+    eager = value_and_gradient(student, teacher, relation, "reference", scale)
     loss, gradient = kernels(student, teacher, relation, True)
     assert gradient is not None
     forward, _ = kernels(student, teacher, relation, False)
     assert error(forward, loss) < 2e-7  # the order of its last, float64 sum may differ
-    assert error(loss, expected[0]) <= 3 * error(eager[0], expected[0]) + bound
-    gradient = gradient.double() * pixels**2
-    assert error(gradient, expected[1]) <= 3 * error(eager[1], expected[1]) + 1e-6
+    assert error(loss, expected[0]) <= 3 * error(eager[0], expected[0]) + LOSS_BOUND + (
+        1e-8 / noise if noise < 1 else 0
+    )
+    gradient = gradient.double() * scale
+    assert error(gradient, expected[1]) <= 3 * error(eager[1], expected[1]) + GRADIENT_BOUND / noise
 
 
 @pytest.mark.parametrize("channels", [(64, 256), (64, 64), (3, 5), (130, 70), (256, 256)], ids=str)
@@ -70,7 +74,7 @@ def test_errors(kernels: Kernels, relation: Relation, dtype: torch.dtype, channe
 @every_dtype
 @every_relation
 def test_near_convergence(kernels: Kernels, relation: Relation, dtype: torch.dtype, noise: float) -> None:
-    check(kernels, *draw(1000, (64, 64), dtype, noise=noise), relation, LOSS_BOUND + 1e-8 / noise)
+    check(kernels, *draw(1000, (64, 64), dtype, noise=noise), relation, noise)
 
 
 @every_relation

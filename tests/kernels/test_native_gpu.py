@@ -127,6 +127,7 @@ def training_step(
 
 def launches(run: Callable[[], object]) -> list[str]:
     """Return the names of the kernels, copies and memsets that ``run`` starts on the GPU."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which launches kernels; a fixture restores it
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

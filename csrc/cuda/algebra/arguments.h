@@ -81,7 +81,8 @@ struct NormArguments {
 
 // Where the sm80 tiles leave the loss, U and h.
 struct SumsOfSplits {
-  const double* losses;  // (images, loss_parts)
+  static constexpr bool PERMUTED = false;  // U is in the order of the features, see U_of
+  const double* losses;                    // (images, loss_parts)
   int loss_parts;
   const float* U;  // (splits, images, pixels, channels)
   int64_t U_strides[4];

@@ -48,11 +48,15 @@ struct Gradient {
   static constexpr int TERM_BYTES = G::ROWS / BLOCK * PANEL_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
   static constexpr int MOMENT_AT = TERMS<T> * TERM_BYTES, WEIGHTED_AT = MOMENT_AT + MATRIX_BYTES;
   static constexpr int WEIGHTS_AT = WEIGHTED_AT + MATRIX_BYTES, ROW_SHARED_BYTES = WEIGHTS_AT + G::ROWS * 4;
-  static constexpr int OTHER_SHARED_BYTES = G::ROWS * 4;  // of weights, or the sums of the warps
-  static_assert(THREADS / 32 * 8 <= OTHER_SHARED_BYTES);
-  // The correction in shared memory: lines of adjacent elements, padded so that lines start in different banks.
+  // The correction in shared memory, from which U is subtracted if its order is another: lines of adjacent elements,
+  // padded so that lines start in different banks.
   static constexpr int LINE_FLOATS = (PIXELS_ADJACENT ? G::ROWS : BLOCK) + 4;
-  static_assert((PIXELS_ADJACENT ? BLOCK : G::ROWS) * LINE_FLOATS * 4 <= WEIGHTS_AT);
+  static constexpr int LINES_BYTES = (PIXELS_ADJACENT ? BLOCK : G::ROWS) * LINE_FLOATS * 4;
+  static_assert(LINES_BYTES <= WEIGHTS_AT);
+  static constexpr bool PERMUTED = SumsOfTiles::PERMUTED;
+  static constexpr int OTHER_WEIGHTS_AT = PERMUTED ? LINES_BYTES : 0;
+  static constexpr int OTHER_SHARED_BYTES = OTHER_WEIGHTS_AT + G::ROWS * 4;  // or the sums of the warps
+  static_assert(THREADS / 32 * 8 <= G::ROWS * 4);
 
   const Arguments& p;
   const sm80::Warp<G> warp{};
@@ -62,7 +66,7 @@ struct Gradient {
   const int index = block_index(0) - p.loss_blocks, channel = index % blocks * BLOCK;
   const int pixel = index / blocks % row_blocks * G::ROWS, image = index / blocks / row_blocks;
   const bool row = p.normalize == Normalize::row;
-  const Address weights = shared + (row ? WEIGHTS_AT : 0);
+  const Address weights = shared + (row ? WEIGHTS_AT : OTHER_WEIGHTS_AT);
 
   SRPKD_DEVICE explicit Gradient(const Arguments& arguments) : p(arguments) {}
 
@@ -76,6 +80,7 @@ struct Gradient {
       sync_block();
     }
     if (row) store_products();
+    if constexpr (PERMUTED) arrange_U();
     store_gradient();
   }
 
@@ -135,6 +140,35 @@ struct Gradient {
     sync_block();
   }
 
+  // Leaves U, less the correction if there is one, in the lines.
+  SRPKD_DEVICE void arrange_U() const {
+    const auto place = [&](int r, int c, float first, float second) {
+      const Address to = correction_at(r, c), next = correction_at(r + 1, c);
+      store_shared(to, row ? first - load_shared<float>(to) : first);
+      store_shared(next, row ? second - load_shared<float>(next) : second);
+    };
+    for_each_U(Constant<THREADS>{}, Constant<G::ROWS>{}, p.sums, image, pixel, channel, place);
+    sync_block();
+  }
+
+  // Returns adjacent elements of U, less those of row's correction.
+  SRPKD_DEVICE Raw<float, UNIT> corrected_U(int r, int c, int valid) const {
+    Raw<float, UNIT> result;
+    if constexpr (PERMUTED) {
+      const auto words = load_shared<sm80::Words>(correction_at(r, c));
+#pragma unroll
+      for (int e = 0; e < UNIT; ++e) result.word[e] = words.word[e];
+    } else {
+      result = U_of<PIXELS_ADJACENT>(p.sums, image, pixel + r, channel + c, valid);
+      if (row) {
+        const auto correction = load_shared<sm80::Words>(correction_at(r, c));
+#pragma unroll
+        for (int e = 0; e < UNIT; ++e) result.word[e] = as_bits(result[e] - as_float(correction.word[e]));
+      }
+    }
+    return result;
+  }
+
   SRPKD_DEVICE void store_gradient() const {
     constexpr int PER_LINE = (PIXELS_ADJACENT ? G::ROWS : BLOCK) / UNIT;
     const T* const data = static_cast<const T*>(p.features.data) + image * p.features.image_stride;
@@ -145,15 +179,11 @@ struct Gradient {
       const int left = PIXELS_ADJACENT ? p.pixels - pixel - r : channels - channel - c;
       const int valid = left < UNIT ? left : UNIT;
       if (valid <= 0 || pixel + r >= p.pixels || channel + c >= channels) continue;
-      const Raw<float, UNIT> U = U_of<PIXELS_ADJACENT>(p.sums, image, pixel + r, channel + c, valid);
+      const Raw<float, UNIT> U = corrected_U(r, c, valid);
       float x[UNIT];
 #pragma unroll
       for (int e = 0; e < UNIT; ++e) x[e] = U[e];
-      if (row) {
-        const auto correction = load_shared<sm80::Words>(correction_at(r, c));
-#pragma unroll
-        for (int e = 0; e < UNIT; ++e) x[e] -= as_float(correction.word[e]);
-      } else if (p.normalize == Normalize::cosine) {
+      if (p.normalize == Normalize::cosine) {
         const int64_t at = PIXELS_ADJACENT ? (channel + c) * p.features.line_stride + pixel + r
                                            : (pixel + r) * p.features.line_stride + channel + c;
         Raw<T, UNIT> q;

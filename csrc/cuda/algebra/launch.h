@@ -36,7 +36,7 @@ struct Launch {
 
   template <class Kernel>
   void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
-    if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE) error = allow_all_shared_memory(run<Kernel>);
+    if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE) error = allow_all_shared_memory<run<Kernel>>();
     if (error != cudaSuccess) return;
     run<Kernel><<<dim3(x, y), Kernel::THREADS, bytes, stream>>>(arguments);
     error = cudaGetLastError();

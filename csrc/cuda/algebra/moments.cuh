@@ -213,11 +213,39 @@ SRPKD_DEVICE void store_symmetric(uint16_t* matrix, TileOfMoment at, int blocks,
   store_matrix_terms(mirrored + BLOCK, second);
 }
 
-// Calls f(row, column) for every second element of a tile.
-template <int THREADS, class F>
-SRPKD_DEVICE void for_each_pair(F f) {
-  for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) f(i / BLOCK, i % BLOCK);
-}
+// The sums over the splits of a tile of BLOCK x BLOCK partial sums. A thread has pairs of adjacent elements.
+template <int THREADS>
+struct TileSums {
+  static constexpr int PAIRS = BLOCK * BLOCK / 2 / THREADS;
+  using Pair = unsigned long long;
+  CompensatedSum sum[PAIRS][2];
+
+  // All loads of a split are under way together. Stores of results between them would separate them.
+  template <class Load>
+  SRPKD_DEVICE TileSums(const float* partial, int splits, Load load) {
+#pragma unroll 1
+    for (int split = 0; split < splits; ++split) {
+      Pair part[PAIRS];
+#pragma unroll
+      for (int n = 0; n < PAIRS; ++n)
+        part[n] = load(reinterpret_cast<const Pair*>(partial + split * BLOCK * BLOCK + place(n)));
+#pragma unroll
+      for (int n = 0; n < PAIRS; ++n) {
+        sum[n][0].add(as_float(static_cast<uint32_t>(part[n])));
+        sum[n][1].add(as_float(static_cast<uint32_t>(part[n] >> 32)));
+      }
+    }
+  }
+
+  static SRPKD_DEVICE int place(int n) { return (n * THREADS + thread_index()) * 2; }
+
+  // Calls f(row, column, sum, sum of the next column) for every pair.
+  template <class F>
+  SRPKD_DEVICE void for_each(F f) const {
+#pragma unroll
+    for (int n = 0; n < PAIRS; ++n) f(place(n) / BLOCK, place(n) % BLOCK, sum[n][0].value(), sum[n][1].value());
+  }
+};
 
 // Returns the largest power of two below the root of M's largest element, and the reciprocal of its square: see
 // formulas.power_of_two_scale. Its exponent is at least that of the smallest normal number: 1 / size^2 must be finite.
@@ -233,7 +261,7 @@ SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 // Adds the partial moments. Grid: (images * tiles of both networks, 1).
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 4;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 2;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int SHARED_BYTES = LARGEST_AT + THREADS / 32 * 4;
@@ -252,9 +280,7 @@ struct FinishMoments {
   SRPKD_DEVICE explicit FinishMoments(const Arguments& arguments) : p(arguments.sums), results(arguments.results) {}
 
   SRPKD_DEVICE double sum_of(const float* parts, int64_t offset, int64_t stride) const {
-    CompensatedSum sum;
-    for (int split = 0; split < splits; ++split) sum.add(load_global(parts + offset + split * stride));
-    return sum.value();
+    return sum_in_order(splits, [&](int split) { return load_global(parts + offset + split * stride); });
   }
 
   // Computes the means of this tile's channels, and returns the largest diagonal element of M.
@@ -286,14 +312,15 @@ struct FinishMoments {
   }
 
   SRPKD_DEVICE void run() const {
+    const TileSums<THREADS> sums(p.partial + offset_of_partial(image, tiles, index, splits, 0), splits,
+                                 [](const auto* from) { return load_global(from); });
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
-    const int64_t partial = offset_of_partial(image, tiles, index, splits, 0);
     const double count = p.pixels;
-    for_each_pair<THREADS>([&](int row, int column) {
+    sums.for_each([&](int row, int column, double first_sum, double second_sum) {
       float centred[2], whole[2];
       for (int i = 0; i < 2; ++i) {
-        const double sum = sum_of(p.partial, partial + row * BLOCK + column + i, BLOCK * BLOCK) -
-                           count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
+        const double sum =
+            (i ? second_sum : first_sum) - count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
         centred[i] = static_cast<float>(sum) * scale;
         whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
       }
@@ -338,21 +365,28 @@ struct WeightedMoment {
     const Address right = shared + RIGHT_AT, weights = shared + WEIGHTS_AT;
     Sums<G> total{}, sum{};
     Part rows, columns;
+    float weight = 0;
+    const auto load = [&](const Pixels& pixels) {
+      rows.load(p.features, image, pixels, at.row * BLOCK);
+      if (at.row == at.column)
+        for (int i = 0; i < Part::COUNT; ++i) columns.raw[i] = rows.raw[i];
+      else
+        columns.load(p.features, image, pixels, at.column * BLOCK);
+      const int own = pixels.first + thread_index();
+      if (thread_index() < BLOCK) weight = own < end ? weight_of(p.sums, p.alpha, size, image, p.pixels, own) : 0.f;
+    };
+    load({first, end});
 #pragma unroll 1
     for (int pixel = first; pixel < end; pixel += BLOCK) {
-      const Pixels pixels{pixel, end};
-      rows.load(p.features, image, pixels, at.row * BLOCK);
-      columns.load(p.features, image, pixels, at.column * BLOCK);
       sync_block();  // the panels are free
-      for (int i = thread_index(); i < BLOCK; i += THREADS)
-        store_shared(weights + i * 4,
-                     pixel + i < end ? weight_of(p.sums, p.alpha, size, image, p.pixels, pixel + i) : 0.f);
+      if (thread_index() < BLOCK) store_shared(weights + thread_index() * 4, weight);
       columns.template store<G>(right, PANEL_BYTES);
       sync_block();
       rows.template store<MATRIX_TERMS, G>(shared, PANEL_BYTES, [&](float x, int pixel_of_panel, int) {
         return x * load_shared<float>(weights + pixel_of_panel * 4);
       });
       sync_block();
+      if (pixel + BLOCK < end) load({pixel + BLOCK, end});  // arrives during the product
       add_product<G, PIXELS_ADJACENT, PIXELS_ADJACENT, MATRIX_TERMS, TERMS<T>>(
           sum, shared + tile.left_offset(), PANEL_BYTES, right + tile.right_offset(), PANEL_BYTES);
       move_sums<G>(total, sum);
@@ -378,13 +412,10 @@ struct WeightedMoment {
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
     uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
-    for_each_pair<THREADS>([&](int row, int column) {
-      CompensatedSum sum[2];
-      for (int split = 0; split < p.ranges.splits; ++split)
-        for (int i = 0; i < 2; ++i)
-          sum[i].add(load_global_coherent(partial + split * BLOCK * BLOCK + row * BLOCK + column + i));
-      store_symmetric(matrix, at, blocks, row, column, static_cast<float>(sum[0].value()) * scale,
-                      static_cast<float>(sum[1].value()) * scale);
+    const TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) { return load_global_coherent(from); });
+    sums.for_each([&](int row, int column, double first, double second) {
+      store_symmetric(matrix, at, blocks, row, column, static_cast<float>(first) * scale,
+                      static_cast<float>(second) * scale);
     });
   }
 };

@@ -57,11 +57,28 @@ struct RowNorms {
   SRPKD_DEVICE Address features_at(int block) const { return shared + (resident ? block : 0) * FEATURE_BYTES; }
   SRPKD_DEVICE Address matrix_at(int slot) const { return shared + p.resident * FEATURE_BYTES + slot * MATRIX_BYTES; }
 
+  SRPKD_DEVICE void load(Part& part, int block) const {
+    part.load(features, image, {pixel + thread_index() / PANEL_THREADS * BLOCK, p.pixels}, block * BLOCK);
+  }
+  SRPKD_DEVICE void store_part(const Part& part, int block) const {
+    part.template store<G>(features_at(block) + thread_index() / PANEL_THREADS * PANEL_BYTES, TERM_BYTES);
+  }
   SRPKD_DEVICE void load_features(int block) const {
-    const int panel = thread_index() / PANEL_THREADS;
     Part part;
-    part.load(features, image, {pixel + panel * BLOCK, p.pixels}, block * BLOCK);
-    part.template store<G>(features_at(block) + panel * PANEL_BYTES, TERM_BYTES);
+    load(part, block);
+    store_part(part, block);
+  }
+  // The same for all blocks. The loads of two blocks are under way together.
+  SRPKD_DEVICE void load_all_features() const {
+    Part even, odd;
+    load(even, 0);
+#pragma unroll 1
+    for (int block = 0; block < blocks; block += 2) {
+      if (block + 1 < blocks) load(odd, block + 1);
+      store_part(even, block);
+      if (block + 2 < blocks) load(even, block + 2);
+      if (block + 1 < blocks) store_part(odd, block + 1);
+    }
   }
 
   // Starts to copy the matrix panel of step (n, k); the steps of a row block go from the last k to n.
@@ -73,8 +90,7 @@ struct RowNorms {
   SRPKD_DEVICE void run() const {
     sm80::RowVector<G> square{}, along{};
     copy_step(0, blocks - 1, 0);
-    if (resident)
-      for (int block = 0; block < blocks; ++block) load_features(block);
+    if (resident) load_all_features();
     int slot = 0;
 #pragma unroll 1
     for (int n = 0; n < blocks; ++n) {

@@ -211,4 +211,21 @@ struct CompensatedSum {
   SRPKD_DEVICE double value() const { return double{sum} + double{rest}; }
 };
 
+// Returns the sum of load(i) for i in [0, count), always in the same order. The loads of a batch are under way
+// together.
+template <class Load>
+SRPKD_DEVICE double sum_in_order(int count, Load load) {
+  constexpr int BATCH = 8;
+  CompensatedSum sum;
+#pragma unroll 1
+  for (int first = 0; first < count; first += BATCH) {
+    float part[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) part[i] = first + i < count ? load(first + i) : 0.f;
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) sum.add(part[i]);
+  }
+  return sum.value();
+}
+
 }  // namespace srpkd::cuda::algebra

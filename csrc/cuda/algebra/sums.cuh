@@ -6,6 +6,9 @@
 
 namespace srpkd::cuda::algebra {
 
+template <int VALUE>
+using Constant = std::integral_constant<int, VALUE>;
+
 SRPKD_DEVICE double loss_of(const SumsOfSplits& sums, int64_t part) { return load_global(sums.losses + part); }
 
 SRPKD_DEVICE float h_of(const SumsOfSplits& sums, int image, int pixel) {

@@ -107,7 +107,7 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
     }
   }
   const int64_t tiles = p.tiles.count();
-  p.ranges = ranges_of(images * tiles, a.pixels, multiprocessors);
+  p.ranges = ranges_of(images * tiles, a.pixels, int64_t{multiprocessors} * 2);
   p.partial = workspace.take<float>(images * tiles * p.ranges.splits * BLOCK * BLOCK);
   p.losses = workspace.take<double>(images * tiles);
   if (a.need_grad) {

@@ -22,7 +22,7 @@ cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaSt
   const auto run = [&](auto config) {
     using C = decltype(config);
     const int bytes = shared_bytes<C>(p);
-    const cudaError_t error = allow_all_shared_memory(relation_tiles<C>);
+    const cudaError_t error = allow_all_shared_memory<relation_tiles<C>>();
     if (error != cudaSuccess) return error;
     relation_tiles<C><<<dim3(p.images * p.channel_splits * p.blocks, p.splits), C::THREADS, bytes, stream>>>(p);
     return cudaGetLastError();

@@ -14,28 +14,41 @@ SRPKD_DEVICE float h_of(const SumsOfTiles& sums, int image, int pixel) {
   return static_cast<float>(static_cast<double>(load_global(sums.h + at)) / sums.h_scale);
 }
 
-template <bool PIXELS_ADJACENT>
-SRPKD_DEVICE algebra::Raw<float, 4> U_of(const SumsOfTiles& sums, int image, int pixel, int channel, int valid) {
-  float sum[4] = {};
-  const int group = channel / GROUP, block = pixel / TILE;
-  for_each_part(sums, image * sums.channel_splits + group, block, [&](const float* part) {
+// Calls f(pixel, channel, x, x of the next pixel) for U of PIXELS pixels x 64 channels, of which the first are given.
+// Each thread reads 16 bytes of the order in the workspace, beside those of its neighbours; all of a part are under way
+// together.
+template <int THREADS, int PIXELS, class F>
+SRPKD_DEVICE void for_each_U(algebra::Constant<THREADS>, algebra::Constant<PIXELS>, const SumsOfTiles& sums, int image,
+                             int pixel, int channel, F f) {
+  constexpr int COUNT = PIXELS * GROUP / 4 / THREADS;
+  float sum[COUNT][4] = {};
+  const int first = position_in_U(0, pixel % TILE) + thread_index() * 4;
+  for_each_part(sums, image * sums.channel_splits + channel / GROUP, pixel / TILE, [&](const float* part) {
+    uint32_t word[COUNT][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < valid)
-        sum[i] += load_global(part + position_in_U(channel % GROUP + (PIXELS_ADJACENT ? 0 : i),
-                                                   pixel % TILE + (PIXELS_ADJACENT ? i : 0)));
+    for (int n = 0; n < COUNT; ++n) load_words(word[n], part + first + n * THREADS * 4);
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[n][i] += as_float(word[n][i]);
   });
   const float unit = sums.sum_factor * unit_of_sums(sums.symmetric, load_global(sums.powers + image));
-  algebra::Raw<float, 4> result{};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    // a zero-norm pixel has K_ij = 0 with alpha_i alpha_j; here it is tiny, see Preparation::scale_of
-    const int of_pixel = pixel + (PIXELS_ADJACENT ? i : 0);
-    const bool zero = i >= valid || (sums.symmetric && sums.alpha &&
-                                     load_global(sums.alpha + int64_t{image} * sums.pixels + of_pixel) == 0);
-    result.word[i] = as_bits(zero ? 0.f : sum[i] * unit);
+  for (int n = 0; n < COUNT; ++n) {
+    const ChannelAndPixel at = place_in_U((n * THREADS + thread_index()) * 4);
+    float units[2] = {unit, unit};
+    if (sums.symmetric && sums.alpha) {
+      // a zero-norm pixel has K_ij = 0 with alpha_i alpha_j; here it is tiny, see Preparation::scale_of
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int of_pixel = pixel + at.pixel + i;
+        if (of_pixel < sums.pixels && load_global(sums.alpha + int64_t{image} * sums.pixels + of_pixel) == 0)
+          units[i] = 0;
+      }
+    }
+    f(at.pixel, at.channel, sum[n][0] * units[0], sum[n][1] * units[1]);
+    f(at.pixel, at.channel + 8, sum[n][2] * units[0], sum[n][3] * units[1]);
   }
-  return result;
 }
 
 }  // namespace srpkd::cuda::sm90

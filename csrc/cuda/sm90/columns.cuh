@@ -1,5 +1,5 @@
-// The warps that compute U of the column blocks from K, which the consumers leave in shared memory, and add it to global
-// memory. Free of torch.
+// The warps that compute U of the column blocks from K, which the consumers leave in shared memory, and add it to
+// global memory. Free of torch.
 #pragma once
 
 #include "loaders.cuh"

@@ -31,8 +31,8 @@ SRPKD_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, uint32_t leadi
   return SWIZZLE_128 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
-// The descriptor of an operand that starts `bytes` further. Only its lower half changes, by a constant that the compiler
-// knows: a product needs one addition for each operand.
+// The descriptor of an operand that starts `bytes` further. Only its lower half changes, by a constant that the
+// compiler knows: a product needs one addition for each operand.
 SRPKD_HOST_DEVICE constexpr uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
   return (descriptor & 0xffffffff00000000) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }

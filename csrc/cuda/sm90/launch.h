@@ -28,7 +28,7 @@ cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
     using C = decltype(config);
     if constexpr (C::SYMMETRIC == SYMMETRIC) {
       const int bytes = C::bytes(p);
-      error = allow_all_shared_memory(relation_tiles<C>);
+      error = allow_all_shared_memory<relation_tiles<C>>();
       if (error != cudaSuccess) return error;
       // cooperative: all thread blocks are resident, since they wait for each other
       cudaLaunchAttribute attribute{};

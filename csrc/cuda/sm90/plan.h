@@ -78,7 +78,8 @@ struct Config {
   // The warpgroups: a producer, which starts all loads and the additions to global memory, the consumers, and one that
   // computes U of the columns.
   static constexpr int THREADS = 128 * (1 + CONSUMERS + GRAD);
-  static constexpr int PRODUCER_REGISTERS = GRAD ? 32 : 24, CONSUMER_REGISTERS = GRAD ? 208 : 240, COLUMN_REGISTERS = 64;
+  static constexpr int PRODUCER_REGISTERS = GRAD ? 32 : 24, CONSUMER_REGISTERS = GRAD ? 208 : 240,
+                       COLUMN_REGISTERS = 64;
   static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS + GRAD * COLUMN_REGISTERS) <= 1 << 16);
 
   // The student's group whose part of U is computed is the last of each tile. It stays in shared memory until that

@@ -7,6 +7,7 @@ namespace srpkd::cuda::sm90 {
 
 // What the tiles leave in the workspace.
 struct SumsOfTiles {
+  static constexpr bool PERMUTED = true;  // U is in the order of position_in_U, see for_each_U
   Work work;
   int images, pixels, channel_splits;
   bool symmetric;
@@ -35,6 +36,16 @@ inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
 SRPKD_HOST_DEVICE constexpr int position_in_U(int channel, int pixel) {
   const int lane = channel % 8 * 4 + pixel % 8 / 2;
   return ((pixel / 8 * 4 + channel / 16) * 32 + lane) * 4 + channel % 16 / 8 * 2 + pixel % 2;
+}
+
+// The inverse, for multiples of 4 floats. The next float is that of the next pixel, and the two after them are those of
+// eight channels further.
+struct ChannelAndPixel {
+  int channel, pixel;
+};
+SRPKD_HOST_DEVICE constexpr ChannelAndPixel place_in_U(int position) {
+  const int lane = position / 4 % 32, group = position / 128;
+  return {group % 4 * 16 + lane / 4, group / 4 * 8 + lane % 4 * 2};
 }
 
 // Calls f with each place in the workspace that has a part of U of one block and group of channels, always in the same
