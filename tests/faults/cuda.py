@@ -107,7 +107,7 @@ BACKENDS = {
                 "return network == STUDENT ? gain[STUDENT] : gain[TEACHER];",
                 "return gain[STUDENT];",
             ),
-            Fault("row: no gain", CUDA_CLOSED_MOMENTS, "(inverse > LARGEST_GAIN ? LARGEST_GAIN : inverse)", "1"),
+            Fault("row: no gain", CUDA_CLOSED_MOMENTS, "inverse > LARGEST_GAIN ? LARGEST_GAIN", "inverse > 0 ? 1.f"),
             Fault("row: eps is ignored", CUDA_CLOSED_ROW, "norm <= p.eps ?", "norm <= 0 ?"),
             Fault(
                 "row: missing barrier",
@@ -115,7 +115,7 @@ BACKENDS = {
                 "      sync_block();  // their place in shared memory is free\n",
                 "",
             ),
-            Fault("row: W_d is dropped", CUDA_CLOSED_MOMENTS, " - 4 * of_distances)", ")"),
+            Fault("row: W_d is dropped", CUDA_CLOSED_MOMENTS, " - 4 * of_distances)", " - 0 * of_distances)"),
             Fault(
                 "row: W_d is dropped in the direct form",
                 CUDA_CLOSED_MOMENTS,
@@ -126,7 +126,12 @@ BACKENDS = {
                 "row: the distances are dropped", CUDA_CLOSED_GRADIENT, "alpha_s * (1 - distance_of(row))", "alpha_s"
             ),
             Fault("row: missing transpose", CUDA_CLOSED_MOMENTS, "2 * fe * raw(AB, true)", "2 * fe * raw(AB, false)"),
-            Fault("row: finished too early", CUDA_CLOSED_ROW, "tiles * p.ranges.splits", "p.ranges.splits"),
+            Fault(
+                "row: finished too early",
+                CUDA_CLOSED_ROW,
+                "tiles * p.ranges.splits",
+                "(tiles + 1) / 2 * p.ranges.splits",
+            ),
         ],
     ),
     "cuda_algebra": Backend(
