@@ -89,7 +89,7 @@ BACKENDS = {
             Fault(
                 "constant norms: the diagonal is not a tie",
                 CUDA_CLOSED_GRADIENT,
-                "alpha_of(TEACHER, warp.row(m, half)) == 0 ? 4.f : 0.f",
+                "of.alpha_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f",
                 "0.f",
             ),
             Fault("constant norms: projected", CUDA_CLOSED_GRADIENT, "if (DETACH_NORMS && project) {", "if (false) {"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
-HOPPER_LOADERS = "csrc/cuda/sm90/loaders.cuh"
+HOPPER_COLUMNS, HOPPER_LOADERS = "csrc/cuda/sm90/columns.cuh", "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
 
@@ -21,14 +21,14 @@ BACKENDS = {
             ),
             Fault(
                 "the turn to add is handed over too early",
-                HOPPER_TILES,
-                "          wait_for_bulk<0>();\n          fence_async_proxy_global();\n          fence_gpu();",
-                "          fence_gpu();",
+                HOPPER_COLUMNS,
+                "      wait_for_bulk<0>();\n      fence_async_proxy_global();\n      fence_gpu();",
+                "      fence_gpu();",
                 HOPPER_SCHEDULES,
             ),
             Fault(
                 "additions in any order",
-                HOPPER_TILES,
+                HOPPER_COLUMNS,
                 "            wait_until_at_least(p.additions + at, before);\n",
                 "",
                 HOPPER_SCHEDULES,
@@ -36,8 +36,8 @@ BACKENDS = {
             Fault(
                 "a slot of the ring is released before its products ended",
                 HOPPER_TILES,
-                "      wait_for_products<1>();\n      release(at - 1",
-                "      release(at - 1",
+                "        wait_for_products<1>();\n        release(RESIDENT",
+                "        release(RESIDENT",
                 HOPPER_SCHEDULES,
             ),
             Fault(
@@ -48,10 +48,23 @@ BACKENDS = {
             ),
             Fault(
                 "K is overwritten while it is read",
-                HOPPER_TILES,
+                HOPPER_COLUMNS,
                 "if (half == 1 && lane == 0) arrive(base + C::K_EMPTY);",
                 "if (half == 0 && lane == 0) arrive(base + C::K_EMPTY);",
                 HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "what the adder reads is overwritten",
+                HOPPER_COLUMNS,
+                "        wait_for_bulk_reads<0>();\n",
+                "",
+                HOPPER_SCHEDULES,
+            ),
+            Fault(
+                "missing proxy fence between sums and their additions",
+                HOPPER_COLUMNS,
+                "    fence_async_proxy();\n    sync_warp();\n    if (lane == 0) arrive(base + C::STAGING_FULL);",
+                "    sync_warp();\n    if (lane == 0) arrive(base + C::STAGING_FULL);",
             ),
             Fault(
                 "the bytes of the scales are not expected",
