@@ -19,6 +19,7 @@ from . import relation, results, train
 from .cases import Case
 from .providers import DEFAULT
 from .readme import between_markers, put_between_markers
+from .record import with_present_native
 from .results import Row, number
 
 NAME = "bench table"  # in the README's markers
@@ -134,7 +135,7 @@ def measured(rows: Sequence[Row]) -> list[Measured]:
         ValueError: None of the cases in the table is recorded.
     """
     devices = []
-    for (device,), own in results.group_by(rows, ["device"]).items():
+    for (device,), own in results.group_by(with_present_native(rows), ["device"]).items():
         threads = max(own, key=lambda row: int(row["threads"]))["threads"]
         cases = {}
         for case in SHOWN[own[0]["device_type"]]:

@@ -129,7 +129,7 @@ def auto_backend(
         case = measured.Case(
             str(dtype)[6:], precision, relation.normalize, relation.distance, need_grad, pixels, *channels, batch
         )
-        for name in measured.ranking(*cuda_device.identity(device), case):
+        for name in measured.ranking(*cuda_device.identity(device), case, not relation.rectify):
             if name in runnable:
                 return name
     return runnable[0] if runnable else "blocked"

@@ -108,24 +108,30 @@ def nearest_device(name: str, capability: tuple[int, int]) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def ranking(name: str, capability: tuple[int, int], case: Case) -> tuple[str, ...]:
+def ranking(name: str, capability: tuple[int, int], case: Case, sm90: bool = True) -> tuple[str, ...]:
     """Return the recorded backends in the order in which ``auto`` should take the first that can run.
 
     Args:
         name, capability: of the GPU.
+        sm90: whether the sm_90 kernel covers the relation, which has options that are not part of the case.
     """
     device = nearest_device(name, capability)
     near = sorted(
         (entry for entry in RECORDED if entry.device == device), key=lambda entry: difference(entry.case, case)
     )
-    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry.times)))
+    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry.times, sm90)))
 
 
-def fastest_first(times: dict[str, Time]) -> list[str]:
-    """Return the backends of a recorded case by their time; ``native`` takes the kernel that ``sm90_wins`` says."""
+def fastest_first(times: dict[str, Time], sm90: bool = True) -> list[str]:
+    """Return the backends of a recorded case by their time.
+
+    ``native`` takes the kernel that ``sm90_wins`` says; without ``sm90``, the other one.
+    """
     found = {backend: time.microseconds for backend, time in times.items() if "-" not in backend}
-    if sm90_wins(times):
+    if sm90 and sm90_wins(times):
         found["native"] = times["native-sm90"].microseconds
+    elif not sm90 and "native-sm80" in times:
+        found["native"] = times["native-sm80"].microseconds
     return sorted(found, key=lambda backend: found[backend])
 
 

@@ -51,9 +51,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("normalize", ["row", "cosine", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_auto_avoids_the_slow_closed_form_on_an_h100(normalize: str, dtype: torch.dtype, gpu: torch.device) -> None:
+def test_auto_takes_the_closed_form_for_l2_on_an_h100(normalize: str, dtype: torch.dtype, gpu: torch.device) -> None:
     for batch in (1, 16):
-        assert auto_backend(gpu, Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high") == "triton"
+        assert auto_backend(gpu, Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high") == "closed_form"
     assert auto_backend(gpu, Relation(normalize, "l2"), torch.float64) == "closed_form"  # no kernels
     assert auto_backend(gpu, Relation(normalize, "l1"), torch.float64) == "blocked"
 
@@ -126,8 +126,11 @@ def test_cases_that_differ_more_are_farther_away() -> None:
 # --- the sm_90 kernel of native -------------------------------------------------------------------------------------
 
 
-def test_no_row_of_the_sm90_kernel_is_recorded_yet() -> None:
-    assert not any(sm90_verified(entry.case) for entry in measured.RECORDED)
+def test_an_h100_has_verified_the_sm90_kernel() -> None:
+    cases = [entry.case for entry in measured.RECORDED if sm90_verified(entry.case)]
+    assert {(case.dtype, case.normalize, case.distance) for case in cases} >= {
+        ("bfloat16", "row", "l1"), ("bfloat16", "cosine", "l1"), ("float16", "row", "l1"), ("float32", "row", "l1"),
+    }  # fmt: skip
 
 
 def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorded]:
@@ -163,6 +166,14 @@ def test_auto_ranks_native_by_the_kernel_that_it_takes(recorded) -> None:
     assert ranking(*H100, CASE) == ("triton", "native")
     recorded({H100: [(CASE, times | {"native-sm90": 1.0})]})
     assert ranking(*H100, CASE) == ("native", "triton")
+    assert ranking(*H100, CASE, sm90=False) == ("triton", "native"), "of a relation that the kernel does not cover"
+
+
+def test_auto_knows_that_the_sm90_kernel_does_not_rectify(gpu: torch.device, recorded) -> None:
+    recorded({H100: [(CASE, {"native-sm80": 3.0, "native": 3.0, "native-sm90": 1.0, "triton": 2.0})]})
+    for rectify, expected in ((False, "native"), (True, "triton")):
+        relation = Relation("row", "l1", rectify=rectify)
+        assert auto_backend(gpu, relation, torch.bfloat16, 4096, (64, 256), 16) == expected
 
 
 def test_records_of_earlier_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
