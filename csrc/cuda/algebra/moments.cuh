@@ -202,15 +202,36 @@ SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
   }
 }
 
-// Writes two adjacent elements of a tile of a symmetric matrix in terms, and their mirror images.
-SRPKD_DEVICE void store_symmetric(uint16_t* matrix, TileOfMoment at, int blocks, int row, int column, float first,
-                                  float second) {
-  store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
-  if (at.row == at.column) return;
-  uint16_t* const mirrored = matrix + panel_of_terms(at.column, at.row, blocks) + column * BLOCK + row;
-  store_matrix_terms(mirrored, first);
-  store_matrix_terms(mirrored + BLOCK, second);
-}
+// Writes a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its lines are
+// the columns of the tile, whose elements would be written one by one.
+template <int THREADS>
+struct SymmetricTile {
+  static constexpr int STRIDE = BLOCK + 1, BYTES = BLOCK * STRIDE * 4;  // floats; of the buffer
+  uint16_t* matrix;
+  TileOfMoment at;
+  int blocks;
+  Address buffer;
+
+  SRPKD_DEVICE Address place(int row, int column) const { return buffer + (row * STRIDE + column) * 4; }
+
+  // Writes two adjacent elements.
+  SRPKD_DEVICE void store(int row, int column, float first, float second) const {
+    store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
+    if (at.row == at.column) return;
+    store_shared(place(row, column), first);
+    store_shared(place(row, column + 1), second);
+  }
+
+  // Writes the mirror image, after a barrier.
+  SRPKD_DEVICE void store_mirrored() const {
+    if (at.row == at.column) return;
+    uint16_t* const to = matrix + panel_of_terms(at.column, at.row, blocks);
+    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
+      const int row = i / BLOCK, column = i % BLOCK;
+      store_matrix_terms(to + i, load_shared<float>(place(column, row)), load_shared<float>(place(column + 1, row)));
+    }
+  }
+};
 
 // The sums over the splits of a tile of BLOCK x BLOCK partial sums. A thread has pairs of adjacent elements.
 template <int THREADS>
@@ -263,7 +284,9 @@ struct FinishMoments {
   static constexpr int THREADS = 256, MIN_BLOCKS = 2;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
-  static constexpr int SHARED_BYTES = LARGEST_AT + THREADS / 32 * 4;
+  static constexpr int TILES_AT = LARGEST_AT + THREADS / 32 * 4;
+  using Tile = SymmetricTile<THREADS>;
+  static constexpr int SHARED_BYTES = TILES_AT + 2 * Tile::BYTES;
 
   const MomentArguments& p;
   const MomentResults& results;
@@ -315,6 +338,9 @@ struct FinishMoments {
                                  [](const auto* from) { return load_global(from); });
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const double count = p.pixels;
+    const int64_t matrix = image * elements_of_terms(channels);
+    const Tile of_centred{results.centred[network] + matrix, at, blocks, shared + TILES_AT};
+    const Tile of_whole{results.whole + matrix, at, blocks, shared + TILES_AT + Tile::BYTES};
     sums.for_each([&](int row, int column, double first_sum, double second_sum) {
       float centred[2], whole[2];
       for (int i = 0; i < 2; ++i) {
@@ -323,10 +349,12 @@ struct FinishMoments {
         centred[i] = static_cast<float>(sum) * scale;
         whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
       }
-      const int64_t matrix = image * elements_of_terms(channels);
-      store_symmetric(results.centred[network] + matrix, at, blocks, row, column, centred[0], centred[1]);
-      if (network == STUDENT) store_symmetric(results.whole + matrix, at, blocks, row, column, whole[0], whole[1]);
+      of_centred.store(row, column, centred[0], centred[1]);
+      if (network == STUDENT) of_whole.store(row, column, whole[0], whole[1]);
     });
+    sync_block();
+    of_centred.store_mirrored();
+    if (network == STUDENT) of_whole.store_mirrored();
     const int thread = thread_index();
     if (at.row == at.column && thread < BLOCK)
       store_global(results.mean + int64_t{image} * both + first + at.row * BLOCK + thread,
@@ -409,12 +437,16 @@ struct WeightedMoment {
 
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
-    uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
+    using Result = SymmetricTile<THREADS>;
+    constexpr int RESULT_AT = 256;  // other threads may still read the first word
+    static_assert(RESULT_AT + Result::BYTES <= SHARED_BYTES);
+    const Result result{p.weighted + image * elements_of_terms(p.features.channels), at, blocks, shared + RESULT_AT};
     const TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) { return load_global_coherent(from); });
     sums.for_each([&](int row, int column, double first, double second) {
-      store_symmetric(matrix, at, blocks, row, column, static_cast<float>(first) * scale,
-                      static_cast<float>(second) * scale);
+      result.store(row, column, static_cast<float>(first) * scale, static_cast<float>(second) * scale);
     });
+    sync_block();
+    result.store_mirrored();
   }
 };
 

@@ -135,7 +135,7 @@ inline void plan_factors(Arguments& p, Workspace& workspace) {
 
 inline void plan_moments(Arguments& p, int multiprocessors, Workspace& workspace) {
   const int64_t tiles = int64_t{p.images} * p.tiles.count();
-  p.ranges = ranges_of(tiles, p.pixels, int64_t{multiprocessors} * 2);
+  p.ranges = ranges_of(tiles, p.pixels, int64_t{multiprocessors} * 3);
   p.partial = workspace.take<float>(tiles * p.ranges.splits * BLOCK * BLOCK);
 }
 
