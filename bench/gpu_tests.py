@@ -2,6 +2,8 @@
 
     SRPKD_GPU_TESTS=FOLDER python -m pytest -p bench.gpu_tests ...
 
+With SRPKD_CUDA_KERNEL, a test of a case that the selected kernel declares as not covered is skipped.
+
 Every result is a line of FOLDER/tests.jsonl as soon as it is known. Tests that are listed in FOLDER/passed.txt are
 deselected: ``start`` writes that file from the results so far, once, so that all workers of pytest-xdist read the same.
 """
@@ -10,12 +12,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
+from .providers import KERNEL_VARIABLE
+
 VARIABLE = "SRPKD_GPU_TESTS"
+NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # csrc/cuda/choose_kernel.h
 # parts of test names; a test belongs to the first that its name contains
 ORDER = (
     "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "test_properties.py",
@@ -75,6 +82,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     passed = set((Path(os.environ[VARIABLE]) / "passed.txt").read_text(encoding="utf-8").splitlines())
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
     items[:] = sorted((item for item in items if item.nodeid not in passed), key=lambda item: rank(item.nodeid))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Report a test as skipped if the kernel that SRPKD_CUDA_KERNEL selects does not cover its case."""
+    report = yield
+    reason = " ".join(str(call.excinfo.value).split()) if call.excinfo else ""
+    if report.failed and (found := NOT_COVERED.search(reason)):
+        report.outcome, report.longrepr = "skipped", (str(item.path), item.location[1] or 0, found[0])
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:

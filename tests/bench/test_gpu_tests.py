@@ -24,6 +24,9 @@ def test_a_thousand_runs():
 
 def test_skipped():
     pytest.skip("no such GPU")
+
+def test_uncovered():
+    raise RuntimeError('SRPKD_CUDA_KERNEL="sm90" does not cover a wide student: use sm80 or auto')
 """
 
 
@@ -63,10 +66,12 @@ def test_tests_that_passed_are_not_repeated(tmp_path, arguments):
     arguments = (*arguments, "--continue-on-collection-errors")
     order = [f"test_backend[{name}]" for name in ("native", "triton", "blocked")]
     ran = run_pytest(tmp_path, *arguments)
-    assert [name for name in ran if name] == [*order, "test_skipped", "test_a_thousand_runs"]
-    assert [name for name in run_pytest(tmp_path, *arguments) if name] == ["test_backend[triton]", "test_skipped"]
+    assert [name for name in ran if name] == [*order, "test_skipped", "test_uncovered", "test_a_thousand_runs"]
+    assert [name for name in run_pytest(tmp_path, *arguments) if name] == [
+        "test_backend[triton]", "test_skipped", "test_uncovered",
+    ]  # fmt: skip
     text = gpu_tests.summary(tmp_path / "state")
-    assert "test_backends.py: 3 passed, 1 failed, 1 skipped" in text
+    assert "test_backends.py: 3 passed, 1 failed, 2 skipped" in text
     assert "FAILED 1 x AssertionError: a tolerance" in text and "No module named 'no_such_module'" in text
 
 
