@@ -182,6 +182,7 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
       if (!is_empty) losses[image * tiles + place] = process(space, image, set);
       if (!need_grad) continue;
       while (tiles_done[image].load(std::memory_order_acquire) != place && !failed) std::this_thread::yield();
+      if (failed) return;
       if (!is_empty) {
         space.rows.add_to(U, h, image);
         if (mirrored) space.columns.add_to(U, h, image);

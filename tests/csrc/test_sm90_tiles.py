@@ -174,10 +174,11 @@ def test_float32_has_two_terms(library: ctypes.CDLL) -> None:
     assert error(tiles.U, expected.U) < 2**-15
 
 
-def test_float16_with_extreme_magnitudes(library: ctypes.CDLL) -> None:
-    """K is scaled, so that it neither overflows nor underflows."""
-    for magnitude in (2.0**-12, 2.0**10):
-        student, teacher = (x * magnitude for x in draw(torch.float16, 1, 140, (6, 6), "nchw"))
+@every_dtype
+def test_extreme_magnitudes(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Signs are right for any difference, and K, which is scaled for float16, neither overflows nor underflows."""
+    for magnitude in (2.0**-12, 2.0**10) if dtype == torch.float16 else (1e-17, 1e15):
+        student, teacher = (x * magnitude for x in draw(dtype, 1, 140, (6, 6), "nchw"))
         for normalize in NORMALIZATIONS:
             check(library, student, teacher, Relation(normalize, "l1"))
 

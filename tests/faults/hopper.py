@@ -88,8 +88,8 @@ BACKENDS = {
             Fault(
                 "sign(0) is not 0",
                 HOPPER_EPILOGUE,
-                "fused_multiply_add(d, 0x1p100f, 0.5f)",
-                "fused_multiply_add(d, 0x1p100f, 1.f)",
+                "fused_multiply_add(d, 0x1p127f, 0.5f)",
+                "fused_multiply_add(d, 0x1p127f, 1.f)",
             ),
         ],
     ),

@@ -54,6 +54,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
 def test_auto_takes_the_closed_form_for_l2_on_an_h100(normalize: str, dtype: torch.dtype, gpu: torch.device) -> None:
     for batch in (1, 16):
         assert auto_backend(gpu, Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high") == "closed_form"
+    constant = Relation(normalize, "l2", detach_norms=True)  # for "row" without kernels of the closed form
+    assert (auto_backend(gpu, constant, dtype) == "closed_form") == (normalize != "row")
     assert auto_backend(gpu, Relation(normalize, "l2"), torch.float64) == "closed_form"  # no kernels
     assert auto_backend(gpu, Relation(normalize, "l1"), torch.float64) == "blocked"
 

@@ -42,11 +42,11 @@ struct RowSums {
   }
 };
 
-// magnitude * sign(d) with sign(0) = 0, without a branch: two instructions. A sign taken from the sign bit needs one,
-// but a branch that computes ties again; instructions that are jumped over make the code outgrow the instruction cache.
-// For |d| < 2^-101 the result is between 0 and the magnitude.
+// magnitude * sign(d) with sign(0) = 0 for any difference but denormal ones, without a branch: two instructions. A sign
+// taken from the sign bit needs one, but a branch that computes ties again; instructions that are jumped over make the
+// code outgrow the instruction cache.
 SRPKD_DEVICE float with_sign(float magnitude, float d) {
-  return fused_multiply_add(saturate(fused_multiply_add(d, 0x1p100f, 0.5f)), 2 * magnitude, -magnitude);
+  return fused_multiply_add(saturate(fused_multiply_add(d, 0x1p127f, 0.5f)), 2 * magnitude, -magnitude);
 }
 
 // K of the rows of a lane, packed, one operand of wgmma for each 16 columns.
