@@ -48,7 +48,7 @@ def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -
         called.append((student, teacher, relation, need_grad, options))
         return "loss", "gradient"
 
-    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype: kernels)
+    monkeypatch.setattr(closed_form, "implementation", lambda device, dtype, relation: kernels)
     monkeypatch.setattr(native if kernels == "native" else triton_closed_form, "loss_and_gradient", record)
     student, teacher = torch.rand(1, 4, 2), torch.rand(1, 4, 3)
     assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")

@@ -281,7 +281,7 @@ SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 // Adds the partial moments. Grid: (images * tiles of both networks, 1).
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 1;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int TILES_AT = LARGEST_AT + THREADS / 32 * 4;

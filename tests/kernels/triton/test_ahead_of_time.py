@@ -147,9 +147,10 @@ def test_unavailable_reason(monkeypatch):
     assert auto_backend(gpu, ROW_L1) == "blocked"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert unavailable_reason("triton", gpu) is None
+    monkeypatch.setattr(native, "is_built", lambda device: False)
     assert auto_backend(gpu, ROW_L1) == auto_backend(gpu, ROW_L1, torch.bfloat16) == "triton"
     assert auto_backend(gpu, ROW_L1, torch.float64) == "blocked"
-    assert auto_backend(gpu, Relation("row", "l2")) == "triton"
+    assert auto_backend(gpu, Relation("row", "l2")) == "closed_form"
     assert auto_backend(gpu, Relation("row", "l2"), torch.float64) == "closed_form"
     monkeypatch.setattr(native, "is_built", lambda device: True)
     monkeypatch.setattr(triton, "unavailable_reason", lambda device: "not installed")
