@@ -34,9 +34,9 @@ test: lint suite
 # The second run uses Triton's interpreter, which replaces the compiler in the whole process. The coverage of srpkd/ and
 # kernels/ by both runs is reported at the end.
 suite: $(VENV)/installed
-	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=
-	$(COUNTED) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
-	    $(PARALLEL) --cov --cov-append --cov-report=term-missing
+	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term-missing
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
+	    $(PARALLEL)  # coverage would make the interpreter take three times as long
 
 # In a copy of the tree, because the extension in this one is built for the torch of .venv. The copy's extension is
 # rebuilt every time, the packages stay. Triton 3.6, which torch 2.11 requires, cannot interpret kernels with numpy 2.4.

@@ -74,8 +74,12 @@ def assert_as_accurate_as_eager(
 
 
 # incomplete, full and several blocks; equal channels use the difference form
-@pytest.mark.parametrize("channels", [(1, 3), (24, 40), (40, 40), (70, 70), (140, 30)], ids=str)
-@every_dtype
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [(torch.float32, channels) for channels in ((1, 3), (24, 40), (40, 40), (70, 70), (140, 30))]
+    + [(dtype, channels) for dtype in NARROW if dtype != torch.float32 for channels in ((40, 40), (140, 30))],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 @every_relation
 def test_errors(relation, dtype, channels):
     # the direct form of "row" adds up float32 sums of each row, without an average over squares
@@ -91,7 +95,7 @@ def test_constant_norms(dtype, channels):
     assert_as_accurate_as_eager(student, teacher, replace(COSINE, detach_norms=True))
 
 
-@pytest.mark.parametrize("noise", [1e-1, 1e-3, 1e-4])
+@pytest.mark.parametrize("noise", [1e-1, 1e-4])
 @every_dtype
 @every_relation
 def test_errors_near_convergence(relation, dtype, noise):
@@ -207,7 +211,7 @@ def test_launches(need_grad, channels, monkeypatch):
         assert [name for name, _ in launches()] == [*before[relation.normalize], last]
 
 
-@pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
+@pytest.mark.parametrize("size", [1e-15, 1e15])
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
 def test_features_of_any_size(relation, channels, size):
@@ -221,8 +225,7 @@ def test_features_of_any_size(relation, channels, size):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy warns about the overflow
-@pytest.mark.parametrize("value", [1e20, torch.inf, torch.nan])
-@pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.parametrize(("value", "need_grad"), [(1e20, True), (torch.inf, True), (torch.nan, True), (1e20, False)])
 @pytest.mark.parametrize("channels", [(5, 7), (7, 7)], ids=str)
 @every_normalized
 def test_overflow_gives_nan(relation, channels, need_grad, value):

@@ -138,13 +138,12 @@ def test_error_of_every_relation(relation, dtype):
     assert_as_accurate_as_eager(*features(relation, 1, pixels, (24, 40), dtype), relation)
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=name)
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_flags(relation, flags, dtype):
+def test_flags(relation, flags):
     """Two blocks of pixels, with zero-norm pixels in both networks."""
     relation = replace(relation, **dict.fromkeys(flags, True))
-    student, teacher = features(relation, 1, 140, (5, 7), dtype, apart=1e-8)
+    student, teacher = features(relation, 1, 140, (5, 7), torch.float32, apart=1e-8)
     student[:, 3] = teacher[:, 135] = 0
     assert_as_accurate_as_eager(student, teacher, relation)
 
