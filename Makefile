@@ -31,8 +31,8 @@ quick: $(VENV)/installed
 
 test: lint suite
 
-# The second run uses Triton's interpreter, which replaces the compiler in the whole process. The coverage of srpkd/ and
-# kernels/ by both runs is reported at the end.
+# The second run uses Triton's interpreter, which replaces the compiler in the whole process. The coverage that is reported
+# is that of the first run.
 suite: $(VENV)/installed
 	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term-missing
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
