@@ -6,21 +6,19 @@
 // turn. There is no deadlock, because a tile waits only for tiles that were claimed before it.
 #include "indexed_tiles.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <thread>
 #include <vector>
 
 #include "../common/index.h"
 #include "gram.h"
 #include "kernels.h"
 #include "relation_tiles.h"
+#include "tile_workers.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -115,10 +113,8 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
   const Kernels<T>& kernels = select_kernels<T>();
   const int64_t* const listed_pixels = index.const_data_ptr<int64_t>();
 
-  std::vector<double> losses(images * tiles);
   std::vector<std::atomic<int64_t>> tiles_done(images);
-  std::atomic<int64_t> claimed_tiles{0};
-  std::atomic<bool> failed{false};
+  TileWorkers workers(images, tiles);
 
   // Sets the pixels of both sides of a tile.
   const auto select = [&](Workspace<T>& space, int64_t image, int64_t set, int64_t row_block, int64_t column_block) {
@@ -173,40 +169,20 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     return part;
   };
 
-  const auto work = [&](Workspace<T>& space) {
-    for (int64_t claim; !failed && (claim = claimed_tiles++) < images * tiles;) {
-      const int64_t image = claim % images, place = claim / images;  // alternates between images: fewer waits
-      const int64_t set = place / (row_blocks * column_blocks), block = place % (row_blocks * column_blocks);
-      select(space, image, set, block / column_blocks, block % column_blocks);
-      const bool is_empty = space.rows.pixels.empty();  // of a set with fewer rows than others
-      if (!is_empty) losses[image * tiles + place] = process(space, image, set);
-      if (!need_grad) continue;
-      while (tiles_done[image].load(std::memory_order_acquire) != place && !failed) std::this_thread::yield();
-      if (failed) return;
-      if (!is_empty) {
-        space.rows.add_to(U, h, image);
-        if (mirrored) space.columns.add_to(U, h, image);
-      }
-      tiles_done[image].store(place + 1, std::memory_order_release);
+  const auto work = [&](Workspace<T>& space, int64_t image, int64_t place) {
+    const int64_t set = place / (row_blocks * column_blocks), block = place % (row_blocks * column_blocks);
+    select(space, image, set, block / column_blocks, block % column_blocks);
+    const bool is_empty = space.rows.pixels.empty();  // of a set with fewer rows than others
+    const double part = is_empty ? 0 : process(space, image, set);
+    if (!need_grad || !workers.wait_for(tiles_done[image], place)) return part;
+    if (!is_empty) {
+      space.rows.add_to(U, h, image);
+      if (mirrored) space.columns.add_to(U, h, image);
     }
+    tiles_done[image].store(place + 1, std::memory_order_release);
+    return part;
   };
-
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), images * tiles);
-  std::vector<Workspace<T>> workspaces;
-  for (int64_t worker = 0; worker < workers; ++worker) workspaces.emplace_back(size, rows);
-  at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
-    try {
-      work(workspaces[worker]);
-    } catch (...) {
-      failed = true;  // or other threads would wait forever for this thread's tile
-      throw;
-    }
-  });
-
-  double* const total = loss.mutable_data_ptr<double>();
-  for (int64_t image = 0; image < images; ++image)
-    for (int64_t place = 0; place < tiles; ++place) total[image] += losses[image * tiles + place];
+  workers.run([&] { return Workspace<T>(size, rows); }, work, loss.mutable_data_ptr<double>());
 }
 
 }  // namespace

@@ -8,8 +8,6 @@
 // barrier. There is no deadlock, because a tile waits only for tiles that were claimed before it.
 #include "relation_tiles.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -21,12 +19,12 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <thread>
 #include <vector>
 
 #include "../common/index.h"
 #include "gram.h"
 #include "kernels.h"
+#include "tile_workers.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -87,14 +85,8 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
   const std::vector<Tensor> q_s = student.unbind(0), q_t = teacher.unbind(0);  // (N, C) each
   const std::vector<Tensor> u = need_grad ? U.unbind(0) : std::vector<Tensor>{};
   const Tensor alpha_s = padded(alpha_student, type), alpha_t = padded(alpha_teacher, type);
-  std::vector<double> losses(images * tiles);
   std::vector<std::atomic<int64_t>> rounds_done(images * blocks);  // of each block
-  std::atomic<int64_t> claimed_tiles{0};
-  std::atomic<bool> failed{false};
-
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), images * tiles);
-  std::vector<Workspace> workspaces;
-  for (int64_t worker = 0; worker < workers; ++worker) workspaces.emplace_back(size, student, teacher, type);
+  TileWorkers workers(images, tiles);
 
   // Adds a tile's part to U and h of one block's pixels.
   const auto accumulate = [&](int64_t image, Block block, const Tensor& K, const Tensor& features, const Tensor& part) {
@@ -126,52 +118,36 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
          alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j), space.h[0].template mutable_data_ptr<T>(),
          space.h[1].template mutable_data_ptr<T>(), T(relation.delta), 0},
         {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
-    if (need_grad) {
-      wait_for_turn();
+    if (need_grad && wait_for_turn()) {
       accumulate(image, i, K, s_j, space.h[0]);
       if (mirrored) accumulate(image, j, K.t(), s_i, space.h[1]);
     }
     return part;
   };
 
-  const auto work = [&](Workspace& space) {
-    for (int64_t claim; !failed && (claim = claimed_tiles++) < images * tiles;) {
-      const int64_t image = claim % images, index = claim / images;  // alternates between images: fewer waits
-      const Tile tile = tile_at(index, blocks);
-      std::atomic<int64_t>* const done = rounds_done.data() + image * blocks;
-      const auto wait_for_turn = [&] {
-        for (const int64_t block : {tile.row, tile.column})
-          while (done[block].load(std::memory_order_acquire) != tile.round && !failed) std::this_thread::yield();
-      };
-      double& part = losses[image * tiles + index];
-      const Block i = block_at(tile.row, size, pixels), j = block_at(tile.column, size, pixels);
-      if (tile.mirrored()) {
-        part = process(space, image, i, j, true, wait_for_turn);
-      } else {  // symmetric: compute the lower triangle of its four quarters
-        const Block first = {i.begin, std::min(i.size, half)}, second = {i.begin + half, i.size - first.size};
-        part = process(space, image, first, first, false, wait_for_turn);
-        if (second.size > 0) {
-          part += process(space, image, second, second, false, wait_for_turn);
-          part += process(space, image, second, first, true, wait_for_turn);
-        }
+  const auto work = [&](Workspace& space, int64_t image, int64_t index) {
+    const Tile tile = tile_at(index, blocks);
+    std::atomic<int64_t>* const done = rounds_done.data() + image * blocks;
+    const auto wait_for_turn = [&] {
+      return workers.wait_for(done[tile.row], tile.round) && workers.wait_for(done[tile.column], tile.round);
+    };
+    double part;
+    const Block i = block_at(tile.row, size, pixels), j = block_at(tile.column, size, pixels);
+    if (tile.mirrored()) {
+      part = process(space, image, i, j, true, wait_for_turn);
+    } else {  // symmetric: compute the lower triangle of its four quarters
+      const Block first = {i.begin, std::min(i.size, half)}, second = {i.begin + half, i.size - first.size};
+      part = process(space, image, first, first, false, wait_for_turn);
+      if (second.size > 0) {
+        part += process(space, image, second, second, false, wait_for_turn);
+        part += process(space, image, second, first, true, wait_for_turn);
       }
-      for (const int64_t block : {tile.row, tile.column}) done[block].store(tile.round + 1, std::memory_order_release);
     }
+    if (need_grad && !wait_for_turn()) return part;
+    for (const int64_t block : {tile.row, tile.column}) done[block].store(tile.round + 1, std::memory_order_release);
+    return part;
   };
-
-  at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-    const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
-    try {
-      work(workspaces[worker]);
-    } catch (...) {
-      failed = true;  // or other threads would wait forever for this thread's tile
-      throw;
-    }
-  });
-
-  double* const total = loss.mutable_data_ptr<double>();
-  for (int64_t image = 0; image < images; ++image)
-    for (int64_t index = 0; index < tiles; ++index) total[image] += losses[image * tiles + index];
+  workers.run([&] { return Workspace(size, student, teacher, type); }, work, loss.mutable_data_ptr<double>());
 }
 
 }  // namespace
