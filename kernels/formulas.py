@@ -52,6 +52,11 @@ class Relation:
     detach_norms: bool = False
 
     @property
+    def arguments(self) -> tuple[str, str, float, float, bool, bool]:
+        """The options in the order in which the operators take them."""
+        return self.normalize, self.distance, self.delta, self.eps, self.rectify, self.detach_norms
+
+    @property
     def symmetric(self) -> bool:
         """Whether A, and with it D and rho'(D), is symmetric."""
         return self.normalize != "row"

@@ -41,12 +41,7 @@ def python_relation_loss(
         loss, _ = relation_loss_op(
             student,
             teacher,
-            relation.normalize,
-            relation.distance,
-            relation.delta,
-            relation.eps,
-            relation.rectify,
-            relation.detach_norms,
+            *relation.arguments,
             backend,
             need_grad,
             columns,
