@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import cases, measure
 from .cases import Case, features, settings
-from .providers import PROVIDERS, CannotRun, evaluate
+from .providers import PROVIDERS, CannotRun, add_option, evaluate
 
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")
@@ -29,14 +29,7 @@ LONGEST_NAME = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
     parser.set_defaults(pixels=[4096], batch=[1, 16], dtype=["bfloat16"])
-    parser.add_argument(
-        "--providers",
-        choices=PROVIDERS,
-        nargs="+",
-        default=DEFAULT,
-        metavar="PROVIDER",
-        help=f"from {', '.join(PROVIDERS)} (default: {' '.join(DEFAULT)})",
-    )
+    add_option(parser, DEFAULT, " ".join(DEFAULT))
 
 
 def run(options: argparse.Namespace) -> None:

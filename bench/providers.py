@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -201,6 +202,18 @@ PROVIDERS: dict[str, Provider] = {
 }
 DEFAULT = [name for name in PROVIDERS if name not in CUDA_KERNELS]
 OURS = tuple(name for name in BACKENDS if name != "reference")
+
+
+def add_option(parser: argparse.ArgumentParser, default: Sequence[str], description: str) -> None:
+    """Add the option --providers."""
+    parser.add_argument(
+        "--providers",
+        choices=PROVIDERS,
+        nargs="+",
+        default=default,
+        metavar="PROVIDER",
+        help=f"from {', '.join(PROVIDERS)} (default: {description})",
+    )
 
 
 def evaluate(loss: Loss, student: Tensor, teacher: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:

@@ -24,7 +24,7 @@ from srpkd.kernels import measured
 
 from . import cases, gate, machine, measure, results
 from .cases import Case, features, settings
-from .providers import DEFAULT, PROVIDERS, CannotRun, evaluate, prepare_call
+from .providers import DEFAULT, PROVIDERS, CannotRun, add_option, evaluate, prepare_call
 
 RESULTS = results.FOLDER / "relation.csv"
 KEY = (
@@ -61,14 +61,7 @@ class Trial:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
-    parser.add_argument(
-        "--providers",
-        choices=PROVIDERS,
-        nargs="+",
-        default=DEFAULT,
-        metavar="PROVIDER",
-        help=f"from {', '.join(PROVIDERS)} (default: all without the kernels that are selected by name)",
-    )
+    add_option(parser, DEFAULT, "all without the kernels that are selected by name")
     parser.add_argument(
         "--budget",
         type=float,
