@@ -3,9 +3,9 @@
     python -m bench photographs                    three hours on one core of a CPU
 
 Photographs that come inside scikit-image, scikit-learn and matplotlib are cut into crops; the test crops are from
-photographs that neither teacher nor students have seen. Two tasks: colour a gray image, and restore a blurred, noisy
-one. In each partition into training and test photographs, students start from the same weights and see the same crops
-in the same order, so their scores are compared in pairs, as in ``python -m bench study``.
+photographs that neither teacher nor students have seen. Two tasks: restore a blurred, noisy image, and convert a
+halftone to continuous tones. In each partition into training and test photographs, students start from the same weights
+and see the same crops in the same order, so their scores are compared in pairs, as in ``python -m bench study``.
 
 Each run of ``srpkd.train`` has a folder in RUNS_DIR. Call it again to resume it: finished runs are not repeated.
 """

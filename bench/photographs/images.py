@@ -71,15 +71,17 @@ def partition(number: int) -> tuple[list[str], list[str]]:
 # --- tasks: from a photograph (3, H, W) in [-1, 1] to the input of the generator --------------------------------------
 
 
-def gray(photograph: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the luma, in three equal channels: the task is to colour it."""
-    return F.rgb_to_grayscale(photograph, 3)
-
-
 def degraded(photograph: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the photograph blurred (sigma 1.5 pixels), then with noise (sigma 10 of 255 levels): to be restored."""
+    """Return the photograph blurred (sigma 1.5 pixels), then with noise (sigma 50 of 255 levels): to be restored."""
     blurred = F.gaussian_blur(photograph, [9, 9], [1.5, 1.5])
-    return (blurred + 10 / 127.5 * torch.randn(photograph.shape, generator=generator)).clamp(-1, 1)
+    return (blurred + 50 / 127.5 * torch.randn(photograph.shape, generator=generator)).clamp(-1, 1)
+
+
+def halftone(photograph: Tensor, generator: torch.Generator) -> Tensor:
+    """Return one bit per channel, by error diffusion (Floyd and Steinberg): to be converted to continuous tones."""
+    levels = ((photograph + 1) * 127.5).round().to(torch.uint8)
+    bits = [np.array(Image.fromarray(channel.numpy()).convert("1")) for channel in levels]
+    return torch.from_numpy(np.stack(bits)).float() * 2 - 1
 
 
 class Task(NamedTuple):
@@ -90,8 +92,8 @@ class Task(NamedTuple):
 
 
 TASKS: dict[str, Task] = {
-    "colour": Task(gray, "from gray to colour"),
     "restore": Task(degraded, "from a blurred and noisy to a clean image"),
+    "halftone": Task(halftone, "from a halftone of one bit per channel to continuous tones"),
 }
 
 

@@ -51,6 +51,7 @@ def run_config(study: Study, task: str, partition: int) -> ResolvedConfig:
         teacher_ngf=24,
         norm="batch",
         no_dropout=True,
+        gan_mode="lsgan",
         netD="n_layers",
         n_layers_D=2,
         ndf=16,
