@@ -28,7 +28,7 @@ from srpkd.training.summary import device_name
 from .images import TASKS, write_dataset
 from .plan import Study, dataset_folder, run_config
 from .report import render, write
-from .scores import run_scores
+from .scores import examples, run_scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         },
         "tasks": found,
     }
-    path = write(result, Path(study.runs_dir))
-    if arguments.report:
-        path = write(result, arguments.report)
+    images = {task: examples(study, task, 0) for task in arguments.tasks}
+    for folder in (Path(study.runs_dir), *([arguments.report] if arguments.report else [])):
+        path = write(result, images, folder)
     print(f"{render(result)}\nreport: {path}")

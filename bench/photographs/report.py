@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from bench.study.comparison import describe_difference, draw_differences
 from srpkd.files import write_file
@@ -29,9 +30,13 @@ have 1/7 of their teacher's parameters, start from the same weights and see the 
 scores are compared in pairs.
 
 Brackets contain the 95 % confidence interval of the mean difference (Student's t over partitions, separately for each
-comparison). An effect is claimed only if the interval excludes 0. The partitions share photographs, so they are less
-independent than the intervals assume. There are few photographs, the crops are small, and training is short. Hardware:
-{device}; torch {torch}."""
+comparison). An effect is claimed only if the interval excludes 0; of {intervals} intervals, about {by_chance} would
+exclude it by chance. The partitions share photographs, so they are less independent than the intervals assume. There
+are few photographs, the crops are small, and training is short.
+
+The tasks are those in which a teacher is clearly better than its input on photographs that it has not seen. Colouring
+gray photographs is not among them: the output of a teacher that had seen eight photographs was further from the target
+than the gray image. Hardware: {device}; torch {torch}."""
 COMPARISONS = (
     ("output", "alone"),
     ("output + SRP", "output"),
@@ -42,6 +47,7 @@ COMPARISONS = (
 
 def render(result: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
+    intervals = len(COMPARISONS) * len(METRICS) * len(result["tasks"])
     introduction = INTRODUCTION.format(
         **result["environment"],
         command=result["command"],
@@ -50,6 +56,8 @@ def render(result: Mapping[str, Any]) -> str:
         tested=TESTED,
         pairs=result["pairs"],
         size=result["size"],
+        intervals=intervals,
+        by_chance=round(intervals / 20),
     )
     lines = [
         "# Does it help on photographs?",
@@ -57,6 +65,10 @@ def render(result: Mapping[str, Any]) -> str:
         introduction,
         "",
         "![Differences to output distillation](photographs.png)",
+        "",
+        "![Inputs, outputs and targets of one partition](photographs-examples.png)",
+        "",
+        "Of each test photograph of the first partition, the crop of the largest contrast.",
     ]
     for task, runs in result["tasks"].items():
         lines += ["", f"## {task.capitalize()}: {TASKS[task].words}", "", *_table(runs), "", *_verdicts(runs)]
@@ -92,6 +104,22 @@ def _verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def draw_examples(tasks: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Draw images (P, 3, H, W) in [-1, 1] of each task, one row per P and one column per network; return the PNG."""
+    columns = list(next(iter(tasks.values())))
+    rows = [
+        [images[column][i] for column in columns] for images in tasks.values() for i in range(len(images["target"]))
+    ]
+    figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(rows) + 0.3), layout="constrained")
+    for number, axes in enumerate(figure.subplots(len(rows), len(columns), squeeze=False).flat):
+        row, column = divmod(number, len(columns))
+        axes.imshow((rows[row][column].permute(1, 2, 0).clamp(-1, 1) + 1).numpy() / 2)
+        axes.axis("off")
+        if row == 0:
+            axes.set_title(columns[column], fontsize=8)
+    return to_png(figure, dpi=120)
+
+
 def draw(result: Mapping[str, Any]) -> bytes:
     """Plot the differences to output distillation, per partition and with their intervals, and return the PNG."""
     variants = [name for name in VARIANTS if name != "output"]
@@ -109,8 +137,13 @@ def draw(result: Mapping[str, Any]) -> bytes:
     return to_png(figure, dpi=120)
 
 
-def write(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write photographs.json, photographs.png and photographs.md, and return the path of photographs.md."""
+def write(result: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Path:
+    """Write photographs.md, .json and .png, and photographs-examples.png of ``scores.examples`` for each task.
+
+    Returns:
+        The path of photographs.md.
+    """
     write_file(folder / "photographs.json", json.dumps(result, indent=1).encode())
     write_file(folder / "photographs.png", draw(result))
+    write_file(folder / "photographs-examples.png", draw_examples(tasks))
     return write_file(folder / "photographs.md", render(result).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from srpkd.metrics.pixels import psnr
 from srpkd.models.checkpoints import load_generator
 from srpkd.training.extension import stage_folder
 
-from .images import partition, read_pairs
+from .images import grid_crops, partition, read_pairs, read_photographs
 from .plan import VARIANTS, Study, dataset_folder, run_config
 
 # name -> (label, digits after the point); larger is better
@@ -27,20 +26,43 @@ def run_scores(study: Study, task: str, number: int) -> dict[str, Any]:
 
     The networks are "input", the unchanged input, "teacher", and the variants.
     """
-    config = run_config(study, task, number)
-    source, target = read_pairs(dataset_folder(study, task, number) / "test")
-    found = {"input": score(source, target)}
-    files = {"teacher": run_folder(config) / "teacher"}
-    files |= {variant: stage_folder(run_folder(config), config, variant, 0) for variant in VARIANTS}
-    for name, folder in files.items():
-        found[name] = score(_outputs(folder / "latest_net_G.pth", source), target)
-    return {"tested": partition(number)[1], "scores": found}
+    source, target = _test_pairs(study, task, number)
+    outputs = _outputs(study, task, number, source)
+    return {
+        "tested": partition(number)[1],
+        "scores": {network: score(images, target) for network, images in outputs.items()},
+    }
+
+
+def examples(study: Study, task: str, number: int) -> dict[str, Tensor]:
+    """Return the test crop of the largest contrast of each test photograph, (P, 3, H, W) in [-1, 1].
+
+    The keys are the networks of ``run_scores``, and "target".
+    """
+    source, target = _test_pairs(study, task, number)
+    contrast = target.std((1, 2, 3))
+    chosen, start = [], 0
+    for photograph in read_photographs(partition(number)[1]).values():
+        end = start + len(grid_crops({"": photograph}, study.size))
+        chosen.append(start + int(contrast[start:end].argmax()))
+        start = end
+    return _outputs(study, task, number, source[chosen]) | {"target": target[chosen]}
+
+
+def _test_pairs(study: Study, task: str, number: int) -> tuple[Tensor, Tensor]:
+    return read_pairs(dataset_folder(study, task, number) / "test")
 
 
 @torch.no_grad()
-def _outputs(file: Path, source: Tensor) -> Tensor:
-    network = load_generator(file).eval()
-    return torch.cat([network(part) for part in source.split(BATCH)])
+def _outputs(study: Study, task: str, number: int, source: Tensor) -> dict[str, Tensor]:
+    config = run_config(study, task, number)
+    folders = {"teacher": run_folder(config) / "teacher"}
+    folders |= {variant: stage_folder(run_folder(config), config, variant, 0) for variant in VARIANTS}
+    found = {"input": source}
+    for name, folder in folders.items():
+        network = load_generator(folder / "latest_net_G.pth").eval()
+        found[name] = torch.cat([network(part) for part in source.split(BATCH)])
+    return found
 
 
 def score(output: Tensor, target: Tensor) -> dict[str, float]:

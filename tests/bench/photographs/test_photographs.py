@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bench.__main__ import main
 from bench.photographs.images import (
@@ -22,7 +25,7 @@ from bench.photographs.images import (
     write_dataset,
 )
 from bench.photographs.plan import VARIANTS, Study, run_config
-from bench.photographs.report import draw, render
+from bench.photographs.report import draw, draw_examples, render
 from bench.photographs.scores import METRICS, score
 
 STUDY = Path(__file__).parents[3] / "docs" / "study.json"
@@ -121,6 +124,14 @@ def test_report_of_known_scores():
     assert draw(result).startswith(b"\x89PNG")
 
 
+def test_examples_are_drawn_in_the_colours_of_the_images():
+    red, blue = (torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 8, 8) for colour in ((1.0, -1, -1), (-1.0, -1, 1)))
+    png = draw_examples({"restore": {"input": red, "target": blue}})
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        assert (pixels == colour).all(1).mean() > 0.2
+
+
 @pytest.mark.slow
 def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
     monkeypatch.chdir(tmp_path)
@@ -134,4 +145,5 @@ def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
     [run] = result["tasks"]["restore"]
     assert run["tested"] == partition(0)[1] and run["scores"].keys() == {"input", "teacher", *VARIANTS}
     main([*arguments, "--report", "docs"])  # nothing is trained again
+    assert (tmp_path / "docs" / "photographs-examples.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "docs" / "photographs.json").read_text())["tasks"] == result["tasks"]
