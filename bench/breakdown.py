@@ -10,6 +10,7 @@ launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "h
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable
 
@@ -99,6 +100,6 @@ def short_name(name: str) -> str:
 
     The kernel ``run<Kernel>`` of csrc/cuda/algebra/launch.h has the name of its argument.
     """
-    parts = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("(", "<").split("<")
+    parts = re.split("[<>(]", name.removeprefix("void ").replace("(anonymous namespace)::", ""))
     plain = [part.strip().rpartition("::")[2] for part in parts]
     return (plain[1] if plain[0] == "run" and len(plain) > 1 else plain[0])[:LONGEST_NAME] or name[:LONGEST_NAME]
