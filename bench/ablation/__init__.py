@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +160,7 @@ class Variation:
     def __init__(self, library: Path, case: Case, multiprocessors: int | None = None) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.launch.restype = ctypes.c_char_p
-        student, teacher = features(case)
-        scales = scales_of(student, teacher, RELATION, torch.float32)
-        alphas = [alpha.contiguous() for alpha in (scales.student, scales.teacher) if alpha is not None]
-        self.inputs: list[Tensor] = [student, teacher, *alphas]
+        self.inputs = inputs_of(case)
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
         self.case = CaseOfLibrary(
@@ -201,6 +199,14 @@ class Variation:
             raise RuntimeError(message.decode())
         clocks, nanoseconds = counts.tolist()
         return 1e9 * clocks / nanoseconds
+
+
+@cache
+def inputs_of(case: Case) -> list[Tensor]:
+    """Return features and scales, those of the student first."""
+    student, teacher = features(case)
+    scales = scales_of(student, teacher, RELATION, torch.float32)
+    return [student, teacher, *(alpha.contiguous() for alpha in (scales.student, scales.teacher) if alpha is not None)]
 
 
 def measured(variation: Variation, check: bool) -> dict[str, Any]:

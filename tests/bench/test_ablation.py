@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from bench import ablation, machine_code
+from bench import ablation, machine_code, results
 from bench.ablation import variants
 from bench.ablation.variants import VARIANTS, Patch
 from bench.cases import Case
@@ -56,7 +56,7 @@ def test_file_names_are_distinct():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_finish_in_the_emulation(name, tmp_path):
+def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
     """A variant whose warps wait for what never comes would block a GPU. "as is" has the right loss."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
@@ -69,11 +69,55 @@ def test_variants_finish_in_the_emulation(name, tmp_path):
     variation.memory.fill_(0xFF)
     described = variation.description
     assert (described.grid, described.tiles) == (3, 6 * 7 // 2)
-    variation.launch()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ablation, "stream", lambda: 0)
+    monkeypatch.setattr(ablation.measure, "gpu_seconds", lambda call, device: 2e-6)
+    monkeypatch.setattr(variation, "hertz", lambda stream: 1.5e9)
+    found = ablation.measured(variation, check=name == "as is")
+    assert found == pytest.approx({"us": 2, "clocks_per_tile": 3000 / 7, "ghz": 1.5})
     if name == "as is":
         student, teacher = (tensor.double() for tensor in variation.inputs[:2])
         expected = relation_loss(student, teacher, normalize="row", distance="l1", layout="nlc", backend="blocked")
         assert variation.loss() == pytest.approx(float(expected), rel=1e-5)
+        variation.inputs[1].neg_()
+        variation.inputs[1][:, 0] *= 2
+        with pytest.raises(ValueError, match='the loss of "as is" is'):
+            ablation.measured(SameLoss(variation), check=True)
+        ablation.inputs_of.cache_clear()
+
+
+class SameLoss:
+    """A kernel that does nothing: the workspace has the loss of the call before."""
+
+    def __init__(self, variation: ablation.Variation) -> None:
+        self.inputs, self.loss, self.launch = variation.inputs, variation.loss, lambda stream: None
+
+
+def test_a_run(tmp_path, monkeypatch, capsys):
+    """Each variant is compared with "as is" of the same case, and recorded at once."""
+    times = iter([400.0, 390.0, 40.0, 41.5])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ablation, "compiled", lambda folder, names: dict.fromkeys(names, tmp_path))
+    monkeypatch.setattr(ablation, "Variation", lambda library, case: case)
+    monkeypatch.setattr(ablation.machine, "device_name", lambda device: "GPU")
+    checked = []
+
+    def measured(case: Case, check: bool) -> dict[str, float]:
+        checked.append((case.batch, check))
+        return {"us": next(times), "clocks_per_tile": 10000.0, "ghz": 1.8}
+
+    monkeypatch.setattr(ablation, "measured", measured)
+    out = tmp_path / "ablation.csv"
+    ablation.run(parsed("--variants", "as is", "no turns", "--out", str(out)))
+    rows = results.read(out)
+    assert [(row["variant"], row["batch"], float(row["us_to_as_is"])) for row in rows] == [
+        ("as is", "16", 0), ("no turns", "16", -10), ("as is", "1", 0), ("no turns", "1", 1.5),
+    ]  # fmt: skip
+    assert checked == [(16, True), (16, False), (1, True), (1, False)]
+    assert capsys.readouterr().out.count(ablation.HEADER) == 2
+    with pytest.raises(ValueError, match="integers >= 1"):
+        ablation.run(parsed("--batch", "0"))
 
 
 @pytest.mark.slow
