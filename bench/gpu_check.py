@@ -162,18 +162,16 @@ def profile(check: Check) -> None:
     plain, selected = sound_kernels(check) if check.on_gpu else (list(smoke_cases.GPU_KERNELS), [])
     sound = {*plain, *selected}
     tiles = [name for name in ("native-sm90", "triton") if name in sound]
-    l2 = ("--normalize", "row", "--distance", "l2", "--batch", 16, "--providers", "closed_form")
+    to, l2 = check.out / "profile", ("--normalize", "row", "--distance", "l2", "--batch", 16)
+    if "native-sm90" in sound:
+        check.bench_on_gpu("profile", "profile", "--out", to, seconds=0.6 * check.left)
     if tiles:
         with tempfile.TemporaryDirectory() as empty:  # the first call compiles
             cold = {"TRITON_CACHE_DIR": empty}
             check.bench_on_gpu("breakdown", "breakdown", "--batch", 16, 1, "--providers", *tiles, environment=cold)
     if "closed_form" in sound:
-        check.bench_on_gpu("breakdown of l2", "breakdown", *l2)
-    if "native-sm90" in sound:
-        share = check.left * (0.6 if "closed_form" in sound else 1)
-        check.bench_on_gpu("profile", "profile", "--out", check.out / "profile", seconds=share)
-    if "closed_form" in sound:
-        check.bench_on_gpu("profile of l2", "profile", "--out", check.out / "profile", *l2)
+        check.bench_on_gpu("profile of l2", "profile", "--out", to, *l2, "--providers", "closed_form")
+        check.bench_on_gpu("breakdown of l2", "breakdown", *l2, "--providers", "closed_form")
 
 
 def ablation(check: Check) -> None:

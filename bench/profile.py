@@ -16,48 +16,33 @@ report (*.ncu-rep.gz, for ncu-ui), its pages "details" and "source", and the tab
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
-import io
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from srpkd.kernels import build, native
 from srpkd.reporting.table import format_table
 
-from . import cases, machine_code
+from . import cases, machine_code, ncu
 from .breakdown import short_name
 from .cases import Case
 from .machine_code import Frame, Instruction
+from .ncu import Kernel, Row
 from .providers import PROVIDERS, CannotRun, add_option, prepare_call
 
 DEFAULT = ("native-sm90",)
 LEAST_SHARE, NEARLY_ALL = 0.02, 0.95  # of the samples: of lines that are shown, of lines that are left out
 LINES = 45  # that are shown
 CAUSES = 3  # of stalls
-# name and unit, as ncu scales it -> column and factor
-METRICS = {
-    ("Duration", "ns"): ("us", 1e-3),
-    ("Duration", "us"): ("us", 1.0),
-    ("Duration", "ms"): ("us", 1e3),
-    ("Elapsed Cycles", "cycle"): ("cycles", 1.0),
-    ("Registers Per Thread", "register/thread"): ("registers", 1.0),
-    ("Local Memory Spilling Requests", ""): ("spills", 1.0),
-    ("Achieved Occupancy", "%"): ("occupancy", 1.0),
-    ("DRAM Throughput", "%"): ("dram", 1.0),
-    ("L2 Cache Throughput", "%"): ("l2", 1.0),
-    ("Compute (SM) Throughput", "%"): ("compute", 1.0),
-}
 COLUMNS = [
     {"key": "kernel"},
     {"key": "us", "format": ",.1f"},
@@ -70,8 +55,6 @@ COLUMNS = [
     {"key": "compute", "label": "compute %", "format": ".0f"},
     {"key": "stalls", "label": "samples: waiting for"},
 ]
-ALL_SAMPLES = "Warp Stall Sampling (All Samples)"
-LAUNCH = re.compile(r"  (\S.*) \(\d+, \d+, \d+\)x\(\d+, \d+, \d+\), Context ")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +78,13 @@ def run(options: argparse.Namespace) -> None:
     if options.worker:
         profiled_call(*selected[0])
         return
-    ncu = find_ncu()
+    tool = ncu.find()
     options.out.mkdir(parents=True, exist_ok=True)
     errors: list[str] = []
     for case, name in selected:
         print(f"{name}: {case.describe()}", flush=True)
         try:
-            print(profile(ncu, case, name, options.out), flush=True)
+            print(profile(tool, case, name, options.out), flush=True)
         except OSError as error:
             errors.append(str(error))
             print(f"  {error}", flush=True)
@@ -128,23 +111,7 @@ def profiled_call(case: Case, name: str) -> None:
         torch.cuda.profiler.stop()
 
 
-def find_ncu() -> str:
-    """Return the path of Nsight Compute's command line.
-
-    Raises:
-        OSError: It is not installed.
-    """
-    roots = ("/usr/local", "/opt/nvidia/nsight-compute")
-    found = [str(path) for root in roots for pattern in ("cuda*/bin/ncu", "*/ncu") for path in Path(root).glob(pattern)]
-    if (ncu := shutil.which("ncu") or max(found, default=None)) is None:
-        raise OSError(
-            f"Nsight Compute is not installed: no ncu in PATH or in {' or '.join(roots)}. Install the package "
-            "nsight-compute of the CUDA toolkit, or use `python -m bench breakdown`, which needs none"
-        )
-    return ncu
-
-
-def profile(ncu: str, case: Case, name: str, out: Path) -> str:
+def profile(tool: str, case: Case, name: str, out: Path) -> str:
     """Profile a call, and return the tables to print.
 
     Raises:
@@ -153,20 +120,21 @@ def profile(ncu: str, case: Case, name: str, out: Path) -> str:
     to = out / re.sub(r"[^\w.]+", "-", f"{name} {case.describe().partition(',')[0]}")
     report = Path(f"{to}.ncu-rep")
     # the pages do not need the sources, which the report would contain once for every kernel
-    collect = [ncu, "--set", "full", "--import-source", "no", "--clock-control", "none", "--profile-from-start", "off"]
+    collect = [tool, "--set", "full", "--import-source", "no", "--clock-control", "none", "--profile-from-start", "off"]
     command = [sys.executable, "-m", "bench", "profile", "--worker", "--out", str(out), *arguments_of(case, name)]
-    output([*collect, "--force-overwrite", "--export", str(report), *command])
+    ncu.output([*collect, "--force-overwrite", "--export", str(report), *command])
     if not report.exists():
-        raise OSError(f"{ncu} has written no report: no kernel was launched")
-    details = output([ncu, "--import", str(report), "--page", "details"])
-    source = output([ncu, "--import", str(report), "--page", "source", "--csv"])
-    Path(f"{to}.details.txt").write_text(details)
-    Path(f"{to}.source.csv.gz").write_bytes(gzip.compress(source.encode()))
+        raise OSError(f"{tool} has written no report: no kernel was launched")
     Path(f"{report}.gz").write_bytes(gzip.compress(report.read_bytes(), compresslevel=3))
+    imported = [tool, "--import", str(report), "--page"]
+    with ThreadPoolExecutor() as pool:
+        details, source = pool.map(ncu.output, ([*imported, "details"], [*imported, "source", "--csv"]))
     report.unlink()
-    kernels = kernels_of(details, source)
+    Path(f"{to}.details.txt").write_text(details)
+    Path(f"{to}.source.csv.gz").write_bytes(gzip.compress(source.encode(), compresslevel=3))
+    kernels = ncu.kernels_of(details, source)
     try:
-        instructions = machine_code.disassemble(Path(native.extension().__file__ or ""), map(words_of, kernels))
+        instructions = machine_code.disassemble(Path(native.extension().__file__ or ""), map(ncu.words_of, kernels))
         note = ""
     except (OSError, RuntimeError) as error:
         instructions, note = [], f"no source lines: {error}"
@@ -180,20 +148,7 @@ def arguments_of(case: Case, name: str) -> list[str]:
     return [word for option, value in values.items() for word in (f"--{option}", str(value))]
 
 
-def output(command: Sequence[str]) -> str:
-    """Run Nsight Compute and return what it prints.
-
-    Raises:
-        OSError: It fails, for example since users may not read the GPU's counters.
-    """
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = " ".join((done.stdout[-600:] + done.stderr[-600:]).split())
-        raise OSError(f"{Path(command[0]).name}: exit status {done.returncode}: {last}")
-    return done.stdout
-
-
-# --- the pages of Nsight Compute --------------------------------------------------------------------------------------
+# --- the tables -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -211,89 +166,6 @@ class Node:
     def add(self, row: Row) -> None:
         self.stalls += row.stalls
         self.executed += row.executed
-
-
-class Row(NamedTuple):
-    """An instruction of the page "source"."""
-
-    opcode: str
-    executed: int
-    stalls: Counter[str]
-
-
-class Kernel(NamedTuple):
-    """A launch: its full name, its metrics by column, and its instructions."""
-
-    name: str
-    metrics: dict[str, float]
-    rows: list[Row]
-
-
-def kernels_of(details: str, source: str) -> list[Kernel]:
-    """Return the kernels of the pages "details" and "source", in their order.
-
-    Raises:
-        OSError: The pages are of different kernels, or in an unknown format.
-    """
-    metrics, printed = list(metrics_of(details)), list(rows_of(source))
-    rows: list[tuple[str, list[Row]]] = []
-    surplus = len(printed) - len(metrics)
-    for entry in printed:
-        if surplus > 0 and rows and entry == rows[-1]:  # ncu 2025 prints some kernels twice
-            surplus -= 1
-        else:
-            rows.append(entry)
-    if not rows or len(metrics) != len(rows):
-        raise OSError(f"ncu has printed details of {len(metrics)} kernels, and the instructions of {len(rows)}")
-    return [Kernel(name, found, own) for found, (name, own) in zip(metrics, rows)]
-
-
-def metrics_of(details: str) -> Iterator[dict[str, float]]:
-    """Yield the metrics of each kernel in the page "details"."""
-    found: dict[str, float] | None = None
-    for line in details.splitlines():
-        if LAUNCH.match(line):
-            if found is not None:
-                yield found
-            found = {}
-        elif found is not None and line.startswith("    "):
-            name, *unit, value = re.split(r"\s{2,}", line.strip()) if "  " in line.strip() else ("", "")
-            if metric := METRICS.get((name, "".join(unit))):
-                found.setdefault(metric[0], float(value.replace(",", "")) * metric[1])
-    if found is not None:
-        yield found
-
-
-def rows_of(source: str) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name and the instructions of each kernel in the page "source"."""
-    name = ""
-    rows: list[Row] = []
-    header: list[str] = []
-    for cells in csv.reader(io.StringIO(source)):
-        if cells[:1] == ["Kernel Name"]:
-            if name:
-                yield name, rows
-            name, rows = cells[1], []
-        elif cells[:2] == ["Address", "Source"]:
-            header = cells
-            stalls = [i for i, label in enumerate(header) if re.fullmatch(r"stall_\w+", label)]
-            executed, every = (header.index(label) for label in ("Instructions Executed", ALL_SAMPLES))
-        elif name and len(cells) == len(header):
-            samples = Counter({header[i].removeprefix("stall_"): int(cells[i]) for i in stalls if cells[i] != "0"})
-            if other := int(cells[every]) - samples.total():
-                samples["gmma"] = other  # without a column of its own: all are at HGMMA
-            rows.append(Row(machine_code.opcode(cells[1]), int(cells[executed]), samples))
-    if name:
-        yield name, rows
-
-
-def words_of(kernel: Kernel) -> set[str]:
-    """Return the identifiers in a kernel's name, which its mangled name contains too."""
-    name = kernel.name.partition("(anonymous")[0].removeprefix("void ").rpartition("(")[0]
-    return set(re.findall(r"[A-Za-z_]\w+", name)) - {"bool", "int"}
-
-
-# --- the tables -------------------------------------------------------------------------------------------------------
 
 
 def report_of(

@@ -185,9 +185,9 @@ def test_kernels_are_profiled_and_taken_apart(tmp_path, monkeypatch):
     check = Recorder(tmp_path, 60)
     gpu_check.profile(check)
     gpu_check.ablation(check)
-    assert [words[4] for words, _ in check.commands] == ["breakdown", "breakdown", "profile", "profile", "ablation"]
-    assert check.commands[0][0][-2:] == ["native-sm90", "triton"]
-    assert 30 < check.commands[2][1] < 40
+    assert [words[4] for words, _ in check.commands] == ["profile", "breakdown", "profile", "breakdown", "ablation"]
+    assert check.commands[1][0][-2:] == ["native-sm90", "triton"]
+    assert 30 < check.commands[0][1] < 40
     monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (8, 0))
     check = Recorder(tmp_path, 60)
     gpu_check.ablation(check)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code, profile
+from bench import machine_code, ncu, profile
 from bench.cases import Case
 from bench.machine_code import Frame, Instruction
 
@@ -35,8 +35,8 @@ def page(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[profile.Kernel]:
-    return profile.kernels_of(page("details.txt"), page("source.csv"))
+def kernels() -> list[ncu.Kernel]:
+    return ncu.kernels_of(page("details.txt"), page("source.csv"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_pages_of_nsight_compute(kernels):
     waiting = [(row.opcode, row.stalls["gmma"]) for row in tiles.rows if "gmma" in row.stalls]
     assert len(waiting) == 5 and sum(count for _, count in waiting) == 3421
     assert all(opcode.startswith("HGMMA.") for opcode, _ in waiting)
-    assert profile.words_of(tiles) == {"srpkd", "cuda", "sm90", "relation_tiles", "Config", "BFloat16"}
+    assert ncu.words_of(tiles) == {"srpkd", "cuda", "sm90", "relation_tiles", "Config", "BFloat16"}
 
 
 def test_instructions_of_the_library_are_those_of_the_profile(kernels, tiles):
@@ -105,9 +105,9 @@ def test_lines_with_everything_of_their_caller_are_left_out():
 def test_different_pages_are_an_error():
     details = page("details.txt")
     with pytest.raises(OSError, match="details of 3 kernels, and the instructions of 0"):
-        profile.kernels_of(details, "==WARNING== nothing")
+        ncu.kernels_of(details, "==WARNING== nothing")
     with pytest.raises(OSError, match="details of 0 kernels, and the instructions of 3"):
-        profile.kernels_of("", page("source.csv"))
+        ncu.kernels_of("", page("source.csv"))
 
 
 def test_a_run_of_nsight_compute(tmp_path, monkeypatch, capsys):
@@ -153,9 +153,9 @@ def test_without_a_gpu_or_nsight_compute_it_says_so(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kernels on a GPU"):
         profile.run(parsed("--out", str(tmp_path), "--device", "cpu"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(profile.Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(ncu.Path, "glob", lambda self, pattern: iter(()))
     with pytest.raises(OSError, match="Nsight Compute is not installed: no ncu in PATH"):
-        profile.find_ncu()
+        ncu.find()
 
 
 @pytest.mark.slow
@@ -183,11 +183,11 @@ __global__ void second() {}
 @pytest.mark.gpu
 def test_profile_of_a_call(tmp_path):
     try:
-        ncu = profile.find_ncu()
+        tool = ncu.find()
     except OSError as error:
         pytest.skip(str(error))
     try:
-        text = profile.profile(ncu, Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1), "native", tmp_path)
+        text = profile.profile(tool, Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1), "native", tmp_path)
     except OSError as error:
         if "ERR_NVGPUCTRPERM" in str(error):
             pytest.skip("users may not read the counters of this GPU")
