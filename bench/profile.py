@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import posixpath
 import re
 import sys
 from collections import Counter
@@ -192,6 +193,8 @@ def report_of(
             ]
             shown = lines if everything else lines[:LINES]
             yield "\n".join(["", *shown, *([f"and {len(lines) - LINES} more"] if len(shown) < len(lines) else [])])
+        elif instructions and not everything:
+            yield f"\nno source lines of {short_name(kernel.name)}: the extension has no kernel of these instructions"
 
 
 def causes(stalls: Counter[str], total: int) -> str:
@@ -226,10 +229,11 @@ def lines_of(node: Node, total: int, depth: int = 0, above: int = 0) -> Iterator
         yield from lines_of(child, total, depth=depth + shown, above=child.samples if shown else above)
 
 
+@cache
 def relative(file: str) -> str:
     """Return the path of a source below csrc/, wherever it was compiled, or the whole path if it is elsewhere."""
     _, found, below = f"/{file}".rpartition("/csrc/")
-    return Path(build.CSRC, below).resolve().relative_to(build.CSRC).as_posix() if found else file
+    return posixpath.normpath(below) if found else file
 
 
 @cache
