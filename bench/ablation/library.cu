@@ -79,7 +79,7 @@ namespace {
 __global__ void count_clocks(int64_t nanoseconds, int64_t* result) {
   const auto now = [] {
     int64_t time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
     return time;
   };
   const int64_t start = now(), first = clock64();

@@ -67,7 +67,13 @@ VARIANTS = {
     ),
     "no U of rows": Variant(
         "the consumers do not multiply K and the features",
-        (Patch(TILES, "          multiply_weights(U, K, base + C::COLUMNS + stage * C::TERMS * CHUNK);\n", ""),),
+        (
+            Patch(
+                TILES,
+                "for (int k = 0; k < TILE / 16; ++k) {\n          const Address chunk = columns + other * CHUNK;",
+                "for (int k = 0; k < 0; ++k) {\n          const Address chunk = columns + other * CHUNK;",
+            ),
+        ),
     ),
     "K not stored": Variant(
         "K is written to shared memory in two tiles only; U of the columns is computed from that",
@@ -177,7 +183,7 @@ VARIANTS = {
     ),
     "one stage": Variant(
         "one buffer for the columns whose U is computed, and a longer ring",
-        (Patch(PLAN, "STAGES = TERMS == 1 || !GRAD ? 2 : 1;", "STAGES = 1;"),),
+        (Patch(PLAN, "int STAGES = TERMS == 1", "int STAGES = TERMS == 0"),),
     ),
     "no overlap": Variant(
         "the products of a group of channels start when those before are done",
