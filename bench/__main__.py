@@ -12,6 +12,8 @@ COMMANDS = {  # each is a module of this package with add_arguments(parser) and 
     "relation": "time and memory of the relation loss: srpkd's backends and their alternatives in PyTorch",
     "train": "time per training step, and the share of the relation loss",
     "breakdown": "time of every kernel in a call on a GPU, and of the host",
+    "profile": "what the warps of every kernel in a call wait for, by source line: by Nsight Compute",
+    "ablation": "times of the wgmma tiles without one of their parts, on an H100",
     "accuracy": "errors of the backends against float64 as the student converges to its teacher",
     "columns": "spread and speed of estimates from sampled columns",
     "recipes": "time and memory of the recipes in docs/recipes: public code of other methods against srpkd",

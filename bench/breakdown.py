@@ -4,13 +4,17 @@
     python -m bench breakdown --pixels 16384 --providers triton
 
 Each line is a kernel: its launches in a call, and the median microseconds of a launch by the profiler, times the
-launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call.
+launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. The
+first call of a process compiles Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to
+an empty folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -62,8 +66,12 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         def call() -> object:
             return evaluate(loss, student, teacher, case)
 
+        start = time.perf_counter()
         try:
-            for _ in range(3):
+            call()
+            torch.cuda.synchronize()
+            first = time.perf_counter() - start
+            for _ in range(2):
                 call()
         except CannotRun as error:
             return [f"{name}: {error}"]
@@ -71,9 +79,9 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         kernels = kernel_times(call)
     launches = sum(count for count, _ in kernels.values())
     shown = [f"{label} {1e6 * value:,.0f} us" for label, value in (("GPU", gpu), ("host", host)) if value is not None]
-    found = [f"{name}: {', '.join(shown)}, {launches:g} launches"]
-    for kernel, (count, time) in sorted(kernels.items(), key=lambda item: -item[1][1]):
-        found.append(f"  {time:9,.1f} us  {count:g} x {kernel}")
+    found = [f"{name}: {', '.join(shown)}, {launches:g} launches, first call {first:.1f} s"]
+    for kernel, (count, microseconds) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+        found.append(f"  {microseconds:9,.1f} us  {count:g} x {kernel}")
     return found
 
 
@@ -99,6 +107,6 @@ def short_name(name: str) -> str:
 
     The kernel ``run<Kernel>`` of csrc/cuda/algebra/launch.h has the name of its argument.
     """
-    parts = name.removeprefix("void ").replace("(anonymous namespace)::", "").replace("(", "<").split("<")
+    parts = re.split("[<>(]", name.removeprefix("void ").replace("(anonymous namespace)::", ""))
     plain = [part.strip().rpartition("::")[2] for part in parts]
     return (plain[1] if plain[0] == "run" and len(plain) > 1 else plain[0])[:LONGEST_NAME] or name[:LONGEST_NAME]

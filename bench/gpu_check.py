@@ -6,7 +6,9 @@ The parts, the most valuable first:
 
     smoke      every kernel on forty cases: right, and equal bits twice
     table      the twelve cases of a GPU's table: time of a call, on the GPU alone, and of the host
+    profile    time of every kernel, what its warps wait for by Nsight Compute, and the first call of Triton's kernels
     tests      the tests marked gpu, in parallel with pytest-xdist
+    ablation   the wgmma tiles without one of their parts
     train      training steps
     sanitize   small cases under compute-sanitizer
     sweep      more sizes and options
@@ -25,6 +27,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +43,7 @@ from . import gpu_tests, machine, relation, results
 from . import smoke as smoke_cases
 from .providers import CUDA_KERNELS, KERNEL_VARIABLE
 
+ALL_STEPS = 120  # seconds that all rows of the training steps take at least
 # without it, an access beyond an array stays inside the allocator's pool, and compute-sanitizer misses it
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -104,6 +108,15 @@ class Check:
         """Run a command of Python."""
         return self.command(name, sys.executable, "-u", *words, seconds=seconds, environment=environment)
 
+    def bench_on_gpu(
+        self, name: str, *words: object, seconds: float | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Run a command of ``bench`` that needs a GPU; in a rehearsal say so."""
+        if self.on_gpu:
+            self.python(name, "-m", "bench", *words, seconds=seconds, environment=environment)
+        else:
+            print(f"--- {name}: skipped, needs a GPU: python -m bench {' '.join(map(str, words))}")
+
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
@@ -145,6 +158,33 @@ def sound_kernels(check: Check) -> tuple[list[str], list[str]]:
     return plain, selected
 
 
+def profile(check: Check) -> None:
+    plain, selected = sound_kernels(check) if check.on_gpu else (list(smoke_cases.GPU_KERNELS), [])
+    sound = {*plain, *selected}
+    tiles = [name for name in ("native-sm90", "triton") if name in sound]
+    to, l2 = check.out / "profile", ("--normalize", "row", "--distance", "l2", "--batch", 16)
+    if "native-sm90" in sound:
+        check.bench_on_gpu("profile", "profile", "--out", to, seconds=0.6 * check.left)
+    if tiles:
+        with tempfile.TemporaryDirectory() as empty:  # the first call compiles
+            cold = {"TRITON_CACHE_DIR": empty}
+            check.bench_on_gpu("breakdown", "breakdown", "--batch", 16, 1, "--providers", *tiles, environment=cold)
+    if "closed_form" in sound:
+        check.bench_on_gpu("profile of l2", "profile", "--out", to, *l2, "--providers", "closed_form")
+        check.bench_on_gpu("breakdown of l2", "breakdown", *l2, "--providers", "closed_form")
+
+
+def ablation(check: Check) -> None:
+    if check.on_gpu and "native-sm90" not in sound_kernels(check)[1]:
+        return
+    if check.on_gpu and torch.cuda.get_device_capability() != (9, 0):
+        print("the tiles use wgmma: skipped")
+        return
+    # compile the variants there before, on a machine without a GPU
+    libraries = check.out / "ablation"
+    check.bench_on_gpu("ablation", "ablation", "--use", libraries, "--out", check.out / "ablation.csv")
+
+
 def tests(check: Check) -> None:
     # the results of another kernel of `native` are kept apart
     folder = check.out / "-".join(filter(None, ("tests", os.environ.get(KERNEL_VARIABLE))))
@@ -168,13 +208,16 @@ def train(check: Check) -> None:
         print(f"{file} is recorded")
         return
     command, choice = ["-m", "bench", "train", "--out", file], []
-    if check.on_gpu:  # the budget counts twice: for the distillation steps, and for those of the teacher
+    if check.on_gpu and check.left < ALL_STEPS:
+        command += ["--budget", max(1, int(check.left / 10)), "--short"]
+    elif check.on_gpu:  # the budget counts twice: for the distillation steps, and for those of the teacher
         command += ["--budget", max(1, int(check.left / 5)), "--speedups", "channels_last", "bf16"]
     else:
         command += ["--budget", 0.1, "--speedups", "bf16", "--no-teacher"]
         choice += ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 2]
     check.python("train", *command, *choice)
-    check.python("profile", "-m", "bench", "train", "--profile", *choice)
+    if not check.on_gpu or check.left > 30:
+        check.python("operators of a step", "-m", "bench", "train", "--profile", *choice)
 
 
 def sanitize(check: Check) -> None:
@@ -231,10 +274,12 @@ def sweep_sizes(check: Check) -> None:
 PARTS = {
     "smoke": Part(smoke, (90, 200)),
     "table": Part(table, (125, 210)),
-    "tests": Part(tests, (170, 210), ("pytest",), ("xdist", "hypothesis")),
+    "profile": Part(profile, (60, 210)),
+    "tests": Part(tests, (120, 210), ("pytest",), ("xdist", "hypothesis")),
+    "ablation": Part(ablation, (40, 120)),
     "train": Part(train, (60, 210), ("torchvision", "PIL", "matplotlib", "jinja2")),
-    "sanitize": Part(sanitize, (75, 210)),
-    "sweep": Part(sweep_sizes, (60, 210), (), ("matplotlib",)),
+    "sanitize": Part(sanitize, (60, 210)),
+    "sweep": Part(sweep_sizes, (45, 210), (), ("matplotlib",)),
 }
 
 

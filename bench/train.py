@@ -1,6 +1,7 @@
 """Time per training step, the share of the relation loss, and what makes a step faster.
 
     python -m bench train                one table of steps
+    python -m bench train --short        only the trainer's default relation loss, as is and as fast as possible
     python -m bench train --peer         only the teacher's steps, and a plain one as the public trainer writes it
     python -m bench train --profile      operators, launches and host time of a step, with the largest contributors
     python -m bench train --loader       images per second of the data loader, against those of a step
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--speedups", nargs="*", choices=SPEEDUPS, help="options to try (default: each alone; fp16 on a GPU)"
     )
     parser.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
+    parser.add_argument("--short", action="store_true", help="fewer rows: a minute on a GPU, with --budget 6")
     parser.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
     parser.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
     parser.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
@@ -101,9 +103,9 @@ def run(options: argparse.Namespace) -> None:
     speedups = options.speedups
     if speedups is None:
         speedups = [name for name in SPEEDUPS if " " not in name and (name != "fp16" or device == "cuda")]
-    rows = [] if options.peer else distillation_rows(student, teacher, options.budget, speedups)
+    rows = [] if options.peer else distillation_rows(student, teacher, options.budget, speedups, options.short)
     if options.peer or not options.no_teacher:
-        rows += teacher_rows(teacher, options.budget)
+        rows += teacher_rows(teacher, options.budget, options.short)
     common = {
         "model": student.model,
         "student": f"{student.netG} {student.ngf}",
@@ -129,10 +131,23 @@ def forms(config: ResolvedConfig) -> dict[str, ResolvedConfig]:
     return found
 
 
+def fastest_form(config: ResolvedConfig) -> dict[str, ResolvedConfig]:
+    """Return the options of a stage as they are, and with everything of ``forms`` that makes a step faster."""
+    found = forms(config)
+    return {form: found[form] for form in ("", list(found)[-1])}
+
+
 def distillation_rows(
-    student: ResolvedConfig, teacher: ResolvedConfig, budget: float, speedups: Sequence[str] = ()
+    student: ResolvedConfig,
+    teacher: ResolvedConfig,
+    budget: float,
+    speedups: Sequence[str] = (),
+    short: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return a row for the step without the relation loss, each way to compute it, each speedup, and each form."""
+    """Return a row for the step without the relation loss, each way to compute it, each speedup, and each form.
+
+    ``short`` leaves out the ways and speedups, and all forms but the fastest.
+    """
     auto = f"auto: {auto_backend(student.torch_device, Relation(student.normalize, student.distance))}"
     normalize, distance = TrainConfig.normalize, TrainConfig.distance
     auto_default = f"auto, the trainer's {normalize} {distance}"  # the backend depends on the size of the map
@@ -143,10 +158,12 @@ def distillation_rows(
         auto: student,
         auto_default: default,
     }
+    if short:
+        variants, speedups = {name: variants[name] for name in (without, auto_default)}, ()
     variants |= {f"{auto}, {name}": replace(student, **SPEEDUPS[name]) for name in speedups}
     shares = dict.fromkeys(("reference", auto, auto_default), without)  # variant -> the same without the relation loss
     baselines = {f"{auto}, {name}": auto for name in speedups}
-    for form, config in forms(default).items():
+    for form, config in (fastest_form if short else forms)(default).items():
         if form:
             variants |= {without + form: replace(config, lambda_srp=0.0), auto_default + form: config}
             shares[auto_default + form] = without + form
@@ -164,10 +181,11 @@ def distillation_rows(
     return rows
 
 
-def teacher_rows(teacher: ResolvedConfig, budget: float) -> list[dict[str, Any]]:
-    """Return the rows of a plain step, and of the teacher's training in each form."""
+def teacher_rows(teacher: ResolvedConfig, budget: float, short: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of a plain step, and of the teacher's training in each form or, short, the fastest."""
     steps: Steps = {PLAIN: plain_step_of(teacher)}
-    steps |= {TEACHER + form: step_of(config, {}) for form, config in forms(teacher).items()}
+    chosen = (fastest_form if short else forms)(teacher)
+    steps |= {TEACHER + form: step_of(config, {}) for form, config in chosen.items()}
     samples = timed_steps(steps, teacher, budget)
     rows = []
     for name, seconds in samples.items():

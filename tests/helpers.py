@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srpkd import relation_loss
-from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS, Relation, build, dispatch
+from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS, Relation, dispatch
 from srpkd.kernels.formulas import accumulator
 from srpkd.kernels.reference import relation_matrix
 
@@ -194,13 +192,3 @@ STRIDES = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
-
-
-def tool(name: str) -> str | None:
-    """Return the path of an executable of the CUDA toolkit, or of Triton's wheel, which includes some of them."""
-    folders = [build.cuda_home() and build.cuda_home() / "bin"]
-    if triton := importlib.util.find_spec("triton"):
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    return shutil.which(name) or next(
-        (str(folder / name) for folder in folders if folder and (folder / name).exists()), None
-    )

@@ -15,6 +15,7 @@ NAMES = {
         "vectorized_elementwise_kernel"
     ),
     "void srpkd::cuda::algebra::run<srpkd::cuda::algebra::RowNorms<float, true> >(RowNorms<float>)": "RowNorms",
+    "void algebra::run<algebra::FinishMoments>(T1::Arguments)": "FinishMoments",
     "relation_kernel": "relation_kernel",
     "Memset (Device)": "Memset",
 }

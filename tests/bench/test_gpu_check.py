@@ -51,6 +51,9 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert "native" in tables["smoke"] or "closed_form" in tables["smoke"]
     assert "us: call / GPU / host" in tables["table"] and "N=128" in tables["table"]
     assert "tests/test_finite.py: 15 passed" in tables["tests"]
+    for name in ("breakdown", "profile", "ablation"):
+        part = tables["ablation" if name == "ablation" else "profile"]
+        assert f"--- {name}: skipped, needs a GPU: python -m bench {name} " in part
     assert "without relation loss" in tables["train"]
     assert re.search(r"(16|32) cases ran, 0 were wrong", tables["sanitize"])
     assert "N=256" in tables["sweep"]
@@ -165,6 +168,37 @@ def test_kernels_that_passed_are_measured(tmp_path, monkeypatch):
         check = Recorder(tmp_path, 200)
         PARTS[part].run(check)
         assert check.commands and all(seconds is None or seconds <= 200 for _, seconds in check.commands), part
+
+
+def test_kernels_are_profiled_and_taken_apart(tmp_path, monkeypatch):
+    """Only those that passed the smoke test; the tiles in parts only on a GPU that can run them."""
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (9, 0))
+    check = Recorder(tmp_path, 60)
+    gpu_check.profile(check)
+    gpu_check.ablation(check)
+    assert [words[4:] for words, _ in check.commands if "triton" in words] == [
+        ["breakdown", "--batch", "16", "1", "--providers", "triton"]
+    ]
+    assert not any(word in words for words, _ in check.commands for word in ("native-sm90", "ablation"))
+
+    (tmp_path / "smoke.jsonl").write_text(json.dumps({"kernel": "native-sm90", "case": 0, "status": "ok"}) + "\n")
+    check = Recorder(tmp_path, 60)
+    gpu_check.profile(check)
+    gpu_check.ablation(check)
+    assert [words[4] for words, _ in check.commands] == ["profile", "breakdown", "profile", "breakdown", "ablation"]
+    assert check.commands[1][0][-2:] == ["native-sm90", "triton"]
+    assert 30 < check.commands[0][1] < 40
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_capability", lambda: (8, 0))
+    check = Recorder(tmp_path, 60)
+    gpu_check.ablation(check)
+    assert not check.commands
+
+
+def test_training_steps_that_fit_into_the_time(tmp_path):
+    for left, short in ((60, True), (200, False)):
+        check = Recorder(tmp_path, left)
+        gpu_check.train(check)
+        assert ("--short" in check.commands[0][0]) == short and len(check.commands) == 2
 
 
 def test_times_of_a_gpu_fit_on_a_line(recorded):

@@ -35,6 +35,21 @@ def test_training_steps_are_timed(tmp_path, monkeypatch):
     assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [*faster, f"{default}, fast"]
 
 
+def test_short(tmp_path, monkeypatch):
+    """The trainer's default relation loss, as is and in the last of the forms, which is the fastest."""
+    monkeypatch.setattr(train, "forms", lambda config: {"": config, ", slow": None, ", graph": config})
+    out = tmp_path / "train.csv"
+    run("train", "--short", "--model", "pix2pix", "--out", out, *SMALL)
+    rows = {row["variant"]: row for row in results.read(out)}
+    default = "auto, the trainer's cosine l2"
+    assert list(rows) == [
+        "without relation loss", default, "without relation loss, graph", f"{default}, graph",
+        "plain step of the teacher", "teacher's own training", "teacher's own training, graph",
+    ]  # fmt: skip
+    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == [default, f"{default}, graph"]
+    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [f"{default}, graph"]
+
+
 def test_steps_against_a_plain_one(tmp_path, capsys):
     out = tmp_path / "train.csv"
     run("train", "--peer", "--out", out, *SMALL)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from compile_once import compile_once
-from helpers import tool
 
+from bench.machine_code import tool
 from srpkd.kernels import build
 
 ARCHITECTURES = ("sm_80", "sm_90a")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 from compile_once import compile_once
-from helpers import tool
 
+from bench.machine_code import tool
 from srpkd.kernels import build
 
 SOURCES = tuple(sorted(path.stem for path in (build.CSRC / "cuda" / "sm90").glob("*.cu")))

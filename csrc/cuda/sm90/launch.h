@@ -18,28 +18,31 @@ template <Precision PRECISION, bool SYMMETRIC>
 cudaError_t launch(const TilePlan& plan, cudaStream_t stream);
 
 #if defined(__CUDACC__)
-template <Precision PRECISION, bool SYMMETRIC>
-cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
+// Launches one kernel. `plan` is of its precision and variant.
+template <class C>
+cudaError_t launch_kernel(const TilePlan& plan, cudaStream_t stream) {
   Params p = plan.params;
   cudaError_t error = encode(plan.student, p.student);
   if (error == cudaSuccess) error = encode(plan.teacher, p.teacher);
+  if (error == cudaSuccess) error = allow_all_shared_memory<relation_tiles<C>>();
   if (error != cudaSuccess) return error;
+  // cooperative: all thread blocks are resident, since they wait for each other
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(p.work.grid), launch.blockDim = dim3(C::THREADS);
+  launch.dynamicSmemBytes = C::bytes(p), launch.stream = stream, launch.attrs = &attribute, launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, relation_tiles<C>, p);
+}
+
+template <Precision PRECISION, bool SYMMETRIC>
+cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
   return with_config(std::integral_constant<Precision, PRECISION>{}, plan.variant, [&](auto config) {
     using C = decltype(config);
-    if constexpr (C::SYMMETRIC == SYMMETRIC) {
-      const int bytes = C::bytes(p);
-      error = allow_all_shared_memory<relation_tiles<C>>();
-      if (error != cudaSuccess) return error;
-      // cooperative: all thread blocks are resident, since they wait for each other
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
-      cudaLaunchConfig_t launch{};
-      launch.gridDim = dim3(p.work.grid), launch.blockDim = dim3(C::THREADS);
-      launch.dynamicSmemBytes = bytes, launch.stream = stream, launch.attrs = &attribute, launch.numAttrs = 1;
-      return cudaLaunchKernelEx(&launch, relation_tiles<C>, p);
-    } else {
+    if constexpr (C::SYMMETRIC == SYMMETRIC)
+      return launch_kernel<C>(plan, stream);
+    else
       return cudaErrorInvalidValue;  // another instantiation has these kernels
-    }
   });
 }
 #else

@@ -1,0 +1,176 @@
+"""The variants of the wgmma tiles: their patches fit the sources, and all of them compile and finish."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+from bench import ablation, machine_code, results
+from bench.ablation import variants
+from bench.ablation.variants import VARIANTS, Patch
+from bench.cases import Case
+from srpkd import relation_loss
+from srpkd.kernels import build
+
+# wgmmas of the Gram matrices (four loops over groups of channels and the last group, of four each), and of U
+GRAM, ROWS, COLUMNS = 20, 8, 16
+PRODUCTS = {
+    "no U of rows": (GRAM, COLUMNS),
+    "no U of columns": (GRAM, ROWS),
+    "Gram products alone": (GRAM, ROWS),  # those of the rows are jumped over
+}
+EMULATION = ROOT / "tests" / "csrc" / "cuda_emulation"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_patches_fit_the_sources(name, tmp_path):
+    shutil.copytree(build.CSRC / "cuda", tmp_path, dirs_exist_ok=True)
+    patches = VARIANTS[name].patches
+    variants.apply(patches, tmp_path)
+    changed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("sm90/*") if differs(path, tmp_path)}
+    assert changed == {patch.path for patch in patches}
+    assert bool(patches) == (name != "as is")
+
+
+def differs(path: Path, copy: Path) -> bool:
+    return path.read_text() != (build.CSRC / "cuda" / path.relative_to(copy)).read_text()
+
+
+def test_a_patch_that_does_not_fit_is_an_error(tmp_path):
+    (tmp_path / "file.h").write_text("one one")
+    for old, count in (("one", 2), ("two", 0)):
+        with pytest.raises(ValueError, match=f"occurs {count} times in csrc/cuda/file.h"):
+            variants.apply((Patch("file.h", old, ""),), tmp_path)
+
+
+def test_file_names_are_distinct():
+    assert len({variants.slug(name) for name in VARIANTS}) == len(VARIANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
+    """A variant whose warps wait for what never comes would block a GPU. "as is" has the right loss."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    options = ["-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-DSRPKD_EMULATION"]
+    library = tmp_path / "library.so"
+    ablation.compile_library([compiler, *options, f"-I{EMULATION}"], VARIANTS[name].patches, tmp_path, library)
+    case = Case(700, (64, 256), 1, "bfloat16", threads=1)
+    variation = ablation.Variation(library, case, multiprocessors=3)
+    variation.memory.fill_(0xFF)
+    described = variation.description
+    assert (described.grid, described.tiles) == (3, 6 * 7 // 2)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(ablation, "stream", lambda: 0)
+    monkeypatch.setattr(ablation.measure, "gpu_seconds", lambda call, device: 2e-6)
+    monkeypatch.setattr(variation, "hertz", lambda stream: 1.5e9)
+    found = ablation.measured(variation, check=name == "as is")
+    assert found == pytest.approx({"us": 2, "clocks_per_tile": 3000 / 7, "ghz": 1.5})
+    if name == "as is":
+        student, teacher = (tensor.double() for tensor in variation.inputs[:2])
+        expected = relation_loss(student, teacher, normalize="row", distance="l1", layout="nlc", backend="blocked")
+        assert variation.loss() == pytest.approx(float(expected), rel=1e-5)
+        variation.inputs[1].neg_()
+        variation.inputs[1][:, 0] *= 2
+        with pytest.raises(ValueError, match='the loss of "as is" is'):
+            ablation.measured(SameLoss(variation), check=True)
+        ablation.inputs_of.cache_clear()
+
+
+class SameLoss:
+    """A kernel that does nothing: the workspace has the loss of the call before."""
+
+    def __init__(self, variation: ablation.Variation) -> None:
+        self.inputs, self.loss, self.launch = variation.inputs, variation.loss, lambda stream: None
+
+
+def test_a_run(tmp_path, monkeypatch, capsys):
+    """Each variant is compared with "as is" of the same case, and recorded at once."""
+    times = iter([400.0, 390.0, 40.0, 41.5])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(ablation, "compiled", lambda folder, names: dict.fromkeys(names, tmp_path))
+    monkeypatch.setattr(ablation, "Variation", lambda library, case: case)
+    monkeypatch.setattr(ablation.machine, "device_name", lambda device: "GPU")
+    checked = []
+
+    def measured(case: Case, check: bool) -> dict[str, float]:
+        checked.append((case.batch, check))
+        return {"us": next(times), "clocks_per_tile": 10000.0, "ghz": 1.8}
+
+    monkeypatch.setattr(ablation, "measured", measured)
+    out = tmp_path / "ablation.csv"
+    ablation.run(parsed("--variants", "as is", "no turns", "--out", str(out)))
+    rows = results.read(out)
+    assert [(row["variant"], row["batch"], float(row["us_to_as_is"])) for row in rows] == [
+        ("as is", "16", 0), ("no turns", "16", -10), ("as is", "1", 0), ("no turns", "1", 1.5),
+    ]  # fmt: skip
+    assert checked == [(16, True), (16, False), (1, True), (1, False)]
+    assert capsys.readouterr().out.count(ablation.HEADER) == 2
+    with pytest.raises(ValueError, match="integers >= 1"):
+        ablation.run(parsed("--batch", "0"))
+
+
+@pytest.mark.slow
+def test_variants_compile(tmp_path, monkeypatch, capsys):
+    """Libraries have the intended products. They are compiled once, and again if a patch changes."""
+    if not all(map(machine_code.tool, ("nvcc", "nvdisasm"))):
+        pytest.skip("nvcc or nvdisasm is not installed")
+    ablation.run(parsed("--build", str(tmp_path)))
+    built = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")}
+    assert len(built) == len(VARIANTS) and capsys.readouterr().out.split() == [
+        str(library) for library in ablation.compiled(tmp_path, list(VARIANTS)).values()
+    ]
+    for name, library in ablation.compiled(tmp_path, list(VARIANTS)).items():
+        [kernel] = machine_code.disassemble(library, [{"relation_tiles"}])
+        count = Counter(one.opcode for one in kernel)
+        found = count["HGMMA.64x128x16.F32.BF16"], count["HGMMA.64x64x16.F32.BF16"]
+        assert found == PRODUCTS.get(name, (GRAM, ROWS + COLUMNS)), name
+
+    changed = VARIANTS["no turns"]._replace(patches=())
+    monkeypatch.setitem(ablation.VARIANTS, "no turns", changed)
+    [library] = ablation.compiled(tmp_path, ["no turns"]).values()
+    assert library not in built and all(path.stat().st_mtime_ns == time for path, time in built.items())
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ablation.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="expected a GPU of compute capability"):
+        ablation.run(parsed())
+    monkeypatch.setattr(ablation.build, "cuda_home", lambda: None)
+    with pytest.raises(ValueError, match="is not built, and no CUDA toolkit is found"):
+        ablation.run(parsed("--build", str(tmp_path)))
+
+
+def test_rows_as_text():
+    row = {"variant": "no turns", "us": 406.13, "us_to_as_is": 3.28, "clocks_per_tile": 11607.4, "ghz": 1.823}
+    line = ablation.as_text(row)
+    assert line.startswith("no turns                 406.1         +3.3       11,607  1.82  the consumers")
+    assert ablation.HEADER.index("meaning") == line.index("the consumers")
+
+
+@pytest.mark.gpu
+def test_variants_on_a_gpu(tmp_path, capsys):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the tiles use wgmma")
+    chosen = ["as is", "no turns"]
+    out = tmp_path / "ablation.csv"
+    ablation.run(parsed("--batch", "1", "--pixels", "1024", "--out", str(out), "--variants", *chosen))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:22].strip() for line in lines[-2:]] == chosen
+    assert len(out.read_text().splitlines()) == 3
