@@ -36,7 +36,8 @@ def draw_columns(
     permutations = -(-sets // sets_per_permutation)
     # in float64 ties, whose order would not be random, are improbable
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    keys = torch.rand(batch, permutations, pixels, dtype=dtype, device=device, generator=generator)
+    # not torch.rand, whose overload with a generator torch.compile cannot trace for symbolic sizes
+    keys = torch.empty(batch, permutations, pixels, dtype=dtype, device=device).uniform_(generator=generator)
     order = keys.argsort(-1)[..., : sets_per_permutation * columns]
     return order.reshape(batch, permutations * sets_per_permutation, columns)[:, :sets]
 
