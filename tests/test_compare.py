@@ -168,6 +168,19 @@ def test_requests(run):
         assert status == 200 and len(maps["maps"]) == 3
 
 
+def test_closing_waits_for_the_networks(run):
+    """Python would abort at exit if a thread were in the middle of a forward pass."""
+    server = ComparisonServer(comparison_of(run))
+    with server.lock:
+        closing = threading.Thread(target=server.server_close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+    closing.join()
+    assert server.socket.fileno() == -1
+    assert not server.lock.acquire(blocking=False)  # a request that comes later does not run
+
+
 def test_wrong_requests(run):
     with serving(run) as server:
         status, answer = ask(server, "POST", "/translate", b"text")
