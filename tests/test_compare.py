@@ -79,6 +79,15 @@ def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
     assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
 
 
+def test_samples_of_one_direction(tmp_path):
+    (tmp_path / "a.png").touch()
+    images = [{"label": "input", "file": "a.png"}]
+    samples = [{"caption": f"test image 0 {direction}", "images": images} for direction in ("A to B", "B to A")]
+    (tmp_path / "report.json").write_text(json.dumps({"samples": samples}))
+    assert list(samples_of([tmp_path])) == ["test image 0 A to B"]
+    assert list(samples_of([tmp_path], "B")) == ["test image 0 B to A"]
+
+
 def test_wrong_paths(run, tmp_path):
     with pytest.raises(ValueError, match="gone does not exist: expected a file of weights, or the folder of a run"):
         networks_of([str(tmp_path / "gone")])
