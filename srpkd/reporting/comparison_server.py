@@ -52,7 +52,7 @@ class ComparisonServer(ThreadingHTTPServer):
         super().__init__((HOST, port), _Handler)
 
     def server_close(self) -> None:
-        """Close the socket when no network runs, for good: exiting in the middle of a forward pass aborts the process."""
+        """Close the socket. Waits until no network runs, because Python aborts if it exits during a forward pass."""
         self.lock.acquire()
         super().server_close()
 
