@@ -8,6 +8,7 @@ each of them once and holds two at a time beside its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -50,7 +51,7 @@ def relation_loss(
 
     Raises:
         BackendUnavailable: the named backend cannot run on this device.
-        ValueError: on every rank, if the ranks' channels or dtypes differ.
+        ValueError: on every rank, if the ranks differ in channels, dtype or options.
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
     return _RelationLoss.apply(student, teacher, relation, group, backend, need_grad)
@@ -81,7 +82,7 @@ def ring_loss_and_gradient(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss (1,), and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
-    counts = pixels_of_ranks(student, teacher, group)
+    counts = pixels_of_ranks(student, teacher, relation, need_grad, group)
     pixels, total = sum(counts), partial(sum_over_ranks, group=group)
     dtype = formulas.accumulator(student.dtype)
     if _has_closed_form(relation):
@@ -94,17 +95,33 @@ def ring_loss_and_gradient(
     return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels**2) if need_grad else None
 
 
-def pixels_of_ranks(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None) -> list[int]:
-    """Return the number of pixels of each rank; raise on all ranks if their channels or dtypes differ."""
-    mine = (student.shape[1], student.shape[2], teacher.shape[2], str(student.dtype))
+def pixels_of_ranks(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, group: dist.ProcessGroup | None
+) -> list[int]:
+    """Return the number of pixels of each rank.
+
+    Raises:
+        ValueError: on all ranks, if they differ in anything else. Their collectives would not match, or would sum
+            parts of different losses.
+    """
+    mine = {
+        "C_s": student.shape[2],
+        "C_t": teacher.shape[2],
+        "dtype": student.dtype,
+        **asdict(relation),
+        "student.requires_grad": need_grad,
+    }
     everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group)
-    if len({features[1:] for features in everyone}) > 1:
+    dist.all_gather_object(everyone, (student.shape[1], mine), group)
+    settings = [theirs for _, theirs in everyone]
+    different = [name for name in mine if any(theirs[name] != mine[name] for theirs in settings)]
+    if different:
+        received = (", ".join(f"{name}={theirs[name]!r}" for name in different) for theirs in settings)
         raise ValueError(
-            "scope='global' expects features of the same channels and dtype on every rank; received (C_s, C_t, dtype) "
-            + ", ".join(str(features[1:]) for features in everyone)
+            "scope='global' expects features of the same channels and dtype, and the same options, on every rank; "
+            f"received {'; '.join(f'on rank {rank} {text}' for rank, text in enumerate(received))}"
         )
-    return [features[0] for features in everyone]
+    return [pixels for pixels, _ in everyone]
 
 
 def sum_over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

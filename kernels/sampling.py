@@ -15,6 +15,8 @@ from .formulas import Relation
 
 # More rows reuse the gathered columns more often, fewer rows average more draws.
 ROWS = 128
+# Random numbers that are sorted at a time: sorting holds 24 bytes for each.
+SORTED_KEYS = 2**20
 # From this ratio of m (3 C_s + C_t) to (C_s + C_t)^2 on, the exact l2 loss of closed_form takes no longer on a CPU.
 CLOSED_FORM_OPERATIONS = 5
 
@@ -34,11 +36,22 @@ def draw_columns(
     sets = -(-pixels // ROWS)
     sets_per_permutation = pixels // columns
     permutations = -(-sets // sets_per_permutation)
+    rows, length, part = batch * permutations, sets_per_permutation * columns, max(1, SORTED_KEYS // pixels)
+    if rows <= part:  # without a loop, which torch.compile would unroll for each size of the batch
+        order = _permutations(rows, pixels, device, generator)[:, :length]
+    else:
+        order = torch.empty(rows, length, dtype=torch.int64, device=device)
+        for some in order.split(part):
+            some.copy_(_permutations(len(some), pixels, device, generator)[:, :length])
+    return order.reshape(batch, permutations * sets_per_permutation, columns)[:, :sets]
+
+
+def _permutations(count: int, pixels: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Return random permutations of the pixels (count, N)."""
     # in float64 ties, whose order would not be random, are improbable
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    keys = torch.rand(batch, permutations, pixels, dtype=dtype, device=device, generator=generator)
-    order = keys.argsort(-1)[..., : sets_per_permutation * columns]
-    return order.reshape(batch, permutations * sets_per_permutation, columns)[:, :sets]
+    # not torch.rand, whose overload with a generator torch.compile cannot trace for symbolic sizes
+    return torch.empty(count, pixels, dtype=dtype, device=device).uniform_(generator=generator).argsort(-1)
 
 
 def exact_backend(

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             normalize=normalize if normalize in NORMALIZATIONS else DEFAULT_NORMALIZE,
             layers=layers_of(config, weights),
         )
-        server = ComparisonServer(comparison, options.port, samples_of(map(Path, options.paths)))
+        server = ComparisonServer(comparison, options.port, samples_of(map(Path, options.paths), options.direction))
     with server:
         print(f"{', '.join(weights)}: {server.url} (Ctrl-C ends the server)", flush=True)
         if not options.no_browser:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +192,19 @@ STRIDES = {
     "transposed": lambda x: x.mT.contiguous().mT,
     "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Return by how many bytes a call increases the peak memory of this process; skip the test outside of Linux."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError as reason:
+        pytest.skip(f"the peak cannot be reset: {reason}")
+    before = _kibibytes("VmRSS")
+    call()
+    return (_kibibytes("VmHWM") - before) * 1024
+
+
+def _kibibytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])

@@ -79,6 +79,15 @@ def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
     assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
 
 
+def test_samples_of_one_direction(tmp_path):
+    (tmp_path / "a.png").touch()
+    images = [{"label": "input", "file": "a.png"}]
+    samples = [{"caption": f"test image 0 {direction}", "images": images} for direction in ("A to B", "B to A")]
+    (tmp_path / "report.json").write_text(json.dumps({"samples": samples}))
+    assert list(samples_of([tmp_path])) == ["test image 0 A to B"]
+    assert list(samples_of([tmp_path], "B")) == ["test image 0 B to A"]
+
+
 def test_wrong_paths(run, tmp_path):
     with pytest.raises(ValueError, match="gone does not exist: expected a file of weights, or the folder of a run"):
         networks_of([str(tmp_path / "gone")])
@@ -166,6 +175,19 @@ def test_requests(run):
         assert ask(server, "POST", "/sample?file=test%20%3Cimage%3E%200")[1]["input"] == result["input"]
         status, maps = ask(server, "GET", "/relations?x=0.5&y=0.25")
         assert status == 200 and len(maps["maps"]) == 3
+
+
+def test_closing_waits_for_the_networks(run):
+    """Python would abort at exit if a thread were in the middle of a forward pass."""
+    server = ComparisonServer(comparison_of(run))
+    with server.lock:
+        closing = threading.Thread(target=server.server_close)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+    closing.join()
+    assert server.socket.fileno() == -1
+    assert not server.lock.acquire(blocking=False)  # a request that comes later does not run
 
 
 def test_wrong_requests(run):

@@ -245,12 +245,18 @@ def layers_of(config: Mapping[str, Any], labels: Iterable[str]) -> dict[str, str
     return {label: str(teacher if label == "teacher" else student) for label in labels}
 
 
-def samples_of(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return the input images on the pages of runs, caption -> file, without those that do not exist."""
+def samples_of(paths: Iterable[Path], direction: str = "A") -> dict[str, Path]:
+    """Return the input images on the pages of runs, caption -> file, without those that do not exist.
+
+    Those of a CycleGAN run are the inputs of its generator ``direction``.
+    """
     samples: dict[str, Path] = {}
+    other = {"A": "B to A", "B": "A to B"}[direction]
     for run in paths:
         report, _ = read_report(run.expanduser() / "report.json")
         for sample in report.get("samples") or []:
+            if sample["caption"].endswith(other):
+                continue
             for image in sample["images"]:
                 file = run.expanduser() / image["file"]
                 if image["label"] == "input" and file.is_file():

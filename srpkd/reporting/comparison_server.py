@@ -51,6 +51,11 @@ class ComparisonServer(ThreadingHTTPServer):
         self.lock = threading.Lock()  # the networks run for one request at a time
         super().__init__((HOST, port), _Handler)
 
+    def server_close(self) -> None:
+        """Close the socket. Waits until no network runs, because Python aborts if it exits during a forward pass."""
+        self.lock.acquire()
+        super().server_close()
+
     @property
     def url(self) -> str:
         """The address of the page."""

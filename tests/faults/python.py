@@ -88,8 +88,13 @@ BACKENDS = {
             Fault(
                 "pairs count once", "kernels/dispatch.py", "2 * pixels * columns.shape[2]", "pixels * columns.shape[2]"
             ),
-            Fault("columns are not random", SAMPLING, "keys.argsort(-1)", "keys.sort(-1).values.argsort(-1)"),
-            Fault("columns are drawn without the generator", SAMPLING, "generator=generator)", "generator=None)"),
+            Fault("columns are not random", SAMPLING, ".argsort(-1)", ".sort(-1).values.argsort(-1)"),
+            Fault(
+                "columns are drawn without the generator",
+                SAMPLING,
+                "uniform_(generator=generator)",
+                "uniform_(generator=None)",
+            ),
         ],
         environment={"SRPKD_BUILD": "0"},
     ),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from helpers import (
     features,
     few_cases,
     options,
+    peak_memory,
     rounding,
     value_and_gradient,
     widest,
@@ -466,7 +465,6 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
     assert 0 < seen.largest < pixels**2 / 4
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
 def test_peak_memory(backend: str, relation: Relation) -> None:
     """Forward and backward, C++ included, increase the peak memory of the process by less than half an N x N array."""
@@ -477,18 +475,8 @@ def test_peak_memory(backend: str, relation: Relation) -> None:
     pixels = 4096
     student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
     value_and_gradient(student[:, :256], teacher[:, :256], relation, backend)  # what is allocated once
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    except OSError as reason:
-        pytest.skip(f"the peak cannot be reset: {reason}")
-    before = _kibibytes("VmRSS")
-    value_and_gradient(student, teacher, relation, backend)
-    assert (_kibibytes("VmHWM") - before) * 1024 < pixels**2 * 4 / 2
-
-
-def _kibibytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    peak = peak_memory(lambda: value_and_gradient(student, teacher, relation, backend))
+    assert peak < pixels**2 * 4 / 2
 
 
 def test_tiles_of_closed_form_are_float64() -> None:

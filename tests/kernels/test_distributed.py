@@ -221,8 +221,15 @@ def check_ddp(rank: int, ranks: int) -> None:
 
 def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
-    with pytest.raises(ValueError, match=r"same channels and dtype on every rank; .*\(5, 7, .*\(4, 7"):
+    with pytest.raises(ValueError, match=r"same channels and dtype, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
+    # without the error, the first loss would be a mixture of two, and the second call would wait forever
+    distance = ("l1", "huber")[rank]
+    with pytest.raises(ValueError, match=r"received on rank 0 distance='l1'; on rank 1 distance='huber'$"):
+        relation_loss(student, teacher, scope="global", distance=distance)
+    with pytest.raises(ValueError, match=r"on rank 0 student.requires_grad=True; on rank 1 student.requires_grad=Fal"):
+        relation_loss(student.requires_grad_(rank == 0), teacher, scope="global", normalize="row")
+    student.requires_grad_(False)
     strips = "'native', 'blocked'"
     for distance, rectify, wrong, right in (
         ("l1", False, "reference", strips),

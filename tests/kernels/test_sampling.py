@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DELTA, error, features, options
+from helpers import DELTA, error, features, options, peak_memory
 from torch import Tensor
 
 from srpkd import SRPLoss, relation_loss
@@ -164,6 +164,27 @@ def test_sets_draw_disjoint_columns(pixels: int, columns: int) -> None:
     for image in drawn:
         for group in image.split(pixels // columns):
             assert group.unique().numel() == group.numel()
+
+
+@pytest.mark.parametrize("sorted_keys", [1, 200])
+def test_parts_draw_the_same_columns(sorted_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, found = [], []
+    for draws in (expected, found):
+        generator = torch.Generator().manual_seed(0)
+        draws += [sampling.draw_columns(3, pixels, 20, CPU, generator) for pixels in (61, 64)]
+        monkeypatch.setattr(sampling, "SORTED_KEYS", sorted_keys)
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
+
+
+def test_peak_memory_of_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little more than the result, although its random numbers and permutations have the same size."""
+    monkeypatch.setattr(sampling, "ROWS", 64)
+    monkeypatch.setattr(sampling, "SORTED_KEYS", 2**16)
+    pixels, columns = 2**14, 2**13 - 1
+    sampling.draw_columns(1, 1000, 30, CPU)  # what is allocated once
+    peak = peak_memory(lambda: sampling.draw_columns(1, pixels, columns, CPU))
+    result = pixels // 64 * columns * 8
+    assert peak < 1.5 * result
 
 
 def test_every_pair_is_equally_likely() -> None:
@@ -362,6 +383,13 @@ def test_compiled(fresh_compiler: None) -> None:
         losses = [function(student, teacher) for _ in range(2)]
         found.append(torch.stack([*losses, *(torch.autograd.grad(x, student)[0].norm() for x in losses)]).detach())
         assert losses[0] != losses[1]
+    assert error(found[1], found[0]) < 1e-6
+    # another batch makes sizes symbolic
+    student, teacher = maps(batch=3)
+    found = []
+    for function in (loss_fn, compiled):
+        torch.manual_seed(0)
+        found.append(function(student, teacher))
     assert error(found[1], found[0]) < 1e-6
     exact = torch.compile(SRPLoss(distance="l1", columns=18), fullgraph=True, backend="aot_eager")
     assert error(exact(student, teacher), relation_loss(student, teacher, distance="l1")) < 1e-6
