@@ -123,4 +123,15 @@ struct GradientArguments {
   float* loss;      // (images,) if per_image, else ()
 };
 
+// The product of the gradient and the upstream gradient, element by element in the order of the memory.
+struct BackwardArguments {
+  const void* gradient;  // bfloat16 if narrow, else float32; both pointers are multiples of 16 bytes
+  bool narrow;
+  void* result;
+  const float* grad_loss;
+  int64_t count;           // elements
+  int64_t image_elements;  // that share an element of grad_loss
+  int64_t grad_loss_stride;
+};
+
 }  // namespace srpkd::cuda::algebra

@@ -4,16 +4,12 @@
 #pragma once
 
 #include "../loss_plan.h"
+#include "backward.cuh"
 #include "gradient.cuh"
 #include "moments.cuh"
 #include "norms.cuh"
 
 namespace srpkd::cuda::algebra {
-
-template <class Kernel>
-struct KernelType {
-  using type = Kernel;
-};
 
 template <class T, bool PIXELS_ADJACENT, int WARPS_M, class Launch>
 void launch_row_norms(const NormArguments& p, Launch& launch) {
