@@ -97,7 +97,8 @@ LossAndGradient relation_loss_forward_cpu(const Tensor& student, const Tensor& t
 
 }  // namespace
 
-// csrc/cuda/operator.cpp and csrc/cuda/backward.cpp register the implementations for CUDA, csrc/autograd.cpp those of relation_loss.
+// operator.cpp and backward.cpp in csrc/cuda register the implementations for CUDA, csrc/autograd.cpp those of
+// relation_loss.
 TORCH_LIBRARY_FRAGMENT(srpkd, m) {
   m.def(
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "

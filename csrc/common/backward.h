@@ -1,4 +1,4 @@
-// The product of the gradient and the upstream gradient for any device and dtype, by PyTorch: one elementwise operation.
+// The product of the gradient and the upstream gradient, for any device and dtype: an elementwise operation of PyTorch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
