@@ -74,10 +74,14 @@ SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
   else
     *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
 }
-// Reads global memory that other thread blocks of this launch have written.
+// Read global memory that other thread blocks of this launch have written.
 template <typename T>
 SRPKD_DEVICE T load_global_coherent(const T* from) {
   return __ldcg(from);
+}
+SRPKD_DEVICE void load_words_coherent(uint32_t (&to)[4], const void* from) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(from));
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 // Orders this thread's writes before its later writes, for all threads of the GPU.
 SRPKD_DEVICE void fence_device() { __threadfence(); }

@@ -163,6 +163,7 @@ void store_words(void* to, const uint32_t (&from)[WORDS]) {
   emulation::machine->check_global(to, sizeof from, sizeof from, "write");
   std::memcpy(to, from, sizeof from);
 }
+inline void load_words_coherent(uint32_t (&to)[4], const void* from) { load_words(to, from); }
 inline void fence_device() {}
 inline int increment(int* counter) {
   emulation::machine->check_global(counter, sizeof(int), alignof(int), "atomic addition");
