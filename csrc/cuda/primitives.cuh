@@ -79,12 +79,15 @@ template <typename T>
 SRPKD_DEVICE T load_global_coherent(const T* from) {
   return __ldcg(from);
 }
+// Volatile, so that the compiler does not move a load of a batch behind the use of another.
 SRPKD_DEVICE void load_words_coherent(uint32_t (&to)[4], const void* from) {
-  const uint4 v = __ldcg(static_cast<const uint4*>(from));
-  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(from));
 }
-// Orders this thread's writes before its later writes, for all threads of the GPU.
-SRPKD_DEVICE void fence_device() { __threadfence(); }
+// Orders this thread's accesses before it and after it, for all threads of the GPU. __threadfence() is a sequentially
+// consistent fence, which takes longer.
+SRPKD_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Adds 1 to a counter in global memory, and returns its value before that.
 SRPKD_DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 

@@ -11,6 +11,7 @@ constexpr int BLOCK = 64;                       // channels or pixels in one dim
 constexpr int PANEL_BYTES = BLOCK * BLOCK * 2;  // of one bfloat16 term
 constexpr int MATRIX_TERMS = 3;                 // bfloat16 terms of an element of M: 24 bits
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
+constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
 
 // The networks, in the order of Features and of all arrays here.
 enum Network { TEACHER, STUDENT };

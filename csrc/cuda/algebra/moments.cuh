@@ -251,16 +251,16 @@ struct SymmetricStrip {
 };
 
 // The partial sums of a strip of a tile. All loads are under way together: each takes as long as all of them.
-template <int THREADS>
+template <int THREADS, int MOST>  // splits
 struct StripOfPartials {
   static constexpr int UNITS = STRIP * BLOCK / UNIT / THREADS;
   int splits, first_row;
-  uint32_t part[MAX_SPLITS][UNITS][UNIT] = {};
+  uint32_t part[MOST][UNITS][UNIT] = {};
 
   SRPKD_DEVICE StripOfPartials(const float* partial, int splits_of_sum, int row)
       : splits(splits_of_sum), first_row(row) {
 #pragma unroll
-    for (int split = 0; split < MAX_SPLITS; ++split)
+    for (int split = 0; split < MOST; ++split)
       if (split < splits)
 #pragma unroll
         for (int n = 0; n < UNITS; ++n) load_words_coherent(part[split][n], partial + split * BLOCK * BLOCK + place(n));
@@ -275,7 +275,7 @@ struct StripOfPartials {
     for (int n = 0; n < UNITS; ++n) {
       CompensatedSum sum[UNIT];
 #pragma unroll
-      for (int split = 0; split < MAX_SPLITS; ++split)
+      for (int split = 0; split < MOST; ++split)
         if (split < splits)
 #pragma unroll
           for (int e = 0; e < UNIT; ++e) sum[e].add(as_float(part[split][n][e]));
@@ -363,8 +363,8 @@ struct FinishMoments {
   }
 
   SRPKD_DEVICE void run() const {
-    const StripOfPartials<THREADS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0), splits,
-                                            first_row);
+    const StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0),
+                                                        splits, first_row);
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const double count = p.pixels;
     const int64_t matrix = image * elements_of_terms(channels);
@@ -472,7 +472,7 @@ struct WeightedMoment {
     uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
 #pragma unroll 1
     for (int row = 0; row < BLOCK; row += STRIP) {
-      const StripOfPartials<THREADS> partials(partial, p.ranges.splits, row);
+      const StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
       const Strip strip{matrix, at, blocks, row, shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES};
       partials.for_each_sum([&](int of_row, int column, const double (&sums)[UNIT]) {
         float x[UNIT];
