@@ -48,9 +48,14 @@ Tensor as_pixels(const Tensor& features, at::ScalarType dtype, const Options& op
 
 // The inverse of as_pixels: a view of the gradient with the sizes of the features.
 Tensor as_features(const Tensor& gradient, c10::SymIntArrayRef sizes, bool by_channel) {
-  if (!by_channel) return gradient.view_symint(sizes);
-  const c10::SymInt pixels = sizes[sizes.size() - 2] * sizes[sizes.size() - 1];
-  return gradient.view_symint({-1, pixels, gradient.sym_size(2)}).transpose(1, 2).view_symint(sizes);
+  // where nothing changes, a view would only take time
+  const auto viewed = [](const Tensor& x, c10::SymIntArrayRef shape) {
+    return x.sym_sizes() == shape ? x : x.view_symint(shape);
+  };
+  if (!by_channel) return viewed(gradient, sizes);
+  const size_t dims = sizes.size();
+  const c10::SymInt images = dims == 4 ? sizes[0] : c10::SymInt(1), pixels = sizes[dims - 2] * sizes[dims - 1];
+  return viewed(gradient, {images, pixels, gradient.sym_size(2)}).transpose(1, 2).view_symint(sizes);
 }
 
 void check_options(const Tensor& student, const Tensor& teacher, const Options& options) {

@@ -2,8 +2,6 @@
 // for, the CPU's capabilities and the index arithmetic.
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -13,6 +11,7 @@
 #include <tuple>
 
 #include "common/arguments.h"
+#include "common/backward.h"
 #include "common/index.h"
 #include "cpu/indexed_tiles.h"
 #include "cpu/loss.h"
@@ -96,18 +95,10 @@ LossAndGradient relation_loss_forward_cpu(const Tensor& student, const Tensor& t
   return cpu::relation_loss(student, teacher, relation, parse_reduction(reduction), need_grad);
 }
 
-// For any device: one elementwise launch.
-Tensor relation_loss_backward(const Tensor& gradient, const Tensor& grad_loss, at::ScalarType dtype) {
-  Tensor result = at::empty_like(gradient, gradient.options().dtype(dtype));
-  // on a GPU, a grad_loss without dimensions would be rounded to the dtype of the gradient
-  const bool view = grad_loss.dim() || gradient.is_cuda();
-  at::mul_out(result, gradient, view ? grad_loss.view({-1, 1, 1}) : grad_loss);
-  return result;
-}
-
 }  // namespace
 
-// csrc/cuda/operator.cpp registers the implementations for CUDA, csrc/autograd.cpp those of relation_loss.
+// operator.cpp and backward.cpp in csrc/cuda register the implementations for CUDA, csrc/autograd.cpp those of
+// relation_loss.
 TORCH_LIBRARY_FRAGMENT(srpkd, m) {
   m.def(
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "
@@ -132,7 +123,7 @@ TORCH_LIBRARY_IMPL(srpkd, Meta, m) {
   m.impl("relation_tiles", relation_tiles_meta);
   m.impl("relation_loss_forward", relation_loss_forward_meta);
 }
-TORCH_LIBRARY_IMPL(srpkd, CompositeExplicitAutograd, m) { m.impl("relation_loss_backward", relation_loss_backward); }
+TORCH_LIBRARY_IMPL(srpkd, CompositeExplicitAutograd, m) { m.impl("relation_loss_backward", multiply); }
 
 }  // namespace srpkd
 

@@ -50,6 +50,7 @@ class BackendUnavailable(RuntimeError):
     """A backend that was requested by name cannot run here."""
 
 
+@functools.cache
 def backend_module(name: str) -> ModuleType:
     """Import a backend's module at its first use, so that backends do not slow down or break each other."""
     return importlib.import_module(f".{name}", __package__)
@@ -168,7 +169,7 @@ def resolve_backend(
         ValueError: the named backend does not support this relation or dtype.
     """
     if backend != "auto":
-        _check_supported(backend, device, dtype, relation)
+        check_supported(backend, device, dtype, relation)
         return backend
     if device.type == "cpu":
         return cached_auto_backend(device, relation, dtype, pixels, channels)
@@ -241,7 +242,8 @@ def compute_loss(
     return formulas.loss_and_gradient(module.relation_tiles, student, teacher, relation, need_grad, scale_dtype)
 
 
-def _check_supported(name: str, device: torch.device, dtype: torch.dtype, relation: Relation) -> None:
+@functools.lru_cache(maxsize=1024)  # what raises nothing; on a GPU, asking torch.cuda takes as long as a launch
+def check_supported(name: str, device: torch.device, dtype: torch.dtype, relation: Relation) -> None:
     """Raise the errors of ``resolve_backend`` for a backend that was requested by name."""
     module = backend_module(name)
     if (reason := module.unavailable_reason(device)) is not None:

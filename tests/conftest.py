@@ -86,6 +86,7 @@ def _no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` choose by what this test finds, not by the environment or by what an earlier test pretended."""
     monkeypatch.delenv("SRPKD_BACKEND", raising=False)
     dispatch.cached_auto_backend.cache_clear()
+    dispatch.check_supported.cache_clear()
 
 
 @pytest.fixture

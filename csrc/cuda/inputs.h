@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 
+#include <vector>
+
 #include "sm80/plan.h"
 
 namespace srpkd::cuda {
@@ -64,19 +66,29 @@ inline sm80::Features features_of(const Tensor& x, const Tensor& alpha, bool pix
           sm80::copy_bytes(x.const_data_ptr(), image_stride, line_stride, static_cast<int>(x.element_size()))};
 }
 
-inline sm80::Device device_of(c10::DeviceIndex index) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index));
-    return value;
-  };
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-  TORCH_CHECK_NOT_IMPLEMENTED(major >= 8,
-                              "the native backend needs a GPU of compute capability 8.0 or newer, received ", major,
-                              ".", attribute(cudaDevAttrComputeCapabilityMinor), ": use backend='blocked'");
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-          major};
+// Returns the properties of a GPU, which are read once: a call of the loss asks for them on the host's critical path.
+inline const sm80::Device& device_of(c10::DeviceIndex index) {
+  static const std::vector<sm80::Device> devices = [] {
+    int count = 0;
+    C10_CUDA_CHECK(cudaGetDeviceCount(&count));
+    std::vector<sm80::Device> all;
+    for (int device = 0; device < count; ++device) {
+      const auto attribute = [&](cudaDeviceAttr name) {
+        int value = 0;
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+        return value;
+      };
+      all.push_back({attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                     attribute(cudaDevAttrReservedSharedMemoryPerBlock), attribute(cudaDevAttrComputeCapabilityMajor)});
+    }
+    return all;
+  }();
+  const sm80::Device& device = devices.at(index);
+  TORCH_CHECK_NOT_IMPLEMENTED(device.major >= 8,
+                              "the native backend needs a GPU of compute capability 8.0 or newer, received ",
+                              device.major, ".x: use backend='blocked'");
+  return device;
 }
 
 inline void check_grid(const Tensor& student, int64_t blocks) {

@@ -62,11 +62,11 @@ struct Workspace {
 // Splits the pixels of a sum by `blocks` thread blocks per range, of which `resident` fit on the GPU at once: into the
 // ranges that take the fewest steps, a step being BLOCK pixels. A thread block starts and ends in about as long as
 // START steps take.
-inline algebra::Ranges ranges_of(int64_t blocks, int pixels, int64_t resident) {
+inline algebra::Ranges ranges_of(int64_t blocks, int pixels, int64_t resident, int64_t limit = algebra::MAX_SPLITS) {
   constexpr int64_t START = 4;
   const int64_t steps = ceil_div(pixels, algebra::BLOCK), most = ceil_div(steps, 2);
   int64_t chosen = 1, least = 0;
-  for (int64_t splits = 1; splits <= algebra::MAX_SPLITS && splits <= most; ++splits) {
+  for (int64_t splits = 1; splits <= limit && splits <= most; ++splits) {
     const int64_t cost = ceil_div(blocks * splits, resident) * (ceil_div(steps, splits) + START);
     if (splits == 1 || cost < least) chosen = splits, least = cost;
   }
@@ -149,7 +149,7 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
   w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
-  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2);
+  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2, MAX_WEIGHTED_SPLITS);
   w.partial = workspace.take<float>(images * tiles_of(channels) * w.ranges.splits * BLOCK * BLOCK);
   w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels));
   g.weighted = w.weighted;

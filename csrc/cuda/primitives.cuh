@@ -74,13 +74,20 @@ SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
   else
     *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
 }
-// Reads global memory that other thread blocks of this launch have written.
+// Read global memory that other thread blocks of this launch have written.
 template <typename T>
 SRPKD_DEVICE T load_global_coherent(const T* from) {
   return __ldcg(from);
 }
-// Orders this thread's writes before its later writes, for all threads of the GPU.
-SRPKD_DEVICE void fence_device() { __threadfence(); }
+// Volatile, so that the compiler does not move a load of a batch behind the use of another.
+SRPKD_DEVICE void load_words_coherent(uint32_t (&to)[4], const void* from) {
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(from));
+}
+// Orders this thread's accesses before it and after it, for all threads of the GPU. __threadfence() is a sequentially
+// consistent fence, which takes longer.
+SRPKD_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Adds 1 to a counter in global memory, and returns its value before that.
 SRPKD_DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
 
@@ -156,12 +163,17 @@ SRPKD_DEVICE uint32_t widen(uint32_t pair) {
   }
 }
 
-// Returns two floats rounded to the nearest bfloat16, `lower` in the lower 16 bits. NaN stays NaN.
-SRPKD_DEVICE uint32_t pack_bfloat16(float lower, float upper) {
+// Returns two floats rounded to the nearest T, BFloat16 or Half, `lower` in the lower 16 bits. NaN stays NaN.
+template <typename T>
+SRPKD_DEVICE uint32_t pack(float lower, float upper) {
   uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  if constexpr (std::is_same_v<T, Half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
   return pair;
 }
+SRPKD_DEVICE uint32_t pack_bfloat16(float lower, float upper) { return pack<BFloat16>(lower, upper); }
 
 // A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 if both are equal.
 SRPKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }

@@ -8,6 +8,7 @@ CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
+CUDA_BACKWARD = "csrc/cuda/algebra/backward.cuh"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
     f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
 )
@@ -159,8 +160,20 @@ BACKENDS = {
             Fault(
                 "moments: the last range is dropped",
                 CUDA_MOMENTS,
-                "split < splits; ++split",
-                "split < splits - 1; ++split",
+                "if (split < splits)\n#pragma unroll\n          for (int e",
+                "if (split < splits - 1)\n#pragma unroll\n          for (int e",
+            ),
+            Fault(
+                "moments: missing barrier before the mirror image",
+                CUDA_MOMENTS,
+                "      sync_block();  // two buffers",
+                "      // two buffers",
+            ),
+            Fault(
+                "moments: the mirror image of the first strip only",
+                CUDA_MOMENTS,
+                "row = first_row + i % (STRIP / UNIT) * UNIT",
+                "row = i % (STRIP / UNIT) * UNIT",
             ),
             Fault("moments: no shift to the mean", CUDA_MOMENTS, "return any;", "return false;"),
             Fault(
@@ -207,6 +220,20 @@ BACKENDS = {
                 "return normalize != Normalize::none;",
             ),
             Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
+        ],
+    ),
+    "cuda_backward": Backend(
+        "tests/csrc/test_cuda_backward.py",
+        [
+            Fault(
+                "a unit takes the factor of its first element",
+                CUDA_BACKWARD,
+                "if (image_of(first + valid - 1) == image)",
+                "if (image >= 0)",
+            ),
+            Fault("grad_loss has no stride", CUDA_BACKWARD, "image * p.grad_loss_stride", "image"),
+            Fault("writes one element too many", CUDA_BACKWARD, "if (e < valid) store", "if (e <= valid) store"),
+            Fault("rounded to bfloat16", CUDA_BACKWARD, "word[i] = pack<T>", "word[i] = pack_bfloat16"),
         ],
     ),
 }

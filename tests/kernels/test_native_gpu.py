@@ -217,6 +217,21 @@ def test_upstream_gradient_is_not_rounded(dtype: torch.dtype, reduction: str) ->
     assert torch.equal(actual, expected.to(dtype)) or error(actual, expected.to(dtype)) < 1e-4
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@every_dtype
+def test_product_of_backward_in_every_layout(dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Bit-equal to the product in float32, with the strides of the gradient, also where the batch is not outermost."""
+    native.extension()
+    contiguous = torch.randn(3, 7, 5, device=CUDA).to(stored)
+    for gradient in (contiguous, contiguous.mT, contiguous.transpose(0, 1)):
+        images = gradient.shape[0]
+        for upstream in (torch.rand((), device=CUDA), torch.rand(images, device=CUDA)):
+            for factor in (upstream, upstream.expand(images)):
+                actual = torch.ops.srpkd.relation_loss_backward(gradient, factor, dtype)
+                assert torch.equal(actual, (gradient.float() * factor.view(-1, 1, 1)).to(dtype))
+                assert actual.stride() == gradient.stride()
+
+
 def test_kernel_setting() -> None:
     """A wrong value of SRPKD_CUDA_KERNEL is an error that lists the choices."""
     program = (

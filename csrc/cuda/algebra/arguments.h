@@ -11,6 +11,7 @@ constexpr int BLOCK = 64;                       // channels or pixels in one dim
 constexpr int PANEL_BYTES = BLOCK * BLOCK * 2;  // of one bfloat16 term
 constexpr int MATRIX_TERMS = 3;                 // bfloat16 terms of an element of M: 24 bits
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
+constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
 
 // The networks, in the order of Features and of all arrays here.
 enum Network { TEACHER, STUDENT };
@@ -121,6 +122,17 @@ struct GradientArguments {
   bool per_image;
   int loss_blocks;  // images if per_image, else 1
   float* loss;      // (images,) if per_image, else ()
+};
+
+// The product of the gradient and the upstream gradient, element by element in the order of the memory.
+struct BackwardArguments {
+  const void* gradient;  // bfloat16 if narrow, else float32; both pointers are multiples of 16 bytes
+  bool narrow;
+  void* result;
+  const float* grad_loss;
+  int64_t count;           // elements
+  int64_t image_elements;  // that share an element of grad_loss
+  int64_t grad_loss_stride;
 };
 
 }  // namespace srpkd::cuda::algebra

@@ -1,4 +1,4 @@
-// Launches the kernels around the relation tiles on a GPU. Each of the files kernels_*.cu instantiates one element
+// Launches the kernels around the relation tiles on a GPU. Each of the files algebra_*.cu instantiates one element
 // type, so that they compile in parallel, and only they need nvcc.
 #pragma once
 
@@ -19,6 +19,10 @@ cudaError_t scales(const ScalesPlan& plan, bool pixels_adjacent, cudaStream_t st
 
 template <class T, class SumsOfTiles>
 cudaError_t gradient(const GradientPlan<SumsOfTiles>& plan, bool pixels_adjacent, cudaStream_t stream);
+
+// T: the element type of the result.
+template <class T>
+cudaError_t backward(const BackwardArguments& p, cudaStream_t stream);
 
 #if defined(__CUDACC__)
 template <class Kernel>
@@ -60,6 +64,13 @@ cudaError_t gradient(const GradientPlan<SumsOfTiles>& plan, bool pixels_adjacent
     launch_gradient<T, true>(plan, launch);
   else
     launch_gradient<T, false>(plan, launch);
+  return launch.error;
+}
+
+template <class T>
+cudaError_t backward(const BackwardArguments& p, cudaStream_t stream) {
+  Launch launch{stream};
+  launch_backward<T>(p, launch);
   return launch.error;
 }
 #endif

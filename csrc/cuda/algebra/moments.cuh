@@ -186,7 +186,21 @@ struct Moments {
   }
 };
 
-// Writes the three bfloat16 terms of two adjacent elements of a matrix, of which `to` is the first term's place.
+constexpr int UNIT = 4;  // adjacent elements of a matrix that a thread has
+constexpr int STRIP =
+    16;  // rows of a tile that a thread block finishes at once: lines of its mirror image are a sector
+
+// Writes the three bfloat16 terms of a unit of a matrix, of a pair or of one element. `to`: the first term's place.
+SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {
+#pragma unroll
+  for (int term = 0; term < MATRIX_TERMS; ++term) {
+    const uint32_t pair[2] = {pack_bfloat16(x[0], x[1]), pack_bfloat16(x[2], x[3])};
+    store_words(to + term * BLOCK * BLOCK, pair);
+#pragma unroll
+    for (int e = 0; e < UNIT; ++e) x[e] -= as_float(e % 2 ? pair[e / 2] & 0xffff0000u : pair[e / 2] << 16);
+  }
+}
+
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
   for (int term = 0; term < MATRIX_TERMS; ++term) {
     const uint32_t pair = pack_bfloat16(first, second);
@@ -194,6 +208,7 @@ SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
     first -= as_float(pair << 16), second -= as_float(pair & 0xffff0000u);
   }
 }
+
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
   for (int term = 0; term < MATRIX_TERMS; ++term) {
     const uint32_t pair = pack_bfloat16(value, 0);
@@ -202,68 +217,71 @@ SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
   }
 }
 
-// Writes a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its lines are
-// the columns of the tile, whose elements would be written one by one.
+// Writes a strip of a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its
+// lines are the columns of the strip, whose elements would be written one by one.
 template <int THREADS>
-struct SymmetricTile {
-  static constexpr int STRIDE = BLOCK + 1, BYTES = BLOCK * STRIDE * 4;  // floats; of the buffer
+struct SymmetricStrip {
+  static constexpr int STRIDE = BLOCK + 2, BYTES = STRIP * STRIDE * 4;  // floats; of the buffer
   uint16_t* matrix;
   TileOfMoment at;
-  int blocks;
+  int blocks, first_row;
   Address buffer;
 
-  SRPKD_DEVICE Address place(int row, int column) const { return buffer + (row * STRIDE + column) * 4; }
+  SRPKD_DEVICE Address place(int row, int column) const { return buffer + ((row - first_row) * STRIDE + column) * 4; }
 
-  // Writes two adjacent elements.
-  SRPKD_DEVICE void store(int row, int column, float first, float second) const {
-    store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
-    if (at.row == at.column) return;
-    store_shared(place(row, column), first);
-    store_shared(place(row, column + 1), second);
+  SRPKD_DEVICE void store(int row, int column, float (&x)[UNIT]) const {
+    if (at.row != at.column)
+#pragma unroll
+      for (int e = 0; e < UNIT; ++e) store_shared(place(row, column + e), x[e]);
+    store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, x);
   }
 
   // Writes the mirror image, after a barrier.
   SRPKD_DEVICE void store_mirrored() const {
     if (at.row == at.column) return;
     uint16_t* const to = matrix + panel_of_terms(at.column, at.row, blocks);
-    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
-      const int row = i / BLOCK, column = i % BLOCK;
-      store_matrix_terms(to + i, load_shared<float>(place(column, row)), load_shared<float>(place(column + 1, row)));
+    for (int i = thread_index(); i < STRIP * BLOCK / UNIT; i += THREADS) {
+      const int column = i / (STRIP / UNIT), row = first_row + i % (STRIP / UNIT) * UNIT;
+      float x[UNIT];
+#pragma unroll
+      for (int e = 0; e < UNIT; ++e) x[e] = load_shared<float>(place(row + e, column));
+      store_matrix_terms(to + column * BLOCK + row, x);
     }
   }
 };
 
-// The sums over the splits of a tile of BLOCK x BLOCK partial sums. A thread has pairs of adjacent elements.
-template <int THREADS>
-struct TileSums {
-  static constexpr int PAIRS = BLOCK * BLOCK / 2 / THREADS;
-  using Pair = unsigned long long;
-  CompensatedSum sum[PAIRS][2];
+// The partial sums of a strip of a tile. All loads are under way together: each takes as long as all of them.
+template <int THREADS, int MOST>  // splits
+struct StripOfPartials {
+  static constexpr int UNITS = STRIP * BLOCK / UNIT / THREADS;
+  int splits, first_row;
+  uint32_t part[MOST][UNITS][UNIT] = {};
 
-  // All loads of a split are under way together. Stores of results between them would separate them.
-  template <class Load>
-  SRPKD_DEVICE TileSums(const float* partial, int splits, Load load) {
-#pragma unroll 1
-    for (int split = 0; split < splits; ++split) {
-      Pair part[PAIRS];
+  SRPKD_DEVICE StripOfPartials(const float* partial, int splits_of_sum, int row)
+      : splits(splits_of_sum), first_row(row) {
 #pragma unroll
-      for (int n = 0; n < PAIRS; ++n)
-        part[n] = load(reinterpret_cast<const Pair*>(partial + split * BLOCK * BLOCK + place(n)));
+    for (int split = 0; split < MOST; ++split)
+      if (split < splits)
 #pragma unroll
-      for (int n = 0; n < PAIRS; ++n) {
-        sum[n][0].add(as_float(static_cast<uint32_t>(part[n])));
-        sum[n][1].add(as_float(static_cast<uint32_t>(part[n] >> 32)));
-      }
-    }
+        for (int n = 0; n < UNITS; ++n) load_words_coherent(part[split][n], partial + split * BLOCK * BLOCK + place(n));
   }
 
-  static SRPKD_DEVICE int place(int n) { return (n * THREADS + thread_index()) * 2; }
+  SRPKD_DEVICE int place(int n) const { return first_row * BLOCK + (n * THREADS + thread_index()) * UNIT; }
 
-  // Calls f(row, column, sum, sum of the next column) for every pair.
+  // Calls f(row, column, sums of the splits) for every unit. The order of a sum is always the same.
   template <class F>
-  SRPKD_DEVICE void for_each(F f) const {
+  SRPKD_DEVICE void for_each_sum(F f) const {
 #pragma unroll
-    for (int n = 0; n < PAIRS; ++n) f(place(n) / BLOCK, place(n) % BLOCK, sum[n][0].value(), sum[n][1].value());
+    for (int n = 0; n < UNITS; ++n) {
+      CompensatedSum sum[UNIT];
+#pragma unroll
+      for (int split = 0; split < MOST; ++split)
+        if (split < splits)
+#pragma unroll
+          for (int e = 0; e < UNIT; ++e) sum[e].add(as_float(part[split][n][e]));
+      const double value[UNIT] = {sum[0].value(), sum[1].value(), sum[2].value(), sum[3].value()};
+      f(place(n) / BLOCK, place(n) % BLOCK, value);
+    }
   }
 };
 
@@ -278,15 +296,15 @@ SRPKD_DEVICE float inverse_square(float size) { return as_float((3 * 127u - 2 * 
 // Returns the larger number, or NaN if one is NaN.
 SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 
-// Adds the partial moments. Grid: (images * tiles of both networks, 1).
+// Adds the partial moments. Grid: (images * tiles of both networks, strips of a tile).
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 1;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 2, STRIPS = BLOCK / STRIP, BATCH = 8;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
-  static constexpr int TILES_AT = LARGEST_AT + THREADS / 32 * 4;
-  using Tile = SymmetricTile<THREADS>;
-  static constexpr int SHARED_BYTES = TILES_AT + 2 * Tile::BYTES;
+  static constexpr int STRIPS_AT = LARGEST_AT + THREADS / 32 * 4;
+  using Strip = SymmetricStrip<THREADS>;
+  static constexpr int SHARED_BYTES = STRIPS_AT + 2 * Strip::BYTES;
 
   const MomentArguments& p;
   const MomentResults& results;
@@ -294,6 +312,7 @@ struct FinishMoments {
   const int channels_t = p.features[TEACHER].channels, channels_s = p.features[STUDENT].channels;
   const int tiles_t = tiles_of(channels_t), tiles = tiles_t + tiles_of(channels_s);
   const int index = block_index(0) % tiles, image = block_index(0) / tiles, splits = p.ranges.splits;
+  const int first_row = block_index(1) * STRIP;
   const int network = index < tiles_t ? TEACHER : STUDENT, channels = network == STUDENT ? channels_s : channels_t;
   const int blocks = blocks_of(channels), tile = index - (network == STUDENT ? tiles_t : 0);
   const TileOfMoment at = tile_of_moment(tile, blocks);
@@ -301,18 +320,28 @@ struct FinishMoments {
 
   SRPKD_DEVICE explicit FinishMoments(const Arguments& arguments) : p(arguments.sums), results(arguments.results) {}
 
-  SRPKD_DEVICE double sum_of(const float* parts, int64_t offset, int64_t stride) const {
-    return sum_in_order(splits, [&](int split) { return load_global(parts + offset + split * stride); });
-  }
-
   // Computes the means of this tile's channels, and returns the largest diagonal element of M.
   SRPKD_DEVICE float reduce_channels() const {
     float largest = 0;
+#pragma unroll 1
     for (int c = thread_index(); c < blocks * BLOCK; c += THREADS) {
       const int64_t vector = int64_t{image} * splits * both + first + c;
-      const double shift = load_global(p.shift + int64_t{image} * both + first + c), count = p.pixels;
-      const double offset = sum_of(p.sums, vector, both) / count, square = sum_of(p.squares, vector, both);
-      const auto whole = static_cast<float>(square + count * shift * (2 * offset + shift));
+      const double shift = load_global_coherent(p.shift + int64_t{image} * both + first + c), count = p.pixels;
+      CompensatedSum sum, square;
+#pragma unroll 1
+      for (int begin = 0; begin < splits; begin += BATCH) {
+        float part[BATCH][2];  // under way together
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+          const int64_t at_split = vector + int64_t{begin + i} * both;
+          part[i][0] = begin + i < splits ? load_global_coherent(p.sums + at_split) : 0.f;
+          part[i][1] = begin + i < splits ? load_global_coherent(p.squares + at_split) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) sum.add(part[i][0]), square.add(part[i][1]);
+      }
+      const double offset = sum.value() / count;
+      const auto whole = static_cast<float>(square.value() + count * shift * (2 * offset + shift));
       largest = larger(largest, whole);
       for (int side = 0; side < 2; ++side) {
         const int place = c - (side ? at.column : at.row) * BLOCK;
@@ -334,28 +363,28 @@ struct FinishMoments {
   }
 
   SRPKD_DEVICE void run() const {
-    const TileSums<THREADS> sums(p.partial + offset_of_partial(image, tiles, index, splits, 0), splits,
-                                 [](const auto* from) { return load_global(from); });
+    const StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0),
+                                                        splits, first_row);
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const double count = p.pixels;
     const int64_t matrix = image * elements_of_terms(channels);
-    const Tile of_centred{results.centred[network] + matrix, at, blocks, shared + TILES_AT};
-    const Tile of_whole{results.whole + matrix, at, blocks, shared + TILES_AT + Tile::BYTES};
-    sums.for_each([&](int row, int column, double first_sum, double second_sum) {
-      float centred[2], whole[2];
-      for (int i = 0; i < 2; ++i) {
-        const double sum =
-            (i ? second_sum : first_sum) - count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
+    const Strip of_centred{results.centred[network] + matrix, at, blocks, first_row, shared + STRIPS_AT};
+    const Strip of_whole{results.whole + matrix, at, blocks, first_row, shared + STRIPS_AT + Strip::BYTES};
+    partials.for_each_sum([&](int row, int column, const double (&sums)[UNIT]) {
+      float centred[UNIT], whole[UNIT];
+      for (int i = 0; i < UNIT; ++i) {
+        const double sum = sums[i] - count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
         centred[i] = static_cast<float>(sum) * scale;
         whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
       }
-      of_centred.store(row, column, centred[0], centred[1]);
-      if (network == STUDENT) of_whole.store(row, column, whole[0], whole[1]);
+      of_centred.store(row, column, centred);
+      if (network == STUDENT) of_whole.store(row, column, whole);
     });
     sync_block();
     of_centred.store_mirrored();
     if (network == STUDENT) of_whole.store_mirrored();
     const int thread = thread_index();
+    if (first_row != 0) return;
     if (at.row == at.column && thread < BLOCK)
       store_global(results.mean + int64_t{image} * both + first + at.row * BLOCK + thread,
                    static_cast<float>(vector(MEANS_AT, 0, thread) / size) * sqrtf(static_cast<float>(p.pixels)));
@@ -437,16 +466,22 @@ struct WeightedMoment {
 
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
-    using Result = SymmetricTile<THREADS>;
-    constexpr int RESULT_AT = 256;  // other threads may still read the first word
-    static_assert(RESULT_AT + Result::BYTES <= SHARED_BYTES);
-    const Result result{p.weighted + image * elements_of_terms(p.features.channels), at, blocks, shared + RESULT_AT};
-    const TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) { return load_global_coherent(from); });
-    sums.for_each([&](int row, int column, double first, double second) {
-      result.store(row, column, static_cast<float>(first) * scale, static_cast<float>(second) * scale);
-    });
-    sync_block();
-    result.store_mirrored();
+    using Strip = SymmetricStrip<THREADS>;
+    constexpr int STRIPS_AT = 256;  // other threads may still read the first word
+    static_assert(STRIPS_AT + 2 * Strip::BYTES <= SHARED_BYTES);
+    uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
+#pragma unroll 1
+    for (int row = 0; row < BLOCK; row += STRIP) {
+      const StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
+      const Strip strip{matrix, at, blocks, row, shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES};
+      partials.for_each_sum([&](int of_row, int column, const double (&sums)[UNIT]) {
+        float x[UNIT];
+        for (int i = 0; i < UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
+        strip.store(of_row, column, x);
+      });
+      sync_block();  // two buffers: the strip after the next is written after the next barrier
+      strip.store_mirrored();
+    }
   }
 };
 
