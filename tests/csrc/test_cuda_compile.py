@@ -32,8 +32,9 @@ KERNELS = {(adjacent, channels) for adjacent in (0, 1) for channels in (0, 64, 1
 FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)ELb(\d)")
 # of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores. Those
 # after the tiles exist for the sums of the sm_80 and of the sm_90 tiles
-ALGEBRA = {"Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8}
-ALGEBRA["Backward"] = 2  # for gradients in bfloat16 and in float32
+ALGEBRA = {
+    "Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8, "Backward": 2
+}  # fmt: skip
 CLOSED_FORM = {
     "Moments": 4, "SumMoments": 1, "RowScales": 2, "ScaledMoments": 4, "Gradient": 6, "PixelNorms": 2
 }  # fmt: skip
