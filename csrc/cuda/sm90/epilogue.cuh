@@ -5,8 +5,8 @@
 // unit_of_sums.
 //
 // If features are in units, so are G and K: K_ij times the units of both pixels keeps the sum over the columns of K_ij
-// q_j right but for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part of alpha and
-// ratio. For row, D_ij and K_ij have the unit of column j and D_ji has that of row i, besides.
+// q_j right but for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part of alpha
+// and ratio. For row, D_ij and K_ij have the unit of column j and D_ji has that of row i, besides.
 #pragma once
 
 #include <cmath>

@@ -60,8 +60,8 @@ struct Params {
   float h_scale;                       // h is stored in units of 1 / h_scale
   const float* alpha_student;          // (images, pixels), null if it is 1
   const float* alpha_teacher;
-  void* scales;     // Config::Scale (images, blocks * TILE), zeros beyond the last pixel
-  float* powers;    // (images): K, h and the loss are multiplied by it, see unit_of_sums
+  void* scales;         // Config::Scale (images, blocks * TILE), zeros beyond the last pixel
+  float* powers;        // (images): K, h and the loss are multiplied by it, see unit_of_sums
   double* loss;         // (images, blocks, parts, LOSS_TERMS)
   int64_t* h;           // (images, blocks * TILE), null if not computed
   float* U_columns;     // (copies, images of work, blocks, U_BLOCK): sums over tiles above the diagonal
@@ -84,7 +84,7 @@ struct Config {
   static constexpr bool GRAD = GRAD_;
   static constexpr int TERMS = TERMS_;
   static constexpr bool SCALED = std::is_same_v<Element, Half>;  // so that K is in the range of float16
-  static constexpr bool UNITS = TERMS == 2;                      // each pixel's features are in a unit, see Params::units
+  static constexpr bool UNITS = TERMS == 2;  // each pixel's features are in a unit, see Params::units
   static_assert(TERMS == 1 || (TERMS == 2 && SCALED));
   static constexpr bool UNITS_OF_COLUMNS = UNITS && !SYMMETRIC;
   using Scale = std::conditional_t<UNITS_OF_COLUMNS, PixelScaleWithUnits, PixelScale>;

@@ -27,11 +27,13 @@ struct Preparation {
   static SRPKD_DEVICE int exponent_of(float value) { return static_cast<int>(as_bits(value) >> 23) - 127; }
   static SRPKD_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(127 + exponent) << 23); }
   static SRPKD_DEVICE float reciprocal(float power) { return power_of_two(-exponent_of(power)); }
-  static SRPKD_DEVICE int clamped(int exponent, int limit) { return minimum(exponent < -limit ? -limit : exponent, limit); }
+  static SRPKD_DEVICE int clamped(int exponent, int limit) {
+    return minimum(exponent < -limit ? -limit : exponent, limit);
+  }
 
   // --- the units of features ----------------------------------------------------------------------------------------
-  // A feature divided by its pixel's unit is below 2^14. As two float16 terms it has an error of at most 2^-23 of itself
-  // or 2^-25, which is 2^-38 of the largest feature of the pixel.
+  // A feature divided by its pixel's unit is below 2^14. As two float16 terms it has an error of at most 2^-23 of
+  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel.
 
   static constexpr int FEATURE_EXPONENT = 14;
 
@@ -77,12 +79,11 @@ struct Preparation {
         measure(p.sources[network], p.units[network], static_cast<int>(i / across), static_cast<int>(i % across) * 32);
   }
 
-  // Returns the final unit of a pixel, given the one of its features and the largest of the image. A pixel without alpha
-  // or with alpha 0 has products with K whose size is that of other pixels, so its unit is not much smaller either:
-  // features down to 2^-27 of the largest of the image keep all bits. K_ij is otherwise in proportion to 1 / q_i.
+  // Returns the final unit of a pixel, given that of its features and the largest of the image. K_ij times the units of
+  // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
+  // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits.
   static SRPKD_DEVICE float final_unit(const float* alpha, int64_t pixel, float own, float largest) {
-    if (!alpha) return fmaxf(own, largest * 0x1p-12f);
-    return alpha_of(alpha, pixel) == 0 ? largest : own;
+    return alpha && load_global(alpha + pixel) != 0 ? own : largest;
   }
 
   // --- the scales ---------------------------------------------------------------------------------------------------

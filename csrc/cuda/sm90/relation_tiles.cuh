@@ -194,8 +194,8 @@ struct Consumer : Role<C> {
       wait(shared + C::SEGMENT_FULL, parity);
       const int image = this->published(Published::image);
       if (image < 0) break;
-      const auto* const own = static_cast<const typename C::Scale*>(p.scales) +
-                              pixel_of(image, this->published(Published::row)) + row();
+      const auto* const own =
+          static_cast<const typename C::Scale*>(p.scales) + pixel_of(image, this->published(Published::row)) + row();
       const Rows<C> rows{{load_scale(own), load_scale(own + 8)}};
       const float unit = C::L1 || !C::SCALED ? 1 : unit_of(image);
       float U[32] = {};
@@ -243,7 +243,7 @@ struct Consumer : Role<C> {
           // Tensor cores round sums towards zero, which adds up over the thousands of pixels of a segment. With two
           // terms it would be the largest error, so each tile's sum is rounded to nearest when it is added to U.
           float of_tile[32];
-          float(&sum)[32] = C::UNITS ? of_tile : U;
+          float (&sum)[32] = C::UNITS ? of_tile : U;
           if constexpr (!C::UNITS) hold(sum);
           fence_registers();
           multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::UNITS);

@@ -23,14 +23,10 @@ struct SumsOfTiles {
 };
 
 inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
-  return {p.work,      p.images,
-          p.pixels,    p.channel_splits,
-          symmetric,   p.sum_factor,
-          p.h_scale,   p.work.blocks * p.work.parts * LOSS_TERMS,
-          p.loss,      p.h,
-          p.U_columns, p.U_rows,
-          p.powers,    p.units[0],
-          p.alpha_student};
+  return {p.work,    p.images,     p.pixels,       p.channel_splits,
+          symmetric, p.sum_factor, p.h_scale,      p.work.blocks * p.work.parts * LOSS_TERMS,
+          p.loss,    p.h,          p.U_columns,    p.U_rows,
+          p.powers,  p.units[0],   p.alpha_student};
 }
 
 // The position of a channel of a group and a pixel of a block in U_BLOCK floats. It is the order of the accumulators of

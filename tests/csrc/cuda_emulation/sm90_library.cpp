@@ -99,8 +99,8 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
     for (int pixel = 0; pixel < problem.pixels; ++pixel) {
       const int block = pixel / TILE, at = pixel % TILE;
       const int64_t pixel_of_batch = int64_t{image} * problem.pixels + pixel;
-      const float unit = sums.sum_factor * unit_of_U(sums.symmetric, sums.powers[image],
-                                                     sums.units ? sums.units[pixel_of_batch] : 1.f);
+      const float unit = sums.sum_factor *
+                         unit_of_U(sums.symmetric, sums.powers[image], sums.units ? sums.units[pixel_of_batch] : 1.f);
       if (sums.h)
         h[pixel_of_batch] = static_cast<float>(
             static_cast<double>(sums.h[(int64_t{image} * p.work.blocks + block) * TILE + at]) / p.h_scale);
