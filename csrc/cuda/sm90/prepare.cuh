@@ -1,5 +1,5 @@
-// What the kernel does before the tiles, with all threads of the grid: the scales of the pixels, zeros where sums
-// start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
+// What the kernel does before the tiles, with all threads of the grid: the units of float32 features, the scales of the
+// pixels, zeros where sums start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -88,7 +88,7 @@ struct Preparation {
 
   // --- the scales ---------------------------------------------------------------------------------------------------
 
-  // The largest values of an image, at least 1 if all are 0.
+  // The largest values of an image; 1 in place of 0.
   struct Largest {
     float alpha;     // of the student, times the unit of its pixel
     float units[2];  // of the student and the teacher
