@@ -110,7 +110,7 @@ BACKENDS = {
                 "zero-norm pixels have units of their own",
                 HOPPER_PREPARE,
                 "return alpha && load_global(alpha + pixel) != 0 ? own : largest;",
-                "return alpha && own > 0 ? own : largest;",
+                "return alpha && pixel >= 0 && own > 0 ? own : largest;",
                 HOPPER_FLOAT32,
             ),
             Fault(
