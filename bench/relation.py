@@ -174,7 +174,7 @@ def as_row(
     trial = trials[name]
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
     row |= {"device_type": torch.device(case.device).type, "capability": machine.capability(case.device)}
-    row["kernel_version"] = measured.KERNEL_VERSIONS.get(name) if case.device != "cpu" else None
+    row["kernel_version"] = measured.kernel_version(name, case.dtype) if case.device != "cpu" else None
     rooflines = case.operations / peak_rates.matrix_flops, case.bytes_moved / peak_rates.copy_bytes
     row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None}
     times = measure.quantiles(trial.samples) if trial.samples else {}

@@ -22,9 +22,17 @@ from typing import NamedTuple
 
 from .measured_cases import CASES, DEVICES
 
-# By provider of ``python -m bench relation``. Increase a number when its kernels are rewritten, not when they move or
-# are renamed. native-sm80 and native-sm90 are the tiles of ``native``, which have the algebra around them in common.
-KERNEL_VERSIONS = {"closed_form": 2, "native": 2, "native-sm80": 2, "native-sm90": 2, "triton": 2}
+# By provider of ``python -m bench relation``, or by provider and dtype if those kernels have a number of their own.
+# Increase a number when its kernels are rewritten, not when they move or are renamed. native-sm80 and native-sm90 are
+# the tiles of ``native``, which have the algebra around them in common.
+KERNEL_VERSIONS = {
+    "closed_form": 2,
+    "native": 2,
+    "native-sm80": 2,
+    "native-sm90": 2,
+    "native-sm90 float32": 3,
+    "triton": 2,
+}
 # a difference of 1 counts as much as a factor of 2 in N
 PENALTIES = {
     "l2": 16.0,
@@ -65,9 +73,14 @@ class Time(NamedTuple):
     microseconds: float
     version: int
 
-    def of_version(self, provider: str) -> bool:
+    def of_version(self, provider: str, dtype: str) -> bool:
         """Return whether this is the time of the present kernels."""
-        return self.version == KERNEL_VERSIONS[provider]
+        return self.version == kernel_version(provider, dtype)
+
+
+def kernel_version(provider: str, dtype: str) -> int | None:
+    """Return the version of a provider's kernels for features of a dtype, None for PyTorch and other libraries."""
+    return KERNEL_VERSIONS.get(f"{provider} {dtype}", KERNEL_VERSIONS.get(provider))
 
 
 class Recorded(NamedTuple):
@@ -119,26 +132,28 @@ def ranking(name: str, capability: tuple[int, int], case: Case, sm90: bool = Tru
     near = sorted(
         (entry for entry in RECORDED if entry.device == device), key=lambda entry: difference(entry.case, case)
     )
-    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry.times, sm90)))
+    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry, sm90)))
 
 
-def fastest_first(times: dict[str, Time], sm90: bool = True) -> list[str]:
+def fastest_first(entry: Recorded, sm90: bool = True) -> list[str]:
     """Return the backends of a recorded case by their time.
 
     ``native`` takes the kernel that ``sm90_wins`` says; without ``sm90``, the other one.
     """
+    times = entry.times
     found = {backend: time.microseconds for backend, time in times.items() if "-" not in backend}
-    if sm90 and sm90_wins(times):
+    if sm90 and sm90_wins(entry):
         found["native"] = times["native-sm90"].microseconds
     elif not sm90 and "native-sm80" in times:
         found["native"] = times["native-sm80"].microseconds
     return sorted(found, key=lambda backend: found[backend])
 
 
-def sm90_wins(times: dict[str, Time]) -> bool:
+def sm90_wins(entry: Recorded) -> bool:
     """Return whether the present sm_90 kernel passed the gate on this case and is the faster kernel of ``native``."""
+    times = entry.times
     sm90 = times.get("native-sm90")
-    if sm90 is None or not sm90.of_version("native-sm90"):
+    if sm90 is None or not sm90.of_version("native-sm90", entry.case.dtype):
         return False
     others = [times[name].microseconds for name in ("native", "native-sm80") if name in times]
     return sm90.microseconds <= min(others, default=math.inf)
@@ -168,7 +183,7 @@ def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
 
     ``python -m bench record`` writes them into csrc/cuda/verified_rows.h, by which ``native`` chooses its kernel.
     """
-    return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry.times)})
+    return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry)})
 
 
 def sm90_verified(case: Case) -> bool:
@@ -181,5 +196,5 @@ def stale() -> list[str]:
     found: dict[str, bool] = {}
     for entry in RECORDED:
         for name, time in entry.times.items():
-            found[name] = found.get(name, False) or time.of_version(name)
+            found[name] = found.get(name, False) or time.of_version(name, entry.case.dtype)
     return [name for name, current in found.items() if not current]

@@ -185,5 +185,5 @@ def _cuda_kernels(architectures: str) -> str:
     """Describe the kernels of the relation tiles, given the architectures that they are built for."""
     if not architectures:
         return "not built"
-    wgmma = ", or with SRPKD_CUDA_KERNEL=sm90 wgmma (not for float32 highest)" if "9.0a" in architectures else ""
+    wgmma = ", or with SRPKD_CUDA_KERNEL=sm90 wgmma" if "9.0a" in architectures else ""
     return f"{architectures}, tiles by mma.sync{wgmma}"

@@ -62,7 +62,7 @@ def relation_rows(device_type: str = "cpu", **fixed: Any) -> list[dict[str, Any]
             row = relation.as_row(name, case, trials, peak, machine.PeakRates(1e12, 1e11))
             row |= {"device": f"some {device_type}", "device_type": device_type}
             if device_type == "cuda":
-                row |= {"capability": "9.0", "kernel_version": measured.KERNEL_VERSIONS.get(name)}
+                row |= {"capability": "9.0", "kernel_version": measured.kernel_version(name, case.dtype)}
             rows.append(row)
     return rows
 

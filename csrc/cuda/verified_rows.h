@@ -5,14 +5,12 @@
 namespace srpkd::cuda {
 
 // clang-format off
-constexpr std::array<VerifiedKind, 7> VERIFIED_SM90 = {{
+constexpr std::array<VerifiedKind, 5> VERIFIED_SM90 = {{
     {Precision::bf16, 2, Normalize::cosine, Distance::l1, true, 1, 4},
     {Precision::bf16, 2, Normalize::cosine, Distance::l2, true, 1, 4},
     {Precision::bf16, 2, Normalize::row, Distance::l1, true, 1, 1},
     {Precision::bf16, 2, Normalize::row, Distance::l1, true, 1, 4},
     {Precision::fp16, 2, Normalize::row, Distance::l1, true, 1, 4},
-    {Precision::tf32, 4, Normalize::cosine, Distance::l2, true, 1, 4},
-    {Precision::tf32, 4, Normalize::row, Distance::l1, true, 1, 4},
 }};
 // clang-format on
 

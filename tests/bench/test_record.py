@@ -73,9 +73,13 @@ def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     rows = relation_rows("cuda", dtype="bfloat16") + relation_rows("cuda")
-    version = measured.KERNEL_VERSIONS["native-sm90"]
     fast = [
-        row | {"provider": "native-sm90", "median_s": row["median_s"] / 2, "kernel_version": version}
+        row
+        | {
+            "provider": "native-sm90",
+            "median_s": row["median_s"] / 2,
+            "kernel_version": measured.kernel_version("native-sm90", row["dtype"]),
+        }
         for row in rows
         if row["provider"] == "native"
     ]

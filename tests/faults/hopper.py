@@ -8,6 +8,7 @@ HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/
 HOPPER_COLUMNS, HOPPER_LOADERS = "csrc/cuda/sm90/columns.cuh", "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
+HOPPER_FLOAT32 = "tests/csrc/test_sm90_tiles.py -k as_eager or any_magnitude or have_features"
 
 BACKENDS = {
     "hopper": Backend(
@@ -90,6 +91,41 @@ BACKENDS = {
                 HOPPER_EPILOGUE,
                 "fused_multiply_add(d, 0x1p127f, 0.5f)",
                 "fused_multiply_add(d, 0x1p127f, 1.f)",
+            ),
+            Fault(
+                "float32 features have one term",
+                HOPPER_PREPARE,
+                "    value -= as_float(widen<Element, false>(term));\n",
+                "    value = 0;\n",
+                HOPPER_FLOAT32,
+            ),
+            Fault(
+                "K without the unit of the other pixel",
+                HOPPER_EPILOGUE,
+                "return {own.alpha * other.unit, own.ratio * other.ratio_of_units};",
+                "return {own.alpha, own.ratio * other.ratio_of_units};",
+                HOPPER_FLOAT32,
+            ),
+            Fault(
+                "zero-norm pixels have units of their own",
+                HOPPER_PREPARE,
+                "return alpha && load_global(alpha + pixel) != 0 ? own : largest;",
+                "return alpha && pixel >= 0 && own > 0 ? own : largest;",
+                HOPPER_FLOAT32,
+            ),
+            Fault(
+                "scales are computed before all units are measured",
+                HOPPER_PREPARE,
+                "      measure_all();\n      sync_grid();\n",
+                "      measure_all();\n",
+                HOPPER_FLOAT32,
+            ),
+            Fault(
+                "terms are written before all units are final",
+                HOPPER_PREPARE,
+                "    if constexpr (C::UNITS) sync_grid();\n",
+                "",
+                HOPPER_FLOAT32,
             ),
         ],
     ),

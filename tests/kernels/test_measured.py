@@ -131,14 +131,16 @@ def test_cases_that_differ_more_are_farther_away() -> None:
 def test_an_h100_has_verified_the_sm90_kernel() -> None:
     cases = [entry.case for entry in measured.RECORDED if sm90_verified(entry.case)]
     assert {(case.dtype, case.normalize, case.distance) for case in cases} >= {
-        ("bfloat16", "row", "l1"), ("bfloat16", "cosine", "l1"), ("float16", "row", "l1"), ("float32", "row", "l1"),
+        ("bfloat16", "row", "l1"), ("bfloat16", "cosine", "l1"), ("float16", "row", "l1"),
     }  # fmt: skip
+    assert "float32" not in {case.dtype for case in cases}, "the recorded rows are those of an earlier kernel"
 
 
 def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorded]:
     """Return one recorded case; ``version`` is relative to the present kernels."""
     names = {name.replace("_", "-"): time for name, time in times.items()}
-    return [Recorded(0, case, {name: Time(time, KERNEL_VERSIONS[name] + version) for name, time in names.items()})]
+    versions = {name: (measured.kernel_version(name, case.dtype) or 0) + version for name in names}
+    return [Recorded(0, case, {name: Time(time, versions[name]) for name, time in names.items()})]
 
 
 def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +162,8 @@ def test_the_sm90_kernel_is_not_taken_by_other_records() -> None:
     assert not verified_kinds(entries(native=1.0, triton=1.0))
     assert not verified_kinds(entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
     assert not verified_kinds(entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
+    single = CASE._replace(dtype="float32", precision="high")
+    assert not verified_kinds(entries(single, version=-1, native_sm90=1.0)), "the version of other dtypes"
 
 
 def test_auto_ranks_native_by_the_kernel_that_it_takes(recorded) -> None:

@@ -19,10 +19,10 @@ from helpers import DELTA, error, value_and_gradient
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, unavailable_reason
 
 pytestmark = pytest.mark.gpu
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # "high" for float32
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # the error of the gradient relative to float64: of bfloat16 and float16 gradients; of signs of l1 close to ties, which
-# products with 16 bits do not resolve
-TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 1e-2}
+# products with 22 bits do not resolve
+TOLERANCE = {"bfloat16": 5e-3, "float16": 2e-3, "float32": 2e-3}
 
 
 class Case(NamedTuple):
@@ -52,13 +52,13 @@ def cases() -> list[Case]:
     return covered + [
         Case(dtype, normalize, "l1", **shape)
         for shape in shapes
-        for dtype, normalize in (("bfloat16", "row"), ("float16", "cosine"))
+        for dtype, normalize in (("bfloat16", "row"), ("float16", "cosine"), ("float32", "row"))
     ]
 
 
 def failures() -> list[str]:
     """Return a line for each case whose results are wrong or differ the second time."""
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")  # "high" has the same kernels
     lines = []
     for seed, case in enumerate(cases()):
         generator = torch.Generator("cuda").manual_seed(seed)

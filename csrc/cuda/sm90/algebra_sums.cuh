@@ -32,19 +32,19 @@ SRPKD_DEVICE void for_each_U(algebra::Constant<THREADS>, algebra::Constant<PIXEL
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[n][i] += as_float(word[n][i]);
   });
-  const float unit = sums.sum_factor * unit_of_sums(sums.symmetric, load_global(sums.powers + image));
+  const float power = load_global(sums.powers + image);
+  const float unit = sums.sum_factor * unit_of_U(sums.symmetric, power, 1);
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
     const ChannelAndPixel at = place_in_U((n * THREADS + thread_index()) * 4);
     float units[2] = {unit, unit};
-    if (sums.symmetric && sums.alpha) {
-      // a zero-norm pixel has K_ij = 0 with alpha_i alpha_j; here it is tiny, see Preparation::scale_of
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int of_pixel = pixel + at.pixel + i;
-        if (of_pixel < sums.pixels && load_global(sums.alpha + int64_t{image} * sums.pixels + of_pixel) == 0)
-          units[i] = 0;
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int64_t of_image = pixel + at.pixel + i, of_batch = int64_t{image} * sums.pixels + of_image;
+      if (of_image >= sums.pixels) continue;
+      if (sums.units) units[i] = sums.sum_factor * unit_of_U(sums.symmetric, power, load_global(sums.units + of_batch));
+      // a zero-norm pixel has K_ij = 0 with alpha_i alpha_j; here it is tiny, see Preparation::scale_of
+      if (sums.symmetric && sums.alpha && load_global(sums.alpha + of_batch) == 0) units[i] = 0;
     }
     f(at.pixel, at.channel, sum[n][0] * units[0], sum[n][1] * units[1]);
     f(at.pixel, at.channel + 8, sum[n][2] * units[0], sum[n][3] * units[1]);

@@ -1,8 +1,12 @@
 // The elementwise part of a tile, on the accumulators of one warpgroup: from G_s and G_t (64 x 128) to K, and to the
 // sums of the loss and of h. Free of torch.
 //
-// With d_ij = G_s,ij - ratio_i G_t,ij, D_ij = alpha_i d_ij. alpha is scaled, and so are K, h and the loss of l1: by
-// Params::powers for row, and by its square for cosine and none, where two alphas are multiplied.
+// With d_ij = G_s,ij - ratio_i G_t,ij, D_ij = alpha_i d_ij. alpha is scaled, and so are K, h and the loss of l1: see
+// unit_of_sums.
+//
+// If features are in units, so are G and K: K_ij times the units of both pixels keeps the sum over the columns of K_ij
+// q_j right but for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part of alpha
+// and ratio. For row, D_ij and K_ij have the unit of column j and D_ji has that of row i, besides.
 #pragma once
 
 #include <cmath>
@@ -18,8 +22,9 @@ namespace srpkd::cuda::sm90 {
 
 // The rows of a lane are g and g + 8 of its warp's 16, g = lane / 4. Its columns are 8 n + 2 t and 8 n + 2 t + 1,
 // t = lane % 4.
+template <class C>
 struct Rows {
-  PixelScale scale[2];
+  typename C::Scale scale[2];
 };
 
 // A lane's sums over the columns of a segment. loss_of_columns is that of D_ji, row only.
@@ -34,9 +39,9 @@ struct RowSums {
     if (C::SYMMETRIC) loss[0] *= 0.5f, loss[1] *= 0.5f;
   }
   template <class C>
-  SRPKD_DEVICE float total_loss(const Rows& rows) const {
+  SRPKD_DEVICE float total_loss(const Rows<C>& rows) const {
     if (C::SYMMETRIC) return 2 * (loss[0] + loss[1]);
-    if (!C::L1) return loss[0] + loss[1] + loss_of_columns;
+    if (!C::L1 || C::UNITS_OF_COLUMNS) return loss[0] + loss[1] + loss_of_columns;
     return fused_multiply_add(rows.scale[0].alpha, loss[0],
                               fused_multiply_add(rows.scale[1].alpha, loss[1], loss_of_columns));
   }
@@ -56,9 +61,10 @@ using Weights = uint32_t[C::TERMS][8][4];
 template <class C>
 struct Epilogue {
   static constexpr bool SYMMETRIC = C::SYMMETRIC, L1 = C::L1;
+  using Scale = typename C::Scale;
 
   const Params& p;
-  const Rows& rows;
+  const Rows<C>& rows;
   const float unit;  // makes D of alpha d; not used for l1
   const int lane;
 
@@ -70,6 +76,14 @@ struct Epilogue {
     if constexpr (L1) return with_sign(alpha, d);
     return clamped(difference(alpha, d)) * alpha;
   }
+  // alpha and ratio of D_ij with the units of the other pixel.
+  static SRPKD_DEVICE PixelScale with_units(const Scale& own, [[maybe_unused]] const Scale& other) {
+    if constexpr (C::UNITS_OF_COLUMNS)
+      return {own.alpha * other.unit, own.ratio * other.ratio_of_units};
+    else
+      return own;
+  }
+
   // rho(D); for l1 without the factor alpha.
   SRPKD_DEVICE float distance(float alpha, float d) const {
     if constexpr (L1) return fabsf(d);
@@ -78,12 +92,12 @@ struct Epilogue {
   }
 
   // Columns [8 n, 8 n + 8). Sets `h` to this lane's part of the sums over the rows, and `k` to the elements of K.
-  SRPKD_DEVICE void columns(const float* s, const float* t, const PixelScale (&scale)[2], RowSums& sums, float (&h)[2],
+  SRPKD_DEVICE void columns(const float* s, const float* t, const Scale (&scale)[2], RowSums& sums, float (&h)[2],
                             float (&k)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const PixelScale& row = rows.scale[i / 2];
-      const PixelScale& column = scale[i % 2];
+      const PixelScale row = with_units(rows.scale[i / 2], scale[i % 2]);
+      const PixelScale column = with_units(scale[i % 2], rows.scale[i / 2]);
       float of_row, of_column;  // K_ij and h_i without their units: of D_ij, of D_ji
       if constexpr (SYMMETRIC) {
         const float d = fused_multiply_add(-(row.ratio * column.ratio), t[i], s[i]), alpha = row.alpha * column.alpha;
@@ -94,7 +108,10 @@ struct Epilogue {
         const float mirrored = fused_multiply_add(-column.ratio, t[i], s[i]);
         of_row = weight(row.alpha, d), of_column = weight(column.alpha, mirrored);
         k[i] = of_row + of_column;
-        sums.loss[i / 2] += distance(row.alpha, d);
+        if constexpr (L1 && C::UNITS_OF_COLUMNS)
+          sums.loss[i / 2] = fused_multiply_add(of_row, d, sums.loss[i / 2]);
+        else
+          sums.loss[i / 2] += distance(row.alpha, d);
         if constexpr (L1)
           sums.loss_of_columns = fused_multiply_add(of_column, mirrored, sums.loss_of_columns);
         else
@@ -116,8 +133,8 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int n = 8 * HALF + i % 2 * 4 + i / 2 % 2 * 2 + i / 4;
-      PixelScale scale[2];
-      load_scales(scale, scales + (8 * n + 2 * (lane % 4)) * int{sizeof(PixelScale)});
+      Scale scale[2];
+      load_scales(scale, scales + (8 * n + 2 * (lane % 4)) * int{sizeof(Scale)});
       float k[4];
       columns(s + 4 * n, t + 4 * n, scale, sums, halved[0][i % 2], k);
       if constexpr (C::GRAD) {
@@ -129,12 +146,16 @@ struct Epilogue {
     if constexpr (C::GRAD) halve(halved[2], h, 4);
   }
 
-  static SRPKD_DEVICE void load_scales(PixelScale (&scale)[2], Address from) {
-    struct alignas(16) Pair {
-      float value[4];
-    };
-    const Pair pair = load_shared<Pair>(from);
-    scale[0] = {pair.value[0], pair.value[1]}, scale[1] = {pair.value[2], pair.value[3]};
+  static SRPKD_DEVICE void load_scales(Scale (&scale)[2], Address from) {
+    if constexpr (C::UNITS_OF_COLUMNS) {
+      scale[0] = load_shared<Scale>(from), scale[1] = load_shared<Scale>(from + int{sizeof(Scale)});
+    } else {
+      struct alignas(16) Pair {
+        float value[4];
+      };
+      const Pair pair = load_shared<Pair>(from);
+      scale[0] = {pair.value[0], pair.value[1]}, scale[1] = {pair.value[2], pair.value[3]};
+    }
   }
 
   static SRPKD_DEVICE void pack_terms(Weights<C>& K, int n, float (&k)[4]) {

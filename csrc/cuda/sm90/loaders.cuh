@@ -157,14 +157,15 @@ struct ColumnLoader : Loader<C> {
   }
 
   SRPKD_DEVICE void load_last(int column) const {
-    constexpr int SCALES = TILE * sizeof(PixelScale);
+    constexpr int SCALES = TILE * sizeof(typename C::Scale);
     const Address base = opaque(shared);
     const int tile = this->count(base + C::WALKS + WALK_BYTES), stage = tile % C::STAGES;
     wait(base + C::COLUMNS_EMPTY + 8 * stage, (tile / C::STAGES & 1) ^ 1);
     const Address barrier = base + C::COLUMNS_FULL + 8 * stage;
     arrive_expecting(barrier, C::TERMS * CHUNK + SCALES);
     const int image = load_shared<int>(base + C::WALKS + WALK_BYTES + 4 * WALK_IMAGE);
-    load_bulk(base + C::SCALES + stage * SCALES, p.scales + (int64_t{image} * p.work.blocks + column) * TILE, SCALES,
+    const auto* const scales = static_cast<const typename C::Scale*>(p.scales);
+    load_bulk(base + C::SCALES + stage * SCALES, scales + (int64_t{image} * p.work.blocks + column) * TILE, SCALES,
               barrier);
 #pragma unroll 1
     for (int term = 0; term < C::TERMS; ++term)

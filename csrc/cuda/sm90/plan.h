@@ -26,6 +26,14 @@ struct alignas(8) PixelScale {
   float alpha, ratio;
 };
 
+// The same for the row-normalised matrix of features in units (Params::units), whose alpha_i does not depend on column
+// j: D_ij = alpha_i unit_j (G_s,ij - ratio_i ratio_of_units_j G_t,ij). unit is the student's relative to the largest of
+// the image; ratio_of_units is the teacher's unit divided by the student's. Products with powers of two are exact, so
+// D_ij is still exactly 0 for equal features.
+struct alignas(16) PixelScaleWithUnits {
+  float alpha, ratio, unit, ratio_of_units;
+};
+
 // Features that the kernel first copies to 16-bit terms with adjacent pixels.
 struct Source {
   const void* data;
@@ -52,18 +60,21 @@ struct Params {
   float h_scale;                       // h is stored in units of 1 / h_scale
   const float* alpha_student;          // (images, pixels), null if it is 1
   const float* alpha_teacher;
-  PixelScale* scales;   // (images, blocks * TILE), zeros beyond the last pixel
-  float* powers;        // (images): alpha in `scales` is multiplied by it
+  void* scales;         // Config::Scale (images, blocks * TILE), zeros beyond the last pixel
+  float* powers;        // (images): K, h and the loss are multiplied by it, see unit_of_sums
   double* loss;         // (images, blocks, parts, LOSS_TERMS)
   int64_t* h;           // (images, blocks * TILE), null if not computed
   float* U_columns;     // (copies, images of work, blocks, U_BLOCK): sums over tiles above the diagonal
   float* U_rows;        // (parts, images of work, blocks, U_BLOCK): of the other tiles
   uint32_t* additions;  // (copies, images of work, blocks): to U_columns, so far
   int64_t loss_count, additions_count;
+  // Of the student and the teacher, (images, pixels): the powers of two by which the features of a pixel are divided
+  // before they become two terms. Null with one term.
+  float* units[2];
 };
 
-// The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of. In the tensor maps, term t
-// of image b is image b * TERMS + t.
+// The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of: two float16 terms have 22
+// bits or more of a float32 in units. In the tensor maps, term t of image b is image b * TERMS + t.
 template <class Element_, bool PIXELS_ADJACENT_, bool SYMMETRIC_, bool L1_, bool GRAD_, int TERMS_>
 struct Config {
   using Element = Element_;
@@ -72,8 +83,11 @@ struct Config {
   static constexpr bool L1 = L1_;                // else Huber, of which l2 is a limit
   static constexpr bool GRAD = GRAD_;
   static constexpr int TERMS = TERMS_;
-  static_assert(TERMS == 1 || TERMS == 2);
   static constexpr bool SCALED = std::is_same_v<Element, Half>;  // so that K is in the range of float16
+  static constexpr bool UNITS = TERMS == 2;  // each pixel's features are in a unit, see Params::units
+  static_assert(TERMS == 1 || (TERMS == 2 && SCALED));
+  static constexpr bool UNITS_OF_COLUMNS = UNITS && !SYMMETRIC;
+  using Scale = std::conditional_t<UNITS_OF_COLUMNS, PixelScaleWithUnits, PixelScale>;
 
   // The warpgroups: a producer, which starts all loads and the additions to global memory, the consumers, and one that
   // computes U of the columns.
@@ -83,8 +97,8 @@ struct Config {
   static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS + GRAD * COLUMN_REGISTERS) <= 1 << 16);
 
   // The student's group whose part of U is computed is the last of each tile. It stays in shared memory until that
-  // product is done, so the next tile needs another buffer.
-  static constexpr int STAGES = TERMS == 1 || !GRAD ? 2 : 1;
+  // product is done, so the next tile needs another buffer. With two terms there is no room for it.
+  static constexpr int STAGES = TERMS == 1 ? 2 : 1;
   // Two chunks for each term of K. Term 1 is the part that term 0 does not represent.
   static constexpr int K_BYTES = GRAD ? TERMS * 2 * CHUNK : 0;
 
@@ -96,8 +110,8 @@ struct Config {
   static constexpr int STAGING = K + K_BYTES;                    // half of U_BLOCK
   static constexpr int COLUMNS = STAGING + GRAD * CHUNK;         // (STAGES, TERMS) chunks
   static constexpr int ROWS = COLUMNS + STAGES * TERMS * CHUNK;  // (TERMS) chunks, the last group of the row block
-  static constexpr int SCALES = ROWS + TERMS * CHUNK;            // (2, TILE) of the columns
-  static constexpr int BARRIERS = SCALES + 2 * TILE * int{sizeof(PixelScale)};
+  static constexpr int SCALES = ROWS + TERMS * CHUNK;            // (STAGES, TILE) of the columns
+  static constexpr int BARRIERS = SCALES + STAGES * TILE * int{sizeof(Scale)};
   static constexpr int CHUNKS = BARRIERS + 1024;  // (resident, TERMS), then the ring's slots
   static constexpr int FREE_CHUNKS = (SHARED_LIMIT - CHUNKS) / CHUNK;
 
@@ -127,12 +141,17 @@ auto with_constant(bool value, F f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// Calls f(Config<...>{}) for one precision, an integral_constant: bf16, fp16, or tf32, which stands for two bfloat16
-// terms. Those are always written with adjacent pixels.
+// Both precisions of float32 features are two float16 terms, which are as good as three tf32.
+constexpr bool has_two_terms(Precision precision) {
+  return precision == Precision::tf32 || precision == Precision::tf32x3;
+}
+
+// Calls f(Config<...>{}) for one precision, an integral_constant: bf16, fp16, or tf32x3 for two terms. Those are always
+// written with adjacent pixels.
 template <class P, class F>
 auto with_config(P, const Variant& variant, F f) {
-  constexpr bool TWO_TERMS = P::value == Precision::tf32;
-  using Element = std::conditional_t<P::value == Precision::fp16, Half, BFloat16>;
+  constexpr bool TWO_TERMS = has_two_terms(P::value);
+  using Element = std::conditional_t<P::value == Precision::bf16, BFloat16, Half>;
   return with_constant(variant.symmetric, [&](auto symmetric) {
     return with_constant(variant.l1, [&](auto l1) {
       return with_constant(variant.grad, [&](auto grad) {
@@ -149,12 +168,12 @@ auto with_config(P, const Variant& variant, F f) {
   });
 }
 
-// Calls f with the precision as an integral_constant.
+// Calls f with the precision as an integral_constant; that of two terms is tf32x3.
 template <class F>
 auto with_precision(Precision precision, F f) {
   if (precision == Precision::bf16) return f(std::integral_constant<Precision, Precision::bf16>{});
   if (precision == Precision::fp16) return f(std::integral_constant<Precision, Precision::fp16>{});
-  return f(std::integral_constant<Precision, Precision::tf32>{});
+  return f(std::integral_constant<Precision, Precision::tf32x3>{});
 }
 
 // The properties of a GPU that the plan depends on.
@@ -164,7 +183,7 @@ struct Device {
 
 struct Problem {
   int images, pixels, student_channels, teacher_channels;
-  Precision precision;  // tf32: two bfloat16 terms
+  Precision precision;
   bool grad;
   Normalize normalize;
   Distance distance;
@@ -175,14 +194,14 @@ struct Problem {
 // Returns why the kernels do not cover a problem, or null if they do.
 inline const char* uncovered_reason(const Problem& problem, const Device& device) {
   if (device.shared_of_block < SHARED_LIMIT) return "a GPU with less than 227 KB of shared memory for a thread block";
-  if (problem.precision == Precision::tf32x3) return "float32 features with matmul precision \"highest\"";
   if (problem.rectify) return "rectify=True";
   if (problem.student_channels > 256) return "a student with more than 256 channels";
   if (problem.teacher_channels > 1024) return "a teacher with more than 1024 channels";
   if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,
                     device.multiprocessors))
     return "features with more than 2^19 pixels, or more than 2^16 images";
-  // |K| <= 2 |rho'| with normalize="none": other distances have no bound, and K is float16 like the features
+  // |K| <= 2 |rho'| with normalize="none": other distances have no bound without the largest feature, which is known
+  // only if there are two terms, and K is float16 like the features
   if (problem.precision == Precision::fp16 && problem.normalize == Normalize::none &&
       (problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1)))
     return "float16 features with normalize=\"none\" and an unbounded distance";

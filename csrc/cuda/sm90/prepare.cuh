@@ -1,5 +1,5 @@
-// What the kernel does before the tiles, with all threads of the grid: the scales of the pixels, zeros where sums
-// start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
+// What the kernel does before the tiles, with all threads of the grid: the units of float32 features, the scales of the
+// pixels, zeros where sums start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -17,48 +17,168 @@ struct Preparation {
   const int thread = thread_index(), block = block_index(0);
   const int padded = p.work.blocks * TILE;  // pixels of an image in `scales` and `h`
 
-  // D_ij = alpha_i (G_s - ratio_i G_t). A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij =
-  // -alpha_t G_t. Its alpha here is alpha_t divided by a number so large that G_s and K do not matter.
-  static SRPKD_DEVICE PixelScale scale_of(float student, float teacher, float power) {
-    constexpr float LARGE = 0x1p40f;
-    if (student == 0) return {teacher / LARGE * power, teacher > 0 ? LARGE : 0.f};
-    return {student * power, teacher / student};
-  }
-
   static SRPKD_DEVICE float alpha_of(const float* alpha, int64_t pixel) {
     return alpha ? load_global(alpha + pixel) : 1.f;
   }
-
-  // Returns the power of two that brings the largest alpha of the student to about 2^11, or 2^5 if two are multiplied,
-  // so that K is in the range of float16: at most 2^14, and its error at most 2^-11 |K| + 2^-25.
-  SRPKD_DEVICE float power_of(int image) const {
-    if (!C::SCALED) return 1;
-    constexpr int WARPS = C::THREADS / 32;
-    float largest = 0;
-    for (int i = thread; i < p.pixels; i += C::THREADS)
-      largest = fmaxf(largest, alpha_of(p.alpha_student, int64_t{image} * p.pixels + i));
-    for (int lanes = 1; lanes < 32; lanes *= 2) largest = fmaxf(largest, shuffle_xor(largest, lanes));
-    const Address of_warps = shared_memory();
-    sync_block();
-    if (thread % 32 == 0) store_shared(of_warps + thread / 32 * 4, largest);
-    sync_block();
-    for (int i = 0; i < WARPS; ++i) largest = fmaxf(largest, load_shared<float>(of_warps + i * 4));
-    if (largest == 0) return 1;
-    const int exponent = static_cast<int>(as_bits(largest) >> 23) - 127;
-    const int wanted = (C::SYMMETRIC ? 5 : 11) - exponent;
-    return as_float(static_cast<uint32_t>(127 + (wanted < -126 ? -126 : minimum(wanted, 126))) << 23);
+  SRPKD_DEVICE float unit_of(int network, int64_t pixel) const {
+    return C::UNITS ? load_global_coherent(p.units[network] + pixel) : 1.f;
   }
 
-  // The scales and the zeros of h of a part of an image.
+  static SRPKD_DEVICE int exponent_of(float value) { return static_cast<int>(as_bits(value) >> 23) - 127; }
+  static SRPKD_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(127 + exponent) << 23); }
+  static SRPKD_DEVICE float reciprocal(float power) { return power_of_two(-exponent_of(power)); }
+  static SRPKD_DEVICE int clamped(int exponent, int limit) {
+    return minimum(exponent < -limit ? -limit : exponent, limit);
+  }
+
+  // --- the units of features ----------------------------------------------------------------------------------------
+  // A feature divided by its pixel's unit is below 2^14. As two float16 terms it has an error of at most 2^-23 of
+  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel.
+
+  static constexpr int FEATURE_EXPONENT = 14;
+
+  // Stores the units of 32 pixels: 0 for those without any feature but 0, which get theirs in prepare_pixels.
+  SRPKD_DEVICE void measure(const Source& from, float* units, int image, int first) const {
+    constexpr int WARPS = C::THREADS / 32;
+    const int lane = thread % 32, warp = thread / 32;
+    const auto largest = [&](int pixel, int channel, int step) {
+      const float* const at = static_cast<const float*>(from.data) + image * from.strides[0] + pixel * from.strides[1];
+      float result = 0;
+#pragma unroll 4
+      for (; channel < from.channels; channel += step)
+        result = fmaxf(result, fabsf(load_global(at + channel * from.strides[2])));
+      return result;
+    };
+    const auto store = [&](int pixel, float value) {
+      const int exponent = exponent_of(value) + 1 - FEATURE_EXPONENT;  // beyond those of NaN and infinity is room
+      store_global(units + int64_t{image} * p.pixels + pixel,
+                   value > 0 ? power_of_two(exponent < -126 ? -126 : exponent) : 0.f);
+    };
+    if (from.strides[1] == 1) {  // each warp reads adjacent elements
+      const Address of_warps = shared_memory();
+      sync_block();
+      store_shared(of_warps + 4 * thread, first + lane < p.pixels ? largest(first + lane, warp, WARPS) : 0.f);
+      sync_block();
+      if (warp > 0 || first + lane >= p.pixels) return;
+      float value = 0;
+      for (int i = 0; i < WARPS; ++i) value = fmaxf(value, load_shared<float>(of_warps + 4 * (32 * i + lane)));
+      store(first + lane, value);
+    } else {
+      for (int pixel = first + warp; pixel < minimum(first + 32, p.pixels); pixel += WARPS) {
+        float value = largest(pixel, lane, 32);
+        for (int lanes = 1; lanes < 32; lanes *= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+        if (lane == 0) store(pixel, value);
+      }
+    }
+  }
+
+  SRPKD_DEVICE void measure_all() const {
+    const int across = static_cast<int>(ceil_div(p.pixels, 32));
+    for (int64_t i = block; i < int64_t{p.images} * across; i += p.work.grid)
+      for (int network = 0; network < 2; ++network)
+        measure(p.sources[network], p.units[network], static_cast<int>(i / across), static_cast<int>(i % across) * 32);
+  }
+
+  // Returns the final unit of a pixel, given that of its features and the largest of the image. K_ij times the units of
+  // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
+  // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits.
+  static SRPKD_DEVICE float final_unit(const float* alpha, int64_t pixel, float own, float largest) {
+    return alpha && load_global(alpha + pixel) != 0 ? own : largest;
+  }
+
+  // --- the scales ---------------------------------------------------------------------------------------------------
+
+  // The largest values of an image; 1 in place of 0.
+  struct Largest {
+    float alpha;     // of the student, times the unit of its pixel
+    float units[2];  // of the student and the teacher
+  };
+
+  SRPKD_DEVICE float largest_of_block(float value) const {
+    constexpr int WARPS = C::THREADS / 32;
+    for (int lanes = 1; lanes < 32; lanes *= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+    const Address of_warps = shared_memory();
+    sync_block();
+    if (thread % 32 == 0) store_shared(of_warps + thread / 32 * 4, value);
+    sync_block();
+    for (int i = 0; i < WARPS; ++i) value = fmaxf(value, load_shared<float>(of_warps + i * 4));
+    return value == 0 ? 1 : value;
+  }
+
+  // Other thread blocks may already have replaced units by final ones. Those do not change the largest values.
+  SRPKD_DEVICE Largest largest_of(int image) const {
+    Largest result{};
+    for (int i = thread; i < p.pixels; i += C::THREADS) {
+      const int64_t pixel = int64_t{image} * p.pixels + i;
+      const float unit = unit_of(0, pixel);
+      result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * unit);
+      if (C::UNITS) result.units[0] = fmaxf(result.units[0], unit);
+      if (C::UNITS) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
+    }
+    result.alpha = largest_of_block(result.alpha);
+    for (float& unit : result.units) unit = C::UNITS ? largest_of_block(unit) : 1;
+    return result;
+  }
+
+  // Returns x such that |rho'(D)| <= 2^x for all pairs of an image. normalize="none" has only this bound: a feature is
+  // below 2^14 of its unit.
+  SRPKD_DEVICE int exponent_of_P(const Largest& largest) const {
+    if (!C::UNITS || C::L1 || p.alpha_student) return 1;
+    const auto of_product = [&](int network) {  // |G_ij| < C 2^28 unit^2
+      const int channels = exponent_of(static_cast<float>(p.sources[network].channels)) + 1;
+      return channels + 2 * (FEATURE_EXPONENT + exponent_of(largest.units[network]));
+    };
+    const int student = of_product(0), teacher = of_product(1);
+    return minimum((student > teacher ? student : teacher) + 1, exponent_of(p.delta) + 1);
+  }
+
+  // Returns the power of two that brings the largest alpha of the student to about 2^11, or 2^5 if two are multiplied
+  // and |rho'| <= 2, so that K is in the range of float16: at most 2^14, and its error at most 2^-11 |K| + 2^-25.
+  SRPKD_DEVICE float power_of(const Largest& largest) const {
+    constexpr int EXPONENT_OF_K = 14;
+    const int alpha = exponent_of(largest.alpha);
+    if constexpr (!C::SYMMETRIC) return power_of_two(clamped(11 - alpha, 126));  // K is a sum of two
+    // the square of a power is in the range of float where D is computed from scaled alphas
+    return power_of_two(clamped(((EXPONENT_OF_K - exponent_of_P(largest)) >> 1) - 1 - alpha, C::L1 ? 126 : 62));
+  }
+
+  // A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij = -alpha_t G_t. Its alpha here is
+  // alpha_t divided by a number so large that G_s and K do not matter.
+  static SRPKD_DEVICE PixelScale scale_of(float student, float teacher, float power, float large) {
+    if (student == 0) return {teacher / large * power, teacher > 0 ? large : 0.f};
+    return {student * power, teacher / student};
+  }
+
+  // The scales, the final units and the zeros of h of a part of an image.
   SRPKD_DEVICE void prepare_pixels(int image, int part, int parts) const {
-    const float power = power_of(image);
-    if (part == 0 && thread == 0) store_global(p.powers + image, power);
+    constexpr float LARGE = 0x1p40f;
+    const Largest largest = C::SCALED ? largest_of(image) : Largest{1, {1, 1}};
+    const float power = C::SCALED ? power_of(largest) : 1;
+    // alpha of row depends on the unit of column j, too; in PixelScaleWithUnits that is relative to the largest
+    const float common = C::UNITS_OF_COLUMNS ? largest.units[0] : 1;
+    const float large = C::UNITS_OF_COLUMNS ? LARGE * (largest.units[0] / largest.units[1]) : LARGE;
+    if (part == 0 && thread == 0) store_global(p.powers + image, power / common);
     const int end = static_cast<int>(int64_t{padded} * (part + 1) / parts);
     for (int i = static_cast<int>(int64_t{padded} * part / parts) + thread; i < end; i += C::THREADS) {
       const int64_t pixel = int64_t{image} * p.pixels + i, to = int64_t{image} * padded + i;
-      PixelScale scale{0, 0};
-      if (i < p.pixels) scale = scale_of(alpha_of(p.alpha_student, pixel), alpha_of(p.alpha_teacher, pixel), power);
-      store_global(p.scales + to, scale);
+      typename C::Scale scale{};
+      if (i < p.pixels) {
+        float units[2] = {1, 1};
+        if constexpr (C::UNITS) {
+          const float* const alphas[2] = {p.alpha_student, p.alpha_teacher};
+          for (int network = 0; network < 2; ++network) {
+            units[network] = final_unit(alphas[network], pixel, unit_of(network, pixel), largest.units[network]);
+            store_global(p.units[network] + pixel, units[network]);
+          }
+        }
+        const PixelScale own = scale_of(alpha_of(p.alpha_student, pixel) * units[0],
+                                        alpha_of(p.alpha_teacher, pixel) * units[1], power, large);
+        if constexpr (C::UNITS_OF_COLUMNS)
+          scale = {own.alpha, own.ratio, units[0] / common, units[1] / units[0]};
+        else
+          scale = own;
+      }
+      store_global(static_cast<typename C::Scale*>(p.scales) + to, scale);
       if (p.h) store_global(p.h + to, int64_t{0});
     }
   }
@@ -71,14 +191,17 @@ struct Preparation {
 
   // The next 16-bit term of a value, which becomes the rest.
   static SRPKD_DEVICE uint32_t take_term(float& value) {
-    const uint32_t term = pack<BFloat16>(value, 0.f) & 0xffff;
-    value -= as_float(term << 16);
-    return term;
+    using Element = typename C::Element;
+    const uint32_t term = pack<Element>(value, 0.f);
+    value -= as_float(widen<Element, false>(term));
+    return term & 0xffff;
   }
 
   // Writes the terms of 64 pixels and 64 channels with adjacent pixels. Reads and writes adjacent elements.
-  SRPKD_DEVICE void split_tile(const Source& from, int image, int first_pixel, int first_channel) const {
+  SRPKD_DEVICE void split_tile(int network, int image, int first_pixel, int first_channel) const {
+    const Source& from = p.sources[network];
     constexpr int SIDE = 64, STRIDE = SIDE + 1;  // floats, so that both directions use all banks
+    static_assert(C::THREADS % SIDE == 0);
     const Address tile = shared_memory();
     const bool pixels_adjacent = from.strides[1] == 1;
     sync_block();
@@ -92,11 +215,14 @@ struct Preparation {
       store_shared(tile + (channel * STRIDE + pixel) * 4, bits);
     }
     sync_block();
+    const int pixel = first_pixel + thread % SIDE;
+    const float factor =
+        C::UNITS && pixel < p.pixels ? reciprocal(unit_of(network, int64_t{image} * p.pixels + pixel)) : 1.f;
     for (int i = thread; i < SIDE * SIDE; i += C::THREADS) {
-      const int pixel = first_pixel + i % SIDE, channel = first_channel + i / SIDE;
+      const int channel = first_channel + i / SIDE;
       if (pixel >= p.pixels || channel >= from.channels) continue;
       uint32_t bits = load_shared<uint32_t>(tile + (i / SIDE * STRIDE + i % SIDE) * 4);
-      float value = as_float(bits);
+      float value = as_float(bits) * factor;
       for (int term = 0; term < C::TERMS; ++term) {
         const int64_t line = (int64_t{image} * C::TERMS + term) * from.channels + channel;
         if (from.element_bytes == 4) bits = take_term(value);
@@ -105,22 +231,30 @@ struct Preparation {
     }
   }
 
-  SRPKD_DEVICE void split(const Source& from) const {
+  // From the last tile to the first: their features may still be in L2 if units were measured, which starts with those
+  // of the first pixels.
+  SRPKD_DEVICE void split(int network) const {
+    const Source& from = p.sources[network];
     const int across = static_cast<int>(ceil_div(p.pixels, 64)), down = static_cast<int>(ceil_div(from.channels, 64));
     const int64_t tiles = int64_t{p.images} * across * down;
-    for (int64_t i = block; i < tiles; i += p.work.grid)
-      split_tile(from, static_cast<int>(i / (across * down)), static_cast<int>(i % across) * 64,
+    for (int64_t i = tiles - 1 - block; i >= 0; i -= p.work.grid)
+      split_tile(network, static_cast<int>(i / (across * down)), static_cast<int>(i % across) * 64,
                  static_cast<int>(i / across % down) * 64);
   }
 
   SRPKD_DEVICE void run() const {
+    if constexpr (C::UNITS) {
+      measure_all();
+      sync_grid();
+    }
     const int parts = p.images < p.work.grid ? p.work.grid / p.images : 1;
     for (int64_t unit = block; unit < int64_t{p.images} * parts; unit += p.work.grid)
       prepare_pixels(static_cast<int>(unit / parts), static_cast<int>(unit % parts), parts);
     zero(p.loss, p.loss_count);
     if constexpr (C::GRAD) zero(p.additions, p.additions_count);
-    for (const Source& source : p.sources)
-      if (source.terms) split(source);
+    if constexpr (C::UNITS) sync_grid();
+    for (int network = 0; network < 2; ++network)
+      if (p.sources[network].terms) split(network);
     // what follows is asynchronous: this thread's accesses to shared and global memory come first
     fence_async_proxy();
     fence_async_proxy_global();

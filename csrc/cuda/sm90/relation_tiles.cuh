@@ -129,8 +129,12 @@ struct Consumer : Role<C> {
     commit_products();
   }
 
-  static SRPKD_DEVICE PixelScale load_scale(const PixelScale* from) {
-    return {load_global_coherent(&from->alpha), load_global_coherent(&from->ratio)};
+  static SRPKD_DEVICE typename C::Scale load_scale(const typename C::Scale* from) {
+    const float alpha = load_global_coherent(&from->alpha), ratio = load_global_coherent(&from->ratio);
+    if constexpr (C::UNITS_OF_COLUMNS)
+      return {alpha, ratio, load_global_coherent(&from->unit), load_global_coherent(&from->ratio_of_units)};
+    else
+      return {alpha, ratio};
   }
 
   // Stores 64 columns of K for the warpgroup of the columns.
@@ -145,8 +149,8 @@ struct Consumer : Role<C> {
                               K[term][4 * columns_half + k]);
   }
 
-  // U += K q_J.
-  SRPKD_DEVICE void multiply_weights(float (&U)[32], const Weights<C>& K, Address columns) const {
+  // sum += K q_J, or sum = K q_J.
+  SRPKD_DEVICE void multiply_weights(float (&sum)[32], const Weights<C>& K, Address columns, bool accumulate) const {
 #pragma unroll
     for (int term = 0; term < C::TERMS; ++term)
 #pragma unroll
@@ -155,7 +159,7 @@ struct Consumer : Role<C> {
         for (int k = 0; k < TILE / 16; ++k) {
           const Address chunk = columns + other * CHUNK;
           const uint64_t features = pixels_of<C>(chunk, k);
-          multiply_add_async<Element, OF_U>(U, K[term][k], features, true);
+          multiply_add_async<Element, OF_U>(sum, K[term][k], features, accumulate || term + other + k > 0);
         }
   }
 
@@ -190,8 +194,9 @@ struct Consumer : Role<C> {
       wait(shared + C::SEGMENT_FULL, parity);
       const int image = this->published(Published::image);
       if (image < 0) break;
-      const PixelScale* const own = p.scales + pixel_of(image, this->published(Published::row)) + row();
-      const Rows rows{{load_scale(own), load_scale(own + 8)}};
+      const auto* const own =
+          static_cast<const typename C::Scale*>(p.scales) + pixel_of(image, this->published(Published::row)) + row();
+      const Rows<C> rows{{load_scale(own), load_scale(own + 8)}};
       const float unit = C::L1 || !C::SCALED ? 1 : unit_of(image);
       float U[32] = {};
       RowSums sums;
@@ -203,6 +208,10 @@ struct Consumer : Role<C> {
         const int stage = tile % C::STAGES;
         const bool diagonal = step == 0;
         float s[64] = {}, t[64];
+        if constexpr (C::UNITS) {  // without values t would be live before its products, too, and more would spill
+#pragma unroll
+          for (int i = 0; i < 64; ++i) t[i] = 0;
+        }
         if (p.turns) wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
         gram(s, t, new_rows, stage, base);
         if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
@@ -213,7 +222,7 @@ struct Consumer : Role<C> {
         if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
         Weights<C> K;
         float h_of_columns[2][2];
-        const Address scales = base + C::SCALES + stage * TILE * int{sizeof(PixelScale)};
+        const Address scales = base + C::SCALES + stage * TILE * int{sizeof(typename C::Scale)};
         const Epilogue<C> epilogue{p, rows, unit, lane()};
         epilogue.template half<0>(s, t, scales, sums, h_of_columns[0], K);
         epilogue.template half<1>(s, t, scales, sums, h_of_columns[1], K);
@@ -231,14 +240,22 @@ struct Consumer : Role<C> {
           arrive_warp(base + C::K_FULL);
 
           for (int term = 0; term < C::TERMS; ++term) hold(K[term]);
-          hold(U);
+          // Tensor cores round sums towards zero, which adds up over the thousands of pixels of a segment. With two
+          // terms it would be the largest error, so each tile's sum is rounded to nearest when it is added to U.
+          float of_tile[32];
+          float (&sum)[32] = C::UNITS ? of_tile : U;
+          if constexpr (!C::UNITS) hold(sum);
           fence_registers();
-          multiply_weights(U, K, base + C::COLUMNS + stage * C::TERMS * CHUNK);
+          multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::UNITS);
           commit_products();
           if (!diagonal) add_h_of_columns(h_of_columns, step);
           // Waiting only when the next turn has come would need more registers than there are.
           wait_for_products<0>();
-          hold(U);
+          hold(sum);
+          if constexpr (C::UNITS) {
+#pragma unroll
+            for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
+          }
           arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
         }
       }
@@ -247,10 +264,9 @@ struct Consumer : Role<C> {
     }
   }
 
-  // What sums that were computed with PixelScale::alpha are multiplied by: a power of two.
-  SRPKD_DEVICE float unit_of(int image) const {
-    return unit_of_sums(C::SYMMETRIC, load_global_coherent(p.powers + image));
-  }
+  // What sums that were computed with scaled alphas are multiplied by: a power of two.
+  SRPKD_DEVICE float unit_of(int image) const { return unit_of_sums(C::SYMMETRIC, power_of(image)); }
+  SRPKD_DEVICE float power_of(int image) const { return load_global_coherent(p.powers + image); }
 
   SRPKD_DEVICE int64_t pixel_of(int image, int block) const { return (int64_t{image} * p.work.blocks + block) * TILE; }
 
@@ -266,7 +282,7 @@ struct Consumer : Role<C> {
     for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], scale);
   }
 
-  SRPKD_DEVICE void finish_segment(float (&U)[32], RowSums& sums, const Rows& rows) const {
+  SRPKD_DEVICE void finish_segment(float (&U)[32], RowSums& sums, const Rows<C>& rows) const {
     const int image = this->published(Published::image), row_block = this->published(Published::row);
     const int part = this->published(Published::part), split = this->published(Published::split);
     sync_warp();
@@ -276,9 +292,10 @@ struct Consumer : Role<C> {
       store_rows_of_U(p.U_rows + (image_of_work * p.work.blocks + row_block) * U_BLOCK, U);
     }
     if (split > 0) return;
-    const float unit = unit_of(image);
-    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit : 1.f), sums.h, image, row_block, part,
-               unit * p.sum_factor * p.h_scale);
+    using Unit = std::conditional_t<C::UNITS, double, float>;  // with units, it may be out of the range of float
+    const float power = power_of(image);
+    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power) : 1), sums.h, image,
+               row_block, part, unit_of_sums(C::SYMMETRIC, power) * p.sum_factor * p.h_scale);
   }
 
   SRPKD_DEVICE void store_sums(double loss, float (&h)[2], int image, int row_block, int part, float h_scale) const {

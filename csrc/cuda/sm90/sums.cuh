@@ -18,17 +18,15 @@ struct SumsOfTiles {
   const float* U_columns;
   const float* U_rows;
   const float* powers;
+  const float* units;  // of the student's features, null if it is 1
   const float* alpha;  // of the student, null if it is 1
 };
 
 inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
-  return {p.work,      p.images,
-          p.pixels,    p.channel_splits,
-          symmetric,   p.sum_factor,
-          p.h_scale,   p.work.blocks * p.work.parts * LOSS_TERMS,
-          p.loss,      p.h,
-          p.U_columns, p.U_rows,
-          p.powers,    p.alpha_student};
+  return {p.work,    p.images,     p.pixels,       p.channel_splits,
+          symmetric, p.sum_factor, p.h_scale,      p.work.blocks * p.work.parts * LOSS_TERMS,
+          p.loss,    p.h,          p.U_columns,    p.U_rows,
+          p.powers,  p.units[0],   p.alpha_student};
 }
 
 // The position of a channel of a group and a pixel of a block in U_BLOCK floats. It is the order of the accumulators of
@@ -62,9 +60,15 @@ SRPKD_HOST_DEVICE void for_each_part(const SumsOfTiles& sums, int image_of_work,
       f(sums.U_rows + ((owner - owners.first) * stride + at) * U_BLOCK);
 }
 
-// What U and h are multiplied by, besides Params::sum_factor.
-SRPKD_HOST_DEVICE constexpr float unit_of_sums(bool symmetric, float power) {
+// What h and the loss are multiplied by, besides Params::sum_factor, given that of Params::powers: K is that of the
+// relation matrices times the power for row, and times its square for cosine and none, where two alphas are multiplied.
+template <typename T>
+SRPKD_HOST_DEVICE constexpr T unit_of_sums(bool symmetric, T power) {
   return 1 / (symmetric ? power * power : power);
+}
+// What U of a pixel is multiplied by. `unit`: of its features. The square of a power may be out of range.
+SRPKD_HOST_DEVICE constexpr float unit_of_U(bool symmetric, float power, float unit) {
+  return symmetric ? 1 / (power * unit) / power : 1 / (power * unit);
 }
 
 }  // namespace srpkd::cuda::sm90

@@ -56,7 +56,7 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
   Params& p = result.params;
   plan(p, problem, multiprocessors);
   result.precision = problem.precision;
-  const int terms = problem.precision == Precision::tf32 ? 2 : 1;
+  const int terms = has_two_terms(problem.precision) ? 2 : 1;
   const auto both = [&](bool pixels_adjacent) {
     return readable(problem, student, pixels_adjacent) && readable(problem, teacher, pixels_adjacent);
   };
@@ -71,7 +71,12 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
 
   const Work& work = p.work;
   const int64_t padded = int64_t{problem.images} * work.blocks * TILE, U = int64_t{work.images} * work.blocks * U_BLOCK;
-  p.scales = workspace.template take<PixelScale>(padded);
+  if (terms == 2 && !result.variant.symmetric)
+    p.scales = workspace.template take<PixelScaleWithUnits>(padded);
+  else
+    p.scales = workspace.template take<PixelScale>(padded);
+  if (terms == 2)
+    for (float*& units : p.units) units = workspace.template take<float>(int64_t{problem.images} * problem.pixels);
   p.powers = workspace.template take<float>(problem.images);
   p.loss = workspace.template take<double>(p.loss_count);
   if (problem.grad) {

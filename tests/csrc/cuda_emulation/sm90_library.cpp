@@ -96,17 +96,19 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
     loss[image] = 0;
     for (int i = 0; i < sums.loss_parts; ++i) loss[image] += sums.losses[int64_t{image} * sums.loss_parts + i];
     if (!problem.grad) continue;
-    const float unit = sums.sum_factor * unit_of_sums(sums.symmetric, sums.powers[image]);
     for (int pixel = 0; pixel < problem.pixels; ++pixel) {
       const int block = pixel / TILE, at = pixel % TILE;
+      const int64_t pixel_of_batch = int64_t{image} * problem.pixels + pixel;
+      const float unit = sums.sum_factor *
+                         unit_of_U(sums.symmetric, sums.powers[image], sums.units ? sums.units[pixel_of_batch] : 1.f);
       if (sums.h)
-        h[int64_t{image} * problem.pixels + pixel] = static_cast<float>(
+        h[pixel_of_batch] = static_cast<float>(
             static_cast<double>(sums.h[(int64_t{image} * p.work.blocks + block) * TILE + at]) / p.h_scale);
       for (int channel = 0; channel < problem.student_channels; ++channel) {
         float sum = 0;
         for_each_part(sums, image * p.channel_splits + channel / GROUP, block,
                       [&](const float* part) { sum += part[position_in_U(channel % GROUP, at)]; });
-        U[(int64_t{image} * problem.pixels + pixel) * problem.student_channels + channel] = sum * unit;
+        U[pixel_of_batch * problem.student_channels + channel] = sum * unit;
       }
     }
   }
