@@ -6,10 +6,16 @@
 
 namespace srpkd::cuda::closed_form {
 
+// The factors of the teacher and of the student.
+struct Factors {
+  const uint16_t *teacher, *student;
+  SRPKD_DEVICE const uint16_t* operator[](int network) const { return network == STUDENT ? student : teacher; }
+};
+
 // Products of 64 pixels of both networks with factors, 64 columns at a time.
 template <class T, bool PIXELS_ADJACENT>
 struct PixelProducts {
-  using G = algebra::Geometry<2, PIXELS_ADJACENT>;
+  using G = algebra::Geometry<2, PIXELS_ADJACENT, 2>;
   using Part = PanelPart<T, PIXELS_ADJACENT>;
   using Sums = algebra::Sums<G>;
   static constexpr int THREADS = G::THREADS, UNIT = 4, TERMS = algebra::TERMS<T>;
@@ -29,9 +35,20 @@ struct PixelProducts {
 
   SRPKD_DEVICE int blocks_of(int network) const { return network == STUDENT ? p.tiles.blocks_a : p.tiles.blocks_b; }
 
-  SRPKD_DEVICE float alpha_of(int network, int row) const {
-    if (pixel + row >= p.pixels) return 0;
-    return p.alpha[network] ? load_global(p.alpha[network] + int64_t{image} * p.pixels + pixel + row) : 1.f;
+  // Returns `value` of the rows of this thread, and 0 of those beyond the last pixel.
+  SRPKD_DEVICE void load_rows(const float* values, sm80::RowVector<G>& rows) const {
+    for_each_row([&](int m, int half) {
+      const int row = pixel + warp.row(m, half);
+      rows[m][half] = row >= p.pixels ? 0.f : values ? load_global(values + int64_t{image} * p.pixels + row) : 1.f;
+    });
+  }
+
+  template <class F>
+  static SRPKD_DEVICE void for_each_row(F f) {
+#pragma unroll
+    for (int m = 0; m < G::M_TILES; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(m, half);
   }
 
   // Returns a feature of the network and the block of channels of the last product.
@@ -39,47 +56,58 @@ struct PixelProducts {
     return algebra::element<TERMS, PIXELS_ADJACENT, G>(shared, PANEL_BYTES, row, column);
   }
 
-  // Adds the products of a network's features with block `block` of the `rows` blocks of a factor. The blocks of
-  // channels end with `block` if the network has it. SYMMETRIC: computes the quadratic form alone, as the blocks (n, k)
-  // with k > n count twice in it.
-  template <bool SYMMETRIC = false>
-  SRPKD_DEVICE void add_products(int network, const uint16_t* factors, int rows, int block, Sums& total) const {
-    const int blocks = blocks_of(network), steps = SYMMETRIC ? blocks - block : blocks;
-    const uint16_t* const factor = factors + image * elements_of_factor(rows, blocks);
-    const auto k_of = [&](int step) { return SYMMETRIC && step == steps - 1 ? block : (block + 1 + step) % blocks; };
-    const auto matrix_at = [&](int step) { return shared + MATRIX_AT + (LOADS_AHEAD ? step % 2 * MATRIX_BYTES : 0); };
-    const auto copy = [&](int step) {
-      algebra::copy_matrix<THREADS, G>(factor, block, k_of(step), blocks, matrix_at(step));
+  // Multiplies the features of the networks from `first` to `last` with block `block` of the `rows` blocks of their
+  // factors, and calls use(network, product) after each network. The blocks of channels end with `block` if the network
+  // has it. SYMMETRIC: computes the quadratic form alone, as the blocks (n, k) with k > n count twice in it.
+  template <bool SYMMETRIC = false, class Use>
+  SRPKD_DEVICE void multiply(int first, int last, const Factors& factors, int rows, int block, Use use) const {
+    const auto steps_of = [&](int network) { return SYMMETRIC ? blocks_of(network) - block : blocks_of(network); };
+    // The step of the products whose panels are loaded next.
+    int network = first, step = 0, slot = 0;
+    const auto k = [&] {
+      const int blocks = blocks_of(network);
+      if (SYMMETRIC && step == steps_of(network) - 1) return block;
+      return static_cast<int>(static_cast<unsigned>(block + 1 + step) % static_cast<unsigned>(blocks));
+    };
+    const auto matrix_at = [&](int of_slot) { return shared + MATRIX_AT + (LOADS_AHEAD ? of_slot * MATRIX_BYTES : 0); };
+    const auto copy = [&](int to_slot) {
+      const int blocks = blocks_of(network);
+      algebra::copy_matrix<THREADS, G>(factors[network] + image * elements_of_factor(rows, blocks), block, k(), blocks,
+                                       matrix_at(to_slot));
       commit_copies();
     };
     Part part;
-    const auto load = [&](int step) { part.load(p.features[network], image, {pixel, p.pixels}, k_of(step) * BLOCK); };
-    Sums sum{};
-    if constexpr (LOADS_AHEAD) {
-      load(0);
-      sync_block();  // the panels are free
-      copy(0);
-    }
+    const auto load = [&] { part.load(p.features[network], image, {pixel, p.pixels}, k() * BLOCK); };
+    Sums total{}, sum{};
+    sync_block();  // the panels are free
+    if constexpr (LOADS_AHEAD) load(), copy(0);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      if constexpr (!LOADS_AHEAD) load(step);
-      if (!LOADS_AHEAD || step > 0) sync_block();  // the panels are free
-      if constexpr (!LOADS_AHEAD) copy(step);
+    for (bool done = false; !done; slot ^= 1) {
+      if constexpr (!LOADS_AHEAD) {
+        load();
+        sync_block();  // the panels are free
+        copy(0);
+      } else if (network != first || step > 0) {
+        sync_block();  // the panels are free
+      }
       part.template store<G>(shared, PANEL_BYTES);
       wait_for_copies<0>();
       sync_block();  // the panels have arrived, and the other slot of the factor is free
-      if (LOADS_AHEAD && step + 1 < steps) copy(step + 1), load(step + 1);
-      if (SYMMETRIC && step == steps - 1)
+      const int present = network;
+      const bool ends = ++step == steps_of(network);
+      if (ends) step = 0, ++network;
+      done = network > last;
+      if (LOADS_AHEAD && !done) copy(slot ^ 1), load();
+      if (SYMMETRIC && ends)
         algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] *= 2; });
       const Address a = shared + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
-      const Address b = matrix_at(step) + warp.template lane_offset<true, false>(warp.first_column, 0);
+      const Address b = matrix_at(slot) + warp.template lane_offset<true, false>(warp.first_column, 0);
       add_product<G, !PIXELS_ADJACENT, true, TERMS, MATRIX_TERMS>(sum, a, PANEL_BYTES, b, PANEL_BYTES);
       move_sums<G>(total, sum);
+      if (!ends) continue;
+      use(present, total);
+      algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] = 0; });
     }
-  }
-
-  SRPKD_DEVICE void add_dot(const Sums& V, const Sums& z, sm80::RowVector<G>& along) const {
-    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
   }
 
   // Adds the parts of the lanes and warps of a row.
@@ -87,16 +115,15 @@ struct PixelProducts {
     const auto place = [&](int m, int half, int warp_n) {
       return shared + ALONG_AT + (warp_n * G::ROWS + warp.row(m, half)) * 4;
     };
-    for (int m = 0; m < G::M_TILES; ++m)
-      for (int half = 0; half < 2; ++half) {
-        float& sum = along[m][half];
-        sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);
-        if (warp.member == 0) store_shared(place(m, half, warp.warp_n), sum);
-      }
+    for_each_row([&](int m, int half) {
+      float& sum = along[m][half];
+      sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);
+      if (warp.member == 0) store_shared(place(m, half, warp.warp_n), sum);
+    });
     sync_block();
-    for (int m = 0; m < G::M_TILES; ++m)
-      for (int half = 0; half < 2; ++half)
-        along[m][half] = load_shared<float>(place(m, half, 0)) + load_shared<float>(place(m, half, 1));
+    for_each_row([&](int m, int half) {
+      along[m][half] = load_shared<float>(place(m, half, 0)) + load_shared<float>(place(m, half, 1));
+    });
   }
 
   // Writes a block of channels to global memory, through shared memory so that all accesses are adjacent.

@@ -28,20 +28,22 @@ struct RowScales {
     sm80::RowVector<G> ss{}, st{}, tt{};  // 4 q . M_ss q, -4 q . M_st p, 4 p . M_tt p
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_a; ++block) {
-      Sums student{}, teacher{};
-      of.add_products(TEACHER, p.factors[TEACHER], p.tiles.blocks_a, block, teacher);
-      of.add_products(STUDENT, p.factors[STUDENT], p.tiles.blocks_a, block, student);
-      add_dot(student, ss), add_dot(teacher, st);
+      Sums teacher;
+      of.multiply(
+          TEACHER, STUDENT, {p.factors[TEACHER], p.factors[STUDENT]}, p.tiles.blocks_a, block,
+          [&](int network, const Sums& sums) {
+            if (network == STUDENT) return add_dot(sums, ss), add_dot(teacher, st);
+            algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { teacher[m][n][i] = sums[m][n][i]; });
+          });
     }
+    const Factors factors{p.teacher_factor, nullptr};
+    const auto add_to_tt = [&](int, const Sums& sums) { add_dot(sums, tt); };
 #pragma unroll 1
-    for (int block = 0; block < p.tiles.blocks_b; ++block) {
-      Sums teacher{};
+    for (int block = 0; block < p.tiles.blocks_b; ++block)
       if (p.difference)
-        of.add_products(TEACHER, p.teacher_factor, p.tiles.blocks_b, block, teacher);
+        of.multiply(TEACHER, TEACHER, factors, p.tiles.blocks_b, block, add_to_tt);
       else  // a third fewer products
-        of.template add_products<true>(TEACHER, p.teacher_factor, p.tiles.blocks_b, block, teacher);
-      add_dot(teacher, tt);
-    }
+        of.template multiply<true>(TEACHER, TEACHER, factors, p.tiles.blocks_b, block, add_to_tt);
     for (auto* sums : {&ss, &st, &tt}) {
       of.exchange(*sums);
       sync_block();  // their place in shared memory is free
