@@ -14,7 +14,7 @@ struct Gradient {
   using Products = PixelProducts<T, PIXELS_ADJACENT>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
-  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = ROW ? 2 : 3, SHARED_BYTES = Products::SHARED_BYTES;
+  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
   static constexpr int LANES = 8;  // threads that sum the losses of one image
 
   const Arguments& p;
@@ -64,14 +64,17 @@ struct Gradient {
     }
   }
 
-  // Adds the products of both networks with a block of channels of their factors, times weights of the rows. They are
-  // added in the same order: for equal features they cancel exactly. The student's panel of this block is the last.
+  // Adds the products of both networks with a block of channels of their factors, times weights of the rows. For equal
+  // features, each product of the teacher cancels exactly with the next one of the student. The student's panel of this
+  // block is the last.
   SRPKD_DEVICE void add_pair(const Factors& factors, int block, const sm80::RowVector<G> (&weights)[2], Sums& V) const {
-    of.multiply(TEACHER, STUDENT, factors, p.tiles.blocks_a, block, [&](int network, const Sums& sums) {
-      algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-        V[m][n][i] +=
-            product(network == STUDENT ? weights[STUDENT][m][i / 2] : weights[TEACHER][m][i / 2], sums[m][n][i]);
+    of.multiply(TEACHER, STUDENT, factors, p.tiles.blocks_a, block, [&](int network, const Sums& sums, bool) {
+      sm80::RowVector<G> weight;
+      Products::for_each_row([&](int m, int half) {
+        weight[m][half] = network == STUDENT ? weights[STUDENT][m][half] : weights[TEACHER][m][half];
       });
+      algebra::for_each<G::M_TILES, G::N_TILES>(
+          [&](int m, int n, int i) { V[m][n][i] += product(weight[m][i / 2], sums[m][n][i]); });
     });
   }
 

@@ -56,19 +56,25 @@ struct PixelProducts {
     return algebra::element<TERMS, PIXELS_ADJACENT, G>(shared, PANEL_BYTES, row, column);
   }
 
-  // Multiplies the features of the networks from `first` to `last` with block `block` of the `rows` blocks of their
-  // factors, and calls use(network, product) after each network. The blocks of channels end with `block` if the network
-  // has it. SYMMETRIC: computes the quadratic form alone, as the blocks (n, k) with k > n count twice in it.
+  // Multiplies panels of the networks from `first` to `last` with block `block` of the `rows` blocks of their factors,
+  // and calls use(network, product, whether it is the network's last panel) for each. The networks take turns. The last
+  // panels have the block of channels `block` if the network has it. SYMMETRIC: for the quadratic form alone, in which
+  // the blocks (n, k) with k > n count twice, and those with k < n are left out.
   template <bool SYMMETRIC = false, class Use>
   SRPKD_DEVICE void multiply(int first, int last, const Factors& factors, int rows, int block, Use use) const {
-    const auto steps_of = [&](int network) { return SYMMETRIC ? blocks_of(network) - block : blocks_of(network); };
-    // The step of the products whose panels are loaded next.
-    int network = first, step = 0, slot = 0;
-    const auto k = [&] {
-      const int blocks = blocks_of(network);
-      if (SYMMETRIC && step == steps_of(network) - 1) return block;
-      return static_cast<int>(static_cast<unsigned>(block + 1 + step) % static_cast<unsigned>(blocks));
+    const auto steps_of = [&](int network) { return blocks_of(network) - (SYMMETRIC ? block : 0); };
+    const int most = steps_of(first) > steps_of(last) ? steps_of(first) : steps_of(last);
+    // the network and the block of channels, counted from `block`, of the panel that is loaded next
+    int network = last, ahead = most, slot = 0;
+    const auto advance = [&] {
+      do
+        if (network < last)
+          ++network;
+        else
+          network = first, --ahead;
+      while (ahead >= steps_of(network));
     };
+    const auto k = [&] { return block + ahead - (block + ahead < blocks_of(network) ? 0 : blocks_of(network)); };
     const auto matrix_at = [&](int of_slot) { return shared + MATRIX_AT + (LOADS_AHEAD ? of_slot * MATRIX_BYTES : 0); };
     const auto copy = [&](int to_slot) {
       const int blocks = blocks_of(network);
@@ -78,35 +84,30 @@ struct PixelProducts {
     };
     Part part;
     const auto load = [&] { part.load(p.features[network], image, {pixel, p.pixels}, k() * BLOCK); };
-    Sums total{}, sum{};
+    Sums sum{};
+    advance();
+    if constexpr (LOADS_AHEAD) load();
     sync_block();  // the panels are free
-    if constexpr (LOADS_AHEAD) load(), copy(0);
+    copy(0);
 #pragma unroll 1
     for (bool done = false; !done; slot ^= 1) {
-      if constexpr (!LOADS_AHEAD) {
-        load();
-        sync_block();  // the panels are free
-        copy(0);
-      } else if (network != first || step > 0) {
-        sync_block();  // the panels are free
-      }
+      if constexpr (!LOADS_AHEAD) load();
       part.template store<G>(shared, PANEL_BYTES);
       wait_for_copies<0>();
       sync_block();  // the panels have arrived, and the other slot of the factor is free
       const int present = network;
-      const bool ends = ++step == steps_of(network);
-      if (ends) step = 0, ++network;
-      done = network > last;
+      const bool is_last = ahead == 0;
+      done = is_last && network == last;
+      if (!done) advance();
       if (LOADS_AHEAD && !done) copy(slot ^ 1), load();
-      if (SYMMETRIC && ends)
-        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] *= 2; });
       const Address a = shared + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
       const Address b = matrix_at(slot) + warp.template lane_offset<true, false>(warp.first_column, 0);
       add_product<G, !PIXELS_ADJACENT, true, TERMS, MATRIX_TERMS>(sum, a, PANEL_BYTES, b, PANEL_BYTES);
-      move_sums<G>(total, sum);
-      if (!ends) continue;
-      use(present, total);
-      algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { total[m][n][i] = 0; });
+      use(present, sum, is_last);
+      algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { sum[m][n][i] = 0; });
+      if (done) return;
+      sync_block();  // the panels are free
+      if constexpr (!LOADS_AHEAD) copy(0);
     }
   }
 

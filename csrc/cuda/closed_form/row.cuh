@@ -28,22 +28,31 @@ struct RowScales {
     sm80::RowVector<G> ss{}, st{}, tt{};  // 4 q . M_ss q, -4 q . M_st p, 4 p . M_tt p
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_a; ++block) {
-      Sums teacher;
-      of.multiply(
-          TEACHER, STUDENT, {p.factors[TEACHER], p.factors[STUDENT]}, p.tiles.blocks_a, block,
-          [&](int network, const Sums& sums) {
-            if (network == STUDENT) return add_dot(sums, ss), add_dot(teacher, st);
-            algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { teacher[m][n][i] = sums[m][n][i]; });
-          });
+      Sums student{}, teacher{};
+      of.multiply(TEACHER, STUDENT, {p.factors[TEACHER], p.factors[STUDENT]}, p.tiles.blocks_a, block,
+                  [&](int network, const Sums& sums, bool) {
+                    if (network == STUDENT)
+                      add(student, sums);
+                    else
+                      add(teacher, sums);
+                  });
+      add_dot(student, ss), add_dot(teacher, st);
     }
     const Factors factors{p.teacher_factor, nullptr};
-    const auto add_to_tt = [&](int, const Sums& sums) { add_dot(sums, tt); };
 #pragma unroll 1
-    for (int block = 0; block < p.tiles.blocks_b; ++block)
+    for (int block = 0; block < p.tiles.blocks_b; ++block) {
+      Sums teacher{};
       if (p.difference)
-        of.multiply(TEACHER, TEACHER, factors, p.tiles.blocks_b, block, add_to_tt);
+        of.multiply(TEACHER, TEACHER, factors, p.tiles.blocks_b, block,
+                    [&](int, const Sums& sums, bool) { add(teacher, sums); });
       else  // a third fewer products
-        of.template multiply<true>(TEACHER, TEACHER, factors, p.tiles.blocks_b, block, add_to_tt);
+        of.template multiply<true>(TEACHER, TEACHER, factors, p.tiles.blocks_b, block,
+                                   [&](int, const Sums& sums, bool is_last) {
+                                     add(teacher, sums);
+                                     if (!is_last) add(teacher, sums);
+                                   });
+      add_dot(teacher, tt);
+    }
     for (auto* sums : {&ss, &st, &tt}) {
       of.exchange(*sums);
       sync_block();  // their place in shared memory is free
@@ -58,6 +67,10 @@ struct RowScales {
       for (int row = 0; row < BLOCK; ++row) loss += load_shared<double>(of.shared + row * 8);
       store_global(p.losses + block_index(0), loss);
     }
+  }
+
+  SRPKD_DEVICE static void add(Sums& to, const Sums& from) {
+    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { to[m][n][i] += from[m][n][i]; });
   }
 
   SRPKD_DEVICE void add_dot(const Sums& sums, sm80::RowVector<G>& to) const {
