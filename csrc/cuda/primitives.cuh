@@ -156,10 +156,14 @@ SRPKD_DEVICE uint32_t widen(uint32_t pair) {
   }
 }
 
-// Returns two floats rounded to the nearest bfloat16, `lower` in the lower 16 bits. NaN stays NaN.
-SRPKD_DEVICE uint32_t pack_bfloat16(float lower, float upper) {
+// Returns two floats rounded to the nearest T, `lower` in the lower 16 bits. NaN stays NaN.
+template <typename T>
+SRPKD_DEVICE uint32_t pack(float lower, float upper) {
   uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  if constexpr (std::is_same_v<T, Half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
   return pair;
 }
 

@@ -92,7 +92,7 @@ struct Moments {
     if constexpr (NARROW) {
       // mean^2 >= 4 variance; NaN and infinity do not compare
       const bool large = mean != 0 && 5 * mean * mean * static_cast<float>(count) >= 4 * square;
-      mean = large ? as_float(pack_bfloat16(mean, 0) << 16) : 0.f;
+      mean = large ? as_float(pack<BFloat16>(mean, 0) << 16) : 0.f;
     }
     store_shared(shift + thread * 4, mean);
     sync_block();
@@ -186,25 +186,19 @@ struct Moments {
   }
 };
 
-// Writes the three bfloat16 terms of two adjacent elements of a matrix, of which `to` is the first term's place.
+// Writes the terms of two adjacent elements of a matrix, of which `to` is the first term's place.
+template <class Term = BFloat16>
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
-  for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair = pack_bfloat16(first, second);
+  for (int term = 0; term < TERMS_OF_MATRIX<Term>; ++term) {
+    const uint32_t pair = pack<Term>(first, second);
     store_global(reinterpret_cast<uint32_t*>(to + term * BLOCK * BLOCK), pair);
-    first -= as_float(pair << 16), second -= as_float(pair & 0xffff0000u);
-  }
-}
-SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
-  for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair = pack_bfloat16(value, 0);
-    store_global(to + term * BLOCK * BLOCK, static_cast<uint16_t>(pair));
-    value -= as_float(pair << 16);
+    first -= as_float(widen<Term, false>(pair)), second -= as_float(widen<Term, true>(pair));
   }
 }
 
 // Writes a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its lines are
 // the columns of the tile, whose elements would be written one by one.
-template <int THREADS>
+template <int THREADS, class Term = BFloat16>
 struct SymmetricTile {
   static constexpr int STRIDE = BLOCK + 1, BYTES = BLOCK * STRIDE * 4;  // floats; of the buffer
   uint16_t* matrix;
@@ -216,7 +210,7 @@ struct SymmetricTile {
 
   // Writes two adjacent elements.
   SRPKD_DEVICE void store(int row, int column, float first, float second) const {
-    store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
+    store_matrix_terms<Term>(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first, second);
     if (at.row == at.column) return;
     store_shared(place(row, column), first);
     store_shared(place(row, column + 1), second);
@@ -228,7 +222,8 @@ struct SymmetricTile {
     uint16_t* const to = matrix + panel_of_terms(at.column, at.row, blocks);
     for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
       const int row = i / BLOCK, column = i % BLOCK;
-      store_matrix_terms(to + i, load_shared<float>(place(column, row)), load_shared<float>(place(column + 1, row)));
+      store_matrix_terms<Term>(to + i, load_shared<float>(place(column, row)),
+                               load_shared<float>(place(column + 1, row)));
     }
   }
 };

@@ -7,14 +7,16 @@ namespace srpkd::cuda::closed_form {
 
 // Grid: (loss blocks + images * row blocks of 64 pixels, 1). A gradient block computes V of 64 channels at a time. The
 // projection of "cosine" needs z . V over all channels: with more than 64, V is computed twice. DETACH_NORMS: without
-// the projection; not for "row".
-template <class T, bool PIXELS_ADJACENT, bool ROW, bool DETACH_NORMS = false>
+// the projection; only for "cosine".
+template <class T, bool PIXELS_ADJACENT, Normalize NORMALIZE, bool DETACH_NORMS = false>
 struct Gradient {
   using Arguments = closed_form::Arguments;
-  using Products = PixelProducts<T, PIXELS_ADJACENT>;
+  static constexpr bool ROW = NORMALIZE == Normalize::row, COSINE = NORMALIZE == Normalize::cosine;
+  using Products = PixelProducts<T, PIXELS_ADJACENT, std::conditional_t<COSINE, Half, BFloat16>>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
-  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
+  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = ROW || DETACH_NORMS ? 2 : 3,
+                       SHARED_BYTES = Products::SHARED_BYTES;
   static constexpr int LANES = 8;  // threads that sum the losses of one image
 
   const Arguments& p;
@@ -33,68 +35,79 @@ struct Gradient {
 
   // For "cosine" and "none".
   SRPKD_DEVICE void run_symmetric() const {
+    constexpr bool PROJECTS = COSINE && !DETACH_NORMS;
     const int blocks = p.tiles.blocks_a;
-    const bool project = p.alpha[STUDENT] != nullptr;
-    sm80::RowVector<G> alpha[2], along{};
-    for (int i = 0; i < 2; ++i) of.load_rows(p.alpha[i], alpha[i]);
-    if (DETACH_NORMS && project)
-      // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
-      Products::for_each_row([&](int m, int half) { along[m][half] = alpha[TEACHER][m][half] == 0 ? 4.f : 0.f; });
+    sm80::RowVector<G> along{};
+    if constexpr (COSINE) of.store_scales(1 / (LARGEST_TERM * p.factor_scale));
+    const auto weight_of = [&](int network, int row) {
+      return COSINE ? load_shared<float>(of.weight_at(network, row)) : 1.f;
+    };
     // The projection is complete after the first `blocks` steps. With several, the second pass computes V again.
-    const int steps = !DETACH_NORMS && project && blocks > 1 ? 2 * blocks : blocks;
+    const int steps = PROJECTS && blocks > 1 ? 2 * blocks : blocks;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int block = step < blocks ? step : step - blocks;
       Sums V{}, z;
-      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, alpha, V);
-      algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-        z[m][n][i] = alpha[STUDENT][m][i / 2] * of.feature(of.warp.row(m, i / 2), of.warp.column(n, i % 2));
-      });
-      if (!DETACH_NORMS && project && step < blocks) {
+      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, V,
+               [&](int network, int m, int half) { return weight_of(network, of.warp.row(m, half)); });
+      if constexpr (COSINE)
+        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
+          const int row = of.warp.row(m, i / 2), column = of.warp.column(n, i % 2);
+          z[m][n][i] = weight_of(STUDENT, row) * p.factor_scale * of.feature(row, column);
+        });
+      if (PROJECTS && step < blocks) {
         algebra::for_each<G::M_TILES, G::N_TILES>(
             [&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
         if (step == blocks - 1) of.exchange(along);
       }
       if (step < steps - blocks) continue;
-      if (project)
-        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-          V[m][n][i] = (V[m][n][i] - along[m][i / 2] * z[m][n][i]) * alpha[STUDENT][m][i / 2];
-        });
+      if constexpr (COSINE) {
+        sm80::RowVector<G> alpha;
+        of.load_rows(p.alpha[STUDENT], alpha);
+        // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
+        if (DETACH_NORMS)
+          Products::for_each_row(
+              [&](int m, int half) { along[m][half] = weight_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f; });
+        algebra::for_each<G::M_TILES, G::N_TILES>(
+            [&](int m, int n, int i) { V[m][n][i] = (V[m][n][i] - along[m][i / 2] * z[m][n][i]) * alpha[m][i / 2]; });
+      }
       of.store(block, V);
     }
   }
 
-  // Adds the products of both networks with a block of channels of their factors, times weights of the rows. For equal
-  // features, each product of the teacher cancels exactly with the next one of the student. The student's panel of this
-  // block is the last.
-  SRPKD_DEVICE void add_pair(const Factors& factors, int block, const sm80::RowVector<G> (&weights)[2], Sums& V) const {
+  // Adds the products of both networks with a block of channels of their factors, times weight(network, m, half) of the
+  // rows. For equal features, each product of the teacher cancels exactly with the next one of the student. The
+  // student's panel of this block is the last.
+  template <class Weight>
+  SRPKD_DEVICE void add_pair(const Factors& factors, int block, Sums& V, Weight weight) const {
     of.multiply(TEACHER, STUDENT, factors, p.tiles.blocks_a, block, [&](int network, const Sums& sums, bool) {
-      sm80::RowVector<G> weight;
-      Products::for_each_row([&](int m, int half) {
-        weight[m][half] = network == STUDENT ? weights[STUDENT][m][half] : weights[TEACHER][m][half];
-      });
+      sm80::RowVector<G> weights;
+      Products::for_each_row([&](int m, int half) { weights[m][half] = weight(network, m, half); });
       algebra::for_each<G::M_TILES, G::N_TILES>(
-          [&](int m, int n, int i) { V[m][n][i] += product(weight[m][i / 2], sums[m][n][i]); });
+          [&](int m, int n, int i) { V[m][n][i] += product(weights[m][i / 2], sums[m][n][i]); });
     });
   }
 
   // For "row". The factors are twice those of the gradient.
   SRPKD_DEVICE void run_row() const {
-    sm80::RowVector<G> alpha, weights[2], gains[2];
+    sm80::RowVector<G> alpha, weights[2];
+    float gains[2];
+    for (int i = 0; i < 2; ++i) gains[i] = load_global(p.gains[i] + of.image);
     of.load_rows(p.alpha[TEACHER], weights[TEACHER]);
     of.load_rows(p.alpha[STUDENT], alpha);
     of.load_rows(p.distances, weights[STUDENT]);
-    Products::for_each_row([&](int m, int half) {
-      weights[STUDENT][m][half] = alpha[m][half] * (1 - weights[STUDENT][m][half]);
-      for (int i = 0; i < 2; ++i) gains[i][m][half] = load_global(p.gains[i] + of.image);
-    });
+    Products::for_each_row(
+        [&](int m, int half) { weights[STUDENT][m][half] = alpha[m][half] * (1 - weights[STUDENT][m][half]); });
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_a; ++block) {
       Sums V{}, raw{};
-      add_pair({p.raw_factors[TEACHER], p.raw_factors[STUDENT]}, block, weights, V);
-      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, gains, raw);
+      add_pair({p.raw_factors[TEACHER], p.raw_factors[STUDENT]}, block, V, [&](int network, int m, int half) {
+        return network == STUDENT ? weights[STUDENT][m][half] : weights[TEACHER][m][half];
+      });
+      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, raw,
+               [&](int network, int, int) { return network == STUDENT ? gains[STUDENT] : gains[TEACHER]; });
       algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-        V[m][n][i] = 0.5f * (alpha[m][i / 2] * V[m][n][i] + gains[STUDENT][m][0] * raw[m][n][i]);
+        V[m][n][i] = 0.5f * (alpha[m][i / 2] * V[m][n][i] + gains[STUDENT] * raw[m][n][i]);
       });
       of.store(block, V);
     }

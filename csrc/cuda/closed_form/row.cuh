@@ -11,7 +11,7 @@ namespace srpkd::cuda::closed_form {
 template <class T, bool PIXELS_ADJACENT>
 struct RowScales {
   using Arguments = closed_form::Arguments;
-  using Products = PixelProducts<T, PIXELS_ADJACENT>;
+  using Products = PixelProducts<T, PIXELS_ADJACENT, BFloat16>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
   static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
@@ -62,11 +62,9 @@ struct RowScales {
         for (int half = 0; half < 2; ++half) store(of.warp.row(m, half), ss[m][half], st[m][half], tt[m][half]);
     if (p.difference) return;
     sync_block();
-    double loss = 0;
-    if (thread_index() == 0) {
-      for (int row = 0; row < BLOCK; ++row) loss += load_shared<double>(of.shared + row * 8);
-      store_global(p.losses + block_index(0), loss);
-    }
+    const double of_row = thread_index() < BLOCK ? load_shared<double>(of.shared + thread_index() * 8) : 0.0;
+    const double loss = sum_of_threads<THREADS>(of_row, of.shared + BLOCK * 8);
+    if (thread_index() == 0) store_global(p.losses + block_index(0), loss);
   }
 
   SRPKD_DEVICE static void add(Sums& to, const Sums& from) {
@@ -107,7 +105,10 @@ struct ScaledMoments {
   using Arguments = closed_form::Arguments;
   using Sum = Moments<T, PIXELS_ADJACENT, DIFFERENCE>;
   static constexpr int THREADS = Sum::THREADS, MIN_BLOCKS = Sum::MIN_BLOCKS, SHARED_BYTES = Sum::SHARED_BYTES;
-  static_assert(THREADS * 8 <= SHARED_BYTES);
+  using Finish = FinishTiles<THREADS, true, BFloat16>;
+  // The buffer follows the first word, which other threads may still read.
+  static constexpr int BUFFER_AT = 256;
+  static_assert(BUFFER_AT + Finish::SHARED_BYTES <= SHARED_BYTES);
 
   const Arguments& p;
 
@@ -122,7 +123,7 @@ struct ScaledMoments {
     const int tiles = !DIFFERENCE ? 1 : row == column ? p.tiles.moments : p.tiles.moments + 1;
     if (!algebra::is_last_block(p.counters + image * p.groups + group, tiles * p.ranges.splits, shared_memory()))
       return;
-    const FinishTiles<THREADS, true> finish{p, image};
+    const Finish finish{p, image, shared_memory() + BUFFER_AT};
     if constexpr (DIFFERENCE) {
       double loss = finish.sum_tiles_of_differences(row, column);
       if (row != column) loss += finish.sum_tiles_of_differences(column, row);

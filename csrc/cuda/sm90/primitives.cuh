@@ -174,17 +174,6 @@ SRPKD_DEVICE Address opaque(Address value) {
   return value;
 }
 
-// Packs two floats, rounded to T, into a register.
-template <typename T>
-SRPKD_DEVICE uint32_t pack(float lower, float upper) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, Half>)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
-  return pair;
-}
-
 SRPKD_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SRPKD_DEVICE float saturate(float value) { return __saturatef(value); }  // to [0, 1]; NaN becomes 0
 SRPKD_DEVICE int64_t round_to_integer(float value) { return __float2ll_rn(value); }

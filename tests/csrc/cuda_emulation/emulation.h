@@ -198,12 +198,24 @@ T shuffle_xor(T value, int lanes) {
   return own.result;
 }
 
-inline uint32_t pack_bfloat16(float lower, float upper) {
-  const auto rounded = [](float value) {
-    const uint32_t bits = as_bits(value);
-    return value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fffu;
-  };
-  return rounded(lower) | rounded(upper) << 16;
+// Rounded to nearest, ties to even; overflow becomes infinity.
+inline uint16_t round_to(float value, BFloat16) {
+  const uint32_t bits = as_bits(value);
+  if (value != value) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t round_to(float value, Half) {
+  const uint16_t sign = as_bits(value) >> 16 & 0x8000;
+  const float size = std::fabs(value);
+  if (value != value) return 0x7fff;
+  if (size >= 65520.f) return sign | 0x7c00;
+  if (size < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
+  const uint32_t bits = as_bits(size) - (112u << 23);
+  return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+template <typename T>
+uint32_t pack(float lower, float upper) {
+  return round_to(lower, T{}) | uint32_t{round_to(upper, T{})} << 16;
 }
 
 template <typename T, bool UPPER>

@@ -199,26 +199,6 @@ T uniform(T value) {
 }
 inline Address opaque(Address value) { return value; }
 
-// Rounded to nearest, ties to even; overflow becomes infinity.
-inline uint16_t round_to(float value, BFloat16) {
-  const uint32_t bits = as_bits(value);
-  if (value != value) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-inline uint16_t round_to(float value, Half) {
-  const uint16_t sign = as_bits(value) >> 16 & 0x8000;
-  const float size = std::fabs(value);
-  if (value != value) return 0x7fff;
-  if (size >= 65520.f) return sign | 0x7c00;
-  if (size < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24)));
-  const uint32_t bits = as_bits(size) - (112u << 23);
-  return sign | static_cast<uint16_t>((bits + 0xfff + (bits >> 13 & 1)) >> 13);
-}
-template <typename T>
-uint32_t pack(float lower, float upper) {
-  return round_to(lower, T{}) | uint32_t{round_to(upper, T{})} << 16;
-}
-
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float saturate(float value) { return value > 0 ? (value < 1 ? value : 1.f) : 0.f; }
 inline int64_t round_to_integer(float value) { return std::llrint(value); }
