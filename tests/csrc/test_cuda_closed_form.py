@@ -86,6 +86,24 @@ def test_any_number_of_pixels(library: ctypes.CDLL, relation: Relation, channels
     check(library, *draw(torch.bfloat16, 2, pixels, channels), relation, "bf16")
 
 
+@pytest.mark.parametrize("channels", [(200, 8), (8, 200)], ids=str)
+@every_relation
+def test_four_blocks_of_channels_against_one(
+    library: ctypes.CDLL, relation: Relation, channels: tuple[int, int]
+) -> None:
+    check(library, *draw(torch.bfloat16, 1, 70, channels), relation, "bf16")
+
+
+@every_layout
+@every_case
+def test_pixels_and_channels_of_different_magnitude(library: ctypes.CDLL, case: str, layout: str) -> None:
+    """Float16 terms have a small range: only digits far below the norm of a pixel may be lost."""
+    student, teacher = draw(torch.float32, 1, 75, (5, 7), layout)
+    sizes = 4.0 ** torch.randint(-6, 6, (1, 75, 1))
+    student, teacher = ((x * sizes * 0.1 ** torch.arange(x.shape[2])).to(CASES[case][0]) for x in (student, teacher))
+    check(library, student, teacher, replace(COSINE, eps=0.0), case)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("need_grad", [True, False])
 @every_normalized

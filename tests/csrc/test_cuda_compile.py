@@ -36,7 +36,7 @@ ALGEBRA = {
     "Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8, "Backward": 2
 }  # fmt: skip
 CLOSED_FORM = {
-    "Moments": 4, "SumMoments": 1, "RowScales": 2, "ScaledMoments": 4, "Gradient": 6, "PixelNorms": 2
+    "Moments": 8, "SumMoments": 2, "RowScales": 2, "ScaledMoments": 4, "Gradient": 8, "PixelNorms": 2
 }  # fmt: skip
 ELEMENTS = ("bf16", "fp16", "float")
 WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments", "Backward")
@@ -156,6 +156,6 @@ def test_algebra_multiplies_on_tensor_cores(
     _, target = compiled(f"{folder}/{folder}_{element}.cu")
     for symbol, words in functions(target):
         with_products = algebra_kernel(symbol) not in WITHOUT_PRODUCTS
-        assert ("HMMA.16816.F32.BF16" in words) == with_products, symbol
+        assert any(word.startswith("HMMA.16816.F32") for word in words) == with_products, symbol
         assert any(word.startswith("LDSM") for word in words) == with_products, symbol
         assert "LDG.E.128.CONSTANT" in words or not with_products, symbol  # 16 bytes at a time

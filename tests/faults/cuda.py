@@ -68,21 +68,33 @@ BACKENDS = {
             Fault(
                 "the weights are those of one network",
                 CUDA_CLOSED_MOMENTS,
-                "alpha_of(network_of_column, pixel, pixels.end)",
-                "alpha_of(network_of_row, pixel, pixels.end)",
+                "* alpha_of(network_of_column, pixel)",
+                "* alpha_of(network_of_row, pixel)",
             ),
             Fault("the moments of f and e are equal", CUDA_CLOSED_MOMENTS, "at.moment == BB ? -1.f : 1.f", "1.f"),
             Fault(
-                "wrong split: two terms of three",
+                "wrong split: a term is dropped",
                 CUDA_CLOSED_MOMENTS,
-                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS>",
-                "PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS - 1>",
+                "PIXELS_ADJACENT, LEFT_TERMS, RIGHT_TERMS, Term>",
+                "PIXELS_ADJACENT, LEFT_TERMS, RIGHT_TERMS - 1, Term>",
+            ),
+            Fault(
+                "the power of two of a scale counts twice",
+                CUDA_CLOSED_MOMENTS,
+                "mantissa_of(of_row) * (LARGEST_TERM / 2)",
+                "of_row * (LARGEST_TERM / 2)",
+            ),
+            Fault(
+                "the scales are those of another step",
+                CUDA_CLOSED_MOMENTS,
+                "scale_at(step + 1, side, place)",
+                "scale_at(step, side, place)",
             ),
             Fault(
                 "missing barrier",
                 CUDA_CLOSED_MOMENTS,
-                "    rows.template store<G>(shared, PANEL_BYTES);\n    sync_block();\n",
-                "    rows.template store<G>(shared, PANEL_BYTES);\n",
+                "      sync_block();  // the panels have arrived\n",
+                "",
             ),
             Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
             Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
@@ -90,10 +102,15 @@ BACKENDS = {
             Fault(
                 "constant norms: the diagonal is not a tie",
                 CUDA_CLOSED_GRADIENT,
-                "of.alpha_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f",
+                "weight_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f",
                 "0.f",
             ),
-            Fault("constant norms: projected", CUDA_CLOSED_GRADIENT, "if (DETACH_NORMS && project) {", "if (false) {"),
+            Fault(
+                "the second pass repeats the first",
+                CUDA_CLOSED_GRADIENT,
+                "blocks > 1 ? 2 * blocks",
+                "false ? 2 * blocks",
+            ),
             Fault("the gradient is not projected", CUDA_CLOSED_GRADIENT, "- along[m][i / 2] * z[m][n][i]", ""),
             Fault(
                 "the lanes of a row are not added",
@@ -101,7 +118,7 @@ BACKENDS = {
                 "sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);",
                 "sum += shuffle_xor(sum, 1);",
             ),
-            Fault("blocks beside the diagonal count once", CUDA_CLOSED_PRODUCTS, "*= 2; });", "*= 1; });"),
+            Fault("blocks beside the diagonal count once", CUDA_CLOSED_ROW, "if (!is_last) add(teacher, sums);", ""),
             Fault(
                 "row: one gain for both networks",
                 CUDA_CLOSED_MOMENTS,
@@ -120,11 +137,14 @@ BACKENDS = {
             Fault(
                 "row: W_d is dropped in the direct form",
                 CUDA_CLOSED_MOMENTS,
-                "weight *= 1 - distance_of(pixel, pixels.end);",
+                "weight *= 1 - distance_of(pixel);",
                 "weight *= 1;",
             ),
             Fault(
-                "row: the distances are dropped", CUDA_CLOSED_GRADIENT, "alpha_s * (1 - distance_of(row))", "alpha_s"
+                "row: the distances are dropped",
+                CUDA_CLOSED_GRADIENT,
+                "alpha[m][half] * (1 - weights[STUDENT][m][half])",
+                "alpha[m][half]",
             ),
             Fault("row: missing transpose", CUDA_CLOSED_MOMENTS, "2 * fe * raw(AB, true)", "2 * fe * raw(AB, false)"),
             Fault(

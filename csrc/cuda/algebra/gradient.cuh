@@ -20,7 +20,7 @@ SRPKD_DEVICE void store_gradient_unit(const Arguments& p, int image, float (&x)[
 #pragma unroll
   for (int e = 0; e < 4; ++e) x[e] *= scale;
   if constexpr (NARROW) {
-    word[0] = pack_bfloat16(x[0], x[1]), word[1] = pack_bfloat16(x[2], x[3]);
+    word[0] = pack<BFloat16>(x[0], x[1]), word[1] = pack<BFloat16>(x[2], x[3]);
   } else {
 #pragma unroll
     for (int e = 0; e < 4; ++e) word[e] = as_bits(x[e]);

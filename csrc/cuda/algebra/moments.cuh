@@ -92,7 +92,7 @@ struct Moments {
     if constexpr (NARROW) {
       // mean^2 >= 4 variance; NaN and infinity do not compare
       const bool large = mean != 0 && 5 * mean * mean * static_cast<float>(count) >= 4 * square;
-      mean = large ? as_float(pack_bfloat16(mean, 0) << 16) : 0.f;
+      mean = large ? as_float(pack<BFloat16>(mean, 0) << 16) : 0.f;
     }
     store_shared(shift + thread * 4, mean);
     sync_block();
@@ -190,7 +190,7 @@ constexpr int UNIT = 4;  // adjacent elements of a matrix that a thread has
 constexpr int STRIP =
     16;  // rows of a tile that a thread block finishes at once: lines of its mirror image are a sector
 
-// Writes the three bfloat16 terms of a unit of a matrix, of a pair or of one element. `to`: the first term's place.
+// Writes the three bfloat16 terms of a unit of a matrix. `to`: the first term's place.
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {
 #pragma unroll
   for (int term = 0; term < MATRIX_TERMS; ++term) {
@@ -198,22 +198,6 @@ SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {
     store_words(to + term * BLOCK * BLOCK, pair);
 #pragma unroll
     for (int e = 0; e < UNIT; ++e) x[e] -= as_float(e % 2 ? pair[e / 2] & 0xffff0000u : pair[e / 2] << 16);
-  }
-}
-
-SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
-  for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair = pack_bfloat16(first, second);
-    store_global(reinterpret_cast<uint32_t*>(to + term * BLOCK * BLOCK), pair);
-    first -= as_float(pair << 16), second -= as_float(pair & 0xffff0000u);
-  }
-}
-
-SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float value) {
-  for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair = pack_bfloat16(value, 0);
-    store_global(to + term * BLOCK * BLOCK, static_cast<uint16_t>(pair));
-    value -= as_float(pair << 16);
   }
 }
 

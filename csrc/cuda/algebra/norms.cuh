@@ -9,11 +9,11 @@ namespace srpkd::cuda::algebra {
 SRPKD_DEVICE float inverse(float norm, float eps) { return norm <= eps ? 0.f : 1.f / norm + 0.f * norm; }
 
 // Copies a matrix panel, all its terms, from global to shared memory.
-template <int THREADS, class G>
+template <int THREADS, class G, class Term = BFloat16>
 SRPKD_DEVICE void copy_matrix(const uint16_t* matrix, int row, int column, int blocks, Address to) {
   const uint16_t* const from = matrix + panel_of_terms(row, column, blocks);
 #pragma unroll
-  for (int unit = thread_index(); unit < MATRIX_TERMS * PANEL_BYTES / 16; unit += THREADS) {
+  for (int unit = thread_index(); unit < TERMS_OF_MATRIX<Term> * PANEL_BYTES / 16; unit += THREADS) {
     const int line = unit / 8 % BLOCK, term = unit / 8 / BLOCK;
     copy_async<16>(to + term * PANEL_BYTES + sm80::swizzled<G>(line, unit % 8 * 16), from + unit * 8, 16);
   }

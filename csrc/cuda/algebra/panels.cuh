@@ -17,6 +17,11 @@ constexpr int TERMS = std::is_same_v<T, BFloat16> ? 1
                       : std::is_same_v<T, Half>   ? 2
                                                   : 3;
 
+// The terms of an element of a matrix: 24 bits in three of bfloat16, 23 in two of float16. Those need values below
+// 2^16, and are wrong by up to 2^-25.
+template <class Term>
+constexpr int TERMS_OF_MATRIX = std::is_same_v<Term, Half> ? 2 : MATRIX_TERMS;
+
 constexpr int PANEL_THREADS = 128;  // that load one panel
 
 // The warps of a thread block: WARPS_M x 2, each with 32 x 32 elements of a product. A template argument of sm80::Warp.
@@ -106,15 +111,15 @@ struct PanelPart {
     }
   }
 
-  // Writes the first COUNT_TERMS bfloat16 terms of value(raw element, pixel, channel), STRIDE bytes apart.
-  template <int COUNT_TERMS, class G, class F>
+  // Writes the first COUNT_TERMS terms, of type Term, of value(raw element, pixel, channel), STRIDE bytes apart.
+  template <int COUNT_TERMS, class G, class Term = BFloat16, class F>
   SRPKD_DEVICE void store(Address to, int stride, F value) const {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       float x[UNIT];
 #pragma unroll
       for (int e = 0; e < UNIT; ++e) x[e] = value(raw[i][e], pixel(i, e), channel(i, e));
-      store_terms<COUNT_TERMS, G>(to, stride, i, x);
+      store_terms<COUNT_TERMS, G, Term>(to, stride, i, x);
     }
   }
 
@@ -135,15 +140,15 @@ struct PanelPart {
     store_shared(to + sm80::swizzled<G>(line(i), unit * 16), sm80::Words{{word[0], word[1], word[2], word[3]}});
   }
 
-  template <int COUNT_TERMS, class G>
+  template <int COUNT_TERMS, class G, class Term>
   SRPKD_DEVICE void store_terms(Address to, int stride, int i, float (&x)[UNIT]) const {
 #pragma unroll
     for (int term = 0; term < COUNT_TERMS; ++term) {
       uint32_t word[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        word[w] = pack_bfloat16(x[2 * w], x[2 * w + 1]);
-        x[2 * w] -= as_float(word[w] << 16), x[2 * w + 1] -= as_float(word[w] & 0xffff0000u);
+        word[w] = pack<Term>(x[2 * w], x[2 * w + 1]);
+        x[2 * w] -= as_float(widen<Term, false>(word[w])), x[2 * w + 1] -= as_float(widen<Term, true>(word[w]));
       }
       store_unit<G>(to + term * stride, i, word);
     }
@@ -151,7 +156,7 @@ struct PanelPart {
 };
 
 // Returns an element of a panel: the sum of its terms.
-template <int COUNT_TERMS, bool PIXELS_ADJACENT, class G>
+template <int COUNT_TERMS, bool PIXELS_ADJACENT, class G, class Term = BFloat16>
 SRPKD_DEVICE float element(Address panel, int stride, int pixel, int channel) {
   const int line = PIXELS_ADJACENT ? channel : pixel, at = PIXELS_ADJACENT ? pixel : channel;
   const Address word = panel + (sm80::swizzled<G>(line % BLOCK, at % BLOCK * 2) & ~3u);
@@ -160,13 +165,13 @@ SRPKD_DEVICE float element(Address panel, int stride, int pixel, int channel) {
 #pragma unroll
   for (int term = COUNT_TERMS - 1; term >= 0; --term) {
     const auto bits = load_shared<uint32_t>(word + sub + term * stride);
-    sum += as_float(at % 2 ? bits & 0xffff0000u : bits << 16);
+    sum += as_float(at % 2 ? widen<Term, true>(bits) : widen<Term, false>(bits));
   }
   return sum;
 }
 
 // sum += A B over 64 elements of k, with A in TERMS_A terms and B in TERMS_B. The addresses include the lane's offset.
-template <class G, bool A_ADJACENT, bool B_ADJACENT, int TERMS_A, int TERMS_B>
+template <class G, bool A_ADJACENT, bool B_ADJACENT, int TERMS_A, int TERMS_B, class Term = BFloat16>
 SRPKD_DEVICE void add_product(Sums<G>& sum, Address a, int stride_a, Address b, int stride_b) {
   using Warp = sm80::Warp<G>;
 #pragma unroll(G::STEPS)
@@ -184,7 +189,7 @@ SRPKD_DEVICE void add_product(Sums<G>& sum, Address a, int stride_a, Address b, 
       for (int term = 0; term < TERMS_B; ++term)
         Warp::template load<B_ADJACENT, false>(right[term], b + term * stride_b, 8 * n, k);
 #pragma unroll
-      for (int order = 2; order >= 0; --order)  // small products first
+      for (int order = TERMS_OF_MATRIX<Term> - 1; order >= 0; --order)  // small products first
 #pragma unroll
         for (int i = 0; i <= order; ++i)
           if (i < TERMS_A && order - i < TERMS_B)
@@ -192,7 +197,7 @@ SRPKD_DEVICE void add_product(Sums<G>& sum, Address a, int stride_a, Address b, 
             for (int m = 0; m < G::M_TILES; ++m)
 #pragma unroll
               for (int o = 0; o < 2; ++o)
-                multiply_add<BFloat16>(sum[m][n + o], left[i][m], right[order - i][2 * o], right[order - i][2 * o + 1]);
+                multiply_add<Term>(sum[m][n + o], left[i][m], right[order - i][2 * o], right[order - i][2 * o + 1]);
     }
   }
 }

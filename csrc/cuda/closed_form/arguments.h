@@ -97,9 +97,10 @@ struct Arguments {
   uint16_t* factors[2];  // -4 M_st and 4 M_ss, in terms: panels (block of C_s, block of C_t or C_s), for each image. Of
                          // the second stage: -4 W_st and 4 (W_ss - W_d). Null if not required.
   bool per_image;
-  int loss_blocks;  // images if per_image, else 1
-  float* loss;      // (images,) if per_image, else ()
-  void* gradient;   // (images, pixels, channels): bfloat16 for bfloat16 features, else float32; null if not required
+  float factor_scale;  // a power of two by which the factors are multiplied: see LARGEST_TERM in moments.cuh
+  int loss_blocks;     // images if per_image, else 1
+  float* loss;         // (images,) if per_image, else ()
+  void* gradient;      // (images, pixels, channels): bfloat16 for bfloat16 features, else float32; null if not required
   int64_t gradient_strides[3];
   double scale;  // of the loss and the gradient: 1/N^2, for the mean over images also 1/images
 
@@ -180,9 +181,12 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   p.per_image = a.reduction == Reduction::none, p.loss_blocks = p.per_image ? a.images : 1, p.loss = a.loss;
   p.gradient = a.gradient;
   for (int i = 0; i < 3; ++i) p.gradient_strides[i] = a.gradient_strides[i];
+  p.factor_scale = a.relation.normalize == Normalize::cosine ? 0x1p13f : 1.f;
   const double count = static_cast<double>(pixels);
   p.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
   if (a.relation.normalize == Normalize::cosine) {
+    // an element of a factor is at most 4 N; 2^15 fits into float16
+    for (int64_t largest = 1; largest < pixels; largest *= 2) p.factor_scale /= 2;
     algebra::NormArguments& n = plan.norms;
     n.images = a.images, n.pixels = a.pixels, n.eps = p.eps;
     for (int i = 0; i < 2; ++i) {

@@ -7,14 +7,16 @@ namespace srpkd::cuda::closed_form {
 
 // Grid: (loss blocks + images * row blocks of 64 pixels, 1). A gradient block computes V of 64 channels at a time. The
 // projection of "cosine" needs z . V over all channels: with more than 64, V is computed twice. DETACH_NORMS: without
-// the projection; not for "row".
-template <class T, bool PIXELS_ADJACENT, bool ROW, bool DETACH_NORMS = false>
+// the projection; only for "cosine".
+template <class T, bool PIXELS_ADJACENT, Normalize NORMALIZE, bool DETACH_NORMS = false>
 struct Gradient {
   using Arguments = closed_form::Arguments;
-  using Products = PixelProducts<T, PIXELS_ADJACENT>;
+  static constexpr bool ROW = NORMALIZE == Normalize::row, COSINE = NORMALIZE == Normalize::cosine;
+  using Products = PixelProducts<T, PIXELS_ADJACENT, std::conditional_t<COSINE, Half, BFloat16>>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
-  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
+  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = ROW || DETACH_NORMS ? 2 : 3,
+                       SHARED_BYTES = Products::SHARED_BYTES;
   static constexpr int LANES = 8;  // threads that sum the losses of one image
 
   const Arguments& p;
@@ -33,85 +35,82 @@ struct Gradient {
 
   // For "cosine" and "none".
   SRPKD_DEVICE void run_symmetric() const {
+    constexpr bool PROJECTS = COSINE && !DETACH_NORMS;
     const int blocks = p.tiles.blocks_a;
-    const bool project = p.alpha[STUDENT] != nullptr;
     sm80::RowVector<G> along{};
-    if (DETACH_NORMS && project) {
-      // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
-      for (int m = 0; m < G::M_TILES; ++m)
-        for (int half = 0; half < 2; ++half)
-          along[m][half] = of.alpha_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f;
-    } else if (project && blocks > 1) {
+    if constexpr (COSINE) of.store_scales(1 / (LARGEST_TERM * p.factor_scale));
+    const auto weight_of = [&](int network, int row) {
+      return COSINE ? load_shared<float>(of.weight_at(network, row)) : 1.f;
+    };
+    // The projection is complete after the first `blocks` steps. With several, the second pass computes V again.
+    const int steps = PROJECTS && blocks > 1 ? 2 * blocks : blocks;
 #pragma unroll 1
-      for (int block = 0; block < blocks; ++block) {
-        Sums V{}, z{};
-        compute(block, V, z);
-        of.add_dot(V, z, along);
-      }
-      of.exchange(along);
-    }
-#pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
-      Sums V{}, z{};
-      compute(block, V, z);
-      if (project) {
-        if (!DETACH_NORMS && blocks == 1) {
-          of.add_dot(V, z, along);
-          of.exchange(along);
-        }
+    for (int step = 0; step < steps; ++step) {
+      const int block = step < blocks ? step : step - blocks;
+      Sums V{}, z;
+      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, V,
+               [&](int network, int m, int half) { return weight_of(network, of.warp.row(m, half)); });
+      if constexpr (COSINE)
         algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-          V[m][n][i] = (V[m][n][i] - along[m][i / 2] * z[m][n][i]) * of.alpha_of(STUDENT, of.warp.row(m, i / 2));
+          const int row = of.warp.row(m, i / 2), column = of.warp.column(n, i % 2);
+          z[m][n][i] = weight_of(STUDENT, row) * p.factor_scale * of.feature(row, column);
         });
+      if (PROJECTS && step < blocks) {
+        algebra::for_each<G::M_TILES, G::N_TILES>(
+            [&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
+        if (step == blocks - 1) of.exchange(along);
+      }
+      if (step < steps - blocks) continue;
+      if constexpr (COSINE) {
+        sm80::RowVector<G> alpha;
+        of.load_rows(p.alpha[STUDENT], alpha);
+        // D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
+        if (DETACH_NORMS)
+          Products::for_each_row(
+              [&](int m, int half) { along[m][half] = weight_of(TEACHER, of.warp.row(m, half)) == 0 ? 4.f : 0.f; });
+        algebra::for_each<G::M_TILES, G::N_TILES>(
+            [&](int m, int n, int i) { V[m][n][i] = (V[m][n][i] - along[m][i / 2] * z[m][n][i]) * alpha[m][i / 2]; });
       }
       of.store(block, V);
     }
   }
 
-  // Computes V and z of one block of channels. The teacher's and the student's products are added in the same order:
-  // for equal features they cancel exactly.
-  SRPKD_DEVICE void compute(int block, Sums& V, Sums& z) const {
-    Sums of_teacher{};
-    of.add_products(TEACHER, p.factors[TEACHER], p.tiles.blocks_a, block, of_teacher);
-    of.add_products(STUDENT, p.factors[STUDENT], p.tiles.blocks_a, block, V);
-    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-      const int row = of.warp.row(m, i / 2), column = of.warp.column(n, i % 2);
-      const float alpha_s = of.alpha_of(STUDENT, row), alpha_t = of.alpha_of(TEACHER, row);
-      V[m][n][i] = product(alpha_s, V[m][n][i]) + product(alpha_t, of_teacher[m][n][i]);
-      z[m][n][i] = alpha_s * of.feature(row, column);  // the student's panel of this block was the last
+  // Adds the products of both networks with a block of channels of their factors, times weight(network, m, half) of the
+  // rows. For equal features, each product of the teacher cancels exactly with the next one of the student. The
+  // student's panel of this block is the last.
+  template <class Weight>
+  SRPKD_DEVICE void add_pair(const Factors& factors, int block, Sums& V, Weight weight) const {
+    of.multiply(TEACHER, STUDENT, factors, p.tiles.blocks_a, block, [&](int network, const Sums& sums, bool) {
+      sm80::RowVector<G> weights;
+      Products::for_each_row([&](int m, int half) { weights[m][half] = weight(network, m, half); });
+      algebra::for_each<G::M_TILES, G::N_TILES>(
+          [&](int m, int n, int i) { V[m][n][i] += product(weights[m][i / 2], sums[m][n][i]); });
     });
   }
 
   // For "row". The factors are twice those of the gradient.
   SRPKD_DEVICE void run_row() const {
-    const float gain_s = load_global(p.gains[STUDENT] + of.image), gain_t = load_global(p.gains[TEACHER] + of.image);
+    sm80::RowVector<G> alpha, weights[2];
+    float gains[2];
+    for (int i = 0; i < 2; ++i) gains[i] = load_global(p.gains[i] + of.image);
+    of.load_rows(p.alpha[TEACHER], weights[TEACHER]);
+    of.load_rows(p.alpha[STUDENT], alpha);
+    of.load_rows(p.distances, weights[STUDENT]);
+    Products::for_each_row(
+        [&](int m, int half) { weights[STUDENT][m][half] = alpha[m][half] * (1 - weights[STUDENT][m][half]); });
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_a; ++block) {
-      Sums V{};
-      {
-        Sums of_teacher{};
-        of.add_products(TEACHER, p.raw_factors[TEACHER], p.tiles.blocks_a, block, of_teacher);
-        of.add_products(STUDENT, p.raw_factors[STUDENT], p.tiles.blocks_a, block, V);
-        algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-          const int row = of.warp.row(m, i / 2);
-          const float alpha_s = of.alpha_of(STUDENT, row), alpha_t = of.alpha_of(TEACHER, row);
-          V[m][n][i] =
-              alpha_s * (product(alpha_s * (1 - distance_of(row)), V[m][n][i]) + product(alpha_t, of_teacher[m][n][i]));
-        });
-      }
-      Sums of_student{}, of_teacher{};
-      of.add_products(TEACHER, p.factors[TEACHER], p.tiles.blocks_a, block, of_teacher);
-      of.add_products(STUDENT, p.factors[STUDENT], p.tiles.blocks_a, block, of_student);
+      Sums V{}, raw{};
+      add_pair({p.raw_factors[TEACHER], p.raw_factors[STUDENT]}, block, V, [&](int network, int m, int half) {
+        return network == STUDENT ? weights[STUDENT][m][half] : weights[TEACHER][m][half];
+      });
+      add_pair({p.factors[TEACHER], p.factors[STUDENT]}, block, raw,
+               [&](int network, int, int) { return network == STUDENT ? gains[STUDENT] : gains[TEACHER]; });
       algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) {
-        V[m][n][i] += gain_s * (product(gain_s, of_student[m][n][i]) + product(gain_t, of_teacher[m][n][i]));
-        V[m][n][i] *= 0.5f;
+        V[m][n][i] = 0.5f * (alpha[m][i / 2] * V[m][n][i] + gains[STUDENT] * raw[m][n][i]);
       });
       of.store(block, V);
     }
-  }
-
-  SRPKD_DEVICE float distance_of(int row) const {
-    if (of.pixel + row >= p.pixels) return 0;
-    return load_global(p.distances + int64_t{of.image} * p.pixels + of.pixel + row);
   }
 
   // Sums the losses of an image or of all, always in the same order.

@@ -12,26 +12,51 @@ using algebra::PANEL_BYTES;
 using algebra::PanelPart;
 using algebra::Pixels;
 
+// The terms of products: bfloat16, or float16 where the size of scaled features is known. Those have 11 bits instead of
+// 8: features of 16 bits are one term, and a matrix has two instead of three.
+template <class T, class Term>
+constexpr int FEATURE_TERMS = !std::is_same_v<Term, Half> ? algebra::TERMS<T>
+                              : sizeof(T) == 4            ? 2
+                                                          : 1;
+
+// A scaled feature z = alpha q is at most 1. For float16 terms, alpha = mantissa x power of two: the features times
+// the power are exact, except for digits below 2^-39 of the pixel's norm.
+SRPKD_DEVICE float power_of_two_of(float alpha) { return as_float(as_bits(alpha) & 0x7f800000u); }
+SRPKD_DEVICE float mantissa_of(float alpha) {  // 0 for 0, NaN for NaN
+  return alpha * as_float((254u << 23) - (as_bits(alpha) & 0x7f800000u));
+}
+constexpr float LARGEST_TERM = 0x1p15f;  // to which a scaled feature of 1 is scaled
+
 SRPKD_DEVICE int64_t offset_of_partial(const Arguments& p, int image, int tile) {
   return algebra::offset_of_partial(image, p.tiles.count(), tile, p.ranges.splits, 0);
 }
 
 // Grid: (images * tiles, splits). A block computes one tile of one moment over one range of pixels.
 //
-// In the direct form the left factor is the features themselves, in one exact bfloat16 term or two if they have 16
-// bits, and the right factor is the features times both scales, in three terms. In the difference form both factors are
-// sums of scaled features, in three terms. In the first stage of "row", the gain takes the place of the scales. In the
-// second, the direct form computes W_ss - W_d in place of W_ss.
-template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE>
+// In the direct form the left factor is the features themselves, which have few terms, and the right factor is the
+// features times both scales, in all terms. In the difference form both factors are sums of scaled features, in all
+// terms. In the first stage of "row", the gain takes the place of the scales. In the second, the direct form computes
+// W_ss - W_d in place of W_ss. For float16 terms, the left features are multiplied by a power of two, and the right
+// ones by what remains of the scales.
+//
+// The panels of 16-bit features are loaded one step ahead, and the scales of their pixels two.
+template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE, class Term = BFloat16>
 struct Moments {
   using Arguments = closed_form::Arguments;
   using Tile = algebra::MomentTile<T, PIXELS_ADJACENT>;
   using G = typename Tile::G;
-  using Part = typename Tile::Part;
+  using Part = PanelPart<T, PIXELS_ADJACENT>;
   using Combined = PanelPart<float, PIXELS_ADJACENT>;
-  static constexpr int THREADS = Tile::THREADS, MIN_BLOCKS = 2;
-  static constexpr int LEFT_TERMS = DIFFERENCE ? MATRIX_TERMS : algebra::TERMS<T>, RIGHT_AT = LEFT_TERMS * PANEL_BYTES;
-  static constexpr int ALPHA_AT = RIGHT_AT + MATRIX_TERMS * PANEL_BYTES, SHARED_BYTES = ALPHA_AT + 2 * BLOCK * 4;
+  static constexpr bool HALF = std::is_same_v<Term, Half>, LOADS_AHEAD = sizeof(T) == 2;
+  static constexpr int THREADS = Tile::THREADS, MIN_BLOCKS = LOADS_AHEAD && !DIFFERENCE ? 3 : 2;
+  static constexpr int RIGHT_TERMS = algebra::TERMS_OF_MATRIX<Term>;
+  static constexpr int LEFT_TERMS = DIFFERENCE ? RIGHT_TERMS : FEATURE_TERMS<T, Term>;
+  static constexpr int RIGHT_AT = LEFT_TERMS * PANEL_BYTES, STAGE_BYTES = RIGHT_AT + RIGHT_TERMS * PANEL_BYTES;
+  static constexpr int STAGES = STAGE_BYTES <= 4 * PANEL_BYTES ? 2 : 1, SCALES_AT = STAGES * STAGE_BYTES;
+  static constexpr int SHARED_BYTES = SCALES_AT + 2 * 2 * BLOCK * 4;
+  // The product of one pixel's terms, if both scaled features are 1. f and e are at most 2.
+  static constexpr float UNIT_OF_SUM = HALF ? LARGEST_TERM / 2 : 1.f;
+  static constexpr float UNIT = !HALF ? 1.f : DIFFERENCE ? UNIT_OF_SUM * UNIT_OF_SUM : LARGEST_TERM * LARGEST_TERM / 2;
   static constexpr float LARGEST_GAIN = 0x1p60f;
 
   const Arguments& p;
@@ -43,30 +68,21 @@ struct Moments {
   const int network_of_row = at.moment == BB ? TEACHER : STUDENT,
             network_of_column = at.moment == AA ? STUDENT : TEACHER;
   float gain[2];
+  Part part[2][DIFFERENCE ? 2 : 1];  // of rows and columns; in the difference form of both networks
 
   SRPKD_DEVICE explicit Moments(const Arguments& arguments) : p(arguments) {}
-
-  SRPKD_DEVICE float alpha_of(int network, int pixel, int end) const {
-    if (pixel >= end) return 0;
-    if (p.stage == Stage::first) return network == STUDENT ? gain[STUDENT] : gain[TEACHER];
-    return p.alpha[network] ? load_global(p.alpha[network] + int64_t{image} * p.pixels + pixel) : 1.f;
-  }
-
-  SRPKD_DEVICE float distance_of(int pixel, int end) const {
-    return pixel < end ? load_global(p.distances + int64_t{image} * p.pixels + pixel) : 0.f;
-  }
 
   // Computes the gains from 64 pixels and the first 64 channels. Equal in all blocks of an image.
   SRPKD_DEVICE void choose_gains() {
 #pragma unroll
     for (int network = 0; network < 2; ++network) {
-      Part part;
-      part.load(p.features[network], image, algebra::sample_of(p.pixels), 0);
+      Part sample;
+      sample.load(p.features[network], image, algebra::sample_of(p.pixels), 0);
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < Part::COUNT; ++i)
 #pragma unroll
-        for (int e = 0; e < Part::UNIT; ++e) sum += fabsf(part.raw[i][e]);
+        for (int e = 0; e < Part::UNIT; ++e) sum += fabsf(sample.raw[i][e]);
       for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
       if (thread_index() % 32 == 0) store_shared(shared + (network * THREADS + thread_index()) / 32 * 4, sum);
     }
@@ -88,98 +104,186 @@ struct Moments {
   SRPKD_DEVICE void run() {
     if (p.stage == Stage::first) choose_gains();
     const int first = split * p.ranges.split_pixels, end = minimum(first + p.ranges.split_pixels, p.pixels);
+    const int side = thread_index() / BLOCK, place = thread_index() % BLOCK;  // of this thread's scale
     algebra::Sums<G> total{}, sum{};
+    int step = 0;
+    if constexpr (LOADS_AHEAD) load({first, end}, 0), load({first, end}, 1);
+    store_shared(scale_at(0, side, place), scale_of(side, first + place, end));
+    float scale = scale_of(side, first + BLOCK + place, end);
+    sync_block();
 #pragma unroll 1
-    for (int pixel = first; pixel < end; pixel += BLOCK) {
-      if constexpr (DIFFERENCE)
-        store_sums({pixel, end});
-      else
-        store_weighted({pixel, end});
-      sync_block();
-      add_product<G, PIXELS_ADJACENT, PIXELS_ADJACENT, LEFT_TERMS, MATRIX_TERMS>(
-          sum, shared + tile.left_offset(), PANEL_BYTES, shared + RIGHT_AT + tile.right_offset(), PANEL_BYTES);
+    for (int pixel = first; pixel < end; pixel += BLOCK, ++step) {
+      if constexpr (STAGES == 1) sync_block();  // the panels are free
+      const Address left = shared + (STAGES == 2 ? step % 2 * STAGE_BYTES : 0), right = left + RIGHT_AT;
+      if constexpr (!LOADS_AHEAD) load({pixel, end}, 0);
+      store<LEFT_TERMS>(0, step, left);
+      if constexpr (!LOADS_AHEAD) load({pixel, end}, 1);
+      store<RIGHT_TERMS>(1, step, right);
+      store_shared(scale_at(step + 1, side, place), scale);
+      sync_block();  // the panels have arrived
+      if (pixel + BLOCK < end) {
+        if constexpr (LOADS_AHEAD) load({pixel + BLOCK, end}, 0), load({pixel + BLOCK, end}, 1);
+        scale = scale_of(side, pixel + 2 * BLOCK + place, end);
+      }
+      add_product<G, PIXELS_ADJACENT, PIXELS_ADJACENT, LEFT_TERMS, RIGHT_TERMS, Term>(
+          sum, left + tile.left_offset(), PANEL_BYTES, right + tile.right_offset(), PANEL_BYTES);
       move_sums<G>(total, sum);
     }
     float* const partial = p.partial + offset_of_partial(p, image, index) + int64_t{split} * BLOCK * BLOCK;
     tile.for_each_element([&](int row, int column, int m, int n, int i) {
-      store_global(partial + row * BLOCK + column, total[m][n][i]);
+      store_global(partial + row * BLOCK + column, total[m][n][i] * (1 / UNIT));
     });
   }
 
-  SRPKD_DEVICE Address alpha_at(int side, int pixel) const { return shared + ALPHA_AT + (side * BLOCK + pixel) * 4; }
-
-  // The panels of the direct form. alpha_at(0, ..) has the product of both scales.
-  SRPKD_DEVICE void store_weighted(const Pixels& pixels) const {
-    Part rows, columns;
-    rows.load(p.features[network_of_row], image, pixels, at.row * BLOCK);
-    columns.load(p.features[network_of_column], image, pixels, at.column * BLOCK);
-    sync_block();  // the panels are free
-    if (thread_index() < BLOCK) {
-      const int pixel = pixels.first + thread_index();
-      float weight = alpha_of(network_of_row, pixel, pixels.end) * alpha_of(network_of_column, pixel, pixels.end);
-      if (p.stage == Stage::second && at.moment == AA) weight *= 1 - distance_of(pixel, pixels.end);
-      store_shared(alpha_at(0, thread_index()), weight);
-    }
-    rows.template store<G>(shared, PANEL_BYTES);
-    sync_block();
-    columns.template store<MATRIX_TERMS, G>(shared + RIGHT_AT, PANEL_BYTES, [&](float x, int pixel, int) {
-      return x * load_shared<float>(alpha_at(0, pixel));
-    });
+  SRPKD_DEVICE Address scale_at(int step, int side, int pixel) const {
+    return shared + SCALES_AT + ((step % 2 * 2 + side) * BLOCK + pixel) * 4;
   }
 
-  // The panels of the difference form. alpha_at(network, ..) has the scales, or for W_d distance and scale.
-  SRPKD_DEVICE void store_sums(const Pixels& pixels) const {
-    sync_block();  // the panels are free
-    const int network = thread_index() / BLOCK, place = thread_index() % BLOCK;
-    const int pixel = pixels.first + place;
-    if (at.moment == OF_DISTANCES) {
-      store_shared(alpha_at(network, place),
-                   network == STUDENT ? alpha_of(network, pixel, pixels.end) : distance_of(pixel, pixels.end));
-      sync_block();
-      store_student(pixels, at.row, false, shared);
-      return store_student(pixels, at.column, true, shared + RIGHT_AT);
-    }
-    store_shared(alpha_at(network, place), alpha_of(network, pixel, pixels.end));
-    sync_block();
-    store_sum(pixels, at.row, at.moment == BB ? -1.f : 1.f, shared);
-    store_sum(pixels, at.column, at.moment == AA ? 1.f : -1.f, shared + RIGHT_AT);
+  SRPKD_DEVICE float alpha_of(int network, int pixel) const {
+    if (p.stage == Stage::first) return network == STUDENT ? gain[STUDENT] : gain[TEACHER];
+    return p.alpha[network] ? load_global(p.alpha[network] + int64_t{image} * p.pixels + pixel) : 1.f;
+  }
+  SRPKD_DEVICE float distance_of(int pixel) const {
+    return load_global(p.distances + int64_t{image} * p.pixels + pixel);
   }
 
-  // Writes z + sign * y. The products are rounded: if both are equal, their difference is exactly 0.
-  SRPKD_DEVICE void store_sum(const Pixels& pixels, int block, float sign, Address to) const {
-    Part student, teacher;
-    student.load(p.features[STUDENT], image, pixels, block * BLOCK);
-    teacher.load(p.features[TEACHER], image, pixels, block * BLOCK);
-    Combined sum;
+  // The scale of a pixel in the panel of the rows (side 0) or of the columns; in the difference form of one network, or
+  // for W_d the scale and the distance. 0 beyond the last pixel.
+  SRPKD_DEVICE float scale_of(int side, int pixel, int end) const {
+    if (pixel >= end) return 0;
+    if constexpr (DIFFERENCE) {
+      if (at.moment == OF_DISTANCES && side == TEACHER) return distance_of(pixel);
+      return alpha_of(side, pixel) * UNIT_OF_SUM;
+    } else {
+      const float of_row = alpha_of(network_of_row, pixel);
+      if (side == 0) return HALF ? power_of_two_of(of_row) * LARGEST_TERM : 1.f;
+      float weight = (HALF ? mantissa_of(of_row) * (LARGEST_TERM / 2) : of_row) * alpha_of(network_of_column, pixel);
+      if (p.stage == Stage::second && at.moment == AA) weight *= 1 - distance_of(pixel);
+      return weight;
+    }
+  }
+
+  SRPKD_DEVICE void load(const Pixels& pixels, int side) {
+    const int channel = (side == 0 ? at.row : at.column) * BLOCK;
+    if constexpr (DIFFERENCE) {
+      part[side][STUDENT].load(p.features[STUDENT], image, pixels, channel);
+      if (at.moment != OF_DISTANCES) part[side][TEACHER].load(p.features[TEACHER], image, pixels, channel);
+    } else {
+      part[side][0].load(p.features[side == 0 ? network_of_row : network_of_column], image, pixels, channel);
+    }
+  }
+
+  // One of the scales of this thread's elements of a panel.
+  struct Scales {
+    float value[PIXELS_ADJACENT ? Part::UNIT : Part::COUNT];
+    SRPKD_DEVICE float operator()(int i, int e) const { return value[PIXELS_ADJACENT ? e : i]; }
+  };
+  SRPKD_DEVICE Scales scales_of(int step, int side) const {
+    Scales scales;
+    const Part& own = part[0][0];
+    if constexpr (PIXELS_ADJACENT) {
+#pragma unroll
+      for (int e = 0; e < Part::UNIT; e += 4) {
+        const auto words = load_shared<sm80::Words>(scale_at(step, side, own.pixel(0, e)));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scales.value[e + j] = as_float(words.word[j]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Part::COUNT; ++i) scales.value[i] = load_shared<float>(scale_at(step, side, own.pixel(i, 0)));
+    }
+    return scales;
+  }
+
+  // Writes the panel of the rows or of the columns.
+  template <int TERMS>
+  SRPKD_DEVICE void store(int side, int step, Address to) const {
+    if constexpr (DIFFERENCE) {
+      const Scales first = scales_of(step, STUDENT), second = scales_of(step, TEACHER);
+      const Part &student = part[side][STUDENT], &teacher = part[side][TEACHER];
+      if (at.moment == OF_DISTANCES)
+        return store_terms<TERMS>(to, [&](int i, int e) {
+          const float z = student.raw[i][e] * first(i, e);
+          return side == 0 ? z : z * second(i, e);
+        });
+      // f or e. The products are rounded: if both are equal, their difference is exactly 0.
+      const float sign = side == 0 ? (at.moment == BB ? -1.f : 1.f) : (at.moment == AA ? 1.f : -1.f);
+      store_terms<TERMS>(to, [&](int i, int e) {
+        return product(student.raw[i][e], first(i, e)) + sign * product(teacher.raw[i][e], second(i, e));
+      });
+    } else if (!HALF && side == 0) {
+      part[0][0].template store<G>(to, PANEL_BYTES);
+    } else {
+      const Scales scales = scales_of(step, side);
+      store_terms<TERMS>(to, [&](int i, int e) { return part[side][0].raw[i][e] * scales(i, e); });
+    }
+  }
+
+  // Writes value(i, e) in terms.
+  template <int TERMS, class F>
+  SRPKD_DEVICE void store_terms(Address to, F value) const {
+    Combined panel;
 #pragma unroll
     for (int i = 0; i < Part::COUNT; ++i)
 #pragma unroll
-      for (int e = 0; e < Part::UNIT; ++e) {
-        const int pixel = student.pixel(i, e);
-        const float z = product(student.raw[i][e], load_shared<float>(alpha_at(STUDENT, pixel)));
-        sum.raw[i].word[e] =
-            as_bits(z + sign * product(teacher.raw[i][e], load_shared<float>(alpha_at(TEACHER, pixel))));
-      }
-    sum.template store<G>(to, PANEL_BYTES);
+      for (int e = 0; e < Part::UNIT; ++e) panel.raw[i].word[e] = as_bits(value(i, e));
+    panel.template store<TERMS, G, Term>(to, PANEL_BYTES, [](float x, int, int) { return x; });
+  }
+};
+
+// Writes the terms of two adjacent elements of a matrix, of which `to` is the first term's place.
+template <class Term>
+SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
+  for (int term = 0; term < algebra::TERMS_OF_MATRIX<Term>; ++term) {
+    const uint32_t pair = pack<Term>(first, second);
+    store_global(reinterpret_cast<uint32_t*>(to + term * BLOCK * BLOCK), pair);
+    first -= as_float(widen<Term, false>(pair)), second -= as_float(widen<Term, true>(pair));
+  }
+}
+
+// Writes a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its lines are
+// the columns of the tile, whose elements would be written one by one.
+template <int THREADS, class Term>
+struct SymmetricTile {
+  static constexpr int STRIDE = BLOCK + 1, BYTES = BLOCK * STRIDE * 4;  // floats; of the buffer
+  uint16_t* matrix;
+  algebra::TileOfMoment at;
+  int blocks;
+  Address buffer;
+
+  SRPKD_DEVICE Address place(int row, int column) const { return buffer + (row * STRIDE + column) * 4; }
+
+  // Writes two adjacent elements.
+  SRPKD_DEVICE void store(int row, int column, float first, float second) const {
+    store_matrix_terms<Term>(matrix + algebra::panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first,
+                             second);
+    if (at.row == at.column) return;
+    store_shared(place(row, column), first);
+    store_shared(place(row, column + 1), second);
   }
 
-  // Writes z, or d z.
-  SRPKD_DEVICE void store_student(const Pixels& pixels, int block, bool by_distance, Address to) const {
-    Part student;
-    student.load(p.features[STUDENT], image, pixels, block * BLOCK);
-    student.template store<MATRIX_TERMS, G>(to, PANEL_BYTES, [&](float x, int pixel, int) {
-      const float z = x * load_shared<float>(alpha_at(STUDENT, pixel));
-      return by_distance ? z * load_shared<float>(alpha_at(TEACHER, pixel)) : z;
-    });
+  // Writes the mirror image, after a barrier.
+  SRPKD_DEVICE void store_mirrored() const {
+    if (at.row == at.column) return;
+    uint16_t* const to = matrix + algebra::panel_of_terms(at.column, at.row, blocks);
+    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
+      const int row = i / BLOCK, column = i % BLOCK;
+      store_matrix_terms<Term>(to + i, load_shared<float>(place(column, row)),
+                               load_shared<float>(place(column + 1, row)));
+    }
   }
 };
 
 // Adds the partial sums of moments, and computes what follows from them. COHERENT: other blocks of this
 // launch have written the partial sums.
-template <int THREADS, bool COHERENT>
+template <int THREADS, bool COHERENT, class Term>
 struct FinishTiles {
+  using Result = SymmetricTile<THREADS, Term>;
+  static constexpr int SHARED_BYTES = Result::BYTES;
+
   const Arguments& p;
   const int image;
+  const Address buffer;  // of SHARED_BYTES
 
   // Returns an element of a moment. Of symmetric moments, only tiles on and above the diagonal are stored.
   SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
@@ -220,26 +324,32 @@ struct FinishTiles {
   // Writes the factors of one tile in the direct form, and returns this thread's part of the loss of "cosine" and
   // "none".
   SRPKD_DEVICE double sum_tile(const TileOfMoments& at) const {
+    const bool is_teacher = at.moment == BB, symmetric = at.moment != AB;
+    uint16_t* const matrix = is_teacher ? p.stage == Stage::first ? p.teacher_factor : nullptr
+                                        : p.factors[at.moment == AA ? STUDENT : TEACHER];
+    const int rows = is_teacher ? p.tiles.blocks_b : p.tiles.blocks_a;
+    const int columns = at.moment == AA ? p.tiles.blocks_a : p.tiles.blocks_b;
+    uint16_t* const of_image = matrix ? matrix + image * elements_of_factor(rows, columns) : nullptr;
+    const Result result{of_image, {at.row, at.column}, columns, buffer};
+    const double factor = (symmetric ? 4 : -4) * double{p.factor_scale};
     double squares = 0;
-    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
-      const int row = i / BLOCK, column = i % BLOCK;
-      const double first = element(at.moment, at.row, at.column, row, column);
-      const double second = element(at.moment, at.row, at.column, row, column + 1);
+    const float* const partial = p.partial + offset_of_partial(p, image, p.tiles.index(at.moment, at.row, at.column));
+    const algebra::TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) {
+      return COHERENT ? load_global_coherent(from) : load_global(from);
+    });
+    sums.for_each([&](int row, int column, double first, double second) {
       squares += first * first + second * second;
-      const bool is_teacher = at.moment == BB;
-      if (is_teacher ? p.stage != Stage::first : !p.factors[STUDENT]) continue;
-      const auto to = [&](int block_row, int block_column, int r, int c) {
-        return is_teacher ? teacher_factor_at(block_row, block_column, r, c)
-                          : factor_at(at.moment == AA ? STUDENT : TEACHER, block_row, block_column, r, c);
-      };
-      const double factor = at.moment == AB ? -4 : 4;
+      if (!matrix) return;
       const auto one = static_cast<float>(factor * first), other = static_cast<float>(factor * second);
-      algebra::store_matrix_terms(to(at.row, at.column, row, column), one, other);
-      if (at.moment != AB && at.row != at.column) {
-        algebra::store_matrix_terms(to(at.column, at.row, column, row), one);
-        algebra::store_matrix_terms(to(at.column, at.row, column + 1, row), other);
-      }
-    }
+      if (symmetric)
+        result.store(row, column, one, other);
+      else
+        store_matrix_terms<Term>(of_image + algebra::panel_of_terms(at.row, at.column, columns) + row * BLOCK + column,
+                                 one, other);
+    });
+    sync_block();
+    if (matrix && symmetric) result.store_mirrored();
+    sync_block();  // the buffer is free
     return squares * (at.moment == AB ? -2 : at.row == at.column ? 1 : 2);
   }
 
@@ -266,9 +376,10 @@ struct FinishTiles {
         } else {
           loss += 0.5 * (ff * ee + fe * ef);
         }
-        student[j] = static_cast<float>(ff + fe + ef + ee - 4 * of_distances);  // 4 M_ss, or 4 (W_ss - W_d)
-        teacher[j] = static_cast<float>(fe + ee - ff - ef);                     // -4 M_st
-        teacher_alone[j] = static_cast<float>(ff + ee - fe - ef);               // 4 M_tt
+        const double scale = p.factor_scale;
+        student[j] = static_cast<float>(scale * (ff + fe + ef + ee - 4 * of_distances));  // 4 M_ss, or 4 (W_ss - W_d)
+        teacher[j] = static_cast<float>(scale * (fe + ee - ff - ef));                     // -4 M_st
+        teacher_alone[j] = static_cast<float>(scale * (ff + ee - fe - ef));               // 4 M_tt
         if (p.stage != Stage::first) continue;
         store_global(sum_at(AB, block_row, block_column, row, column + j), static_cast<float>(fe));
         if (block_row > block_column) continue;
@@ -276,32 +387,36 @@ struct FinishTiles {
         store_global(sum_at(BB, block_row, block_column, row, column + j), static_cast<float>(ee));
       }
       if (!p.factors[STUDENT]) continue;
-      algebra::store_matrix_terms(factor_at(STUDENT, block_row, block_column, row, column), student[0], student[1]);
-      algebra::store_matrix_terms(factor_at(TEACHER, block_row, block_column, row, column), teacher[0], teacher[1]);
+      store_matrix_terms<Term>(factor_at(STUDENT, block_row, block_column, row, column), student[0], student[1]);
+      store_matrix_terms<Term>(factor_at(TEACHER, block_row, block_column, row, column), teacher[0], teacher[1]);
       if (p.stage == Stage::first)
-        algebra::store_matrix_terms(teacher_factor_at(block_row, block_column, row, column), teacher_alone[0],
-                                    teacher_alone[1]);
+        store_matrix_terms<Term>(teacher_factor_at(block_row, block_column, row, column), teacher_alone[0],
+                                 teacher_alone[1]);
     }
     return loss;
   }
 };
 
-// Returns the sum over the threads of a block, in thread 0.
+// Returns the sum over the threads of a block, in thread 0. Needs THREADS / 32 * 8 bytes of shared memory.
 template <int THREADS>
 SRPKD_DEVICE double sum_of_threads(double value, Address shared) {
-  store_shared(shared + thread_index() * 8, value);
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += shuffle_xor(value, lanes);
+  if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, value);
   sync_block();
   if (thread_index() == 0)
-    for (int i = 1; i < THREADS; ++i) value += load_shared<double>(shared + i * 8);
+    for (int warp = 1; warp < THREADS / 32; ++warp) value += load_shared<double>(shared + warp * 8);
   return value;
 }
 
 // Grid: (images * tiles, 1). A block adds the partial sums of one tile, and computes its part of the factors and, for
 // "cosine" and "none", of the loss. In the difference form the blocks of M_ab do that for all moments, and the others
 // only count ties.
+template <class Term>
 struct SumMoments {
   using Arguments = closed_form::Arguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2, SHARED_BYTES = THREADS * 8;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 2;
+  using Finish = FinishTiles<THREADS, false, Term>;
+  static constexpr int SHARED_BYTES = Finish::SHARED_BYTES;
 
   const Arguments& p;
   const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count();
@@ -310,7 +425,7 @@ struct SumMoments {
   SRPKD_DEVICE explicit SumMoments(const Arguments& arguments) : p(arguments) {}
 
   SRPKD_DEVICE void run() const {
-    const FinishTiles<THREADS, false> finish{p, image};
+    const Finish finish{p, image, shared_memory()};
     double loss = 0;
     if (!p.difference)
       loss = finish.sum_tile(at);

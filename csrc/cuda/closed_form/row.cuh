@@ -11,7 +11,7 @@ namespace srpkd::cuda::closed_form {
 template <class T, bool PIXELS_ADJACENT>
 struct RowScales {
   using Arguments = closed_form::Arguments;
-  using Products = PixelProducts<T, PIXELS_ADJACENT>;
+  using Products = PixelProducts<T, PIXELS_ADJACENT, BFloat16>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
   static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
@@ -29,17 +29,28 @@ struct RowScales {
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_a; ++block) {
       Sums student{}, teacher{};
-      of.add_products(TEACHER, p.factors[TEACHER], p.tiles.blocks_a, block, teacher);
-      of.add_products(STUDENT, p.factors[STUDENT], p.tiles.blocks_a, block, student);
+      of.multiply(TEACHER, STUDENT, {p.factors[TEACHER], p.factors[STUDENT]}, p.tiles.blocks_a, block,
+                  [&](int network, const Sums& sums, bool) {
+                    if (network == STUDENT)
+                      add(student, sums);
+                    else
+                      add(teacher, sums);
+                  });
       add_dot(student, ss), add_dot(teacher, st);
     }
+    const Factors factors{p.teacher_factor, nullptr};
 #pragma unroll 1
     for (int block = 0; block < p.tiles.blocks_b; ++block) {
       Sums teacher{};
       if (p.difference)
-        of.add_products(TEACHER, p.teacher_factor, p.tiles.blocks_b, block, teacher);
+        of.multiply(TEACHER, TEACHER, factors, p.tiles.blocks_b, block,
+                    [&](int, const Sums& sums, bool) { add(teacher, sums); });
       else  // a third fewer products
-        of.template add_products<true>(TEACHER, p.teacher_factor, p.tiles.blocks_b, block, teacher);
+        of.template multiply<true>(TEACHER, TEACHER, factors, p.tiles.blocks_b, block,
+                                   [&](int, const Sums& sums, bool is_last) {
+                                     add(teacher, sums);
+                                     if (!is_last) add(teacher, sums);
+                                   });
       add_dot(teacher, tt);
     }
     for (auto* sums : {&ss, &st, &tt}) {
@@ -51,11 +62,13 @@ struct RowScales {
         for (int half = 0; half < 2; ++half) store(of.warp.row(m, half), ss[m][half], st[m][half], tt[m][half]);
     if (p.difference) return;
     sync_block();
-    double loss = 0;
-    if (thread_index() == 0) {
-      for (int row = 0; row < BLOCK; ++row) loss += load_shared<double>(of.shared + row * 8);
-      store_global(p.losses + block_index(0), loss);
-    }
+    const double of_row = thread_index() < BLOCK ? load_shared<double>(of.shared + thread_index() * 8) : 0.0;
+    const double loss = sum_of_threads<THREADS>(of_row, of.shared + BLOCK * 8);
+    if (thread_index() == 0) store_global(p.losses + block_index(0), loss);
+  }
+
+  SRPKD_DEVICE static void add(Sums& to, const Sums& from) {
+    algebra::for_each<G::M_TILES, G::N_TILES>([&](int m, int n, int i) { to[m][n][i] += from[m][n][i]; });
   }
 
   SRPKD_DEVICE void add_dot(const Sums& sums, sm80::RowVector<G>& to) const {
@@ -92,7 +105,10 @@ struct ScaledMoments {
   using Arguments = closed_form::Arguments;
   using Sum = Moments<T, PIXELS_ADJACENT, DIFFERENCE>;
   static constexpr int THREADS = Sum::THREADS, MIN_BLOCKS = Sum::MIN_BLOCKS, SHARED_BYTES = Sum::SHARED_BYTES;
-  static_assert(THREADS * 8 <= SHARED_BYTES);
+  using Finish = FinishTiles<THREADS, true, BFloat16>;
+  // The buffer follows the first word, which other threads may still read.
+  static constexpr int BUFFER_AT = 256;
+  static_assert(BUFFER_AT + Finish::SHARED_BYTES <= SHARED_BYTES);
 
   const Arguments& p;
 
@@ -107,7 +123,7 @@ struct ScaledMoments {
     const int tiles = !DIFFERENCE ? 1 : row == column ? p.tiles.moments : p.tiles.moments + 1;
     if (!algebra::is_last_block(p.counters + image * p.groups + group, tiles * p.ranges.splits, shared_memory()))
       return;
-    const FinishTiles<THREADS, true> finish{p, image};
+    const Finish finish{p, image, shared_memory() + BUFFER_AT};
     if constexpr (DIFFERENCE) {
       double loss = finish.sum_tiles_of_differences(row, column);
       if (row != column) loss += finish.sum_tiles_of_differences(column, row);
