@@ -187,8 +187,8 @@ struct Moments {
 };
 
 constexpr int UNIT = 4;  // adjacent elements of a matrix that a thread has
-constexpr int STRIP =
-    16;  // rows of a tile that a thread block finishes at once: lines of its mirror image are a sector
+// Rows of a tile that a thread block finishes at once. Lines of its mirror image are a sector.
+constexpr int STRIP = 16;
 
 // Writes the three bfloat16 terms of a unit of a matrix. `to`: the first term's place.
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {

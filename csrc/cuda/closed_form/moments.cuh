@@ -1,8 +1,7 @@
 // Partial sums of the moments, and their sum: the partial losses and the factors of the gradient. Free of torch.
 #pragma once
 
-#include "../algebra/moments.cuh"
-#include "arguments.h"
+#include "matrices.cuh"
 
 namespace srpkd::cuda::closed_form {
 
@@ -231,49 +230,6 @@ struct Moments {
   }
 };
 
-// Writes the terms of two adjacent elements of a matrix, of which `to` is the first term's place.
-template <class Term>
-SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float first, float second) {
-  for (int term = 0; term < algebra::TERMS_OF_MATRIX<Term>; ++term) {
-    const uint32_t pair = pack<Term>(first, second);
-    store_global(reinterpret_cast<uint32_t*>(to + term * BLOCK * BLOCK), pair);
-    first -= as_float(widen<Term, false>(pair)), second -= as_float(widen<Term, true>(pair));
-  }
-}
-
-// Writes a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its lines are
-// the columns of the tile, whose elements would be written one by one.
-template <int THREADS, class Term>
-struct SymmetricTile {
-  static constexpr int STRIDE = BLOCK + 1, BYTES = BLOCK * STRIDE * 4;  // floats; of the buffer
-  uint16_t* matrix;
-  algebra::TileOfMoment at;
-  int blocks;
-  Address buffer;
-
-  SRPKD_DEVICE Address place(int row, int column) const { return buffer + (row * STRIDE + column) * 4; }
-
-  // Writes two adjacent elements.
-  SRPKD_DEVICE void store(int row, int column, float first, float second) const {
-    store_matrix_terms<Term>(matrix + algebra::panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, first,
-                             second);
-    if (at.row == at.column) return;
-    store_shared(place(row, column), first);
-    store_shared(place(row, column + 1), second);
-  }
-
-  // Writes the mirror image, after a barrier.
-  SRPKD_DEVICE void store_mirrored() const {
-    if (at.row == at.column) return;
-    uint16_t* const to = matrix + algebra::panel_of_terms(at.column, at.row, blocks);
-    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
-      const int row = i / BLOCK, column = i % BLOCK;
-      store_matrix_terms<Term>(to + i, load_shared<float>(place(column, row)),
-                               load_shared<float>(place(column + 1, row)));
-    }
-  }
-};
-
 // Adds the partial sums of moments, and computes what follows from them. COHERENT: other blocks of this
 // launch have written the partial sums.
 template <int THREADS, bool COHERENT, class Term>
@@ -334,7 +290,7 @@ struct FinishTiles {
     const double factor = (symmetric ? 4 : -4) * double{p.factor_scale};
     double squares = 0;
     const float* const partial = p.partial + offset_of_partial(p, image, p.tiles.index(at.moment, at.row, at.column));
-    const algebra::TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) {
+    const TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) {
       return COHERENT ? load_global_coherent(from) : load_global(from);
     });
     sums.for_each([&](int row, int column, double first, double second) {
