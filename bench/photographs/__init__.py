@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             train_one(config)
         found[task].append(run_scores(study, task, number))
     result = {
-        "command": arguments.command_line,
+        "command": _without_folders(arguments.command_line),
         "size": study.size,
         "pairs": study.pairs,
         "environment": {
@@ -70,3 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (Path(study.runs_dir), *([arguments.report] if arguments.report else [])):
         path = write(result, images, folder)
     print(f"{render(result)}\nreport: {path}")
+
+
+def _without_folders(command: str) -> str:
+    """Return a command without the folders that it reads and writes, which say nothing about its results."""
+    return re.sub(r" --(runs_dir|report)[ =]\S+", "", command)

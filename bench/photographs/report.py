@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.study.comparison import describe_difference, draw_differences
+from bench.study.comparison import describe_difference, draw_differences, paired_difference
 from srpkd.files import write_file
 from srpkd.reporting.figures import to_png
 
@@ -30,9 +30,10 @@ have 1/7 of their teacher's parameters, start from the same weights and see the 
 scores are compared in pairs.
 
 Brackets contain the 95 % confidence interval of the mean difference (Student's t over partitions, separately for each
-comparison). An effect is claimed only if the interval excludes 0; of {intervals} intervals, about {by_chance} would
-exclude it by chance. The partitions share photographs, so they are less independent than the intervals assume. There
-are few photographs, the crops are small, and training is short.
+comparison). An effect is claimed only if the interval excludes 0. The partitions share photographs, so they are less
+independent than the intervals assume. There are few photographs, the crops are small, and training is short.
+
+**Result**: {shown} of {intervals} intervals exclude 0; about {by_chance} would by chance.
 
 The tasks are those in which a teacher is clearly better than its input on photographs that it has not seen. Colouring
 gray photographs is not among them: the output of a teacher that had seen eight photographs was further from the target
@@ -47,7 +48,12 @@ COMPARISONS = (
 
 def render(result: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
-    intervals = len(COMPARISONS) * len(METRICS) * len(result["tasks"])
+    gains = [
+        paired_difference(scores_of(runs, variant, metric), scores_of(runs, base, metric))
+        for runs in result["tasks"].values()
+        for variant, base in COMPARISONS
+        for metric in METRICS
+    ]
     introduction = INTRODUCTION.format(
         **result["environment"],
         command=result["command"],
@@ -56,8 +62,9 @@ def render(result: Mapping[str, Any]) -> str:
         tested=TESTED,
         pairs=result["pairs"],
         size=result["size"],
-        intervals=intervals,
-        by_chance=round(intervals / 20),
+        shown=sum(gain.low > 0 or gain.high < 0 for gain in gains) or "none",
+        intervals=len(gains),
+        by_chance=round(len(gains) / 20),
     )
     lines = [
         "# Does it help on photographs?",
@@ -133,7 +140,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
             axes.set_title(f"{task}: {label}", fontsize=10)
             axes.set_xlabel("difference to output", fontsize=9)
         row[0].set_yticks(range(len(variants)), variants)
-    panels[0, 0].invert_yaxis()
+    panels[0, 0].set_ylim(len(variants) - 0.5, -0.5)
     return to_png(figure, dpi=120)
 
 

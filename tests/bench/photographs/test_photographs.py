@@ -120,6 +120,7 @@ def test_report_of_known_scores():
     text = render(result)
     assert "| output + SRP | 11.00 ± 0.10 | 11.00 ± 0.10 | 11.00 ± 0.10 |" in text
     assert "    - PSNR dB +1.00 (+0.75 to +1.25), better on 3 of 3: **helped**" in text
+    assert "**Result**: 6 of 12 intervals exclude 0; about 1 would by chance." in text
     assert "**no difference shown**" in text and "8 photographs (400 crops of 96 x 96 pixels," in text
     assert draw(result).startswith(b"\x89PNG")
 
@@ -145,5 +146,7 @@ def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
     [run] = result["tasks"]["restore"]
     assert run["tested"] == partition(0)[1] and run["scores"].keys() == {"input", "teacher", *VARIANTS}
     main([*arguments, "--report", "docs"])  # nothing is trained again
+    assert "`python -m bench photographs --partitions=1 --size=48" in (tmp_path / "docs" / "photographs.md").read_text()
+    assert "--report" not in (tmp_path / "docs" / "photographs.md").read_text()
     assert (tmp_path / "docs" / "photographs-examples.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "docs" / "photographs.json").read_text())["tasks"] == result["tasks"]
