@@ -1,6 +1,6 @@
 """Study whether the relation loss helps on photographs, with the weights that the study on generated scenes selected.
 
-    python -m bench photographs                    three hours on one core of a CPU
+    python -m bench photographs                    two hours on one core of a CPU
 
 Photographs that come inside scikit-image, scikit-learn and matplotlib are cut into crops; the test crops are from
 photographs that neither teacher nor students have seen. Two tasks: restore a blurred, noisy image, and convert a

@@ -124,7 +124,7 @@ def draw_examples(tasks: Mapping[str, Mapping[str, Tensor]]) -> bytes:
         axes.axis("off")
         if row == 0:
             axes.set_title(columns[column], fontsize=8)
-    return to_png(figure, dpi=120)
+    return to_png(figure, dpi=80)
 
 
 def draw(result: Mapping[str, Any]) -> bytes:

@@ -4,9 +4,9 @@
 // With d_ij = G_s,ij - ratio_i G_t,ij, D_ij = alpha_i d_ij. alpha is scaled, and so are K, h and the loss of l1: see
 // unit_of_sums.
 //
-// If features are in units, so are G and K: K_ij times the units of both pixels keeps the sum over the columns of K_ij
-// q_j right but for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part of alpha
-// and ratio. For row, D_ij and K_ij have the unit of column j and D_ji has that of row i, besides.
+// If features are in units, so are G and K: K_ij contains the units of both pixels, so the sum over the columns of
+// K_ij q_j is right except for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part
+// of alpha and ratio. For row, D_ij and K_ij also have the unit of column j, and D_ji has that of row i.
 #pragma once
 
 #include <cmath>
