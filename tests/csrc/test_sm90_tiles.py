@@ -264,6 +264,20 @@ def test_networks_of_any_magnitude(library: ctypes.CDLL, magnitudes: tuple[float
     check_as_eager(library, student, teacher, relation, Scales(*(None if x is None else x.float() for x in exact)))
 
 
+@pytest.mark.parametrize("magnitude", [1e-10, 1e-9, 1e8])
+@pytest.mark.parametrize("distance", ["l2", "huber"])
+def test_any_magnitude_without_normalisation(library: ctypes.CDLL, distance: str, magnitude: float) -> None:
+    """K, which is in proportion to a square of the features here, is in the range of float16."""
+    student, teacher = (x * magnitude for x in draw_float32())
+    relation = Relation("none", distance, delta=3 * magnitude**2)
+    scales = scales_of(student, teacher, relation, torch.float32)
+    tiles = emulate(library, student, teacher, scales, relation)
+    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, True)
+    if magnitude > 1e-10:  # there the squares are denormal
+        assert error(tiles.loss / magnitude**4, expected.loss / magnitude**4) < 2e-6
+    assert error(tiles.U.double() / magnitude**3, expected.U / magnitude**3) < 2e-6
+
+
 def test_denormal_features(library: ctypes.CDLL) -> None:
     """Their products are 0 in float32, yet their differences have signs."""
     student, teacher = (x * 1e-40 for x in draw_float32())

@@ -65,10 +65,13 @@ struct Epilogue {
 
   const Params& p;
   const Rows<C>& rows;
-  const float unit;  // makes D of alpha d; not used for l1
+  const float unit;  // of alpha, the reciprocal of Params::powers; not used for l1
   const int lane;
 
-  SRPKD_DEVICE float difference(float alpha, float d) const { return C::SCALED ? alpha * d * unit : alpha * d; }
+  SRPKD_DEVICE float difference(float alpha, float d) const {
+    if (!C::SCALED) return alpha * d;
+    return SYMMETRIC ? alpha * unit * d * unit : alpha * d * unit;  // the square of a unit may be out of range
+  }
   SRPKD_DEVICE float clamped(float D) const { return fminf(fmaxf(D, -p.delta), p.delta); }
 
   // rho'(D) times alpha, given d and alpha.

@@ -137,9 +137,9 @@ struct Preparation {
   SRPKD_DEVICE float power_of(const Largest& largest) const {
     constexpr int EXPONENT_OF_K = 14;
     const int alpha = exponent_of(largest.alpha);
-    if constexpr (!C::SYMMETRIC) return power_of_two(clamped(11 - alpha, 126));  // K is a sum of two
-    // the square of a power is in the range of float where D is computed from scaled alphas
-    return power_of_two(clamped(((EXPONENT_OF_K - exponent_of_P(largest)) >> 1) - 1 - alpha, C::L1 ? 126 : 62));
+    if constexpr (!C::SYMMETRIC) return power_of_two(clamped(11 - alpha, 126));                 // K is a sum of two
+    const int scaled_alpha = clamped(((EXPONENT_OF_K - exponent_of_P(largest)) >> 1) - 1, 62);  // its square is finite
+    return power_of_two(clamped(scaled_alpha - alpha, 126));
   }
 
   // A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij = -alpha_t G_t. Its alpha here is

@@ -197,7 +197,7 @@ struct Consumer : Role<C> {
       const auto* const own =
           static_cast<const typename C::Scale*>(p.scales) + pixel_of(image, this->published(Published::row)) + row();
       const Rows<C> rows{{load_scale(own), load_scale(own + 8)}};
-      const float unit = C::L1 || !C::SCALED ? 1 : unit_of(image);
+      const float unit = C::L1 || !C::SCALED ? 1 : 1 / power_of(image);
       float U[32] = {};
       RowSums sums;
       bool new_rows = true;
