@@ -5,7 +5,7 @@ Q^T diag(x) Q and Q^T diag(y) Q, and sum_ij G_s,ij G_t,ij x_i y_j that of Q_s^T 
 The loss is a small difference of such large numbers if the student is close to its teacher, hence float64 throughout.
 
 On NVIDIA GPUs, kernels compute it in a few launches, except for float64 and for "row" with constant norms: those of
-csrc/cuda if the extension is built, or else Triton's. They sum bfloat16 terms in float32 and float64, and avoid the
+csrc/cuda if the extension is built, or else Triton's. They sum 16-bit terms in float32 and float64, and avoid the
 cancellation if both networks have the same number of channels.
 """
 

@@ -187,6 +187,7 @@ def test_closing_waits_for_the_networks(run):
         assert closing.is_alive()
     closing.join()
     assert server.socket.fileno() == -1
+    server.server_close()  # again, as with a context manager: returns at once
     assert not server.lock.acquire(blocking=False)  # a request that comes later does not run
 
 

@@ -88,8 +88,13 @@ SRPKD_DEVICE void load_words_coherent(uint32_t (&to)[4], const void* from) {
 // Orders this thread's accesses before it and after it, for all threads of the GPU. __threadfence() is a sequentially
 // consistent fence, which takes longer.
 SRPKD_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-// Adds 1 to a counter in global memory, and returns its value before that.
-SRPKD_DEVICE int increment(int* counter) { return atomicAdd(counter, 1); }
+// Adds 1 to a counter in global memory, and returns its value before that. Acquires and releases: what the thread block
+// has done before its last barrier is visible to whoever reads the new value.
+SRPKD_DEVICE int increment(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 
 // Starts to copy BYTES bytes from global memory, of which the first `valid` are read and the others become zeros.
 template <int BYTES>

@@ -53,7 +53,8 @@ class ComparisonServer(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Close the socket. Waits until no network runs, because Python aborts if it exits during a forward pass."""
-        self.lock.acquire()
+        if self.socket.fileno() != -1:  # it may be called twice
+            self.lock.acquire()  # and no network runs afterwards
         super().server_close()
 
     @property
