@@ -55,11 +55,12 @@ struct Gradient {
           const int row = of.warp.row(m, i / 2), column = of.warp.column(n, i % 2);
           z[m][n][i] = weight_of(STUDENT, row) * p.factor_scale * of.feature(row, column);
         });
-      if (PROJECTS && step < blocks) {
-        algebra::for_each<G::M_TILES, G::N_TILES>(
-            [&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
-        if (step == blocks - 1) of.exchange(along);
-      }
+      if constexpr (PROJECTS)
+        if (step < blocks) {
+          algebra::for_each<G::M_TILES, G::N_TILES>(
+              [&](int m, int n, int i) { along[m][i / 2] += V[m][n][i] * z[m][n][i]; });
+          if (step == blocks - 1) of.exchange(along);
+        }
       if (step < steps - blocks) continue;
       if constexpr (COSINE) {
         sm80::RowVector<G> alpha;
