@@ -15,7 +15,8 @@ struct Gradient {
   using Products = PixelProducts<T, PIXELS_ADJACENT, std::conditional_t<COSINE, Half, BFloat16>>;
   using G = typename Products::G;
   using Sums = typename Products::Sums;
-  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = ROW || DETACH_NORMS ? 2 : 3,
+  static constexpr bool MANY_REGISTERS = ROW || DETACH_NORMS || sizeof(T) == 4;  // three blocks would spill
+  static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = MANY_REGISTERS ? 2 : 3,
                        SHARED_BYTES = Products::SHARED_BYTES;
   static constexpr int LANES = 8;  // threads that sum the losses of one image
 
