@@ -178,7 +178,6 @@ SRPKD_DEVICE uint32_t pack(float lower, float upper) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
   return pair;
 }
-SRPKD_DEVICE uint32_t pack_bfloat16(float lower, float upper) { return pack<BFloat16>(lower, upper); }
 
 // A product that is rounded, not contracted into a fused multiply-add: x a - y b is exactly 0 if both are equal.
 SRPKD_DEVICE float product(float a, float b) { return __fmul_rn(a, b); }

@@ -253,7 +253,7 @@ BACKENDS = {
             ),
             Fault("grad_loss has no stride", CUDA_BACKWARD, "image * p.grad_loss_stride", "image"),
             Fault("writes one element too many", CUDA_BACKWARD, "if (e < valid) store", "if (e <= valid) store"),
-            Fault("rounded to bfloat16", CUDA_BACKWARD, "word[i] = pack<T>", "word[i] = pack_bfloat16"),
+            Fault("rounded to bfloat16", CUDA_BACKWARD, "word[i] = pack<T>", "word[i] = pack<BFloat16>"),
         ],
     ),
 }

@@ -194,7 +194,7 @@ constexpr int STRIP = 16;
 SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {
 #pragma unroll
   for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair[2] = {pack_bfloat16(x[0], x[1]), pack_bfloat16(x[2], x[3])};
+    const uint32_t pair[2] = {pack<BFloat16>(x[0], x[1]), pack<BFloat16>(x[2], x[3])};
     store_words(to + term * BLOCK * BLOCK, pair);
 #pragma unroll
     for (int e = 0; e < UNIT; ++e) x[e] -= as_float(e % 2 ? pair[e / 2] & 0xffff0000u : pair[e / 2] << 16);

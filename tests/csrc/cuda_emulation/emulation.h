@@ -218,7 +218,6 @@ template <typename T>
 uint32_t pack(float lower, float upper) {
   return round_to(lower, T{}) | uint32_t{round_to(upper, T{})} << 16;
 }
-inline uint32_t pack_bfloat16(float lower, float upper) { return pack<BFloat16>(lower, upper); }
 
 template <typename T, bool UPPER>
 uint32_t widen(uint32_t pair) {
