@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import build, cuda_device
+from . import build, cuda_device, measured
 from .formulas import Pixels, Relation, Scales, TileSums
 
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
@@ -166,6 +167,23 @@ def unavailable_reason(device: torch.device) -> str | None:
     if module is None:
         return build.cuda_unavailable_reason()
     return None if module.cuda_architectures else "it was built without the CUDA part"
+
+
+def cuda_kernel(case: measured.Case, relation: Relation, gpu: cuda_device.Gpu) -> str:
+    """Return the tiles that compute a loss on a GPU, as csrc/cuda/choose_kernel.h chooses them: "sm80" or "sm90"."""
+    module, _ = load_existing()
+    if (setting := os.environ.get("SRPKD_CUDA_KERNEL", "auto")) != "auto" or module is None:
+        return setting if module is not None else "sm80"
+    return module.fastest_cuda_kernel(
+        **case._asdict(),
+        delta=relation.delta,
+        rectify=relation.rectify,
+        detach_norms=relation.detach_norms,
+        major=gpu.capability[0],
+        multiprocessors=gpu.multiprocessors,
+        shared_of_block=gpu.shared_of_block,
+        architectures=module.cuda_architectures,
+    )
 
 
 def status() -> str:
