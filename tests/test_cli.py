@@ -74,6 +74,11 @@ def test_info(capsys):
         cli.main(["info", "now"])
 
 
+def test_the_package_runs_commands():
+    done = subprocess.run([sys.executable, "-m", "srpkd", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{srpkd.__version__}\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "hint"), [("trian", "did you mean train?"), ("xyz", "expected one of train, evaluate,")]
 )
