@@ -166,7 +166,17 @@ def unavailable_reason(device: torch.device) -> str | None:
         return reason
     if module is None:
         return build.cuda_unavailable_reason()
-    return None if module.cuda_architectures else "it was built without the CUDA part"
+    if not module.cuda_architectures:
+        remedy = build.cuda_unavailable_reason() or "install srpkd again with --no-build-isolation"
+        return f"it was built without the CUDA part: {remedy}"
+    capability = torch.cuda.get_device_capability(device)
+    if build.has_code_for(module.cuda_architectures, capability):
+        return None
+    version = "{}.{}".format(*capability)
+    return (
+        f"it was built for the GPU architectures {module.cuda_architectures}, and this GPU has {version}: install "
+        f"srpkd again with --no-build-isolation and TORCH_CUDA_ARCH_LIST={version}"
+    )
 
 
 def cuda_kernel(case: measured.Case, relation: Relation, gpu: cuda_device.Gpu) -> str:
@@ -203,5 +213,5 @@ def _cuda_kernels(architectures: str) -> str:
     """Describe the kernels of the relation tiles, given the architectures that they are built for."""
     if not architectures:
         return "not built"
-    wgmma = ", or with SRPKD_CUDA_KERNEL=sm90 wgmma" if "9.0a" in architectures else ""
+    wgmma = ", and on Hopper by wgmma where that is verified and faster" if "9.0a" in architectures else ""
     return f"{architectures}, tiles by mma.sync{wgmma}"
