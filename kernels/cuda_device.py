@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +39,6 @@ class Gpu(NamedTuple):
 
 def gpu_of(device: torch.device) -> Gpu:
     """Return the properties of a GPU."""
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # its type lacks the last attribute
     capability = found.major, found.minor
     return Gpu(found.name, capability, found.multi_processor_count, found.shared_memory_per_block_optin)

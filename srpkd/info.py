@@ -37,12 +37,11 @@ def describe() -> str:
             reason = unavailable_reason(backend, device)
             lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
         dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
-        for distance, dtype in itertools.product(("l1", "l2"), dtypes):
-            relation = Relation(distance=distance)
+        for relation, dtype in itertools.product((Relation(distance="l1"), Relation(distance="l2")), dtypes):
             large, small = (auto_backend(device, relation, dtype, pixels) for pixels in (64**2, 1))
             also = f", {small} for small maps" if small != large else ""
             lines.append(
-                f"  auto, {distance}     {large}{also}" + (f", in {str(dtype)[6:]}" if len(dtypes) > 1 else "")
+                f"  auto, {relation.distance}     {large}{also}" + (f", in {str(dtype)[6:]}" if len(dtypes) > 1 else "")
             )
         if device.type == "cuda" and name not in (recorded := [known for known, _ in measured.DEVICES]):
             lines.append(

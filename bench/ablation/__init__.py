@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from srpkd import relation_loss
+from srpkd.checking.cases import Case, features
 from srpkd.kernels import Relation, build
 from srpkd.kernels.formulas import scales_of
 
 from .. import machine, measure, results
-from ..cases import Case, features
 from .variants import VARIANTS, Patch, apply, slug
 
 LIBRARY = Path(__file__).with_name("library.cu")

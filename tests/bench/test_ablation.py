@@ -15,8 +15,8 @@ from helpers import ROOT
 from bench import ablation, machine_code, results
 from bench.ablation import variants
 from bench.ablation.variants import VARIANTS, Patch
-from bench.cases import Case
 from srpkd import relation_loss
+from srpkd.checking.cases import Case
 from srpkd.kernels import build
 
 # wgmmas of the Gram matrices (four loops over groups of channels and the last group, of four each), and of U
