@@ -6,7 +6,8 @@ that was not recorded:
 - GPU: the one with this name, otherwise the one with the nearest compute capability.
 - case: the recorded case with the smallest distance. The distance adds up the factors by which N, B, C_s and C_t
   differ, as powers of two, and a penalty for each option that differs, see PENALTIES.
-- backend: the fastest of this case that can run. If none of its backends can, the next case decides.
+- backend: the fastest of this case that can run. If none of its backends can, the next case decides. ``native`` counts
+  with the time of the kernel that it takes on this GPU, see csrc/cuda/fastest_kernel.h.
 
 KERNEL_VERSIONS says which version of a kernel a row describes. Rows of an earlier version remain as an estimate until
 the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct: see
