@@ -198,6 +198,7 @@ def _nvcc_architectures(home: Path | None) -> frozenset[str]:
     return frozenset(re.findall(r"compute_(\d+)", done.stdout))
 
 
+@functools.lru_cache(maxsize=64)
 def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
     """Return whether an extension that is built for some architectures contains code that a GPU can run.
 

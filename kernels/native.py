@@ -151,8 +151,16 @@ def load_existing() -> tuple[ModuleType | None, str | None]:
 
 
 def is_built(device: torch.device) -> bool:
-    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires."""
-    return load_existing()[0] is not None and unavailable_reason(device) is None
+    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires.
+
+    A call of ``closed_form`` on a GPU asks, so there this does not look for the reason, which may run nvcc.
+    """
+    module, _ = load_existing()
+    if module is None or device.type == "cpu":
+        return module is not None and unavailable_reason(device) is None
+    return cuda_device.unavailable_reason(device) is None and build.has_code_for(
+        module.cuda_architectures, torch.cuda.get_device_capability(device)
+    )
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -429,3 +429,9 @@ def test_the_reason_for_an_extension_without_cuda_names_the_remedy(fake_gpu, mon
     assert fake_gpu((8, 6), "") == "it was built without the CUDA part: no CUDA toolkit found: set CUDA_HOME"
     monkeypatch.setattr(native.build, "cuda_unavailable_reason", lambda: None)
     assert str(fake_gpu((8, 6), "")).endswith("install srpkd again with --no-build-isolation")
+
+    def run_nvcc() -> None:
+        raise AssertionError("is_built is called for every loss")
+
+    monkeypatch.setattr(native.build, "cuda_unavailable_reason", run_nvcc)
+    assert not native.is_built(torch.device("cuda", 0))
