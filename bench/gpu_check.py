@@ -124,7 +124,7 @@ class Check:
 
 def smoke(check: Check) -> None:
     """Check the backends, on a GPU on all cases; the file keeps the results of the part for the next ones."""
-    options = ["--out", check.out / "smoke.jsonl", "--seconds", int(check.left - 15)]
+    options = ["--out", check.out / "smoke.jsonl", "--seconds", int(check.left - 15), "--silence", 45]
     options += ["--device", "cuda", "--full"] if check.on_gpu else ["--device", "cpu"]
     kernels = GPU_KERNELS if check.on_gpu else ("native", "closed_form", "blocked")
     check.python("smoke", "-m", "srpkd.check", *options, "--backend", *kernels)

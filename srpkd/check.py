@@ -45,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"from {', '.join(KERNELS)} (default: all that are available)",
     )  # fmt: skip
     result.add_argument("--full", action="store_true", help="forty cases instead of twenty")
-    result.add_argument("--seconds", type=float, default=300.0, help="time for each device (default: %(default)g)")
+    result.add_argument("--seconds", type=float, default=600.0, help="time for each device (default: %(default)g)")
+    result.add_argument(
+        "--silence", type=float, default=120.0, metavar="SECONDS",
+        help="time without a result after which a backend counts as hung (default: %(default)g)",
+    )  # fmt: skip
     result.add_argument(
         "--out", type=Path, metavar="FILE",
         help="write results of one device into this file as they arrive; a later run with it runs what is missing",
@@ -100,7 +104,7 @@ def check_device(device: str, options: argparse.Namespace) -> bool:
     kernels = [kernel for kernel, reason in reasons.items() if reason is None]
     print(f"{device} ({name}): {len(everything)} cases for each of {', '.join(kernels) or 'no backend'}", flush=True)
     start = time.monotonic()
-    runner = Runner(device, options.full, options.seconds, options.out)
+    runner = Runner(device, options.full, options.seconds, options.silence, options.out)
     runner.run(kernels, len(everything))
     print(summary(runner.results, kernels, everything))
     for kernel, reason in reasons.items():

@@ -113,9 +113,8 @@ def fake(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_crashes_and_hangs_do_not_hide_other_results(fake, monkeypatch):
-    monkeypatch.setattr(processes, "SILENCE", 3.0)
-    runner = processes.Runner("cpu", False, 60, fake / "smoke.jsonl")
+def test_crashes_and_hangs_do_not_hide_other_results(fake):
+    runner = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
     runner.run(["native", "triton"], 4)
     expected = ["ok", "crashed", "hung", "ok"]
     for kernel in ("native", "triton"):
@@ -128,8 +127,8 @@ def test_crashes_and_hangs_do_not_hide_other_results(fake, monkeypatch):
     assert len(text.splitlines()) < 60
 
 
-def test_missing_cases_are_run_again(fake, monkeypatch):
-    first = processes.Runner("cpu", False, 0, fake / "smoke.jsonl")  # no time
+def test_missing_cases_are_run_again(fake):
+    first = processes.Runner("cpu", False, 0, 3, fake / "smoke.jsonl")  # no time
     first.run(["native"], 4)
     assert not first.results
     (fake / "smoke.jsonl").write_text(
@@ -138,7 +137,7 @@ def test_missing_cases_are_run_again(fake, monkeypatch):
             for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
         )
     )
-    second = processes.Runner("cpu", False, 60, fake / "smoke.jsonl")
+    second = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
     second.run(["native"], 5)
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
     assert processes.failed(second.results, ["native"], 5)

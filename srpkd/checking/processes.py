@@ -31,7 +31,6 @@ from .kernels import KERNELS, CannotRun, evaluate
 PROGRAM = (sys.executable, "-m", "srpkd.check")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
-SILENCE = 45.0  # seconds without a result after which a process counts as hung; the first includes importing torch
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
 NOISE = 0.03
 # With one channel, the rows of a matrix differ in their signs only: the gradient is an eightieth of U, and the rounding
@@ -161,11 +160,14 @@ class Runner:
         device: the name of a device of torch.
         full: whether to run all cases, see ``checks``.
         seconds: time for all cases; those that are left then are not run.
+        silence: seconds without a result after which a process counts as hung. The first includes importing torch, and
+            compiling for Triton and from PTX.
         file: where to write the results as they arrive, and from where to read those of an earlier run.
     """
 
-    def __init__(self, device: str, full: bool, seconds: float, file: Path | None = None) -> None:
-        self.device, self.full, self.file, self.deadline = device, full, file, time.monotonic() + seconds
+    def __init__(self, device: str, full: bool, seconds: float, silence: float, file: Path | None = None) -> None:
+        self.device, self.full, self.silence, self.file = device, full, silence, file
+        self.deadline = time.monotonic() + seconds
         self.lock = threading.Lock()
         self.results = recorded(file) if file else {}
 
@@ -217,11 +219,13 @@ class Runner:
         left, started = list(numbers), None
         status, reason = "crashed", ""
         while True:
-            wait = min(SILENCE, self.deadline - time.monotonic())
+            wait = min(self.silence, self.deadline - time.monotonic())
             try:
                 line = lines.get(timeout=max(wait, 0.0))
             except Empty:
-                status, reason = ("hung", f"no result for {SILENCE:g} s") if wait == SILENCE else ("no time", "")
+                status, reason = (
+                    ("hung", f"no result for {self.silence:g} s") if wait == self.silence else ("no time", "")
+                )
                 process.kill()
                 break
             if line is None:
