@@ -219,7 +219,9 @@ struct Consumer : Role<C> {
         if (C::OVERLAP && others > 0) release(slots_of(others - 1), 0, base);
         hold(s), hold(t);
 
-        if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
+        if constexpr (C::SYMMETRIC) {
+          if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
+        }
         Weights<C> K;
         float h_of_columns[2][2];
         const Address scales = base + C::SCALES + stage * TILE * int{sizeof(typename C::Scale)};
@@ -264,8 +266,7 @@ struct Consumer : Role<C> {
     }
   }
 
-  // What sums that were computed with scaled alphas are multiplied by: a power of two.
-  SRPKD_DEVICE float unit_of(int image) const { return unit_of_sums(C::SYMMETRIC, power_of(image)); }
+  SRPKD_DEVICE float h_factor() const { return as_float(this->published(Published::h_factor)); }
   SRPKD_DEVICE float power_of(int image) const { return load_global_coherent(p.powers + image); }
 
   SRPKD_DEVICE int64_t pixel_of(int image, int block) const { return (int64_t{image} * p.work.blocks + block) * TILE; }
@@ -277,14 +278,15 @@ struct Consumer : Role<C> {
     if (!p.h || !with_sums()) return;
     const int image = this->published(Published::image);
     const int64_t pixel = pixel_of(image, column_of(p.work.blocks, this->published(Published::row), step)) + 2 * lane();
-    const float scale = unit_of(image) * p.sum_factor * p.h_scale;
+    const float factor = h_factor();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], scale);
+    for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], factor);
   }
 
   SRPKD_DEVICE void finish_segment(float (&U)[32], RowSums& sums, const Rows<C>& rows) const {
     const int image = this->published(Published::image), row_block = this->published(Published::row);
     const int part = this->published(Published::part), split = this->published(Published::split);
+    const float factor = h_factor();
     sync_warp();
     arrive_warp(shared + C::ROWS_EMPTY);
     if constexpr (C::GRAD) {
@@ -293,9 +295,8 @@ struct Consumer : Role<C> {
     }
     if (split > 0) return;
     using Unit = std::conditional_t<C::UNITS, double, float>;  // with units, it may be out of the range of float
-    const float power = power_of(image);
-    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power) : 1), sums.h, image,
-               row_block, part, unit_of_sums(C::SYMMETRIC, power) * p.sum_factor * p.h_scale);
+    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power_of(image)) : 1),
+               sums.h, image, row_block, part, factor);
   }
 
   SRPKD_DEVICE void store_sums(double loss, float (&h)[2], int image, int row_block, int part, float h_scale) const {
