@@ -188,6 +188,16 @@ struct Consumer : Role<C> {
       }
   }
 
+  // Whether U of a tile is waited for when the next turn has come. That needs two buffers for the columns.
+  static constexpr bool LAZY = C::GRAD && C::STAGES == 2;
+
+  // Waits for the products of U, if there is a tile before, and gives back its columns.
+  SRPKD_DEVICE void finish_U(float (&U)[32], bool any) const {
+    wait_for_products<0>();
+    hold(U);
+    if (any) arrive_warp(shared + C::COLUMNS_EMPTY + 8 * ((tile - 1) % C::STAGES));
+  }
+
   SRPKD_DEVICE void run() {
 #pragma unroll 1
     for (int parity = 0;;) {
@@ -213,6 +223,7 @@ struct Consumer : Role<C> {
           for (int i = 0; i < 64; ++i) t[i] = 0;
         }
         if (p.turns) wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
+        if constexpr (LAZY) finish_U(U, !new_rows);
         gram(s, t, new_rows, stage, base);
         if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
         wait_for_products<0>();
@@ -251,16 +262,18 @@ struct Consumer : Role<C> {
           multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::UNITS);
           commit_products();
           if (!diagonal) add_h_of_columns(h_of_columns, step);
-          // Waiting only when the next turn has come would need more registers than there are.
-          wait_for_products<0>();
-          hold(sum);
-          if constexpr (C::UNITS) {
+          if constexpr (!LAZY) {
+            wait_for_products<0>();
+            hold(sum);
+            if constexpr (C::UNITS) {
 #pragma unroll
-            for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
+              for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
+            }
+            arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
           }
-          arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
         }
       }
+      if constexpr (LAZY) finish_U(U, true);
       parity = 1 ^ this->published(Published::parity);
       finish_segment(U, sums, rows);
     }
