@@ -118,7 +118,7 @@ def relation_loss(
         ("generator", generator),
     ):
         _check_option(name, value)
-    _check_features(student, teacher, layout)
+    _check_features(student, teacher, layout, scope, group)
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
     relation = Relation(normalize, distance, float(delta), float(eps), rectify, detach_norms)
@@ -177,7 +177,7 @@ class SRPLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or those of another ``layout``."""
-        _check_features(student, teacher, self.layout)
+        _check_features(student, teacher, self.layout, self.scope, self.group)
         if not (torch.compiler.is_compiling() or self.has_warned) and warn_if_unlikely(
             student, teacher, (self.layout, self.layout)
         ):
@@ -208,12 +208,14 @@ def _relation_loss(
     sample: Sample,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
-    backend = dispatch.requested_backend(backend)
-    is_global = scope == "global" and _ranks(group) > 1
-    columns = sample.columns
+    is_global, columns = _is_global(scope, group), sample.columns
+    if is_global:
+        from .kernels import distributed  # here, since it takes a second to import torch's compiler
+
+        backend = distributed.check_on_ranks(group, _global_backend, backend, relation, student.device, columns)
+    else:
+        backend = dispatch.requested_backend(backend)
     if columns is not None:
-        if is_global:
-            raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
         dispatch.check_samples_columns(backend, student.device)
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
@@ -238,14 +240,6 @@ def _relation_loss(
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
     if is_global:
-        from .kernels import distributed  # here, since it takes a second to import torch's compiler
-
-        dispatch.check_choice(
-            f"with scope='global', several ranks, distance={relation.distance!r} and rectify={relation.rectify}, "
-            "backend",
-            backend,
-            distributed.backend_choices(relation, student.device),
-        )
         loss = distributed.relation_loss(student, teacher, relation, group, backend)
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
@@ -284,8 +278,22 @@ def _sizes(student: Tensor, teacher: Tensor, layout: Layout, scope: Scope) -> tu
     return batch, pixels, (ours[channel], teacher.shape[channel])
 
 
-def _ranks(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def _is_global(scope: Scope, group: dist.ProcessGroup | None) -> bool:
+    """Return whether the pixels of several processes are related."""
+    if scope != "global" or not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(group) > 1
+
+
+def _global_backend(backend: str, relation: Relation, device: torch.device, columns: int | None) -> str:
+    """Return the requested backend, if this rank can take part in a loss of several ranks."""
+    from .kernels import distributed
+
+    if columns is not None:
+        raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
+    backend = dispatch.requested_backend(backend)
+    distributed.check_backend(backend, relation, device)
+    return backend
 
 
 def _check_option(name: str, value: Any) -> None:
@@ -314,7 +322,18 @@ def _check_option(name: str, value: Any) -> None:
         check_flag(name, value)
 
 
-def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
+def _check_features(
+    student: Tensor, teacher: Tensor, layout: Layout, scope: Scope, group: dist.ProcessGroup | None
+) -> None:
+    if _is_global(scope, group):
+        from .kernels import distributed
+
+        distributed.check_on_ranks(group, _check_own_features, student, teacher, layout)
+    else:
+        _check_own_features(student, teacher, layout)
+
+
+def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
             raise TypeError(
