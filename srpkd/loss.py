@@ -68,11 +68,11 @@ def relation_loss(
         teacher: features of the same layout without a gradient. Their number of channels C_t may differ from C_s.
         normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
         distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear beyond.
-        delta: where the Huber distance becomes linear, > 0.
+        delta: where the Huber distance becomes linear, > 0; other distances ignore it.
         reduction: ``"mean"`` or ``"sum"`` over the B images, or ``"none"``: the loss of each image.
         layout: ``"nchw"``, ``"nlc"`` or ``"nhwc"``. A shape that looks like another layout gives a warning.
         eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to all pixels, and no gradient
-            through its own normalisation.
+            through its own normalisation. ``normalize="none"`` ignores it.
         backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``. The environment variable SRPKD_BACKEND, if set,
             replaces "auto".
         scope: which pixels are related: those of each ``"image"``; those of all images of the ``"batch"``, as if they
@@ -80,7 +80,7 @@ def relation_loss(
             batch of this process if torch.distributed is not initialised). For ``distance="l2"`` the ranks exchange
             only C x C matrices, otherwise their features, around the ring of ranks. The loss is the same on every rank.
             Its gradient is exact under DistributedDataParallel, which averages over the ranks.
-        group: the process group of ``scope="global"``; the default group if None.
+        group: the process group of ``scope="global"``, to which this process belongs; the default group if None.
         rectify: negative entries of both relation matrices count as 0: max(A, 0) replaces A before the distance, as in
             Gram anchoring (DINOv3). The gradient is 0 where A_student <= 0, as through ``torch.relu``.
         detach_norms: the norms (cosine) or row norms (row) are constants to the gradient, as in the pairwise loss of
@@ -112,12 +112,14 @@ def relation_loss(
         ("eps", eps),
         ("backend", backend),
         ("scope", scope),
+        ("group", group),
         ("rectify", rectify),
         ("detach_norms", detach_norms),
         ("columns", columns),
         ("generator", generator),
     ):
         _check_option(name, value)
+    _check_combination(scope, group, columns, generator)
     _check_features(student, teacher, layout, scope, group)
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
@@ -165,6 +167,7 @@ class SRPLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        _check_combination(scope, group, columns, generator)
         self.normalize, self.distance, self.delta = normalize, distance, delta
         self.reduction, self.layout, self.eps = reduction, layout, eps
         self.backend, self.scope, self.group = backend, scope, group
@@ -278,11 +281,24 @@ def _sizes(student: Tensor, teacher: Tensor, layout: Layout, scope: Scope) -> tu
     return batch, pixels, (ours[channel], teacher.shape[channel])
 
 
+def _check_combination(
+    scope: Scope, group: dist.ProcessGroup | None, columns: int | None, generator: torch.Generator | None
+) -> None:
+    """Raise a ValueError for an option that has no effect without another."""
+    if generator is not None and columns is None:
+        raise ValueError("generator draws the sampled columns: give columns, their number, or leave out generator")
+    if group is not None and scope != "global":
+        raise ValueError(f"group is that of scope='global', received scope={scope!r}: change scope, or leave out group")
+
+
 def _is_global(scope: Scope, group: dist.ProcessGroup | None) -> bool:
     """Return whether the pixels of several processes are related."""
     if scope != "global" or not (dist.is_available() and dist.is_initialized()):
         return False
-    return dist.get_world_size(group) > 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError("group does not contain this process: call the loss only in the processes of its group")
+    return size > 1
 
 
 def _global_backend(backend: str, relation: Relation, device: torch.device, columns: int | None) -> str:
@@ -298,7 +314,10 @@ def _global_backend(backend: str, relation: Relation, device: torch.device, colu
 
 def _check_option(name: str, value: Any) -> None:
     """Raise the error of ``relation_loss`` for a wrong value of an option; accept any other name."""
-    if name == "normalize":
+    if name == "group" and value is not None and dist.is_available():
+        # new_group returns NON_GROUP_MEMBER, an int, in the processes that do not belong to it
+        check_type(name, value, (dist.ProcessGroup, int), "a torch.distributed.ProcessGroup or None")
+    elif name == "normalize":
         dispatch.check_choice(name, value, NORMALIZATIONS)
     elif name == "distance":
         dispatch.check_choice(name, value, DISTANCES)

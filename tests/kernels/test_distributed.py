@@ -150,9 +150,12 @@ def check_relations(rank: int, ranks: int) -> None:
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
+    loss_fn = SRPLoss(scope="global", group=alone)
     if rank == ranks - 1:
-        loss = SRPLoss(scope="global", group=alone)(student[own], teacher[own])
-        assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
+        assert error(loss_fn(student[own], teacher[own]), relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
+    else:
+        with pytest.raises(ValueError, match="group does not contain this process"):
+            loss_fn(student[own], teacher[own])
 
 
 def backends(distance: str, *flags: str) -> list[str]:
