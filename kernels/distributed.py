@@ -156,7 +156,8 @@ def pixels_of_ranks(
     if different:
         received = (", ".join(f"{name}={theirs[name]!r}" for name in different) for theirs in settings)
         raise ValueError(
-            "scope='global' expects features of the same channels, dtype and device type, and the same options, on every rank; "
+            "scope='global' expects features of the same channels, dtype and device type, and the same options, on "
+            "every rank; "
             f"received {'; '.join(f'on rank {rank} {text}' for rank, text in enumerate(received))}"
         )
     return [pixels for pixels, _ in everyone]

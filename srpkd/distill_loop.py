@@ -115,7 +115,8 @@ def distill(
         raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
-    optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=LEARNING_RATE if lr is None else lr, betas=(0.5, 0.999))
+    lr = LEARNING_RATE if lr is None else lr
+    optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
     step = 0

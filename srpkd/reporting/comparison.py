@@ -82,9 +82,9 @@ class Comparison:
         """Run every generator on an image file, and keep the features of the last images for ``relations``.
 
         Returns:
-            {"id": name of the image for ``relations``, "width", "height", "resized": (width, height) of the file if it was scaled down, else None, "input": PNG,
-            "networks": [{"label", "image": PNG, "ms": median time of a forward pass, "parameters", "bytes"}]}, where
-            PNG is a data URL.
+            {"id": name of the image for ``relations``, "width", "height", "resized": (width, height) of the file if it
+            was scaled down, else None, "input": PNG, "networks": [{"label", "image": PNG, "ms": median time of a
+            forward pass, "parameters", "bytes"}]}, where PNG is a data URL.
 
         Raises:
             DataError: the file cannot be read as an image, or is too small.

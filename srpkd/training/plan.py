@@ -196,8 +196,8 @@ def dry_run(
         # the config.yaml of a run without a teacher has the defaults
         if given := [name for name, default in defaults.items() if getattr(config, name) not in (0, default)]:
             raise ValueError(
-                f"{given[0]}={getattr(config, given[0])} is the weight of a loss that needs a teacher: pass --teacher or "
-                f"--teacher_netG, or leave out --{given[0]}"
+                f"{given[0]}={getattr(config, given[0])} is the weight of a loss that needs a teacher: pass --teacher "
+                f"or --teacher_netG, or leave out --{given[0]}"
             )
     if teacher:
         meta_teachers: Mapping[str, nn.Module] = build_on_meta(teacher, {}).generators

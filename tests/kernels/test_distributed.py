@@ -152,7 +152,8 @@ def check_relations(rank: int, ranks: int) -> None:
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
     loss_fn = SRPLoss(scope="global", group=alone)
     if rank == ranks - 1:
-        assert error(loss_fn(student[own], teacher[own]), relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
+        expected = relation_loss(student[own], teacher[own], scope="batch")
+        assert error(loss_fn(student[own], teacher[own]), expected) < 1e-12
     else:
         with pytest.raises(ValueError, match="group does not contain this process"):
             loss_fn(student[own], teacher[own])
@@ -229,7 +230,8 @@ def check_ddp(rank: int, ranks: int) -> None:
 
 def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
-    with pytest.raises(ValueError, match=r"same channels, dtype and device type, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"):
+    expected = r"same channels, dtype and device type, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"
+    with pytest.raises(ValueError, match=expected):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
     # without the error, the first loss would be a mixture of two, and the second call would wait forever
     distance = ("l1", "huber")[rank]
@@ -283,7 +285,8 @@ def check_refusal(rank: int, ranks: int) -> None:
         loss_fn(student, teacher)
     # the ranks still exchange in step
     os.environ.pop("SRPKD_BACKEND", None)
-    assert error(loss_fn(student[rank:][:1], teacher[rank:][:1]), relation_loss(student, teacher, scope="batch")) < 1e-12
+    expected = relation_loss(student, teacher, scope="batch")
+    assert error(loss_fn(student[rank:][:1], teacher[rank:][:1]), expected) < 1e-12
 
 
 def main() -> None:
