@@ -151,15 +151,22 @@ def load_existing() -> tuple[ModuleType | None, str | None]:
 
 
 def is_built(device: torch.device) -> bool:
-    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires.
-
-    A call of ``closed_form`` on a GPU asks, so there this does not look for the reason, which may run nvcc.
-    """
+    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires."""
     module, _ = load_existing()
-    if module is None or device.type == "cpu":
-        return module is not None and unavailable_reason(device) is None
+    if module is None:
+        return False
+    return unavailable_reason(device) is None if device.type == "cpu" else _can_run(module.cuda_architectures, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _can_run(architectures: str, device: torch.device) -> bool:
+    """Return whether an extension that is built for some architectures can run on a GPU.
+
+    Each call of ``closed_form`` asks. It does not look for the reason, which may run nvcc, and asks torch.cuda once,
+    which takes as long as a launch.
+    """
     return cuda_device.unavailable_reason(device) is None and build.has_code_for(
-        module.cuda_architectures, torch.cuda.get_device_capability(device)
+        architectures, torch.cuda.get_device_capability(device)
     )
 
 
