@@ -34,7 +34,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cuda_device, formulas, measured, native
+from . import cuda_device, formulas, measured
 from .formulas import Relation
 
 BACKENDS = {
@@ -137,7 +137,7 @@ def auto_backend(
             str(dtype)[6:], precision, relation.normalize, relation.distance, need_grad, pixels, *channels, batch
         )
         gpu = cuda_device.gpu_of(device)
-        kernel = native.cuda_kernel(case, relation, gpu) if "native" in runnable else "sm80"
+        kernel = backend_module("native").cuda_kernel(case, relation, gpu) if "native" in runnable else "sm80"
         for name in measured.ranking(gpu.name, gpu.capability, case, kernel):
             if name in runnable:
                 return name
