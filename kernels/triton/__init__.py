@@ -21,14 +21,13 @@ from torch import Tensor
 from .. import cuda_device
 from ..formulas import Relation, Scales, TileSums, gradient_dtype
 from .backward import scaled_gradient as scaled_gradient
+from .configurations import DTYPES as DTYPES
 from .configurations import Configuration, autotune, configuration, number_format, run_milliseconds
 from .gradient import plan_gradient
 from .plans import Array, Plan, planned
 from .primitives import INTERPRET, addressable, guard, triton
 from .scales import PlannedScales, plan_scales, split_scales
 from .tiles import Partials, plan_tiles, relation_kernel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configurations import BLOCK_PRODUCT, OPTIONS
+from .configurations import BLOCK_PRODUCT, DTYPES, OPTIONS
 from .plans import Plan, planned
 from .primitives import jit, load_vector, store_vector, tl, to_bfloat16, triton
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ import torch
 from ..formulas import matmul_precision
 from .primitives import triton
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels around the tile kernel: channels of a tile of terms_kernel, and channels of a tile of a product with M.
 BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
 BLOCK_PRODUCT = 2048  # elements of the gradient that a program of the product in backward multiplies: 16 per thread
