@@ -94,7 +94,7 @@ def relation_loss(
 class _RelationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, relation, group, backend, need_grad):
-        with torch.autocast(student.device.type, enabled=False):
+        with formulas.without_autocast(student.device):
             loss, gradient = ring_loss_and_gradient(student, teacher, relation, group, backend, need_grad)
         ctx.save_for_backward(gradient)
         ctx.dtype, ctx.ranks = student.dtype, dist.get_world_size(group)

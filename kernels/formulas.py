@@ -14,6 +14,7 @@ so one vector of N scales defines a normalisation. The loss of an image is
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -128,6 +129,13 @@ def matmul_precision() -> str:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # set per backend through torch's newer interface
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context without autocast, which would round the products of the formulas to 16 bits."""
+    kind = device.type  # "meta" has no autocast
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def distance_value(difference: Tensor, relation: Relation) -> Tensor:

@@ -4,22 +4,22 @@ The forward pass computes the gradient together with the loss, since both need t
 out of place, so that it can run twice.
 
 ``python_relation_loss`` calls a backend through an autograd.Function. Where something other than eager mode handles the
-call (torch.compile, fake tensors, a dispatch mode, functorch, a tensor subclass), it calls the operator
+call (torch.compile, fake and meta tensors, a dispatch mode, vmap, a tensor subclass), it calls the operator
 ``srpkd::python_relation_loss``, which takes longer on the host.
 """
 
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dispatch import backend_module, compute_loss, unavailable_reason
-from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
+from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype, without_autocast
 
 
 def python_relation_loss(
@@ -54,10 +54,37 @@ def python_relation_loss(
     return _reduced(_loss_and_gradient(student, teacher, relation, backend, need_grad, columns)[0], reduction)
 
 
+def check_transforms(student: Tensor, teacher: Tensor) -> None:
+    """Raise a NotImplementedError if a transformation would lose the derivative: only ``reference`` has them all."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(features).tangent is not None for features in (student, teacher)
+    ):
+        raise NotImplementedError(
+            "the relation loss does not support forward-mode differentiation: use backend='reference', which does"
+        )
+    if stack is not None and _is_differentiated(student):
+        raise NotImplementedError(
+            "the relation loss does not support torch.func.grad, vjp and jacrev: use backend='reference', which does, "
+            "or torch.autograd.grad"
+        )
+
+
+def _is_differentiated(features: Tensor) -> bool:
+    """Return whether torch.func differentiates with respect to the features, at any level."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(features):
+        if functorch.is_gradtrackingtensor(features) and features.requires_grad:
+            return True
+        features = functorch.get_unwrapped(features)
+    return False
+
+
 def _is_eager(student: Tensor, teacher: Tensor) -> bool:
     """Return whether the kernels run at once on these tensors, with no transformation that would trace them."""
     return not (
         torch.compiler.is_compiling()
+        or student.is_meta  # no backend can run, but the operator has the sizes of the results
         or not all(type(features) in (Tensor, torch.nn.Parameter) for features in (student, teacher))
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -72,9 +99,7 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
 def _loss_and_gradient(
     student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool, columns: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return ``compute_loss`` without autocast, which would round the products of the formulas to 16 bits."""
-    kind = student.device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+    with without_autocast(student.device):
         return compute_loss(student, teacher, relation, backend, need_grad, columns)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import Relation, accumulator, distance_value
+from .formulas import Relation, accumulator, distance_value, without_autocast
 
 
 def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
@@ -35,7 +35,7 @@ def relation_matrix(features: Tensor, relation: Relation) -> Tensor:
 
 def relation_loss(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
     """Return the mean of rho(A_student - A_teacher) over all pairs: (B, N, C_s), (B, N, C_t) -> (B,)."""
-    with torch.autocast(student.device.type, enabled=False):
+    with without_autocast(student.device):
         difference = relation_matrix(student, relation) - relation_matrix(teacher, relation)
         if relation.normalize == "cosine":
             # a pixel's relation to itself is always 1: a tie, kept exact

@@ -6,6 +6,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import TracebackType
 
 COMMANDS = {
     "train": "train a generator, or distil a small one from a large one; without options, a demo on synthetic images",
@@ -34,8 +35,24 @@ From a large generator to a small one that runs without PyTorch:
 srpkd COMMAND --help lists a command's options."""
 
 
+def hide_interrupts() -> None:
+    """Let Ctrl-C end this process without a traceback, which would hide what a command printed before, as to resume.
+
+    The process still ends by the signal, so that a shell script that called it ends too.
+    """
+    previous = sys.excepthook
+
+    def print_others(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            previous(kind, error, traceback)
+
+    sys.excepthook = print_others
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 2 if the command is unknown."""
+    if arguments is None:
+        hide_interrupts()
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(HELP)

@@ -34,6 +34,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         # torch.save raises a RuntimeError on a full disk, with the OSError as its context
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
+            if isinstance(cause, KeyboardInterrupt):  # in torch.save, which then fails to close its archive
+                raise cause from None
             cause = cause.__context__
         if cause is None or isinstance(cause, WriteError):
             raise

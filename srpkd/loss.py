@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .arguments import check_flag, check_number, check_type, check_whole
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
+from .kernels.op import check_transforms
 from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
 
 Scope = Literal["image", "batch", "global"]
@@ -223,6 +224,8 @@ def _relation_loss(
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
         backend, columns = (backend, columns) if exact is None else (exact, None)
+    if backend != "reference" and not torch.compiler.is_compiling():
+        check_transforms(student, teacher)
     # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
     if not (is_global or columns is not None or torch.compiler.is_compiling()):
         method = _native_method(student, teacher, relation, layout, backend, scope)

@@ -99,16 +99,25 @@ class FeatureTap:
             A dict that contains the features by module name after the pass.
 
         Raises:
-            RuntimeError: a tapped module did not run, or ran twice, in the pass.
+            RuntimeError: a tapped module did not run, or ran twice, in the pass; the tap is closed, or is recording
+                another pass.
             TypeError: a tapped module returned no tensor.
             ValueError: the output of a tapped module has no element or field of that name.
         """
-        self._features, self._active = {}, enabled
+        if enabled and self.names and not self._handles:
+            raise RuntimeError(f"the hooks on the {self.role} were removed by close(): create a new tap or distiller")
+        if self._active:  # in another thread, or around this one: it would record the features of both passes
+            raise RuntimeError(
+                f"the tap of the {self.role} is recording another pass: run one after the other, or give each thread "
+                "a copy by copy.deepcopy"
+            )
+        features: dict[str, Tensor] = {}
+        self._features, self._active = features, enabled
         try:
-            yield self._features
+            yield features
         finally:
             self._active = False
-        missing = [name for name in self.names if name not in self._features]
+        missing = [name for name in self.names if name not in features]
         if enabled and missing:
             raise RuntimeError(
                 f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
@@ -119,6 +128,7 @@ class FeatureTap:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 
+from .cli import hide_interrupts
 from .data.folders import DataError
 from .files import WriteError
 from .finite import NonFiniteError
@@ -26,8 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     A configuration, images or weights that cannot be used end the process with one message. Any other exception is
-    a bug and keeps its traceback.
+    a bug and keeps its traceback; Ctrl-C ends the process after a line that says how to resume.
     """
+    if arguments is None:
+        hide_interrupts()
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):

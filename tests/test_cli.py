@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -95,6 +96,32 @@ def test_message_for_a_missing_package_names_the_extra():
     code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['train', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "srpkd train needs tqdm: pip install 'srpkd[train]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        ("KeyboardInterrupt", -signal.SIGINT, "resume with: --resume\n"),
+        ("ValueError", 1, "resume with: --resume\nTraceback"),
+    ],
+)
+def test_interrupt_shows_no_traceback(error, status, message):
+    """It would scroll away what the command printed before, and other errors still show theirs."""
+    code = f"""
+import sys, types
+from srpkd import cli
+def main(arguments):
+    print("resume with: --resume", file=sys.stderr)
+    raise {error}
+sys.modules["srpkd.stop"] = types.SimpleNamespace(main=main)
+cli.COMMANDS["stop"] = "it is interrupted"
+sys.argv = ["srpkd", "stop"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr[: len(message)] == message
+    assert (done.stderr == message) == (error == "KeyboardInterrupt")
 
 
 def test_console_script():

@@ -29,6 +29,16 @@ def test_failed_atomic_write_changes_nothing(tmp_path, error):
     assert (tmp_path / "a.bin").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
 
 
+def test_interrupt_while_torch_saves(tmp_path):
+    """torch.save then also fails to close its archive, and raises a RuntimeError."""
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "a.pt"):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 76096 vs 75988")
+    assert os.listdir(tmp_path) == []
+
+
 def test_atomic_write_syncs_before_the_rename(tmp_path, monkeypatch):
     calls = []
     fsync, rename = os.fsync, os.replace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,6 +102,19 @@ def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module,
     with tap.recording() as features:
         student(image)
     assert set(features) == {"encoder"}
+
+
+def test_overlapping_recordings_raise(student: nn.Module, image: Tensor) -> None:
+    """Another thread's pass would be recorded as one's own."""
+    tap = FeatureTap(student, ["encoder"], "student")
+    with tap.recording() as features:
+        with (
+            ThreadPoolExecutor(1) as pool,
+            pytest.raises(RuntimeError, match="tap of the student is recording"),
+        ):
+            pool.submit(lambda: tap.recording().__enter__()).result()
+        student(image)
+    assert torch.equal(features["encoder"], student.encoder(image))
 
 
 class Several(nn.Module):

@@ -100,11 +100,13 @@ def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[st
         return re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem)
 
     for paths in (generated, real):
-        if len({key(path) for path in paths}) < len(paths):
-            raise ValueError(
-                f"two images in the folder of {paths[0]} have the same name: to pair images by name, give each a "
-                "unique name"
-            )
+        first: dict[str, str] = {}
+        for path in paths:
+            if (other := first.get(key(path))) is not None:
+                raise ValueError(
+                    f"{other} and {path} have the same name: to pair images by name, give each a unique name"
+                )
+            first[key(path)] = path
     partner = {key(path): path for path in real}
     if unpaired := [path for path in generated if key(path) not in partner]:
         raise ValueError(

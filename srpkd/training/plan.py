@@ -22,6 +22,7 @@ from . import distributed
 from .config import run_folder, to_yaml, update_yaml
 from .datasets import channels_of, input_size, validate_data
 from .extension import check_processes, extend, starting_variants
+from .folder_lock import FolderLock
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import OBJECTIVES, Objective
@@ -70,7 +71,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         command: command line that started the run, for the page.
 
     Raises: before anything is written,
-        ValueError: Options contradict each other, or do not fit the networks.
+        ValueError: Options contradict each other, or do not fit the networks, or another process trains the run.
         DataError: The images do not fit (see ``srpkd.data.validate``).
         CheckpointError: The weights of a teacher or of a warm start, or the state of a resumed run cannot be used.
         ImportError: A logging option needs a package that is not installed.
@@ -85,8 +86,11 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     teachers = load_teachers(config)
     data_summary = validate_data(config, [*variants.values(), *([teacher] if teacher else [])], teachers)
     state: dict[str, Any] = {}
+    lock: FolderLock | None = None
     if config.resume:
         folder = run_folder(config.resume, config.runs_dir)
+        if distributed.rank() == 0:
+            lock = FolderLock(folder)  # before the state is read, which another process may replace
         state = load_state(folder)
         check_resumed(config, state)
         state = extend(config, variants, folder, state)
@@ -110,7 +114,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
             "data": data_summary.replace("\n", "; "),
         },
     }
-    run_dir = _open_run_dir(folder, config, report, state, packages)
+    run_dir = _open_run_dir(folder, config, report, state, packages, lock)
     distributed.print_rank0(f"{task}\n{data_summary}\n{'resuming' if state else 'writing to'} {folder}")
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
     return Plan(config, teacher, variants, teachers, run_dir, **progress)
@@ -139,10 +143,11 @@ def _open_run_dir(
     report: dict[str, Any],
     state: Mapping[str, Any],
     packages: Mapping[str, ModuleType],
+    lock: FolderLock | None,
 ) -> RunDir:
     try:
         loggers = open_loggers(packages, folder, config) if distributed.rank() == 0 else []
-        return RunDir(folder, to_yaml(config), report, state.get("record"), loggers)
+        return RunDir(folder, to_yaml(config), report, state.get("record"), loggers, lock)
     except OSError:
         if not state and distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the new folder of a run that cannot start

@@ -15,6 +15,7 @@ from ..files import atomic_write, writing
 from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.page import write_report
 from . import distributed
+from .folder_lock import FolderLock
 from .loggers import Logger
 from .resume import FINAL, save_final_state, save_state
 
@@ -29,6 +30,7 @@ class RunDir:
         resumed: entry "record" of the state of an interrupted run, to continue its files. Metrics that were logged
             after that state are deleted: they will be logged again.
         loggers: further receivers of the metrics; see ``srpkd.training.loggers``.
+        lock: that of the folder; by default it is locked here.
 
     Attributes:
         folder: the folder.
@@ -42,12 +44,15 @@ class RunDir:
         report: Mapping[str, Any] | None = None,
         resumed: Mapping[str, Any] | None = None,
         loggers: Sequence[Logger] = (),
+        lock: FolderLock | None = None,
     ) -> None:
         self.folder, self._loggers = folder, loggers
+        self._lock: FolderLock | None = None
         self.report: dict[str, Any] = {"samples": [], "relations": [], "files": [], **(report or {})}
         elapsed = 0.0
         self._metrics: TextIO | None = None
         if distributed.rank() == 0:
+            self._lock = lock or FolderLock(folder)
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             if resumed is None:
                 with atomic_write(folder / "config.yaml") as file:
@@ -120,6 +125,8 @@ class RunDir:
                 self._metrics.close()
             for logger in self._loggers:
                 logger.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def new_folder(runs_dir: str, name: str) -> Path:

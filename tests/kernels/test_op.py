@@ -184,14 +184,6 @@ def test_eager_call_is_one_operator_in_cpp(layout: str) -> None:
 
 
 @needs_native
-def test_forward_mode_raises() -> None:
-    """Without a formula for it, the tangent would be lost."""
-    student, teacher = images()
-    with pytest.raises(NotImplementedError, match="forward-mode differentiation: use backend='reference'"):
-        torch.func.jvp(lambda x: relation_loss(x, teacher, backend="native"), (student,), (student,))
-
-
-@needs_native
 def test_gradients_in_batches() -> None:
     """Several upstream gradients at once, by vmap over the backward pass."""
     student, teacher = images(batch=3)
