@@ -40,7 +40,7 @@ from .configurations import (
     product_blocks,
     weighted_moment_blocks,
 )
-from .gradient import gradient_kernel
+from .gradient import gradient_kernel, loss_kernel
 from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
 from .primitives import feature_terms, triton
 from .scales import scale_kernel
@@ -53,6 +53,7 @@ KERNELS = {
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "loss": loss_kernel,
     "backward": backward_kernel,
     "closed_gains": gains_kernel,
     "closed_moments": moments_kernel,
@@ -69,7 +70,7 @@ CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
 ROW_ONLY = ("closed_gains", "closed_scales")  # kernels of CLOSED_FORM
 ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
 ROW_L1, ROW_L2, COSINE_L2 = Relation("row", "l1"), Relation("row", "l2"), Relation("cosine", "l2")
-SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
+SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32", "loss_weight": "fp32"}  # the others are integers
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel in CLOSED_FORM:
         return closed_form_arguments(case, dtype)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
-    if case.kernel == "backward":
+    if case.kernel in ("loss", "backward"):
         return {"BLOCK": BLOCK_PRODUCT}, OPTIONS
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS

@@ -65,6 +65,7 @@ BACKENDS = {
             Fault(
                 "the first program of a tile of M_w adds it up", TRITON_MOMENTS, "arrived == splits - 1", "arrived == 0"
             ),
+            Fault("the losses are those of the first image", TRITON_GRADIENT, "program.to(tl.int64) * partials", "0"),
             Fault(
                 "backward: the factor of the first image",
                 "kernels/triton/backward.py",
