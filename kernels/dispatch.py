@@ -13,6 +13,7 @@ A backend is a line in BACKENDS and a module of this package that defines
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
+    REDUCES                             optional: whether it takes the reduction of the loss as a further argument
 
     sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
     remote_tiles(rows, columns, relation, need_grad) -> TileSums
@@ -221,14 +222,16 @@ def compute_loss(
     backend: str,
     need_grad: bool,
     columns: Tensor | None = None,
+    reduction: str = "none",
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
+    """Return the loss, and with ``need_grad`` the gradient (B, N, C_s) of each image's own loss.
 
     Args:
         student: raw features (B, N, C_s), any strides.
         teacher: raw features (B, N, C_t), same device and dtype.
         backend: "auto", or a name from BACKENDS other than "reference".
         columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
+        reduction: "none": the loss of each image (B,); "mean" or "sum": that of the batch ().
 
     Raises:
         BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``partial_backend``.
@@ -239,13 +242,18 @@ def compute_loss(
             backend_module(partial_backend(backend, student.device)).sampled_tiles, columns=columns
         )
         dtype, pairs = formulas.accumulator(student.dtype), 2 * pixels * columns.shape[2]
-        return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
+        loss, gradient = formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
+        return formulas.reduced(loss, reduction), gradient
     sizes = pixels, (channels, teacher.shape[2]), batch
     module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))
+    if getattr(module, "REDUCES", False):
+        return module.loss_and_gradient(student, teacher, relation, need_grad, reduction)
     if hasattr(module, "loss_and_gradient"):
-        return module.loss_and_gradient(student, teacher, relation, need_grad)
-    scale_dtype = getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
-    return formulas.loss_and_gradient(module.relation_tiles, student, teacher, relation, need_grad, scale_dtype)
+        loss, gradient = module.loss_and_gradient(student, teacher, relation, need_grad)
+    else:
+        tiles, scale_dtype = module.relation_tiles, getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
+        loss, gradient = formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, scale_dtype)
+    return formulas.reduced(loss, reduction), gradient
 
 
 @functools.lru_cache(maxsize=1024)  # what raises nothing; on a GPU, asking torch.cuda takes as long as a launch

@@ -269,6 +269,11 @@ def gradient_of(
     return gradient.copy_(result)
 
 
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """Return losses (B,) for ``reduction`` "none", otherwise their "mean" or "sum" ()."""
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
 def loss_and_gradient(
     relation_tiles: Callable[..., TileSums],
     student: Tensor,

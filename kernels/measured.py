@@ -32,7 +32,7 @@ KERNEL_VERSIONS = {
     "native-sm80": 2,
     "native-sm90": 2,
     "native-sm90 float32": 3,
-    "triton": 2,
+    "triton": 3,
 }
 # a difference of 1 counts as much as a factor of 2 in N
 PENALTIES = {

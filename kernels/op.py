@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import backend_module, compute_loss, unavailable_reason
-from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype, without_autocast
+from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype, reduced, without_autocast
 
 
 def python_relation_loss(
@@ -48,10 +48,10 @@ def python_relation_loss(
             need_grad,
             columns,
         )
-        return _reduced(loss, reduction)
+        return reduced(loss, reduction)
     if need_grad:
         return _RelationLoss.apply(student, teacher, relation, backend, reduction, columns)[0]
-    return _reduced(_loss_and_gradient(student, teacher, relation, backend, need_grad, columns)[0], reduction)
+    return _loss_and_gradient(student, teacher, relation, backend, need_grad, columns, reduction)[0]
 
 
 def check_transforms(student: Tensor, teacher: Tensor) -> None:
@@ -92,15 +92,17 @@ def _is_eager(student: Tensor, teacher: Tensor) -> bool:
     )
 
 
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-
-
 def _loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, backend: str, need_grad: bool, columns: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    backend: str,
+    need_grad: bool,
+    columns: Tensor | None,
+    reduction: str = "none",
 ) -> tuple[Tensor, Tensor | None]:
     with without_autocast(student.device):
-        return compute_loss(student, teacher, relation, backend, need_grad, columns)
+        return compute_loss(student, teacher, relation, backend, need_grad, columns, reduction)
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, weight: float = 1.0) -> Tensor:
@@ -132,11 +134,11 @@ class _RelationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, teacher, relation, backend, reduction, columns):
-        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True, columns)
-        ctx.dtype, ctx.weight = student.dtype, 1 / len(loss) if reduction == "mean" else 1.0
+        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True, columns, reduction)
+        ctx.dtype, ctx.weight = student.dtype, 1 / len(student) if reduction == "mean" else 1.0
         ctx.save_for_backward(gradient)
         ctx.set_materialize_grads(False)
-        return _reduced(loss, reduction), gradient
+        return loss, gradient
 
     @staticmethod
     def backward(ctx, grad_loss, grad_gradient):

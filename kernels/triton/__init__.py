@@ -23,11 +23,13 @@ from ..formulas import Relation, Scales, TileSums, gradient_dtype
 from .backward import scaled_gradient as scaled_gradient
 from .configurations import DTYPES as DTYPES
 from .configurations import Configuration, autotune, configuration, number_format, run_milliseconds
-from .gradient import plan_gradient
+from .gradient import loss_weight, plan_gradient, plan_loss
 from .plans import Array, Plan, planned
 from .primitives import INTERPRET, addressable, guard, triton
 from .scales import PlannedScales, plan_scales, split_scales
 from .tiles import Partials, plan_tiles, relation_kernel
+
+REDUCES = True
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
@@ -52,44 +54,47 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
 
 
 def loss_and_gradient(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, reduction: str = "none"
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of each image (B,) and its gradient (B, N, C_s), with scales and reduction in kernels too.
+    """Return the loss, (B,) or with a reduction (), and the gradient (B, N, C_s) of each image's own loss.
 
-    With a gradient this takes three launches for "cosine", two for "none", and seven for "row".
+    Scales and reduction are computed in kernels too. With a gradient this takes three launches for "cosine", two for
+    "none", and six for "row".
     """
     student, teacher = addressable(student), addressable(teacher)
     chosen = choose_configuration(student, teacher, relation, need_grad)
-    return run_loss(student, teacher, relation, need_grad, chosen)
+    return run_loss(student, teacher, relation, need_grad, chosen, reduction)
 
 
 def run_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, chosen: Configuration
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, chosen: Configuration, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
     """Run ``loss_and_gradient`` with a configuration of the tile kernel."""
-    loss = student.new_empty(student.shape[0], dtype=torch.float32)
+    batch, pixels, _ = student.shape
+    loss = student.new_empty(() if reduction != "none" else batch, dtype=torch.float32)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
 
     def build() -> tuple[Plan, Partials]:
         plan = Plan(student.device)
-        features = plan.argument(student), plan.argument(teacher)
-        outputs: list[Array] = [] if gradient is None else [plan.argument(loss), plan.argument(gradient)]
+        features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
+        result: Array | None = None if gradient is None else plan.argument(gradient)
         scales = plan_scales(plan, *features, relation)
-        U = outputs[1] if gradient is not None and gradient.dtype == torch.float32 else None
+        U = result if result is not None and result.dtype == torch.float32 else None
         numbers = number_format(student.dtype)
         partials = plan_tiles(plan, *features, scales, relation, numbers, chosen, need_grad, U)
-        if outputs:
+        weight = loss_weight(reduction, batch, pixels)
+        if result is None:
+            plan_loss(plan, partials, losses, weight)
+        else:
             for vector in scales.vectors[1:]:  # only the tile kernel reads them
                 if vector is not None:
                     plan.free(vector)
-            plan_gradient(plan, features[0], partials, scales, relation, *outputs)
+            plan_gradient(plan, features[0], partials, scales, relation, losses, result, weight)
         return plan, partials
 
-    plan, partials = planned("loss", (student, teacher), build, relation, need_grad, chosen)
-    if gradient is not None:
-        plan.run(student, teacher, loss, gradient)
-        return loss, gradient
-    return partials.loss.of(plan.run(student, teacher)).sum(1) / student.shape[1] ** 2, None
+    plan, _ = planned("loss", (student, teacher), build, relation, need_grad, chosen, reduction)
+    plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
+    return loss, gradient
 
 
 def choose_configuration(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool) -> Configuration:
@@ -102,7 +107,7 @@ def choose_configuration(student: Tensor, teacher: Tensor, relation: Relation, n
     case += [triton.next_power_of_2(size) for size in student.shape[:2]] + [chosen.block_s, chosen.block_t]
 
     def measure(candidate: Configuration) -> float:
-        return run_milliseconds(lambda: run_loss(student, teacher, relation, need_grad, candidate))
+        return run_milliseconds(lambda: run_loss(student, teacher, relation, need_grad, candidate, "none"))
 
     with guard(student.device):
         return autotune("-".join(map(str, case)), relation_kernel.cache_key, chosen, measure)

@@ -31,14 +31,16 @@ from .configurations import (
     BLOCK_CHANNELS,
     BLOCK_PRODUCT,
     BLOCK_TERMS,
+    BLOCK_WEIGHTED,
     OPTIONS,
     TABLE,
     architecture,
     configuration,
     moment_blocks,
     product_blocks,
+    weighted_moment_blocks,
 )
-from .gradient import gradient_kernel
+from .gradient import gradient_kernel, loss_kernel
 from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
 from .primitives import feature_terms, triton
 from .scales import scale_kernel
@@ -51,6 +53,7 @@ KERNELS = {
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "loss": loss_kernel,
     "backward": backward_kernel,
     "closed_gains": gains_kernel,
     "closed_moments": moments_kernel,
@@ -67,7 +70,7 @@ CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
 ROW_ONLY = ("closed_gains", "closed_scales")  # kernels of CLOSED_FORM
 ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
 ROW_L1, ROW_L2, COSINE_L2 = Relation("row", "l1"), Relation("row", "l2"), Relation("cosine", "l2")
-SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32"}  # the others are integers
+SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32", "loss_weight": "fp32"}  # the others are integers
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel in CLOSED_FORM:
         return closed_form_arguments(case, dtype)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
-    if case.kernel == "backward":
+    if case.kernel in ("loss", "backward"):
         return {"BLOCK": BLOCK_PRODUCT}, OPTIONS
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
@@ -156,9 +159,9 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
             known |= dict.fromkeys(matrices)
         return known | {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": BLOCK_CHANNELS}, options
     if case.kernel == "weighted_moment":
-        dtype = torch.float32  # the weights make left factors of float32
-    channels = max(case.channels) if case.kernel == "moment" else case.channels[0]
-    block_n, block_c, options = moment_blocks(dtype, channels)
+        block_n, block_c, options = weighted_moment_blocks()
+        return known | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": BLOCK_WEIGHTED}, options
+    block_n, block_c, options = moment_blocks(dtype, max(case.channels))
     return known | {"BLOCK_N": block_n, "BLOCK_C": block_c}, options
 
 
@@ -204,10 +207,11 @@ def compile_case(case: Case) -> Report:
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
     types = {"student_ptr": features, "teacher_ptr": features, "result_ptr": features}
-    types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr", "factors_ptr"), "*bf16")
-    types |= dict.fromkeys(("raw_factors_ptr", "teacher_factor_ptr"), "*bf16")
+    types |= dict.fromkeys(("terms_ptr", "terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr"), "*bf16")
+    types |= dict.fromkeys(("factors_ptr", "raw_factors_ptr", "teacher_factor_ptr"), "*bf16")
     if case.kernel in CLOSED_FORM:
         types["partial_ptr"] = "*fp64"
+    types["counter_ptr"] = "*i32"
     types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
     types |= dict.fromkeys(known, "constexpr")
     signature = {

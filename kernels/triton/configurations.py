@@ -21,6 +21,8 @@ from .primitives import triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels around the tile kernel: channels of a tile of terms_kernel, and channels of a tile of a product with M.
 BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
+MOST_SPLITS = 16  # programs that share the columns of a row block: parts of h that are read at once
+MOST_WEIGHTED, BLOCK_WEIGHTED = 12, 4  # partial sums of a tile of M_w, and how many its last program reads at once
 BLOCK_PRODUCT = 2048  # elements of the gradient that a program of the product in backward multiplies: 16 per thread
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
@@ -35,6 +37,12 @@ def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
     if channels <= 64:
         return 64, 64, OPTIONS
     return 64, 128, OPTIONS | {"num_warps": 8, "num_stages": 3}
+
+
+def weighted_moment_blocks() -> tuple[int, int, dict]:
+    """Return ``moment_blocks`` of a weighted sum: its left factors are float32, and it prefetches by three steps."""
+    block_n, block_c, options = moment_blocks(torch.float32, 0)
+    return block_n, block_c, options | {"num_warps": 8, "num_stages": 4}
 
 
 def product_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:

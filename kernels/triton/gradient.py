@@ -5,8 +5,10 @@ The formulas are those of ``formulas.gradient_of``.
 
 from __future__ import annotations
 
+import math
+
 from ..formulas import Relation
-from .configurations import BLOCK_CHANNELS, product_blocks
+from .configurations import BLOCK_CHANNELS, OPTIONS, product_blocks
 from .moments import load_weights, moment_product, plan_weighted_moment
 from .plans import Array, Plan
 from .primitives import feature_terms, jit, load_tile, load_vector, multiprocessors, store_tile, tl, triton
@@ -16,6 +18,24 @@ from .tiles import Partials
 BLOCK_PARTIALS = triton is not None and tl.constexpr(1024)  # partial losses that are added at a time
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def store_losses(partial_ptr, loss_ptr, losses, partials, weight):
+    """Write weight times the sum of ``partials`` adjacent partial losses to each of the losses, one per program."""
+    program = tl.program_id(0)
+    if program < losses:
+        partial_ptr += program.to(tl.int64) * partials
+        value = tl.zeros([BLOCK_PARTIALS], tl.float32)
+        for start_p in range(0, partials, BLOCK_PARTIALS):
+            value += load_vector(partial_ptr, start_p, partials, BLOCK_PARTIALS)
+        tl.store(loss_ptr + program, tl.sum(value) * weight)
+
+
+@jit
+def loss_kernel(partial_ptr, loss_ptr, losses, partials, loss_weight):
+    """Compute the losses from their partial sums, where no gradient is required."""
+    store_losses(partial_ptr, loss_ptr, losses, partials, loss_weight)
 
 
 @jit
@@ -45,15 +65,17 @@ def gradient_kernel(
     channels,
     batch,
     splits,
+    losses,
     partials,
     weight,
+    loss_weight,
     NORMALIZE: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute dL/dQ of one tile of the student's features, and the loss of each image, from their partial sums.
+    """Compute dL/dQ of one tile of the student's features, and the losses, from their partial sums.
 
     NORMALIZE is "none" if the gradient has no terms from the norms.
     A program reads only those elements of U that it then writes to the gradient: U and the gradient may share memory.
@@ -96,15 +118,22 @@ def gradient_kernel(
         total += load_tile(part_ptr, start_m, start_c, stride_un, stride_uc, pixels, channels, BLOCK_M, BLOCK_C)
     gradient_ptr += image * stride_gb
     store_tile(gradient_ptr, total * weight, start_m, start_c, stride_gn, stride_gc, pixels, channels, BLOCK_M, BLOCK_C)
-
-    if start_m + start_c == 0:
-        value = tl.zeros([BLOCK_PARTIALS], tl.float32)
-        for start_p in range(0, partials, BLOCK_PARTIALS):
-            value += load_vector(partial_ptr + image * partials, start_p, partials, BLOCK_PARTIALS)
-        tl.store(loss_ptr + image, tl.sum(value) * weight)
+    store_losses(partial_ptr, loss_ptr, losses, partials, loss_weight)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
+
+
+def loss_weight(reduction: str, batch: int, pixels: int) -> float:
+    """Return the factor of the sum of rho(D) in the loss of an image or, with a reduction, of the batch."""
+    return 1 / (pixels**2 * batch) if reduction == "mean" else 1 / pixels**2
+
+
+def plan_loss(plan: Plan, partials: Partials, loss: Array, weight: float) -> None:
+    """Plan the launch that computes the losses, (B,) or (), from the partial sums where there is no gradient."""
+    losses = math.prod(loss.shape)
+    counts = losses, math.prod(partials.loss.shape) // losses
+    plan.launch(loss_kernel, (losses,), partials.loss, loss, *counts, weight, **OPTIONS)
 
 
 def plan_gradient(
@@ -115,12 +144,14 @@ def plan_gradient(
     relation: Relation,
     loss: Array,
     gradient: Array,
+    weight: float,
 ) -> None:
-    """Plan the launches that compute the losses (B,), means over all pairs, and their gradients (B, N, C).
+    """Plan the launches that compute the losses, (B,) or (), and the gradient (B, N, C) of the losses of all images.
 
-    ``partials.U`` and ``gradient`` may share memory.
+    ``partials.U`` and ``gradient`` may share memory. ``weight`` is ``loss_weight``.
     """
     batch, pixels, channels = student.shape
+    losses = math.prod(loss.shape)
     h, alpha, moments = partials.h, None, None
     if h is not None:
         alpha, moments = scales.vectors[0], scales.moments
@@ -150,8 +181,10 @@ def plan_gradient(
         channels,
         batch,
         partials.splits,
-        partials.loss.shape[1],
+        losses,
+        math.prod(partials.loss.shape) // losses,
         1 / pixels**2,
+        weight,
         NORMALIZE=relation.normalize if relation.differentiates_norms else "none",
         TERMS=feature_terms(student.dtype),
         BLOCK_M=block_m,

@@ -1,9 +1,11 @@
 """Moments M = Q^T Q and M_w = Q^T diag(w) Q of features, as Triton kernels: the C x C algebra around the tiles.
 
-``moment_kernel`` and ``weighted_moment_kernel`` compute the tiles on and above the diagonal as partial sums over ranges
-of pixels. ``terms_kernel`` adds the partial sums in a fixed order and splits the result, divided by the square of a
-power of two, into bfloat16 terms. It does so once per element: a kernel that multiplies by M would otherwise split it
-again in every program.
+Both are computed as partial sums over ranges of pixels, of the tiles on and above the diagonal. The partial sums are
+then added in a fixed order, and the result, divided by the square of a power of two, is split into bfloat16 terms. This
+is done once per element: a kernel that multiplies by M would otherwise split it again in every program.
+
+``terms_kernel`` does so for M: the power of two depends on all tiles of an image. It is known when M_w is computed, so
+the last program of a tile in ``weighted_moment_kernel`` adds up the tile.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from .configurations import BLOCK_TERMS, OPTIONS, moment_blocks
+from .configurations import (
+    BLOCK_TERMS,
+    BLOCK_WEIGHTED,
+    MOST_SPLITS,
+    MOST_WEIGHTED,
+    OPTIONS,
+    moment_blocks,
+    weighted_moment_blocks,
+)
 from .plans import Array, Plan
 from .primitives import (
     FULL,
@@ -33,6 +43,7 @@ from .primitives import (
 
 BLOCK_LARGEST = triton is not None and tl.constexpr(64)  # elements of ``largest`` that are read at a time
 BLOCK_SPLITS = triton is not None and tl.constexpr(8)  # partial sums that are read at a time
+BLOCK_H = triton is not None and tl.constexpr(MOST_SPLITS)  # partial sums of h that are read at a time
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -43,6 +54,33 @@ def store_symmetric(ptr, tile, start_i, start_j, channels, BLOCK_C: tl.constexpr
     store_tile(ptr, tile, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
     if start_i < start_j:
         store_tile(ptr, tl.trans(tile), start_j, start_i, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+
+
+@jit
+def sum_partials(ptr, image, start_i, start_j, channels, batch, splits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the sum of a tile of the partial sums (splits, B, C, C), in their order."""
+    stride_split = tl.cast(batch, tl.int64) * channels * channels
+    ptr += image * channels * channels
+    total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    for start in range(0, splits, BLOCK_P):
+        # The loads of several parts are under way at once. A load of a three-dimensional tile would not do: Triton 3.6
+        # spreads the parts over threads, and spills registers.
+        for part in tl.static_range(BLOCK_P):
+            rows = tl.where(start + part < splits, channels, 0)
+            part_ptr = ptr + (start + part) * stride_split
+            total += load_tile(part_ptr, start_i, start_j, channels, 1, rows, channels, BLOCK_C, BLOCK_C)
+    return total
+
+
+@jit
+def store_terms(ptr, tile, image, start_i, start_j, channels, batch, BLOCK_C: tl.constexpr):
+    """Split a tile of a symmetric matrix into terms; store them and their mirror images in the terms (3, B, C, C)."""
+    matrix = tl.cast(channels, tl.int64) * channels
+    term0, term1, term2 = split_terms(tile, FULL)
+    ptr += image * matrix
+    store_symmetric(ptr, term0, start_i, start_j, channels, BLOCK_C)
+    store_symmetric(ptr + batch * matrix, term1, start_i, start_j, channels, BLOCK_C)
+    store_symmetric(ptr + 2 * batch * matrix, term2, start_i, start_j, channels, BLOCK_C)
 
 
 @jit
@@ -153,6 +191,7 @@ def terms_kernel(
     size_t_ptr,
     terms_s_ptr,
     terms_t_ptr,
+    counter_ptr,
     channels_s,
     channels_t,
     batch,
@@ -163,8 +202,8 @@ def terms_kernel(
 ):
     """Add the partial sums of M of student and teacher; write the bfloat16 terms (3, B, C, C) of M / size^2.
 
-    A program computes a tile and its mirror image. ``size`` (B,) is the ``power_of_two_scale`` of ``largest``. With
-    channels_t = 0 there is only one matrix.
+    A program computes a tile and its mirror image. ``size`` (B,) is the ``power_of_two_scale`` of ``largest``. Each
+    tile of the student's M has a counter for ``weighted_moment_kernel``, which is set to 0.
     """
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK_C), tl.cdiv(channels_t, BLOCK_C)
     tiles = blocks_s * blocks_s + blocks_t * blocks_t
@@ -177,26 +216,14 @@ def terms_kernel(
         tile -= blocks_t * blocks_t
         partial_ptr, largest_ptr, size_ptr, terms_ptr = partial_s_ptr, largest_s_ptr, size_s_ptr, terms_s_ptr
         channels, blocks, count = channels_s, blocks_s, count_s
+        tl.store(counter_ptr + image * blocks_s * blocks_s + tile, 0)
     start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
     if start_i <= start_j:
         size, inverse_square = power_of_two_scale(largest_ptr + image * count, count)
         if tile == 0:
             tl.store(size_ptr + image, size)
-        matrix = tl.cast(channels, tl.int64) * channels
-        partial_ptr += image * matrix
-        offs_i = start_i + tl.arange(0, BLOCK_C)[None, :, None]
-        offs_j = start_j + tl.arange(0, BLOCK_C)[None, None, :]
-        inside = (offs_i < channels) & (offs_j < channels)
-        total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-        for start in range(0, splits, BLOCK_SPLITS):  # several at a time, to wait for memory less often
-            offs_p = start + tl.arange(0, BLOCK_SPLITS)[:, None, None]
-            pointers = partial_ptr + offs_p.to(tl.int64) * batch * matrix + offs_i * channels + offs_j
-            total += tl.sum(tl.load(pointers, mask=(offs_p < splits) & inside, other=0.0), 0)
-        term0, term1, term2 = split_terms(total * inverse_square, FULL)
-        terms_ptr += image * matrix
-        store_symmetric(terms_ptr, term0, start_i, start_j, channels, BLOCK_C)
-        store_symmetric(terms_ptr + batch * matrix, term1, start_i, start_j, channels, BLOCK_C)
-        store_symmetric(terms_ptr + 2 * batch * matrix, term2, start_i, start_j, channels, BLOCK_C)
+        total = sum_partials(partial_ptr, image, start_i, start_j, channels, batch, splits, BLOCK_SPLITS, BLOCK_C)
+        store_terms(terms_ptr, total * inverse_square, image, start_i, start_j, channels, batch, BLOCK_C)
 
 
 @jit
@@ -223,11 +250,13 @@ def moment_product(
 @jit
 def load_weights(h_ptr, alpha_ptr, size, start_n, stride_hs, pixels, h_splits, BLOCK_N: tl.constexpr):
     """Return w_n size^2 of BLOCK_N pixels, where w_n = h_n alpha_n^2 and h is the sum of its splits."""
-    h = tl.zeros([BLOCK_N], tl.float32)
-    for split in range(h_splits):
-        h += load_vector(h_ptr + tl.cast(split, tl.int64) * stride_hs, start_n, pixels, BLOCK_N)
     alpha = load_vector(alpha_ptr, start_n, pixels, BLOCK_N) * size
-    return h * alpha * alpha
+    # all splits at once: Triton prefetches the loads of a loop only if there is no loop in it
+    offs_p = tl.arange(0, BLOCK_H)[:, None]
+    offs_n = start_n + tl.arange(0, BLOCK_N)[None, :]
+    pointers = h_ptr + offs_p.to(tl.int64) * stride_hs + offs_n
+    h = tl.load(pointers, mask=(offs_p < h_splits) & (offs_n < pixels), other=0.0)
+    return tl.sum(h, 0) * alpha * alpha
 
 
 @jit
@@ -237,6 +266,8 @@ def weighted_moment_kernel(
     alpha_ptr,
     size_ptr,
     partial_ptr,
+    terms_ptr,
+    counter_ptr,
     stride_sb,
     stride_sn,
     stride_sc,
@@ -247,13 +278,17 @@ def weighted_moment_kernel(
     h_splits,
     splits,
     split_pixels,
+    counters,
     TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Compute M_w = Q^T diag(w) Q, times the square of M's power of two, as partial sums (splits, B, C, C).
+    """Compute the bfloat16 terms (3, B, C, C) of M_w = Q^T diag(w) Q.
 
-    A program computes a tile over ``split_pixels`` pixels, if it is not below the diagonal.
+    A program computes a tile over ``split_pixels`` pixels, if it is not below the diagonal, as one of the partial sums
+    (splits, B, C, C). The last program of a tile adds them up, in the order of the splits. An image has ``counters``
+    counters, which are 0 at the start, at least one for each tile.
     """
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
@@ -275,8 +310,17 @@ def weighted_moment_kernel(
             right = load_tile(student_ptr, start_n, start_j, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
             weights = load_weights(h_ptr, alpha_ptr, size, start_n, stride_hs, pixels, h_splits, BLOCK_N)
             acc = product(tl.trans(left.to(tl.float32) * weights[:, None]), right, acc, FULL, TERMS)
-        partial_ptr += (split.to(tl.int64) * batch + image) * channels * channels
-        store_tile(partial_ptr, acc, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+        part_ptr = partial_ptr + (split.to(tl.int64) * batch + image) * channels * channels
+        store_tile(part_ptr, acc, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+        # One thread counts. The barrier puts the stores of the other threads before its release, and the one by which
+        # it hands out the count puts their loads after its acquire.
+        tl.debug_barrier()
+        tile = program % (blocks * blocks)
+        arrived = tl.atomic_add(counter_ptr + image * counters + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            total = sum_partials(partial_ptr, image, start_i, start_j, channels, batch, splits, BLOCK_P, BLOCK_C)
+            inverse = tl.div_rn(1.0, size)  # exact: a power of two
+            store_terms(terms_ptr, total * inverse * inverse, image, start_i, start_j, channels, batch, BLOCK_C)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -289,19 +333,21 @@ class Moments(NamedTuple):
         terms: bfloat16 (3, B, C, C); their sum times size^2 is M.
         size: (B,).
         largest: (B, splits, blocks), of which size is the power of two.
+        counters: int32 (B, tiles), 0; of the student's M only.
     """
 
     terms: Array
     size: Array
     largest: Array
+    counters: Array | None = None
 
 
-def moment_splits(programs: int, pixels: int, block: int, device: torch.device) -> tuple[int, int]:
+def moment_splits(programs: int, pixels: int, block: int, device: torch.device, most: int = 32) -> tuple[int, int]:
     """Return the number of parts of a sum over pixels that occupies the device, and the pixels of a part.
 
-    A part has at least two blocks of pixels; there are at most 32, since their results are written and read again.
+    A part has at least two blocks of pixels. ``most`` limits the parts, since their results are written and read again.
     """
-    most = min(32, 2 * multiprocessors(device) // programs, triton.cdiv(pixels, 2 * block))
+    most = min(most, 2 * multiprocessors(device) // programs, triton.cdiv(pixels, 2 * block))
     split_pixels = triton.cdiv(triton.cdiv(pixels, max(1, most)), block) * block
     return triton.cdiv(pixels, split_pixels), split_pixels
 
@@ -344,42 +390,30 @@ def plan_moments(plan: Plan, student: Array, teacher: Array) -> tuple[Moments, M
         BLOCK_C=block_c,
         **options,
     )
-    plan_terms(plan, partial, moments)
-    for array in partial:
-        plan.free(array)
-    return moments[0], moments[1]
-
-
-def plan_terms(plan: Plan, partial: list[Array], moments: list[Moments]) -> None:
-    """Plan the launch of ``terms_kernel`` for the partial sums (splits, B, C, C) of one or two matrices."""
-    splits, batch = partial[0].shape[:2]
-    channels = [array.shape[2] for array in partial]
-    counts = [math.prod(each.largest.shape[1:]) for each in moments]
-    first, last = moments[0], moments[-1]
+    tiles_s, tiles_t = (triton.cdiv(count, BLOCK_TERMS) ** 2 for count in channels)
+    counters = plan.scratch(batch, tiles_s, dtype=torch.int32)
     plan.launch(
         terms_kernel,
-        (batch * sum(triton.cdiv(count, BLOCK_TERMS) ** 2 for count in channels),),
-        partial[0],
-        partial[-1],
-        first.largest,
-        last.largest,
-        first.size,
-        last.size,
-        first.terms,
-        last.terms,
-        channels[0],
-        channels[1] if len(channels) == 2 else 0,
+        (batch * (tiles_s + tiles_t),),
+        *partial,
+        *(each.largest for each in moments),
+        *(each.size for each in moments),
+        *(each.terms for each in moments),
+        counters,
+        *channels,
         batch,
         splits,
-        counts[0],
-        counts[-1],
+        *(math.prod(each.largest.shape[1:]) for each in moments),
         BLOCK_C=BLOCK_TERMS,
         **OPTIONS,
     )
+    for array in partial:
+        plan.free(array)
+    return moments[0]._replace(counters=counters), moments[1]
 
 
 def plan_weighted_moment(plan: Plan, student: Array, h: Array, alpha: Array, moments: Moments) -> Array:
-    """Plan the launches that compute the terms (3, B, C, C) of M_w = Q^T diag(w) Q, w = alpha^2 h.
+    """Plan the launch that computes the terms (3, B, C, C) of M_w = Q^T diag(w) Q, w = alpha^2 h.
 
     Args:
         student: (B, N, C).
@@ -388,9 +422,12 @@ def plan_weighted_moment(plan: Plan, student: Array, h: Array, alpha: Array, mom
         moments: of the student.
     """
     batch, pixels, channels = student.shape
-    block_n, block_c, options = moment_blocks(torch.float32, channels)
+    block_n, block_c, options = weighted_moment_blocks()
     blocks = triton.cdiv(channels, block_c)
-    splits, split_pixels = moment_splits(batch * blocks * (blocks + 1) // 2, pixels, block_n, plan.device)
+    tiles = blocks * (blocks + 1) // 2
+    splits, split_pixels = moment_splits(batch * tiles, pixels, block_n, plan.device, MOST_WEIGHTED)
+    counters = moments.counters
+    assert counters is not None and counters.shape[1] >= blocks**2, "one for each tile of the student's M"
     terms = plan.scratch(3, batch, channels, channels, dtype=torch.bfloat16)
     partial = plan.scratch(splits, batch, channels, channels)
     plan.launch(
@@ -401,6 +438,8 @@ def plan_weighted_moment(plan: Plan, student: Array, h: Array, alpha: Array, mom
         alpha,
         moments.size,
         partial,
+        terms,
+        counters,
         *student.strides,
         h.strides[0],
         pixels,
@@ -409,11 +448,12 @@ def plan_weighted_moment(plan: Plan, student: Array, h: Array, alpha: Array, mom
         h.shape[0],
         splits,
         split_pixels,
+        counters.shape[1],
         TERMS=feature_terms(student.dtype),
         BLOCK_N=block_n,
         BLOCK_C=block_c,
+        BLOCK_P=BLOCK_WEIGHTED,
         **options,
     )
-    plan_terms(plan, [partial], [moments._replace(terms=terms)])
     plan.free(partial)
     return terms

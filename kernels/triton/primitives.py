@@ -26,7 +26,8 @@ FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that r
 
 # Arguments whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a
 # multiple of 16.
-COUNTS = ("batch", "splits", "h_splits", "count_s", "count_t", "partials", "image_blocks", "upstream_stride")
+COUNTS: tuple[str, ...] = ("batch", "splits", "h_splits", "count_s", "count_t", "counters", "losses", "partials")
+COUNTS += ("image_blocks", "upstream_stride")
 
 
 def jit(function):
@@ -177,7 +178,8 @@ def features_product(a, b, acc, TERMS: tl.constexpr):
 
 def guard(device: torch.device) -> AbstractContextManager:
     """Return a context that makes ``device`` current: Triton launches there, not on the device of its arguments."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # a single device is always current
+    return torch.cuda.device(device) if device.type == "cuda" and torch.cuda.device_count() > 1 else nullcontext()
 
 
 def addressable(features: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def plan_scales(
         **options,
     )
     if moments_t is not None:
-        for array in moments_t:
+        for array in (moments_t.terms, moments_t.size, moments_t.largest):
             plan.free(array)
     return PlannedScales(vectors, moments_s)
 

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from ..formulas import Relation
-from .configurations import TERMS, Configuration
+from .configurations import MOST_SPLITS, TERMS, Configuration
 from .plans import Array, Plan
 from .primitives import (
     INTERPRET,
@@ -348,7 +348,7 @@ def column_splits(batch: int, pixels: int, channels: int, need_grad: bool, block
     The choice is the smallest number with the shortest estimated time on ``slots`` programs that run at a time.
     """
     blocks = triton.cdiv(pixels, block)
-    most = min(blocks, 1 + WORKSPACE // (4 * batch * pixels * channels)) if need_grad else blocks
+    most = min(blocks, 1 + WORKSPACE // (4 * batch * pixels * channels), MOST_SPLITS) if need_grad else blocks
 
     def duration(splits: int) -> int:
         programs = batch * blocks * (splits if need_grad else (splits + 1) / 2)  # half of them are below the diagonal

@@ -59,9 +59,20 @@ BACKENDS = {
             Fault(
                 "the last partial moment is dropped",
                 TRITON_MOMENTS,
-                "mask=(offs_p < splits) & inside",
-                "mask=(offs_p < tl.maximum(splits - 1, 1)) & inside",
+                "start + part < splits, channels",
+                "start + part < tl.maximum(splits - 1, 1), channels",
             ),
+            Fault(
+                "the first program of a tile of M_w adds it up", TRITON_MOMENTS, "arrived == splits - 1", "arrived == 0"
+            ),
+            Fault("the losses are those of the first image", TRITON_GRADIENT, "program.to(tl.int64) * partials", "0"),
+            Fault(
+                "backward: the factor of the first image",
+                "kernels/triton/backward.py",
+                "grad_loss_ptr + image * upstream_stride",
+                "grad_loss_ptr",
+            ),
+            Fault("backward: no weight", "kernels/triton/backward.py", "upstream_stride) * weight", "upstream_stride)"),
             Fault(
                 "rectify: K is masked by D", TRITON_TILES, "tl.where(gram_s <= 0, 0.0, K)", "tl.where(K <= 0, 0.0, K)"
             ),

@@ -152,8 +152,10 @@ def test_16384_pixels_32_images(dtype, gpu):
     )
 
 
-def test_a_thousand_runs_give_the_same_bits(gpu):
-    student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_thousand_runs_give_the_same_bits(batch, gpu):
+    """Also those of M_w, which the program that happens to be the last of a tile adds up."""
+    student, teacher = (tokens(x) for x in images(gpu, batch=batch, side=64, channels=(96, 96)))
     expected = triton.loss_and_gradient(student, teacher, ROW_L1, True)
     for _ in range(1000):
         for one, other in zip(triton.loss_and_gradient(student, teacher, ROW_L1, True), expected):
@@ -162,7 +164,7 @@ def test_a_thousand_runs_give_the_same_bits(gpu):
 
 @pytest.mark.parametrize("relation", L1)
 def test_few_launches_and_no_synchronisation(relation, gpu):
-    """The loss and gradient of one image take at most 7 kernels and no synchronisation with the host."""
+    """The loss and gradient of one image take at most 6 kernels and no synchronisation with the host."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # which launches kernels; a fixture restores it
     student, teacher = (tokens(x) for x in images(gpu, batch=1, side=64))
     triton.loss_and_gradient(student, teacher, relation, True)
@@ -175,7 +177,7 @@ def test_few_launches_and_no_synchronisation(relation, gpu):
         triton.loss_and_gradient(student, teacher, relation, True)
         torch.cuda.synchronize(gpu)
     launched = Counter({event.key: event.count for event in profile.key_averages() if event.self_device_time_total > 0})
-    assert 0 < launched.total() <= 7, launched
+    assert 0 < launched.total() <= 6, launched
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)

@@ -212,6 +212,18 @@ def test_strides_are_read_in_place(make, contiguous):
     assert torch.equal(gradient, expected[1])
 
 
+@pytest.mark.parametrize("need_grad", [True, False])
+def test_reductions(need_grad):
+    """The loss is reduced in the kernels; the gradient is that of each image's own loss."""
+    student, teacher = features(None, 3, 50, (24, 40), torch.bfloat16)
+    losses, gradient = triton.loss_and_gradient(student, teacher, ROW_L1, need_grad)
+    for reduction, expected in (("mean", losses.double().mean()), ("sum", losses.double().sum())):
+        loss, same = triton.loss_and_gradient(student, teacher, ROW_L1, need_grad, reduction)
+        assert loss.shape == ()
+        assert error(loss, expected) < 4 * ULP
+        assert (same is None and gradient is None) or torch.equal(same, gradient)
+
+
 def test_two_runs_give_the_same_bits(monkeypatch):
     """Also if several programs share every sum."""
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 64)

@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
 ROW_L1 = Relation("row", "l1")
-KERNELS = ["moment", "terms", "scale", "relation", "weighted_moment", "terms", "gradient"]
+KERNELS = ["moment", "terms", "scale", "relation", "weighted_moment", "gradient"]
 
 
 # --- scratch memory ---------------------------------------------------------------------------------------------------
