@@ -10,6 +10,8 @@ using sm80::Features;
 constexpr int BLOCK = 64;                       // channels or pixels in one dimension of a panel
 constexpr int PANEL_BYTES = BLOCK * BLOCK * 2;  // of one bfloat16 term
 constexpr int MATRIX_TERMS = 3;                 // bfloat16 terms of an element of M: 24 bits
+constexpr int STRIP = 16;                       // rows of a tile that are finished at once: a sector of a mirrored line
+constexpr int STRIPS = BLOCK / STRIP;           // of a tile
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
 constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
 

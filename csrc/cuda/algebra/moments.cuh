@@ -196,11 +196,11 @@ SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 // Adds the partial moments. Grid: (images * tiles of both networks, strips of a tile).
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2, STRIPS = BLOCK / STRIP, BATCH = 8;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 2, BATCH = 8;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int STRIPS_AT = LARGEST_AT + THREADS / 32 * 4;
-  using Strip = SymmetricStrip<THREADS>;
+  using Strip = StripOfMatrix<THREADS, BFloat16>;
   static constexpr int SHARED_BYTES = STRIPS_AT + 2 * Strip::BYTES;
 
   const MomentArguments& p;
@@ -260,16 +260,18 @@ struct FinishMoments {
   }
 
   SRPKD_DEVICE void run() const {
-    const StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0),
-                                                        splits, first_row);
+    StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0), splits,
+                                                  first_row);
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const double count = p.pixels;
     const int64_t matrix = image * elements_of_terms(channels);
-    const Strip of_centred{results.centred[network] + matrix, at, blocks, first_row, shared + STRIPS_AT};
-    const Strip of_whole{results.whole + matrix, at, blocks, first_row, shared + STRIPS_AT + Strip::BYTES};
-    partials.for_each_sum([&](int row, int column, const double (&sums)[UNIT]) {
-      float centred[UNIT], whole[UNIT];
-      for (int i = 0; i < UNIT; ++i) {
+    const bool mirrored = at.row != at.column;
+    const Address buffer = shared + STRIPS_AT;
+    const Strip of_centred{results.centred[network] + matrix, at, blocks, first_row, mirrored, buffer};
+    const Strip of_whole{results.whole + matrix, at, blocks, first_row, mirrored, buffer + Strip::BYTES};
+    partials.for_each_sum([&](int row, int column, const double (&sums)[MATRIX_UNIT]) {
+      float centred[MATRIX_UNIT], whole[MATRIX_UNIT];
+      for (int i = 0; i < MATRIX_UNIT; ++i) {
         const double sum = sums[i] - count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
         centred[i] = static_cast<float>(sum) * scale;
         whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
@@ -353,17 +355,18 @@ struct WeightedMoment {
 
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
-    using Strip = SymmetricStrip<THREADS>;
+    using Strip = StripOfMatrix<THREADS, BFloat16>;
     constexpr int STRIPS_AT = 256;  // other threads may still read the first word
     static_assert(STRIPS_AT + 2 * Strip::BYTES <= SHARED_BYTES);
     uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
 #pragma unroll 1
     for (int row = 0; row < BLOCK; row += STRIP) {
-      const StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
-      const Strip strip{matrix, at, blocks, row, shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES};
-      partials.for_each_sum([&](int of_row, int column, const double (&sums)[UNIT]) {
-        float x[UNIT];
-        for (int i = 0; i < UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
+      StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
+      const Address buffer = shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES;
+      const Strip strip{matrix, at, blocks, row, at.row != at.column, buffer};
+      partials.for_each_sum([&](int of_row, int column, const double (&sums)[MATRIX_UNIT]) {
+        float x[MATRIX_UNIT];
+        for (int i = 0; i < MATRIX_UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
         strip.store(of_row, column, x);
       });
       sync_block();  // two buffers: the strip after the next is written after the next barrier

@@ -73,6 +73,16 @@ struct Raw {
   }
 };
 
+// Returns the next term of adjacent numbers, two in a word, and subtracts it from them.
+template <class Term, int COUNT>
+SRPKD_DEVICE void take_term(uint32_t (&word)[COUNT / 2], float (&x)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; ++i) {
+    word[i] = pack<Term>(x[2 * i], x[2 * i + 1]);
+    x[2 * i] -= as_float(widen<Term, false>(word[i])), x[2 * i + 1] -= as_float(widen<Term, true>(word[i]));
+  }
+}
+
 // Adjacent pixels in groups of 8, whose first pixels are `stride` apart: 8 for a range of pixels.
 struct Pixels {
   int first, end, stride = 8;
@@ -144,12 +154,8 @@ struct PanelPart {
   SRPKD_DEVICE void store_terms(Address to, int stride, int i, float (&x)[UNIT]) const {
 #pragma unroll
     for (int term = 0; term < COUNT_TERMS; ++term) {
-      uint32_t word[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        word[w] = pack<Term>(x[2 * w], x[2 * w + 1]);
-        x[2 * w] -= as_float(widen<Term, false>(word[w])), x[2 * w + 1] -= as_float(widen<Term, true>(word[w]));
-      }
+      uint32_t word[UNIT / 2];
+      take_term<Term>(word, x);
       store_unit<G>(to + term * stride, i, word);
     }
   }

@@ -198,7 +198,7 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   if (a.relation.normalize == Normalize::row) {
     plan_row(plan, a.need_grad, multiprocessors, workspace);
   } else {
-    p.loss_parts = p.tiles.count(), p.losses = workspace.take<double>(images * p.loss_parts);
+    p.loss_parts = p.tiles.count() * algebra::STRIPS, p.losses = workspace.take<double>(images * p.loss_parts);
     if (a.need_grad) plan_factors(p, workspace);
   }
   const int64_t row_blocks = images * (2 * ceil_div(pixels, BLOCK) + 1);
