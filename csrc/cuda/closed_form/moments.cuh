@@ -244,13 +244,20 @@ struct FinishTiles {
   const Arguments& p;
   const int image;
 
-  // Returns an element of a moment. Of symmetric moments, only tiles on and above the diagonal are stored.
-  SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
+  // The tile that stores an element of a moment, and the element's place there. Of symmetric moments, only tiles on and
+  // above the diagonal are stored.
+  struct Place {
+    int tile, offset;
+  };
+  SRPKD_DEVICE Place place_of(Moment moment, int block_row, int block_column, int row, int column) const {
     const bool mirrored = moment != AB && block_row > block_column;
-    const int tile =
-        mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
-    const float* const partial =
-        p.partial + offset_of_partial(p, image, tile) + (mirrored ? column * BLOCK + row : row * BLOCK + column);
+    return {mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column),
+            mirrored ? column * BLOCK + row : row * BLOCK + column};
+  }
+
+  SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
+    const Place at = place_of(moment, block_row, block_column, row, column);
+    const float* const partial = p.partial + offset_of_partial(p, image, at.tile) + at.offset;
     return algebra::sum_in_order(p.ranges.splits, [&](int split) {
       const float* const from = partial + split * BLOCK * BLOCK;
       return COHERENT ? load_global_coherent(from) : load_global(from);
@@ -259,11 +266,8 @@ struct FinishTiles {
 
   // The place of an element of S, which are as large as one split of the moments AA, AB and BB.
   SRPKD_DEVICE float* sum_at(Moment moment, int block_row, int block_column, int row, int column) const {
-    const bool mirrored = moment != AB && block_row > block_column;
-    const int tile =
-        mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
-    return p.sums + (int64_t{image} * p.tiles.first(OF_DISTANCES) + tile) * BLOCK * BLOCK +
-           (mirrored ? column * BLOCK + row : row * BLOCK + column);
+    const Place at = place_of(moment, block_row, block_column, row, column);
+    return p.sums + (int64_t{image} * p.tiles.first(OF_DISTANCES) + at.tile) * BLOCK * BLOCK + at.offset;
   }
 
   // The place of an element of a factor with `blocks` columns of panels.
