@@ -77,7 +77,7 @@ struct NormArguments {
   Features features[2];
   int images, pixels;
   float eps;
-  MomentResults moments;  // the last two only for "row"
+  MomentResults moments;  // this and the next only for "row"
   int resident;           // blocks of 64 channels that stay in shared memory; features with more are read repeatedly
   float* alpha[2];        // (images, pixels)
 };
@@ -115,9 +115,9 @@ struct GradientArguments {
   Normalize normalize;  // whose norms have a gradient
   Sums sums;
   const float* alpha;
-  const float* size;  // the three of "row"
-  const uint16_t* moment;
-  const uint16_t* weighted;
+  const float* size;         // this and the next two only for "row": MomentResults::size
+  const uint16_t* moment;    // MomentResults::whole
+  const uint16_t* weighted;  // WeightedMomentArguments::weighted
   void* gradient;  // (images, pixels, channels): bfloat16 for bfloat16 features, else float32; null if not required
   int64_t gradient_strides[3];
   double scale;  // of the loss and the gradient: 1/N^2, for the mean over images also 1/images

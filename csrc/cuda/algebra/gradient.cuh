@@ -2,7 +2,7 @@
 // torch.
 #pragma once
 
-#include "norms.cuh"
+#include "matrices.cuh"
 #include "sums.cuh"
 
 namespace srpkd::cuda::algebra {

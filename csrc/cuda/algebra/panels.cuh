@@ -121,7 +121,7 @@ struct PanelPart {
     }
   }
 
-  // Writes the first COUNT_TERMS terms, of type Term, of value(raw element, pixel, channel), STRIDE bytes apart.
+  // Writes the first COUNT_TERMS terms, of type Term, of value(raw element, pixel, channel), `stride` bytes apart.
   template <int COUNT_TERMS, class G, class Term = BFloat16, class F>
   SRPKD_DEVICE void store(Address to, int stride, F value) const {
 #pragma unroll

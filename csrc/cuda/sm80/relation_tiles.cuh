@@ -3,8 +3,7 @@
 // A thread block computes the rows of 64 pixels i and loops over the pixels j in blocks of 64. For each pair of blocks:
 //
 //   G_s, G_t    Tensor cores multiply the raw features, in panels of 128 bytes of channels. Asynchronous copies bring
-//   the
-//               panels of j into a ring of slots in shared memory; the panels of i stay resident there.
+//               the panels of j into a ring of slots in shared memory; the panels of i stay resident there.
 //   D, P, K     computed on the accumulators, in registers: scaling, rho, rho'. K overwrites G_s.
 //   U += K q_j  Tensor cores again. The accumulator of one product is the left operand of the next, so K never leaves
 //               its registers, and q_j is still in the ring.
