@@ -242,4 +242,15 @@ SRPKD_DEVICE double sum_in_order(int count, Load load) {
   return sum.value();
 }
 
+// Returns the sum over the threads of a block, in thread 0. Needs THREADS / 32 * 8 bytes of shared memory.
+template <int THREADS>
+SRPKD_DEVICE double sum_of_threads(double value, Address shared) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += shuffle_xor(value, lanes);
+  if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, value);
+  sync_block();
+  if (thread_index() == 0)
+    for (int warp = 1; warp < THREADS / 32; ++warp) value += load_shared<double>(shared + warp * 8);
+  return value;
+}
+
 }  // namespace srpkd::cuda::algebra

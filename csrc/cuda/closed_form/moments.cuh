@@ -15,6 +15,7 @@ using algebra::Pixels;
 using algebra::store_matrix_terms;
 using algebra::STRIP;
 using algebra::STRIPS;
+using algebra::sum_of_threads;
 
 // The terms of products: bfloat16, or float16 where the size of scaled features is known. Those have 11 bits instead of
 // 8: features of 16 bits are one term, and a matrix has two instead of three.
@@ -355,17 +356,6 @@ struct FinishTiles {
     return loss;
   }
 };
-
-// Returns the sum over the threads of a block, in thread 0. Needs THREADS / 32 * 8 bytes of shared memory.
-template <int THREADS>
-SRPKD_DEVICE double sum_of_threads(double value, Address shared) {
-  for (int lanes = 1; lanes < 32; lanes *= 2) value += shuffle_xor(value, lanes);
-  if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, value);
-  sync_block();
-  if (thread_index() == 0)
-    for (int warp = 1; warp < THREADS / 32; ++warp) value += load_shared<double>(shared + warp * 8);
-  return value;
-}
 
 // Grid: (images * tiles, strips of a tile). A block adds the partial sums of a strip, and computes its part of the
 // factors and, for "cosine" and "none", of the loss. In the difference form the blocks of M_ab do that for all moments,
