@@ -34,8 +34,8 @@ BACKENDS = {
             Fault(
                 "writes one channel too many",
                 CUDA_TILES,
-                "channel < p.features[1].channels)",
-                "channel <= p.features[1].channels)",
+                "channel < p.features[STUDENT].channels)",
+                "channel <= p.features[STUDENT].channels)",
             ),
             Fault("some pairs of blocks are skipped", CUDA_CONFIG, "(blocks + 1) / 2 + (", "(blocks + 1) / 2 + 0 * ("),
             Fault(

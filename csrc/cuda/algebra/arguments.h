@@ -15,9 +15,6 @@ constexpr int STRIPS = BLOCK / STRIP;           // of a tile
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
 constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
 
-// The networks, in the order of Features and of all arrays here.
-enum Network { TEACHER, STUDENT };
-
 SRPKD_HOST_DEVICE constexpr int blocks_of(int channels) { return static_cast<int>(ceil_div(channels, BLOCK)); }
 SRPKD_HOST_DEVICE constexpr int padded(int channels) { return blocks_of(channels) * BLOCK; }
 

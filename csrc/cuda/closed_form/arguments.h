@@ -37,8 +37,6 @@ using algebra::BLOCK;
 using algebra::blocks_of;
 using algebra::MATRIX_TERMS;
 using algebra::Ranges;
-using algebra::STUDENT;
-using algebra::TEACHER;
 using algebra::tiles_of;
 
 // `only`: of "cosine" and "none". The others: of "row".
