@@ -225,7 +225,7 @@ BACKENDS = {
                 "weighted moment: the first block sums",
                 CUDA_MATRICES,
                 "== blocks - 1 ? 1 : 0",
-                "== 0 ? 1 : 0",
+                "== blocks - blocks ? 1 : 0",
             ),
             Fault(
                 "weighted moment: counted before all threads have written",
