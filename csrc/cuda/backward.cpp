@@ -34,7 +34,10 @@ bool covered(const Tensor& gradient, const Tensor& grad_loss, const Tensor& resu
 Tensor relation_loss_backward(const Tensor& gradient, const Tensor& grad_loss, at::ScalarType dtype) {
   const c10::cuda::CUDAGuard guard(gradient.device());
   Tensor result = at::empty_like(gradient, gradient.options().dtype(dtype));
-  if (!covered(gradient, grad_loss, result)) return multiply(gradient, grad_loss, dtype);
+  if (!covered(gradient, grad_loss, result)) {
+    multiply_into(result, gradient, grad_loss);
+    return result;
+  }
   const bool single = grad_loss.numel() == 1;
   const algebra::BackwardArguments p{gradient.const_data_ptr(),
                                      gradient.scalar_type() == at::kBFloat16,

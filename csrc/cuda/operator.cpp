@@ -81,7 +81,8 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
 
   Tensor q_s = student, q_t = teacher;
   a.pixels_adjacent = unify_layouts(q_s, q_t);
-  a.features[0] = features_of(q_t, {}, a.pixels_adjacent), a.features[1] = features_of(q_s, {}, a.pixels_adjacent);
+  a.features[TEACHER] = features_of(q_t, {}, a.pixels_adjacent);
+  a.features[STUDENT] = features_of(q_s, {}, a.pixels_adjacent);
   a.element_bytes = static_cast<int>(student.element_size());
   a.images = static_cast<int>(student.size(0)), a.pixels = static_cast<int>(student.size(1));
   a.loss = loss.mutable_data_ptr<float>();
@@ -120,8 +121,8 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);
     make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);
   }
-  a.tile_features[0] = features_of(tiles_t, {}, a.pixels_adjacent);
-  a.tile_features[1] = features_of(tiles_s, {}, a.pixels_adjacent);
+  a.tile_features[TEACHER] = features_of(tiles_t, {}, a.pixels_adjacent);
+  a.tile_features[STUDENT] = features_of(tiles_s, {}, a.pixels_adjacent);
   run(make_plan);
   return {loss, gradient};
 }
@@ -151,8 +152,8 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
   };
   const Tensor scale_s = scale(alpha_s), scale_t = scale(alpha_t);
 
-  p.features[0] = features_of(q_t, scale_t, pixels_adjacent);
-  p.features[1] = features_of(q_s, scale_s, pixels_adjacent);
+  p.features[TEACHER] = features_of(q_t, scale_t, pixels_adjacent);
+  p.features[STUDENT] = features_of(q_s, scale_s, pixels_adjacent);
   p.images = static_cast<int>(images), p.pixels = static_cast<int>(pixels);
   const int u_channels = sm80::plan(p, precision, need_grad, device_of(student.get_device()));
   check_grid(student, images * p.blocks * p.channel_splits);

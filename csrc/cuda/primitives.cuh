@@ -68,11 +68,13 @@ SRPKD_DEVICE void load_words(uint32_t (&to)[WORDS], const void* from) {
 }
 template <int WORDS>
 SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
-  static_assert(WORDS == 2 || WORDS == 4);
+  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
   if constexpr (WORDS == 4)
     *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
-  else
+  else if constexpr (WORDS == 2)
     *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+  else
+    *static_cast<uint32_t*>(to) = from[0];
 }
 // Read global memory that other thread blocks of this launch have written.
 template <typename T>

@@ -17,8 +17,8 @@ struct Sm90LossPlan {
 inline sm90::Problem problem_of(const LossArguments& a) {
   return {a.images,
           a.pixels,
-          a.features[algebra::STUDENT].channels,
-          a.features[algebra::TEACHER].channels,
+          a.features[STUDENT].channels,
+          a.features[TEACHER].channels,
           a.precision,
           a.need_grad,
           a.relation.normalize,

@@ -15,6 +15,9 @@ struct Half {
   uint16_t bits;
 };
 
+// The networks, in the order of all arrays of both.
+enum Network { TEACHER, STUDENT };
+
 SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
 
 // How features are multiplied. tf32x3: three products of floats split into two tf32.

@@ -77,7 +77,8 @@ def test_values(library: ctypes.CDLL, relation: Relation, case: str, layout: str
     assert result.launches == {ROW: 5, COSINE: 4, NONE: 3}[relation]
 
 
-@pytest.mark.parametrize("pixels", [1, 2, 64, 65, 200])
+# 1,200 pixels: ten ranges, of which the second stage of "row" loads eight together
+@pytest.mark.parametrize("pixels", [1, 2, 64, 65, 200, 1200])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
 @every_normalized
 def test_any_number_of_pixels(library: ctypes.CDLL, relation: Relation, channels: tuple[int, int], pixels: int) -> None:

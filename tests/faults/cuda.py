@@ -8,6 +8,7 @@ CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80
 CUDA_CONFIG = "csrc/cuda/sm80/config.h"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
+CUDA_MATRICES = "csrc/cuda/algebra/matrices.cuh"
 CUDA_BACKWARD = "csrc/cuda/algebra/backward.cuh"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
     f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
@@ -33,8 +34,8 @@ BACKENDS = {
             Fault(
                 "writes one channel too many",
                 CUDA_TILES,
-                "channel < p.features[1].channels)",
-                "channel <= p.features[1].channels)",
+                "channel < p.features[STUDENT].channels)",
+                "channel <= p.features[STUDENT].channels)",
             ),
             Fault("some pairs of blocks are skipped", CUDA_CONFIG, "(blocks + 1) / 2 + (", "(blocks + 1) / 2 + 0 * ("),
             Fault(
@@ -95,6 +96,24 @@ BACKENDS = {
                 CUDA_CLOSED_MOMENTS,
                 "      sync_block();  // the panels have arrived\n",
                 "",
+            ),
+            Fault(
+                "only a batch of the ranges",
+                CUDA_MATRICES,
+                "first < splits; first += BATCH) load(first)",
+                "first < splits && first < BATCH; first += BATCH) load(first)",
+            ),
+            Fault(
+                "missing barrier before the mirror image",
+                CUDA_CLOSED_MOMENTS,
+                "    sync_block();\n    strip.store_mirrored();",
+                "    strip.store_mirrored();",
+            ),
+            Fault(
+                "one buffer for all strips",
+                CUDA_CLOSED_ROW,
+                "BUFFERS_AT + strip % 2 * BUFFER_BYTES",
+                "BUFFERS_AT",
             ),
             Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
             Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
@@ -179,9 +198,9 @@ BACKENDS = {
             ),
             Fault(
                 "moments: the last range is dropped",
-                CUDA_MOMENTS,
-                "if (split < splits)\n#pragma unroll\n          for (int e",
-                "if (split < splits - 1)\n#pragma unroll\n          for (int e",
+                CUDA_MATRICES,
+                "e < MATRIX_UNIT; ++e) to[n][e].add",
+                "e < MATRIX_UNIT && first + i < splits - 1; ++e) to[n][e].add",
             ),
             Fault(
                 "moments: missing barrier before the mirror image",
@@ -191,9 +210,9 @@ BACKENDS = {
             ),
             Fault(
                 "moments: the mirror image of the first strip only",
-                CUDA_MOMENTS,
-                "row = first_row + i % (STRIP / UNIT) * UNIT",
-                "row = i % (STRIP / UNIT) * UNIT",
+                CUDA_MATRICES,
+                "row = first_row + i % (STRIP / MATRIX_UNIT) * MATRIX_UNIT",
+                "row = i % (STRIP / MATRIX_UNIT) * MATRIX_UNIT",
             ),
             Fault("moments: no shift to the mean", CUDA_MOMENTS, "return any;", "return false;"),
             Fault(
@@ -204,13 +223,13 @@ BACKENDS = {
             ),
             Fault(
                 "weighted moment: the first block sums",
-                CUDA_MOMENTS,
+                CUDA_MATRICES,
                 "== blocks - 1 ? 1 : 0",
-                "== 0 ? 1 : 0",
+                "== blocks - blocks ? 1 : 0",
             ),
             Fault(
                 "weighted moment: counted before all threads have written",
-                CUDA_MOMENTS,
+                CUDA_MATRICES,
                 "  fence_device();\n  sync_block();\n  if",
                 "  fence_device();\n  if",
             ),

@@ -10,11 +10,10 @@ using sm80::Features;
 constexpr int BLOCK = 64;                       // channels or pixels in one dimension of a panel
 constexpr int PANEL_BYTES = BLOCK * BLOCK * 2;  // of one bfloat16 term
 constexpr int MATRIX_TERMS = 3;                 // bfloat16 terms of an element of M: 24 bits
+constexpr int STRIP = 16;                       // rows of a tile that are finished at once: a sector of a mirrored line
+constexpr int STRIPS = BLOCK / STRIP;           // of a tile
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
 constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
-
-// The networks, in the order of Features and of all arrays here.
-enum Network { TEACHER, STUDENT };
 
 SRPKD_HOST_DEVICE constexpr int blocks_of(int channels) { return static_cast<int>(ceil_div(channels, BLOCK)); }
 SRPKD_HOST_DEVICE constexpr int padded(int channels) { return blocks_of(channels) * BLOCK; }
@@ -75,7 +74,7 @@ struct NormArguments {
   Features features[2];
   int images, pixels;
   float eps;
-  MomentResults moments;  // the last two only for "row"
+  MomentResults moments;  // this and the next only for "row"
   int resident;           // blocks of 64 channels that stay in shared memory; features with more are read repeatedly
   float* alpha[2];        // (images, pixels)
 };
@@ -113,9 +112,9 @@ struct GradientArguments {
   Normalize normalize;  // whose norms have a gradient
   Sums sums;
   const float* alpha;
-  const float* size;  // the three of "row"
-  const uint16_t* moment;
-  const uint16_t* weighted;
+  const float* size;         // this and the next two only for "row": MomentResults::size
+  const uint16_t* moment;    // MomentResults::whole
+  const uint16_t* weighted;  // WeightedMomentArguments::weighted
   void* gradient;  // (images, pixels, channels): bfloat16 for bfloat16 features, else float32; null if not required
   int64_t gradient_strides[3];
   double scale;  // of the loss and the gradient: 1/N^2, for the mean over images also 1/images

@@ -2,7 +2,7 @@
 // torch.
 #pragma once
 
-#include "norms.cuh"
+#include "matrices.cuh"
 #include "sums.cuh"
 
 namespace srpkd::cuda::algebra {
@@ -90,13 +90,8 @@ struct Gradient {
     const int64_t first = int64_t{part} * count;
     double sum = 0;
     for (int i = thread_index(); i < count; i += THREADS) sum += loss_of(p.sums, first + i);
-    for (int lanes = 1; lanes < 32; lanes *= 2) sum += shuffle_xor(sum, lanes);
-    if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, sum);
-    sync_block();
-    if (thread_index() != 0) return;
-    for (int warp_index = 1; warp_index < THREADS / 32; ++warp_index)
-      sum += load_shared<double>(shared + warp_index * 8);
-    store_global(p.loss + part, static_cast<float>(sum * p.scale));
+    sum = sum_of_threads<THREADS>(sum, shared);
+    if (thread_index() == 0) store_global(p.loss + part, static_cast<float>(sum * p.scale));
   }
 
   SRPKD_DEVICE Address correction_at(int row_of_block, int column) const {

@@ -11,7 +11,7 @@
 // whose mean is less than twice the standard deviation; that subtraction then cancels at most two bits.
 #pragma once
 
-#include "panels.cuh"
+#include "matrices.cuh"
 #include "sums.cuh"
 
 namespace srpkd::cuda::algebra {
@@ -39,10 +39,6 @@ struct MomentTile {
         [&](int m, int n, int i) { f(warp.row(m, i / 2), warp.column(n, i % 2), m, n, i); });
   }
 };
-
-SRPKD_DEVICE int64_t offset_of_partial(int image, int tiles, int tile, int splits, int split) {
-  return ((int64_t{image} * tiles + tile) * splits + split) * BLOCK * BLOCK;
-}
 
 // Grid: (images * tiles of both networks, splits).
 template <class T, bool PIXELS_ADJACENT>
@@ -186,89 +182,6 @@ struct Moments {
   }
 };
 
-constexpr int UNIT = 4;  // adjacent elements of a matrix that a thread has
-// Rows of a tile that a thread block finishes at once. Lines of its mirror image are a sector.
-constexpr int STRIP = 16;
-
-// Writes the three bfloat16 terms of a unit of a matrix. `to`: the first term's place.
-SRPKD_DEVICE void store_matrix_terms(uint16_t* to, float (&x)[UNIT]) {
-#pragma unroll
-  for (int term = 0; term < MATRIX_TERMS; ++term) {
-    const uint32_t pair[2] = {pack<BFloat16>(x[0], x[1]), pack<BFloat16>(x[2], x[3])};
-    store_words(to + term * BLOCK * BLOCK, pair);
-#pragma unroll
-    for (int e = 0; e < UNIT; ++e) x[e] -= as_float(e % 2 ? pair[e / 2] & 0xffff0000u : pair[e / 2] << 16);
-  }
-}
-
-// Writes a strip of a tile of a symmetric matrix in terms, and its mirror image. That passes through shared memory: its
-// lines are the columns of the strip, whose elements would be written one by one.
-template <int THREADS>
-struct SymmetricStrip {
-  static constexpr int STRIDE = BLOCK + 2, BYTES = STRIP * STRIDE * 4;  // floats; of the buffer
-  uint16_t* matrix;
-  TileOfMoment at;
-  int blocks, first_row;
-  Address buffer;
-
-  SRPKD_DEVICE Address place(int row, int column) const { return buffer + ((row - first_row) * STRIDE + column) * 4; }
-
-  SRPKD_DEVICE void store(int row, int column, float (&x)[UNIT]) const {
-    if (at.row != at.column)
-#pragma unroll
-      for (int e = 0; e < UNIT; ++e) store_shared(place(row, column + e), x[e]);
-    store_matrix_terms(matrix + panel_of_terms(at.row, at.column, blocks) + row * BLOCK + column, x);
-  }
-
-  // Writes the mirror image, after a barrier.
-  SRPKD_DEVICE void store_mirrored() const {
-    if (at.row == at.column) return;
-    uint16_t* const to = matrix + panel_of_terms(at.column, at.row, blocks);
-    for (int i = thread_index(); i < STRIP * BLOCK / UNIT; i += THREADS) {
-      const int column = i / (STRIP / UNIT), row = first_row + i % (STRIP / UNIT) * UNIT;
-      float x[UNIT];
-#pragma unroll
-      for (int e = 0; e < UNIT; ++e) x[e] = load_shared<float>(place(row + e, column));
-      store_matrix_terms(to + column * BLOCK + row, x);
-    }
-  }
-};
-
-// The partial sums of a strip of a tile. All loads are under way together: each takes as long as all of them.
-template <int THREADS, int MOST>  // splits
-struct StripOfPartials {
-  static constexpr int UNITS = STRIP * BLOCK / UNIT / THREADS;
-  int splits, first_row;
-  uint32_t part[MOST][UNITS][UNIT] = {};
-
-  SRPKD_DEVICE StripOfPartials(const float* partial, int splits_of_sum, int row)
-      : splits(splits_of_sum), first_row(row) {
-#pragma unroll
-    for (int split = 0; split < MOST; ++split)
-      if (split < splits)
-#pragma unroll
-        for (int n = 0; n < UNITS; ++n) load_words_coherent(part[split][n], partial + split * BLOCK * BLOCK + place(n));
-  }
-
-  SRPKD_DEVICE int place(int n) const { return first_row * BLOCK + (n * THREADS + thread_index()) * UNIT; }
-
-  // Calls f(row, column, sums of the splits) for every unit. The order of a sum is always the same.
-  template <class F>
-  SRPKD_DEVICE void for_each_sum(F f) const {
-#pragma unroll
-    for (int n = 0; n < UNITS; ++n) {
-      CompensatedSum sum[UNIT];
-#pragma unroll
-      for (int split = 0; split < MOST; ++split)
-        if (split < splits)
-#pragma unroll
-          for (int e = 0; e < UNIT; ++e) sum[e].add(as_float(part[split][n][e]));
-      const double value[UNIT] = {sum[0].value(), sum[1].value(), sum[2].value(), sum[3].value()};
-      f(place(n) / BLOCK, place(n) % BLOCK, value);
-    }
-  }
-};
-
 // Returns the largest power of two below the root of M's largest element, and the reciprocal of its square: see
 // formulas.power_of_two_scale. Its exponent is at least that of the smallest normal number: 1 / size^2 must be finite.
 SRPKD_DEVICE float power_of_two_scale(float largest) {
@@ -283,11 +196,11 @@ SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 // Adds the partial moments. Grid: (images * tiles of both networks, strips of a tile).
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2, STRIPS = BLOCK / STRIP, BATCH = 8;
+  static constexpr int THREADS = 256, MIN_BLOCKS = 2, BATCH = 8;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int STRIPS_AT = LARGEST_AT + THREADS / 32 * 4;
-  using Strip = SymmetricStrip<THREADS>;
+  using Strip = StripOfMatrix<THREADS, BFloat16>;
   static constexpr int SHARED_BYTES = STRIPS_AT + 2 * Strip::BYTES;
 
   const MomentArguments& p;
@@ -347,16 +260,18 @@ struct FinishMoments {
   }
 
   SRPKD_DEVICE void run() const {
-    const StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0),
-                                                        splits, first_row);
+    StripOfPartials<THREADS, MAX_SPLITS> partials(p.partial + offset_of_partial(image, tiles, index, splits, 0), splits,
+                                                  first_row);
     const float size = power_of_two_scale(reduce_channels()), scale = inverse_square(size);
     const double count = p.pixels;
     const int64_t matrix = image * elements_of_terms(channels);
-    const Strip of_centred{results.centred[network] + matrix, at, blocks, first_row, shared + STRIPS_AT};
-    const Strip of_whole{results.whole + matrix, at, blocks, first_row, shared + STRIPS_AT + Strip::BYTES};
-    partials.for_each_sum([&](int row, int column, const double (&sums)[UNIT]) {
-      float centred[UNIT], whole[UNIT];
-      for (int i = 0; i < UNIT; ++i) {
+    const bool mirrored = at.row != at.column;
+    const Address buffer = shared + STRIPS_AT;
+    const Strip of_centred{results.centred[network] + matrix, at, blocks, first_row, mirrored, buffer};
+    const Strip of_whole{results.whole + matrix, at, blocks, first_row, mirrored, buffer + Strip::BYTES};
+    partials.for_each_sum([&](int row, int column, const double (&sums)[MATRIX_UNIT]) {
+      float centred[MATRIX_UNIT], whole[MATRIX_UNIT];
+      for (int i = 0; i < MATRIX_UNIT; ++i) {
         const double sum = sums[i] - count * vector(OFFSETS_AT, 0, row) * vector(OFFSETS_AT, 1, column + i);
         centred[i] = static_cast<float>(sum) * scale;
         whole[i] = static_cast<float>(sum + count * vector(MEANS_AT, 0, row) * vector(MEANS_AT, 1, column + i)) * scale;
@@ -378,16 +293,6 @@ struct FinishMoments {
     }
   }
 };
-
-// Returns whether the other blocks of a group of `blocks` have written their sums. Their counter starts at 0.
-SRPKD_DEVICE bool is_last_block(int* counter, int blocks, Address shared) {
-  fence_device();
-  sync_block();
-  if (thread_index() == 0) store_shared(shared, increment(counter) == blocks - 1 ? 1 : 0);
-  sync_block();
-  fence_device();
-  return load_shared<int>(shared);
-}
 
 // Grid: (images * tiles, splits).
 template <class T, bool PIXELS_ADJACENT, class SumsOfTiles>
@@ -450,17 +355,18 @@ struct WeightedMoment {
 
   SRPKD_DEVICE void finish(const float* partial) const {
     const float scale = inverse_square(size);
-    using Strip = SymmetricStrip<THREADS>;
+    using Strip = StripOfMatrix<THREADS, BFloat16>;
     constexpr int STRIPS_AT = 256;  // other threads may still read the first word
     static_assert(STRIPS_AT + 2 * Strip::BYTES <= SHARED_BYTES);
     uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
 #pragma unroll 1
     for (int row = 0; row < BLOCK; row += STRIP) {
-      const StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
-      const Strip strip{matrix, at, blocks, row, shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES};
-      partials.for_each_sum([&](int of_row, int column, const double (&sums)[UNIT]) {
-        float x[UNIT];
-        for (int i = 0; i < UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
+      StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
+      const Address buffer = shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES;
+      const Strip strip{matrix, at, blocks, row, at.row != at.column, buffer};
+      partials.for_each_sum([&](int of_row, int column, const double (&sums)[MATRIX_UNIT]) {
+        float x[MATRIX_UNIT];
+        for (int i = 0; i < MATRIX_UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
         strip.store(of_row, column, x);
       });
       sync_block();  // two buffers: the strip after the next is written after the next barrier

@@ -1,23 +1,12 @@
 // The scales alpha = 1 / norm of both networks, see formulas.py. Free of torch.
 #pragma once
 
-#include "panels.cuh"
+#include "matrices.cuh"
 
 namespace srpkd::cuda::algebra {
 
 // alpha: 0 for a zero-norm pixel, NaN if the norm is NaN or overflows.
 SRPKD_DEVICE float inverse(float norm, float eps) { return norm <= eps ? 0.f : 1.f / norm + 0.f * norm; }
-
-// Copies a matrix panel, all its terms, from global to shared memory.
-template <int THREADS, class G, class Term = BFloat16>
-SRPKD_DEVICE void copy_matrix(const uint16_t* matrix, int row, int column, int blocks, Address to) {
-  const uint16_t* const from = matrix + panel_of_terms(row, column, blocks);
-#pragma unroll
-  for (int unit = thread_index(); unit < TERMS_OF_MATRIX<Term> * PANEL_BYTES / 16; unit += THREADS) {
-    const int line = unit / 8 % BLOCK, term = unit / 8 / BLOCK;
-    copy_async<16>(to + term * PANEL_BYTES + sm80::swizzled<G>(line, unit % 8 * 16), from + unit * 8, 16);
-  }
-}
 
 // Row norms: r_i^2 = q_i^T M' q_i + N (m . q_i)^2. Grid: (2 * images * row blocks, 1); the teacher's blocks come first.
 //

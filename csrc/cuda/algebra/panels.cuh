@@ -73,6 +73,16 @@ struct Raw {
   }
 };
 
+// Returns the next term of adjacent numbers, two in a word, and subtracts it from them.
+template <class Term, int COUNT>
+SRPKD_DEVICE void take_term(uint32_t (&word)[COUNT / 2], float (&x)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT / 2; ++i) {
+    word[i] = pack<Term>(x[2 * i], x[2 * i + 1]);
+    x[2 * i] -= as_float(widen<Term, false>(word[i])), x[2 * i + 1] -= as_float(widen<Term, true>(word[i]));
+  }
+}
+
 // Adjacent pixels in groups of 8, whose first pixels are `stride` apart: 8 for a range of pixels.
 struct Pixels {
   int first, end, stride = 8;
@@ -111,7 +121,7 @@ struct PanelPart {
     }
   }
 
-  // Writes the first COUNT_TERMS terms, of type Term, of value(raw element, pixel, channel), STRIDE bytes apart.
+  // Writes the first COUNT_TERMS terms, of type Term, of value(raw element, pixel, channel), `stride` bytes apart.
   template <int COUNT_TERMS, class G, class Term = BFloat16, class F>
   SRPKD_DEVICE void store(Address to, int stride, F value) const {
 #pragma unroll
@@ -144,12 +154,8 @@ struct PanelPart {
   SRPKD_DEVICE void store_terms(Address to, int stride, int i, float (&x)[UNIT]) const {
 #pragma unroll
     for (int term = 0; term < COUNT_TERMS; ++term) {
-      uint32_t word[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        word[w] = pack<Term>(x[2 * w], x[2 * w + 1]);
-        x[2 * w] -= as_float(widen<Term, false>(word[w])), x[2 * w + 1] -= as_float(widen<Term, true>(word[w]));
-      }
+      uint32_t word[UNIT / 2];
+      take_term<Term>(word, x);
       store_unit<G>(to + term * stride, i, word);
     }
   }
@@ -234,6 +240,17 @@ SRPKD_DEVICE double sum_in_order(int count, Load load) {
     for (int i = 0; i < BATCH; ++i) sum.add(part[i]);
   }
   return sum.value();
+}
+
+// Returns the sum over the threads of a block, in thread 0. Needs THREADS / 32 * 8 bytes of shared memory.
+template <int THREADS>
+SRPKD_DEVICE double sum_of_threads(double value, Address shared) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += shuffle_xor(value, lanes);
+  if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, value);
+  sync_block();
+  if (thread_index() == 0)
+    for (int warp = 1; warp < THREADS / 32; ++warp) value += load_shared<double>(shared + warp * 8);
+  return value;
 }
 
 }  // namespace srpkd::cuda::algebra

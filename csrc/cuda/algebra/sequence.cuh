@@ -26,7 +26,7 @@ void launch_scales(const ScalesPlan& plan, Launch& launch) {
     const MomentArguments& p = plan.moments.sums;
     const int blocks = p.images * (tiles_of(p.features[TEACHER].channels) + tiles_of(p.features[STUDENT].channels));
     launch(KernelType<Sum>{}, p, blocks, p.ranges.splits, Sum::SHARED_BYTES);
-    launch(KernelType<FinishMoments>{}, plan.moments, blocks, FinishMoments::STRIPS, FinishMoments::SHARED_BYTES);
+    launch(KernelType<FinishMoments>{}, plan.moments, blocks, STRIPS, FinishMoments::SHARED_BYTES);
     if (plan.wide)
       launch_row_norms<T, PIXELS_ADJACENT, 4>(plan.norms, launch);
     else

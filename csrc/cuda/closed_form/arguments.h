@@ -20,15 +20,13 @@
 // alpha, and then those of the scaled features, W. With the cosine distance d_i of row i of both relation matrices,
 //
 //   d_i           = z_i . (M_ss z_i - M_st y_i)
-//   sum_ij D_ij^2 = sum_i (z_i . M_ss z_i - 2 z_i . M_st y_i + y_i . M_tt y_i)                         (direct form)
-//                 = (<T_ff, S_ee> + 2 <T_fe, S_fe^T> + <T_ee, S_ff>) / 4                               (difference
-//                 form)
-//   N^2 dL/dq_i   = 2 (alpha_i ((1 - d_i) M_ss z_i - M_st y_i) + (W_ss - W_d) q_i - W_st p_i),  W_d = sum_i d_i z_i
-//   z_i^T
+//   sum_ij D_ij^2 = sum_i (z_i . M_ss z_i - 2 z_i . M_st y_i + y_i . M_tt y_i)     (direct form)
+//                 = (<T_ff, S_ee> + 2 <T_fe, S_fe^T> + <T_ee, S_ff>) / 4           (difference form)
+//   N^2 dL/dq_i   = 2 (alpha_i ((1 - d_i) M_ss z_i - M_st y_i) + (W_ss - W_d) q_i - W_st p_i)
 //
-// where S are the moments of q + p and q - p, and T those of z + y and z - y. D does not depend on the magnitude of the
-// features. The first stage multiplies those of each network by a gain near 1 / mean |x|, so that q - p is small if the
-// features differ only in magnitude.
+// where W_d = sum_i d_i z_i z_i^T, S are the moments of q + p and q - p, and T those of z + y and z - y. D does not
+// depend on the magnitude of the features. The first stage multiplies those of each network by a gain near 1 / mean
+// |x|, so that q - p is small if the features differ only in magnitude.
 #pragma once
 
 #include "../loss_plan.h"
@@ -39,8 +37,6 @@ using algebra::BLOCK;
 using algebra::blocks_of;
 using algebra::MATRIX_TERMS;
 using algebra::Ranges;
-using algebra::STUDENT;
-using algebra::TEACHER;
 using algebra::tiles_of;
 
 // `only`: of "cosine" and "none". The others: of "row".
@@ -198,7 +194,7 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   if (a.relation.normalize == Normalize::row) {
     plan_row(plan, a.need_grad, multiprocessors, workspace);
   } else {
-    p.loss_parts = p.tiles.count(), p.losses = workspace.take<double>(images * p.loss_parts);
+    p.loss_parts = p.tiles.count() * algebra::STRIPS, p.losses = workspace.take<double>(images * p.loss_parts);
     if (a.need_grad) plan_factors(p, workspace);
   }
   const int64_t row_blocks = images * (2 * ceil_div(pixels, BLOCK) + 1);

@@ -1,15 +1,21 @@
 // Partial sums of the moments, and their sum: the partial losses and the factors of the gradient. Free of torch.
 #pragma once
 
-#include "matrices.cuh"
+#include "../algebra/moments.cuh"
+#include "arguments.h"
 
 namespace srpkd::cuda::closed_form {
 
 using algebra::add_product;
+using algebra::MATRIX_UNIT;
 using algebra::move_sums;
 using algebra::PANEL_BYTES;
 using algebra::PanelPart;
 using algebra::Pixels;
+using algebra::store_matrix_terms;
+using algebra::STRIP;
+using algebra::STRIPS;
+using algebra::sum_of_threads;
 
 // The terms of products: bfloat16, or float16 where the size of scaled features is known. Those have 11 bits instead of
 // 8: features of 16 bits are one term, and a matrix has two instead of three.
@@ -230,24 +236,29 @@ struct Moments {
   }
 };
 
-// Adds the partial sums of moments, and computes what follows from them. COHERENT: other blocks of this
-// launch have written the partial sums.
-template <int THREADS, bool COHERENT, class Term>
+// Adds the partial sums of strips of moments, and computes what follows from them. COHERENT: other blocks of this
+// launch have written the partial sums. BATCH: ranges whose partial sums are loaded together.
+template <int THREADS, bool COHERENT, class Term, int BATCH>
 struct FinishTiles {
-  using Result = SymmetricTile<THREADS, Term>;
-  static constexpr int SHARED_BYTES = Result::BYTES;
+  using Strip = algebra::StripOfMatrix<THREADS, Term>;
 
   const Arguments& p;
   const int image;
-  const Address buffer;  // of SHARED_BYTES
 
-  // Returns an element of a moment. Of symmetric moments, only tiles on and above the diagonal are stored.
-  SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
+  // The tile that stores an element of a moment, and the element's place there. Of symmetric moments, only tiles on and
+  // above the diagonal are stored.
+  struct Place {
+    int tile, offset;
+  };
+  SRPKD_DEVICE Place place_of(Moment moment, int block_row, int block_column, int row, int column) const {
     const bool mirrored = moment != AB && block_row > block_column;
-    const int tile =
-        mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
-    const float* const partial =
-        p.partial + offset_of_partial(p, image, tile) + (mirrored ? column * BLOCK + row : row * BLOCK + column);
+    return {mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column),
+            mirrored ? column * BLOCK + row : row * BLOCK + column};
+  }
+
+  SRPKD_DEVICE double element(Moment moment, int block_row, int block_column, int row, int column) const {
+    const Place at = place_of(moment, block_row, block_column, row, column);
+    const float* const partial = p.partial + offset_of_partial(p, image, at.tile) + at.offset;
     return algebra::sum_in_order(p.ranges.splits, [&](int split) {
       const float* const from = partial + split * BLOCK * BLOCK;
       return COHERENT ? load_global_coherent(from) : load_global(from);
@@ -256,11 +267,8 @@ struct FinishTiles {
 
   // The place of an element of S, which are as large as one split of the moments AA, AB and BB.
   SRPKD_DEVICE float* sum_at(Moment moment, int block_row, int block_column, int row, int column) const {
-    const bool mirrored = moment != AB && block_row > block_column;
-    const int tile =
-        mirrored ? p.tiles.index(moment, block_column, block_row) : p.tiles.index(moment, block_row, block_column);
-    return p.sums + (int64_t{image} * p.tiles.first(OF_DISTANCES) + tile) * BLOCK * BLOCK +
-           (mirrored ? column * BLOCK + row : row * BLOCK + column);
+    const Place at = place_of(moment, block_row, block_column, row, column);
+    return p.sums + (int64_t{image} * p.tiles.first(OF_DISTANCES) + at.tile) * BLOCK * BLOCK + at.offset;
   }
 
   // The place of an element of a factor with `blocks` columns of panels.
@@ -277,42 +285,39 @@ struct FinishTiles {
     return factor_at(p.teacher_factor, p.tiles.blocks_b, p.tiles.blocks_b, block_row, block_column, row, column);
   }
 
-  // Writes the factors of one tile in the direct form, and returns this thread's part of the loss of "cosine" and
-  // "none".
-  SRPKD_DEVICE double sum_tile(const TileOfMoments& at) const {
+  // Writes the factors of a strip of a tile in the direct form, and returns this thread's part of the loss of "cosine"
+  // and "none". The buffer has Strip::BYTES. Contains one barrier, before the last use of the buffer.
+  SRPKD_DEVICE double sum_strip(const TileOfMoments& at, int first_row, Address buffer) const {
     const bool is_teacher = at.moment == BB, symmetric = at.moment != AB;
     uint16_t* const matrix = is_teacher ? p.stage == Stage::first ? p.teacher_factor : nullptr
                                         : p.factors[at.moment == AA ? STUDENT : TEACHER];
     const int rows = is_teacher ? p.tiles.blocks_b : p.tiles.blocks_a;
     const int columns = at.moment == AA ? p.tiles.blocks_a : p.tiles.blocks_b;
+    const bool mirrored = matrix && symmetric && at.row != at.column;
     uint16_t* const of_image = matrix ? matrix + image * elements_of_factor(rows, columns) : nullptr;
-    const Result result{of_image, {at.row, at.column}, columns, buffer};
+    const Strip strip{of_image, {at.row, at.column}, columns, first_row, mirrored, buffer};
     const double factor = (symmetric ? 4 : -4) * double{p.factor_scale};
     double squares = 0;
     const float* const partial = p.partial + offset_of_partial(p, image, p.tiles.index(at.moment, at.row, at.column));
-    const TileSums<THREADS> sums(partial, p.ranges.splits, [](const auto* from) {
-      return COHERENT ? load_global_coherent(from) : load_global(from);
-    });
-    sums.for_each([&](int row, int column, double first, double second) {
-      squares += first * first + second * second;
-      if (!matrix) return;
-      const auto one = static_cast<float>(factor * first), other = static_cast<float>(factor * second);
-      if (symmetric)
-        result.store(row, column, one, other);
-      else
-        store_matrix_terms<Term>(of_image + algebra::panel_of_terms(at.row, at.column, columns) + row * BLOCK + column,
-                                 one, other);
+    algebra::StripOfPartials<THREADS, algebra::MAX_SPLITS, BATCH> partials(partial, p.ranges.splits, first_row);
+    partials.for_each_sum([&](int row, int column, const double (&sums)[MATRIX_UNIT]) {
+      float x[MATRIX_UNIT];
+#pragma unroll
+      for (int e = 0; e < MATRIX_UNIT; ++e) {
+        squares += sums[e] * sums[e];
+        x[e] = static_cast<float>(factor * sums[e]);
+      }
+      if (matrix) strip.store(row, column, x);
     });
     sync_block();
-    if (matrix && symmetric) result.store_mirrored();
-    sync_block();  // the buffer is free
+    strip.store_mirrored();
     return squares * (at.moment == AB ? -2 : at.row == at.column ? 1 : 2);
   }
 
-  // Writes the factors of one tile in the difference form, and returns this thread's part of the loss.
-  SRPKD_DEVICE double sum_tiles_of_differences(int block_row, int block_column) const {
+  // Writes the factors of some rows of a tile in the difference form, and returns this thread's part of the loss.
+  SRPKD_DEVICE double sum_rows_of_differences(int block_row, int block_column, int first_row, int rows) const {
     double loss = 0;
-    for (int i = thread_index() * 2; i < BLOCK * BLOCK; i += THREADS * 2) {
+    for (int i = first_row * BLOCK + thread_index() * 2; i < (first_row + rows) * BLOCK; i += THREADS * 2) {
       const int row = i / BLOCK, column = i % BLOCK;
       float student[2], teacher[2], teacher_alone[2];
 #pragma unroll
@@ -343,66 +348,56 @@ struct FinishTiles {
         store_global(sum_at(BB, block_row, block_column, row, column + j), static_cast<float>(ee));
       }
       if (!p.factors[STUDENT]) continue;
-      store_matrix_terms<Term>(factor_at(STUDENT, block_row, block_column, row, column), student[0], student[1]);
-      store_matrix_terms<Term>(factor_at(TEACHER, block_row, block_column, row, column), teacher[0], teacher[1]);
+      store_matrix_terms<Term>(factor_at(STUDENT, block_row, block_column, row, column), student);
+      store_matrix_terms<Term>(factor_at(TEACHER, block_row, block_column, row, column), teacher);
       if (p.stage == Stage::first)
-        store_matrix_terms<Term>(teacher_factor_at(block_row, block_column, row, column), teacher_alone[0],
-                                 teacher_alone[1]);
+        store_matrix_terms<Term>(teacher_factor_at(block_row, block_column, row, column), teacher_alone);
     }
     return loss;
   }
 };
 
-// Returns the sum over the threads of a block, in thread 0. Needs THREADS / 32 * 8 bytes of shared memory.
-template <int THREADS>
-SRPKD_DEVICE double sum_of_threads(double value, Address shared) {
-  for (int lanes = 1; lanes < 32; lanes *= 2) value += shuffle_xor(value, lanes);
-  if (thread_index() % 32 == 0) store_shared(shared + thread_index() / 32 * 8, value);
-  sync_block();
-  if (thread_index() == 0)
-    for (int warp = 1; warp < THREADS / 32; ++warp) value += load_shared<double>(shared + warp * 8);
-  return value;
-}
-
-// Grid: (images * tiles, 1). A block adds the partial sums of one tile, and computes its part of the factors and, for
-// "cosine" and "none", of the loss. In the difference form the blocks of M_ab do that for all moments, and the others
-// only count ties.
+// Grid: (images * tiles, strips of a tile). A block adds the partial sums of a strip, and computes its part of the
+// factors and, for "cosine" and "none", of the loss. In the difference form the blocks of M_ab do that for all moments,
+// and the others only count ties.
 template <class Term>
 struct SumMoments {
   using Arguments = closed_form::Arguments;
   static constexpr int THREADS = 256, MIN_BLOCKS = 2;
-  using Finish = FinishTiles<THREADS, false, Term>;
-  static constexpr int SHARED_BYTES = Finish::SHARED_BYTES;
+  using Finish = FinishTiles<THREADS, false, Term, algebra::MAX_SPLITS>;
+  static constexpr int SUMS_AT = Finish::Strip::BYTES, SHARED_BYTES = SUMS_AT + THREADS / 32 * 8;
 
   const Arguments& p;
   const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count();
+  const int strips = p.tiles.count() * STRIPS, strip = index * STRIPS + block_index(1);  // of the image
   const TileOfMoments at = tile_at(p.tiles, index);
 
   SRPKD_DEVICE explicit SumMoments(const Arguments& arguments) : p(arguments) {}
 
   SRPKD_DEVICE void run() const {
-    const Finish finish{p, image, shared_memory()};
+    const Finish finish{p, image};
+    const int first_row = block_index(1) * STRIP;
     double loss = 0;
     if (!p.difference)
-      loss = finish.sum_tile(at);
+      loss = finish.sum_strip(at, first_row, shared_memory());
     else if (at.moment == AB)
-      loss = finish.sum_tiles_of_differences(at.row, at.column);
+      loss = finish.sum_rows_of_differences(at.row, at.column, first_row, STRIP);
     if (p.stage == Stage::first) {
       if (p.counters)
-        for (int i = index * THREADS + thread_index(); i < p.groups; i += p.tiles.count() * THREADS)
+        for (int i = strip * THREADS + thread_index(); i < p.groups; i += strips * THREADS)
           store_global(p.counters + image * p.groups + i, 0);
       return;
     }
     if (p.alpha[STUDENT]) loss -= static_cast<double>(count_ties());
-    loss = sum_of_threads<THREADS>(loss, shared_memory());
-    if (thread_index() == 0) store_global(p.losses + block_index(0), loss);
+    loss = sum_of_threads<THREADS>(loss, shared_memory() + SUMS_AT);
+    if (thread_index() == 0) store_global(p.losses + int64_t{image} * strips + strip, loss);
   }
 
   // D_ii counts as 0, but the moments include 1 where only one of student and teacher has norm 0 at pixel i.
   SRPKD_DEVICE int count_ties() const {
     int ties = 0;
     const int64_t of_image = int64_t{image} * p.pixels;
-    for (int pixel = index * THREADS + thread_index(); pixel < p.pixels; pixel += p.tiles.count() * THREADS)
+    for (int pixel = strip * THREADS + thread_index(); pixel < p.pixels; pixel += strips * THREADS)
       ties += (load_global(p.alpha[STUDENT] + of_image + pixel) != 0) !=
               (load_global(p.alpha[TEACHER] + of_image + pixel) != 0);
     return ties;

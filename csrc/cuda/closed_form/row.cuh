@@ -105,10 +105,10 @@ struct ScaledMoments {
   using Arguments = closed_form::Arguments;
   using Sum = Moments<T, PIXELS_ADJACENT, DIFFERENCE>;
   static constexpr int THREADS = Sum::THREADS, MIN_BLOCKS = Sum::MIN_BLOCKS, SHARED_BYTES = Sum::SHARED_BYTES;
-  using Finish = FinishTiles<THREADS, true, BFloat16>;
-  // The buffer follows the first word, which other threads may still read.
-  static constexpr int BUFFER_AT = 256;
-  static_assert(BUFFER_AT + Finish::SHARED_BYTES <= SHARED_BYTES);
+  using Finish = FinishTiles<THREADS, true, BFloat16, 8>;  // three blocks have no registers for more
+  // Two buffers follow the first word, which other threads may still read.
+  static constexpr int BUFFERS_AT = 256, BUFFER_BYTES = Finish::Strip::BYTES;
+  static_assert(BUFFERS_AT + 2 * BUFFER_BYTES <= SHARED_BYTES);
 
   const Arguments& p;
 
@@ -123,15 +123,17 @@ struct ScaledMoments {
     const int tiles = !DIFFERENCE ? 1 : row == column ? p.tiles.moments : p.tiles.moments + 1;
     if (!algebra::is_last_block(p.counters + image * p.groups + group, tiles * p.ranges.splits, shared_memory()))
       return;
-    const Finish finish{p, image, shared_memory() + BUFFER_AT};
+    const Finish finish{p, image};
     if constexpr (DIFFERENCE) {
-      double loss = finish.sum_tiles_of_differences(row, column);
-      if (row != column) loss += finish.sum_tiles_of_differences(column, row);
+      double loss = finish.sum_rows_of_differences(row, column, 0, BLOCK);
+      if (row != column) loss += finish.sum_rows_of_differences(column, row, 0, BLOCK);
       sync_block();
       loss = sum_of_threads<THREADS>(loss, shared_memory());
       if (thread_index() == 0) store_global(p.losses + int64_t{image} * p.groups + group, loss);
     } else {
-      finish.sum_tile(at);
+#pragma unroll 1
+      for (int strip = 0; strip < STRIPS; ++strip)  // each buffer is free again after the next barrier
+        finish.sum_strip(at, strip * STRIP, shared_memory() + BUFFERS_AT + strip % 2 * BUFFER_BYTES);
     }
   }
 };

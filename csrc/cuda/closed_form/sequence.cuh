@@ -42,7 +42,7 @@ void launch_loss(const Plan& plan, Launch& launch) {
   const int row_blocks = p.images * static_cast<int>(ceil_div(p.pixels, BLOCK));
   const auto launch_sum = [&](auto type) {
     using Sum = typename decltype(type)::type;
-    launch(type, p, p.images * p.tiles.count(), 1, Sum::SHARED_BYTES);
+    launch(type, p, p.images * p.tiles.count(), STRIPS, Sum::SHARED_BYTES);
   };
   if (plan.normalize == Normalize::cosine) {
     using Norms = algebra::PixelNorms<T, PIXELS_ADJACENT>;

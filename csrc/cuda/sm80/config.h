@@ -80,7 +80,7 @@ SRPKD_HOST_DEVICE constexpr int slot_bytes(bool with_rows) { return PANEL + SCAL
 // Returns the size of a thread block's shared memory in bytes.
 template <class C>
 SRPKD_HOST_DEVICE constexpr int shared_bytes(const Params& p) {
-  return p.resident * PANEL + C::SLOTS * slot_bytes(p.resident < p.panels[0] + p.panels[1]);
+  return p.resident * PANEL + C::SLOTS * slot_bytes(p.resident < p.panels[TEACHER] + p.panels[STUDENT]);
 }
 
 // The column blocks that a row block visits in one split: `steps` blocks from `first`, wrapping around. With a gradient

@@ -47,8 +47,8 @@ template <class C>
 int fill_sizes(Params& p, int shared_limit) {
   for (int i = 0; i < 2; ++i) p.panels[i] = static_cast<int>(ceil_div(p.features[i].channels, C::PANEL_CHANNELS));
   p.blocks = static_cast<int>(ceil_div(p.pixels, TILE));
-  p.channel_splits = C::GRAD ? static_cast<int>(ceil_div(p.features[1].channels, C::U_CHANNELS)) : 1;
-  p.resident = p.panels[0] + p.panels[1];
+  p.channel_splits = C::GRAD ? static_cast<int>(ceil_div(p.features[STUDENT].channels, C::U_CHANNELS)) : 1;
+  p.resident = p.panels[TEACHER] + p.panels[STUDENT];
   if (shared_bytes<C>(p) > shared_limit) {
     p.resident = 0;
     if (shared_bytes<C>(p) < shared_limit) p.resident = (shared_limit - shared_bytes<C>(p)) / PANEL;
@@ -62,7 +62,7 @@ template <class C>
 int best_splits(const Params& p, int concurrent) {
   const int64_t blocks = int64_t{p.images} * p.blocks * p.channel_splits;
   const int64_t steps = walk_of(0, p.blocks, C::GRAD, 0, 1).steps;
-  const int64_t U_bytes = C::GRAD ? int64_t{p.images} * p.pixels * p.features[1].channels * 4 : 0;
+  const int64_t U_bytes = C::GRAD ? int64_t{p.images} * p.pixels * p.features[STUDENT].channels * 4 : 0;
   int64_t best = 1, least = INT64_MAX;
   for (int64_t splits = 1; splits <= steps && (splits == 1 || splits * U_bytes <= MAX_SPLIT_BYTES); ++splits) {
     const int64_t time = ceil_div(blocks * splits, concurrent) * (ceil_div(steps, splits) + 2);
@@ -82,7 +82,7 @@ struct Device {
 // thread blocks, each of which computes K again.
 inline int plan(Params& p, Precision precision, bool grad, const Device& device) {
   return with_precision(precision, [&](auto chosen) {
-    int channels = !grad ? 0 : p.features[1].channels <= 64 ? 64 : 128;
+    int channels = !grad ? 0 : p.features[STUDENT].channels <= 64 ? 64 : 128;
     const auto fits = [&](auto config) {
       using C = decltype(config);
       const int bytes = fill_sizes<C>(p, device.shared_of_block);

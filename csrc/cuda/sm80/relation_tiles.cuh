@@ -3,8 +3,7 @@
 // A thread block computes the rows of 64 pixels i and loops over the pixels j in blocks of 64. For each pair of blocks:
 //
 //   G_s, G_t    Tensor cores multiply the raw features, in panels of 128 bytes of channels. Asynchronous copies bring
-//   the
-//               panels of j into a ring of slots in shared memory; the panels of i stay resident there.
+//               the panels of j into a ring of slots in shared memory; the panels of i stay resident there.
 //   D, P, K     computed on the accumulators, in registers: scaling, rho, rho'. K overwrites G_s.
 //   U += K q_j  Tensor cores again. The accumulator of one product is the left operand of the next, so K never leaves
 //               its registers, and q_j is still in the ring.
@@ -38,7 +37,8 @@ struct RelationTiles {
   // Panels are numbered, the teacher's first. A step processes them in a rotated order that ends with the panels of U,
   // which are then in the ring when K is ready. The teacher's panels are rotated equally, so that equal features give
   // bit-identical sums.
-  const int teacher_panels = p.panels[0], student_panels = p.panels[1], panels = teacher_panels + student_panels;
+  const int teacher_panels = p.panels[TEACHER], student_panels = p.panels[STUDENT],
+            panels = teacher_panels + student_panels;
   const int u_first = channel_split * C::U_PANELS, u_panels = minimum(student_panels - u_first, C::U_PANELS);
   const int student_rotation = C::GRAD ? (u_first + u_panels) % student_panels : 0;
   const int teacher_rotation = student_rotation % teacher_panels;
@@ -239,8 +239,8 @@ struct RelationTiles {
 
   SRPKD_DEVICE void run() {
     RowVector<C> row_s, row_t, h{};
-    load_row_scales(p.features[1].alpha, row_s);
-    load_row_scales(p.features[0].alpha, row_t);
+    load_row_scales(p.features[STUDENT].alpha, row_s);
+    load_row_scales(p.features[TEACHER].alpha, row_t);
     double loss = 0;
     UPanel U[C::GRAD ? C::U_PANELS : 1] = {};
     Accumulator<C> s{}, t{};
@@ -339,7 +339,7 @@ struct RelationTiles {
           for (int other = 1; other < C::WARPS_N; ++other) sum += load_shared<float>(line_of_U(other, u, m, n, i));
           const int row = row_block * TILE + warp.row(m, i / 2);
           const int channel = (u_first + u) * C::PANEL_CHANNELS + 8 * n + 2 * warp.member + i % 2;
-          if (row < p.pixels && channel < p.features[1].channels)
+          if (row < p.pixels && channel < p.features[STUDENT].channels)
             store_global(own + row * p.U_strides[2] + channel * p.U_strides[3], factor * sum);
         });
     }
