@@ -5,9 +5,9 @@
 // start. A launch without the attribute has nothing to wait for.
 //
 // Why that is enough. Let A, B and C be three kernels of a call, one after the other.
-//   - griddepcontrol.wait returns when the kernel before has completed and its writes are visible. B completes only when
-//     all its threads have waited for A. So C waits for A, too: it may read the results of both, and overwrite what they
-//     read, such as counters and parts of the workspace. A thread of B that skips the wait would break that.
+//   - griddepcontrol.wait returns when the kernel before has completed and its writes are visible. B completes only
+//     after all its threads have waited for A. So C waits for A, too: it may read the results of both, and overwrite
+//     what they read, such as counters. A thread of B that skips the wait would break that.
 //   - C is scheduled when each block of B has executed launch_dependents or has ended, hence after A has completed. So
 //     at most two kernels of a call are on the GPU at a time. All blocks of B have started by then: those of C, which
 //     wait, cannot take their place.
