@@ -46,7 +46,8 @@ SRPKD_DEVICE void store_shared(Address to, T value) {
   *static_cast<T*>(__cvta_shared_to_generic(to)) = value;
 }
 
-// Like all loads here volatile: where a load stands decides how many registers hold what has been loaded.
+// By volatile instructions, like all loads from global memory here: where a load stands decides how many registers hold
+// what has been loaded.
 template <typename T>
 SRPKD_DEVICE T load_global(const T* from) {
   return __ldca(from);
