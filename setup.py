@@ -30,7 +30,9 @@ def extension_arguments() -> dict:
                 f"SRPKD_BUILD=1, but torch cannot be imported ({error}): install torch and use --no-build-isolation"
             )
         return {}
-    cuda = build.cuda_unavailable_reason() is None
+    if reason := build.cuda_unavailable_reason():
+        print(f"srpkd: building the extension without CUDA: {reason}")
+    cuda = reason is None
     os.environ.update(build.environment(cuda))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

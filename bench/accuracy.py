@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from srpkd.checking import gate
+from srpkd.checking.cases import Case, features, settings
 from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS
 
-from . import cases, gate, machine, plot, results
-from .cases import Case, features, settings
+from . import cases, machine, plot, results
 from .providers import PROVIDERS
 
 RESULTS = results.FOLDER / "accuracy.csv"

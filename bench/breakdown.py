@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from srpkd.checking.cases import Case, features, settings
+from srpkd.checking.kernels import CUDA_KERNELS, CannotRun, evaluate
+
 from . import cases, measure
-from .cases import Case, features, settings
-from .providers import CUDA_KERNELS, PROVIDERS, CannotRun, add_option, evaluate
+from .providers import PROVIDERS, add_option
 
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")

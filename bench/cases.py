@@ -1,135 +1,14 @@
-"""Benchmark cases: a ``Case`` is a relation loss of given shape, dtype and options; a sweep is a list of cases."""
+"""Benchmark cases: a sweep is a list of cases."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
-from srpkd.kernels.formulas import Distance, Normalize
-
-MODES = ("forward", "forward+backward")
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-}  # fmt: skip
-PRECISIONS = ("highest", "high", "medium")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A relation loss to measure.
-
-    Attributes:
-        pixels: N.
-        channels: (C_s, C_t).
-        batch: B.
-        dtype: dtype of both features.
-        precision: argument of ``torch.set_float32_matmul_precision``; only affects float32 on a GPU.
-        normalize, distance: as in ``srpkd.relation_loss``. Row and l1, the default of a case but not of ``SRPLoss``, is
-            the most expensive relation: no identity avoids the N x N pairs, and the matrix is not symmetric.
-        mode: ``"forward"`` under no_grad, or ``"forward+backward"`` with the gradient of the student's features.
-        device: ``"cpu"`` or ``"cuda"``.
-        threads: CPU threads.
-    """
-
-    pixels: int = 4096
-    channels: tuple[int, int] = (64, 256)
-    batch: int = 1
-    dtype: str = "float32"
-    precision: str = "highest"
-    normalize: Normalize = "row"
-    distance: Distance = "l1"
-    mode: str = "forward+backward"
-    device: str = "cpu"
-    threads: int = 1
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def need_grad(self) -> bool:
-        return self.mode == "forward+backward"
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor of the gradient, as in loss scaling: for float16 the largest power of two that it represents."""
-        return 2.0**15 if self.dtype == "float16" else 1.0
-
-    @property
-    def relation(self) -> Relation:
-        """The relation, with a Huber delta that has pairs on both sides."""
-        delta = {"row": self.pixels**-0.5, "cosine": self.channels[0] ** -0.5, "none": float(self.channels[0]) ** 0.5}
-        return Relation(self.normalize, self.distance, delta[self.normalize])
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of one N x N array per image, for all images."""
-        return self.batch * self.pixels**2 * self.torch_dtype.itemsize
-
-    @property
-    def operations(self) -> int:
-        """Minimum number of floating-point operations in matrix products, over all known algorithms.
-
-        l1 and huber: half of each Gram matrix, which is symmetric, and for the gradient the product of K with the
-        student's features. l2: the C x C moments, and for the gradient two products with them.
-        """
-        (student, teacher), pixels = self.channels, self.pixels
-        if self.distance == "l2":
-            moments = 2 * pixels * (student**2 + student * teacher + (0 if self.normalize == "row" else teacher**2))
-            return self.batch * (moments + self.need_grad * 2 * pixels * student * (student + teacher))
-        return self.batch * pixels**2 * (student + teacher + self.need_grad * 2 * student)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Minimum memory traffic: features are read once and the gradient is written once."""
-        student, teacher = self.channels
-        return self.batch * self.pixels * (student * (1 + self.need_grad) + teacher) * self.torch_dtype.itemsize
-
-    def describe(self) -> str:
-        """Describe the case in one line."""
-        channels = "/".join(map(str, self.channels))
-        precision = f" ({self.precision})" if self.dtype == "float32" and self.precision != "highest" else ""
-        return (
-            f"N={self.pixels} C={channels} B={self.batch} {self.dtype}{precision} {self.normalize} {self.distance} "
-            f"{self.mode}, {self.device}, {self.threads} CPU threads"
-        )
-
-    def columns(self) -> dict[str, Any]:
-        """Return the case as columns of a CSV, without the device, whose name ``bench.machine`` knows."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "device"}
-        return values | {"channels": "/".join(map(str, self.channels))}
-
-
-def features(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return random student (B, N, C_s) and teacher (B, N, C_t) features: views of NCHW memory, as networks return."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        torch.randn(case.batch, channels, case.pixels, generator=generator).to(case.device, case.torch_dtype).mT
-        for channels in case.channels
-    )
-    return student, teacher
-
-
-@contextmanager
-def settings(case: Case) -> Iterator[None]:
-    """Set torch's threads and float32 precision to those of the case, and restore them afterwards."""
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision(case.precision)
-    torch.set_num_threads(case.threads)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.set_num_threads(threads)
-
+from srpkd.checking.cases import DTYPES, MODES, PRECISIONS, Case
+from srpkd.kernels import DISTANCES, NORMALIZATIONS
 
 PIXELS = (256, 1024, 4096, 16384, 65536)
 CHANNELS = ((16, 64), (64, 256), (128, 256), (256, 256))

@@ -97,9 +97,8 @@ def measure(
 
     def gradients(columns: int | None) -> Gradients:
         student = F.conv2d(inputs, weights).requires_grad_()
-        loss = relation_loss(
-            student, teacher, normalize=normalize, distance="l1", columns=columns, generator=columns_generator
-        )
+        generator = columns_generator if columns else None
+        loss = relation_loss(student, teacher, normalize=normalize, distance="l1", columns=columns, generator=generator)
         (gradient,) = torch.autograd.grad(loss, student)
         return Gradients(loss.detach(), gradient, torch.einsum("bihw,bohw->oi", inputs, gradient))
 

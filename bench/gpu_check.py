@@ -36,13 +36,14 @@ from typing import NamedTuple
 
 import torch
 
+from srpkd.checking.kernels import CUDA_KERNELS, KERNEL_VARIABLE
+from srpkd.checking.processes import recorded
 from srpkd.kernels import build, native
 from srpkd.reporting.table import format_table
 
 from . import gpu_tests, machine, relation, results
-from . import smoke as smoke_cases
-from .providers import CUDA_KERNELS, KERNEL_VARIABLE
 
+GPU_KERNELS = ("native-sm90", "native-sm80", "native", "closed_form", "triton")
 ALL_STEPS = 120  # seconds that all rows of the training steps take at least
 # without it, an access beyond an array stays inside the allocator's pool, and compute-sanitizer misses it
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -122,7 +123,11 @@ class Check:
 
 
 def smoke(check: Check) -> None:
-    check.python("smoke", "-m", "bench.smoke", check.out, "--seconds", int(check.left - 15))
+    """Check the backends, on a GPU on all cases; the file keeps the results of the part for the next ones."""
+    options = ["--out", check.out / "smoke.jsonl", "--seconds", int(check.left - 15), "--silence", 45]
+    options += ["--device", "cuda", "--full"] if check.on_gpu else ["--device", "cpu"]
+    kernels = GPU_KERNELS if check.on_gpu else ("native", "closed_form", "blocked")
+    check.python("smoke", "-m", "srpkd.check", *options, "--backend", *kernels)
 
 
 def table(check: Check) -> None:
@@ -145,11 +150,11 @@ def sound_kernels(check: Check) -> tuple[list[str], list[str]]:
     Second are those that are selected by name, which must have passed it.
     """
     found: dict[str, set[str]] = {}
-    for (kernel, _), entry in smoke_cases.recorded(check.out / "smoke.jsonl").items():
+    for (kernel, _), entry in recorded(check.out / "smoke.jsonl").items():
         found.setdefault(kernel, set()).add(entry["status"])
     plain: list[str] = []
     selected: list[str] = []
-    for kernel in smoke_cases.GPU_KERNELS:
+    for kernel in GPU_KERNELS:
         states = found.get(kernel, set())
         if states & {"crashed", "hung"} or (kernel in CUDA_KERNELS and "ok" not in states):
             print(f"{kernel} is left out: it has not passed the part smoke with this OUT")
@@ -159,7 +164,7 @@ def sound_kernels(check: Check) -> tuple[list[str], list[str]]:
 
 
 def profile(check: Check) -> None:
-    plain, selected = sound_kernels(check) if check.on_gpu else (list(smoke_cases.GPU_KERNELS), [])
+    plain, selected = sound_kernels(check) if check.on_gpu else (list(GPU_KERNELS), [])
     sound = {*plain, *selected}
     tiles = [name for name in ("native-sm90", "triton") if name in sound]
     to, l2 = check.out / "profile", ("--normalize", "row", "--distance", "l2", "--batch", 16)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from .providers import KERNEL_VARIABLE
+from srpkd.checking.kernels import KERNEL_VARIABLE
 
 VARIABLE = "SRPKD_GPU_TESTS"
 NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # csrc/cuda/choose_kernel.h

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from srpkd.checking.kernels import CUDA_KERNELS
 from srpkd.files import write_file
 from srpkd.reporting.figures import style_axes, to_png
 
 from . import relation, results
-from .providers import CUDA_KERNELS, PROVIDERS
+from .providers import PROVIDERS
 from .results import Row, number
 
 # colour-blind safe (Okabe and Ito, 2008); providers that materialise N x N arrays are dashed

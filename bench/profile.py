@@ -30,15 +30,16 @@ from typing import Any
 
 import torch
 
+from srpkd.checking.cases import Case, settings
+from srpkd.checking.kernels import CannotRun
 from srpkd.kernels import build, native
 from srpkd.reporting.table import format_table
 
 from . import cases, machine_code, ncu
 from .breakdown import short_name
-from .cases import Case
 from .machine_code import Frame, Instruction
 from .ncu import Kernel, Row
-from .providers import PROVIDERS, CannotRun, add_option, prepare_call
+from .providers import PROVIDERS, add_option, prepare_call
 
 DEFAULT = ("native-sm90",)
 LEAST_SHARE, NEARLY_ALL = 0.02, 0.95  # of the samples: of lines that are shown, of lines that are left out
@@ -98,7 +99,7 @@ def profiled_call(case: Case, name: str) -> None:
     provider = PROVIDERS[name]
     if (reason := provider.unavailable_reason(case)) is not None:
         sys.exit(f"{name}: {reason}")
-    with cases.settings(case):
+    with settings(case):
         call = prepare_call(name, case)
         try:
             for _ in range(3):

@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from srpkd.checking.kernels import CUDA_KERNELS
 from srpkd.files import write_file
 from srpkd.kernels import measured
 
 from . import accuracy, cases, relation, results, train
-from .providers import CUDA_KERNELS
 from .results import Row
 
 TABLE = results.FOLDER.parent.parent / "kernels" / "measured_cases.py"

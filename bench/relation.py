@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 
+from srpkd.checking import gate
+from srpkd.checking.cases import Case, features, settings
+from srpkd.checking.kernels import CannotRun, evaluate
 from srpkd.kernels import measured
 
-from . import cases, gate, machine, measure, results
-from .cases import Case, features, settings
-from .providers import DEFAULT, PROVIDERS, CannotRun, add_option, evaluate, prepare_call
+from . import cases, machine, measure, results
+from .providers import DEFAULT, PROVIDERS, add_option, prepare_call
 
 RESULTS = results.FOLDER / "relation.csv"
 KEY = (

@@ -12,9 +12,12 @@ import sys
 
 import torch
 
-from . import gate
-from .cases import Case, Distance, Normalize, features, settings
-from .providers import PROVIDERS, CannotRun, evaluate
+from srpkd.checking import gate
+from srpkd.checking.cases import Case, features, settings
+from srpkd.checking.kernels import CannotRun, evaluate
+from srpkd.kernels.formulas import Distance, Normalize
+
+from .providers import PROVIDERS
 
 SHAPES = [(1, (1, 1), 1), (65, (16, 64), 2), (129, (20, 33), 1), (200, (64, 256), 1)]  # N, (C_s, C_t), B
 FORMATS = [("float32", "highest"), ("float32", "high"), ("bfloat16", "highest"), ("float16", "highest")]

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from srpkd.checking.cases import Case
 from srpkd.reporting.table import format_table
 
 from . import relation, results, train
-from .cases import Case
 from .providers import DEFAULT
 from .readme import between_markers, put_between_markers
 from .record import with_present_native

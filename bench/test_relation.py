@@ -9,9 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from . import cases, gate, machine
-from .cases import Case, features
-from .providers import PROVIDERS, CannotRun, evaluate
+from srpkd.checking import gate
+from srpkd.checking.cases import Case, features
+from srpkd.checking.kernels import CannotRun, evaluate
+
+from . import cases, machine
+from .providers import PROVIDERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases.sweep("quick", DEVICE, {"mode": cases.MODES, "threads": (torch.get_num_threads(),)})

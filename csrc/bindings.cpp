@@ -16,6 +16,7 @@
 #include "cpu/indexed_tiles.h"
 #include "cpu/loss.h"
 #include "cpu/relation_tiles.h"
+#include "cuda/fastest_kernel.h"
 
 // kernels/build.py reads this from the binary before loading it.
 extern "C" __attribute__((used, visibility("default"))) const char srpkd_built_for[] =
@@ -95,6 +96,34 @@ LossAndGradient relation_loss_forward_cpu(const Tensor& student, const Tensor& t
   return cpu::relation_loss(student, teacher, relation, parse_reduction(reduction), need_grad);
 }
 
+// Returns the CUDA kernel of the relation tiles, "sm80" or "sm90", that is the fastest for a loss on a GPU.
+const char* fastest_cuda_kernel(std::string_view dtype, std::string_view precision, std::string_view normalize,
+                                std::string_view distance, double delta, bool rectify, bool detach_norms,
+                                bool need_grad, int pixels, int student_channels, int teacher_channels, int images,
+                                int major, int multiprocessors, int shared_of_block, std::string_view architectures) {
+  using cuda::Precision;
+  const Relation relation = parse_relation(normalize, distance, delta, 0, rectify, detach_norms);
+  const bool wide = dtype == "float32";
+  const Precision chosen = dtype == "float16"                                         ? Precision::fp16
+                           : !wide || (precision != "highest" && precision != "high") ? Precision::bf16
+                           : precision == "high"                                      ? Precision::tf32
+                                                                                      : Precision::tf32x3;
+  const cuda::sm90::Problem problem{images,
+                                    pixels,
+                                    student_channels,
+                                    teacher_channels,
+                                    chosen,
+                                    need_grad,
+                                    relation.normalize,
+                                    relation.distance,
+                                    static_cast<float>(delta),
+                                    rectify,
+                                    relation.differentiates_norms()};
+  const cuda::sm80::Device device{multiprocessors, shared_of_block, 0, 0, major};
+  const cuda::Kernel kernel = cuda::fastest_kernel(problem, wide ? 4 : 2, device, architectures);
+  return kernel == cuda::Kernel::sm90 ? "sm90" : "sm80";
+}
+
 }  // namespace
 
 // operator.cpp and backward.cpp in csrc/cuda register the implementations for CUDA, csrc/autograd.cpp those of
@@ -136,6 +165,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", [] {
     return py::dict("instructions"_a = at::get_cpu_capability(), "cache_bytes"_a = srpkd::cpu::cache_bytes());
   });
+  m.def("fastest_cuda_kernel", srpkd::fastest_cuda_kernel, "dtype"_a, "precision"_a, "normalize"_a, "distance"_a,
+        "delta"_a, "rectify"_a, "detach_norms"_a, "need_grad"_a, "pixels"_a, "student"_a, "teacher"_a, "batch"_a,
+        "major"_a, "multiprocessors"_a, "shared_of_block"_a, "architectures"_a);
   m.def("tile_size", srpkd::cpu::tile_size, "images"_a, "pixels"_a, "element_bytes"_a, "threads"_a);
 
   // the index arithmetic of common/index.h, for tests

@@ -6,14 +6,15 @@ Environment:
     SRPKD_BUILD            0: never build; 1: a failed build fails the installation; unset: build if possible.
     SRPKD_BUILD_CUDA       0: build without the CUDA part, which takes most of the time.
     SRPKD_CXX_FLAGS        additional flags for the C++ compiler, for example ``-O1 -fsanitize=address``.
-    TORCH_CUDA_ARCH_LIST   GPU architectures to build for, for example ``8.0;9.0a``; by default those of the installed
-                           GPUs, or DEFAULT_ARCHITECTURES if there are none.
+    TORCH_CUDA_ARCH_LIST   GPU architectures to build for, for example ``8.0;9.0a`` or ``Ampere``; by default those of
+                           the installed GPUs, or DEFAULT_ARCHITECTURES if there are none. See ``architectures``.
     MAX_JOBS               number of parallel compilers; by default limited by cores and memory.
     TORCH_EXTENSIONS_DIR   folder for extensions that are built on first use.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,18 @@ from pathlib import Path
 NAME = "_native"
 CSRC = Path(__file__).resolve().parent.parent / "csrc"  # csrc/ is beside kernels/, in the repository and in a wheel
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
+OLDEST_ARCHITECTURE = (8, 0)  # of the kernels
+ARCHITECTURE = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+# the names of torch.utils.cpp_extension
+NAMED_ARCHITECTURES = {
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Rubin": "10.7+PTX",
+} | dict.fromkeys(("Maxwell", "Pascal", "Volta", "Volta+Tegra", "Turing"), "7.5")
 BYTES_PER_JOB = 2**31  # one source with torch's headers needs less than 2 GB to compile
 # -fopenmp only for compiling: when linking, it could add a second OpenMP runtime to that of torch
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", *(["-fopenmp"] if sys.platform == "linux" else [])]
@@ -114,20 +127,94 @@ def cuda_unavailable_reason() -> str | None:
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = ".".join(release.groups()) if release else "of unknown version"
-        return f"{home} is CUDA {found}, but torch is built for CUDA {torch.version.cuda}"
+        needed = torch.version.cuda.split(".")[0]
+        return (
+            f"{home} is CUDA {found}, but torch is built for CUDA {torch.version.cuda}: set CUDA_HOME to a toolkit of "
+            f"CUDA {needed}, or install torch for CUDA {found}"
+        )
+    try:
+        listed = architectures()
+    except ValueError as error:
+        return str(error)
+    if not listed:
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        source = f"TORCH_CUDA_ARCH_LIST={chosen!r} names" if chosen else "the installed GPUs have"
+        return f"{source} no compute capability of 8.0 or higher, which the kernels need"
     return None
 
 
 def architectures() -> str:
-    """Return the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST."""
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return chosen
+    """Return the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST.
+
+    These are the requested ones that the kernels and nvcc support. PTX for 8.0, which the driver compiles for any newer
+    GPU, replaces those that are too new for nvcc.
+
+    Raises:
+        ValueError: TORCH_CUDA_ARCH_LIST contains something else than architectures.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    listed = chosen if chosen and chosen != "native" else ";".join(_installed()) or DEFAULT_ARCHITECTURES
+    found, needs_ptx = [], False
+    for word in re.split(r"[;\s]+", listed.strip("; ")):
+        for name in NAMED_ARCHITECTURES.get(word.removesuffix("+PTX"), word).split(";"):
+            if (match := ARCHITECTURE.fullmatch(name)) is None:
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST={chosen!r}: expected architectures separated by ';', such as 8.6, 9.0a or "
+                    f"8.0+PTX, received {name!r}"
+                )
+            version, suffix, ptx = (int(match[1]), int(match[2])), match[3], match[4] or ""
+            if version < OLDEST_ARCHITECTURE:
+                continue
+            if (known := _nvcc_architectures(cuda_home())) and "{}{}".format(*version) not in known:
+                needs_ptx = True
+            elif version == (9, 0):
+                # wgmma, the instructions of Hopper's tensor cores, exist only in 9.0a, which runs wherever 9.0 does.
+                # Its PTX would run nowhere else
+                found.append("9.0a")
+                needs_ptx = needs_ptx or bool(ptx)
+            else:
+                found.append("{}.{}".format(*version) + suffix + ptx)
+    if needs_ptx and not any(name.endswith("+PTX") for name in found):
+        found = ["8.0+PTX", *(name for name in found if name != "8.0")]
+    return ";".join(dict.fromkeys(found))
+
+
+def _installed() -> list[str]:
+    """Return the architectures of the installed GPUs."""
     import torch
 
-    installed = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    # wgmma, the instructions of Hopper's tensor cores, exist only in architecture 9.0a
-    names = [f"{major}.{minor}" + ("a" if major == 9 else "") for major, minor in sorted(installed)]
-    return ";".join(names) or DEFAULT_ARCHITECTURES
+    if torch.version.hip:
+        return []
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return ["{}.{}".format(*capability) for capability in sorted(capabilities)]
+
+
+@functools.cache
+def _nvcc_architectures(home: Path | None) -> frozenset[str]:
+    """Return the architectures that nvcc compiles for, such as "86"; nothing if it does not tell."""
+    if home is None:
+        return frozenset()
+    done = subprocess.run([home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True)
+    return frozenset(re.findall(r"compute_(\d+)", done.stdout))
+
+
+@functools.lru_cache(maxsize=64)
+def has_code_for(architectures: str, capability: tuple[int, int]) -> bool:
+    """Return whether an extension that is built for some architectures contains code that a GPU can run.
+
+    Machine code runs on GPUs of the same major version and at least the same minor version, except that code for other
+    GPUs does not run on 8.7, a Tegra. Code with the suffix "a" runs on its own version only. The driver compiles PTX
+    without a suffix for any newer GPU.
+    """
+    for match in map(ARCHITECTURE.fullmatch, architectures.split(";")):
+        if match is None:
+            continue
+        version = int(match[1]), int(match[2])
+        same_family = version[0] == capability[0] and version <= capability and (8, 7) not in (version, capability)
+        runs = version == capability or (same_family and match[3] != "a")
+        if runs or (match[4] and match[3] == "" and version <= capability):
+            return True
+    return False
 
 
 def jobs() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix instructions, asynchronous copies
@@ -21,6 +23,22 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def identity(device: torch.device) -> tuple[str, tuple[int, int]]:
-    """Return the name and the compute capability of a GPU, under which its measurements are recorded."""
-    return torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+class Gpu(NamedTuple):
+    """The properties of a GPU by which ``auto`` chooses: measurements are recorded under name and capability.
+
+    Attributes:
+        capability: the compute capability, (major, minor).
+        shared_of_block: bytes of shared memory that a thread block can have.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_of_block: int
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Return the properties of a GPU."""
+    found: Any = torch.cuda.get_device_properties(device)  # its type lacks the last attribute
+    capability = found.major, found.minor
+    return Gpu(found.name, capability, found.multi_processor_count, found.shared_memory_per_block_optin)

@@ -34,7 +34,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cuda_device, formulas, measured
+from . import cuda_device, formulas, measured, native
 from .formulas import Relation
 
 BACKENDS = {
@@ -97,7 +97,9 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-# On a CPU, O(N C^2) in float64 costs less than tiles from this number of pixels per channel (C_s + C_t) on.
+# O(N C^2) costs less than tiles from this number of pixels per channel (C_s + C_t) on: on a CPU in float64, by
+# measurement; on a GPU by a wide margin. There the recorded GPU does not decide between the two: one image takes as
+# long as the host, with either, and slower GPUs would get the tiles.
 CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
@@ -121,18 +123,22 @@ def auto_backend(
         precision: of float32 matrix products: "highest", "high" or "medium".
         need_grad: whether the gradient is computed too.
     """
+    enough = pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels)
     if device.type == "cpu":
-        enough = pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels)
         names = ("closed_form", "native") if enough else ("native",)
         return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
     runnable = [name for name in GPU_BACKENDS if _auto_can_run(name, device, relation, dtype)]
     if len(runnable) > 1 and backend_module("closed_form").implementation(device, dtype, relation) == "pytorch":
         runnable = [name for name in runnable if name != "closed_form"]  # the recorded times are those of its kernels
+    if enough and "closed_form" in runnable:
+        return "closed_form"
     if len(runnable) > 1:
         case = measured.Case(
             str(dtype)[6:], precision, relation.normalize, relation.distance, need_grad, pixels, *channels, batch
         )
-        for name in measured.ranking(*cuda_device.identity(device), case, not relation.rectify):
+        gpu = cuda_device.gpu_of(device)
+        kernel = native.cuda_kernel(case, relation, gpu) if "native" in runnable else "sm80"
+        for name in measured.ranking(gpu.name, gpu.capability, case, kernel):
             if name in runnable:
                 return name
     return runnable[0] if runnable else "blocked"

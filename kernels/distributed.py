@@ -7,9 +7,10 @@ each of them once and holds two at a time beside its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,43 @@ from . import closed_form, dispatch, formulas
 from .formulas import Pixels, Relation, Scales, TileSums
 from .op import relation_loss_backward_op
 
+Result = TypeVar("Result")
+
 
 def backend_choices(relation: Relation, device: torch.device) -> tuple[str, ...]:
     """Return the backends that can be named."""
     return ("auto", "closed_form") if _has_closed_form(relation) else ("auto", *dispatch.partial_backends(device))
+
+
+def check_backend(backend: str, relation: Relation, device: torch.device) -> None:
+    """Raise a ValueError or BackendUnavailable if this rank cannot take part with the named backend."""
+    dispatch.check_choice(
+        f"with scope='global', several ranks, distance={relation.distance!r} and rectify={relation.rectify}, backend",
+        backend,
+        backend_choices(relation, device),
+    )
+    if not _has_closed_form(relation):
+        dispatch.partial_backend(backend, device)
+
+
+@torch.compiler.disable
+def check_on_ranks(group: dist.ProcessGroup | None, check: Callable[..., Result], *arguments: object) -> Result:
+    """Return ``check(*arguments)``. If it raises, the other ranks raise the error in their ``relation_loss``.
+
+    They would wait forever otherwise. Without an error nothing is exchanged.
+    """
+    try:
+        return check(*arguments)
+    except (TypeError, ValueError, dispatch.BackendUnavailable) as error:
+        _exchange(error, group)
+        raise
+
+
+def _exchange(mine: object, group: dist.ProcessGroup | None) -> list:
+    """Return every rank's object. Each rank calls it once for each loss, with an error or with its settings."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group)
+    return everyone
 
 
 def _has_closed_form(relation: Relation) -> bool:
@@ -47,11 +81,11 @@ def relation_loss(
         student: this rank's features (1, N_r, C_s). N_r may differ from rank to rank, C_s and dtype may not.
         teacher: (1, N_r, C_t), without a gradient.
         group: the process group; the default group if None.
-        backend: one of ``backend_choices``.
+        backend: a name that ``check_backend`` accepts.
 
     Raises:
-        BackendUnavailable: the named backend cannot run on this device.
-        ValueError: on every rank, if the ranks differ in channels, dtype or options.
+        ValueError: on every rank, if the ranks differ in channels, dtype, device or options.
+        TypeError, ValueError, BackendUnavailable: the error of another rank's ``check_on_ranks``.
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
     return _RelationLoss.apply(student, teacher, relation, group, backend, need_grad)
@@ -103,22 +137,27 @@ def pixels_of_ranks(
     Raises:
         ValueError: on all ranks, if they differ in anything else. Their collectives would not match, or would sum
             parts of different losses.
+        TypeError, ValueError, BackendUnavailable: the error of another rank's ``check_on_ranks``.
     """
     mine = {
         "C_s": student.shape[2],
         "C_t": teacher.shape[2],
         "dtype": student.dtype,
+        "device": student.device.type,
         **asdict(relation),
         "student.requires_grad": need_grad,
     }
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (student.shape[1], mine), group)
+    everyone = _exchange((student.shape[1], mine), group)
+    for rank, theirs in enumerate(everyone):
+        if isinstance(theirs, Exception):
+            raise type(theirs)(f"on rank {rank}: {theirs}")
     settings = [theirs for _, theirs in everyone]
     different = [name for name in mine if any(theirs[name] != mine[name] for theirs in settings)]
     if different:
         received = (", ".join(f"{name}={theirs[name]!r}" for name in different) for theirs in settings)
         raise ValueError(
-            "scope='global' expects features of the same channels and dtype, and the same options, on every rank; "
+            "scope='global' expects features of the same channels, dtype and device type, and the same options, on "
+            "every rank; "
             f"received {'; '.join(f'on rank {rank} {text}' for rank, text in enumerate(received))}"
         )
     return [pixels for pixels, _ in everyone]

@@ -6,7 +6,8 @@ that was not recorded:
 - GPU: the one with this name, otherwise the one with the nearest compute capability.
 - case: the recorded case with the smallest distance. The distance adds up the factors by which N, B, C_s and C_t
   differ, as powers of two, and a penalty for each option that differs, see PENALTIES.
-- backend: the fastest of this case that can run. If none of its backends can, the next case decides.
+- backend: the fastest of this case that can run. If none of its backends can, the next case decides. ``native`` counts
+  with the time of the kernel that it takes on this GPU, see csrc/cuda/fastest_kernel.h.
 
 KERNEL_VERSIONS says which version of a kernel a row describes. Rows of an earlier version remain as an estimate until
 the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct: see
@@ -121,31 +122,26 @@ def nearest_device(name: str, capability: tuple[int, int]) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def ranking(name: str, capability: tuple[int, int], case: Case, sm90: bool = True) -> tuple[str, ...]:
+def ranking(name: str, capability: tuple[int, int], case: Case, kernel: str) -> tuple[str, ...]:
     """Return the recorded backends in the order in which ``auto`` should take the first that can run.
 
     Args:
         name, capability: of the GPU.
-        sm90: whether the sm_90 kernel covers the relation, which has options that are not part of the case.
+        kernel: "sm80" or "sm90", the tiles with which ``native`` computes the case there, see ``native.cuda_kernel``.
     """
     device = nearest_device(name, capability)
     near = sorted(
         (entry for entry in RECORDED if entry.device == device), key=lambda entry: difference(entry.case, case)
     )
-    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry, sm90)))
+    return tuple(dict.fromkeys(backend for entry in near for backend in fastest_first(entry, kernel)))
 
 
-def fastest_first(entry: Recorded, sm90: bool = True) -> list[str]:
-    """Return the backends of a recorded case by their time.
-
-    ``native`` takes the kernel that ``sm90_wins`` says; without ``sm90``, the other one.
-    """
+def fastest_first(entry: Recorded, kernel: str) -> list[str]:
+    """Return the backends of a recorded case by their time, which for ``native`` is that of a kernel if recorded."""
     times = entry.times
     found = {backend: time.microseconds for backend, time in times.items() if "-" not in backend}
-    if sm90 and sm90_wins(entry):
-        found["native"] = times["native-sm90"].microseconds
-    elif not sm90 and "native-sm80" in times:
-        found["native"] = times["native-sm80"].microseconds
+    if (own := times.get(f"native-{kernel}")) is not None:
+        found["native"] = own.microseconds
     return sorted(found, key=lambda backend: found[backend])
 
 

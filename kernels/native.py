@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import build, cuda_device
+from . import build, cuda_device, measured
 from .formulas import Pixels, Relation, Scales, TileSums
 
 # Pixels in a block, rounded up to a multiple of 16. 0 chooses a size by the cache and the number of threads. Results
@@ -150,8 +151,16 @@ def load_existing() -> tuple[ModuleType | None, str | None]:
 
 
 def is_built(device: torch.device) -> bool:
-    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires."""
-    return load_existing()[0] is not None and unavailable_reason(device) is None
+    """Return whether the backend can run on ``device`` without a build, as ``auto`` requires.
+
+    A call of ``closed_form`` on a GPU asks, so there this does not look for the reason, which may run nvcc.
+    """
+    module, _ = load_existing()
+    if module is None or device.type == "cpu":
+        return module is not None and unavailable_reason(device) is None
+    return cuda_device.unavailable_reason(device) is None and build.has_code_for(
+        module.cuda_architectures, torch.cuda.get_device_capability(device)
+    )
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -165,7 +174,34 @@ def unavailable_reason(device: torch.device) -> str | None:
         return reason
     if module is None:
         return build.cuda_unavailable_reason()
-    return None if module.cuda_architectures else "it was built without the CUDA part"
+    if not module.cuda_architectures:
+        remedy = build.cuda_unavailable_reason() or "install srpkd again with --no-build-isolation"
+        return f"it was built without the CUDA part: {remedy}"
+    capability = torch.cuda.get_device_capability(device)
+    if build.has_code_for(module.cuda_architectures, capability):
+        return None
+    version = "{}.{}".format(*capability)
+    return (
+        f"it was built for the GPU architectures {module.cuda_architectures}, and this GPU has {version}: install "
+        f"srpkd again with --no-build-isolation and TORCH_CUDA_ARCH_LIST={version}"
+    )
+
+
+def cuda_kernel(case: measured.Case, relation: Relation, gpu: cuda_device.Gpu) -> str:
+    """Return the tiles that compute a loss on a GPU, as csrc/cuda/choose_kernel.h chooses them: "sm80" or "sm90"."""
+    module, _ = load_existing()
+    if (setting := os.environ.get("SRPKD_CUDA_KERNEL", "auto")) != "auto" or module is None:
+        return setting if module is not None else "sm80"
+    return module.fastest_cuda_kernel(
+        **case._asdict(),
+        delta=relation.delta,
+        rectify=relation.rectify,
+        detach_norms=relation.detach_norms,
+        major=gpu.capability[0],
+        multiprocessors=gpu.multiprocessors,
+        shared_of_block=gpu.shared_of_block,
+        architectures=module.cuda_architectures,
+    )
 
 
 def status() -> str:
@@ -185,5 +221,5 @@ def _cuda_kernels(architectures: str) -> str:
     """Describe the kernels of the relation tiles, given the architectures that they are built for."""
     if not architectures:
         return "not built"
-    wgmma = ", or with SRPKD_CUDA_KERNEL=sm90 wgmma" if "9.0a" in architectures else ""
+    wgmma = ", and on Hopper by wgmma where that is verified and faster" if "9.0a" in architectures else ""
     return f"{architectures}, tiles by mma.sync{wgmma}"

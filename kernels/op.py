@@ -10,13 +10,15 @@ call (torch.compile, fake tensors, a dispatch mode, functorch, a tensor subclass
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
+from types import ModuleType
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from .dispatch import compute_loss
+from .dispatch import backend_module, compute_loss, unavailable_reason
 from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype
 
 
@@ -76,8 +78,22 @@ def _loss_and_gradient(
         return compute_loss(student, teacher, relation, backend, need_grad, columns)
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(gradient, grad_loss.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
+def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, weight: float = 1.0) -> Tensor:
+    """Return gradient (B, N, C_s) times weight times the upstream gradient, () or (B,), rounded to ``dtype`` once."""
+    if (kernels := _gpu_kernels(gradient.device)) is not None and _is_eager(gradient, grad_loss):
+        result = kernels.scaled_gradient(gradient, grad_loss, dtype, weight)
+        if result is not None:
+            return result
+    factor = grad_loss if weight == 1 else grad_loss * weight
+    return torch.mul(gradient, factor.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+@functools.cache
+def _gpu_kernels(device: torch.device) -> ModuleType | None:
+    """Return the module of backend ``triton``, for its product in backward, or None if it cannot run on the device."""
+    if device.type != "cuda" or unavailable_reason("triton", device) is not None:
+        return None
+    return backend_module("triton")
 
 
 # -- eager mode ------------------------------------------------------------------------------------------------------
@@ -101,10 +117,12 @@ class _RelationLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_gradient):
         gradient = None
         if grad_loss is not None:
-            grad_loss = grad_loss if ctx.weight == 1 else grad_loss * ctx.weight
-            # autograd records this only for double backward, of which the operator reports that it is not supported
-            scale = relation_loss_backward_op if torch.is_grad_enabled() else _scaled
-            gradient = scale(ctx.saved_tensors[0], grad_loss, ctx.dtype)
+            (gradient,) = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                # autograd records this only for double backward, of which the operator reports that it is not supported
+                gradient = relation_loss_backward_op(gradient, grad_loss * ctx.weight, ctx.dtype)
+            else:
+                gradient = _scaled(gradient, grad_loss, ctx.dtype, ctx.weight)
         return gradient, None, None, None, None, None
 
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "convert a generator to ONNX and check it against PyTorch; 8-bit on request",
     "compare": "compare generators on your images in the browser",
     "report": "rewrite the report page of a run",
+    "check": "check every backend on this machine, and on its GPUs, against float64",
     "info": "list the backends that this machine can run, and why it cannot run the others",
 }
 HELP = f"""usage: srpkd COMMAND [OPTION ...]

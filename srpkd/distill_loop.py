@@ -20,6 +20,7 @@ from .distiller import FeatureLoss, LayerLayout, RelationDistiller, check_gradie
 from .extras import require
 from .structures import describe, element, parse_path, to_device
 
+LEARNING_RATE = 2e-4  # of the public code
 Output = str | int | Callable[[Any], Tensor]
 
 
@@ -40,7 +41,7 @@ def distill(
     output: Output | None = None,
     target: Callable[[Any], Tensor | None] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    lr: float = 2e-4,
+    lr: float | None = None,
     on_step: Callable[[int, dict[str, float]], Any] | None = None,
     progress: bool = True,
 ) -> list[dict[str, float]]:
@@ -75,7 +76,7 @@ def distill(
         target: function of a batch (its tensors moved) that returns its target or None; only with ``forward``.
         optimizer: optimizer of the student's parameters; by default Adam with ``lr`` and the betas (0.5, 0.999) that
             are usual for GANs.
-        lr: learning rate of the default optimizer.
+        lr: learning rate of the default optimizer; by default 2e-4.
         on_step: called after each step with its number (from 1) and the weighted losses by name.
         progress: whether to show a progress bar (needs tqdm).
 
@@ -84,8 +85,8 @@ def distill(
 
     Raises:
         TypeError: an argument, a batch or an output has the wrong type.
-        ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, or there is nothing
-            to train.
+        ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, there is nothing to
+            train, or ``lr`` is given together with ``optimizer``.
         ImportError: ``progress`` is set and tqdm is not installed.
         RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
         FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
@@ -97,8 +98,13 @@ def distill(
     check_whole("epochs", epochs, least=1)
     for name, value in (("lambda_kd", lambda_kd), ("lambda_srp", lambda_srp), ("lambda_target", lambda_target)):
         check_number(name, value, least=0)
+    if lr is not None:
+        check_number("lr", lr, least=0)
     if optimizer is not None:
         check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
+        if lr is not None:
+            raise ValueError(f"lr={lr} is that of the default optimizer: set it in optimizer, or leave out one of them")
+        _check_trains(optimizer, student)
     if target is not None and (forward is None or not callable(target)):
         raise TypeError("target: expected a function of a batch, together with forward=")
     if output is not None and not callable(output):
@@ -109,6 +115,7 @@ def distill(
         raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
+    lr = LEARNING_RATE if lr is None else lr
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
@@ -153,6 +160,16 @@ def distill(
             distiller.close()
             student.eval()
     return history
+
+
+def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
+    """Raise a ValueError if the optimizer would change no parameter of the student."""
+    own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "optimizer has no parameter of the student that requires a gradient, perhaps those of a copy: create it "
+            "from student.parameters()"
+        )
 
 
 def _losses(

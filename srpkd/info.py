@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
 
@@ -35,9 +36,18 @@ def describe() -> str:
         for backend, summary in BACKENDS.items():
             reason = unavailable_reason(backend, device)
             lines.append(f"  {backend:<12} " + (f"yes: {summary}" if reason is None else f"no: {reason}"))
-        for distance in ("l1", "l2"):
-            large, small = (auto_backend(device, Relation(distance=distance), pixels=pixels) for pixels in (64**2, 1))
-            lines.append(f"  auto, {distance}     {large}" + (f", {small} for small maps" if small != large else ""))
+        dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
+        for relation, dtype in itertools.product((Relation(distance="l1"), Relation(distance="l2")), dtypes):
+            large, small = (auto_backend(device, relation, dtype, pixels) for pixels in (64**2, 1))
+            also = f", {small} for small maps" if small != large else ""
+            lines.append(
+                f"  auto, {relation.distance}     {large}{also}" + (f", in {str(dtype)[6:]}" if len(dtypes) > 1 else "")
+            )
+        if device.type == "cuda" and name not in (recorded := [known for known, _ in measured.DEVICES]):
+            lines.append(
+                f"  This GPU has not been measured: auto compares the times of {', '.join(recorded)}. Run srpkd check "
+                "to test whether the results are right here."
+            )
     if len(devices) > 1 and (old := measured.stale()):
         lines.append(f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}")
     try:

@@ -68,11 +68,11 @@ def relation_loss(
         teacher: features of the same layout without a gradient. Their number of channels C_t may differ from C_s.
         normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
         distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear beyond.
-        delta: where the Huber distance becomes linear, > 0.
+        delta: where the Huber distance becomes linear, > 0; other distances ignore it.
         reduction: ``"mean"`` or ``"sum"`` over the B images, or ``"none"``: the loss of each image.
         layout: ``"nchw"``, ``"nlc"`` or ``"nhwc"``. A shape that looks like another layout gives a warning.
         eps: a pixel whose norm (cosine) or row norm (row) is at most eps has relation 0 to all pixels, and no gradient
-            through its own normalisation.
+            through its own normalisation. ``normalize="none"`` ignores it.
         backend: ``"auto"``, or one of ``srpkd.kernels.BACKENDS``. The environment variable SRPKD_BACKEND, if set,
             replaces "auto".
         scope: which pixels are related: those of each ``"image"``; those of all images of the ``"batch"``, as if they
@@ -80,7 +80,7 @@ def relation_loss(
             batch of this process if torch.distributed is not initialised). For ``distance="l2"`` the ranks exchange
             only C x C matrices, otherwise their features, around the ring of ranks. The loss is the same on every rank.
             Its gradient is exact under DistributedDataParallel, which averages over the ranks.
-        group: the process group of ``scope="global"``; the default group if None.
+        group: the process group of ``scope="global"``, to which this process belongs; the default group if None.
         rectify: negative entries of both relation matrices count as 0: max(A, 0) replaces A before the distance, as in
             Gram anchoring (DINOv3). The gradient is 0 where A_student <= 0, as through ``torch.relu``.
         detach_norms: the norms (cosine) or row norms (row) are constants to the gradient, as in the pairwise loss of
@@ -112,13 +112,15 @@ def relation_loss(
         ("eps", eps),
         ("backend", backend),
         ("scope", scope),
+        ("group", group),
         ("rectify", rectify),
         ("detach_norms", detach_norms),
         ("columns", columns),
         ("generator", generator),
     ):
         _check_option(name, value)
-    _check_features(student, teacher, layout)
+    _check_combination(scope, group, columns, generator)
+    _check_features(student, teacher, layout, scope, group)
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
     relation = Relation(normalize, distance, float(delta), float(eps), rectify, detach_norms)
@@ -165,6 +167,7 @@ class SRPLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        _check_combination(scope, group, columns, generator)
         self.normalize, self.distance, self.delta = normalize, distance, delta
         self.reduction, self.layout, self.eps = reduction, layout, eps
         self.backend, self.scope, self.group = backend, scope, group
@@ -177,7 +180,7 @@ class SRPLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or those of another ``layout``."""
-        _check_features(student, teacher, self.layout)
+        _check_features(student, teacher, self.layout, self.scope, self.group)
         if not (torch.compiler.is_compiling() or self.has_warned) and warn_if_unlikely(
             student, teacher, (self.layout, self.layout)
         ):
@@ -208,12 +211,14 @@ def _relation_loss(
     sample: Sample,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
-    backend = dispatch.requested_backend(backend)
-    is_global = scope == "global" and _ranks(group) > 1
-    columns = sample.columns
+    is_global, columns = _is_global(scope, group), sample.columns
+    if is_global:
+        from .kernels import distributed  # here, since it takes a second to import torch's compiler
+
+        backend = distributed.check_on_ranks(group, _global_backend, backend, relation, student.device, columns)
+    else:
+        backend = dispatch.requested_backend(backend)
     if columns is not None:
-        if is_global:
-            raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
         dispatch.check_samples_columns(backend, student.device)
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
@@ -238,14 +243,6 @@ def _relation_loss(
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
     if is_global:
-        from .kernels import distributed  # here, since it takes a second to import torch's compiler
-
-        dispatch.check_choice(
-            f"with scope='global', several ranks, distance={relation.distance!r} and rectify={relation.rectify}, "
-            "backend",
-            backend,
-            distributed.backend_choices(relation, student.device),
-        )
         loss = distributed.relation_loss(student, teacher, relation, group, backend)
     elif backend == "reference":
         loss = reference.relation_loss(student, teacher, relation)
@@ -284,13 +281,43 @@ def _sizes(student: Tensor, teacher: Tensor, layout: Layout, scope: Scope) -> tu
     return batch, pixels, (ours[channel], teacher.shape[channel])
 
 
-def _ranks(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def _check_combination(
+    scope: Scope, group: dist.ProcessGroup | None, columns: int | None, generator: torch.Generator | None
+) -> None:
+    """Raise a ValueError for an option that has no effect without another."""
+    if generator is not None and columns is None:
+        raise ValueError("generator draws the sampled columns: give columns, their number, or leave out generator")
+    if group is not None and scope != "global":
+        raise ValueError(f"group is that of scope='global', received scope={scope!r}: change scope, or leave out group")
+
+
+def _is_global(scope: Scope, group: dist.ProcessGroup | None) -> bool:
+    """Return whether the pixels of several processes are related."""
+    if scope != "global" or not (dist.is_available() and dist.is_initialized()):
+        return False
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError("group does not contain this process: call the loss only in the processes of its group")
+    return size > 1
+
+
+def _global_backend(backend: str, relation: Relation, device: torch.device, columns: int | None) -> str:
+    """Return the requested backend, if this rank can take part in a loss of several ranks."""
+    from .kernels import distributed
+
+    if columns is not None:
+        raise ValueError(f"columns={columns} with scope='global' works in one process only: leave out columns")
+    backend = dispatch.requested_backend(backend)
+    distributed.check_backend(backend, relation, device)
+    return backend
 
 
 def _check_option(name: str, value: Any) -> None:
     """Raise the error of ``relation_loss`` for a wrong value of an option; accept any other name."""
-    if name == "normalize":
+    if name == "group" and value is not None and dist.is_available():
+        # new_group returns NON_GROUP_MEMBER, an int, in the processes that do not belong to it
+        check_type(name, value, (dist.ProcessGroup, int), "a torch.distributed.ProcessGroup or None")
+    elif name == "normalize":
         dispatch.check_choice(name, value, NORMALIZATIONS)
     elif name == "distance":
         dispatch.check_choice(name, value, DISTANCES)
@@ -314,7 +341,18 @@ def _check_option(name: str, value: Any) -> None:
         check_flag(name, value)
 
 
-def _check_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
+def _check_features(
+    student: Tensor, teacher: Tensor, layout: Layout, scope: Scope, group: dist.ProcessGroup | None
+) -> None:
+    if _is_global(scope, group):
+        from .kernels import distributed
+
+        distributed.check_on_ranks(group, _check_own_features, student, teacher, layout)
+    else:
+        _check_own_features(student, teacher, layout)
+
+
+def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         if not isinstance(features, Tensor):
             raise TypeError(

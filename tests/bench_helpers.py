@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import gate, machine, relation
+from bench import machine, relation
 from bench.__main__ import main
-from bench.cases import Case
 from bench.providers import PROVIDERS
+from srpkd.checking import gate
+from srpkd.checking.cases import Case
 from srpkd.kernels import measured
 
 

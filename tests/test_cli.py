@@ -25,7 +25,8 @@ def test_help_lists_every_command(capsys):
         out = capsys.readouterr().out
         assert all(re.search(rf"^  {command} +\w", out, re.MULTILINE) for command in cli.COMMANDS)
         assert "srpkd COMMAND --help" in out
-    assert cli.COMMANDS.keys() == {"train", "evaluate", "translate", "profile", "export", "compare", "report", "info"}
+    commands = {"train", "evaluate", "translate", "profile", "export", "compare", "report", "check", "info"}
+    assert cli.COMMANDS.keys() == commands
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -40,7 +41,7 @@ def test_help_of_a_command(command, capsys):
     assert re.search(rf"usage: .*srpkd.{command}", out)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export"])
+@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export", "check"])
 def test_every_option_has_a_help_text_and_there_is_an_example(command):
     parser = import_module(f"srpkd.{command}").parser()
     assert "example" in parser.epilog
@@ -72,6 +73,11 @@ def test_info(capsys):
     assert "SRPKD_BACKEND" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="takes no options; received now"):
         cli.main(["info", "now"])
+
+
+def test_the_package_runs_commands():
+    done = subprocess.run([sys.executable, "-m", "srpkd", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{srpkd.__version__}\n"), done.stderr
 
 
 @pytest.mark.parametrize(

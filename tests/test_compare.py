@@ -20,6 +20,7 @@ from srpkd import compare
 from srpkd.models.checkpoints import load_generator, save_weights
 from srpkd.models.inference import translate
 from srpkd.models.networks import define_generator
+from srpkd.reporting import comparison as comparison_module
 from srpkd.reporting.comparison import Comparison, layers_of, networks_of, samples_of
 from srpkd.reporting.comparison_server import ComparisonServer
 from srpkd.reporting.pictures import relation_picture
@@ -124,19 +125,34 @@ def test_large_images_are_scaled_down(run):
 
 def test_relations_are_rows_of_the_relation_matrix(run):
     comparison = comparison_of(run, normalize="cosine")
-    with pytest.raises(ValueError, match="no image yet: drop one first"):
-        comparison.relations(0.5, 0.5)
-    comparison.translate(run / "images" / "000.png")
-    result = comparison.relations(0.99, 0.1)
+    name = comparison.translate(run / "images" / "000.png")["id"]
+    result = comparison.relations(name, 0.99, 0.1)
     assert list(result["maps"]) == ["teacher", "kd", "kd+srp"]
-    feature = comparison._features["kd"]
+    feature = comparison._kept[name][1]["kd"]
     # 30 x 41 pixels are padded to 32 x 44, which gives 8 x 11 cells: those of the padding are left out
     assert feature.shape[1:] == (8, 11)
     assert (pixels(result["maps"]["kd"]) == relation_picture(feature, (0, 10), (30, 41), "cosine")).all()
     assert (pixels(result["input"]) != np.array(Image.open(run / "images" / "000.png"))).any()
     for x, y in ((1.0, 0.5), (0.5, -0.1), (float("nan"), 0.5)):
         with pytest.raises(ValueError, match="expected fractions of the image's sides"):
-            comparison.relations(x, y)
+            comparison.relations(name, x, y)
+
+
+def test_relations_of_several_images(run, tmp_path, monkeypatch):
+    """Two tabs of a browser do not show each other's image."""
+    monkeypatch.setattr(comparison_module, "KEPT_IMAGES", 2)
+    comparison = comparison_of(run)
+    Image.new("RGB", (16, 24)).save(tmp_path / "other.png")
+    first = comparison.translate(run / "images" / "000.png")["id"]
+    expected = comparison.relations(first, 0.9, 0.2)
+    second = comparison.translate(tmp_path / "other.png")["id"]
+    assert pixels(comparison.relations(second, 0.9, 0.2)["input"]).shape == (24, 16, 3)
+    assert comparison.relations(first, 0.9, 0.2) == expected
+    comparison.translate(tmp_path / "other.png")  # forgets the one that was not looked at for longest
+    assert comparison.relations(first, 0.9, 0.2) == expected
+    for name in (second, "", "unknown"):
+        with pytest.raises(ValueError, match=r"features of this image are not kept \(the last 2 are\): open it again"):
+            comparison.relations(name, 0.9, 0.2)
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ def test_requests(run):
         status, result = ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())
         assert status == 200 and len(result["networks"]) == 3
         assert ask(server, "POST", "/sample?file=test%20%3Cimage%3E%200")[1]["input"] == result["input"]
-        status, maps = ask(server, "GET", "/relations?x=0.5&y=0.25")
+        status, maps = ask(server, "GET", f"/relations?image={result['id']}&x=0.5&y=0.25")
         assert status == 200 and len(maps["maps"]) == 3
 
 
@@ -201,6 +217,8 @@ def test_wrong_requests(run):
         assert (status, answer["error"]) == (400, "the image: 4 x 90 pixels; expected at least 8 x 8")
         assert ask(server, "POST", "/translate")[0] == 400
         assert ask(server, "POST", "/translate", b"x", **{"Content-Length": str(1 << 40)})[0] == 413
+        status, answer = ask(server, "GET", "/relations?x=0.5&y=0.5")
+        assert (status, answer["error"][:42]) == (400, "the features of this image are not kept (t")
         assert ask(server, "GET", "/relations?x=0.5&y=a") == (400, {"error": "y='a': expected a number"})
         assert ask(server, "POST", "/sample?file=..%2Fconfig.yaml")[0] == 404
         assert ask(server, "GET", "/config.yaml")[0] == 404
@@ -248,8 +266,18 @@ def test_the_page_in_a_browser(run, tmp_path):
 
         page.click("#outputs figure:nth-child(2) img", 0.7, 0.3)
         page.wait("document.querySelectorAll('#relations img').length == 4")
-        shown = page.evaluate("document.querySelectorAll('#relations img')[2].src")
-        assert shown == server.comparison.relations(0.7, 0.3)["maps"]["kd"]
+        map_of_kd = "document.querySelectorAll('#relations img')[2].src"
+        maps = server.comparison.relations(page.evaluate("shown"), 0.7, 0.3)["maps"]
+        assert page.evaluate(map_of_kd) == maps["kd"]
+
+        # another tab opens another image, which this one does not show
+        other = BytesIO()
+        Image.new("RGB", (16, 24)).save(other, format="png")
+        assert ask(server, "POST", "/translate", other.getvalue())[0] == 200
+        page.evaluate("document.querySelector('#relations').replaceChildren()")
+        page.click("#outputs figure:nth-child(2) img", 0.7, 0.3)
+        page.wait("document.querySelectorAll('#relations img').length == 4")
+        assert page.evaluate(map_of_kd) == maps["kd"]
 
         page.click("[data-sample]", 0.5, 0.5)
         page.wait("document.querySelectorAll('#relations img').length == 0")  # those of the previous image

@@ -40,6 +40,16 @@ def test_earlier_kernels_are_named_where_there_is_a_gpu(monkeypatch: pytest.Monk
     assert "times that were measured with earlier kernels of triton" in describe()
 
 
+def test_a_gpu_that_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    text = describe()
+    assert "This GPU has not been measured: auto compares the times of NVIDIA H100" in text
+    assert "  auto, l1     blocked, in bfloat16" in text
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: measured.DEVICES[0][0])
+    assert "has not been measured" not in describe()
+
+
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)

@@ -56,6 +56,26 @@ def distiller(layers=LAYERS, loss=None, weights=None):
 # name: (call, error, pattern of its message). The working directory has the files of wrong_files.py.
 WRONG = {
     # --- the loss ---
+    "generator without columns": (
+        lambda: SRPLoss(generator=torch.Generator()),
+        ValueError,
+        "generator draws the sampled columns: give columns, their number, or leave out generator",
+    ),
+    "generator without columns, function": (
+        lambda: relation_loss(IMAGES, IMAGES, generator=torch.Generator()),
+        ValueError,
+        "generator draws the sampled columns",
+    ),
+    "group without scope": (
+        lambda: SRPLoss(group=-100),
+        ValueError,
+        "group is that of scope='global', received scope='image': change scope, or leave out group",
+    ),
+    "group is a name": (
+        lambda: SRPLoss(scope="global", group="workers"),
+        TypeError,
+        r"group: expected a torch\.distributed\.ProcessGroup or None, received str",
+    ),
     "delta is a text": (lambda: SRPLoss(delta="1"), TypeError, "delta='1': expected a number above 0, received str"),
     "delta is a tensor": (
         lambda: SRPLoss(delta=torch.ones(2)),
@@ -136,6 +156,17 @@ WRONG = {
     ),
     "lambda_srp is nan": (lambda: run(lambda_srp=float("nan")), ValueError, "lambda_srp=nan"),
     "lambda_target is a text": (lambda: run(lambda_target="a"), TypeError, "lambda_target='a': expected a number"),
+    "lr beside an optimizer": (
+        lambda: run(lr=1e-3, optimizer=torch.optim.Adam(NET.parameters())),
+        ValueError,
+        r"lr=0\.001 is that of the default optimizer: set it in optimizer",
+    ),
+    "lr is negative": (lambda: run(lr=-1.0), ValueError, r"lr=-1\.0: expected a finite number of at least 0"),
+    "optimizer of another network": (
+        lambda: run(optimizer=torch.optim.Adam(NET.parameters())),
+        ValueError,
+        r"optimizer has no parameter of the student .* create it from student\.parameters\(\)",
+    ),
     "optimizer is a name": (lambda: run(optimizer="adam"), TypeError, r"optimizer: .* torch\.optim\.Adam\(student"),
     "a student without weights": (
         lambda: run(student=nn.Sequential(nn.ReLU())),

@@ -1,4 +1,4 @@
-"""Times of the wgmma tiles (csrc/cuda/sm90) with one part of the kernel taken out at a time. For an H100.
+"""Times of the wgmma tiles (csrc/cuda/sm90) with one part taken out at a time, or with another structure. For an H100.
 
     python -m bench ablation                              16 images and 1 image of 4,096 pixels
     python -m bench ablation --build DIR                  compile the variants, which needs nvcc and no GPU
@@ -6,9 +6,11 @@
 
 Features are bfloat16 with 64/256 channels; the loss is row and l1 with its gradient, without the kernels before and
 after the tiles. Each variant is a small library that launches its kernel by the product's plan. Times are replays of a
-CUDA graph; clocks are those of a thread block for one of its tiles, by the clock rate measured after the replays. The
-results of the variants are wrong, so nothing but their times is recorded: the difference to "as is" is what a part
-costs if nothing else changes, and is not additive.
+CUDA graph; clocks are those of a thread block for one of its tiles, by the clock rate measured after the replays.
+
+The results of a variant without a part are wrong: the difference of its time to "as is" is what the part costs if
+nothing else changes, and is not additive. The results of a variant with another structure equal those of "as is" bit by
+bit; the column "results" says whether they do.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ import torch
 from torch import Tensor
 
 from srpkd import relation_loss
+from srpkd.checking.cases import Case, features
 from srpkd.kernels import Relation, build
 from srpkd.kernels.formulas import scales_of
 
 from .. import machine, measure, results
-from ..cases import Case, features
 from .variants import VARIANTS, Patch, apply, slug
 
 LIBRARY = Path(__file__).with_name("library.cu")
@@ -58,7 +60,9 @@ class CaseOfLibrary(ctypes.Structure):
 class Description(ctypes.Structure):
     """struct Description of library.cu."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("workspace_bytes", "losses_at", "losses", "grid", "tiles"))
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("workspace_bytes", "losses_at", "losses", "results_bytes", "grid", "tiles")
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,11 +98,17 @@ def run(options: argparse.Namespace) -> None:
             case = Case(options.pixels, CHANNELS, batch, "bfloat16", device="cuda", threads=torch.get_num_threads())
             print(f"{case.describe().partition(',')[0]}, tiles alone\n{HEADER}", flush=True)
             base: float | None = None
+            expected: Tensor | None = None
             for name, library in libraries.items():
-                row = measured(Variation(library, case), check=name == "as is")
-                base = row["us"] if name == "as is" else base
-                difference = {"us_to_as_is": None if base is None else row["us"] - base}
-                row = {"variant": name, "batch": batch, "pixels": options.pixels} | row | difference
+                variation = Variation(library, case)
+                row = measured(variation, check=name == "as is")
+                if name == "as is":
+                    base, expected = row["us"], variation.results()
+                row |= {
+                    "us_to_as_is": None if base is None else row["us"] - base,
+                    "results": compared(variation, expected) if VARIANTS[name].equal else "",
+                }
+                row = {"variant": name, "batch": batch, "pixels": options.pixels} | row
                 print(as_text(row), flush=True)  # at once, because a kernel that hangs loses what follows
                 if options.out:
                     common = {"device": machine.device_name("cuda")}
@@ -190,6 +200,11 @@ class Variation:
         losses = self.memory[at : at + 8 * count].view(torch.float64)
         return float(losses.sum()) / (self.case.images * self.case.pixels**2)
 
+    def results(self) -> Tensor:
+        """Return a copy of the bytes of all results of the last call: loss, h and U."""
+        at = self.description.losses_at
+        return self.memory[at : at + self.description.results_bytes].clone()
+
     def hertz(self, stream: int) -> float:
         """Return the clock rate of the multiprocessors."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.memory.device)
@@ -209,6 +224,13 @@ def inputs_of(case: Case) -> list[Tensor]:
     return [student, teacher, *(alpha.contiguous() for alpha in (scales.student, scales.teacher) if alpha is not None)]
 
 
+def compared(variation: Variation, expected: Tensor | None) -> str:
+    """Return "equal" or "DIFFER": whether the results of the last call are these bytes. "" if they are unknown."""
+    if expected is None:
+        return ""
+    return "equal" if torch.equal(variation.results(), expected) else "DIFFER"
+
+
 def measured(variation: Variation, check: bool) -> dict[str, Any]:
     """Return the columns of a variant.
 
@@ -218,6 +240,7 @@ def measured(variation: Variation, check: bool) -> dict[str, Any]:
     Raises:
         ValueError: the loss is wrong, or the launch cannot be captured by a CUDA graph.
     """
+    variation.memory.zero_()  # results do not fill their places
     variation.launch(stream())
     torch.cuda.synchronize()
     if check:
@@ -251,12 +274,12 @@ def stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-HEADER = f"{'variant':<22}{'us':>8}{'us to as is':>13}{'clocks/tile':>13}{'GHz':>6}  meaning"
+HEADER = f"{'variant':<22}{'us':>8}{'us to as is':>13}{'clocks/tile':>13}{'GHz':>6}{'results':>9}  meaning"
 
 
 def as_text(row: dict[str, Any]) -> str:
     """Return a row as a line of text."""
     difference = "" if row["us_to_as_is"] is None else f"{row['us_to_as_is']:+.1f}"
     meaning = VARIANTS[row["variant"]].meaning
-    numbers = f"{row['us']:8.1f}{difference:>13}{row['clocks_per_tile']:13,.0f}{row['ghz']:6.2f}"
+    numbers = f"{row['us']:8.1f}{difference:>13}{row['clocks_per_tile']:13,.0f}{row['ghz']:6.2f}{row['results']:>9}"
     return f"{row['variant']:<22}{numbers}  {meaning}"

@@ -33,9 +33,10 @@ struct Case {
   const float* alpha_teacher;
 };
 
-// Bytes of the workspace, the place and number of its sums of the loss, thread blocks, and their tiles together.
+// Bytes of the workspace, the place and number of its sums of the loss, with which all results begin, thread blocks, and
+// their tiles together.
 struct Description {
-  int64_t workspace_bytes, losses_at, losses, grid, tiles;
+  int64_t workspace_bytes, losses_at, losses, results_bytes, grid, tiles;
 };
 
 namespace {
@@ -60,7 +61,8 @@ void describe(const Case* of, Description* result) {
   Workspace size{nullptr}, places{base};
   plan_of(*of, size);
   const Params p = plan_of(*of, places).params;
-  *result = {size.bytes, reinterpret_cast<char*>(p.loss) - base, p.loss_count, p.work.grid,
+  const char *first = reinterpret_cast<char*>(p.loss), *end = reinterpret_cast<char*>(p.additions);
+  *result = {size.bytes, first - base, p.loss_count, end - first, p.work.grid,
              int64_t{p.work.images} * p.work.image_items};
 }
 

@@ -1,4 +1,7 @@
-"""Variants of csrc/cuda/sm90 with a part taken out. Their results are wrong; only their times mean something.
+"""Variants of csrc/cuda/sm90: with a part taken out, or with another structure.
+
+The results of those with a part taken out are wrong; only their times mean something. Those with another structure have
+bit-equal results. If one is faster, it can replace the kernel: ``git apply bench/ablation/NAME.patch``.
 
 A patch replaces a text that occurs exactly once in its file. tests/bench/test_ablation.py checks that, runs every
 variant in the emulation, and counts the products in its machine code, because ptxas removes wgmmas whose results are
@@ -30,10 +33,26 @@ class Variant(NamedTuple):
     Attributes:
         patches: its difference to the product's kernel.
         meaning: what its time tells.
+        equal: its results are those of the product's kernel, bit by bit.
     """
 
     meaning: str
     patches: tuple[Patch, ...] = ()
+    equal: bool = False
+
+
+def read_patches(name: str) -> tuple[Patch, ...]:
+    """Return the hunks of a unified diff of csrc/cuda in this folder, each a patch."""
+    text = Path(__file__).with_name(name).read_text()
+    found = []
+    for file in re.split(r"^diff --git .*\n", text, flags=re.MULTILINE)[1:]:
+        header, *hunks = re.split(r"^@@ .*\n", file, flags=re.MULTILINE)
+        [path] = re.findall(r"^\+\+\+ b/csrc/cuda/(.*)$", header, re.MULTILINE)
+        for hunk in hunks:
+            lines = hunk.splitlines(keepends=True)
+            old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+            found.append(Patch(path, old, new))
+    return tuple(found)
 
 
 NO_ADDER = Patch(
@@ -44,7 +63,17 @@ NO_ADDER = Patch(
 NO_COLUMNS = Patch(COLUMNS, "if (step > 0) {  // otherwise", "if (false) {  // otherwise")
 
 VARIANTS = {
-    "as is": Variant("the kernel of the product"),
+    "as is": Variant("the kernel of the product", equal=True),
+    "halves in turn": Variant(
+        "half of the columns of a tile at a time: K of the first is multiplied while that of the second is computed",
+        read_patches("halves_in_turn.patch"),
+        equal=True,
+    ),
+    "halves in a loop": Variant(
+        "the same with a loop: half of the instructions, to fit into the instruction cache",
+        read_patches("halves_in_a_loop.patch"),
+        equal=True,
+    ),
     "no elementwise": Variant(
         "K is the sum of the Gram matrices: no differences, signs, loss and h",
         (
@@ -130,11 +159,7 @@ VARIANTS = {
             Patch(
                 TILES,
                 "        Weights<C> K;\n",
-                "        if (p.pixels > 0) {\n"  # always, but the compiler does not know: what follows must compile
-                "          sync_warp();\n"
-                "          arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);\n"
-                "          continue;\n"
-                "        }\n"
+                "        if (p.pixels > 0) continue;\n"  # always, but the compiler does not know
                 "        Weights<C> K;\n",
             ),
             Patch(COLUMNS, "        wait(base + C::K_FULL, tile & 1);\n", ""),
@@ -151,6 +176,7 @@ VARIANTS = {
                 "p.turns = false;",
             ),
         ),
+        equal=True,
     ),
     "half of the loads": Variant(
         "two tiles of four load nothing but the scales",
@@ -184,10 +210,12 @@ VARIANTS = {
     "one stage": Variant(
         "one buffer for the columns whose U is computed, and a longer ring",
         (Patch(PLAN, "int STAGES = TERMS == 1", "int STAGES = TERMS == 0"),),
+        equal=True,
     ),
     "no overlap": Variant(
         "the products of a group of channels start when those before are done",
         (Patch(PLAN, "OVERLAP = TERMS == 1 || !GRAD;", "OVERLAP = false;"),),
+        equal=True,
     ),
 }
 

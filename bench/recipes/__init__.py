@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cases, gate, machine, measure, results
+from bench import cases, machine, measure, results
+from srpkd.checking import gate
+from srpkd.checking.cases import Case
 
 from . import pages, tables
 from .catalogue import CASES, RECIPES, RecipeCase, as_tokens, value_and_gradient
@@ -114,7 +116,7 @@ def check(case: RecipeCase, name: str, call: partial[tuple[Tensor, Tensor]], exp
         return columns | {"status": "out of memory", "reason": " ".join(str(error).split())[:200]}
     found = gate.relative_errors(gate.Result(value, as_tokens(gradient)), expected)
     columns |= {"loss_error": found.loss, "gradient_error": found.gradient, "pixel_error": found.pixel}
-    if (failure := gate.failure_reason(found, cases.Case(device=device))) is not None:
+    if (failure := gate.failure_reason(found, Case(device=device))) is not None:
         return columns | {"status": "wrong", "reason": failure}
     del value, gradient
     seconds = measure.seconds_of(call, device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gate import Result
+from srpkd.checking.gate import Result
 
 from . import pages, published
 from .pages import Loss

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import cuda_device
 from ..formulas import Relation, Scales, TileSums, gradient_dtype
+from .backward import scaled_gradient as scaled_gradient
 from .configurations import Configuration, autotune, configuration, number_format, run_milliseconds
 from .gradient import plan_gradient
 from .plans import Array, Plan, planned
@@ -42,7 +43,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         arrays = PlannedScales(tuple(map(plan.argument, vectors))) if vectors else PlannedScales()
         return plan, plan_tiles(plan, *features, arrays, relation, number_format(student.dtype), chosen, need_grad)
 
-    plan, partials = planned("tiles", student, teacher, relation, build, need_grad, chosen)
+    plan, partials = planned("tiles", (student, teacher), build, relation, need_grad, chosen)
     bases = plan.run(student, teacher, *vectors)
     return TileSums(
         partials.loss.of(bases).sum(1),
@@ -85,7 +86,7 @@ def run_loss(
             plan_gradient(plan, features[0], partials, scales, relation, *outputs)
         return plan, partials
 
-    plan, partials = planned("loss", student, teacher, relation, build, need_grad, chosen)
+    plan, partials = planned("loss", (student, teacher), build, relation, need_grad, chosen)
     if gradient is not None:
         plan.run(student, teacher, loss, gradient)
         return loss, gradient

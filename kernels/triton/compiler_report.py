@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..formulas import DISTANCES, NORMALIZATIONS, Relation
+from .backward import backward_kernel
 from .closed_form import options as closed_form
 from .closed_form.gradient import closed_form_gradient_kernel, gradient_blocks
 from .closed_form.moments import moments_kernel, term_counts
@@ -28,6 +29,7 @@ from .closed_form.row import gains_kernel, row_scale_blocks, row_scales_kernel
 from .closed_form.sums import finish_kernel
 from .configurations import (
     BLOCK_CHANNELS,
+    BLOCK_PRODUCT,
     BLOCK_TERMS,
     OPTIONS,
     TABLE,
@@ -49,6 +51,7 @@ KERNELS = {
     "scale": scale_kernel,
     "weighted_moment": weighted_moment_kernel,
     "gradient": gradient_kernel,
+    "backward": backward_kernel,
     "closed_gains": gains_kernel,
     "closed_moments": moments_kernel,
     "closed_sums": finish_kernel,
@@ -133,6 +136,8 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
     if case.kernel in CLOSED_FORM:
         return closed_form_arguments(case, dtype)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
+    if case.kernel == "backward":
+        return {"BLOCK": BLOCK_PRODUCT}, OPTIONS
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
     if case.kernel in ("scale", "gradient"):
@@ -198,7 +203,7 @@ def compile_case(case: Case) -> Report:
     known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
     known = {name: value for name, value in known.items() if name in kernel.arg_names}
     features = FEATURE_POINTERS.get(case.numbers, "*fp32")
-    types = {"student_ptr": features, "teacher_ptr": features}
+    types = {"student_ptr": features, "teacher_ptr": features, "result_ptr": features}
     types |= dict.fromkeys(("terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr", "factors_ptr"), "*bf16")
     types |= dict.fromkeys(("raw_factors_ptr", "teacher_factor_ptr"), "*bf16")
     if case.kernel in CLOSED_FORM:
@@ -209,7 +214,7 @@ def compile_case(case: Case) -> Report:
         name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
         for name in kernel.arg_names
     }
-    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)")
+    aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)|image_elements")
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)

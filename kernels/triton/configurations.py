@@ -20,6 +20,7 @@ from .primitives import triton
 
 # The kernels around the tile kernel: channels of a tile of terms_kernel, and channels of a tile of a product with M.
 BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
+BLOCK_PRODUCT = 2048  # elements of the gradient that a program of the product in backward multiplies: 16 per thread
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 

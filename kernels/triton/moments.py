@@ -122,8 +122,9 @@ def moment_kernel(
             BLOCK_C,
         )
         if start_i == start_j:
-            # of M, the largest element is on the diagonal; in a part of it, no other element is larger either
-            tl.store(largest_ptr + (image * splits + split) * blocks + tile // blocks, tl.max(tl.max(acc, 1), 0))
+            # of M, the largest element is on the diagonal; in a part of it, no other element is larger either. In one
+            # reduction: Triton 3.6 fails to compile two for sm_100
+            tl.store(largest_ptr + (image * splits + split) * blocks + tile // blocks, tl.max(acc))
 
 
 @jit

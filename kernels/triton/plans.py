@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..formulas import Relation
 from .configurations import number_format
 from .primitives import INTERPRET, guard, triton
 
@@ -168,21 +167,21 @@ class Plan:
 
 
 _plans: dict[Hashable, Any] = {}
+MISSING = object()
 
 
-def planned(
-    kind: str, student: Tensor, teacher: Tensor, relation: Relation, build: Callable[[], T], *further: Hashable
-) -> T:
-    """Return what ``build`` returned for earlier features like these; call it for the first of their kind.
+def planned(kind: str, pair: tuple[Tensor, Tensor], build: Callable[[], T], *further: Hashable) -> T:
+    """Return what ``build`` returned for an earlier pair of tensors like these; call it for the first of their kind.
 
     Args:
         kind: of the plan that ``build`` makes.
-        further: what the plan depends on beside device, dtype, matmul precision, shapes, strides and relation.
+        pair: tensors on one device, of which the dtype of the first decides that of the second.
+        further: what the plan depends on beside device, dtype, matmul precision, shapes and strides.
     """
-    numbers = number_format(student.dtype)
-    shapes = student.shape, student.stride(), teacher.shape, teacher.stride()
-    key = (kind, student.device, numbers, *shapes, relation, *further)
-    if (result := _plans.get(key)) is None:
+    one, other = pair
+    key = (kind, one.device, number_format(one.dtype), one.shape, one.stride(), other.shape, other.stride(), *further)
+    result = _plans.get(key, MISSING)
+    if result is MISSING:
         if len(_plans) >= PLANS:
             _plans.pop(next(iter(_plans)), None)
         result = _plans[key] = build()

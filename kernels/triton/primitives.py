@@ -26,7 +26,7 @@ FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that r
 
 # Arguments whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a
 # multiple of 16.
-COUNTS = ("batch", "splits", "h_splits", "count_s", "count_t", "partials")
+COUNTS = ("batch", "splits", "h_splits", "count_s", "count_t", "partials", "image_blocks", "upstream_stride")
 
 
 def jit(function):

@@ -201,7 +201,7 @@ def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
         features = plan.argument(student), plan.argument(teacher)
         return plan, plan_scales(plan, *features, relation, plan.argument(alpha_t))
 
-    plan, arrays = planned("scales", student, teacher, relation, build)
+    plan, arrays = planned("scales", (student, teacher), build, relation)
     bases = plan.run(student, teacher, alpha_t)
     moment = None
     if arrays.moments is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .page import read_report
 from .pictures import encode_png, mark_pixel, relation_picture, to_pixels
 
 TIMED_CALLS = 3  # after one that is not timed
+KEPT_IMAGES = 4  # whose features are kept for ``relations``: as many tabs of a browser work side by side
 
 
 class Comparison:
@@ -74,16 +76,15 @@ class Comparison:
             }
             for label, network in self.networks.items()
         }
-        self._image: Tensor | None = None
-        self._features: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}  # id -> image, label -> feature; the oldest first
 
     def translate(self, path: str | Path) -> dict[str, Any]:
-        """Run every generator on an image file, and keep the features for ``relations``.
+        """Run every generator on an image file, and keep the features of the last images for ``relations``.
 
         Returns:
-            {"width", "height", "resized": (width, height) of the file if it was scaled down, else None, "input": PNG,
-            "networks": [{"label", "image": PNG, "ms": median time of a forward pass, "parameters", "bytes"}]}, where
-            PNG is a data URL.
+            {"id": name of the image for ``relations``, "width", "height", "resized": (width, height) of the file if it
+            was scaled down, else None, "input": PNG, "networks": [{"label", "image": PNG, "ms": median time of a
+            forward pass, "parameters", "bytes"}]}, where PNG is a data URL.
 
         Raises:
             DataError: the file cannot be read as an image, or is too small.
@@ -102,9 +103,13 @@ class Comparison:
             output, features[label], milliseconds = self._run(network, self.taps[label], image)
             check_output(output, label)
             outputs.append({"label": label, "image": png(to_pixels(output)), "ms": milliseconds} | self.costs[label])
-        self._image, self._features = image, features
+        while len(self._kept) >= KEPT_IMAGES:
+            del self._kept[next(iter(self._kept))]
+        name = secrets.token_hex(8)  # a page that is still open from an earlier server does not have the same
+        self._kept[name] = image, features
         height, width = image.shape[1:]
         return {
+            "id": name,
             "width": width,
             "height": height,
             "resized": full if full != (width, height) else None,
@@ -112,28 +117,30 @@ class Comparison:
             "networks": outputs,
         }
 
-    def relations(self, x: float, y: float) -> dict[str, Any]:
-        """Return each network's map of the relations of one pixel to all others, for the last translated image.
+    def relations(self, name: str, x: float, y: float) -> dict[str, Any]:
+        """Return each network's map of the relations of one pixel to all others.
 
         Args:
+            name: the "id" of an image that ``translate`` returned.
             x, y: position of the pixel as fractions of the image's width and height, in [0, 1).
 
         Returns:
             {"input": PNG with the pixel framed, "maps": {label: PNG}}.
 
         Raises:
-            ValueError: no image has been translated, or the position is outside of it.
+            ValueError: the image is none of the last ones, or the position is outside of it.
         """
-        if self._image is None:
-            raise ValueError("no image yet: drop one first")
+        if name not in self._kept:
+            raise ValueError(f"the features of this image are not kept (the last {KEPT_IMAGES} are): open it again")
         if not (0 <= x < 1 and 0 <= y < 1):
             raise ValueError(f"x={x}, y={y}: expected fractions of the image's sides, at least 0 and below 1")
-        size = (self._image.shape[1], self._image.shape[2])
+        self._kept[name] = image, features = self._kept.pop(name)  # now the last one
+        size = (image.shape[1], image.shape[2])
         maps, marked = {}, None
-        for label, feature in self._features.items():
+        for label, feature in features.items():
             pixel = int(y * feature.shape[1]), int(x * feature.shape[2])
             if marked is None:
-                marked = mark_pixel(self._image, pixel, feature.shape)
+                marked = mark_pixel(image, pixel, feature.shape)
             maps[label] = png(relation_picture(feature, pixel, size, self.normalize))
         assert marked is not None  # there is at least one network
         return {"input": png(marked), "maps": maps}

@@ -5,7 +5,7 @@
 | GET / | the page |
 | POST /translate, an image file as the body | JSON of ``Comparison.translate`` |
 | POST /sample?file=NAME | the same for an image in the list of samples |
-| GET /relations?x=X&y=Y | JSON of ``Comparison.relations`` |
+| GET /relations?image=ID&x=X&y=Y | JSON of ``Comparison.relations`` |
 
 An error is {"error": message} with status 400, or 413 for a body that is too large. Requests whose Host or Origin is
 not this server are refused, so that no other web page can reach it (DNS rebinding, cross-site requests).
@@ -82,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", nonce)
         elif address.path == "/relations":
             query = parse_qs(address.query)
-            self._answer(lambda: self.server.comparison.relations(*(_fraction(query, name) for name in "xy")))
+            [image] = query.get("image", [""])[:1]
+            self._answer(lambda: self.server.comparison.relations(image, *(_fraction(query, name) for name in "xy")))
         else:
             self._fail(HTTPStatus.NOT_FOUND, f"unknown address {address.path}")
 

@@ -150,7 +150,7 @@ class LossOptions:
             (model.9 of a ResNet).
         normalize: normalisation of the relation matrix: row, cosine or none.
         distance: distance between two relation matrices: l1, l2 or huber.
-        delta: threshold of the Huber distance, where it becomes linear.
+        delta: threshold of the Huber distance, where it becomes linear; other distances ignore it.
         scope: pixels that are related to each other: those of one image, of the process's part of the batch
             (batch), or of the whole batch across all processes (global).
         backend: backend of the relation loss; auto selects the fastest one that is available.
@@ -195,7 +195,8 @@ class RunOptions:
         variants: students to compare, as {name: {option: value, ...}} with the options in which each one differs
             (of its networks, losses and training); default: one student.
         seeds: number of times that each student is trained, with consecutive seeds.
-        time_budget: seconds after which no further seed is started (at least two seeds run).
+        time_budget: seconds after which no further seed is started. At least two seeds run, so it has no effect on one
+            or two.
         ema: decay of an exponential moving average of the generators' weights, such as 0.999. The averages are then
             saved, evaluated and shown; default: no averaging.
         clip_grad_norm: maximum gradient norm of all generators, and of all discriminators; default: no clipping.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..defaults import KD_WEIGHT, SRP_WEIGHT
 from ..models.checkpoints import CheckpointError, load_generator
 from ..models.networks import image_channels
 from . import distributed
@@ -190,6 +191,14 @@ def dry_run(
             "lambda_kd, lambda_srp and lambda_feature are all 0, so the student does not learn from the teacher: give "
             "one of them a weight, or remove the teacher"
         )
+    if not (config.distils or config.resume):  # a run that was started before this check can be resumed
+        defaults = {"lambda_kd": KD_WEIGHT[config.model], "lambda_srp": SRP_WEIGHT[config.model], "lambda_feature": 0.0}
+        # the config.yaml of a run without a teacher has the defaults
+        if given := [name for name, default in defaults.items() if getattr(config, name) not in (0, default)]:
+            raise ValueError(
+                f"{given[0]}={getattr(config, given[0])} is the weight of a loss that needs a teacher: pass --teacher "
+                f"or --teacher_netG, or leave out --{given[0]}"
+            )
     if teacher:
         meta_teachers: Mapping[str, nn.Module] = build_on_meta(teacher, {}).generators
     else:

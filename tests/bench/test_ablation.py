@@ -15,13 +15,14 @@ from helpers import ROOT
 from bench import ablation, machine_code, results
 from bench.ablation import variants
 from bench.ablation.variants import VARIANTS, Patch
-from bench.cases import Case
 from srpkd import relation_loss
+from srpkd.checking.cases import Case
 from srpkd.kernels import build
 
 # wgmmas of the Gram matrices (four loops over groups of channels and the last group, of four each), and of U
 GRAM, ROWS, COLUMNS = 20, 8, 16
 PRODUCTS = {
+    "halves in a loop": (GRAM, ROWS // 2 + COLUMNS),
     "no U of rows": (GRAM, COLUMNS),
     "no U of columns": (GRAM, ROWS),
     "Gram products alone": (GRAM, ROWS),  # those of the rows are jumped over
@@ -58,15 +59,7 @@ def test_file_names_are_distinct():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
     """A variant whose warps wait for what never comes would block a GPU. "as is" has the right loss."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    options = ["-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-DSRPKD_EMULATION"]
-    library = tmp_path / "library.so"
-    ablation.compile_library([compiler, *options, f"-I{EMULATION}"], VARIANTS[name].patches, tmp_path, library)
-    case = Case(700, (64, 256), 1, "bfloat16", threads=1)
-    variation = ablation.Variation(library, case, multiprocessors=3)
-    variation.memory.fill_(0xFF)
+    variation = emulated(name, tmp_path)
     described = variation.description
     assert (described.grid, described.tiles) == (3, 6 * 7 // 2)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -75,6 +68,15 @@ def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
     monkeypatch.setattr(variation, "hertz", lambda stream: 1.5e9)
     found = ablation.measured(variation, check=name == "as is")
     assert found == pytest.approx({"us": 2, "clocks_per_tile": 3000 / 7, "ghz": 1.5})
+    if VARIANTS[name].equal and name != "as is":
+        (tmp_path / "as_is").mkdir()
+        product = emulated("as is", tmp_path / "as_is")
+        product.memory.zero_()
+        product.launch()
+        expected = product.results()
+        assert ablation.compared(variation, expected) == "equal"
+        expected[-1] ^= 1
+        assert ablation.compared(variation, expected) == "DIFFER" and ablation.compared(variation, None) == ""
     if name == "as is":
         student, teacher = (tensor.double() for tensor in variation.inputs[:2])
         expected = relation_loss(student, teacher, normalize="row", distance="l1", layout="nlc", backend="blocked")
@@ -86,10 +88,29 @@ def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
         ablation.inputs_of.cache_clear()
 
 
+def emulated(name: str, folder: Path) -> ablation.Variation:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    options = ["-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-DSRPKD_EMULATION"]
+    library = folder / "library.so"
+    ablation.compile_library([compiler, *options, f"-I{EMULATION}"], VARIANTS[name].patches, folder, library)
+    return ablation.Variation(library, Case(700, (64, 256), 1, "bfloat16", threads=1), multiprocessors=3)
+
+
+class SameResults:
+    def __init__(self, library: Path, case: Case) -> None:
+        self.case = case
+
+    def results(self) -> torch.Tensor:
+        return torch.zeros(4)
+
+
 class SameLoss:
     """A kernel that does nothing: the workspace has the loss of the call before."""
 
     def __init__(self, variation: ablation.Variation) -> None:
+        self.memory = torch.empty(0)
         self.inputs, self.loss, self.launch = variation.inputs, variation.loss, lambda stream: None
 
 
@@ -99,20 +120,21 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(ablation, "compiled", lambda folder, names: dict.fromkeys(names, tmp_path))
-    monkeypatch.setattr(ablation, "Variation", lambda library, case: case)
+    monkeypatch.setattr(ablation, "Variation", SameResults)
     monkeypatch.setattr(ablation.machine, "device_name", lambda device: "GPU")
     checked = []
 
-    def measured(case: Case, check: bool) -> dict[str, float]:
-        checked.append((case.batch, check))
+    def measured(variation: SameResults, check: bool) -> dict[str, float]:
+        checked.append((variation.case.batch, check))
         return {"us": next(times), "clocks_per_tile": 10000.0, "ghz": 1.8}
 
     monkeypatch.setattr(ablation, "measured", measured)
     out = tmp_path / "ablation.csv"
     ablation.run(parsed("--variants", "as is", "no turns", "--out", str(out)))
     rows = results.read(out)
-    assert [(row["variant"], row["batch"], float(row["us_to_as_is"])) for row in rows] == [
-        ("as is", "16", 0), ("no turns", "16", -10), ("as is", "1", 0), ("no turns", "1", 1.5),
+    assert [(row["variant"], row["batch"], float(row["us_to_as_is"]), row["results"]) for row in rows] == [
+        ("as is", "16", 0, "equal"), ("no turns", "16", -10, "equal"),
+        ("as is", "1", 0, "equal"), ("no turns", "1", 1.5, "equal"),
     ]  # fmt: skip
     assert checked == [(16, True), (16, False), (1, True), (1, False)]
     assert capsys.readouterr().out.count(ablation.HEADER) == 2
@@ -159,8 +181,8 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
 
 def test_rows_as_text():
     row = {"variant": "no turns", "us": 406.13, "us_to_as_is": 3.28, "clocks_per_tile": 11607.4, "ghz": 1.823}
-    line = ablation.as_text(row)
-    assert line.startswith("no turns                 406.1         +3.3       11,607  1.82  the consumers")
+    line = ablation.as_text(row | {"results": "equal"})
+    assert line.startswith("no turns                 406.1         +3.3       11,607  1.82    equal  the consumers")
     assert ablation.HEADER.index("meaning") == line.index("the consumers")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import breakdown
-from bench.cases import Case
+from srpkd.checking.cases import Case
 
 NAMES = {
     "void srpkd::cuda::(anonymous namespace)::moments<(int)3, float>(Inputs<int>)": "moments",

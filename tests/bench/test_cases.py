@@ -8,7 +8,7 @@ import pytest
 from bench_helpers import run
 
 from bench import cases
-from bench.cases import Case
+from srpkd.checking.cases import PRECISIONS, Case
 from srpkd.kernels import DISTANCES, NORMALIZATIONS
 
 
@@ -18,7 +18,7 @@ def test_sweep_has_no_duplicates_and_options_replace_axes():
     assert {case.pixels for case in full} == set(cases.PIXELS)
     assert {(case.normalize, case.distance) for case in full} == {(n, d) for n in NORMALIZATIONS for d in DISTANCES}
     assert {case.precision for case in full} == {"highest"}
-    assert {case.precision for case in cases.sweep("full", "cuda", {})} == set(cases.PRECISIONS)
+    assert {case.precision for case in cases.sweep("full", "cuda", {})} == set(PRECISIONS)
     one = cases.sweep("full", "cpu", {"pixels": (7,), "channels": ((2, 3),), "normalize": ("none",)})
     assert {(case.pixels, case.channels, case.normalize) for case in one} == {(7, (2, 3), "none")}
 

@@ -7,10 +7,12 @@ import torch
 from bench_helpers import incorrect_loss
 from helpers import options as loss_options
 
-from bench import cases, gate, providers
-from bench.cases import Case, features
-from bench.providers import PROVIDERS, evaluate
+from bench import cases
+from bench.providers import PROVIDERS
 from srpkd import relation_loss
+from srpkd.checking import gate
+from srpkd.checking.cases import Case, features
+from srpkd.checking.kernels import evaluate
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
 
 
@@ -20,8 +22,8 @@ def all_relations() -> list[Relation]:
 
 @pytest.mark.parametrize("relation", all_relations(), ids=lambda relation: f"{relation.normalize}-{relation.distance}")
 def test_peers_and_float64_result_compute_the_relation_loss(relation, monkeypatch):
-    monkeypatch.setattr(providers.peers, "MIN_ROWS", 7)
-    monkeypatch.setitem(providers.peers.STRIP_ELEMENTS, "cpu", 1)  # strips of 7 rows; the last has 5
+    monkeypatch.setattr(gate, "MIN_ROWS", 7)
+    monkeypatch.setitem(gate.STRIP_ELEMENTS, "cpu", 1)  # strips of 7 rows; the last has 5
     case = Case(40, (5, 7), 2, "float64", normalize=relation.normalize, distance=relation.distance)
     student, teacher = features(case)
     expected = evaluate(

@@ -217,7 +217,7 @@ def test_measuring_needs_no_optional_package(tmp_path):
 import sys
 for name in ("jsonargparse", "matplotlib", "PIL", "torchvision", "jinja2", "yaml", "pandas", "scipy"):
     sys.modules[name] = None  # importing it fails
-import bench.gpu_check, bench.sanitize, bench.smoke
+import bench.gpu_check, bench.sanitize, srpkd.check
 from bench.__main__ import main
 main(["relation", "--pixels", "8", "--providers", "blocked", "--budget", "0.01", "--no-memory", "--device", "cpu",
       "--out", sys.argv[1]])

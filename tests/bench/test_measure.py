@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import measure
-from bench.cases import Case
 from bench.providers import PROVIDERS, prepare_call
+from srpkd.checking.cases import Case
 
 
 def test_providers_take_turns():

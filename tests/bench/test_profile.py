@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from bench import machine_code, ncu, profile
-from bench.cases import Case
 from bench.machine_code import Frame, Instruction
+from srpkd.checking.cases import Case
 
 PAGES = Path(__file__).parent / "ncu_pages"
 FAKE = """#!{python}

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 
-from bench import providers
-from bench.cases import Case
-from bench.providers import DEFAULT, KERNEL_VARIABLE, PROVIDERS, CannotRun, Provider
+from bench.providers import DEFAULT, PROVIDERS
+from srpkd.checking import kernels
+from srpkd.checking.cases import Case
+from srpkd.checking.kernels import KERNEL_VARIABLE, CannotRun, Provider
 
 GPU = Case(pixels=8, channels=(2, 3), device="cuda")
 
@@ -21,11 +22,11 @@ def test_kernels_are_selected_by_name_only(monkeypatch):
     def make(case):
         return lambda student, teacher: seen.append(os.environ[KERNEL_VARIABLE]) or student.sum()
 
-    monkeypatch.setattr(providers, "_backend", lambda name: Provider(make))
+    monkeypatch.setattr(kernels, "_backend", lambda name: Provider(make))
     monkeypatch.setenv(KERNEL_VARIABLE, "mine")
     student, teacher = torch.ones(1, 2), torch.ones(1, 2)
     for kernel in ("sm80", "sm90"):
-        provider = providers._cuda_kernel(kernel, (9,))
+        provider = kernels._cuda_kernel(kernel, (9,))
         assert provider.make(GPU)(student, teacher) == 2
         assert os.environ[KERNEL_VARIABLE] == "mine"
     monkeypatch.delenv(KERNEL_VARIABLE)
@@ -36,10 +37,10 @@ def test_kernels_are_selected_by_name_only(monkeypatch):
 
 def test_kernels_need_their_gpu(monkeypatch):
     assert "is a CUDA kernel" in PROVIDERS["native-sm90"].unavailable_reason(Case())
-    monkeypatch.setattr(providers, "_backend", lambda name: Provider(lambda case: None))
+    monkeypatch.setattr(kernels, "_backend", lambda name: Provider(lambda case: None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert providers._cuda_kernel("sm80", (8, 9)).unavailable_reason(GPU) is None
-    assert providers._cuda_kernel("sm90", (9,)).unavailable_reason(GPU) == "sm90 does not run on compute capability 8.6"
+    assert kernels._cuda_kernel("sm80", (8, 9)).unavailable_reason(GPU) is None
+    assert kernels._cuda_kernel("sm90", (9,)).unavailable_reason(GPU) == "sm90 does not run on compute capability 8.6"
 
 
 def test_a_kernel_declares_what_it_does_not_cover(monkeypatch):
@@ -50,8 +51,8 @@ def test_a_kernel_declares_what_it_does_not_cover(monkeypatch):
 
             return loss
 
-        monkeypatch.setattr(providers, "_backend", lambda name: Provider(make))
-        return providers._cuda_kernel("sm90", (9,)).make(GPU)
+        monkeypatch.setattr(kernels, "_backend", lambda name: Provider(make))
+        return kernels._cuda_kernel("sm90", (9,)).make(GPU)
 
     with pytest.raises(CannotRun, match="does not cover 300 channels"):
         make_raising(RuntimeError(f"{KERNEL_VARIABLE}=sm90 does not cover\n 300 channels"))(None, None)
@@ -62,7 +63,7 @@ def test_a_kernel_declares_what_it_does_not_cover(monkeypatch):
 def test_dtypes_by_device(monkeypatch):
     double = Case(dtype="float64", device="cuda")
     for name in ("native", "triton", "blocked"):
-        monkeypatch.setattr(providers, "unavailable_reason", lambda name, device: None)
+        monkeypatch.setattr(kernels, "unavailable_reason", lambda name, device: None)
         reason = PROVIDERS[name].unavailable_reason(double)
         assert (reason is None) == (name == "blocked"), reason
     assert PROVIDERS["native"].unavailable_reason(Case(dtype="float64")) is None

@@ -7,7 +7,7 @@ import torch
 from helpers import ROOT
 
 from bench import cases, providers, record, relation, results, scaling, table, train
-from srpkd.kernels import BACKENDS, Relation, auto_backend, cuda_device, dispatch, measured, native
+from srpkd.kernels import BACKENDS, Relation, auto_backend, build, cuda_device, dispatch, measured, native
 
 RECORDED = results.read(relation.RESULTS)
 needs_results = pytest.mark.skipif(not RECORDED, reason=f"{relation.RESULTS.name} has no rows")
@@ -33,6 +33,7 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
     Compared are speeds relative to eager where recorded, because absolute times are noisy. The reference does not
     count: ``auto`` avoids its N x N arrays. ``native`` counts with the kernel that the records make it take.
     """
+    monkeypatch.setattr(native.extension(), "cuda_architectures", build.DEFAULT_ARCHITECTURES)
     groups: dict[tuple[str, ...], dict[str, results.Row]] = {}
     for row in record.with_present_native(RECORDED):
         if row["status"] == "ok" and row["provider"] in BACKENDS and row["provider"] != "reference":
@@ -46,8 +47,9 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
             monkeypatch.setattr(module, "unavailable_reason", lambda device, absent=absent: absent)
         monkeypatch.setattr(native, "is_built", lambda device, rows=rows: "native" in rows)
         if some["device_type"] == "cuda":
-            identity = some["device"], tuple(map(int, some["capability"].split(".")))
-            monkeypatch.setattr(cuda_device, "identity", lambda device, identity=identity: identity)
+            capability = tuple(map(int, some["capability"].split(".")))
+            gpu = cuda_device.Gpu(some["device"], capability, 132, 232_448)
+            monkeypatch.setattr(cuda_device, "gpu_of", lambda device, gpu=gpu: gpu)
         choice = auto_backend(
             torch.device(some["device_type"]),
             Relation(some["normalize"], some["distance"]),

@@ -13,8 +13,9 @@ from helpers import ROOT
 from torch import Tensor
 
 from bench import relation, results
-from bench.cases import Case
-from bench.providers import PROVIDERS, CannotRun, Provider
+from bench.providers import PROVIDERS
+from srpkd.checking.cases import Case
+from srpkd.checking.kernels import CannotRun, Provider
 
 SMALL = Case(pixels=40, channels=(5, 7), batch=2, dtype="float64")
 

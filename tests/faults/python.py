@@ -5,6 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 FORMULAS, STRIPS, BLOCKED = "kernels/formulas.py", "kernels/strips.py", "kernels/blocked.py"
+BUILD = "kernels/build.py"
 SAMPLING = "kernels/sampling.py"
 CLOSED_FORM, DISTRIBUTED = "kernels/closed_form.py", "kernels/distributed.py"
 
@@ -94,6 +95,25 @@ BACKENDS = {
                 SAMPLING,
                 "uniform_(generator=generator)",
                 "uniform_(generator=None)",
+            ),
+        ],
+        environment={"SRPKD_BUILD": "0"},
+    ),
+    "gpus": Backend(
+        "tests/kernels/test_measured.py tests/kernels/test_build.py -k ranked or code_for or architectures or closed",
+        [
+            Fault(
+                "native has the time of wgmma on every GPU",
+                "kernels/measured.py",
+                'f"native-{kernel}"',
+                '"native-sm90"',
+            ),
+            Fault("code for an older minor version is enough", BUILD, "version <= capability and (8, 7)", "(8, 7)"),
+            Fault("PTX runs on older GPUs", BUILD, 'match[3] == "" and version <= capability', 'match[3] == ""'),
+            Fault("Hopper without wgmma", BUILD, 'found.append("9.0a")', 'found.append("9.0")'),
+            Fault("old architectures are kept", BUILD, "if version < OLDEST_ARCHITECTURE", "if version < (5, 0)"),
+            Fault(
+                "large l2 losses by tiles", "kernels/dispatch.py", 'if enough and "closed_form" in runnable', "if False"
             ),
         ],
         environment={"SRPKD_BUILD": "0"},

@@ -81,8 +81,89 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(installed))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: installed[index])
     assert build.architectures() == "8.6;9.0a"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
-    assert build.architectures() == "7.5"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    assert build.architectures() == "8.6;9.0a"
+    installed[:] = [(7, 5)]
+    assert build.architectures() == ""
+    installed[:] = [(7, 5), (8, 0)]
+    assert build.architectures() == "8.0"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    assert build.architectures() == "8.9"
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("8.0;9.0a", "8.0;9.0a"),
+        ("8.6", "8.6"),
+        ("9.0", "9.0a"),  # without the suffix there are no instructions of wgmma
+        ("9.0+PTX", "8.0+PTX;9.0a"),
+        ("8.0 8.6 9.0+PTX", "8.0+PTX;8.6;9.0a"),
+        ("5.2 6.0 6.1 7.0 7.2 7.5 8.0 8.6 8.7 9.0+PTX", "8.0+PTX;8.6;8.7;9.0a"),  # of NVIDIA's containers
+        ("Ampere;Hopper", "8.0;8.6+PTX;9.0a"),
+        ("Turing;Ada", "8.9+PTX"),
+        ("8.0;12.0", "8.0+PTX"),  # nvcc of CUDA 12.6
+        ("12.0", "8.0+PTX"),
+        ("7.5", ""),
+        ("8.0+PTX;9.0a;9.0;", "8.0+PTX;9.0a"),
+    ],
+)
+def test_lists_of_architectures(listed: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels and nvcc do not support is left out, and what is too new gets PTX."""
+    known = frozenset(("50", "60", "70", "75", "80", "86", "87", "89", "90"))
+    monkeypatch.setattr(build, "_nvcc_architectures", lambda home: known)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert build.architectures() == expected
+    if expected:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", expected)
+        assert cpp_extension._get_cuda_arch_flags()
+
+
+def test_nvcc_tells_its_architectures(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_120\\n'\n")
+    nvcc.chmod(0o755)
+    assert build._nvcc_architectures(tmp_path) == {"80", "120"}
+    assert build._nvcc_architectures(None) == frozenset()
+
+
+def test_wrong_architectures_are_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They do not raise, because ``auto`` asks for the reason at every first call."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "cuda_home", lambda: tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "sm_80")
+    assert "TORCH_CUDA_ARCH_LIST='sm_80': expected architectures" in str(build.cuda_unavailable_reason())
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")
+    assert "TORCH_CUDA_ARCH_LIST='7.0;7.5' names no compute capability of 8.0" in str(build.cuda_unavailable_reason())
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(build, "_installed", lambda: ["7.5"])
+    assert "the installed GPUs have no compute capability" in str(build.cuda_unavailable_reason())
+
+
+RUNS = {  # by the architectures of a build: capabilities that run it, of those below
+    "8.0+PTX;9.0a": {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
+    "8.0": {(8, 0), (8, 6), (8, 9)},
+    "8.6": {(8, 6), (8, 9)},
+    "8.7": {(8, 7)},
+    "8.9+PTX": {(8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
+    "9.0a": {(9, 0)},
+    "9.0a+PTX": {(9, 0)},
+    "10.0": {(10, 0), (10, 3)},
+    "10.0a": {(10, 0)},
+    "12.0": {(12, 0), (12, 1)},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("architectures", RUNS)
+def test_code_for_a_gpu(architectures: str) -> None:
+    capabilities = RUNS["8.0+PTX;9.0a"] | {(7, 0), (7, 5)}
+    assert {c for c in capabilities if build.has_code_for(architectures, c)} == RUNS[architectures]
 
 
 def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

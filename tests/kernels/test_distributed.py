@@ -14,7 +14,7 @@ from helpers import DELTA, FLAG_SETS, ROOT, error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from srpkd import SRPLoss, relation_loss
+from srpkd import BackendUnavailable, SRPLoss, relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, distributed, native, unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,6 +120,11 @@ def test_ranks_with_different_channels(tmp_path: Path) -> None:
     spawn("misfit", 2, tmp_path)
 
 
+def test_errors_of_one_rank(tmp_path: Path) -> None:
+    """Every rank raises the error of one, instead of waiting for it in a collective."""
+    spawn("refusal", 2, tmp_path)
+
+
 def check_relations(rank: int, ranks: int) -> None:
     """Each rank's loss, and the gradient of its pixels, equal those of a single process."""
     first = sum(SHARES[:rank])
@@ -145,9 +150,13 @@ def check_relations(rank: int, ranks: int) -> None:
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
+    loss_fn = SRPLoss(scope="global", group=alone)
     if rank == ranks - 1:
-        loss = SRPLoss(scope="global", group=alone)(student[own], teacher[own])
-        assert error(loss, relation_loss(student[own], teacher[own], scope="batch")) < 1e-12
+        expected = relation_loss(student[own], teacher[own], scope="batch")
+        assert error(loss_fn(student[own], teacher[own]), expected) < 1e-12
+    else:
+        with pytest.raises(ValueError, match="group does not contain this process"):
+            loss_fn(student[own], teacher[own])
 
 
 def backends(distance: str, *flags: str) -> list[str]:
@@ -221,7 +230,8 @@ def check_ddp(rank: int, ranks: int) -> None:
 
 def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
-    with pytest.raises(ValueError, match=r"same channels and dtype, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"):
+    expected = r"same channels, dtype and device type, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"
+    with pytest.raises(ValueError, match=expected):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
     # without the error, the first loss would be a mixture of two, and the second call would wait forever
     distance = ("l1", "huber")[rank]
@@ -246,6 +256,39 @@ def check_misfit(rank: int, ranks: int) -> None:
         relation_loss(student, teacher, distance="l1", scope="global", columns=4)
 
 
+def check_refusal(rank: int, ranks: int) -> None:
+    """Rank 1 cannot compute the loss: for its backend, its options or its features."""
+    student, teacher = images(2)
+    l1 = {"distance": "l1"}
+    cases: list[tuple[type[Exception], str, Tensor, Tensor, dict]] = [
+        (ValueError, "backend='triton' is not one of", student, teacher, l1 | {"backend": "triton"}),
+        (ValueError, "backend='blocked' is not one of", student, teacher, {"backend": "blocked"}),
+        (ValueError, "columns=4 .* works in one process only", student, teacher, l1 | {"columns": 4}),
+        (ValueError, "student features are empty", student[:0], teacher[:0], {}),
+        (ValueError, "may differ only in C, but differ in the batch", student[:1], teacher, {}),
+        (TypeError, "teacher features are torch.int64", student, teacher.long(), {}),
+        (ValueError, "teacher features require a gradient", student, teacher.clone().requires_grad_(), {}),
+    ]
+    for kind, message, *features, options in cases:
+        right = {"distance": options.get("distance", "l2")}
+        for call in (relation_loss, lambda *features, **options: SRPLoss(**options)(*features)):
+            with pytest.raises(kind, match=message if rank == 1 else f"^on rank 1: .*{message}"):
+                call(*(features if rank == 1 else (student, teacher)), scope="global", **(options if rank else right))
+    # a backend that is not built on rank 1, and an environment variable that only rank 1 has
+    native.unavailable_reason = lambda device: "it is not built" if rank == 1 else None
+    with pytest.raises(BackendUnavailable, match=r"backend='native' cannot run on cpu: it is not built"):
+        relation_loss(student, teacher, scope="global", distance="l1", backend="native")
+    loss_fn = SRPLoss(scope="global")
+    if rank == 1:
+        os.environ["SRPKD_BACKEND"] = "reference"
+    with pytest.raises(ValueError, match="backend='reference' is not one of 'auto', 'closed_form'"):
+        loss_fn(student, teacher)
+    # the ranks still exchange in step
+    os.environ.pop("SRPKD_BACKEND", None)
+    expected = relation_loss(student, teacher, scope="batch")
+    assert error(loss_fn(student[rank:][:1], teacher[rank:][:1]), expected) < 1e-12
+
+
 def main() -> None:
     case, rank, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
@@ -258,6 +301,7 @@ def main() -> None:
             "traffic": check_traffic,
             "ddp": check_ddp,
             "misfit": check_misfit,
+            "refusal": check_refusal,
         }
         cases[case](rank, ranks)
     finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from srpkd.kernels import Relation, auto_backend, cuda_device, dispatch, measured, native
+from srpkd.kernels import Relation, auto_backend, build, cuda_device, dispatch, measured, native
 from srpkd.kernels.measured import (
     KERNEL_VERSIONS,
     Case,
@@ -18,17 +20,38 @@ from srpkd.kernels.measured import (
 )
 
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
+GPUS = {  # name, compute capability, multiprocessors, bytes of shared memory for a block
+    "h100": cuda_device.Gpu(*H100, 132, 232_448),
+    "slice of an h100": cuda_device.Gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb", (9, 0), 16, 232_448),
+    "h200": cuda_device.Gpu("NVIDIA H200", (9, 0), 132, 232_448),
+    "a100": cuda_device.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 166_912),
+    "rtx 3060": cuda_device.Gpu("NVIDIA GeForce RTX 3060", (8, 6), 28, 101_376),
+    "l4": cuda_device.Gpu("NVIDIA L4", (8, 9), 58, 101_376),
+    "b200": cuda_device.Gpu("NVIDIA B200", (10, 0), 148, 232_448),
+    "rtx 5090": cuda_device.Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 101_376),
+}
 CASE = Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 16)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Return a device on which every backend appears to run, an H100."""
+def use_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
+    """Return a function: a name in GPUS, architectures of the extension -> a device on which every backend runs."""
     for name in dispatch.GPU_BACKENDS:
         monkeypatch.setattr(dispatch.backend_module(name), "unavailable_reason", lambda device: None)
     monkeypatch.setattr(native, "is_built", lambda device: True)
-    monkeypatch.setattr(cuda_device, "identity", lambda device: H100)
-    return torch.device("cuda", 0)
+
+    def use(name: str, architectures: str = build.DEFAULT_ARCHITECTURES) -> torch.device:
+        monkeypatch.setattr(cuda_device, "gpu_of", lambda device: GPUS[name])
+        if (module := native.load_existing()[0]) is not None:
+            monkeypatch.setattr(module, "cuda_architectures", architectures)
+        return torch.device("cuda", 0)
+
+    return use
+
+
+@pytest.fixture
+def gpu(use_gpu: Callable[..., torch.device]) -> torch.device:
+    return use_gpu("h100")
 
 
 @pytest.fixture
@@ -51,9 +74,12 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("normalize", ["row", "cosine", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_auto_takes_the_closed_form_for_l2_on_an_h100(normalize: str, dtype: torch.dtype, gpu: torch.device) -> None:
-    for batch in (1, 16):
-        assert auto_backend(gpu, Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high") == "closed_form"
+def test_auto_takes_the_closed_form_for_l2(normalize: str, dtype: torch.dtype, use_gpu) -> None:
+    for name in GPUS:
+        for batch in (1, 16):
+            found = auto_backend(use_gpu(name), Relation(normalize, "l2"), dtype, 4096, (64, 256), batch, "high")
+            assert found == "closed_form", name
+    gpu = use_gpu("h100")
     constant = Relation(normalize, "l2", detach_norms=True)  # for "row" without kernels of the closed form
     assert (auto_backend(gpu, constant, dtype) == "closed_form") == (normalize != "row")
     assert auto_backend(gpu, Relation(normalize, "l2"), torch.float64) == "closed_form"  # no kernels
@@ -97,14 +123,14 @@ def test_gpus_without_records_take_those_of_the_nearest_capability(recorded) -> 
         ("A100", (8, 0)): "native", ("H100", (9, 0)): "closed_form", ("GH200", (9, 0)): "triton",
         ("RTX 4090", (8, 9)): "native", ("B200", (10, 0)): "triton", ("RTX 5090", (12, 0)): "triton",
     }  # fmt: skip
-    assert {gpu: ranking(*gpu, CASE)[0] for gpu in expected} == expected
+    assert {gpu: ranking(*gpu, CASE, "sm80")[0] for gpu in expected} == expected
     recorded({})
-    assert ranking("H100", (9, 0), CASE) == ()
+    assert ranking("H100", (9, 0), CASE, "sm80") == ()
 
 
 def test_without_records_the_order_of_the_backends_decides(gpu: torch.device, recorded) -> None:
     recorded({})
-    assert auto_backend(gpu, Relation("cosine", "l2"), torch.bfloat16) == dispatch.GPU_BACKENDS[0]
+    assert auto_backend(gpu, Relation("cosine", "l1"), torch.bfloat16) == dispatch.GPU_BACKENDS[0]
 
 
 def test_cases_that_differ_more_are_farther_away() -> None:
@@ -166,20 +192,61 @@ def test_the_sm90_kernel_is_not_taken_by_other_records() -> None:
     assert not verified_kinds(entries(single, version=-1, native_sm90=1.0)), "the version of other dtypes"
 
 
-def test_auto_ranks_native_by_the_kernel_that_it_takes(recorded) -> None:
-    times = {"native": 3.0, "native-sm80": 3.0, "triton": 2.0}
+def test_native_is_ranked_by_the_time_of_its_kernel(recorded) -> None:
+    times = {"native": 3.0, "native-sm80": 4.0, "triton": 2.0, "native-sm90": 1.0}
     recorded({H100: [(CASE, times)]})
-    assert ranking(*H100, CASE) == ("triton", "native")
-    recorded({H100: [(CASE, times | {"native-sm90": 1.0})]})
-    assert ranking(*H100, CASE) == ("native", "triton")
-    assert ranking(*H100, CASE, sm90=False) == ("triton", "native"), "of a relation that the kernel does not cover"
+    assert ranking(*H100, CASE, "sm90") == ("native", "triton")
+    assert ranking(*H100, CASE, "sm80") == ("triton", "native")
+    recorded({H100: [(CASE, {"native": 3.0, "triton": 2.0})]})
+    assert ranking(*H100, CASE, "sm90") == ranking(*H100, CASE, "sm80") == ("triton", "native")
 
 
-def test_auto_knows_that_the_sm90_kernel_does_not_rectify(gpu: torch.device, recorded) -> None:
-    recorded({H100: [(CASE, {"native-sm80": 3.0, "native": 3.0, "native-sm90": 1.0, "triton": 2.0})]})
-    for rectify, expected in ((False, "native"), (True, "triton")):
-        relation = Relation("row", "l1", rectify=rectify)
-        assert auto_backend(gpu, relation, torch.bfloat16, 4096, (64, 256), 16) == expected
+# each counts as verified, see csrc/cuda/verified_rows.h
+LARGE = [("row", "l1", torch.bfloat16, 64, 256), ("cosine", "l1", torch.bfloat16, 50, 250)]
+LARGE += [("row", "l1", torch.float16, 64, 256), ("row", "l1", torch.bfloat16, 33, 64)]
+
+
+@pytest.mark.skipif(native.load_existing()[0] is None, reason="the extension is not built")
+@pytest.mark.parametrize(("normalize", "distance", "dtype", "student", "teacher"), LARGE)
+def test_native_counts_as_fast_only_where_it_takes_the_sm90_kernel(
+    normalize: str, distance: str, dtype: torch.dtype, student: int, teacher: int, use_gpu
+) -> None:
+    """On the H100 its other kernel takes three times as long as ``triton``, which other GPUs must not choose then."""
+
+    def chosen(device: torch.device, **options) -> str:
+        arguments = {"pixels": 4096, "channels": (student, teacher), "batch": 16} | options
+        return auto_backend(device, arguments.pop("relation", Relation(normalize, distance)), dtype, **arguments)
+
+    for name in GPUS:
+        expected = "native" if GPUS[name].capability == (9, 0) else "triton"
+        assert chosen(use_gpu(name)) == expected, name
+    assert chosen(use_gpu("h100", "8.0+PTX")) == "triton", "an extension without wgmma"
+    device = use_gpu("h100")
+    other_kinds = {
+        "rectify": {"relation": Relation(normalize, distance, rectify=True)},
+        "more channels of the teacher": {"channels": (student, teacher + 64)},
+        "more channels of the student": {"channels": (student + 64, teacher)},
+        "no gradient": {"need_grad": False},
+        "huber": {"relation": Relation(normalize, "huber")},
+    }
+    assert {what: chosen(device, **options) for what, options in other_kinds.items()} == dict.fromkeys(
+        other_kinds, "triton"
+    )
+
+
+@pytest.mark.skipif(native.load_existing()[0] is None, reason="the extension is not built")
+def test_the_kernel_of_native(monkeypatch: pytest.MonkeyPatch, use_gpu) -> None:
+    use_gpu("h100")
+    relation = Relation("row", "l1")
+    kernels = {name: native.cuda_kernel(CASE, relation, gpu) for name, gpu in GPUS.items()}
+    assert {name for name, kernel in kernels.items() if kernel == "sm90"} == {"h100", "slice of an h100", "h200"}
+    for entry in measured.RECORDED:  # the extension's table is that of the recorded rows
+        kernel = native.cuda_kernel(entry.case, Relation(entry.case.normalize, entry.case.distance), GPUS["h100"])
+        assert (kernel == "sm90") == sm90_verified(entry.case), entry.case
+    monkeypatch.setenv("SRPKD_CUDA_KERNEL", "sm80")
+    assert native.cuda_kernel(CASE, relation, GPUS["h100"]) == "sm80"
+    monkeypatch.setattr(native, "load_existing", lambda: (None, None))
+    assert native.cuda_kernel(CASE, relation, GPUS["h100"]) == "sm80"
 
 
 def test_records_of_earlier_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

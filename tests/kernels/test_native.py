@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -388,3 +388,50 @@ def test_tile_size(pixels: int, threads: int) -> None:
     assert blocks >= 2 * threads or size <= 64
     assert (blocks - 1) * size < pixels
     assert module.tile_size(1, pixels, 8, threads) <= size
+
+
+# --- GPUs, by faked properties --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str], str | None]:
+    """Return a function: a capability, architectures of the extension -> why ``native`` cannot run there."""
+    module, _ = native.load_existing()
+    if module is None:
+        pytest.skip("the extension is not built")
+
+    def reason(capability: tuple[int, int], architectures: str) -> str | None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(module, "cuda_architectures", architectures)
+        return native.unavailable_reason(torch.device("cuda", 0))
+
+    return reason
+
+
+def test_an_extension_without_code_for_the_gpu_is_not_taken(fake_gpu) -> None:
+    """Its first launch would fail: no kernel image is available."""
+    assert fake_gpu((8, 6), "8.0+PTX;9.0a") is None
+    assert fake_gpu((12, 0), "8.0+PTX;9.0a") is None
+    reason = fake_gpu((9, 0), "8.6")
+    assert reason == (
+        "it was built for the GPU architectures 8.6, and this GPU has 9.0: install srpkd again with "
+        "--no-build-isolation and TORCH_CUDA_ARCH_LIST=9.0"
+    )
+    assert not native.is_built(torch.device("cuda", 0))
+    assert "TORCH_CUDA_ARCH_LIST=12.0" in str(fake_gpu((12, 0), "8.6;9.0a"))
+    assert "compute capability 8.0 or higher, this one has 7.5" in str(fake_gpu((7, 5), "8.0+PTX;9.0a"))
+
+
+def test_the_reason_for_an_extension_without_cuda_names_the_remedy(fake_gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.build, "cuda_unavailable_reason", lambda: "no CUDA toolkit found: set CUDA_HOME")
+    assert fake_gpu((8, 6), "") == "it was built without the CUDA part: no CUDA toolkit found: set CUDA_HOME"
+    monkeypatch.setattr(native.build, "cuda_unavailable_reason", lambda: None)
+    assert str(fake_gpu((8, 6), "")).endswith("install srpkd again with --no-build-isolation")
+
+    def run_nvcc() -> None:
+        raise AssertionError("is_built is called for every loss")
+
+    monkeypatch.setattr(native.build, "cuda_unavailable_reason", run_nvcc)
+    assert not native.is_built(torch.device("cuda", 0))

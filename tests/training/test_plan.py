@@ -129,6 +129,10 @@ def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
             [*TEACHER, "--lambda_kd=0", "--lambda_srp=0"],
             "lambda_kd, lambda_srp and lambda_feature are all 0, so the student does not",
         ),
+        *(
+            ([f"--{name}=5"], f"{name}=5.0 is the weight of a loss that needs a teacher: pass --teacher or --teacher_")
+            for name in ("lambda_kd", "lambda_srp", "lambda_feature")
+        ),
         ([*TEACHER, "--variants={a: {lambda_kd: 0, lambda_srp: 0}}"], "the student does not learn from the teacher"),
         ([*TEACHER, "--variants={a: {}, b: {ngf: 0}}"], "variant 'b': ngf=0: expected at least 1"),
         (["--backend=blokced"], "backend='blokced' is not one of"),

@@ -16,7 +16,13 @@ struct KernelType {
 template <class T, class Stored>
 struct Backward {
   using Arguments = BackwardArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 8, UNIT = 8;  // adjacent elements of a thread
+  static constexpr int THREADS = 256, UNIT = 8;  // adjacent elements of a thread
+  // as many as the threads of a multiprocessor allow: 2048 on GPUs for data centres, 1536 on others
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10
+  static constexpr int MIN_BLOCKS = 2048 / THREADS;
+#else
+  static constexpr int MIN_BLOCKS = 1536 / THREADS;
+#endif
   static constexpr int PER_WORD = 4 / sizeof(T), WORDS = UNIT / PER_WORD;
 
   const Arguments& p;

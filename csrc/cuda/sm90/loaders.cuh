@@ -7,6 +7,7 @@
 #include "sm90_primitives.h"  // tests/csrc/cuda_emulation
 #endif
 #include "plan.h"
+#include "sums.cuh"
 
 namespace srpkd::cuda::sm90 {
 
@@ -25,8 +26,9 @@ struct Role {
 
 // The ints that describe a segment in shared memory. The others keep them there rather than in registers.
 struct Published {
-  // image: of the batch, or -1 after the last segment; parity: of the barriers that change once in each segment
-  enum Member { image, split, row, first, end, part, parity };
+  // image: of the batch, or -1 after the last segment; parity: of the barriers that change once in each segment;
+  // h_factor: the bits of a float, what turns sums of h into its unit in global memory
+  enum Member { image, split, row, first, end, part, parity, h_factor };
 };
 
 // The ints of a loader's walk in shared memory: the first four are the state of Segments; then a counter, and the image
@@ -127,6 +129,9 @@ struct RowLoader : Loader<C> {
       publish(Published::end, segment.end);
       publish(Published::part, block_index(0) - owners_of(p.work, segment.image, segment.row).first);
       publish(Published::parity, parity);
+      const float power = load_global_coherent(p.powers + this->published(Published::image));
+      publish(Published::h_factor,
+              static_cast<int>(as_bits(unit_of_sums(C::SYMMETRIC, power) * p.sum_factor * p.h_scale)));
       arrive(shared + C::SEGMENT_FULL);
 #pragma unroll 1
       for (int at = 0; at < p.resident; ++at) load_rows(at);

@@ -5,19 +5,16 @@
 #include <cmath>
 #include <type_traits>
 
+#include "coverage.h"
 #include "tensor_map.h"
-#include "work.h"
 
 namespace srpkd::cuda::sm90 {
 
-constexpr int TILE = 128;                  // pixels in a block
-constexpr int GROUP = 64;                  // channels in a group
 constexpr int CHUNK = TILE * GROUP * 2;    // bytes: a group of channels of a block of pixels, in 16 bits
 constexpr int U_BLOCK = TILE * GROUP;      // floats: U of a block of pixels and a group of channels
 constexpr int MAX_CHUNKS = 12;             // that stay in shared memory, and slots of the ring
 constexpr int CONSUMERS = 2;               // warpgroups, each with half of the rows of a tile
 constexpr int LOSS_TERMS = 4 * CONSUMERS;  // one of each warp
-constexpr int SHARED_LIMIT = 227 << 10;    // bytes of a thread block
 
 // The scales of a pixel: D_ij = alpha_i (G_s,ij - ratio_i G_t,ij), with one fused multiply-add that is exactly 0 for
 // equal features. alpha is the student's times ImageScales::power; ratio is the teacher's alpha divided by the
@@ -174,38 +171,6 @@ auto with_precision(Precision precision, F f) {
   if (precision == Precision::bf16) return f(std::integral_constant<Precision, Precision::bf16>{});
   if (precision == Precision::fp16) return f(std::integral_constant<Precision, Precision::fp16>{});
   return f(std::integral_constant<Precision, Precision::tf32x3>{});
-}
-
-// The properties of a GPU that the plan depends on.
-struct Device {
-  int multiprocessors, shared_of_block;
-};
-
-struct Problem {
-  int images, pixels, student_channels, teacher_channels;
-  Precision precision;
-  bool grad;
-  Normalize normalize;
-  Distance distance;
-  float delta;
-  bool rectify, with_h;  // with_h: the gradient has terms from the norms
-};
-
-// Returns why the kernels do not cover a problem, or null if they do.
-inline const char* uncovered_reason(const Problem& problem, const Device& device) {
-  if (device.shared_of_block < SHARED_LIMIT) return "a GPU with less than 227 KB of shared memory for a thread block";
-  if (problem.rectify) return "rectify=True";
-  if (problem.student_channels > 256) return "a student with more than 256 channels";
-  if (problem.teacher_channels > 1024) return "a teacher with more than 1024 channels";
-  if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,
-                    device.multiprocessors))
-    return "features with more than 2^19 pixels, or more than 2^16 images";
-  // |K| <= 2 |rho'| with normalize="none": other distances have no bound without the largest feature, which is known
-  // only if there are two terms, and K is float16 like the features
-  if (problem.precision == Precision::fp16 && problem.normalize == Normalize::none &&
-      (problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1)))
-    return "float16 features with normalize=\"none\" and an unbounded distance";
-  return nullptr;
 }
 
 // Sets all parameters that follow from the problem, except pointers and tensor maps.

@@ -188,6 +188,16 @@ struct Consumer : Role<C> {
       }
   }
 
+  // Whether U of a tile is waited for when the next turn has come. That needs two buffers for the columns.
+  static constexpr bool LAZY = C::GRAD && C::STAGES == 2;
+
+  // Waits for the products of U, if there is a tile before, and gives back its columns.
+  SRPKD_DEVICE void finish_U(float (&U)[32], bool any) const {
+    wait_for_products<0>();
+    hold(U);
+    if (any) arrive_warp(shared + C::COLUMNS_EMPTY + 8 * ((tile - 1) % C::STAGES));
+  }
+
   SRPKD_DEVICE void run() {
 #pragma unroll 1
     for (int parity = 0;;) {
@@ -213,13 +223,16 @@ struct Consumer : Role<C> {
           for (int i = 0; i < 64; ++i) t[i] = 0;
         }
         if (p.turns) wait(base + C::TURN + 8 * half, (tile & 1) ^ (half == 0));
+        if constexpr (LAZY) finish_U(U, !new_rows);
         gram(s, t, new_rows, stage, base);
         if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
         wait_for_products<0>();
         if (C::OVERLAP && others > 0) release(slots_of(others - 1), 0, base);
         hold(s), hold(t);
 
-        if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
+        if constexpr (C::SYMMETRIC) {
+          if (diagonal && p.zero_diagonal) zero_diagonal(s, row(), lane()), zero_diagonal(t, row(), lane());
+        }
         Weights<C> K;
         float h_of_columns[2][2];
         const Address scales = base + C::SCALES + stage * TILE * int{sizeof(typename C::Scale)};
@@ -249,23 +262,24 @@ struct Consumer : Role<C> {
           multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::UNITS);
           commit_products();
           if (!diagonal) add_h_of_columns(h_of_columns, step);
-          // Waiting only when the next turn has come would need more registers than there are.
-          wait_for_products<0>();
-          hold(sum);
-          if constexpr (C::UNITS) {
+          if constexpr (!LAZY) {
+            wait_for_products<0>();
+            hold(sum);
+            if constexpr (C::UNITS) {
 #pragma unroll
-            for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
+              for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
+            }
+            arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
           }
-          arrive_warp(base + C::COLUMNS_EMPTY + 8 * stage);
         }
       }
+      if constexpr (LAZY) finish_U(U, true);
       parity = 1 ^ this->published(Published::parity);
       finish_segment(U, sums, rows);
     }
   }
 
-  // What sums that were computed with scaled alphas are multiplied by: a power of two.
-  SRPKD_DEVICE float unit_of(int image) const { return unit_of_sums(C::SYMMETRIC, power_of(image)); }
+  SRPKD_DEVICE float h_factor() const { return as_float(this->published(Published::h_factor)); }
   SRPKD_DEVICE float power_of(int image) const { return load_global_coherent(p.powers + image); }
 
   SRPKD_DEVICE int64_t pixel_of(int image, int block) const { return (int64_t{image} * p.work.blocks + block) * TILE; }
@@ -277,14 +291,15 @@ struct Consumer : Role<C> {
     if (!p.h || !with_sums()) return;
     const int image = this->published(Published::image);
     const int64_t pixel = pixel_of(image, column_of(p.work.blocks, this->published(Published::row), step)) + 2 * lane();
-    const float scale = unit_of(image) * p.sum_factor * p.h_scale;
+    const float factor = h_factor();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], scale);
+    for (int i = 0; i < 4; ++i) add_to_h(pixel + i / 2 * 64 + i % 2, h[i / 2][i % 2], factor);
   }
 
   SRPKD_DEVICE void finish_segment(float (&U)[32], RowSums& sums, const Rows<C>& rows) const {
     const int image = this->published(Published::image), row_block = this->published(Published::row);
     const int part = this->published(Published::part), split = this->published(Published::split);
+    const float factor = h_factor();
     sync_warp();
     arrive_warp(shared + C::ROWS_EMPTY);
     if constexpr (C::GRAD) {
@@ -293,9 +308,8 @@ struct Consumer : Role<C> {
     }
     if (split > 0) return;
     using Unit = std::conditional_t<C::UNITS, double, float>;  // with units, it may be out of the range of float
-    const float power = power_of(image);
-    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power) : 1), sums.h, image,
-               row_block, part, unit_of_sums(C::SYMMETRIC, power) * p.sum_factor * p.h_scale);
+    store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power_of(image)) : 1),
+               sums.h, image, row_block, part, factor);
   }
 
   SRPKD_DEVICE void store_sums(double loss, float (&h)[2], int image, int row_block, int part, float h_scale) const {

@@ -59,7 +59,7 @@ def loss_and_gradient(
             _plan_symmetric(plan, *features, relation, losses, result)
         return plan
 
-    plan = planned("closed_form", student, teacher, relation, build, need_grad)
+    plan = planned("closed_form", (student, teacher), build, relation, need_grad)
     plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
     return loss, gradient
 

@@ -178,6 +178,18 @@ def test_few_launches_and_no_synchronisation(relation, gpu):
     assert 0 < launched.total() <= 7, launched
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_product_of_backward(dtype, stored, gpu):
+    """Bit-equal to the product in float32, with the strides of the gradient."""
+    contiguous = torch.randn(3, 700, 65, device=gpu).to(stored)
+    for gradient in (contiguous, contiguous.mT, contiguous[:1], contiguous[1:]):  # the last is not aligned
+        for upstream in (torch.rand((), device=gpu), torch.rand(len(gradient), device=gpu)):
+            actual = triton.scaled_gradient(gradient, upstream, dtype, 1 / 3)
+            assert torch.equal(actual, (gradient.float() * (upstream * (1 / 3)).view(-1, 1, 1)).to(dtype))
+            assert actual.stride() == gradient.stride()
+
+
 @pytest.mark.parametrize("relation", L1)
 def test_the_second_call_launches_directly(relation, gpu, monkeypatch):
     """Later calls do not pass through triton.jit, and give the bits of the first."""

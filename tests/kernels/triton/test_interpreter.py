@@ -364,6 +364,28 @@ def test_the_gradient_has_the_strides_of_the_features():
         assert gradient.stride() == student.stride()
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=name)
+@pytest.mark.parametrize("dtype", NARROW, ids=name)
+def test_product_of_backward(dtype, stored):
+    """Bit-equal to the product in float32, with the strides of the gradient; more elements than a program has."""
+    contiguous = torch.randn(3, 70, 65).to(stored)
+    for gradient in (contiguous, contiguous.mT, contiguous[:1]):
+        images = gradient.shape[0]
+        of_images = torch.rand(2 * images)
+        for upstream in (torch.rand(()), torch.rand(()).expand(images), of_images[::2]):
+            actual = triton.scaled_gradient(gradient, upstream, dtype, 1 / 3)
+            assert torch.equal(actual, (gradient.float() * (upstream * (1 / 3)).view(-1, 1, 1)).to(dtype))
+            assert actual.stride() == gradient.stride()
+
+
+def test_products_of_backward_that_pytorch_computes():
+    gradient = torch.randn(3, 7, 5)
+    assert triton.scaled_gradient(gradient.transpose(0, 1), torch.rand(7), torch.float32, 1.0) is None
+    assert triton.scaled_gradient(gradient[:, ::2], torch.rand(()), torch.float32, 1.0) is None
+    assert triton.scaled_gradient(gradient.double(), torch.rand((), dtype=torch.float64), torch.float64, 1.0) is None
+    assert triton.scaled_gradient(gradient[:0], torch.rand(()), torch.float32, 1.0) is None
+
+
 def test_float64_is_an_error():
     student, teacher = features(None, 1, 10)
     with pytest.raises(ValueError, match="float32, bfloat16, float16, received float64"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpkd.kernels import Relation, triton
+from srpkd.kernels import Relation, dispatch, op, triton
 from srpkd.kernels.triton import closed_form, configurations, plans
 from srpkd.kernels.triton.plans import ALIGNMENT, Plan
 
@@ -103,10 +103,10 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[_Driver]:
 
 
 def _modules() -> list:
-    from srpkd.kernels.triton import gradient, moments, scales, tiles
+    from srpkd.kernels.triton import backward, gradient, moments, scales, tiles
 
     of_closed_form = [getattr(closed_form, name) for name in ("moments", "sums", "row", "gradient")]
-    return [moments, scales, tiles, gradient, *of_closed_form]
+    return [moments, scales, tiles, gradient, backward, *of_closed_form]
 
 
 def features(pixels: int = 256, channels: tuple[int, int] = (64, 256)) -> tuple[Tensor, Tensor]:
@@ -147,6 +147,25 @@ def test_compiled_kernels_are_launched_directly(driver, monkeypatch, capsys) -> 
         assert (name, grid) == (again, again_grid)
         assert (stream, again_stream) == (5, 7)
         assert values == again_values
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_launches_of_a_training_step(driver, reduction, monkeypatch) -> None:
+    """Backward is one launch, with the weight of the mean in it."""
+    monkeypatch.setattr(op, "_gpu_kernels", lambda device: triton)
+    monkeypatch.setattr(dispatch, "check_supported", lambda *_: None)
+    student, teacher = (x.expand(4, -1, -1).contiguous() for x in features())
+    student.requires_grad_()
+    for _ in range(2):
+        driver.launched = []
+        loss = op.python_relation_loss(student, teacher, ROW_L1, "triton", reduction)
+        torch.autograd.grad(loss, student, torch.ones_like(loss))
+        assert [name for name, *_ in driver.launched] == [f"{name}_kernel" for name in (*KERNELS, "backward")]
+    _, grid, _, (*_, elements, blocks, _, weight, block) = driver.launched[-1]
+    factors, mean_weight = (1, 0.25) if reduction == "mean" else (4, 1.0)
+    assert grid == (student.numel() // block, 1, 1)
+    assert (elements, blocks, weight) == (student.numel() // factors, grid[0] // factors, mean_weight)
 
 
 @pytest.mark.slow

@@ -1,16 +1,11 @@
-"""Every kernel on some forty small cases: against float64, and twice for equal bits. About a minute on a GPU.
-
-    python -m bench.smoke OUT [--seconds 60]
+"""Every kernel on small cases, against float64 and twice for equal bits.
 
 Each kernel runs in its own processes, which are replaced if they crash or hang, so that a fault of one kernel does not
-hide the results of the others. The results are written to OUT/smoke.jsonl as they arrive; with the same OUT, the
-missing cases are run. The exit status is 1 if a result is wrong, differs between two runs, or is missing. A case that a
-kernel declares as not covered is not an error.
+hide the results of the others: after an error of CUDA, a process cannot use the GPU any more.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -27,20 +22,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from srpkd.kernels import DISTANCES, NORMALIZATIONS
-from srpkd.kernels.formulas import Distance, Normalize
-from srpkd.reporting.table import format_table
-
+from ..kernels import DISTANCES, NORMALIZATIONS
+from ..kernels.formulas import Distance, Normalize
 from . import gate
 from .cases import PRECISIONS, Case, features, settings
-from .providers import PROVIDERS, CannotRun, evaluate
+from .kernels import KERNELS, CannotRun, evaluate
 
-PROGRAM = (sys.executable, "-m", "bench.smoke")
-GPU_KERNELS = ("native-sm90", "native-sm80", "native", "closed_form", "triton")
-CPU_KERNELS = ("native", "closed_form", "blocked")  # dry run
+PROGRAM = (sys.executable, "-m", "srpkd.check")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
-SILENCE = 45.0  # seconds without a result after which a process counts as hung; the first includes importing torch
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
 NOISE = 0.03
 # With one channel, the rows of a matrix differ in their signs only: the gradient is an eightieth of U, and the rounding
@@ -58,8 +48,8 @@ class Check(NamedTuple):
         return self.case.describe().partition(",")[0] + ("" if self.kind == "random" else f", {self.kind}")
 
 
-def checks(device: str) -> list[Check]:
-    """Return the cases, the most telling first."""
+def checks(device: str, full: bool = False) -> list[Check]:
+    """Return some twenty cases, or with ``full`` some forty, the most telling first."""
 
     base = Case(200, (64, 256), 2, "bfloat16", device=device, threads=1)
 
@@ -68,19 +58,25 @@ def checks(device: str) -> list[Check]:
 
     some: list[tuple[Normalize, Distance]] = [("row", "l1"), ("cosine", "l2"), ("none", "huber")]
     found = [Check(case(normalize, distance)) for distance in DISTANCES for normalize in NORMALIZATIONS]
-    formats: list[dict[str, Any]] = [{"dtype": "float16"}]
-    formats += [{"dtype": "float32", "precision": precision} for precision in PRECISIONS]
-    for options in formats:
-        found += [Check(case(*relation, **options)) for relation in some]
-    found += [Check(case(pixels=pixels, batch=1)) for pixels in (1, 65, 128, 1025, 4096)]
-    sizes = ((1, 1), (16, 64), (128, 256), (256, 1024), (300, 129))
-    found += [Check(case(pixels=130, channels=channels)) for channels in sizes]
-    found += [Check(case(*relation, mode="forward")) for relation in some]
-    found += [Check(case(), "zero norm"), Check(case("cosine", "l2"), "zero norm"), Check(case(), "tokens")]
-    found += [Check(case(normalize, "l2", channels=(64, 64)), "close") for normalize in ("row", "cosine")]
-    found += [Check(case("row", "l2", mode="forward")), Check(case("row", "l2", dtype="float32"), "zero norm")]
-    found += [Check(case(*relation, pixels=256, batch=16)) for relation in some[:2]]
-    return found if device == "cuda" else found[::7]
+    found += [Check(case(*relation, dtype="float16")) for relation in some[:2]]
+    found += [Check(case(*relation, dtype="float32")) for relation in some]
+    found += [Check(case(dtype="float32", precision=precision)) for precision in PRECISIONS]
+    found += [Check(case(pixels=pixels, batch=1)) for pixels in (1, 65, 1025)]
+    found += [Check(case(pixels=130, channels=channels)) for channels in ((1, 1), (300, 129))]
+    found += [Check(case(mode="forward")), Check(case(), "zero norm"), Check(case(), "tokens")]
+    if full:
+        found += [Check(case("none", "huber", dtype="float16"))]
+        found += [Check(case(*relation, dtype="float32", precision=name)) for name in PRECISIONS for relation in some]
+        found += [Check(case(pixels=pixels, batch=1)) for pixels in (128, 4096)]
+        found += [Check(case(pixels=130, channels=channels)) for channels in ((16, 64), (128, 256), (256, 1024))]
+        found += [Check(case(*relation, mode="forward")) for relation in some[1:]]
+        found += [Check(case("cosine", "l2"), "zero norm")]
+        found += [Check(case(normalize, "l2", channels=(64, 64)), "close") for normalize in ("row", "cosine")]
+        found += [Check(case("row", "l2", mode="forward")), Check(case("row", "l2", dtype="float32"), "zero norm")]
+        found += [Check(case(*relation, pixels=256, batch=16)) for relation in some[:2]]
+    if device == "cpu":  # the precision of float32 products only affects GPUs
+        found = [check for check in found if check.case.precision == "highest"]
+    return list(dict.fromkeys(found))
 
 
 def inputs(check: Check) -> tuple[Tensor, Tensor]:
@@ -98,9 +94,8 @@ def inputs(check: Check) -> tuple[Tensor, Tensor]:
 # --- the process of a kernel ----------------------------------------------------------------------------------------
 
 
-def work(kernel: str, device: str, numbers: Iterable[int]) -> None:
+def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int]) -> None:
     """Run cases by their numbers, and print a line of JSON before and after each."""
-    everything = checks(device)
     for number in numbers:
         print(json.dumps({"case": number}), flush=True)
         start = time.perf_counter()
@@ -112,7 +107,7 @@ def work(kernel: str, device: str, numbers: Iterable[int]) -> None:
 
 def outcome(kernel: str, check: Check) -> dict[str, Any]:
     """Return the status of a kernel on a case, its errors and what is wrong."""
-    case, provider = check.case, PROVIDERS[kernel]
+    case, provider = check.case, KERNELS[kernel]
     if (reason := provider.unavailable_reason(case)) is not None:
         return {"status": "not covered", "reason": reason}
     try:
@@ -120,12 +115,12 @@ def outcome(kernel: str, check: Check) -> dict[str, Any]:
             student, teacher = inputs(check)
             loss = provider.make(case)
             first, second = (evaluate(loss, student, teacher, case) for _ in range(2))
-            found, reason = compare(first, check, student, teacher)
+            found, share, reason = compare(first, check, student, teacher)
         status = "ok" if reason is None else "wrong"
         pairs = zip(first, second)
         if reason is None and not all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None):
             status, reason = "bits differ", "two runs give different bits"
-        return {"status": status, "reason": reason or ""} | found._asdict()
+        return {"status": status, "reason": reason or "", "share": share} | found._asdict()
     except CannotRun as error:
         return {"status": "not covered", "reason": str(error)}
     except Exception as error:  # everything that a kernel can raise is a result
@@ -134,14 +129,14 @@ def outcome(kernel: str, check: Check) -> dict[str, Any]:
 
 def compare(
     result: tuple[Tensor, Tensor | None], check: Check, student: Tensor, teacher: Tensor
-) -> tuple[gate.Errors, str | None]:
-    """Return the errors of a result against float64, and the reason why they are too large, if they are."""
+) -> tuple[gate.Errors, float, str | None]:
+    """Return the errors of a result against float64, their share of the limit, and why they are too large, if so."""
     value, gradient = result
     if check.case.pixels == 1:  # the relation of a pixel to itself is constant: the exact gradient is 0
         finite = value.isfinite().all() and (gradient is None or gradient.isfinite().all())
-        return gate.Errors(0.0), None if finite else "the loss or the gradient of a single pixel is not finite"
-    if check.kind == "zero norm":  # where the definitions in bench.peers and PyTorch have gradients of 1/eps
-        reference = PROVIDERS["reference"].make(check.case)
+        return gate.Errors(0.0), 0.0, None if finite else "the loss or the gradient of a single pixel is not finite"
+    if check.kind == "zero norm":  # where the definition and PyTorch have gradients of 1/eps
+        reference = KERNELS["reference"].make(check.case)
         expected = gate.Result(
             *evaluate(reference, student.double(), teacher.double(), replace(check.case, dtype="float64"))
         )
@@ -151,19 +146,30 @@ def compare(
         gradient = gradient.double() / check.case.loss_scale
     found = gate.relative_errors(gate.Result(value, gradient), expected)
     limits = ONE_CHANNEL if check.case.channels == (1, 1) else gate.KERNEL_LIMITS
-    return found, gate.failure_reason(found, check.case, limits)
+    share = gate.share_of_limit(found, check.case, limits)
+    return found, share, gate.failure_reason(found, check.case, limits)
 
 
 # --- the processes of all kernels -----------------------------------------------------------------------------------
 
 
 class Runner:
-    """Run the missing cases of all kernels in processes, and collect the results."""
+    """Run the missing cases of all kernels on a device in processes, and collect the results.
 
-    def __init__(self, out: Path, device: str, seconds: float) -> None:
-        self.file, self.device, self.deadline = out / "smoke.jsonl", device, time.monotonic() + seconds
+    Args:
+        device: the name of a device of torch.
+        full: whether to run all cases, see ``checks``.
+        seconds: time for all cases; those that are left then are not run.
+        silence: seconds without a result after which a process counts as hung. The first includes importing torch, and
+            compiling for Triton and from PTX.
+        file: where to write the results as they arrive, and from where to read those of an earlier run.
+    """
+
+    def __init__(self, device: str, full: bool, seconds: float, silence: float, file: Path | None = None) -> None:
+        self.device, self.full, self.silence, self.file = device, full, silence, file
+        self.deadline = time.monotonic() + seconds
         self.lock = threading.Lock()
-        self.results = recorded(self.file)
+        self.results = recorded(file) if file else {}
 
     def run(self, kernels: Sequence[str], count: int) -> None:
         """Run all kernels at once, each in as many processes as SHARDS says."""
@@ -188,7 +194,10 @@ class Runner:
     def run_process(self, kernel: str, numbers: list[int]) -> list[int]:
         """Run cases in one process, and return those that are left after it ended."""
         process = subprocess.Popen(
-            [*PROGRAM, "--worker", kernel, "--device", self.device, "--cases", ",".join(map(str, numbers))],
+            [
+                *(*PROGRAM, "--worker", kernel, "--device", self.device, "--cases", ",".join(map(str, numbers))),
+                *(["--full"] if self.full else []),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -210,11 +219,13 @@ class Runner:
         left, started = list(numbers), None
         status, reason = "crashed", ""
         while True:
-            wait = min(SILENCE, self.deadline - time.monotonic())
+            wait = min(self.silence, self.deadline - time.monotonic())
             try:
                 line = lines.get(timeout=max(wait, 0.0))
             except Empty:
-                status, reason = ("hung", f"no result for {SILENCE:g} s") if wait == SILENCE else ("no time", "")
+                status, reason = (
+                    ("hung", f"no result for {self.silence:g} s") if wait == self.silence else ("no time", "")
+                )
                 process.kill()
                 break
             if line is None:
@@ -240,9 +251,11 @@ class Runner:
 
     def add(self, kernel: str, entry: dict[str, Any]) -> None:
         """Record a result."""
-        with self.lock, self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kernel": kernel} | entry) + "\n")
+        with self.lock:
             self.results[kernel, entry["case"]] = entry
+            if self.file:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"kernel": kernel} | entry) + "\n")
 
 
 def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -253,68 +266,7 @@ def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(entry.pop("kernel"), entry["case"]): entry for entry in entries}
 
 
-def summary(results: dict[tuple[str, int], dict[str, Any]], kernels: Sequence[str], everything: Sequence[Check]) -> str:
-    """Return a table with a line per kernel, then every result that is not right, in less than 60 lines."""
-    rows, problems = [], []
-    states = (*FINAL, "crashed", "hung", "not run")
-    for kernel in kernels:
-        own = [results.get((kernel, number), {"status": "not run"}) for number in range(len(everything))]
-        row: dict[str, Any] = {"kernel": kernel} | {
-            state: sum(entry["status"] == state for entry in own) for state in states
-        }
-        for dtype in ("bfloat16", "float16", "float32"):
-            pairs = [(check.case, entry) for check, entry in zip(everything, own) if check.case.dtype == dtype]
-            errors = [
-                entry["gradient"] for case, entry in pairs if case.precision == "highest" and entry.get("gradient")
-            ]
-            row[dtype] = max(errors, default=None)
-        rows.append(row)
-        reasons: dict[str, list[str]] = {}
-        for check, entry in zip(everything, own):
-            if entry["status"] not in ("ok", "not run"):
-                key = f"{kernel}: {entry['status']}: {entry.get('reason', '')}"
-                reasons.setdefault(key, []).append(check.describe())
-        for key, names in reasons.items():
-            problems.append(f"{key} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")"))
-    columns: list[dict[str, str]] = [{"key": "kernel"}, *({"key": state} for state in states)]
-    columns += [
-        {"key": name, "label": f"error, {name}", "format": ".1e"} for name in ("bfloat16", "float16", "float32")
-    ]
-    problems.sort(key=lambda line: ": not covered: " in line)
-    more = [f"and {len(problems) - 40} more, see smoke.jsonl"] if len(problems) > 40 else []
-    return "\n".join([format_table({"columns": columns, "rows": rows}), "", *problems[:40], *more]).rstrip()
-
-
 def failed(results: dict[tuple[str, int], dict[str, Any]], kernels: Sequence[str], count: int) -> bool:
     """Return whether a result is wrong or missing."""
     states = [results.get((kernel, number), {}).get("status") for kernel in kernels for number in range(count)]
     return any(state not in ("ok", "not covered") for state in states)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the missing cases and print the table; return the exit status."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=__doc__)
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for all cases (default: %(default)s)")
-    parser.add_argument("--kernels", nargs="+", choices=PROVIDERS, metavar="KERNEL", help="default: all")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--device", help=argparse.SUPPRESS)
-    parser.add_argument("--cases", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.worker:
-        work(options.worker, options.device, map(int, options.cases.split(",")))
-        return 0
-    if options.out is None:
-        parser.error("expected the folder OUT")
-    kernels = options.kernels or (GPU_KERNELS if device == "cuda" else CPU_KERNELS)
-    options.out.mkdir(parents=True, exist_ok=True)
-    everything = checks(device)
-    runner = Runner(options.out, device, options.seconds)
-    runner.run(kernels, len(everything))
-    print(summary(runner.results, kernels, everything))
-    return int(failed(runner.results, kernels, len(everything)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

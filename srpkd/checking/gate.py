@@ -1,15 +1,57 @@
-"""The correctness gate: a provider is timed only if its loss and gradient agree with float64."""
+"""The correctness gate: whether a loss and its gradient agree with the definition in float64.
+
+The definition is plain PyTorch, a strip of rows at a time: it shares no code with the backends that it checks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import Relation
 from .cases import Case
-from .peers import strip_loss, strips
-from .providers import Loss, evaluate
+from .kernels import Loss, evaluate
+
+# Elements of the matrix of one strip: it fits into a CPU's cache, and occupies a whole GPU.
+STRIP_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+MIN_ROWS = 128  # with fewer rows, writing the gradient of all pixels dominates the work of a strip
+
+
+def relation_rows(features: Tensor, rows: slice, relation: Relation) -> Tensor:
+    """Return the rows I of the relation matrix: (B, N, C) -> (B, I, N)."""
+    if relation.normalize == "cosine":
+        features = F.normalize(features, dim=-1)
+    gram = features[:, rows] @ features.mT
+    return F.normalize(gram, dim=-1) if relation.normalize == "row" else gram
+
+
+def mean_distance(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:
+    """Return the mean of rho(student - teacher), a scalar."""
+    if relation.distance == "l1":
+        return F.l1_loss(student, teacher)
+    if relation.distance == "l2":
+        return F.mse_loss(student, teacher)
+    return F.huber_loss(student, teacher, delta=relation.delta)
+
+
+def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation) -> Tensor:
+    """Return the mean over the pairs in the rows I: (B, N, C_s), (B, N, C_t) -> scalar."""
+    return mean_distance(
+        relation_rows(student, rows, relation), relation_rows(teacher, rows, relation).detach(), relation
+    )
+
+
+def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
+    """Yield strips of rows, each with its share of all rows."""
+    batch, pixels, _ = student.shape
+    size = max(MIN_ROWS, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
+    for start in range(0, pixels, size):
+        stop = min(start + size, pixels)
+        yield slice(start, stop), (stop - start) / pixels
 
 
 class Result(NamedTuple):
@@ -56,10 +98,7 @@ def measure_errors(loss: Loss, case: Case, student: Tensor, teacher: Tensor, exp
 
 
 def float64_result(student: Tensor, teacher: Tensor, case: Case) -> Result:
-    """Compute loss and gradient in float64 by autograd, a strip of rows at a time.
-
-    It uses the definition in ``bench.peers``, so it shares no code with the backends that it checks.
-    """
+    """Compute loss and gradient in float64 by autograd, a strip of rows at a time."""
     student, teacher = student.double().requires_grad_(case.need_grad), teacher.double()
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     gradient = torch.zeros_like(student) if case.need_grad else None
@@ -88,10 +127,21 @@ def relative_errors(actual: Result, expected: Result) -> Errors:
 
 
 def failure_reason(found: Errors, case: Case, limits: dict[str, Errors] = LIMITS) -> str | None:
-    """Return which error exceeds its limit, or None if the provider may be timed."""
-    float32_kind = {"high": "tf32", "medium": "medium"}.get(case.precision, "float32")
-    own = limits[float32_kind if case.dtype == "float32" else case.dtype]
-    for name, value, limit in zip(("loss", "gradient", "one pixel's gradient"), found, own):
+    """Return which error exceeds its limit, or None if the result is right."""
+    for name, value, limit in zip(("loss", "gradient", "one pixel's gradient"), found, limits_of(case, limits)):
         if value is not None and limit is not None and not value <= limit:  # also true for NaN
             return f"the relative error of {name} against float64 is {value:.2g}, expected at most {limit:g}"
     return None
+
+
+def share_of_limit(found: Errors, case: Case, limits: dict[str, Errors] = LIMITS) -> float:
+    """Return the largest error in units of its limit: above 1 if the result is wrong."""
+    return max(
+        value / limit for value, limit in zip(found, limits_of(case, limits)) if value is not None and limit is not None
+    )
+
+
+def limits_of(case: Case, limits: dict[str, Errors]) -> Errors:
+    """Return the limits of the errors of a case."""
+    float32_kind = {"high": "tf32", "medium": "medium"}.get(case.precision, "float32")
+    return limits[float32_kind if case.dtype == "float32" else case.dtype]

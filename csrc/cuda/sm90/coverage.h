@@ -1,0 +1,45 @@
+// What the wgmma kernels cover. Free of torch, nvcc and the headers of CUDA.
+#pragma once
+
+#include "../types.h"
+#include "work.h"
+
+namespace srpkd::cuda::sm90 {
+
+constexpr int TILE = 128;                // pixels in a block
+constexpr int GROUP = 64;                // channels in a group
+constexpr int SHARED_LIMIT = 227 << 10;  // bytes of a thread block
+
+// The properties of a GPU that the plan depends on.
+struct Device {
+  int multiprocessors, shared_of_block;
+};
+
+struct Problem {
+  int images, pixels, student_channels, teacher_channels;
+  Precision precision;
+  bool grad;
+  Normalize normalize;
+  Distance distance;
+  float delta;
+  bool rectify, with_h;  // with_h: the gradient has terms from the norms
+};
+
+// Returns why the kernels do not cover a problem, or null if they do.
+inline const char* uncovered_reason(const Problem& problem, const Device& device) {
+  if (device.shared_of_block < SHARED_LIMIT) return "a GPU with less than 227 KB of shared memory for a thread block";
+  if (problem.rectify) return "rectify=True";
+  if (problem.student_channels > 256) return "a student with more than 256 channels";
+  if (problem.teacher_channels > 1024) return "a teacher with more than 1024 channels";
+  if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,
+                    device.multiprocessors))
+    return "features with more than 2^19 pixels, or more than 2^16 images";
+  // |K| <= 2 |rho'| with normalize="none": other distances have no bound without the largest feature, which is known
+  // only if there are two terms, and K is float16 like the features
+  if (problem.precision == Precision::fp16 && problem.normalize == Normalize::none &&
+      (problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1)))
+    return "float16 features with normalize=\"none\" and an unbounded distance";
+  return nullptr;
+}
+
+}  // namespace srpkd::cuda::sm90

@@ -1,0 +1,5 @@
+"""``python -m srpkd COMMAND`` is ``srpkd COMMAND``."""
+
+from .cli import main
+
+main()

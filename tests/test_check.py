@@ -1,0 +1,230 @@
+"""The command ``srpkd check``: its cases, its processes and its verdict."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bench_helpers import incorrect_loss
+
+from srpkd import check as command
+from srpkd.checking import gate, processes
+from srpkd.checking.kernels import KERNELS, CannotRun, Provider
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, native
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CHECKS = processes.checks("cpu")
+RANDOM = next(check for check in CHECKS if check.kind == "random" and check.case.need_grad)
+
+
+def test_cases_cover_every_relation_and_format():
+    assert len(set(processes.checks("cuda", full=True))) == 43
+    assert processes.checks("cuda", full=True)[:24] == processes.checks("cuda")
+    cases = [check.case for check in processes.checks("cuda")]
+    assert len(cases) == 24 and len(CHECKS) == 22
+    assert {check.kind for check in processes.checks("cuda")} == {"random", "zero norm", "tokens"}
+    assert {(case.normalize, case.distance) for case in cases} == {(n, d) for n in NORMALIZATIONS for d in DISTANCES}
+    assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
+    assert {case.precision for case in cases if case.dtype == "float32"} == {"highest", "high", "medium"}
+    assert {case.device for case in cases} == {"cuda"}
+
+
+@pytest.mark.parametrize("kind", ["random", "zero norm", "tokens", "close"])
+def test_a_right_kernel_passes(kind):
+    [check] = [check for check in processes.checks("cuda", full=True) if check.kind == kind][:1]
+    check = check._replace(case=replace(check.case, device="cpu"))
+    found = processes.outcome("blocked", check)
+    assert found["status"] == "ok" and found["reason"] == ""
+    assert 0 < found["gradient"] < 0.003
+    assert 0 < found["share"] < 0.3
+
+
+@pytest.mark.parametrize("kind", ["loss", "scaled", "missing pixel", "nan"])
+def test_a_wrong_kernel_fails(kind, monkeypatch):
+    monkeypatch.setitem(KERNELS, "blocked", Provider(incorrect_loss(kind)))
+    # float32: eager PyTorch, in which the error is put, rounds matrices of 16 bits
+    check = RANDOM._replace(case=replace(RANDOM.case, dtype="float32"))
+    found = processes.outcome("blocked", check)
+    assert found["status"] == "wrong" and "relative error" in found["reason"]
+    assert not found["share"] <= 1 or kind == "nan"
+
+
+def test_different_bits_are_found(monkeypatch):
+    calls = []
+
+    def make(case):
+        exact = KERNELS["reference"].make(case)
+        return lambda student, teacher: exact(student, teacher) * (1 + 1e-6 * len(calls.append(0) or calls))
+
+    monkeypatch.setitem(KERNELS, "blocked", Provider(make))
+    assert processes.outcome("blocked", RANDOM)["status"] == "bits differ"
+
+
+def test_other_outcomes(monkeypatch):
+    def make_raising(error):
+        def loss(student, teacher):
+            raise error
+
+        return Provider(lambda case: loss)
+
+    monkeypatch.setitem(KERNELS, "blocked", make_raising(CannotRun("more than 256 channels")))
+    assert processes.outcome("blocked", RANDOM) == {"status": "not covered", "reason": "more than 256 channels"}
+    monkeypatch.setitem(KERNELS, "blocked", make_raising(RuntimeError("an illegal\nmemory access")))
+    crashed = {"status": "crashed", "reason": "RuntimeError: an illegal memory access"}
+    assert processes.outcome("blocked", RANDOM) == crashed
+
+
+def test_a_single_pixel_must_be_finite():
+    [check] = [check for check in processes.checks("cuda") if check.case.pixels == 1]
+    features = torch.ones(1, 1, 64), torch.ones(1, 1, 256)
+    assert processes.compare((torch.tensor(0.0), torch.zeros(1)), check, *features) == (gate.Errors(0.0), 0.0, None)
+    for result in ((torch.tensor(torch.nan), torch.zeros(1)), (torch.tensor(0.0), torch.tensor([torch.inf]))):
+        assert "not finite" in processes.compare(result, check, *features)[2]
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+# stands in for ``python -m srpkd.check --worker``: case 1 ends the process, case 2 never returns
+FAKE = """
+import json, os, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+for number in map(int, options["--cases"].split(",")):
+    print(json.dumps({"case": number}), flush=True)
+    if number == 1:
+        print("illegal instruction", file=sys.stderr)
+        os._exit(7)
+    if number == 2:
+        time.sleep(600)
+    print(json.dumps({"case": number, "status": "ok", "reason": "", "gradient": 1e-3}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    program = tmp_path / "fake.py"
+    program.write_text(FAKE)
+    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, str(program)))
+    monkeypatch.setattr(processes, "SHARDS", {})
+    return tmp_path
+
+
+def test_crashes_and_hangs_do_not_hide_other_results(fake):
+    runner = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
+    runner.run(["native", "triton"], 4)
+    expected = ["ok", "crashed", "hung", "ok"]
+    for kernel in ("native", "triton"):
+        assert [runner.results[kernel, number]["status"] for number in range(4)] == expected
+    assert "exit status 7: illegal instruction" in runner.results["native", 1]["reason"]
+    assert processes.failed(runner.results, ["native"], 4)
+    assert processes.recorded(fake / "smoke.jsonl") == runner.results
+    text = command.summary(runner.results, ["native", "triton"], CHECKS[:4])
+    assert "native: crashed: exit status 7: illegal instruction" in text and "triton: hung: no result for 3 s" in text
+    assert len(text.splitlines()) < 60
+
+
+def test_missing_cases_are_run_again(fake):
+    first = processes.Runner("cpu", False, 0, 3, fake / "smoke.jsonl")  # no time
+    first.run(["native"], 4)
+    assert not first.results
+    (fake / "smoke.jsonl").write_text(
+        "".join(
+            json.dumps({"kernel": "native", "case": number, "status": status}) + "\n"
+            for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
+        )
+    )
+    second = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
+    second.run(["native"], 5)
+    assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
+    assert processes.failed(second.results, ["native"], 5)
+    assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+# puts a fault into a backend of the command and of its worker processes
+FAULTY = """
+import os, sys
+sys.path[:0] = [{tests!r}, os.path.dirname({tests!r})]
+from bench_helpers import incorrect_loss
+from srpkd import check
+from srpkd.checking import processes
+from srpkd.checking.kernels import KERNELS, Provider
+
+def crash(case):
+    os.abort()
+
+processes.PROGRAM = (sys.executable, __file__)
+KERNELS["blocked"] = Provider(dict(crash=crash, scaled=incorrect_loss("scaled"))[{fault!r}])
+check.main(sys.argv[1:])
+"""
+
+
+def test_right_backends_exit_with_status_0():
+    done = subprocess.run([sys.executable, "-m", "srpkd", "check"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    backends = ["reference", "blocked", "closed_form", *(["native"] if native.load_existing()[0] else [])]
+    for name in backends:
+        assert any(line.split()[0] == name and line.endswith("right") for line in done.stdout.splitlines() if line)
+    assert "triton: not checked: it runs on NVIDIA GPUs" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("All backends that are available are right on cpu")
+
+
+@pytest.mark.parametrize("fault", ["scaled", "crash"])
+def test_a_faulty_backend_is_reported_and_hides_no_other(fault: str, tmp_path: Path):
+    program = tmp_path / "faulty.py"
+    program.write_text(FAULTY.format(tests=str(Path(__file__).parent), fault=fault))
+    words = [sys.executable, str(program), "--device", "cpu", "--backend", "blocked", "reference"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    verdicts = {line.split()[0]: line.split()[-1] for line in lines if line.endswith(("right", "FAILED"))}
+    assert verdicts == {"blocked": "FAILED", "reference": "right"}
+    problem = next(line for line in lines if line.startswith("blocked: "))
+    assert ("wrong: the relative error" if fault == "scaled" else "crashed: exit status -6") in problem
+    assert "Do not use blocked here." in lines
+    assert any("Set SRPKD_BACKEND=reference" in line for line in lines)
+    assert lines[-1].startswith("FAILED on cpu. Please report it") and command.ISSUES in lines[-1]
+
+
+def test_advice():
+    assert command.advice([], ["native", "triton"]) == []
+    both = ["native-sm80", "native-sm90", "native", "triton", "blocked"]
+    assert "SRPKD_CUDA_KERNEL=sm80" in command.advice(["native-sm90", "native"], both)[1]
+    assert "SRPKD_BACKEND=triton" in command.advice(["native-sm80", "native"], both)[1]
+    assert "SRPKD_BACKEND=native," in command.advice(["triton"], both)[1]
+    assert command.advice(["blocked"], ["blocked"]) == ["Do not use blocked here."]
+
+
+def test_an_extension_that_is_not_built_is_not_built_without_being_asked(monkeypatch):
+    monkeypatch.setattr(native, "load_existing", lambda: (None, None))
+    monkeypatch.setattr(native.build, "unavailable_reason", lambda: None)
+    assert "builds it" in command.kernel_unavailable_reason("native", CHECKS, build=False)
+    built = []
+    monkeypatch.setattr(native, "extension", lambda: built.append(1))
+    assert command.kernel_unavailable_reason("native", CHECKS, build=True) is None and built
+    monkeypatch.setattr(native.build, "unavailable_reason", lambda: "no compiler")
+    assert command.kernel_unavailable_reason("closed_form", CHECKS, build=False) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:7"], "--device cuda:7: expected one of cpu"),
+        (["--device", "tpu"], "--device tpu: expected one of cpu"),
+        (["--device", "cpu", "cpu", "--out", "results"], "--out takes the results of one device, received cpu, cpu"),
+    ],
+)
+def test_wrong_options(arguments: list[str], message: str):
+    with pytest.raises(SystemExit, match=message):
+        command.main(arguments)
+
+
+def test_every_gpu_is_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert command.all_devices() == ["cpu", "cuda:0", "cuda:1"]
+    assert command.checked_device("cuda") == "cuda:0"
