@@ -250,13 +250,13 @@ BACKENDS = {
         [
             Fault("no wait for earlier kernels", CUDA_OVERLAP, "  wait_for_earlier_kernels();\n", ""),
             Fault(
-                "the members of a kernel are read before it waits",
+                "members of a kernel are read before it waits",
                 CUDA_OVERLAP,
                 "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  Work(arguments).run();",
                 "  Work work(arguments);\n  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  work.run();",
             ),
             Fault(
-                "the next kernel may start before this one has waited",
+                "the next kernel starts before this one waited",
                 CUDA_OVERLAP,
                 "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n",
                 "  let_next_kernel_start();\n  wait_for_earlier_kernels();\n",
