@@ -4,7 +4,8 @@
     python -m bench breakdown --pixels 16384 --providers triton
 
 Each line is a kernel: its launches in a call, and the median microseconds of a launch by the profiler, times the
-launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. The
+launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. For
+kernels of the C++ extension both follow with SRPKD_CUDA_OVERLAP=1, and whether the results have the same bits. The
 first call of a process compiles Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to
 an empty folder.
 """
@@ -12,17 +13,20 @@ an empty folder.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from srpkd.checking.cases import Case, features, settings
-from srpkd.checking.kernels import CannotRun, evaluate
+from srpkd.checking.kernels import CUDA_KERNELS, CannotRun, evaluate
 
 from . import cases, measure
 from .providers import PROVIDERS, add_option
@@ -30,6 +34,8 @@ from .providers import PROVIDERS, add_option
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")
 LONGEST_NAME = 60
+OVERLAP = "SRPKD_CUDA_OVERLAP"  # csrc/ reads it at every call on a GPU
+OVERLAPPING = ("native", "closed_form", *CUDA_KERNELS)  # the providers with such kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +71,7 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         student, teacher = features(case)
         loss = provider.make(case)
 
-        def call() -> object:
+        def call() -> tuple[Tensor, Tensor | None]:
             return evaluate(loss, student, teacher, case)
 
         start = time.perf_counter()
@@ -77,14 +83,45 @@ def lines(name: str, case: Case, device: str) -> list[str]:
                 call()
         except CannotRun as error:
             return [f"{name}: {error}"]
-        host, gpu = measure.host_seconds(call, device), measure.gpu_seconds(call, device)
-        kernels = kernel_times(call)
+        shown, found = times_of(call, device), []
+        if name in OVERLAPPING:
+            expected = call()
+            with overlapping():
+                results, overlapped = call(), times_of(call, device)
+            same = "the same bits" if equal(results, expected) else "OTHER RESULTS"
+            found = [f"  with {OVERLAP}=1: {overlapped}, {same}"]
+        kernels = kernel_times(call)  # last: the profiler may slow down later launches
     launches = sum(count for count, _ in kernels.values())
-    shown = [f"{label} {1e6 * value:,.0f} us" for label, value in (("GPU", gpu), ("host", host)) if value is not None]
-    found = [f"{name}: {', '.join(shown)}, {launches:g} launches, first call {first:.1f} s"]
+    found = [f"{name}: {shown}, {launches:g} launches, first call {first:.1f} s", *found]
     for kernel, (count, microseconds) in sorted(kernels.items(), key=lambda item: -item[1][1]):
         found.append(f"  {microseconds:9,.1f} us  {count:g} x {kernel}")
     return found
+
+
+def times_of(call: Callable[[], object], device: str) -> str:
+    """Return the times of a call on the GPU alone and on the host, as text."""
+    times = {"GPU": measure.gpu_seconds(call, device), "host": measure.host_seconds(call, device)}
+    return ", ".join(f"{label} {1e6 * value:,.1f} us" for label, value in times.items() if value is not None)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Let kernels start early."""
+    before = os.environ.get(OVERLAP)
+    os.environ[OVERLAP] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[OVERLAP]
+        else:
+            os.environ[OVERLAP] = before
+
+
+def equal(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> bool:
+    """Return whether two results of a call have the same bits."""
+    pairs = list(zip(results, expected, strict=True))
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
 def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, float]]:

@@ -26,6 +26,7 @@ NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # cs
 # parts of test names; a test belongs to the first that its name contains
 ORDER = (
     "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "test_properties.py",
+    "test_overlap_gpu.py",
 )  # fmt: skip
 BACKENDS = ("native", "triton", "closed_form", "blocked", "reference")
 LAST = ("test_a_thousand_runs", "test_16384_pixels", "beyond_32_bits", "test_autotuning", "test_memory_of_a_large_map")

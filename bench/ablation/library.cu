@@ -71,7 +71,8 @@ void describe(const Case* of, Description* result) {
 // Enqueues the kernel. Returns an error message, or "".
 const char* launch(const Case* of, void* memory, void* stream) {
   Workspace workspace{static_cast<char*>(memory)};
-  const cudaError_t error = launch_kernel<Kernel>(plan_of(*of, workspace), static_cast<cudaStream_t>(stream));
+  Launches launches{static_cast<cudaStream_t>(stream)};
+  const cudaError_t error = launch_kernel<Kernel>(plan_of(*of, workspace), launches);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 

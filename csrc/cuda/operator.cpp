@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -26,29 +27,38 @@ namespace srpkd::cuda {
 namespace {
 
 cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels_adjacent, int u_channels,
-                         cudaStream_t stream) {
+                         Launches& launches) {
   return sm80::with_precision(precision, [&](auto chosen) {
     constexpr Precision PRECISION = decltype(chosen)::value;
-    return p.rectify ? sm80::launch<PRECISION, true>(p, pixels_adjacent, u_channels, stream)
-                     : sm80::launch<PRECISION, false>(p, pixels_adjacent, u_channels, stream);
+    return p.rectify ? sm80::launch<PRECISION, true>(p, pixels_adjacent, u_channels, launches)
+                     : sm80::launch<PRECISION, false>(p, pixels_adjacent, u_channels, launches);
   });
 }
 
 // --- the whole loss --------------------------------------------------------------------------------------------------
 
-cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, cudaStream_t stream) {
-  return launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, stream);
+cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, Launches& launches) {
+  return launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
 }
-cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, cudaStream_t stream) {
-  return sm90::launch(plan.tiles, stream);
+cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, Launches& launches) {
+  return sm90::launch(plan.tiles, launches);
+}
+
+// Returns whether kernels may start while the one before them ends: SRPKD_CUDA_OVERLAP.
+bool overlap_requested() {
+  const char* value = std::getenv("SRPKD_CUDA_OVERLAP");
+  const std::string_view setting = value ? value : "0";
+  TORCH_CHECK_VALUE(setting == "0" || setting == "1", "SRPKD_CUDA_OVERLAP=\"", setting,
+                    "\": expected 1 (kernels of a call start while the one before them ends) or 0");
+  return setting == "1";
 }
 
 // T: the element type of the features.
 template <class T, class Plan>
-void launch_loss(const Plan& plan, const LossArguments& a, cudaStream_t stream) {
-  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, stream));
-  C10_CUDA_CHECK(launch_tiles(plan, a, stream));
-  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, stream));
+void launch_loss(const Plan& plan, const LossArguments& a, Launches& launches) {
+  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, launches));
+  C10_CUDA_CHECK(launch_tiles(plan, a, launches));
+  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, launches));
 }
 
 // Returns the plan of a function of a workspace, and the memory of the workspace.
@@ -90,7 +100,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     a.gradient = gradient.mutable_data_ptr();
     for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
   }
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  Launches launches{c10::cuda::getCurrentCUDAStream(), overlap_requested()};
   const auto with_element = [&](auto launch) {
     if (student.scalar_type() == at::kBFloat16) return launch(BFloat16{});
     if (student.scalar_type() == at::kHalf) return launch(Half{});
@@ -103,14 +113,14 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     const closed_form::Plan& plan = planned_loss.first;
     check_grid(student, plan.largest_grid);
     with_element(
-        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, stream)); });
+        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, launches)); });
     return {loss, gradient};
   }
   const sm80::Device device = device_of(student.get_device());
   const auto run = [&](auto make) {
     const auto planned_loss = planned(student, [&](Workspace& workspace) { return make(a, device, workspace); });
     check_grid(student, planned_loss.first.largest_grid);
-    with_element([&](auto element) { launch_loss<decltype(element)>(planned_loss.first, a, stream); });
+    with_element([&](auto element) { launch_loss<decltype(element)>(planned_loss.first, a, launches); });
   };
   if (choose_kernel(a, device) == Kernel::sm90) {
     run(make_sm90_plan);
@@ -172,7 +182,8 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
     p.U = U_of_splits.mutable_data_ptr<float>();
     for (int i = split ? 0 : 1; i < 4; ++i) p.U_strides[i] = U_of_splits.stride(split ? i : i - 1);
   }
-  C10_CUDA_CHECK(launch_tiles(p, precision, pixels_adjacent, u_channels, c10::cuda::getCurrentCUDAStream()));
+  Launches launches{c10::cuda::getCurrentCUDAStream()};
+  C10_CUDA_CHECK(launch_tiles(p, precision, pixels_adjacent, u_channels, launches));
 
   if (split && need_grad) at::sum_out(U, U_of_splits, 0);
   if (split && need_h) at::sum_out(h, h_of_splits, 0);

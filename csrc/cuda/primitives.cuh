@@ -2,6 +2,9 @@
 // tests/csrc/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "types.h"
 
 #define SRPKD_DEVICE __device__ __forceinline__
@@ -43,8 +46,15 @@ SRPKD_DEVICE void store_shared(Address to, T value) {
   *static_cast<T*>(__cvta_shared_to_generic(to)) = value;
 }
 
+// By volatile instructions, like all loads from global memory here: where a load stands decides how many registers hold
+// what has been loaded.
 template <typename T>
 SRPKD_DEVICE T load_global(const T* from) {
+  return __ldca(from);
+}
+// The same from memory that no kernel of this call writes, see overlap.cuh: by ld.global.nc.
+template <typename T>
+SRPKD_DEVICE T load_input(const T* from) {
   return __ldg(from);
 }
 template <typename T>
@@ -54,17 +64,17 @@ SRPKD_DEVICE void store_global(T* to, T value) {
 
 // 1, 2 or 4 words, at an address that is a multiple of their size.
 template <int WORDS>
+using WordsOf = std::conditional_t<WORDS == 4, uint4, std::conditional_t<WORDS == 2, uint2, uint32_t>>;
+template <int WORDS>
 SRPKD_DEVICE void load_words(uint32_t (&to)[WORDS], const void* from) {
-  static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4);
-  if constexpr (WORDS == 4) {
-    const uint4 v = __ldg(static_cast<const uint4*>(from));
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else if constexpr (WORDS == 2) {
-    const uint2 v = __ldg(static_cast<const uint2*>(from));
-    to[0] = v.x, to[1] = v.y;
-  } else {
-    to[0] = __ldg(static_cast<const uint32_t*>(from));
-  }
+  static_assert(sizeof(WordsOf<WORDS>) == WORDS * 4);
+  const auto words = load_global(static_cast<const WordsOf<WORDS>*>(from));
+  std::memcpy(to, &words, sizeof to);
+}
+template <int WORDS>
+SRPKD_DEVICE void load_input_words(uint32_t (&to)[WORDS], const void* from) {
+  const auto words = load_input(static_cast<const WordsOf<WORDS>*>(from));
+  std::memcpy(to, &words, sizeof to);
 }
 template <int WORDS>
 SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
@@ -96,6 +106,18 @@ SRPKD_DEVICE int increment(int* counter) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
+}
+
+// Programmatic dependent launches, see overlap.cuh. No operations for GPUs before Hopper.
+SRPKD_DEVICE void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+SRPKD_DEVICE void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Starts to copy BYTES bytes from global memory, of which the first `valid` are read and the others become zeros.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pytest
+import torch
 
 from bench import breakdown
 from srpkd.checking.cases import Case
@@ -35,9 +37,27 @@ def test_without_a_gpu_it_says_so():
         breakdown.run(options)
 
 
+def test_the_setting_is_restored(monkeypatch):
+    for before in ("0", None):
+        monkeypatch.setenv(breakdown.OVERLAP, before) if before else monkeypatch.delenv(breakdown.OVERLAP)
+        with pytest.raises(KeyError), breakdown.overlapping():
+            assert os.environ[breakdown.OVERLAP] == "1"
+            raise KeyError
+        assert os.environ.get(breakdown.OVERLAP) == before
+
+
+def test_equal_bits():
+    loss, gradient = torch.ones(()), torch.tensor([1.0, 2.0])
+    assert breakdown.equal((loss, gradient), (loss.clone(), gradient.clone()))
+    assert breakdown.equal((loss, None), (loss.clone(), None))
+    assert not breakdown.equal((loss, gradient), (loss, gradient + 1e-7))
+    assert not breakdown.equal((loss, gradient), (loss, None))
+
+
 @pytest.mark.gpu
 def test_kernels_of_a_call():
     case = Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1)
-    title, *kernels = breakdown.lines("native", case, "cuda")
+    title, overlapped, *kernels = breakdown.lines("native", case, "cuda")
     assert title.startswith("native: GPU ") and "host " in title
+    assert "SRPKD_CUDA_OVERLAP=1: GPU " in overlapped and "the same bits" in overlapped
     assert any("tiles" in line for line in kernels)

@@ -40,6 +40,9 @@ CLOSED_FORM = {
 }  # fmt: skip
 ELEMENTS = ("bf16", "fp16", "float")
 WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments", "Backward")
+WITHOUT_INPUTS = ("FinishMoments", "SumMoments")  # they read only what earlier kernels of the call have written
+ONLY_INPUTS = ("PixelNorms", "Backward")
+GLOBAL_MEMORY = re.compile(r"(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG)\b")
 
 pytestmark = pytest.mark.slow
 
@@ -87,17 +90,21 @@ def entries(report: str) -> Iterator[tuple[str, str]]:
         yield symbol, architecture
 
 
-def functions(target: Path) -> Iterator[tuple[str, set[str]]]:
-    """Yield (mangled name, instructions) of the kernels in a binary."""
+def functions(target: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield (mangled name, architecture, instructions) of the kernels in a binary."""
     if (disassembler := tool("cuobjdump")) is None or tool("nvdisasm") is None:
         pytest.skip("cuobjdump and nvdisasm are not installed")
     done = subprocess.run([disassembler, "-sass", str(target)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for function in done.stdout.split("Function : ")[1:]:
-        words = set(re.findall(r"\s([A-Z][\w.]+)", function))
-        # no generic loads and stores, which the compiler emits if it cannot infer the address space
-        assert not [word for word in words if re.fullmatch(r"(LD|ST)(\..*)?", word)]
-        yield function.split("\n", 1)[0], words
+    architecture = ""
+    for part in re.split(r"(?=code for sm_|Function : )", done.stdout):
+        if match := re.match(r"code for (sm_\w+)", part):
+            architecture = match[1]
+        elif match := re.match(r"Function : (\S+)", part):
+            words = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", part)
+            # no generic loads and stores, which the compiler emits if it cannot infer the address space
+            assert not [word for word in words if re.fullmatch(r"(LD|ST)(\..*)?", word)]
+            yield match[1], architecture, words
 
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=VARIANTS.get)
@@ -120,7 +127,7 @@ def test_tensor_cores_and_asynchronous_copies(
     _, target = compiled(f"sm80/sm80_{precision}{variant}.cu")
     found = list(functions(target))
     assert len(found) == len(architectures()) * len(KERNELS)
-    for symbol, words in found:
+    for symbol, _, words in found:
         _, channels = kernel(symbol, bool(variant))
         of_features, of_K = INSTRUCTIONS[precision]
         assert of_features in words and (of_K in words or not channels)
@@ -154,8 +161,45 @@ def test_algebra_multiplies_on_tensor_cores(
     compiled: Callable[[str], tuple[str, Path]], folder: str, element: str
 ) -> None:
     _, target = compiled(f"{folder}/{folder}_{element}.cu")
-    for symbol, words in functions(target):
+    for symbol, _, words in functions(target):
         with_products = algebra_kernel(symbol) not in WITHOUT_PRODUCTS
         assert any(word.startswith("HMMA.16816.F32") for word in words) == with_products, symbol
         assert any(word.startswith("LDSM") for word in words) == with_products, symbol
         assert "LDG.E.128.CONSTANT" in words or not with_products, symbol  # 16 bytes at a time
+
+
+def check_order(target: Path) -> None:
+    """Since Hopper, kernels wait for earlier ones before they access global memory, see csrc/cuda/overlap.cuh."""
+    for symbol, architecture, words in functions(target):
+        order = [word for word in words if word in ("ACQBULK", "PREEXIT") or GLOBAL_MEMORY.match(word)]
+        if architecture == "sm_80":
+            assert "ACQBULK" not in order and "PREEXIT" not in order, symbol
+        else:
+            assert order[0] == "ACQBULK", symbol
+            assert order.count("ACQBULK") == order.count("PREEXIT") == 1, symbol
+
+
+@every_variant
+@every_precision
+def test_tiles_wait_for_earlier_kernels(
+    compiled: Callable[[str], tuple[str, Path]], precision: str, variant: str
+) -> None:
+    check_order(compiled(f"sm80/sm80_{precision}{variant}.cu")[1])
+
+
+@every_element
+@every_folder
+def test_algebra_waits_for_earlier_kernels(
+    compiled: Callable[[str], tuple[str, Path]], folder: str, element: str
+) -> None:
+    """Loads of results are not those for memory that never changes; the emulation tells which loads are of results."""
+    _, target = compiled(f"{folder}/{folder}_{element}.cu")
+    check_order(target)
+    for symbol, _, words in functions(target):
+        loads = [".CONSTANT" in word for word in words if word.startswith("LDG.")]
+        if (name := algebra_kernel(symbol)) in WITHOUT_INPUTS:
+            assert not any(loads), symbol
+        elif name in ONLY_INPUTS:
+            assert all(loads), symbol
+        else:
+            assert any(loads), symbol

@@ -10,6 +10,8 @@ CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/n
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 CUDA_MATRICES = "csrc/cuda/algebra/matrices.cuh"
 CUDA_BACKWARD = "csrc/cuda/algebra/backward.cuh"
+CUDA_OVERLAP, CUDA_LAUNCHES = "csrc/cuda/overlap.cuh", "csrc/cuda/launches.h"
+CUDA_SUMS, CUDA_SM90_SUMS = "csrc/cuda/algebra/sums.cuh", "csrc/cuda/sm90/algebra_sums.cuh"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
     f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
 )
@@ -259,6 +261,31 @@ BACKENDS = {
                 "return normalize != Normalize::none;",
             ),
             Fault("mean is sum", "csrc/cuda/loss_plan.h", "a.reduction == Reduction::mean", "false"),
+        ],
+    ),
+    "cuda_overlap": Backend(
+        "tests/csrc/test_cuda_launches.py tests/csrc/test_cuda_loss.py tests/csrc/test_cuda_closed_form.py "
+        "-k launches or (every_relation and highest and nlc) or (sm90_tiles and highest and nlc) or many_images",
+        [
+            Fault("no wait for earlier kernels", CUDA_OVERLAP, "  wait_for_earlier_kernels();\n", ""),
+            Fault(
+                "members of a kernel are read before it waits",
+                CUDA_OVERLAP,
+                "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  Work(arguments).run();",
+                "  Work work(arguments);\n  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  work.run();",
+            ),
+            Fault(
+                "the next kernel starts before this one waited",
+                CUDA_OVERLAP,
+                "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n",
+                "  let_next_kernel_start();\n  wait_for_earlier_kernels();\n",
+            ),
+            Fault("alpha is read as an input", CUDA_SUMS, "load_global(alpha +", "load_input(alpha +"),
+            Fault("U is read as an input", CUDA_SUMS, "part.template load<false>", "part.template load<true>"),
+            Fault("U of sm_90 is read as an input", CUDA_SM90_SUMS, "load_words(word[n]", "load_input_words(word[n]"),
+            Fault("the first kernel starts early", CUDA_LAUNCHES, "if (overlap && any) {", "if (overlap) {"),
+            Fault("code for sm_80 starts early", CUDA_LAUNCHES, "attributes.ptxVersion >= 90", "true"),
+            Fault("kernels start early without being asked", CUDA_LAUNCHES, "overlap = false;", "overlap = true;"),
         ],
     ),
     "cuda_backward": Backend(

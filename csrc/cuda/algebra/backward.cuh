@@ -1,6 +1,7 @@
 // The product of the gradient and the upstream gradient, in backward. Free of torch.
 #pragma once
 
+#include "../overlap.cuh"
 #include "panels.cuh"
 
 namespace srpkd::cuda::algebra {
@@ -48,7 +49,7 @@ struct Backward {
   }
 
   SRPKD_DEVICE int64_t image_of(int64_t at) const { return p.image_elements < p.count ? at / p.image_elements : 0; }
-  SRPKD_DEVICE float factor_of(int64_t image) const { return load_global(p.grad_loss + image * p.grad_loss_stride); }
+  SRPKD_DEVICE float factor_of(int64_t image) const { return load_input(p.grad_loss + image * p.grad_loss_stride); }
 
   SRPKD_DEVICE void store(int64_t first, int valid, const float (&value)[UNIT]) const {
     using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;

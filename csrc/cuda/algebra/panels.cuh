@@ -44,26 +44,29 @@ struct Raw {
   static constexpr int WORDS = COUNT * sizeof(T) / 4, PER_LOAD = WORDS < 4 ? WORDS : 4;
   uint32_t word[WORDS];
 
-  // Reads the first `valid` elements; the others become 0. The address is a multiple of 16 bytes if `aligned`.
+  // Reads the first `valid` elements; the others become 0. The address is a multiple of 16 bytes if `aligned`. INPUT:
+  // no kernel of this call writes them, see load_input.
+  template <bool INPUT = true>
   SRPKD_DEVICE void load(const T* from, int valid, bool aligned) {
+    const auto load_one = [](const auto* element) { return INPUT ? load_input(element) : load_global(element); };
     if (aligned && valid >= COUNT) {
 #pragma unroll
       for (int first = 0; first < WORDS; first += PER_LOAD) {
         uint32_t part[PER_LOAD];
-        load_words(part, reinterpret_cast<const char*>(from) + first * 4);
+        const void* const at = reinterpret_cast<const char*>(from) + first * 4;
+        INPUT ? load_input_words(part, at) : load_words(part, at);
 #pragma unroll
         for (int i = 0; i < PER_LOAD; ++i) word[first + i] = part[i];
       }
     } else if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i)
-        word[i] = i < valid ? load_global(reinterpret_cast<const uint32_t*>(from) + i) : 0u;
+      for (int i = 0; i < COUNT; ++i) word[i] = i < valid ? load_one(reinterpret_cast<const uint32_t*>(from) + i) : 0u;
     } else {
       const auto* elements = reinterpret_cast<const uint16_t*>(from);
 #pragma unroll
       for (int i = 0; i < WORDS; ++i)
-        word[i] = (2 * i < valid ? load_global(elements + 2 * i) : 0u) |
-                  (2 * i + 1 < valid ? load_global(elements + 2 * i + 1) : 0u) << 16;
+        word[i] = (2 * i < valid ? load_one(elements + 2 * i) : 0u) |
+                  (2 * i + 1 < valid ? load_one(elements + 2 * i + 1) : 0u) << 16;
     }
   }
 

@@ -24,7 +24,7 @@ SRPKD_DEVICE Raw<float, 4> U_of(const SumsOfSplits& sums, int image, int pixel, 
   const float* from = sums.U + image * sums.U_strides[1] + pixel * sums.U_strides[2] + channel * sums.U_strides[3];
   Raw<float, 4> result{}, part;
   for (int split = 0; split < sums.splits; ++split, from += sums.U_strides[0]) {
-    part.load(from, valid, reinterpret_cast<uintptr_t>(from) % 16 == 0);
+    part.template load<false>(from, valid, reinterpret_cast<uintptr_t>(from) % 16 == 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) result.word[i] = as_bits(result[i] + part[i]);
   }

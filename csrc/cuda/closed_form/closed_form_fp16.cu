@@ -2,6 +2,6 @@
 
 namespace srpkd::cuda::closed_form {
 
-template cudaError_t loss<Half>(const Plan&, bool, cudaStream_t);
+template cudaError_t loss<Half>(const Plan&, bool, Launches&);
 
 }  // namespace srpkd::cuda::closed_form

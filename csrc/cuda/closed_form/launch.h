@@ -12,12 +12,12 @@ namespace srpkd::cuda::closed_form {
 
 // T: BFloat16, Half or float, the element type of the features.
 template <class T>
-cudaError_t loss(const Plan& plan, bool pixels_adjacent, cudaStream_t stream);
+cudaError_t loss(const Plan& plan, bool pixels_adjacent, Launches& launches);
 
 #if defined(__CUDACC__)
 template <class T>
-cudaError_t loss(const Plan& plan, bool pixels_adjacent, cudaStream_t stream) {
-  algebra::Launch launch{stream};
+cudaError_t loss(const Plan& plan, bool pixels_adjacent, Launches& launches) {
+  algebra::Launch launch{launches};
   if (pixels_adjacent)
     launch_loss<T, true>(plan, launch);
   else

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../launches.h"
 #include "plan.h"
 
 #if defined(__CUDACC__)
@@ -14,18 +15,18 @@
 namespace srpkd::cuda::sm80 {
 
 template <Precision PRECISION, bool RECTIFY>
-cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream);
+cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, Launches& launches);
 
 #if defined(__CUDACC__)
 template <Precision PRECISION, bool RECTIFY>
-cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, cudaStream_t stream) {
+cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, Launches& launches) {
   const auto run = [&](auto config) {
     using C = decltype(config);
     const int bytes = shared_bytes<C>(p);
     const cudaError_t error = allow_all_shared_memory<relation_tiles<C>>();
     if (error != cudaSuccess) return error;
-    relation_tiles<C><<<dim3(p.images * p.channel_splits * p.blocks, p.splits), C::THREADS, bytes, stream>>>(p);
-    return cudaGetLastError();
+    return launches.launch<relation_tiles<C>>(dim3(p.images * p.channel_splits * p.blocks, p.splits), C::THREADS, bytes,
+                                              p);
   };
   return with_config<RECTIFY>(std::integral_constant<Precision, PRECISION>{}, pixels_adjacent, u_channels, run);
 }

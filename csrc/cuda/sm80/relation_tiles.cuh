@@ -14,6 +14,7 @@
 // run to run.
 #pragma once
 
+#include "../overlap.cuh"
 #include "epilogue.cuh"
 #include "fragments.cuh"
 
@@ -91,8 +92,8 @@ struct RelationTiles {
         Words words;
 #pragma unroll
         for (int at = 0; at < 4; ++at)
-          words.word[at] = (4 * at < left ? load_global(elements + 2 * at) : 0u) |
-                           (4 * at + 2 < left ? load_global(elements + 2 * at + 1) : 0u) << 16;
+          words.word[at] = (4 * at < left ? load_input(elements + 2 * at) : 0u) |
+                           (4 * at + 2 < left ? load_input(elements + 2 * at + 1) : 0u) << 16;
         store_shared(unit, words);
       } else {
 #pragma unroll
@@ -349,7 +350,7 @@ struct RelationTiles {
 #if defined(__CUDACC__)
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, C::MIN_BLOCKS) relation_tiles(const __grid_constant__ Params p) {
-  RelationTiles<C>(p).run();
+  run_in_order<RelationTiles<C>>(p);
 }
 #endif
 

@@ -1,4 +1,3 @@
 #include "launch.h"
 
-template cudaError_t srpkd::cuda::sm80::launch<srpkd::cuda::Precision::bf16, true>(const Params&, bool, int,
-                                                                                   cudaStream_t);
+template cudaError_t srpkd::cuda::sm80::launch<srpkd::cuda::Precision::bf16, true>(const Params&, bool, int, Launches&);

@@ -1,4 +1,4 @@
 #include "launch.h"
 
 template cudaError_t srpkd::cuda::sm80::launch<srpkd::cuda::Precision::fp16, false>(const Params&, bool, int,
-                                                                                    cudaStream_t);
+                                                                                    Launches&);

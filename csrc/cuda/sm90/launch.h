@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../launches.h"
 #include "tile_plan.h"
 
 #if defined(__CUDACC__)
@@ -15,41 +16,43 @@ namespace srpkd::cuda::sm90 {
 
 // Computes the tiles of a plan for this precision, and for row (SYMMETRIC false) or for cosine and none.
 template <Precision PRECISION, bool SYMMETRIC>
-cudaError_t launch(const TilePlan& plan, cudaStream_t stream);
+cudaError_t launch(const TilePlan& plan, Launches& launches);
 
 #if defined(__CUDACC__)
 // Launches one kernel. `plan` is of its precision and variant.
 template <class C>
-cudaError_t launch_kernel(const TilePlan& plan, cudaStream_t stream) {
+cudaError_t launch_kernel(const TilePlan& plan, Launches& launches) {
   Params p = plan.params;
   cudaError_t error = encode(plan.student, p.student);
   if (error == cudaSuccess) error = encode(plan.teacher, p.teacher);
   if (error == cudaSuccess) error = allow_all_shared_memory<relation_tiles<C>>();
   if (error != cudaSuccess) return error;
-  // cooperative: all thread blocks are resident, since they wait for each other
+  // cooperative: all thread blocks are resident, since they wait for each other. They do not start early
+  launches.any = true;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(p.work.grid), launch.blockDim = dim3(C::THREADS);
-  launch.dynamicSmemBytes = C::bytes(p), launch.stream = stream, launch.attrs = &attribute, launch.numAttrs = 1;
+  launch.dynamicSmemBytes = C::bytes(p), launch.stream = launches.stream;
+  launch.attrs = &attribute, launch.numAttrs = 1;
   return cudaLaunchKernelEx(&launch, relation_tiles<C>, p);
 }
 
 template <Precision PRECISION, bool SYMMETRIC>
-cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
+cudaError_t launch(const TilePlan& plan, Launches& launches) {
   return with_config(std::integral_constant<Precision, PRECISION>{}, plan.variant, [&](auto config) {
     using C = decltype(config);
     if constexpr (C::SYMMETRIC == SYMMETRIC)
-      return launch_kernel<C>(plan, stream);
+      return launch_kernel<C>(plan, launches);
     else
       return cudaErrorInvalidValue;  // another instantiation has these kernels
   });
 }
 #else
-inline cudaError_t launch(const TilePlan& plan, cudaStream_t stream) {
+inline cudaError_t launch(const TilePlan& plan, Launches& launches) {
   return with_precision(plan.precision, [&](auto chosen) {
     constexpr Precision PRECISION = decltype(chosen)::value;
-    return plan.variant.symmetric ? launch<PRECISION, true>(plan, stream) : launch<PRECISION, false>(plan, stream);
+    return plan.variant.symmetric ? launch<PRECISION, true>(plan, launches) : launch<PRECISION, false>(plan, launches);
   });
 }
 #endif

@@ -46,7 +46,7 @@ struct Preparation {
       float result = 0;
 #pragma unroll 4
       for (; channel < from.channels; channel += step)
-        result = fmaxf(result, fabsf(load_global(at + channel * from.strides[2])));
+        result = fmaxf(result, fabsf(load_input(at + channel * from.strides[2])));
       return result;
     };
     const auto store = [&](int pixel, float value) {
@@ -210,8 +210,8 @@ struct Preparation {
       if (first_pixel + pixel >= p.pixels || first_channel + channel >= from.channels) continue;
       const int64_t at = image * from.strides[0] + (first_pixel + pixel) * from.strides[1] +
                          (first_channel + channel) * from.strides[2];
-      const uint32_t bits = from.element_bytes == 4 ? load_global(static_cast<const uint32_t*>(from.data) + at)
-                                                    : load_global(static_cast<const uint16_t*>(from.data) + at);
+      const uint32_t bits = from.element_bytes == 4 ? load_input(static_cast<const uint32_t*>(from.data) + at)
+                                                    : load_input(static_cast<const uint16_t*>(from.data) + at);
       store_shared(tile + (channel * STRIDE + pixel) * 4, bits);
     }
     sync_block();

@@ -1,3 +1,3 @@
 #include "launch.h"
 
-template cudaError_t srpkd::cuda::sm90::launch<srpkd::cuda::Precision::tf32x3, true>(const TilePlan&, cudaStream_t);
+template cudaError_t srpkd::cuda::sm90::launch<srpkd::cuda::Precision::tf32x3, true>(const TilePlan&, Launches&);

@@ -20,7 +20,7 @@ struct Launch {
   template <class Kernel>
   void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
     machine = &machine_of_test;
-    machine_of_test.run(x, y, Kernel::THREADS, bytes, {}, [&] { Kernel(arguments).run(); });
+    machine_of_test.run(x, y, Kernel::THREADS, bytes, {0, 1, true}, [&] { run_in_order<Kernel>(arguments); });
     machine = nullptr;
   }
 };
@@ -34,9 +34,9 @@ extern "C" {
 const char* backward(const void* gradient, bool narrow, int result_element, void* result, const float* grad_loss,
                      int64_t count, int64_t image_elements, int64_t grad_loss_stride) {
   Machine local;
-  local.allow(gradient, count * (narrow ? 2 : 4));
+  local.allow(gradient, count * (narrow ? 2 : 4), true);
   local.allow(result, count * (result_element == 2 ? 4 : 2));
-  local.allow(grad_loss, (count / image_elements - 1) * grad_loss_stride * 4 + 4);
+  local.allow(grad_loss, (count / image_elements - 1) * grad_loss_stride * 4 + 4, true);
   const BackwardArguments p{gradient, narrow, result, grad_loss, count, image_elements, grad_loss_stride};
   Launch launch{local};
   if (result_element == 0) launch_backward<BFloat16>(p, launch);

@@ -144,6 +144,11 @@ T load_global(const T* from) {
   return *from;
 }
 template <typename T>
+T load_input(const T* from) {
+  emulation::machine->check_global(from, sizeof(T), alignof(T), "read", true);
+  return *from;
+}
+template <typename T>
 T load_global_coherent(const T* from) {
   return load_global(from);
 }
@@ -159,11 +164,18 @@ void load_words(uint32_t (&to)[WORDS], const void* from) {
   std::memcpy(to, from, sizeof to);
 }
 template <int WORDS>
+void load_input_words(uint32_t (&to)[WORDS], const void* from) {
+  emulation::machine->check_global(from, sizeof to, sizeof to, "read", true);
+  std::memcpy(to, from, sizeof to);
+}
+template <int WORDS>
 void store_words(void* to, const uint32_t (&from)[WORDS]) {
   emulation::machine->check_global(to, sizeof from, sizeof from, "write");
   std::memcpy(to, from, sizeof from);
 }
 inline void load_words_coherent(uint32_t (&to)[4], const void* from) { load_words(to, from); }
+inline void wait_for_earlier_kernels() { emulation::machine->wait_for_earlier_kernels(); }
+inline void let_next_kernel_start() { emulation::machine->let_next_kernel_start(); }
 inline void fence_device() {}
 inline int increment(int* counter) {
   emulation::machine->check_global(counter, sizeof(int), alignof(int), "atomic addition");

@@ -61,7 +61,7 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
     p.features[i] = {f.data,         f.alpha,
                      f.image_stride, f.line_stride,
                      f.channels,     copy_bytes(f.data, f.image_stride, f.line_stride, precision < 2 ? 2 : 4)};
-    local.allow(f.data, extents[i]);
+    local.allow(f.data, extents[i], true);
     local.allow(f.alpha, int64_t{images} * pixels * 4);
   }
   const int u_channels = plan(p, static_cast<Precision>(precision), grad, {1, shared_limit, shared_limit, 0});

@@ -20,6 +20,7 @@ using namespace srpkd::cuda;
 using namespace srpkd::cuda::algebra;
 using emulation::Machine;
 using emulation::machine;
+using emulation::Schedule;
 
 std::string message;
 
@@ -30,18 +31,19 @@ struct Launch {
   int shared_limit, launches = 0;
 
   template <class F>
-  void run(int x, int y, int threads, int bytes, F kernel, int resident = 0) {
+  void run(int x, int y, int threads, int bytes, F kernel, bool overlaps = true, int resident = 0) {
     if (!machine_of_test.error.empty()) return;
     ++launches;
     if (bytes > shared_limit)
       machine_of_test.fail("a kernel needs " + std::to_string(bytes) + " bytes of shared memory");
     machine = &machine_of_test;
-    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, {seed, resident ? resident : seed ? 3 : 1}, kernel);
+    const Schedule schedule{seed, resident ? resident : seed ? 3 : 1, overlaps};
+    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, schedule, kernel);
     machine = nullptr;
   }
   template <class Kernel>
   void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
-    run(x, y, Kernel::THREADS, bytes, [&] { Kernel(arguments).run(); });
+    run(x, y, Kernel::THREADS, bytes, [&] { run_in_order<Kernel>(arguments); });
   }
 };
 
@@ -50,7 +52,7 @@ void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Lau
   const auto run = [&](auto config) {
     using C = decltype(config);
     launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
-               [&] { sm80::RelationTiles<C>(p).run(); });
+               [&] { run_in_order<sm80::RelationTiles<C>>(p); });
   };
   sm80::with_precision(precision, [&](auto chosen) {
     if (p.rectify)
@@ -60,14 +62,15 @@ void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Lau
   });
 }
 
-// All thread blocks are resident.
+// A cooperative launch: all thread blocks are resident, and it does not start early.
 void launch_tiles(Sm90LossPlan& plan, Precision, bool, Launch& launch) {
   sm90::Params& p = plan.tiles.params;
   p.student = plan.tiles.student, p.teacher = plan.tiles.teacher;
   sm90::with_precision(plan.tiles.precision, [&](auto chosen) {
     sm90::with_config(chosen, plan.tiles.variant, [&](auto config) {
       using C = decltype(config);
-      launch.run(p.work.grid, 1, C::THREADS, C::bytes(p), [&] { sm90::relation_tiles_of_block<C>(p); }, p.work.grid);
+      launch.run(
+          p.work.grid, 1, C::THREADS, C::bytes(p), [&] { sm90::relation_tiles_of_block<C>(p); }, false, p.work.grid);
     });
   });
 }
@@ -132,7 +135,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   for (int i = 0; i < 2; ++i) {
     const FeaturesOfTest& f = features[i];
     const auto features_of = [&](const void* data, int bytes) {
-      local.allow(data, f.extent * bytes);
+      local.allow(data, f.extent * bytes, true);
       return sm80::Features{data,          nullptr,    f.image_stride,
                             f.line_stride, f.channels, sm80::copy_bytes(data, f.image_stride, f.line_stride, bytes)};
     };

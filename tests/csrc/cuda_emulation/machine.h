@@ -9,6 +9,9 @@
 // The emulation reports errors that often remain unnoticed on a GPU:
 //   - accesses to shared memory that no barrier orders, see shared_memory.h
 //   - misaligned addresses, and global memory outside the ranges registered for the kernel
+//   - reads of results as if they were inputs of the call, and everything else that csrc/cuda/overlap.cuh excludes:
+//   with
+//     an early start, what a kernel does before it waits for earlier kernels happens before these have done anything
 //   - threads that arrive at different collective instructions, or wait for what never happens
 #pragma once
 
@@ -38,7 +41,8 @@ constexpr int64_t MAX_STEPS = 50000000;  // of the scheduler, after which a kern
 
 struct Schedule {
   uint64_t seed = 0;
-  int resident = 1;  // blocks at the same time
+  int resident = 1;       // blocks at the same time
+  bool overlaps = false;  // whether the launch may start early
 };
 
 struct Copy {
@@ -70,6 +74,7 @@ struct Thread {
   std::vector<Copy> copies;              // cp.async, not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
   Bulk bulk;
+  bool waited = false;    // for earlier kernels
   bool acquired = false;  // what other blocks wrote, since the last fence_async_proxy_global
 };
 
@@ -132,9 +137,9 @@ class Machine {
  public:
   std::string error;  // the first error, or empty
 
-  // Registers global memory that the kernel may access.
-  void allow(const void* data, int64_t bytes) {
-    if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes});
+  // Registers global memory that the kernels may access. `input`: they only read it.
+  void allow(const void* data, int64_t bytes, bool input = false) {
+    if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes, input});
   }
 
   // Runs x * y blocks of `threads` threads.
@@ -198,14 +203,26 @@ class Machine {
   // All threads of the grid, of which all blocks must be resident.
   void grid_barrier();
 
+  // Programmatic dependent launches.
+  void wait_for_earlier_kernels() { current().waited = true; }
+  void let_next_kernel_start() {
+    if (!current().waited) fail("a thread lets the next kernel start before it has waited for earlier ones");
+  }
+
   // --- memory --------------------------------------------------------------------------------------------------------
 
-  void check_global(const void* data, int64_t bytes, int alignment, const char* what) {
+  // `as_input`: by an instruction for memory that no kernel of this call writes.
+  void check_global(const void* data, int64_t bytes, int alignment, const char* what, bool as_input = false) {
     const char* at = static_cast<const char*>(data);
     if (reinterpret_cast<uintptr_t>(at) % alignment) fail(std::string(what) + ": misaligned global address");
     if (!bytes) return;
-    for (const auto& range : allowed_)
-      if (at >= range.first && at + bytes <= range.second) return;
+    for (const Range& range : allowed_)
+      if (at >= range.first && at + bytes <= range.end) {
+        if (as_input && !range.input) fail(std::string(what) + ": of an input, but kernels of this call may write it");
+        if (overlaps_ && !range.input && !current().waited)
+          fail(std::string(what) + ": of a result, before the thread has waited for earlier kernels");
+        return;
+      }
     fail(std::string(what) + ": global memory out of bounds");
   }
 
@@ -265,6 +282,10 @@ class Machine {
 
  private:
   struct Failure {};
+  struct Range {
+    const char *first, *end;
+    bool input;
+  };
   enum class Order { in_order, random, priorities, sticky };
 
   static void start();
@@ -339,14 +360,14 @@ class Machine {
   std::vector<uint32_t> priorities_;
   Block* block_ = nullptr;
   int thread_ = 0, x_ = 0, blocks_ = 0, next_block_ = 0, threads_per_block_ = 0, shared_bytes_ = 0;
-  bool in_fiber_ = false;
+  bool in_fiber_ = false, overlaps_ = false;
   Time now_ = 1;
   uint64_t seed_ = 0, state_ = 1;
   Order order_ = Order::in_order;
   uint32_t asynchronous_percent_ = 0;
   Candidate last_{0, 0};
   int64_t grid_arrivals_ = 0;
-  std::vector<std::pair<const char*, const char*>> allowed_;
+  std::vector<Range> allowed_;
   jmp_buf home_;
 };
 

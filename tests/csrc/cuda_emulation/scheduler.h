@@ -17,7 +17,7 @@ inline void Machine::start_block(Block& block, int index, int threads, int share
   block.memory.reset(block.participants, shared_bytes);
   block.threads.resize(threads);
   for (Thread& thread : block.threads) {
-    thread.started = thread.waiting = thread.done = thread.acquired = false;
+    thread.started = thread.waiting = thread.done = thread.acquired = thread.waited = false;
     thread.clock.reset(block.participants.count());
     thread.copies.clear(), thread.groups.clear(), thread.bulk = {};
   }
@@ -38,6 +38,7 @@ inline void Machine::end_block(Block& block) {
     for (const auto& group : thread.groups)
       if (!group.empty()) fail("a block ended with copies in flight");
     if (!thread.copies.empty()) fail("a block ended with copies that were never committed");
+    if (overlaps_ && !thread.waited) fail("a block ended before all its threads have waited for earlier kernels");
   }
   for (Operation& operation : block.operations) {
     // bulk additions that have read shared memory may write global memory later
@@ -53,7 +54,7 @@ inline void Machine::end_block(Block& block) {
 inline void Machine::run(int x, int y, int threads, int shared_bytes, Schedule schedule, std::function<void()> kernel) {
   kernel_ = std::move(kernel);
   x_ = x, blocks_ = x * y, next_block_ = 0, grid_arrivals_ = 0;
-  seed_ = schedule.seed;
+  seed_ = schedule.seed, overlaps_ = schedule.overlaps;
   state_ = 0x9e3779b97f4a7c15u * (seed_ + 1);
   last_ = {0, -1};
   for (int i = 0; i < 8; ++i) random(1);

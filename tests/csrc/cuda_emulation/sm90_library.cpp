@@ -70,7 +70,7 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
   Machine local;
   Workspace workspace{&local, {}};
   const auto features = [&](const FeaturesOfTest& x, int channels) {
-    local.allow(x.data, x.bytes);
+    local.allow(x.data, x.bytes, true);
     if (x.alpha) local.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels);
     return Features{x.data, {x.strides[0], x.strides[1], x.strides[2]}, channels, x.element_bytes};
   };

@@ -1,0 +1,39 @@
+// csrc/cuda/launches.h with a runtime that only records. tests/csrc/test_cuda_launches.py calls it through ctypes.
+#include "../../../csrc/cuda/launches.h"
+
+namespace {
+
+using srpkd::cuda::Launches;
+
+struct Arguments {
+  int value;
+};
+template <int>
+void kernel(const Arguments) {}
+
+}  // namespace
+
+extern "C" {
+
+// Launches three different kernels in one call on a GPU. `tiles`: after tiles that were launched in another way. Each
+// bit of `early` says whether a kernel may start early. Returns 0, or the error of the runtime.
+int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int* early, int* queries) {
+  recorded::device = device, recorded::major = major, recorded::ptx_version = ptx_version;
+  recorded::launches.clear(), recorded::early.clear(), recorded::queries = 0;
+  int stream = 0;
+  Launches launches = overlap ? Launches{&stream, true} : Launches{&stream};
+  launches.any = tiles;
+  cudaError_t error = launches.launch<kernel<0>>(dim3(3, 2), 128, 1000, Arguments{1});
+  if (error == cudaSuccess) error = launches.launch<kernel<1>>(dim3(3, 2), 128, 1000, Arguments{1});
+  if (error == cudaSuccess) error = launches.launch<kernel<2>>(dim3(3, 2), 128, 1000, Arguments{1});
+  *early = 0, *queries = recorded::queries;
+  for (unsigned i = 0; i < recorded::launches.size(); ++i) {
+    const cudaLaunchConfig_t& config = recorded::launches[i];
+    if (config.gridDim.x != 3 || config.gridDim.y != 2 || config.blockDim.x != 128 || config.stream != &stream ||
+        config.dynamicSmemBytes != 1000)
+      return -1;
+    *early |= int{recorded::early[i]} << i;
+  }
+  return error;
+}
+}

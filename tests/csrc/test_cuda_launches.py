@@ -1,0 +1,68 @@
+"""Which kernels of a call may start while the one before them ends: csrc/cuda/launches.h with an emulated runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NONE, AFTER_THE_FIRST, ALL = 0b000, 0b110, 0b111
+devices = itertools.count()  # what a GPU can do is asked once: every test has its own
+
+
+@pytest.fixture(scope="session")
+def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    return compile_emulation("launches.cpp", f"-I{Path(__file__).parent / 'cuda_emulation' / 'runtime'}")
+
+
+def launch(
+    library: ctypes.CDLL, device: int, overlap: bool = True, tiles: bool = False, major: int = 9, ptx_version: int = 90
+) -> tuple[int, int, int]:
+    """Launch three kernels. Return the error, a bit for each that may start early, and the number of queries."""
+    early, queries = ctypes.c_int(), ctypes.c_int()
+    error = library.launch(overlap, tiles, device, major, ptx_version, ctypes.byref(early), ctypes.byref(queries))
+    return error, early.value, queries.value
+
+
+def test_off_unless_asked(library: ctypes.CDLL) -> None:
+    assert launch(library, next(devices), overlap=False) == (0, NONE, 0)
+
+
+def test_the_first_kernel_of_a_call_never_starts_early(library: ctypes.CDLL) -> None:
+    device = next(devices)
+    assert launch(library, device) == (0, AFTER_THE_FIRST, 2)
+    assert launch(library, device) == (0, AFTER_THE_FIRST, 0), "a call asks the runtime again"
+    assert launch(library, device, tiles=True) == (0, ALL, 1), "only the first kernel has not been asked for"
+
+
+@pytest.mark.parametrize(("major", "ptx_version"), [(8, 80), (8, 90), (9, 80), (12, 80)])
+def test_code_without_the_wait_does_not_start_early(library: ctypes.CDLL, major: int, ptx_version: int) -> None:
+    """Also not code for an older architecture that the driver has compiled for this GPU."""
+    device = next(devices)
+    for queries in (2, 0):
+        assert launch(library, device, major=major, ptx_version=ptx_version) == (0, NONE, queries)
+
+
+@pytest.mark.parametrize(("major", "ptx_version"), [(10, 100), (12, 90), (12, 120)])
+def test_newer_architectures(library: ctypes.CDLL, major: int, ptx_version: int) -> None:
+    assert launch(library, next(devices), major=major, ptx_version=ptx_version)[:2] == (0, AFTER_THE_FIRST)
+
+
+def test_each_gpu_is_asked(library: ctypes.CDLL) -> None:
+    old, new = next(devices), next(devices)
+    assert launch(library, old, major=8, ptx_version=80)[1] == NONE
+    assert launch(library, new)[1] == AFTER_THE_FIRST
+    assert launch(library, old, major=8, ptx_version=80)[1] == NONE
+
+
+def test_gpus_beyond_the_cache_do_not_start_kernels_early(library: ctypes.CDLL) -> None:
+    assert launch(library, 64)[:2] == (0, NONE)
+
+
+def test_errors_of_the_runtime_are_returned(library: ctypes.CDLL) -> None:
+    device = next(devices)
+    assert launch(library, device, ptx_version=0) == (1, NONE, 1)
+    assert launch(library, device) == (0, AFTER_THE_FIRST, 2), "a failed query is not remembered"
