@@ -1,9 +1,13 @@
 #include "matrix.h"
 
+#include <ATen/Context.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
 
 #include <algorithm>
+#include <string>
 
 // The BLAS that torch is linked with. Weak: where torch hides it, ATen's product is used.
 extern "C" {
@@ -31,12 +35,11 @@ at::Tensor as_tensor(const Matrix<T>& matrix) {
 
 // BLAS takes column-major matrices: of row-major ones, it computes the transposed product of the transposed matrices.
 template <typename T, typename Gemm>
-void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, T scale, const Matrix<T>& result) {
-  if (!result.row_major()) return run(gemm, right.t(), left.t(), scale, result.t());
+void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, const Matrix<T>& result, bool add) {
+  if (!result.row_major()) return run(gemm, right.t(), left.t(), result.t(), add);
   if (gemm == nullptr) {
-    at::Tensor product = as_tensor(result);
-    at::cpu::mm_out(product, as_tensor(left), as_tensor(right));
-    product.mul_(scale);
+    at::Tensor sum = as_tensor(result);
+    at::cpu::addmm_out(sum, sum, as_tensor(left), as_tensor(right), add ? 1 : 0);
     return;
   }
   const bool left_rows = left.row_major(), right_rows = right.row_major();
@@ -44,19 +47,57 @@ void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, 
   const int lda = leading_dimension(right_rows ? right : right.t());
   const int ldb = leading_dimension(left_rows ? left : left.t());
   const int ldc = leading_dimension(result);
-  const T zero = 0;
-  gemm(right_rows ? "N" : "T", left_rows ? "N" : "T", &m, &n, &k, &scale, right.data, &lda, left.data, &ldb, &zero,
+  const T one = 1, beta = add ? 1 : 0;
+  gemm(right_rows ? "N" : "T", left_rows ? "N" : "T", &m, &n, &k, &one, right.data, &lda, left.data, &ldb, &beta,
        result.data, &ldc);
+}
+
+bool has_instructions(const char* set) {  // respects ATEN_CPU_CAPABILITY
+  return at::get_cpu_capability().starts_with(set);
 }
 
 }  // namespace
 
-void multiply(Matrix<const float> left, Matrix<const float> right, float scale, Matrix<float> result) {
-  run<float>(sgemm_, left, right, scale, result);
+template <>
+bool has_microkernels<float>() {
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(__x86_64__)
+  static const bool supported = at::hasMKLDNN() && (has_instructions("AVX2") || has_instructions("AVX512"));
+  return supported && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
 }
 
-void multiply(Matrix<const double> left, Matrix<const double> right, double scale, Matrix<double> result) {
-  run<double>(dgemm_, left, right, scale, result);
+template <>
+bool has_microkernels<double>() {
+  return false;
+}
+
+bool has_bfloat16_microkernels() {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+  static const bool supported = has_instructions("AVX512") && __builtin_cpu_supports("avx512bf16");
+  return supported && has_microkernels<float>();
+#else
+  return false;
+#endif
+}
+
+void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add) {
+  if (has_microkernels<float>() && left.row_major() && right.row_major() && result.row_major())
+    at::native::cpublas::brgemm(left.rows, right.columns, left.columns, left.row_stride, right.row_stride,
+                                result.row_stride, add, left.data, right.data, result.data, false);
+  else
+    run<float>(sgemm_, left, right, result, add);
+}
+
+void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add) {
+  run<double>(dgemm_, left, right, result, add);
+}
+
+void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result) {
+  at::native::cpublas::brgemm(left.rows, right.columns, left.columns, left.row_stride, right.row_stride,
+                              result.row_stride, false, left.data,
+                              reinterpret_cast<const c10::BFloat16*>(right.data), result.data, true);
 }
 
 }  // namespace srpkd::cpu

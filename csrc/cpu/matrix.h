@@ -1,7 +1,10 @@
-// Products of strided matrices by BLAS, without the cost of tensors and of the dispatcher: small products take less
-// time than either.
+// Products of strided matrices, without the cost of tensors and of the dispatcher: small products take less time than
+// either.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -33,8 +36,41 @@ struct Matrix {
   }
 };
 
-// result = scale * left right. All are Matrix::is_blas().
-void multiply(Matrix<const float> left, Matrix<const float> right, float scale, Matrix<float> result);
-void multiply(Matrix<const double> left, Matrix<const double> right, double scale, Matrix<double> result);
+// Whether products of row-major matrices are much faster than others on this processor: those of oneDNN's microkernels,
+// which torch contains. They accept no transposed operands.
+template <typename T>
+bool has_microkernels();
+// Whether oneDNN multiplies bfloat16 numbers, with float sums, faster than floats.
+bool has_bfloat16_microkernels();
+
+// result = left right, or with `add` result += left right. All are Matrix::is_blas().
+void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add = false);
+void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add = false);
+
+// Two adjacent elements of a row of bfloat16 numbers; in the right operand of a product, of a column.
+using Pair = uint32_t;
+
+// result = left right. All are row-major, and `right` has half as many rows as `left` has columns. Only if
+// has_bfloat16_microkernels().
+void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result);
+
+// Copies a matrix to another of at least its size.
+template <typename From, typename To>
+void copy(const Matrix<From>& from, const Matrix<To>& to) {
+  constexpr int64_t SIDE = 16;  // of squares: the cache lines of both matrices stay in the cache
+  if (to.column_stride != 1 && to.row_stride == 1) return copy(from.t(), to.t());
+  const int64_t side = from.column_stride == 1 ? from.columns : SIDE;
+  for (int64_t left = 0; left < from.columns; left += side)
+    for (int64_t row = 0; row < from.rows; ++row) {
+      const int64_t count = std::min(side, from.columns - left);
+      const From* const source = from.data + row * from.row_stride + left * from.column_stride;
+      To* const target = to.data + row * to.row_stride + left * to.column_stride;
+      if (from.column_stride == 1 && to.column_stride == 1)
+        for (int64_t j = 0; j < count; ++j) target[j] = static_cast<To>(source[j]);
+      else
+        for (int64_t j = 0; j < count; ++j)
+          target[j * to.column_stride] = static_cast<To>(source[j * from.column_stride]);
+    }
+}
 
 }  // namespace srpkd::cpu

@@ -5,12 +5,11 @@
 // That is one product more than the Gram matrices, and no C x C matrices, which cost more if an image has fewer pixels
 // than channels.
 //
-// An image is computed in four passes over blocks of rows, in parallel: a pass needs the results of all rows of the one
+// An image is computed in five passes over blocks of rows, in parallel: a pass needs the results of all rows of the one
 // before. Each block writes its own rows only, so that results do not depend on the order.
 #include "relation_matrices.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +18,7 @@
 #include "../common/arguments.h"
 #include "../common/index.h"
 #include "kernels.h"
-#include "matrix.h"
+#include "packed_features.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -30,36 +29,29 @@ constexpr int64_t MAX_PIXELS = 1024;
 constexpr int64_t BLOCK = 64;                       // rows
 constexpr double OPERATIONS_OF_A_THREAD = 1 << 20;  // less is not worth a further thread
 
-template <typename T>
-Matrix<T> image_of(const Tensor& features, int64_t image, T* data) {
-  return {data + image * features.stride(0), features.size(1), features.size(2), features.stride(1),
-          features.stride(2)};
-}
-
-// Returns features in dtype T and with strides that BLAS accepts: themselves if they are so already.
-template <typename T>
-Tensor readable(const Tensor& features) {
-  const Tensor wide = features.to(c10::CppTypeToScalarType<T>::value);
-  return image_of(wide, 0, wide.const_data_ptr<T>()).is_blas() ? wide : wide.contiguous();
-}
-
 // The arrays of one image. Rows start at multiples of LINE elements, and end with zeros. A further LINE keeps the rows
 // of a column from sharing the same few places in a cache.
-template <typename T>
+template <typename S>
 class Workspace {
  public:
-  Workspace(int64_t pixels, const at::TensorOptions& options)
+  using T = SumOf<S>;
+  using Packed = PackedFeatures<S>;
+
+  Workspace(int64_t pixels, int64_t channels_s, int64_t channels_t, bool need_grad)
       : stride(round_up(pixels, LINE) + (pixels > BLOCK ? LINE : 0)),
-        memory_(at::empty({2 * pixels + 3, stride}, options)) {
+        student(pixels, channels_s, Packed::LEFT | Packed::RIGHT | (need_grad ? Packed::BY_PIXEL : 0)),
+        teacher(pixels, channels_t, Packed::LEFT | Packed::RIGHT),
+        memory_(at::empty({2 * round_up(pixels, LINE) + 3, stride}, c10::CppTypeToScalarType<T>::value)) {
     gram_s = memory_.mutable_data_ptr<T>();
-    gram_t = gram_s + pixels * stride;
-    alpha_s = gram_t + pixels * stride;
+    gram_t = gram_s + round_up(pixels, LINE) * stride;
+    alpha_s = gram_t + round_up(pixels, LINE) * stride;
     alpha_t = alpha_s + stride;
     h = alpha_t + stride;
     for (T* const vector : {alpha_s, alpha_t, h}) std::fill(vector + pixels, vector + stride, T(0));
   }
 
   const int64_t stride;
+  Packed student, teacher;
   T *gram_s, *gram_t;  // (N, stride); K replaces G_t
   T *alpha_s, *alpha_t, *h;
 
@@ -67,16 +59,29 @@ class Workspace {
   Tensor memory_;
 };
 
-template <typename T>
+template <typename S>
 class Image {
  public:
-  Image(const Relation& relation, Workspace<T>& space, Matrix<const T> student, Matrix<const T> teacher)
-      : relation_(relation), space_(space), student_(student), teacher_(teacher) {}
+  using T = SumOf<S>;
+
+  Image(const Relation& relation, Workspace<S>& space, Matrix<const S> student, Matrix<const S> teacher)
+      : relation_(relation), space_(space), pixels_(student.rows), channels_(student.columns) {
+    space.student.set(student);
+    space.teacher.set(teacher);
+  }
+
+  // Pass 0: the features of the rows.
+  void pack(Block rows) {
+    space_.student.pack(rows);
+    space_.teacher.pack(rows);
+  }
 
   // Pass 1: the rows of both Gram matrices, up to the block on the diagonal.
   void multiply_features(Block rows) {
-    gram(student_, rows, space_.gram_s);
-    gram(teacher_, rows, space_.gram_t);
+    const Block columns = {0, rows.begin + rows.size};
+    const int64_t first = rows.begin * space_.stride;
+    PackedFeatures<S>::gram(space_.student, rows, space_.student, columns, space_.gram_s + first, space_.stride);
+    PackedFeatures<S>::gram(space_.teacher, rows, space_.teacher, columns, space_.gram_t + first, space_.stride);
   }
 
   // Pass 2: the rest of the rows, by symmetry, and their scales.
@@ -95,26 +100,25 @@ class Image {
   }
 
   // Pass 4: the rows of the gradient.
-  void differentiate(Block rows, T scale, Matrix<T> gradient) {
+  void differentiate(Block rows, T scale, Matrix<S> gradient) {
     const TileOperands<T> tile = operands(rows);
     const bool norms = relation_.differentiates_norms();
     if (norms && relation_.normalize == Normalize::row) kernels_.subtract_norm_terms(tile, space_.h);
     if (norms && relation_.normalize == Normalize::cosine)  // of norms that depend on their own pixel only
       for (int64_t i = 0; i < rows.size; ++i)
         tile.K[i * tile.stride + rows.begin + i] -= tile.h_row[i] * tile.row_s[i] * tile.row_s[i];
-    const Matrix<const T> K = {tile.K, rows.size, student_.rows, tile.stride, 1};
-    multiply(K, student_, scale, gradient.row_range(rows.begin, rows.size));
+    const Matrix<const T> features = space_.student.by_pixel({0, pixels_});
+    const int64_t padded = space_.student.padded(rows.size);
+    const Tensor memory = at::empty({padded, channels_}, c10::CppTypeToScalarType<T>::value);
+    const Matrix<T> product = {memory.mutable_data_ptr<T>(), padded, channels_, channels_, 1};
+    multiply(Matrix<const T>{tile.K, padded, features.rows, tile.stride, 1}, features, product);
+    std::for_each_n(product.data, rows.size * channels_, [&](T& value) { value *= scale; });
+    copy(product.row_range(0, rows.size), gradient.row_range(rows.begin, rows.size));
   }
 
  private:
-  void gram(const Matrix<const T>& features, Block rows, T* matrix) {
-    const int64_t columns = rows.begin + rows.size, stride = space_.stride;
-    multiply(features.row_range(rows.begin, rows.size), features.row_range(0, columns).t(), T(1),
-             {matrix + rows.begin * stride, rows.size, columns, stride, 1});
-  }
-
   void mirror(Block rows, T* matrix) {
-    const int64_t pixels = student_.rows, stride = space_.stride, end = rows.begin + rows.size;
+    const int64_t pixels = pixels_, stride = space_.stride, end = rows.begin + rows.size;
     for (int64_t left = end; left < pixels; left += LINE)  // LINE columns at a time: their rows stay in the cache
       for (int64_t i = rows.begin; i < end; ++i)
         for (int64_t j = left; j < std::min(left + LINE, pixels); ++j) matrix[i * stride + j] = matrix[j * stride + i];
@@ -150,57 +154,54 @@ class Image {
   }
 
   const Relation& relation_;
-  Workspace<T>& space_;
-  const Matrix<const T> student_, teacher_;
+  Workspace<S>& space_;
+  const int64_t pixels_, channels_;  // channels of the student
   const Kernels<T>& kernels_ = select_kernels<T>();
 };
 
-template <typename T>
+template <typename S>
 void run(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale, double* loss,
          const Tensor& gradient) {
-  const Tensor q_s = readable<T>(student), q_t = readable<T>(teacher);
-  const int64_t images = q_s.size(0), pixels = q_s.size(1);
+  using T = SumOf<S>;
+  const int64_t images = student.size(0), pixels = student.size(1);
   const bool need_grad = gradient.defined();
-  Tensor result = gradient;  // products are written there, if its dtype and strides allow it
-  if (need_grad && (gradient.scalar_type() != q_s.scalar_type() || !image_of<T>(gradient, 0, nullptr).is_blas()))
-    result = at::empty(q_s.sizes(), q_s.options());
-  const T* const data_s = q_s.const_data_ptr<T>();
-  const T* const data_t = q_t.const_data_ptr<T>();
-  T* const data = need_grad ? result.mutable_data_ptr<T>() : nullptr;
+  const S* const data_s = student.const_data_ptr<S>();
+  const S* const data_t = teacher.const_data_ptr<S>();
+  S* const data = need_grad ? gradient.mutable_data_ptr<S>() : nullptr;
 
   const double pairs = static_cast<double>(pixels) * static_cast<double>(pixels);
-  const double operations = pairs * static_cast<double>(2 * q_t.size(2) + 4 * q_s.size(2) + 32);  // of an image
+  const double operations = pairs * static_cast<double>(2 * teacher.size(2) + 4 * student.size(2) + 32);  // of an image
   const auto grain = [](double operations) {
     return static_cast<int64_t>(std::ceil(OPERATIONS_OF_A_THREAD / operations));
   };
-  const int64_t blocks = ceil_div(pixels, BLOCK), size = round_up(ceil_div(pixels, blocks), LINE);
+  const int64_t blocks = ceil_div(pixels, BLOCK);
   const bool whole_images = images >= at::get_num_threads();  // a thread takes whole images, or blocks of rows
 
   at::parallel_for(0, images, whole_images ? grain(operations) : images, [&](int64_t begin, int64_t end) {
-    Workspace<T> space(pixels, q_s.options());
+    Workspace<S> space(pixels, student.size(2), teacher.size(2), need_grad);
     std::vector<double> parts(blocks);
     for (int64_t image = begin; image < end; ++image) {
-      Image<T> current(relation, space, image_of(q_s, image, data_s), image_of(q_t, image, data_t));
+      Image<S> current(relation, space, image_of(student, image, data_s), image_of(teacher, image, data_t));
       const auto for_each_block = [&](const auto& pass) {
         at::parallel_for(0, blocks, grain(operations / static_cast<double>(blocks)), [&](int64_t first, int64_t last) {
           for (int64_t i = first; i < last; ++i) {
             const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2;  // two together have equal parts of a triangle
-            pass(block, block_at(block, size, pixels));
+            pass(block, block_at(block, BLOCK, pixels));
           }
         });
       };
+      for_each_block([&](int64_t, Block rows) { current.pack(rows); });
       for_each_block([&](int64_t, Block rows) { current.multiply_features(rows); });
       for_each_block([&](int64_t, Block rows) { current.complete(rows); });
       for_each_block([&](int64_t block, Block rows) { parts[block] = current.compare(rows, need_grad); });
       loss[image] = 0;
       for (const double part : parts) loss[image] += part / pairs;
       if (!need_grad) continue;
-      const Matrix<T> rows_of_gradient = image_of(result, image, data);
+      const Matrix<S> rows_of_gradient = image_of(gradient, image, data);
       for_each_block(
           [&](int64_t, Block rows) { current.differentiate(rows, static_cast<T>(gradient_scale), rows_of_gradient); });
     }
   });
-  if (need_grad && !result.is_same(gradient)) gradient.copy_(result);
 }
 
 }  // namespace
@@ -209,8 +210,14 @@ bool fit_in_cache(int64_t pixels) { return pixels <= MAX_PIXELS; }
 
 void relation_matrices(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale,
                        double* loss, const Tensor& gradient) {
-  const auto run_as = student.scalar_type() == at::kDouble ? run<double> : run<float>;
-  run_as(student, teacher, relation, gradient_scale, loss, gradient);
+  switch (student.scalar_type()) {
+    case at::kDouble:
+      return run<double>(student, teacher, relation, gradient_scale, loss, gradient);
+    case at::kBFloat16:
+      return run<c10::BFloat16>(student, teacher, relation, gradient_scale, loss, gradient);
+    default:  // torch widens float16 numbers faster than a loop
+      return run<float>(student.to(at::kFloat), teacher.to(at::kFloat), relation, gradient_scale, loss, gradient);
+  }
 }
 
 }  // namespace srpkd::cpu
