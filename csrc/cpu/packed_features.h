@@ -36,23 +36,31 @@ class PackedFeatures {
  public:
   using T = SumOf<S>;
 
-  // What is read later: the left or the right operand of gram(), by_pixel() or by_channel().
-  enum Use : unsigned { LEFT = 1, RIGHT = 2, BY_PIXEL = 4, BY_CHANNEL = 8 };
+  // A matrix with a row and a column for each pixel. Its rows start at multiples of LINE elements, and rows and columns up
+  // to a multiple of LINE are zeros.
+  struct Square {
+    T* data;
+    int64_t stride;
 
-  PackedFeatures(int64_t pixels, int64_t channels, unsigned uses)
-      : channels_(channels), uses_(uses), blas_(!has_microkernels<T>()) {
+    Matrix<T> part(int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+      return {data + row * stride + column, rows, columns, stride, 1};
+    }
+  };
+
+  // What is needed later: the left or the right operand of gram(), product() or transposed_product().
+  enum Use : unsigned { LEFT = 1, RIGHT = 2, PRODUCT = 4, TRANSPOSED_PRODUCT = 8 };
+
+  PackedFeatures(int64_t pixels, int64_t channels, unsigned uses) : channels_(channels), blas_(!has_microkernels<T>()) {
     if (IS_BFLOAT16 && has_bfloat16_microkernels()) pairs_ = ceil_div(channels, 2);
-    if (!pairs_ && uses & LEFT) uses_ |= BY_PIXEL;
-    if (!pairs_ && uses & RIGHT) uses_ |= BY_CHANNEL;
-    if (blas_) uses_ = BY_PIXEL;  // and by channel it is the same
+    const bool wide = pairs_ == 0;  // gram() multiplies numbers of type T
     const auto space = [&](bool needed, int64_t columns, at::ScalarType type) {
       return needed ? at::empty({round_up(pixels, PANEL) * columns}, type) : at::Tensor();
     };
     constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-    by_pixel_ = space(uses_ & BY_PIXEL, channels, type);
-    by_channel_ = space(uses_ & BY_CHANNEL, channels, type);
-    left_ = space(pairs_, 2 * pairs_, at::kBFloat16);
-    right_ = space(pairs_ && uses & RIGHT, pairs_, at::kInt);
+    by_pixel_ = space(blas_ || uses & (wide ? PRODUCT | LEFT : PRODUCT), channels, type);
+    by_channel_ = space(!blas_ && uses & (wide ? TRANSPOSED_PRODUCT | RIGHT : TRANSPOSED_PRODUCT), channels, type);
+    left_ = space(!wide && uses & (LEFT | RIGHT), 2 * pairs_, at::kBFloat16);
+    right_ = space(!wide && uses & RIGHT, pairs_, at::kInt);
   }
 
   // Sets the features.
@@ -62,61 +70,76 @@ class PackedFeatures {
       in_place_ = blas_ ? features.is_blas() : features.row_major() && features.rows % LINE == 0;
   }
 
-  // Copies the pixels of a block, which starts at a multiple of PANEL.
+  // Copies a block of pixels, whose first one is a multiple of PANEL.
   void pack(Block block) const {
-    for (int64_t done = 0; done < block.size; done += PANEL) {
-      const Block panel = panel_of(block, done);
+    for_each_panel(block, [&](Block panel) {
       const Matrix<const S> from = features_.row_range(panel.begin, panel.size);
-      if (uses_ & BY_PIXEL && !in_place_) copy_padded(from, rows<T>(by_pixel_, channels_, panel));
-      if (uses_ & BY_CHANNEL) copy_padded(from.t(), columns<T>(by_channel_, channels_, panel));
-      if constexpr (IS_BFLOAT16)
-        if (pairs_) pack_pairs(from, panel);
-    }
+      if (by_pixel_.defined() && !in_place_) copy_filled_up(from, rows<T>(by_pixel_, channels_, panel));
+      if (by_channel_.defined()) copy_filled_up(from.t(), columns<T>(by_channel_, channels_, panel));
+      if constexpr (IS_BFLOAT16) {
+        if (!left_.defined()) return;
+        const Matrix<c10::BFloat16> left = left_rows(panel);
+        copy_filled_up(from, left);
+        const Matrix<const Pair> pairs = {reinterpret_cast<const Pair*>(left.data), left.rows, pairs_, pairs_, 1};
+        if (right_.defined()) copy(pairs.t(), right_columns(panel));
+      }
+    });
   }
 
-  // Returns a block (N, C), for microkernels filled up with zeros.
-  Matrix<const T> by_pixel(Block block) const {
-    if constexpr (std::is_same_v<S, T>)
-      if (in_place_) return features_.row_range(block.begin, block.size);
-    return rows<T>(by_pixel_, channels_, block);
-  }
-
-  // Returns a panel (C, N), for microkernels filled up with zeros.
-  Matrix<const T> by_channel(Block panel) const {
-    return blas_ ? by_pixel(panel).t() : Matrix<const T>(columns<T>(by_channel_, channels_, panel));
-  }
-
-  // Computes G = left right^T of two blocks into (rows, stride), with zeros after the last column.
-  static void gram(const PackedFeatures& left, Block i, const PackedFeatures& right, Block j, T* G, int64_t stride) {
+  // Computes G = left right^T of two blocks, rows i and columns j.
+  static void gram(const PackedFeatures& left, Block i, const PackedFeatures& right, Block j, Square G) {
     if (left.blas_) {
-      multiply(left.by_pixel(i), right.by_pixel(j).t(), Matrix<T>{G, i.size, j.size, stride, 1});
+      multiply(left.by_pixel(i), right.by_pixel(j).t(), G.part(0, i.size, 0, j.size));
       for (int64_t row = 0; row < i.size; ++row)
-        std::fill_n(G + row * stride + j.size, round_up(j.size, LINE) - j.size, T(0));
+        std::fill_n(G.data + row * G.stride + j.size, round_up(j.size, LINE) - j.size, T(0));
       return;
     }
-    for (int64_t column = 0; column < j.size; column += PANEL)
-      for (int64_t row = 0; row < i.size; row += PANEL) {
-        const Block rows = panel_of(i, row), columns = panel_of(j, column);
-        const Matrix<T> result = {G + row * stride + column, round_up(rows.size, LINE), round_up(columns.size, LINE),
-                                  stride, 1};
+    for_each_panel(j, [&](Block columns) {
+      for_each_panel(i, [&](Block rows) {
+        const Matrix<T> result = G.part(rows.begin - i.begin, left.padded(rows.size), columns.begin - j.begin,
+                                        left.padded(columns.size));
         if constexpr (IS_BFLOAT16)
-          if (left.pairs_) {
-            multiply(left.left_rows(rows), right.right_columns(columns), result);
-            continue;
-          }
+          if (left.pairs_) return multiply(left.left_rows(rows), right.right_columns(columns), result);
         multiply(left.by_pixel(rows), right.by_channel(columns), result);
-      }
+      });
+    });
   }
 
-  // Returns to how many pixels operands are filled up with zeros.
-  int64_t padded(int64_t pixels) const { return blas_ ? pixels : round_up(pixels, LINE); }
+  // Computes K q for some rows of K and the features q of a block into `result` (N, C).
+  void product(Square K, int64_t rows, Block block, T* result) const {
+    const Matrix<const T> features = by_pixel(block);
+    for_each_panel({0, rows}, [&](Block panel) {
+      const int64_t count = padded(panel.size);
+      multiply(K.part(panel.begin, count, 0, features.rows), features,
+               Matrix<T>{result + panel.begin * channels_, count, channels_, channels_, 1});
+    });
+  }
+
+  // Computes K^T q for the features q of a block and some columns of K into `result` (N, C), transposed: (C, stride of K).
+  void transposed_product(Square K, int64_t columns, Block block, T* result) const {
+    bool add = false;
+    for_each_panel(block, [&](Block rows) {
+      for_each_panel({0, columns}, [&](Block panel) {
+        const int64_t count = padded(panel.size);
+        multiply(by_channel(rows), K.part(rows.begin - block.begin, padded(rows.size), panel.begin, count),
+                 Matrix<T>{result + panel.begin, channels_, count, K.stride, 1}, add);
+      });
+      add = true;
+    });
+  }
 
  private:
   static constexpr bool IS_BFLOAT16 = std::is_same_v<S, c10::BFloat16>;
 
-  static Block panel_of(Block block, int64_t done) {
-    return {block.begin + done, std::min(PANEL, block.size - done)};
+  // Calls f for the panels of a block, which starts at a multiple of PANEL.
+  template <typename F>
+  static void for_each_panel(Block block, F f) {
+    for (int64_t done = 0; done < block.size; done += PANEL)
+      f(Block{block.begin + done, std::min(PANEL, block.size - done)});
   }
+
+  int64_t padded(int64_t pixels) const { return blas_ ? pixels : round_up(pixels, LINE); }
+
   template <typename U>
   Matrix<U> rows(const at::Tensor& memory, int64_t columns, Block block) const {
     return {static_cast<U*>(memory.mutable_data_ptr()) + block.begin * columns, padded(block.size), columns, columns, 1};
@@ -129,24 +152,24 @@ class PackedFeatures {
   Matrix<c10::BFloat16> left_rows(Block block) const { return rows<c10::BFloat16>(left_, 2 * pairs_, block); }
   Matrix<Pair> right_columns(Block panel) const { return columns<Pair>(right_, pairs_, panel); }
 
+  Matrix<const T> by_pixel(Block block) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (in_place_) return features_.row_range(block.begin, block.size);
+    return rows<T>(by_pixel_, channels_, block);
+  }
+  Matrix<const T> by_channel(Block panel) const {
+    return blas_ ? by_pixel(panel).t() : Matrix<const T>(columns<T>(by_channel_, channels_, panel));
+  }
+
   template <typename From, typename To>
-  static void copy_padded(const Matrix<From>& from, const Matrix<To>& to) {
+  static void copy_filled_up(const Matrix<From>& from, const Matrix<To>& to) {
     copy(from, to);
     for (int64_t i = 0; from.columns < to.columns && i < from.rows; ++i)
       std::fill_n(to.data + i * to.row_stride + from.columns, to.columns - from.columns, To(0));
     for (int64_t i = from.rows; i < to.rows; ++i) std::fill_n(to.data + i * to.row_stride, to.columns, To(0));
   }
 
-  void pack_pairs(const Matrix<const c10::BFloat16>& from, Block panel) const {
-    const Matrix<c10::BFloat16> left = left_rows(panel);
-    copy_padded(from, left);
-    if (uses_ & RIGHT)
-      copy(Matrix<const Pair>{reinterpret_cast<const Pair*>(left.data), left.rows, pairs_, pairs_, 1}.t(),
-           right_columns(panel));
-  }
-
   int64_t channels_, pairs_ = 0;  // of channels: not 0 if gram() multiplies bfloat16 numbers
-  unsigned uses_;
   bool blas_, in_place_ = false;
   Matrix<const S> features_{};
   at::Tensor by_pixel_, by_channel_, left_, right_;

@@ -39,7 +39,7 @@ class Workspace {
 
   Workspace(int64_t pixels, int64_t channels_s, int64_t channels_t, bool need_grad)
       : stride(round_up(pixels, LINE) + (pixels > BLOCK ? LINE : 0)),
-        student(pixels, channels_s, Packed::LEFT | Packed::RIGHT | (need_grad ? Packed::BY_PIXEL : 0)),
+        student(pixels, channels_s, Packed::LEFT | Packed::RIGHT | (need_grad ? Packed::PRODUCT : 0)),
         teacher(pixels, channels_t, Packed::LEFT | Packed::RIGHT),
         memory_(at::empty({2 * round_up(pixels, LINE) + 3, stride}, c10::CppTypeToScalarType<T>::value)) {
     gram_s = memory_.mutable_data_ptr<T>();
@@ -80,8 +80,8 @@ class Image {
   void multiply_features(Block rows) {
     const Block columns = {0, rows.begin + rows.size};
     const int64_t first = rows.begin * space_.stride;
-    PackedFeatures<S>::gram(space_.student, rows, space_.student, columns, space_.gram_s + first, space_.stride);
-    PackedFeatures<S>::gram(space_.teacher, rows, space_.teacher, columns, space_.gram_t + first, space_.stride);
+    PackedFeatures<S>::gram(space_.student, rows, space_.student, columns, {space_.gram_s + first, space_.stride});
+    PackedFeatures<S>::gram(space_.teacher, rows, space_.teacher, columns, {space_.gram_t + first, space_.stride});
   }
 
   // Pass 2: the rest of the rows, by symmetry, and their scales.
@@ -107,13 +107,11 @@ class Image {
     if (norms && relation_.normalize == Normalize::cosine)  // of norms that depend on their own pixel only
       for (int64_t i = 0; i < rows.size; ++i)
         tile.K[i * tile.stride + rows.begin + i] -= tile.h_row[i] * tile.row_s[i] * tile.row_s[i];
-    const Matrix<const T> features = space_.student.by_pixel({0, pixels_});
-    const int64_t padded = space_.student.padded(rows.size);
-    const Tensor memory = at::empty({padded, channels_}, c10::CppTypeToScalarType<T>::value);
-    const Matrix<T> product = {memory.mutable_data_ptr<T>(), padded, channels_, channels_, 1};
-    multiply(Matrix<const T>{tile.K, padded, features.rows, tile.stride, 1}, features, product);
-    std::for_each_n(product.data, rows.size * channels_, [&](T& value) { value *= scale; });
-    copy(product.row_range(0, rows.size), gradient.row_range(rows.begin, rows.size));
+    const Tensor memory = at::empty({round_up(rows.size, LINE), channels_}, c10::CppTypeToScalarType<T>::value);
+    const Matrix<T> part = {memory.mutable_data_ptr<T>(), rows.size, channels_, channels_, 1};
+    space_.student.product({tile.K, tile.stride}, rows.size, {0, pixels_}, part.data);
+    std::for_each_n(part.data, rows.size * channels_, [&](T& value) { value *= scale; });
+    copy(part, gradient.row_range(rows.begin, rows.size));
   }
 
  private:

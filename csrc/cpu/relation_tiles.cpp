@@ -8,7 +8,6 @@
 // barrier. There is no deadlock, because a tile waits only for tiles that were claimed before it.
 #include "relation_tiles.h"
 
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #if defined(__unix__)
@@ -22,20 +21,14 @@
 #include <vector>
 
 #include "../common/index.h"
-#include "gram.h"
 #include "kernels.h"
+#include "packed_features.h"
 #include "tile_workers.h"
 
 namespace srpkd::cpu {
 namespace {
 
 using at::Tensor;
-
-// Returns a view of one block of pixels of an image's features (N, C), which may have any strides.
-Tensor rows_of(const Tensor& features, Block block) {
-  return features.as_strided({block.size, features.size(1)}, features.strides(),
-                             features.storage_offset() + block.begin * features.stride(0));
-}
 
 // Returns alpha (B, N) padded with zeros after the last pixel, because the epilogue reads whole vectors.
 Tensor padded(const Tensor& alpha, const at::TensorOptions& options) {
@@ -46,86 +39,95 @@ Tensor padded(const Tensor& alpha, const at::TensorOptions& options) {
 }
 
 // The buffers of one thread.
+template <typename S>
 struct Workspace {
-  Tensor gram_s, gram_t;                   // one tile
-  std::array<Tensor, 2> h;                 // its part of h, for its rows and for its columns
-  std::array<Tensor, 2> student, teacher;  // features of both blocks, widened; undefined if not needed
+  using T = SumOf<S>;
+  using Packed = PackedFeatures<S>;
 
-  Workspace(int64_t size, const Tensor& q_s, const Tensor& q_t, const at::TensorOptions& options)
-      : gram_s(at::empty({size, size}, options)), gram_t(at::empty({size, size}, options)) {
-    for (int side = 0; side < 2; ++side) {
-      h[side] = at::empty({size}, options);
-      if (q_s.scalar_type() == gram_s.scalar_type()) continue;
-      student[side] = at::empty({size, q_s.size(2)}, options);
-      teacher[side] = at::empty({size, q_t.size(2)}, options);
-    }
+  Packed student_i, student_j, teacher_i, teacher_j;  // of the rows and of the columns of a tile
+  Tensor gram_s, gram_t;                              // (size, size)
+  Tensor h_i, h_j, U_i, U_j;                          // (size,), (size, C_s): the tile's parts of h and U
+
+  Workspace(int64_t size, int64_t channels_s, int64_t channels_t, bool need_grad)
+      : student_i(size, channels_s, Packed::LEFT | (need_grad ? Packed::TRANSPOSED_PRODUCT : 0)),
+        student_j(size, channels_s, Packed::RIGHT | (need_grad ? Packed::PRODUCT : 0)),
+        teacher_i(size, channels_t, Packed::LEFT),
+        teacher_j(size, channels_t, Packed::RIGHT) {
+    constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    gram_s = at::empty({size, size}, type), gram_t = at::empty({size, size}, type);
+    h_i = at::empty({size}, type), h_j = at::empty({size}, type);
+    if (need_grad) U_i = at::empty({size, channels_s}, type), U_j = at::empty({channels_s, size}, type);
   }
 };
 
-// Returns a block in the dtype of the accumulator: the block itself, or a copy in `buffer` that is contiguous along the
-// same dimension.
-Tensor widened(const Tensor& block, const Tensor& buffer) {
-  if (!buffer.defined()) return block;
-  const int64_t rows = block.size(0), channels = block.size(1);
-  const bool by_channel = block.stride(0) < block.stride(1);
-  return buffer.as_strided({rows, channels}, {by_channel ? 1 : channels, by_channel ? rows : 1}).copy_(block);
+template <typename T>
+void add(const Matrix<const T>& part, const Matrix<T>& sum) {
+  for (int64_t i = 0; i < sum.rows; ++i)
+    for (int64_t j = 0; j < sum.columns; ++j)
+      sum.data[i * sum.row_stride + j * sum.column_stride] += part.data[i * part.row_stride + j * part.column_stride];
 }
 
-template <typename T>
+template <typename S>
 void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_student, const Tensor& alpha_teacher,
          const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
-  const int64_t images = student.size(0), pixels = student.size(1);
+  using T = SumOf<S>;
+  const int64_t images = student.size(0), pixels = student.size(1), channels = student.size(2);
   const int64_t size = tile > 0 ? round_up(tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
   const int64_t blocks = ceil_div(pixels, size), tiles = tile_count(blocks);
   const int64_t half = round_up(ceil_div(size, 2), LINE);
   const bool need_grad = U.defined();
-  const auto type = student.options().dtype(c10::CppTypeToScalarType<T>::value);
   const Kernels<T>& kernels = select_kernels<T>();
 
-  const std::vector<Tensor> q_s = student.unbind(0), q_t = teacher.unbind(0);  // (N, C) each
-  const std::vector<Tensor> u = need_grad ? U.unbind(0) : std::vector<Tensor>{};
+  const auto type = at::device(at::kCPU).dtype(c10::CppTypeToScalarType<T>::value);
   const Tensor alpha_s = padded(alpha_student, type), alpha_t = padded(alpha_teacher, type);
   std::vector<std::atomic<int64_t>> rounds_done(images * blocks);  // of each block
   TileWorkers workers(images, tiles);
 
-  // Adds a tile's part to U and h of one block's pixels.
-  const auto accumulate = [&](int64_t image, Block block, const Tensor& K, const Tensor& features, const Tensor& part) {
-    Tensor sum = rows_of(u[image], block);
-    at::cpu::addmm_(sum, K, features);
+  // Adds a tile's part (N, C) of U, and that of h, to those of a block's pixels.
+  const auto accumulate = [&](int64_t image, Block block, const Matrix<const T>& part, const T* part_of_h) {
+    add(part, image_of(U, image, U.mutable_data_ptr<T>()).row_range(block.begin, block.size));
     if (!h.defined()) return;
     T* const sums = h.mutable_data_ptr<T>() + image * pixels + block.begin;
-    const T* const parts = part.const_data_ptr<T>();
-    for (int64_t i = 0; i < block.size; ++i) sums[i] += parts[i];
+    for (int64_t i = 0; i < block.size; ++i) sums[i] += part_of_h[i];
   };
 
   // Processes the rows i and the columns j, and returns their part of the loss.
-  const auto process = [&](Workspace& space, int64_t image, Block i, Block j, bool mirrored,
+  const auto process = [&](Workspace<S>& space, int64_t image, Block i, Block j, bool mirrored,
                            const auto& wait_for_turn) {
+    const auto pack = [&](PackedFeatures<S>& packed, const Tensor& features, Block block) {
+      packed.set(image_of(features, image, features.const_data_ptr<S>()).row_range(block.begin, block.size));
+      packed.pack({0, block.size});
+    };
+    pack(space.student_i, student, i), pack(space.student_j, student, j);
+    pack(space.teacher_i, teacher, i), pack(space.teacher_j, teacher, j);
+    T* const K = space.gram_s.template mutable_data_ptr<T>();  // overwrites G_s
+    T* const gram_t = space.gram_t.template mutable_data_ptr<T>();
     const int64_t stride = round_up(j.size, LINE);
-    const Tensor s_i = widened(rows_of(q_s[image], i), space.student[0]);
-    const Tensor s_j = mirrored ? widened(rows_of(q_s[image], j), space.student[1]) : s_i;
-    const Tensor K = gram<T>(space.gram_s, s_i, s_j, stride);
-    const Tensor t_i = widened(rows_of(q_t[image], i), space.teacher[0]);
-    const Tensor t_j = mirrored ? widened(rows_of(q_t[image], j), space.teacher[1]) : t_i;
-    gram<T>(space.gram_t, t_i, t_j, stride);
+    const Block rows = {0, i.size}, columns = {0, j.size};
+    PackedFeatures<S>::gram(space.student_i, rows, space.student_j, columns, {K, stride});
+    PackedFeatures<S>::gram(space.teacher_i, rows, space.teacher_j, columns, {gram_t, stride});
 
     const auto alpha = [&](const Tensor& alpha, Block block) {
       return alpha.defined() ? alpha.const_data_ptr<T>() + image * alpha.size(1) + block.begin : nullptr;
     };
-    T* const gram_s = space.gram_s.template mutable_data_ptr<T>();  // overwritten with K
-    const double part = kernels.epilogue(
-        {i.size, stride, gram_s, space.gram_t.template const_data_ptr<T>(), gram_s, alpha(alpha_s, i),
-         alpha(alpha_t, i), alpha(alpha_s, j), alpha(alpha_t, j), space.h[0].template mutable_data_ptr<T>(),
-         space.h[1].template mutable_data_ptr<T>(), T(relation.delta), 0},
-        {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
-    if (need_grad && wait_for_turn()) {
-      accumulate(image, i, K, s_j, space.h[0]);
-      if (mirrored) accumulate(image, j, K.t(), s_i, space.h[1]);
-    }
+    T* const h_i = space.h_i.template mutable_data_ptr<T>();
+    T* const h_j = space.h_j.template mutable_data_ptr<T>();
+    const double part =
+        kernels.epilogue({i.size, stride, K, gram_t, K, alpha(alpha_s, i), alpha(alpha_t, i), alpha(alpha_s, j),
+                          alpha(alpha_t, j), h_i, h_j, T(relation.delta), 0},
+                         {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
+    if (!need_grad) return part;
+    T* const U_i = space.U_i.template mutable_data_ptr<T>();
+    T* const U_j = space.U_j.template mutable_data_ptr<T>();
+    space.student_j.product({K, stride}, i.size, columns, U_i);
+    if (mirrored) space.student_i.transposed_product({K, stride}, j.size, rows, U_j);
+    if (!wait_for_turn()) return part;
+    accumulate(image, i, Matrix<const T>{U_i, i.size, channels, channels, 1}, h_i);
+    if (mirrored) accumulate(image, j, Matrix<const T>{U_j, j.size, channels, 1, stride}, h_j);
     return part;
   };
 
-  const auto work = [&](Workspace& space, int64_t image, int64_t index) {
+  const auto work = [&](Workspace<S>& space, int64_t image, int64_t index) {
     const Tile tile = tile_at(index, blocks);
     std::atomic<int64_t>* const done = rounds_done.data() + image * blocks;
     const auto wait_for_turn = [&] {
@@ -147,7 +149,7 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
     for (const int64_t block : {tile.row, tile.column}) done[block].store(tile.round + 1, std::memory_order_release);
     return part;
   };
-  workers.run([&] { return Workspace(size, student, teacher, type); }, work, loss.mutable_data_ptr<double>());
+  workers.run([&] { return Workspace<S>(size, channels, teacher.size(2), need_grad); }, work, loss.mutable_data_ptr<double>());
 }
 
 }  // namespace
@@ -171,8 +173,14 @@ int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t
 
 void relation_tiles(const Tensor& student, const Tensor& teacher, const Tensor& alpha_s, const Tensor& alpha_t,
                     const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
-  const auto run_as = student.scalar_type() == at::kDouble ? run<double> : run<float>;
-  run_as(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
+  switch (student.scalar_type()) {
+    case at::kDouble:
+      return run<double>(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
+    case at::kBFloat16:
+      return run<c10::BFloat16>(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
+    default:  // torch widens float16 numbers faster than a loop
+      return run<float>(student.to(at::kFloat), teacher.to(at::kFloat), alpha_s, alpha_t, relation, tile, loss, U, h);
+  }
 }
 
 }  // namespace srpkd::cpu
