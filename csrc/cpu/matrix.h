@@ -54,23 +54,27 @@ using Pair = uint32_t;
 // has_bfloat16_microkernels().
 void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result);
 
-// Copies a matrix to another of at least its size.
-template <typename From, typename To>
-void copy(const Matrix<From>& from, const Matrix<To>& to) {
+// Calls f(element of `from`, element of `to`) for each element of `from`; `to` has at least its size.
+template <typename From, typename To, typename F>
+void for_each_pair(const Matrix<From>& from, const Matrix<To>& to, F f) {
   constexpr int64_t SIDE = 16;  // of squares: the cache lines of both matrices stay in the cache
-  if (to.column_stride != 1 && to.row_stride == 1) return copy(from.t(), to.t());
+  if (to.column_stride != 1 && to.row_stride == 1) return for_each_pair(from.t(), to.t(), f);
   const int64_t side = from.column_stride == 1 ? from.columns : SIDE;
   for (int64_t left = 0; left < from.columns; left += side)
     for (int64_t row = 0; row < from.rows; ++row) {
       const int64_t count = std::min(side, from.columns - left);
-      const From* const source = from.data + row * from.row_stride + left * from.column_stride;
+      From* const source = from.data + row * from.row_stride + left * from.column_stride;
       To* const target = to.data + row * to.row_stride + left * to.column_stride;
       if (from.column_stride == 1 && to.column_stride == 1)
-        for (int64_t j = 0; j < count; ++j) target[j] = static_cast<To>(source[j]);
+        for (int64_t j = 0; j < count; ++j) f(source[j], target[j]);
       else
-        for (int64_t j = 0; j < count; ++j)
-          target[j * to.column_stride] = static_cast<To>(source[j * from.column_stride]);
+        for (int64_t j = 0; j < count; ++j) f(source[j * from.column_stride], target[j * to.column_stride]);
     }
+}
+
+template <typename From, typename To>
+void copy(const Matrix<From>& from, const Matrix<To>& to) {
+  for_each_pair(from, to, [](const From& source, To& target) { target = static_cast<To>(source); });
 }
 
 }  // namespace srpkd::cpu

@@ -60,13 +60,6 @@ struct Workspace {
   }
 };
 
-template <typename T>
-void add(const Matrix<const T>& part, const Matrix<T>& sum) {
-  for (int64_t i = 0; i < sum.rows; ++i)
-    for (int64_t j = 0; j < sum.columns; ++j)
-      sum.data[i * sum.row_stride + j * sum.column_stride] += part.data[i * part.row_stride + j * part.column_stride];
-}
-
 template <typename S>
 void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_student, const Tensor& alpha_teacher,
          const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
@@ -85,7 +78,8 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
 
   // Adds a tile's part (N, C) of U, and that of h, to those of a block's pixels.
   const auto accumulate = [&](int64_t image, Block block, const Matrix<const T>& part, const T* part_of_h) {
-    add(part, image_of(U, image, U.mutable_data_ptr<T>()).row_range(block.begin, block.size));
+    const Matrix<T> sum = image_of(U, image, U.mutable_data_ptr<T>()).row_range(block.begin, block.size);
+    for_each_pair(part, sum, [](T term, T& total) { total += term; });
     if (!h.defined()) return;
     T* const sums = h.mutable_data_ptr<T>() + image * pixels + block.begin;
     for (int64_t i = 0; i < block.size; ++i) sums[i] += part_of_h[i];
