@@ -7,7 +7,6 @@
 #include "indexed_tiles.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 
 #include <algorithm>
 #include <array>
@@ -15,8 +14,8 @@
 #include <vector>
 
 #include "../common/index.h"
-#include "gram.h"
 #include "kernels.h"
+#include "packed_features.h"
 #include "relation_tiles.h"
 #include "tile_workers.h"
 
@@ -30,50 +29,54 @@ template <typename T>
 struct Side {
   std::vector<int64_t> pixels;
   Tensor student, teacher;  // (size, C_s), (size, C_t)
+  PackedFeatures<T> packed_s, packed_t;
   Tensor alpha_s, alpha_t;  // (size,), padded with zeros
-  Tensor product, h;        // (size, C_s), (size,): the tile's parts of U and h
+  Tensor U, h;              // (size * C_s,), (size,): the tile's parts
 
-  Side(int64_t size, int64_t channels_s, int64_t channels_t, const at::TensorOptions& options)
-      : student(at::empty({size, channels_s}, options)),
-        teacher(at::empty({size, channels_t}, options)),
-        alpha_s(at::empty({size}, options)),
-        alpha_t(at::empty({size}, options)),
-        product(at::empty({size, channels_s}, options)),
-        h(at::empty({size}, options)) {}
+  Side(int64_t size, const Pixels& source, unsigned use, unsigned use_of_product)
+      : packed_s(size, source.student.size(2), use | use_of_product), packed_t(size, source.teacher.size(2), use) {
+    const auto space = [&](auto... sizes) { return at::empty({sizes...}, source.student.options()); };
+    student = space(size, source.student.size(2)), teacher = space(size, source.teacher.size(2));
+    alpha_s = space(size), alpha_t = space(size);
+    U = space(size * source.student.size(2)), h = space(size);
+  }
 
   int64_t size() const { return static_cast<int64_t>(pixels.size()); }
 
   // Copies the features and scales of `pixels` of an image.
   void gather(const Pixels& source, int64_t image) {
-    copy_rows(source.student, image, student);
-    copy_rows(source.teacher, image, teacher);
+    pack(source.student, image, student, packed_s);
+    pack(source.teacher, image, teacher, packed_t);
     if (source.alpha_s.defined()) {
       copy_scales(source.alpha_s, image, alpha_s);
       copy_scales(source.alpha_t, image, alpha_t);
     }
   }
 
-  // Adds the tile's parts to U and h of an image.
-  void add_to(const Tensor& U, const Tensor& sums, int64_t image) const {
-    const int64_t channels = U.size(2), count = U.size(1);
-    const T* part = product.const_data_ptr<T>();
-    T* const rows = U.mutable_data_ptr<T>() + image * count * channels;
-    for (const int64_t pixel : pixels) {
-      T* const row = rows + pixel * channels;
-      for (int64_t c = 0; c < channels; ++c) row[c] += *part++;
+  // Adds the tile's parts, of which that of U has these strides, to those of an image.
+  void add_to(const Tensor& all_U, const Tensor& all_h, int64_t image, int64_t row_stride,
+              int64_t column_stride) const {
+    const int64_t channels = all_U.size(2), count = all_U.size(1);
+    const T* const part = U.const_data_ptr<T>();
+    T* const rows = all_U.mutable_data_ptr<T>() + image * count * channels;
+    for (int64_t k = 0; k < size(); ++k) {
+      T* const row = rows + pixels[k] * channels;
+      for (int64_t c = 0; c < channels; ++c) row[c] += part[k * row_stride + c * column_stride];
     }
-    if (!sums.defined()) return;
-    T* const data = sums.mutable_data_ptr<T>() + image * count;
+    if (!all_h.defined()) return;
+    T* const data = all_h.mutable_data_ptr<T>() + image * count;
     const T* const terms = h.const_data_ptr<T>();
     for (int64_t k = 0; k < size(); ++k) data[pixels[k]] += terms[k];
   }
 
  private:
-  void copy_rows(const Tensor& features, int64_t image, const Tensor& copy) const {
+  void pack(const Tensor& features, int64_t image, const Tensor& selected, PackedFeatures<T>& packed) const {
     const int64_t channels = features.size(2);
     const T* const rows = features.const_data_ptr<T>() + image * features.size(1) * channels;
-    T* place = copy.mutable_data_ptr<T>();
-    for (const int64_t pixel : pixels) place = std::copy_n(rows + pixel * channels, channels, place);
+    T* const copy = selected.mutable_data_ptr<T>();
+    for (int64_t k = 0; k < size(); ++k) std::copy_n(rows + pixels[k] * channels, channels, copy + k * channels);
+    packed.set({copy, size(), channels, channels, 1});
+    packed.pack({0, size()});
   }
 
   void copy_scales(const Tensor& alpha, int64_t image, const Tensor& copy) const {
@@ -93,11 +96,9 @@ struct Workspace {
   Workspace(int64_t size, const Pixels& pixels)
       : gram_s(at::empty({size, size}, pixels.student.options())),
         gram_t(at::empty({size, size}, pixels.student.options())),
-        rows(size, pixels.student.size(2), pixels.teacher.size(2), pixels.student.options()),
-        columns(size, pixels.student.size(2), pixels.teacher.size(2), pixels.student.options()) {}
+        rows(size, pixels, PackedFeatures<T>::LEFT, PackedFeatures<T>::TRANSPOSED_PRODUCT),
+        columns(size, pixels, PackedFeatures<T>::RIGHT, PackedFeatures<T>::PRODUCT) {}
 };
-
-Tensor first_rows(const Tensor& matrix, int64_t rows) { return matrix.narrow(0, 0, rows); }
 
 template <typename T>
 void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const Relation& relation, bool mirrored,
@@ -149,22 +150,20 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     i.gather(rows, image);
     j.gather(columns, image);
     const int64_t stride = round_up(j.size(), LINE);
-    const Tensor s_i = first_rows(i.student, i.size()), s_j = first_rows(j.student, j.size());
-    const Tensor K = gram<T>(space.gram_s, s_i, s_j, stride);
-    gram<T>(space.gram_t, first_rows(i.teacher, i.size()), first_rows(j.teacher, j.size()), stride);
-    if (mirrored && relation.normalize == Normalize::cosine) clear_ties(space, set, stride);
     const auto read = [](const Tensor& x) { return x.const_data_ptr<T>(); };
     const auto write = [](const Tensor& x) { return x.mutable_data_ptr<T>(); };
-    T* const gram_s = write(space.gram_s);  // overwritten with K
-    const double part =
-        kernels.epilogue({i.size(), stride, gram_s, read(space.gram_t), gram_s, read(i.alpha_s), read(i.alpha_t),
-                          read(j.alpha_s), read(j.alpha_t), write(i.h), write(j.h), T(relation.delta),
-                          stride},  // no element of the tile is on the diagonal
-                         {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
+    T *const K = write(space.gram_s), *const gram_t = write(space.gram_t);  // K overwrites G_s
+    const Block block_i = {0, i.size()}, block_j = {0, j.size()};
+    PackedFeatures<T>::gram(i.packed_s, block_i, j.packed_s, block_j, {K, stride});
+    PackedFeatures<T>::gram(i.packed_t, block_i, j.packed_t, block_j, {gram_t, stride});
+    if (mirrored && relation.normalize == Normalize::cosine) clear_ties(space, set, stride);
+    const double part = kernels.epilogue(
+        {i.size(), stride, K, gram_t, K, read(i.alpha_s), read(i.alpha_t), read(j.alpha_s), read(j.alpha_t), write(i.h),
+         write(j.h), T(relation.delta), stride},  // no element of the tile is on the diagonal
+        {relation.normalize, relation.distance, need_grad, mirrored, relation.rectify});
     if (need_grad) {
-      Tensor product_i = first_rows(i.product, i.size()), product_j = first_rows(j.product, j.size());
-      at::cpu::mm_out(product_i, K, s_j);
-      if (mirrored) at::cpu::mm_out(product_j, K.t(), s_i);
+      j.packed_s.product({K, stride}, i.size(), block_j, write(i.U));
+      if (mirrored) i.packed_s.transposed_product({K, stride}, j.size(), block_i, write(j.U));
     }
     return part;
   };
@@ -176,8 +175,8 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     const double part = is_empty ? 0 : process(space, image, set);
     if (!need_grad || !workers.wait_for(tiles_done[image], place)) return part;
     if (!is_empty) {
-      space.rows.add_to(U, h, image);
-      if (mirrored) space.columns.add_to(U, h, image);
+      space.rows.add_to(U, h, image, U.size(2), 1);
+      if (mirrored) space.columns.add_to(U, h, image, 1, round_up(space.columns.size(), LINE));
     }
     tiles_done[image].store(place + 1, std::memory_order_release);
     return part;

@@ -3,8 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <string>
@@ -96,8 +96,8 @@ void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<doub
 
 void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result) {
   at::native::cpublas::brgemm(left.rows, right.columns, left.columns, left.row_stride, right.row_stride,
-                              result.row_stride, false, left.data,
-                              reinterpret_cast<const c10::BFloat16*>(right.data), result.data, true);
+                              result.row_stride, false, left.data, reinterpret_cast<const c10::BFloat16*>(right.data),
+                              result.data, true);
 }
 
 }  // namespace srpkd::cpu

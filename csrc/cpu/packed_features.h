@@ -30,14 +30,15 @@ constexpr int64_t PANEL = 64;  // pixels that microkernels multiply at a time
 // Copies of features (N, C) of type S, made by pack(). BLAS reads the features in place if their strides allow it.
 //
 // The microkernels' operands are row-major: those of a Gram matrix are pixels x channels and channels x pixels. Numbers
-// of pixels are filled up with zeros to a multiple of LINE: for each size, a kernel is compiled when it is first needed.
+// of pixels are filled up with zeros to a multiple of LINE: for each size, a kernel is compiled when it is first
+// needed.
 template <typename S>
 class PackedFeatures {
  public:
   using T = SumOf<S>;
 
-  // A matrix with a row and a column for each pixel. Its rows start at multiples of LINE elements, and rows and columns up
-  // to a multiple of LINE are zeros.
+  // A matrix with a row and a column for each pixel. Its rows start at multiples of LINE elements, and rows and columns
+  // up to a multiple of LINE are zeros.
   struct Square {
     T* data;
     int64_t stride;
@@ -96,8 +97,8 @@ class PackedFeatures {
     }
     for_each_panel(j, [&](Block columns) {
       for_each_panel(i, [&](Block rows) {
-        const Matrix<T> result = G.part(rows.begin - i.begin, left.padded(rows.size), columns.begin - j.begin,
-                                        left.padded(columns.size));
+        const Matrix<T> result =
+            G.part(rows.begin - i.begin, left.padded(rows.size), columns.begin - j.begin, left.padded(columns.size));
         if constexpr (IS_BFLOAT16)
           if (left.pairs_) return multiply(left.left_rows(rows), right.right_columns(columns), result);
         multiply(left.by_pixel(rows), right.by_channel(columns), result);
@@ -115,7 +116,8 @@ class PackedFeatures {
     });
   }
 
-  // Computes K^T q for the features q of a block and some columns of K into `result` (N, C), transposed: (C, stride of K).
+  // Computes K^T q for the features q of a block and some columns of K into `result` (N, C), transposed: (C, stride of
+  // K).
   void transposed_product(Square K, int64_t columns, Block block, T* result) const {
     bool add = false;
     for_each_panel(block, [&](Block rows) {
@@ -142,7 +144,8 @@ class PackedFeatures {
 
   template <typename U>
   Matrix<U> rows(const at::Tensor& memory, int64_t columns, Block block) const {
-    return {static_cast<U*>(memory.mutable_data_ptr()) + block.begin * columns, padded(block.size), columns, columns, 1};
+    return {static_cast<U*>(memory.mutable_data_ptr()) + block.begin * columns, padded(block.size), columns, columns,
+            1};
   }
   // The rows of a panel are adjacent: with a stride of all pixels, they would share few places in a cache.
   template <typename U>

@@ -143,7 +143,8 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
     for (const int64_t block : {tile.row, tile.column}) done[block].store(tile.round + 1, std::memory_order_release);
     return part;
   };
-  workers.run([&] { return Workspace<S>(size, channels, teacher.size(2), need_grad); }, work, loss.mutable_data_ptr<double>());
+  workers.run([&] { return Workspace<S>(size, channels, teacher.size(2), need_grad); }, work,
+              loss.mutable_data_ptr<double>());
 }
 
 }  // namespace
