@@ -84,8 +84,9 @@ bool has_bfloat16_microkernels() {
 
 void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add) {
   if (has_microkernels<float>() && left.row_major() && right.row_major() && result.row_major())
-    at::native::cpublas::brgemm(left.rows, right.columns, left.columns, left.row_stride, right.row_stride,
-                                result.row_stride, add, left.data, right.data, result.data, false);
+    at::native::cpublas::brgemm(left.rows, right.columns, left.columns, leading_dimension(left),
+                                leading_dimension(right), leading_dimension(result), add, left.data, right.data,
+                                result.data, false);
   else
     run<float>(sgemm_, left, right, result, add);
 }
@@ -95,9 +96,11 @@ void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<doub
 }
 
 void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result) {
-  at::native::cpublas::brgemm(left.rows, right.columns, left.columns, left.row_stride, right.row_stride,
-                              result.row_stride, false, left.data, reinterpret_cast<const c10::BFloat16*>(right.data),
-                              result.data, true);
+  at::native::cpublas::brgemm(left.rows, right.columns, left.columns, leading_dimension(left), leading_dimension(right),
+                              leading_dimension(result), false, left.data,
+                              reinterpret_cast<const c10::BFloat16*>(right.data), result.data, true);
 }
+
+void release_microkernels() { at::native::cpublas::brgemm_release(); }
 
 }  // namespace srpkd::cpu

@@ -53,6 +53,8 @@ using Pair = uint32_t;
 // result = left right. All are row-major, and `right` has half as many rows as `left` has columns. Only if
 // has_bfloat16_microkernels().
 void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result);
+// Each thread calls this after such products: they leave AMX configured, which other users of AMX do not expect.
+void release_microkernels();
 
 // Calls f(element of `from`, element of `to`) for each element of `from`; `to` has at least its size.
 template <typename From, typename To, typename F>

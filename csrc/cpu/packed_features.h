@@ -104,6 +104,7 @@ class PackedFeatures {
         multiply(left.by_pixel(rows), right.by_channel(columns), result);
       });
     });
+    if (left.pairs_) release_microkernels();
   }
 
   // Computes K q for some rows of K and the features q of a block into `result` (N, C).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
-INDEXED = "csrc/cpu/indexed_tiles.cpp"
+INDEXED, PACKED, ROW_SCALES = "csrc/cpu/indexed_tiles.cpp", "csrc/cpu/packed_features.h", "csrc/cpu/row_scales.cpp"
 CPU_LOSS, CPU_MATRICES, AUTOGRAD = "csrc/cpu/loss.cpp", "csrc/cpu/relation_matrices.cpp", "csrc/autograd.cpp"
 
 BACKENDS = {
@@ -22,14 +22,21 @@ BACKENDS = {
             Fault(
                 "missing transpose",
                 CPU_TILES,
-                "accumulate(image, j, K.t(), s_i, space.h[1]);",
-                "accumulate(image, j, i.size == j.size ? K : K.t(), s_i, space.h[1]);",
+                "{U_j, j.size, channels, 1, stride}",
+                "{U_j, j.size, channels, channels, 1}",
             ),
             Fault(
                 "the padding of a tile is not cleared",
-                "csrc/cpu/gram.h",
-                "columns < stride && i < rows",
-                "columns < stride && i < rows - 1",
+                PACKED,
+                "from.columns < to.columns && i < from.rows",
+                "from.columns < to.columns && i < from.rows - 1",
+            ),
+            Fault("the panels of a block's part of U are not added up", PACKED, "      add = true;\n", ""),
+            Fault(
+                "a panel begins at its block's first channel",
+                PACKED,
+                "+ panel.begin * rows, rows,",
+                "+ panel.begin * PANEL, rows,",
             ),
             Fault("the tie of a block is that of the first", EPILOGUE, "tie = tile.diagonal + i;", "tie = i;"),
             Fault(
@@ -82,7 +89,18 @@ BACKENDS = {
                 "  sum.baddbmm_(at::bmm(weighted.mT(), features) / size.square(), features.mT(), 1, -1);\n",
                 "",
             ),
-            Fault("tiles: the mean of the features is lost", CPU_LOSS, "square.add_(", "square.clone().add_("),
+            Fault(
+                "tiles: the mean of the features is lost",
+                ROW_SCALES,
+                " + static_cast<T>(pixels) * linear * linear",
+                "",
+            ),
+            Fault(
+                "tiles: moments are those of the last panel of a range",
+                ROW_SCALES,
+                "i > panels * range / ranges);",
+                "false);",
+            ),
             Fault(
                 "the gradient of a mean is that of a sum",
                 CPU_LOSS,
@@ -140,7 +158,7 @@ BACKENDS = {
             Fault(
                 "the gradient of the columns is dropped",
                 INDEXED,
-                "if (mirrored) space.columns.add_to(U, h, image);",
+                "if (mirrored) space.columns.add_to(U, h, image, 1, round_up(space.columns.size(), LINE));",
                 "",
             ),
             Fault(

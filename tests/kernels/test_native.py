@@ -313,34 +313,54 @@ def test_compiles() -> None:
 SAMPLES = """
 import itertools
 import torch
+from srpkd import relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, formulas, native
 torch.set_num_threads(1)
+numbers = {}
+
+def images(pixels, dtype):
+    return (torch.arange(2 * pixels * c).mul(0.618).frac().sub(0.4).view(2, pixels, c).to(dtype) for c in (5, 6))
+
 native.TILE = 32
-student, teacher = (torch.arange(154 * c).mul(0.618).frac().sub(0.4).view(2, 77, c).double() for c in (5, 6))
-numbers = []
+student, teacher = images(77, torch.float64)
 for normalize in NORMALIZATIONS:
     for distance, rectify in itertools.product(DISTANCES, (False, True)):
         relation = Relation(normalize, distance, 0.1, rectify=rectify)
         scales = formulas.scales_of(student, teacher, relation, torch.float64)
         for need_grad in (True, False):
             tiles = native.relation_tiles(student, teacher, scales, relation, need_grad)
-            numbers += [x.norm().item() for x in tiles if x is not None]
+            numbers.setdefault("float64", []).extend(x.norm().item() for x in tiles if x is not None)
+native.TILE = 0
+for dtype, pixels, by_channel in itertools.product((torch.float32, torch.bfloat16), (9, 77, 130, 1100), (True, False)):
+    student, teacher = images(pixels, dtype)
+    if by_channel:
+        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+    student.requires_grad_()
+    loss = relation_loss(student, teacher, layout="nlc", normalize="row", distance="huber", backend="native")
+    (gradient,) = torch.autograd.grad(loss, student)
+    numbers.setdefault(str(dtype)[6:], []).extend(x.double().norm().item() for x in (loss, gradient))
 instructions = native.extension().cpu_capability()["instructions"]
 """
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-3}
 
 
-def test_vectors_of_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The baseline epilogue, for any processor, gives the results of the epilogue for this processor."""
+@pytest.mark.parametrize(
+    ("capability", "setting"), [("default", ""), ("avx2", ""), ("", "torch.backends.mkldnn.enabled = False")]
+)
+def test_other_processors(capability: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors and matrix products for other processors give the results of those for this one."""
     monkeypatch.setattr(native, "TILE", 0)  # SAMPLES sets it: restore it after the test
     samples: dict = {}
     exec(SAMPLES, samples)
-    command = [sys.executable, "-c", SAMPLES + "import json\nprint(json.dumps([numbers, instructions]))"]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    script = f"import torch\n{setting}\n{SAMPLES}\nimport json\nprint(json.dumps([numbers, instructions]))"
+    environment = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     numbers, instructions = json.loads(result.stdout)
-    assert "AVX2" not in instructions
-    assert numbers == pytest.approx(samples["numbers"], rel=1e-12)
+    assert not capability or "AVX512" not in instructions
+    assert capability != "default" or "AVX2" not in instructions
+    for dtype, tolerance in TOLERANCES.items():
+        assert numbers[dtype] == pytest.approx(samples["numbers"][dtype], rel=tolerance), dtype
 
 
 # --- index arithmetic -----------------------------------------------------------------------------------------------
