@@ -7,7 +7,9 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <exception>
 #include <string>
+#include <vector>
 
 // The BLAS that torch is linked with. Weak: where torch hides it, ATen's product is used.
 extern "C" {
@@ -52,6 +54,21 @@ void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, 
        result.data, &ldc);
 }
 
+// oneDNN may not use an instruction set that the processor has: see its ONEDNN_MAX_CPU_ISA.
+bool bfloat16_microkernels_work() {
+  const std::vector<c10::BFloat16> ones(4, 1);
+  std::vector<float> result(4, 0);
+  try {
+    multiply(Matrix<const c10::BFloat16>{ones.data(), 2, 2, 2, 1},
+             Matrix<const Pair>{reinterpret_cast<const Pair*>(ones.data()), 1, 2, 2, 1},
+             Matrix<float>{result.data(), 2, 2, 2, 1});
+    release_microkernels();
+  } catch (const std::exception&) {
+    return false;
+  }
+  return result == std::vector<float>(4, 2);
+}
+
 bool has_instructions(const char* set) {  // respects ATEN_CPU_CAPABILITY
   return at::get_cpu_capability().starts_with(set);
 }
@@ -75,7 +92,8 @@ bool has_microkernels<double>() {
 
 bool has_bfloat16_microkernels() {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
-  static const bool supported = has_instructions("AVX512") && __builtin_cpu_supports("avx512bf16");
+  static const bool supported =
+      has_instructions("AVX512") && __builtin_cpu_supports("avx512bf16") && bfloat16_microkernels_work();
   return supported && has_microkernels<float>();
 #else
   return false;
