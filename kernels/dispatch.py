@@ -101,7 +101,10 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 # O(N C^2) costs less than tiles from this number of pixels per channel (C_s + C_t) on: on a CPU in float64, by
 # measurement; on a GPU by a wide margin. There the recorded GPU does not decide between the two: one image takes as
 # long as the host, with either, and slower GPUs would get the tiles.
-CLOSED_FORM_PIXELS_PER_CHANNEL = {"row": 7, "cosine": 4, "none": 4}
+CLOSED_FORM_PIXELS_PER_CHANNEL = {
+    "cpu": {"row": 16, "cosine": 10, "none": 10},
+    "cuda": {"row": 7, "cosine": 4, "none": 4},
+}
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -124,7 +127,8 @@ def auto_backend(
         precision: of float32 matrix products: "highest", "high" or "medium".
         need_grad: whether the gradient is computed too.
     """
-    enough = pixels >= CLOSED_FORM_PIXELS_PER_CHANNEL[relation.normalize] * sum(channels)
+    least = CLOSED_FORM_PIXELS_PER_CHANNEL["cpu" if device.type == "cpu" else "cuda"][relation.normalize]
+    enough = pixels >= least * sum(channels)
     if device.type == "cpu":
         names = ("closed_form", "native") if enough else ("native",)
         return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
