@@ -115,6 +115,12 @@ class RelationDistiller(nn.Module):
         """The teacher."""
         return self._teacher[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # a module would become a submodule, and the property would not change
+            check_type("the teacher", value, nn.Module, "a torch.nn.Module")
+            name, value = "_teacher", (value,)
+        super().__setattr__(name, value)
+
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]:
         """Run both networks on the same input.
 
