@@ -224,7 +224,7 @@ def _relation_loss(
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
         backend, columns = (backend, columns) if exact is None else (exact, None)
-    if backend != "reference" and not torch.compiler.is_compiling():
+    if backend != "reference":
         check_transforms(student, teacher)
     # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
     if not (is_global or columns is not None or torch.compiler.is_compiling()):
