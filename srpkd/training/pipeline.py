@@ -75,11 +75,12 @@ def execute(plan: Plan) -> RunDir:
         if distributed.rank() == 0:
             (remove_state if config.no_keep_state else remove_older_states)(run_dir.folder)
     except BaseException:
+        # before the report, which a second Ctrl-C may interrupt
+        if has_state(run_dir.folder):
+            distributed.print_rank0(f"stopped; resume with: python -m srpkd.train --resume {run_dir.folder}")
         run_dir.report["status"] = "stopped"
         with suppress(WriteError):  # a write error may be what stopped the run
             run_dir.write_report()
-        if has_state(run_dir.folder):
-            distributed.print_rank0(f"stopped; resume with: python -m srpkd.train --resume {run_dir.folder}")
         raise
     finally:
         run_dir.close()
