@@ -187,10 +187,17 @@ class RelationDistiller(nn.Module):
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
-            student, teacher = (
+            converted = (
                 convert(student, ours, expected, teacher, theirs),
                 convert(teacher, theirs, expected, student, ours),
             )
+            try:
+                return loss(*converted)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. These are the features {tuple(student.shape)}, layout={ours!r}, and "
+                    f"{tuple(teacher.shape)}, layout={theirs!r}, after the conversion to layout={expected!r}"
+                ) from error
         return loss(student, teacher)
 
     def close(self) -> None:

@@ -388,6 +388,8 @@ def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     is_batch = student.ndim == NDIM[layout]
     if student.ndim != teacher.ndim or (is_batch and student.shape[0] != teacher.shape[0]):
         reason = "in the batch"
+    elif layout == "nlc":
+        reason = "in their tokens: tap layers of equal size, and leave out class tokens, as by features[:, 1:]"
     else:
         reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:

@@ -334,6 +334,10 @@ def test_layouts_that_do_not_fit_the_features(student: nn.Module, teacher: nn.Mo
         ValueError, match=r"'encoder'.*: teacher features have shape .* layout='nlc' expects \(B, N, C\)"
     ):
         distiller(image)
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout="nhwc")
+    shapes = r"\(2, 3, 4, 4\).* features \(2, 4, 4, 3\), layout='nhwc'.* after the conversion to layout='nchw'"
+    with pytest.raises(ValueError, match=shapes):
+        distiller.compare({"encoder": torch.ones(2, 4, 4, 3)}, {"encoder": torch.ones(2, 8, 8, 5)})
     with pytest.raises(TypeError, match=r"loss\['encoder'\]: expected a module such as"):
         RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": "l1"})
     with pytest.raises(ValueError, match=r"loss names layers \['decoder'\] that are not tapped"):
