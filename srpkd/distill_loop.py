@@ -89,7 +89,7 @@ def distill(
             train, or ``lr`` is given together with ``optimizer``.
         ImportError: ``progress`` is set and tqdm is not installed.
         RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
-        FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
+        FloatingPointError: a loss is not finite; the student keeps the weights and buffers from before that step.
     """
     check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
     check_type("student", student, nn.Module, "a torch.nn.Module")
@@ -119,6 +119,7 @@ def distill(
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
+    buffers: list[Tensor] = []  # before a step: a non-finite feature would stay in a running mean
     step = 0
     with preserved_modes(teacher):
         teacher.eval()
@@ -135,9 +136,11 @@ def distill(
                     else:
                         inputs = to_device(batch, device)
                         expected = None if target is None else target(inputs)
+                    buffers = _copied(student.buffers(), buffers)
                     losses = _losses(distiller, inputs, expected, output, lambda_kd, lambda_srp, lambda_target)
                     values = {name: value.item() for name, value in losses.items()}
                     if nonfinite := {name: value for name, value in values.items() if not math.isfinite(value)}:
+                        _copied(buffers, list(student.buffers()))
                         raise FloatingPointError(
                             f"step {step}: the loss is not finite ({nonfinite}); the student keeps the weights from "
                             "before this step. Check the images of this step, or use a lower lr or weight"
@@ -160,6 +163,17 @@ def distill(
             distiller.close()
             student.eval()
     return history
+
+
+@torch.no_grad()
+def _copied(tensors: Iterable[Tensor], copies: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in the memory of ``copies`` if these have the same shapes."""
+    tensors = list(tensors)
+    if [tensor.shape for tensor in tensors] != [copy.shape for copy in copies]:
+        return [tensor.clone() for tensor in tensors]
+    if tensors:
+        torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
