@@ -86,7 +86,7 @@ def distill(
     Raises:
         TypeError: an argument, a batch or an output has the wrong type.
         ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, there is nothing to
-            train, or ``lr`` is given together with ``optimizer``.
+            train, ``lr`` is given together with ``optimizer``, or the optimizer has a parameter of the teacher.
         ImportError: ``progress`` is set and tqdm is not installed.
         RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
         FloatingPointError: a loss is not finite; the student keeps the weights and buffers from before that step.
@@ -117,6 +117,7 @@ def distill(
     device = next(student.parameters()).device
     lr = LEARNING_RATE if lr is None else lr
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
+    _check_teacher_is_constant(optimizer, teacher)
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
     buffers: list[Tensor] = []  # before a step: a non-finite feature would stay in a running mean
@@ -183,6 +184,17 @@ def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
         raise ValueError(
             "optimizer has no parameter of the student that requires a gradient, perhaps those of a copy: create it "
             "from student.parameters()"
+        )
+
+
+def _check_teacher_is_constant(optimizer: torch.optim.Optimizer, teacher: nn.Module) -> None:
+    """Raise a ValueError if the optimizer would change a parameter of the teacher."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    shared = [name for name, value in teacher.named_parameters() if value.requires_grad and id(value) in trained]
+    if shared:
+        raise ValueError(
+            f"training would change the teacher, of which the optimizer has {len(shared)} parameters, such as "
+            f"{shared[0]!r}: give the student copies, as by copy.deepcopy, or freeze them by requires_grad_(False)"
         )
 
 
