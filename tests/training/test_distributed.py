@@ -242,12 +242,14 @@ print("fine")
 
 
 @pytest.mark.slow
-def test_a_failed_run_leaves_no_threads(tmp_path):
+def test_a_failed_run_leaves_no_threads_and_says_how_to_resume(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
     done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
+    message = "stopped; resume with: torchrun --nproc_per_node=2 -m srpkd.train --resume runs/experiment\n"
+    assert done.stdout.count(message) == 1, done.stdout
 
 
 @pytest.mark.slow

@@ -318,8 +318,8 @@ def test_a_second_interrupt_does_not_hide_how_to_resume(run, monkeypatch, capsys
 
     monkeypatch.setattr(pipeline, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(*PIX2PIX, "--name=twice")
-    assert "stopped; resume with: python -m srpkd.train --resume runs/twice\n" in capsys.readouterr().out
+        run(*PIX2PIX, "--name=two words")
+    assert "stopped; resume with: python -m srpkd.train --resume 'runs/two words'\n" in capsys.readouterr().out
 
 
 def test_a_run_that_could_not_be_resumed_is_not_locked(run):
