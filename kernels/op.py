@@ -38,7 +38,8 @@ def python_relation_loss(
         backend: "auto", or a name from BACKENDS other than "reference".
         columns: (B, S, m) from ``sampling.draw_columns``, for an estimate from these columns.
     """
-    need_grad = student.requires_grad and torch.is_grad_enabled()
+    # inside torch.vmap a tensor does not tell whether it requires a gradient outside
+    need_grad = torch.is_grad_enabled() and (student.requires_grad or torch._C._functorch.is_batchedtensor(student))
     if not _is_eager(student, teacher):
         loss, _ = relation_loss_op(
             student,
@@ -56,14 +57,15 @@ def python_relation_loss(
 
 def check_transforms(student: Tensor, teacher: Tensor) -> None:
     """Raise a NotImplementedError if a transformation would lose the derivative: only ``reference`` has them all."""
-    stack = torch._C._functorch.peek_interpreter_stack()
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(features).tangent is not None for features in (student, teacher)
     ):
         raise NotImplementedError(
             "the relation loss does not support forward-mode differentiation: use backend='reference', which does"
         )
-    if stack is not None and _is_differentiated(student):
+    if torch.compiler.is_compiling():  # by an error of its own, it reports torch.func.grad
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None and _is_differentiated(student):
         raise NotImplementedError(
             "the relation loss does not support torch.func.grad, vjp and jacrev: use backend='reference', which does, "
             "or torch.autograd.grad"
@@ -72,6 +74,8 @@ def check_transforms(student: Tensor, teacher: Tensor) -> None:
 
 def _is_differentiated(features: Tensor) -> bool:
     """Return whether torch.func differentiates with respect to the features, at any level."""
+    if not torch.is_grad_enabled():
+        return False
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(features):
         if functorch.is_gradtrackingtensor(features) and features.requires_grad:
@@ -107,12 +111,15 @@ def _loss_and_gradient(
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, weight: float = 1.0) -> Tensor:
     """Return gradient (B, N, C_s) times weight times the upstream gradient, () or (B,), rounded to ``dtype`` once."""
-    if (kernels := _gpu_kernels(gradient.device)) is not None and _is_eager(gradient, grad_loss):
+    is_eager = _is_eager(gradient, grad_loss) and not torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+    if is_eager and (kernels := _gpu_kernels(gradient.device)) is not None:
         result = kernels.scaled_gradient(gradient, grad_loss, dtype, weight)
         if result is not None:
             return result
-    factor = grad_loss if weight == 1 else grad_loss * weight
-    return torch.mul(gradient, factor.view(-1, 1, 1), out=torch.empty_like(gradient, dtype=dtype))
+    factor = (grad_loss if weight == 1 else grad_loss * weight).view(-1, 1, 1)
+    if not is_eager:  # such as is_grads_batched=True, which has no rule for out=
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 @functools.cache

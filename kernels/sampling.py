@@ -50,8 +50,12 @@ def _permutations(count: int, pixels: int, device: torch.device, generator: torc
     """Return random permutations of the pixels (count, N)."""
     # in float64 ties, whose order would not be random, are improbable
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    # not torch.rand, whose overload with a generator torch.compile cannot trace for symbolic sizes
-    return torch.empty(count, pixels, dtype=dtype, device=device).uniform_(generator=generator).argsort(-1)
+    # torch.compile cannot trace torch.rand with a generator for symbolic sizes, nor torch.vmap uniform_
+    if generator is None:
+        keys = torch.rand(count, pixels, dtype=dtype, device=device)
+    else:
+        keys = torch.empty(count, pixels, dtype=dtype, device=device).uniform_(generator=generator)
+    return keys.argsort(-1)
 
 
 def exact_backend(

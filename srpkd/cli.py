@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,11 +36,15 @@ From a large generator to a small one that runs without PyTorch:
 srpkd COMMAND --help lists a command's options."""
 
 
-def hide_interrupts() -> None:
-    """Let Ctrl-C end this process without a traceback, which would hide what a command printed before, as to resume.
+def prepare_terminal() -> None:
+    """Let neither Ctrl-C nor a character that the terminal does not have end this process with a traceback.
 
-    The process still ends by the signal, so that a shell script that called it ends too.
+    After Ctrl-C, it would hide what a command printed before, as to resume. The process still ends by the signal, so
+    that a shell script that called it ends too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None, if it was closed
+            stream.reconfigure(errors="replace")
     previous = sys.excepthook
 
     def print_others(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -52,7 +57,7 @@ def hide_interrupts() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 2 if the command is unknown."""
     if arguments is None:
-        hide_interrupts()
+        prepare_terminal()
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if command in ("-h", "--help", "help"):
         print(HELP)

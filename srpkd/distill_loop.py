@@ -86,10 +86,10 @@ def distill(
     Raises:
         TypeError: an argument, a batch or an output has the wrong type.
         ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, there is nothing to
-            train, or ``lr`` is given together with ``optimizer``.
+            train, ``lr`` is given together with ``optimizer``, or the optimizer has a parameter of the teacher.
         ImportError: ``progress`` is set and tqdm is not installed.
         RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
-        FloatingPointError: a loss is not finite; the student keeps the weights from before that step.
+        FloatingPointError: a loss is not finite; the student keeps the weights and buffers from before that step.
     """
     check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
     check_type("student", student, nn.Module, "a torch.nn.Module")
@@ -117,8 +117,10 @@ def distill(
     device = next(student.parameters()).device
     lr = LEARNING_RATE if lr is None else lr
     optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
+    _check_teacher_is_constant(optimizer, teacher)
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
+    buffers: list[Tensor] = []  # before a step: a non-finite feature would stay in a running mean
     step = 0
     with preserved_modes(teacher):
         teacher.eval()
@@ -135,9 +137,11 @@ def distill(
                     else:
                         inputs = to_device(batch, device)
                         expected = None if target is None else target(inputs)
+                    buffers = _copied(student.buffers(), buffers)
                     losses = _losses(distiller, inputs, expected, output, lambda_kd, lambda_srp, lambda_target)
                     values = {name: value.item() for name, value in losses.items()}
                     if nonfinite := {name: value for name, value in values.items() if not math.isfinite(value)}:
+                        _copied(buffers, list(student.buffers()))
                         raise FloatingPointError(
                             f"step {step}: the loss is not finite ({nonfinite}); the student keeps the weights from "
                             "before this step. Check the images of this step, or use a lower lr or weight"
@@ -162,6 +166,17 @@ def distill(
     return history
 
 
+@torch.no_grad()
+def _copied(tensors: Iterable[Tensor], copies: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in the memory of ``copies`` if these have the same shapes."""
+    tensors = list(tensors)
+    if [tensor.shape for tensor in tensors] != [copy.shape for copy in copies]:
+        return [tensor.clone() for tensor in tensors]
+    if tensors:
+        torch._foreach_copy_(copies, tensors)
+    return copies
+
+
 def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
     """Raise a ValueError if the optimizer would change no parameter of the student."""
     own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
@@ -169,6 +184,17 @@ def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
         raise ValueError(
             "optimizer has no parameter of the student that requires a gradient, perhaps those of a copy: create it "
             "from student.parameters()"
+        )
+
+
+def _check_teacher_is_constant(optimizer: torch.optim.Optimizer, teacher: nn.Module) -> None:
+    """Raise a ValueError if the optimizer would change a parameter of the teacher."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    shared = [name for name, value in teacher.named_parameters() if value.requires_grad and id(value) in trained]
+    if shared:
+        raise ValueError(
+            f"training would change the teacher, of which the optimizer has {len(shared)} parameters, such as "
+            f"{shared[0]!r}: give the student copies, as by copy.deepcopy, or freeze them by requires_grad_(False)"
         )
 
 

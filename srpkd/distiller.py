@@ -115,6 +115,12 @@ class RelationDistiller(nn.Module):
         """The teacher."""
         return self._teacher[0]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "teacher":  # a module would become a submodule, and the property would not change
+            check_type("the teacher", value, nn.Module, "a torch.nn.Module")
+            name, value = "_teacher", (value,)
+        super().__setattr__(name, value)
+
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]:
         """Run both networks on the same input.
 
@@ -181,10 +187,17 @@ class RelationDistiller(nn.Module):
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
-            student, teacher = (
+            converted = (
                 convert(student, ours, expected, teacher, theirs),
                 convert(teacher, theirs, expected, student, ours),
             )
+            try:
+                return loss(*converted)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. These are the features {tuple(student.shape)}, layout={ours!r}, and "
+                    f"{tuple(teacher.shape)}, layout={theirs!r}, after the conversion to layout={expected!r}"
+                ) from error
         return loss(student, teacher)
 
     def close(self) -> None:

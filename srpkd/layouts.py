@@ -48,7 +48,7 @@ def convert(features: Tensor, layout: Layout, target: Layout, partner: Tensor, p
         partner_layout: layout of the partner.
 
     Raises:
-        ValueError: the tokens are not as many as the pixels of the partner's map.
+        ValueError: the tokens are not as many as the tokens of the partner, or the pixels of its map.
     """
     if layout == target:
         return features
@@ -59,6 +59,11 @@ def convert(features: Tensor, layout: Layout, target: Layout, partner: Tensor, p
         height, width = tokens, 1
         if partner_layout != "nlc":
             height, width = partner.shape[-2:] if partner_layout == "nchw" else partner.shape[-3:-1]
+        elif partner.shape[-2] != tokens:
+            raise ValueError(
+                f"features of shape {tuple(features.shape)} and {tuple(partner.shape)} have {tokens} and "
+                f"{partner.shape[-2]} tokens: tap layers of equal size, without class tokens"
+            )
         if height * width != tokens:
             raise ValueError(
                 f"features of shape {tuple(features.shape)} have {tokens} tokens and a map {tuple(partner.shape)} has "

@@ -224,7 +224,7 @@ def _relation_loss(
         _, pixels, channels = _sizes(student, teacher, layout, scope)
         exact = sampling.exact_backend(backend, relation, student.device, pixels, channels, columns)
         backend, columns = (backend, columns) if exact is None else (exact, None)
-    if backend != "reference" and not torch.compiler.is_compiling():
+    if backend != "reference":
         check_transforms(student, teacher)
     # torch.compile could not trace the choice by the sizes: python_relation_loss chooses when it runs
     if not (is_global or columns is not None or torch.compiler.is_compiling()):
@@ -388,6 +388,8 @@ def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     is_batch = student.ndim == NDIM[layout]
     if student.ndim != teacher.ndim or (is_batch and student.shape[0] != teacher.shape[0]):
         reason = "in the batch"
+    elif layout == "nlc":
+        reason = "in their tokens: tap layers of equal size, and leave out class tokens, as by features[:, 1:]"
     else:
         reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:

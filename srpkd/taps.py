@@ -44,7 +44,7 @@ class FeatureTap:
         self.names = list(names)
         self.role = role
         self._features: dict[str, Tensor] = {}
-        self._active = False
+        self._active = self._closed = False
         modules = dict(unwrap(network).named_modules())
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
@@ -104,7 +104,7 @@ class FeatureTap:
             TypeError: a tapped module returned no tensor.
             ValueError: the output of a tapped module has no element or field of that name.
         """
-        if enabled and self.names and not self._handles:
+        if enabled and self._closed:
             raise RuntimeError(f"the hooks on the {self.role} were removed by close(): create a new tap or distiller")
         if self._active:  # in another thread, or around this one: it would record the features of both passes
             raise RuntimeError(
@@ -128,7 +128,7 @@ class FeatureTap:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+        self._closed = True
 
 
 def unwrap(network: nn.Module) -> nn.Module:

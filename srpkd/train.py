@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from .cli import hide_interrupts
+from .cli import prepare_terminal
 from .data.folders import DataError
 from .files import WriteError
 from .finite import NonFiniteError
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     a bug and keeps its traceback; Ctrl-C ends the process after a line that says how to resume.
     """
     if arguments is None:
-        hide_interrupts()
+        prepare_terminal()
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +146,31 @@ def test_missing_cases_are_run_again(fake):
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
     assert processes.failed(second.results, ["native"], 5)
     assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
+
+
+def test_an_interrupt_ends_the_processes(fake):
+    """At once, and without a result: neither a restart nor a crash."""
+    program = fake / "command.py"
+    program.write_text(
+        f"import sys\nfrom srpkd.checking import processes\nprocesses.PROGRAM = {processes.PROGRAM}\n"
+        "from pathlib import Path\nprocesses.Runner('cpu', False, 60, 60, Path('log')).run(['native', 'blocked'], 4)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.Popen(
+        [sys.executable, program], cwd=fake, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    try:
+        while not (fake / "log").exists() or (fake / "log").read_text().count("crashed") < 2:  # case 2 hangs next
+            time.sleep(0.1)
+        time.sleep(1)
+        done.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in done.communicate(timeout=10)[1]
+    finally:
+        done.kill()
+    assert (fake / "log").read_text().count("crashed") == 2
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # the process has ended
+            assert str(fake) not in line.read_text(errors="replace")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

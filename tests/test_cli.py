@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -122,6 +123,22 @@ cli.main()
     assert done.returncode == status
     assert done.stderr[: len(message)] == message
     assert (done.stderr == message) == (error == "KeyboardInterrupt")
+
+
+def test_characters_that_the_terminal_does_not_have():
+    """The table at the end of a training run contains a dash."""
+    code = """
+import sys, types
+from srpkd import cli
+sys.modules["srpkd.show"] = types.SimpleNamespace(main=lambda _: print("–"))
+cli.COMMANDS["show"] = "it prints a dash"
+sys.argv = ["srpkd", "show"]
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
+    )
+    assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
 
 
 def test_console_script():

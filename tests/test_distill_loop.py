@@ -171,6 +171,19 @@ def test_invalid_options(networks):
         distill(networks[0], small, [IMAGES], {"0.encoder": "encoder"}, progress=False)
 
 
+def test_student_that_shares_parameters_with_the_teacher(networks):
+    teacher, student = Generator(5), networks[1]
+    student.middle = teacher.middle
+    with pytest.raises(ValueError, match=r"the optimizer has 4 parameters, such as 'middle.0.weight': .*deepcopy"):
+        distill(teacher, student, [IMAGES], LAYERS, progress=False)
+    with pytest.raises(ValueError, match="the optimizer has 10 parameters"):
+        distill(teacher, teacher, [IMAGES], LAYERS, progress=False)
+    teacher.middle.requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    distill(teacher, student, [IMAGES], LAYERS, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+
+
 def test_losses_without_a_gradient(networks):
     """A frozen tapped layer, an output that is computed without gradients, or a call under no_grad."""
     teacher, student = networks
@@ -299,6 +312,7 @@ def test_wrong_structures(given, error, message):
 
 def test_non_finite_loss_stops_before_the_update(networks):
     teacher, student = networks
+    student.encoder[1] = nn.BatchNorm2d(5)  # the forward pass changes its running statistics
     broken = IMAGES.clone()
     broken[0, 0, 0, 0] = torch.nan
     states = []

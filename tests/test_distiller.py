@@ -173,6 +173,21 @@ def test_invalid_layers_and_weights(given: dict, message: str, student: nn.Modul
     assert hooks(student) == hooks(teacher) == 0
 
 
+def test_teacher_can_be_replaced_like_the_student(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """By a compiled one, for example, without becoming a part of what is trained and saved."""
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    expected, names = distiller(image), list(distiller.state_dict())
+    wrapper = nn.Sequential(teacher)
+    distiller.teacher = wrapper
+    torch.testing.assert_close(distiller(image), expected)
+    assert distiller.teacher is wrapper and list(distiller.state_dict()) == names
+    distiller.teacher = network(6)
+    with pytest.raises(RuntimeError, match=r"teacher layers \['encoder'\] did not run"):
+        distiller(image)
+    with pytest.raises(TypeError, match=r"the teacher: expected a torch.nn.Module, received NoneType"):
+        distiller.teacher = None
+
+
 def test_close_removes_the_hooks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
     distiller = RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder"})
     assert (hooks(student), hooks(teacher)) == (2, 1)
@@ -319,6 +334,10 @@ def test_layouts_that_do_not_fit_the_features(student: nn.Module, teacher: nn.Mo
         ValueError, match=r"'encoder'.*: teacher features have shape .* layout='nlc' expects \(B, N, C\)"
     ):
         distiller(image)
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout="nhwc")
+    shapes = r"\(2, 3, 4, 4\).* features \(2, 4, 4, 3\), layout='nhwc'.* after the conversion to layout='nchw'"
+    with pytest.raises(ValueError, match=shapes):
+        distiller.compare({"encoder": torch.ones(2, 4, 4, 3)}, {"encoder": torch.ones(2, 8, 8, 5)})
     with pytest.raises(TypeError, match=r"loss\['encoder'\]: expected a module such as"):
         RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": "l1"})
     with pytest.raises(ValueError, match=r"loss names layers \['decoder'\] that are not tapped"):
@@ -413,3 +432,13 @@ def test_student_tapped_after_compilation(student: nn.Module, teacher: nn.Module
         assert "before torch.compile" in str(error)
     else:
         torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher.encoder(image).detach()))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_distiller_is_one_graph(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder.norm": "encoder.norm", "decoder": "encoder"})
+    results = []
+    for run in (distiller, torch.compile(distiller, backend="aot_eager", fullgraph=True)):
+        output, _, loss = run(image)
+        results.append((output.detach(), loss.detach(), *torch.autograd.grad(loss, student.parameters())))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

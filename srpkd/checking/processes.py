@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -169,6 +170,8 @@ class Runner:
         self.device, self.full, self.silence, self.file = device, full, silence, file
         self.deadline = time.monotonic() + seconds
         self.lock = threading.Lock()
+        self.running: list[subprocess.Popen] = []
+        self.is_stopped = False
         self.results = recorded(file) if file else {}
 
     def run(self, kernels: Sequence[str], count: int) -> None:
@@ -181,8 +184,19 @@ class Runner:
             threads += [threading.Thread(target=self.run_shard, args=(kernel, part)) for part in parts if part]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C: Python would wait for the threads
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the processes, and start none any more."""
+        with self.lock:
+            self.is_stopped = True
+            for process in self.running:
+                process.kill()
 
     def run_shard(self, kernel: str, numbers: list[int]) -> None:
         """Run cases of one kernel; replace the process after a crash, until the time is over."""
@@ -193,15 +207,19 @@ class Runner:
 
     def run_process(self, kernel: str, numbers: list[int]) -> list[int]:
         """Run cases in one process, and return those that are left after it ended."""
-        process = subprocess.Popen(
-            [
-                *(*PROGRAM, "--worker", kernel, "--device", self.device, "--cases", ",".join(map(str, numbers))),
-                *(["--full"] if self.full else []),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with self.lock:
+            if self.is_stopped:
+                return []
+            process = subprocess.Popen(
+                [
+                    *(*PROGRAM, "--worker", kernel, "--device", self.device, "--cases", ",".join(map(str, numbers))),
+                    *(["--full"] if self.full else []),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            self.running.append(process)
         lines: Queue[str | None] = Queue()
         errors: deque[str] = deque(maxlen=3)
 
@@ -237,9 +255,11 @@ class Runner:
                 left.remove(started)
                 started = None
         process.wait()
+        with self.lock:
+            self.running.remove(process)
         for reader in readers:
             reader.join()
-        if status == "no time":
+        if status == "no time" or self.is_stopped or process.returncode == -signal.SIGINT:  # Ctrl-C is no crash
             return []
         if started is None and len(left) == len(numbers):  # it ended before its first case
             started = left[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from inspect import signature
@@ -88,6 +88,23 @@ def all_gather_object(value: T) -> list[T]:
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def raise_on_all_ranks(function: Callable[[], T]) -> T:
+    """Return ``function()``, or raise the error of a rank on every rank: the others would wait for that rank.
+
+    Args:
+        function: calls no collective. Errors that are expected of it are ValueError, OSError and ImportError.
+    """
+    try:
+        value = function()
+    except (ValueError, OSError, ImportError) as error:
+        all_gather_object(str(error))
+        raise
+    for number, message in enumerate(all_gather_object("")):
+        if message:
+            raise ValueError(f"rank {number}: {message}")
+    return value
 
 
 def all_reduce_and(condition: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import distributed
 from .options import EXTEND_OPTIONS, ResolvedConfig, variant_config
-from .resume import load_final_state
+from .resume import load_final_state, resume_command
 
 
 def stage_name(config: ResolvedConfig, variant: str, number: int) -> str:
@@ -93,10 +93,9 @@ def check_processes(config: ResolvedConfig, training_state: Mapping[str, Any]) -
     """
     processes = len(training_state["processes"])
     if processes != distributed.world_size():
-        launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
         raise ValueError(
             f"--resume {config.resume}: the number of processes is {distributed.world_size()} and was {processes}: "
-            f"resume with {launcher} -m srpkd.train --resume {config.resume}"
+            f"resume with {resume_command(config.resume, processes)}"
         )
 
 

@@ -18,7 +18,7 @@ from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
 from .options import ResolvedConfig, TrainConfig
 from .plan import Plan, prepare
-from .resume import has_state, load_final_state, remove_older_states, remove_state
+from .resume import has_state, load_final_state, remove_older_states, remove_state, resume_command
 from .run_dir import RunDir
 from .summary import complexity, evaluate_stage, publish
 from .validation import evaluate
@@ -75,11 +75,13 @@ def execute(plan: Plan) -> RunDir:
         if distributed.rank() == 0:
             (remove_state if config.no_keep_state else remove_older_states)(run_dir.folder)
     except BaseException:
+        # before the report, which a second Ctrl-C may interrupt
+        if has_state(run_dir.folder):
+            command = resume_command(run_dir.folder, distributed.world_size())
+            distributed.print_rank0(f"stopped; resume with: {command}")
         run_dir.report["status"] = "stopped"
         with suppress(WriteError):  # a write error may be what stopped the run
             run_dir.write_report()
-        if has_state(run_dir.folder):
-            distributed.print_rank0(f"stopped; resume with: python -m srpkd.train --resume {run_dir.folder}")
         raise
     finally:
         run_dir.close()

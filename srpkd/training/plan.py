@@ -7,10 +7,12 @@ import itertools
 import platform
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -80,6 +82,35 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     if config.fast:
         speedups = ", ".join(f"{name}={getattr(config, name)}" for name in ("precision", "compile", "channels_last"))
         distributed.print_rank0(f"fast: {speedups}")
+    with ExitStack() as on_error:
+        checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
+        starting = starting_variants(config, checked.variants, checked.state)
+        dry_run(config, checked.teacher, checked.variants, checked.teachers, starting)  # on all ranks the same
+        folder = distributed.broadcast_object(distributed.raise_on_all_ranks(partial(_folder, config)))
+        run_dir = distributed.raise_on_all_ranks(partial(_open_run_dir, folder, config, command, checked))
+        on_error.pop_all()
+    state = checked.state
+    distributed.print_rank0(
+        f"{describe_task(config)}\n{checked.data_summary}\n{'resuming' if state else 'writing to'} {folder}"
+    )
+    progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
+    return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, **progress)
+
+
+class _Checked(NamedTuple):
+    """What ``prepare`` finds out before it writes anything."""
+
+    packages: Mapping[str, ModuleType]
+    teacher: ResolvedConfig | None
+    variants: dict[str, ResolvedConfig]
+    teachers: Generators
+    data_summary: str
+    lock: FolderLock | None
+    state: dict[str, Any]
+
+
+def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
+    """Check what needs no other rank, and lock the folder of a resumed run; ``on_error`` releases it."""
     packages = import_loggers(config)
     teacher = teacher_config(config) if config.teacher_netG else None
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
@@ -91,33 +122,22 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         folder = run_folder(config.resume, config.runs_dir)
         if distributed.rank() == 0:
             lock = FolderLock(folder)  # before the state is read, which another process may replace
+            on_error.callback(lock.close)
         state = load_state(folder)
         check_resumed(config, state)
         state = extend(config, variants, folder, state)
-    dry_run(config, teacher, variants, teachers, starting_variants(config, variants, state))
+    return _Checked(packages, teacher, variants, teachers, data_summary, lock, state)
 
-    if config.resume:
-        if distributed.rank() == 0:
-            update_yaml(folder / "config.yaml", {name: getattr(config, name) for name in EXTEND_OPTIONS})
-    else:
-        created = new_folder(config.runs_dir, config.name) if distributed.rank() == 0 else Path()
-        folder = distributed.broadcast_object(created)
-    task = describe_task(config)
-    report = {
-        "title": config.name,
-        "task": task,
-        "command": command,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": device_name(config.torch_device),
-            "data": data_summary.replace("\n", "; "),
-        },
-    }
-    run_dir = _open_run_dir(folder, config, report, state, packages, lock)
-    distributed.print_rank0(f"{task}\n{data_summary}\n{'resuming' if state else 'writing to'} {folder}")
-    progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
-    return Plan(config, teacher, variants, teachers, run_dir, **progress)
+
+def _folder(config: ResolvedConfig) -> Path:
+    """Return the folder of the run, on rank 0."""
+    if distributed.rank() > 0:
+        return Path()
+    if not config.resume:
+        return new_folder(config.runs_dir, config.name)
+    folder = run_folder(config.resume, config.runs_dir)
+    update_yaml(folder / "config.yaml", {name: getattr(config, name) for name in EXTEND_OPTIONS})
+    return folder
 
 
 def with_usable_precision(config: ResolvedConfig) -> ResolvedConfig:
@@ -137,19 +157,23 @@ def with_usable_precision(config: ResolvedConfig) -> ResolvedConfig:
     return replace(config, precision="fp32")
 
 
-def _open_run_dir(
-    folder: Path,
-    config: ResolvedConfig,
-    report: dict[str, Any],
-    state: Mapping[str, Any],
-    packages: Mapping[str, ModuleType],
-    lock: FolderLock | None,
-) -> RunDir:
+def _open_run_dir(folder: Path, config: ResolvedConfig, command: str, checked: _Checked) -> RunDir:
+    report = {
+        "title": config.name,
+        "task": describe_task(config),
+        "command": command,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": device_name(config.torch_device),
+            "data": checked.data_summary.replace("\n", "; "),
+        },
+    }
     try:
-        loggers = open_loggers(packages, folder, config) if distributed.rank() == 0 else []
-        return RunDir(folder, to_yaml(config), report, state.get("record"), loggers, lock)
+        loggers = open_loggers(checked.packages, folder, config) if distributed.rank() == 0 else []
+        return RunDir(folder, to_yaml(config), report, checked.state.get("record"), loggers, checked.lock)
     except OSError:
-        if not state and distributed.rank() == 0:
+        if not checked.state and distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the new folder of a run that cannot start
         raise
 

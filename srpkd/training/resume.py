@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -67,6 +68,12 @@ def load_state(folder: Path) -> dict[str, Any]:
 def has_state(folder: Path) -> bool:
     """Return whether a folder has a state to resume from."""
     return any((folder / name).exists() for name in NAMES)
+
+
+def resume_command(run: str | Path | None, processes: int) -> str:
+    """Return the command line that resumes a run with a number of processes."""
+    launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+    return f"{launcher} -m srpkd.train --resume {shlex.quote(str(run))}"
 
 
 def remove_state(folder: Path) -> None:

@@ -184,16 +184,6 @@ def test_eager_call_is_one_operator_in_cpp(layout: str) -> None:
 
 
 @needs_native
-def test_gradients_in_batches() -> None:
-    """Several upstream gradients at once, by vmap over the backward pass."""
-    student, teacher = images(batch=3)
-    loss = relation_loss(student, teacher, reduction="none", backend="native", **ROW_L1)
-    (batched,) = torch.autograd.grad(loss, student, torch.eye(3), is_grads_batched=True, retain_graph=True)
-    for image in range(3):
-        assert torch.equal(batched[image], torch.autograd.grad(loss[image], student, retain_graph=True)[0])
-
-
-@needs_native
 def test_vmap() -> None:
     student, teacher = (x.detach() for x in images(batch=3))
     losses = torch.vmap(lambda s, t: relation_loss(s, t, backend="native", **ROW_L1))(student, teacher)

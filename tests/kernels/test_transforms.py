@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +62,58 @@ def test_function_transforms_raise(options: dict) -> None:
             call(student)
     # what is not differentiated is no obstacle
     torch.func.grad(lambda x: x.sum() + loss(x.detach()) + loss(student))(student)
+    with_metric = torch.func.grad(lambda x: x.sum() * torch.no_grad(loss)(x))
+    if "columns" not in options:
+        torch.testing.assert_close(with_metric(student), loss(student).expand_as(student))
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "blocked", "distance": "l1"}], ids=str)
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.vjp])
+def test_compiled_transforms_raise(options: dict, transform: Callable) -> None:
+    student, teacher = (x.detach() for x in images())
+
+    @torch.compile(backend="eager")
+    def differentiate(x: Tensor) -> object:
+        arguments = ((x,), (x,)) if transform is torch.func.jvp else (x,)
+        return transform(lambda x: relation_loss(x, teacher, **options), *arguments)[0]
+
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        differentiate(student)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own: vmap runs the operator in a loop
+@every_backend
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradient_through_vmap(options: dict, compiled: bool) -> None:
+    student, teacher = images()
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return relation_loss(student, teacher, **options)
+
+    mapped = torch.vmap(loss, randomness="different")
+    if compiled:
+        mapped = torch.compile(mapped, backend="aot_eager")
+    losses = mapped(student, teacher)
+    (gradient,) = torch.autograd.grad(losses.sum(), student)
+    if "columns" in options:  # each image draws other pixels
+        assert losses.shape == (2,) and all(image.any() for image in gradient)
+        return
+    expected = [loss(*pair) for pair in zip(student, teacher)]
+    torch.testing.assert_close(losses, torch.stack(expected))
+    torch.testing.assert_close(gradient, torch.autograd.grad(sum(expected), student)[0])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_batches(options: dict, dtype: torch.dtype) -> None:
+    """Several upstream gradients at once, by vmap over the backward pass."""
+    student, teacher = images(dtype)
+    losses = relation_loss(student, teacher, reduction="none", **options)
+    expected = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in losses]
+    (batched,) = torch.autograd.grad(losses, student, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    assert torch.equal(batched, torch.stack(expected))
+    mapped = torch.vmap(lambda upstream: torch.autograd.grad(losses, student, upstream, retain_graph=True)[0])
+    assert torch.equal(mapped(torch.eye(2)), batched)
 
 
 def test_reference_under_function_transforms() -> None:

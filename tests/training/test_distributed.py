@@ -18,6 +18,7 @@ from srpkd.data.synthetic import generate_scenes, open_synthetic, write_syntheti
 from srpkd.models.checkpoints import load_weights
 from srpkd.training.config import parse_arguments
 from srpkd.training.datasets import make_loader
+from srpkd.training.folder_lock import FolderLock
 from srpkd.training.options import TrainConfig
 
 TINY = shlex.split(
@@ -99,6 +100,21 @@ def test_only_rank_0_writes_and_prints(runs):
     output = (two.parent.parent / "log").read_text()
     assert output.count(f"writing to {Path(*two.parts[-2:])}\n") == 1
     assert output.count(f"report: {Path(*two.parts[-2:])}/index.html") == 1
+
+
+def test_an_error_of_one_rank_is_raised_on_all(server, runs):
+    """Before training starts, without the traceback of a rank that waited for the others."""
+    _, _, two = runs
+    cwd, before = two.parent.parent, (two.parent.parent / "log").read_text()
+    lock = FolderLock(two)
+    assert server([f"--resume={two.name}", "--n_epochs=2"], cwd, processes=2) == 1
+    lock.close()
+    new = [*ARGUMENTS["pix2pix"], *TINY, "--runs_dir=log"]
+    assert server(new, cwd, processes=2) == 1
+    output = (cwd / "log").read_text().removeprefix(before)
+    for message in (f"{Path(*two.parts[-2:])}: another process is training this run", "runs_dir log: this folder"):
+        assert f"error: {message}" in output and f"error: rank 0: {message}" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -226,12 +242,14 @@ print("fine")
 
 
 @pytest.mark.slow
-def test_a_failed_run_leaves_no_threads(tmp_path):
+def test_a_failed_run_leaves_no_threads_and_says_how_to_resume(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
     done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
+    message = "stopped; resume with: torchrun --nproc_per_node=2 -m srpkd.train --resume runs/experiment\n"
+    assert done.stdout.count(message) == 1, done.stdout
 
 
 @pytest.mark.slow

@@ -311,6 +311,28 @@ def test_an_interrupted_run_is_marked_as_stopped(monkeypatch, tmp_path):
     assert (folder / "latest_net_G.pth").exists()
 
 
+def test_a_second_interrupt_does_not_hide_how_to_resume(run, monkeypatch, capsys):
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr("srpkd.training.run_dir.write_report", interrupted)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*PIX2PIX, "--name=two words")
+    assert "stopped; resume with: python -m srpkd.train --resume 'runs/two words'\n" in capsys.readouterr().out
+
+
+def test_a_run_that_could_not_be_resumed_is_not_locked(run):
+    """Even if the error is kept, as by a notebook, with the frames of its traceback."""
+    run(*PIX2PIX, "--name=kept")
+    config = parse_arguments(["--resume=kept", "--n_epochs=1", "--n_epochs_decay=0"])
+    errors = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="has already trained") as error:
+            pipeline.run(config)
+        errors.append(error.value)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_during_training_ends_the_run_with_a_message(
     run, unpaired, tmp_path, monkeypatch, workers
