@@ -33,8 +33,8 @@ struct Case {
   const float* alpha_teacher;
 };
 
-// Bytes of the workspace, the place and number of its sums of the loss, with which all results begin, thread blocks, and
-// their tiles together.
+// Bytes of the workspace, the place and number of its sums of the loss, with which all results begin, thread blocks,
+// and their tiles together.
 struct Description {
   int64_t workspace_bytes, losses_at, losses, results_bytes, grid, tiles;
 };
@@ -62,8 +62,8 @@ void describe(const Case* of, Description* result) {
   plan_of(*of, size);
   const Params p = plan_of(*of, places).params;
   const char *first = reinterpret_cast<char*>(p.loss), *end = reinterpret_cast<char*>(p.additions);
-  *result = {size.bytes, first - base, p.loss_count, end - first, p.work.grid,
-             int64_t{p.work.images} * p.work.image_items};
+  *result = {size.bytes,  first - base, p.loss_count,
+             end - first, p.work.grid,  int64_t{p.work.images} * p.work.image_items};
 }
 
 #if defined(__CUDACC__)
