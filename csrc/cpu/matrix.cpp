@@ -1,15 +1,15 @@
 #include "matrix.h"
 
 #include <ATen/Context.h>
-#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <exception>
-#include <string>
 #include <vector>
+
+#include "instructions.h"
 
 // The BLAS that torch is linked with. Weak: where torch hides it, ATen's product is used.
 extern "C" {
@@ -67,10 +67,6 @@ bool bfloat16_microkernels_work() {
     return false;
   }
   return result == std::vector<float>(4, 2);
-}
-
-bool has_instructions(const char* set) {  // respects ATEN_CPU_CAPABILITY
-  return at::get_cpu_capability().starts_with(set);
 }
 
 }  // namespace
