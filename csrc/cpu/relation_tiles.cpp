@@ -1,11 +1,11 @@
 // The loss, U and h on the CPU, one tile of the relation matrices at a time.
 //
-// A tile takes four matrix products by torch's BLAS (G_s, G_t, and K and its transpose times the student's features)
-// and one vectorised pass over its elements, and stays in a core's cache. Threads claim tiles in the order of the
-// triangle map, in which every round contains each block once. Before a thread adds to a block's rows of U and h, it
-// waits until the block's earlier rounds are complete. So contributions are added in the order of the rounds, whichever
-// thread computes them: results are bit-identical from run to run, without a copy of U per thread and without a
-// barrier. There is no deadlock, because a tile waits only for tiles that were claimed before it.
+// A tile takes four matrix products (G_s, G_t, and K and its transpose times the student's features) and one vectorised
+// pass over its elements, and stays in a core's cache. Threads claim tiles in the order of the triangle map, in which
+// every round contains each block once. Before a thread adds to a block's rows of U and h, it waits until the block's
+// earlier rounds are complete. So contributions are added in the order of the rounds, whichever thread computes them:
+// results are bit-identical from run to run, without a copy of U per thread and without a barrier. There is no
+// deadlock, because a tile waits only for tiles that were claimed before it.
 #include "relation_tiles.h"
 
 #include <ATen/ops/empty.h>
@@ -15,7 +15,6 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <vector>
