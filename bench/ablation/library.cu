@@ -112,8 +112,8 @@ const char* launch(const Case* of, void* memory, void*) {
   p.student = plan.student, p.teacher = plan.teacher;
   const int64_t pixels = int64_t{of->images} * of->pixels;
   machine.allow(memory, workspace.bytes);
-  machine.allow(of->student, 2 * pixels * of->student_channels);
-  machine.allow(of->teacher, 2 * pixels * of->teacher_channels);
+  machine.allow(of->student, 2 * pixels * of->student_channels, true);
+  machine.allow(of->teacher, 2 * pixels * of->teacher_channels, true);
   machine.allow(of->alpha_student, 4 * pixels), machine.allow(of->alpha_teacher, 4 * pixels);
   emulation::machine = &machine;
   machine.run(p.work.grid, 1, Kernel::THREADS, Kernel::bytes(p), {1, p.work.grid},
