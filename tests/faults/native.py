@@ -33,10 +33,10 @@ BACKENDS = {
             ),
             Fault("the panels of a block's part of U are not added up", PACKED, "      add = true;\n", ""),
             Fault(
-                "a panel begins at its block's first channel",
+                "each panel replaces the first",
                 PACKED,
                 "+ panel.begin * rows, rows,",
-                "+ panel.begin * PANEL, rows,",
+                "+ 0, rows,",
             ),
             Fault("the tie of a block is that of the first", EPILOGUE, "tie = tile.diagonal + i;", "tie = i;"),
             Fault(
