@@ -13,12 +13,10 @@ an empty folder.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from srpkd.checking.cases import Case, features, settings
-from srpkd.checking.kernels import CUDA_KERNELS, CannotRun, evaluate
+from srpkd.checking.kernels import CUDA_KERNELS, CannotRun, environment, evaluate
 
 from . import cases, measure
 from .providers import PROVIDERS, add_option
@@ -86,7 +84,7 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         shown, found = times_of(call, device), []
         if name in OVERLAPPING:
             expected = call()
-            with overlapping():
+            with environment(OVERLAP, "1"):
                 results, overlapped = call(), times_of(call, device)
             same = "the same bits" if equal(results, expected) else "OTHER RESULTS"
             found = [f"  with {OVERLAP}=1: {overlapped}, {same}"]
@@ -102,20 +100,6 @@ def times_of(call: Callable[[], object], device: str) -> str:
     """Return the times of a call on the GPU alone and on the host, as text."""
     times = {"GPU": measure.gpu_seconds(call, device), "host": measure.host_seconds(call, device)}
     return ", ".join(f"{label} {1e6 * value:,.1f} us" for label, value in times.items() if value is not None)
-
-
-@contextmanager
-def overlapping() -> Iterator[None]:
-    """Let kernels start early."""
-    before = os.environ.get(OVERLAP)
-    os.environ[OVERLAP] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[OVERLAP]
-        else:
-            os.environ[OVERLAP] = before
 
 
 def equal(results: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -72,6 +73,20 @@ def _backend(name: str) -> Provider:
 KERNEL_VARIABLE = "SRPKD_CUDA_KERNEL"  # csrc/ reads it at every call of ``native`` on a GPU
 
 
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable, and restore it at the end."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _cuda_kernel(kernel: str, capabilities: tuple[int, ...]) -> Provider:
     """Return ``native`` with a CUDA kernel that is selected by name, on GPUs of these major compute capabilities."""
     native = _backend("native")
@@ -90,19 +105,13 @@ def _cuda_kernel(kernel: str, capabilities: tuple[int, ...]) -> Provider:
         loss = native.make(case)
 
         def selected(student: Tensor, teacher: Tensor) -> Tensor:
-            before = os.environ.get(KERNEL_VARIABLE)
-            os.environ[KERNEL_VARIABLE] = kernel
             try:
-                return loss(student, teacher)
+                with environment(KERNEL_VARIABLE, kernel):
+                    return loss(student, teacher)
             except (RuntimeError, ValueError) as error:
                 if KERNEL_VARIABLE in str(error):  # the kernel declares that it does not cover this case
                     raise CannotRun(" ".join(str(error).split())) from error
                 raise
-            finally:
-                if before is None:
-                    del os.environ[KERNEL_VARIABLE]
-                else:
-                    os.environ[KERNEL_VARIABLE] = before
 
         return selected
 

@@ -40,7 +40,7 @@ def test_without_a_gpu_it_says_so():
 def test_the_setting_is_restored(monkeypatch):
     for before in ("0", None):
         monkeypatch.setenv(breakdown.OVERLAP, before) if before else monkeypatch.delenv(breakdown.OVERLAP)
-        with pytest.raises(KeyError), breakdown.overlapping():
+        with pytest.raises(KeyError), breakdown.environment(breakdown.OVERLAP, "1"):
             assert os.environ[breakdown.OVERLAP] == "1"
             raise KeyError
         assert os.environ.get(breakdown.OVERLAP) == before
