@@ -15,6 +15,7 @@
 #include "common/index.h"
 #include "cpu/indexed_tiles.h"
 #include "cpu/loss.h"
+#include "cpu/packed_features.h"
 #include "cpu/relation_tiles.h"
 #include "cuda/fastest_kernel.h"
 
@@ -40,8 +41,8 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
   auto [loss, U, h] = zero_outputs(student, normalize, need_grad);
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
-  cpu::relation_tiles(student, teacher, alpha_s.value_or(Tensor()), alpha_t.value_or(Tensor()), relation, tile, loss,
-                      if_nonempty(U), if_nonempty(h));
+  cpu::relation_tiles(cpu::widened(student), cpu::widened(teacher), alpha_s.value_or(Tensor()),
+                      alpha_t.value_or(Tensor()), relation, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};
 }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "../common/arguments.h"
+#include "packed_features.h"
 #include "relation_matrices.h"
 #include "relation_tiles.h"
 #include "row_scales.h"
@@ -84,12 +85,13 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   double gradient_scale = 1 / (static_cast<double>(pixels) * static_cast<double>(pixels));
   if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(images);
 
+  const Tensor q_s = widened(student), q_t = widened(teacher);
   const Tensor losses = at::empty({images}, student.options().dtype(at::kDouble));
   const Tensor written = need_grad ? gradient : Tensor();
   if (fit_in_cache(pixels))
-    relation_matrices(student, teacher, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
+    relation_matrices(q_s, q_t, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
   else
-    tiled_loss(student, teacher, relation, gradient_scale, losses, written);
+    tiled_loss(q_s, q_t, relation, gradient_scale, losses, written);
 
   if (loss.scalar_type() == at::kDouble)
     reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<double>());

@@ -208,14 +208,9 @@ bool fit_in_cache(int64_t pixels) { return pixels <= MAX_PIXELS; }
 
 void relation_matrices(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale,
                        double* loss, const Tensor& gradient) {
-  switch (student.scalar_type()) {
-    case at::kDouble:
-      return run<double>(student, teacher, relation, gradient_scale, loss, gradient);
-    case at::kBFloat16:
-      return run<c10::BFloat16>(student, teacher, relation, gradient_scale, loss, gradient);
-    default:  // torch widens float16 numbers faster than a loop
-      return run<float>(student.to(at::kFloat), teacher.to(at::kFloat), relation, gradient_scale, loss, gradient);
-  }
+  with_feature_type(student, [&](auto element) {
+    run<decltype(element)>(student, teacher, relation, gradient_scale, loss, gradient);
+  });
 }
 
 }  // namespace srpkd::cpu

@@ -10,8 +10,9 @@ namespace srpkd::cpu {
 // Whether relation_matrices() is to be preferred over relation_tiles() and the formulas around it.
 bool fit_in_cache(int64_t pixels);
 
-// Takes raw features (B, N, C_s), (B, N, C_t) of one dtype and any strides. Writes the mean of rho(D) of each image to
-// loss (B,) in double, and `gradient_scale` times its gradient to `gradient`, of the student's shape, if it is defined.
+// Takes raw features (B, N, C_s), (B, N, C_t) of one dtype, not float16, and any strides. Writes the mean of rho(D) of
+// each image to loss (B,) in double, and `gradient_scale` times its gradient to `gradient`, of the student's shape, if
+// it is defined.
 void relation_matrices(const at::Tensor& student, const at::Tensor& teacher, const Relation& relation,
                        double gradient_scale, double* loss, const at::Tensor& gradient);
 

@@ -167,14 +167,9 @@ int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t
 
 void relation_tiles(const Tensor& student, const Tensor& teacher, const Tensor& alpha_s, const Tensor& alpha_t,
                     const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
-  switch (student.scalar_type()) {
-    case at::kDouble:
-      return run<double>(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
-    case at::kBFloat16:
-      return run<c10::BFloat16>(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
-    default:  // torch widens float16 numbers faster than a loop
-      return run<float>(student.to(at::kFloat), teacher.to(at::kFloat), alpha_s, alpha_t, relation, tile, loss, U, h);
-  }
+  with_feature_type(student, [&](auto element) {
+    run<decltype(element)>(student, teacher, alpha_s, alpha_t, relation, tile, loss, U, h);
+  });
 }
 
 }  // namespace srpkd::cpu

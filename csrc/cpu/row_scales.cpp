@@ -121,14 +121,7 @@ RowScales run(const Tensor& features, double eps) {
 }  // namespace
 
 RowScales row_scales(const Tensor& features, double eps) {
-  switch (features.scalar_type()) {
-    case at::kDouble:
-      return run<double>(features, eps);
-    case at::kBFloat16:
-      return run<c10::BFloat16>(features, eps);
-    default:  // torch widens float16 numbers faster than a loop
-      return run<float>(features.to(at::kFloat), eps);
-  }
+  return with_feature_type(features, [&](auto element) { return run<decltype(element)>(features, eps); });
 }
 
 Tensor power_of_two_scale(const Tensor& moment) {

@@ -9,7 +9,7 @@ struct RowScales {
   at::Tensor alpha, moment;  // (B, N), and M = Q^T Q (B, C, C), in the dtype of sums
 };
 
-// Takes features (B, N, C) of any strides.
+// Takes features (B, N, C) of any dtype but float16, and any strides.
 RowScales row_scales(const at::Tensor& features, double eps);
 
 // Returns the largest power of two below the root of M's largest element, (B, 1, 1), for moments (B, C, C).
