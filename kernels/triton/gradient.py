@@ -11,7 +11,19 @@ from ..formulas import Relation
 from .configurations import BLOCK_CHANNELS, OPTIONS, product_blocks
 from .moments import load_weights, moment_product, plan_weighted_moment
 from .plans import Array, Plan
-from .primitives import feature_terms, jit, load_tile, load_vector, multiprocessors, store_tile, tl, triton
+from .primitives import (
+    Matrix,
+    contiguous,
+    feature_terms,
+    jit,
+    load_tile,
+    load_vector,
+    moved,
+    multiprocessors,
+    store_tile,
+    tl,
+    triton,
+)
 from .scales import PlannedScales
 from .tiles import Partials
 
@@ -85,8 +97,7 @@ def gradient_kernel(
     start_c = program % blocks * BLOCK_C
     start_m = program // blocks % row_blocks * BLOCK_M
     image = (program // blocks // row_blocks).to(tl.int64)
-    student_ptr += image * stride_sb
-    U_ptr += image * stride_ub
+    student = Matrix(student_ptr + image * stride_sb, pixels, channels, stride_sn, stride_sc)
 
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     if NORMALIZE != "none":
@@ -95,7 +106,7 @@ def gradient_kernel(
             h_ptr + image * pixels, alpha_ptr + image * pixels, size, start_m, stride_hs, pixels, splits, BLOCK_M
         )
     if NORMALIZE == "cosine":
-        features = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_C)
+        features = load_tile(student, start_m, start_c, BLOCK_M, BLOCK_C)
         total = features.to(tl.float32) * -weights[:, None]
     if NORMALIZE == "row":
         stride_term = tl.cast(batch, tl.int64) * channels * channels
@@ -105,19 +116,16 @@ def gradient_kernel(
             else:
                 terms_ptr = weighted_ptr + image * channels * channels
                 total *= weights[:, None]
+            moment = contiguous(terms_ptr, channels, channels)
             for start_k in range(0, channels, BLOCK_K):
-                features = load_tile(
-                    student_ptr, start_m, start_k, stride_sn, stride_sc, pixels, channels, BLOCK_M, BLOCK_K
-                )
-                total = moment_product(
-                    features, terms_ptr, start_k, start_c, channels, stride_term, total, TERMS, BLOCK_K, BLOCK_C
-                )
+                features = load_tile(student, start_m, start_k, BLOCK_M, BLOCK_K)
+                total = moment_product(features, moment, stride_term, start_k, start_c, total, TERMS, BLOCK_K, BLOCK_C)
         total = -total
+    U = Matrix(U_ptr + image * stride_ub, pixels, channels, stride_un, stride_uc)
     for split in range(splits):
-        part_ptr = U_ptr + tl.cast(split, tl.int64) * stride_us
-        total += load_tile(part_ptr, start_m, start_c, stride_un, stride_uc, pixels, channels, BLOCK_M, BLOCK_C)
-    gradient_ptr += image * stride_gb
-    store_tile(gradient_ptr, total * weight, start_m, start_c, stride_gn, stride_gc, pixels, channels, BLOCK_M, BLOCK_C)
+        total += load_tile(moved(U, tl.cast(split, tl.int64) * stride_us), start_m, start_c, BLOCK_M, BLOCK_C)
+    gradient = Matrix(gradient_ptr + image * stride_gb, pixels, channels, stride_gn, stride_gc)
+    store_tile(gradient, total * weight, start_m, start_c)
     store_losses(partial_ptr, loss_ptr, losses, partials, loss_weight)
 
 

@@ -27,11 +27,15 @@ from .configurations import (
 from .plans import Array, Plan
 from .primitives import (
     FULL,
+    Matrix,
+    contiguous,
     feature_terms,
     features_product,
     jit,
+    load_terms,
     load_tile,
     load_vector,
+    moved,
     multiprocessors,
     product,
     split_terms,
@@ -49,11 +53,11 @@ BLOCK_H = triton is not None and tl.constexpr(MOST_SPLITS)  # partial sums of h 
 
 
 @jit
-def store_symmetric(ptr, tile, start_i, start_j, channels, BLOCK_C: tl.constexpr):
-    """Store a tile of a symmetric matrix (C, C) and its mirror image."""
-    store_tile(ptr, tile, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+def store_symmetric(matrix, tile, start_i, start_j):
+    """Store a tile of a symmetric matrix and its mirror image."""
+    store_tile(matrix, tile, start_i, start_j)
     if start_i < start_j:
-        store_tile(ptr, tl.trans(tile), start_j, start_i, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+        store_tile(matrix, tl.trans(tile), start_j, start_i)
 
 
 @jit
@@ -67,20 +71,20 @@ def sum_partials(ptr, image, start_i, start_j, channels, batch, splits, BLOCK_P:
         # spreads the parts over threads, and spills registers.
         for part in tl.static_range(BLOCK_P):
             rows = tl.where(start + part < splits, channels, 0)
-            part_ptr = ptr + (start + part) * stride_split
-            total += load_tile(part_ptr, start_i, start_j, channels, 1, rows, channels, BLOCK_C, BLOCK_C)
+            matrix = contiguous(ptr + (start + part) * stride_split, rows, channels)
+            total += load_tile(matrix, start_i, start_j, BLOCK_C, BLOCK_C)
     return total
 
 
 @jit
-def store_terms(ptr, tile, image, start_i, start_j, channels, batch, BLOCK_C: tl.constexpr):
+def store_terms(ptr, tile, image, start_i, start_j, channels, batch):
     """Split a tile of a symmetric matrix into terms; store them and their mirror images in the terms (3, B, C, C)."""
-    matrix = tl.cast(channels, tl.int64) * channels
-    term0, term1, term2 = split_terms(tile, FULL)
-    ptr += image * matrix
-    store_symmetric(ptr, term0, start_i, start_j, channels, BLOCK_C)
-    store_symmetric(ptr + batch * matrix, term1, start_i, start_j, channels, BLOCK_C)
-    store_symmetric(ptr + 2 * batch * matrix, term2, start_i, start_j, channels, BLOCK_C)
+    size = tl.cast(channels, tl.int64) * channels
+    terms = split_terms(tile, FULL)
+    matrix = contiguous(ptr + image * size, channels, channels)
+    store_symmetric(matrix, terms[0], start_i, start_j)
+    store_symmetric(moved(matrix, batch * size), terms[1], start_i, start_j)
+    store_symmetric(moved(matrix, 2 * batch * size), terms[2], start_i, start_j)
 
 
 @jit
@@ -119,46 +123,24 @@ def moment_kernel(
     image = (program // tiles // splits).to(tl.int64)
     part = split.to(tl.int64) * batch + image
     if tile < blocks_t * blocks_t:
-        ptr, stride_n, stride_c, channels, blocks = (
-            teacher_ptr + image * stride_tb,
-            stride_tn,
-            stride_tc,
-            channels_t,
-            blocks_t,
-        )
-        partial_ptr, largest_ptr = partial_t_ptr, largest_t_ptr
+        ptr, stride_n, stride_c = teacher_ptr + image * stride_tb, stride_tn, stride_tc
+        channels, blocks, partial_ptr, largest_ptr = channels_t, blocks_t, partial_t_ptr, largest_t_ptr
     else:
         tile -= blocks_t * blocks_t
-        ptr, stride_n, stride_c, channels, blocks = (
-            student_ptr + image * stride_sb,
-            stride_sn,
-            stride_sc,
-            channels_s,
-            blocks_s,
-        )
-        partial_ptr, largest_ptr = partial_s_ptr, largest_s_ptr
+        ptr, stride_n, stride_c = student_ptr + image * stride_sb, stride_sn, stride_sc
+        channels, blocks, partial_ptr, largest_ptr = channels_s, blocks_s, partial_s_ptr, largest_s_ptr
     start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
     if start_i <= start_j:
         first = split * split_pixels
         last = tl.minimum(first + split_pixels, pixels)
+        features = Matrix(ptr, pixels, channels, stride_n, stride_c)
         acc = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         for start_n in range(first, last, BLOCK_N):
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            left = load_tile(ptr, start_n, start_i, stride_n, stride_c, pixels, channels, BLOCK_N, BLOCK_C)
-            right = load_tile(ptr, start_n, start_j, stride_n, stride_c, pixels, channels, BLOCK_N, BLOCK_C)
+            left = load_tile(features, start_n, start_i, BLOCK_N, BLOCK_C)
+            right = load_tile(features, start_n, start_j, BLOCK_N, BLOCK_C)
             acc = features_product(tl.trans(left), right, acc, FULL)
-        store_tile(
-            partial_ptr + part * channels * channels,
-            acc,
-            start_i,
-            start_j,
-            channels,
-            1,
-            channels,
-            channels,
-            BLOCK_C,
-            BLOCK_C,
-        )
+        store_tile(contiguous(partial_ptr + part * channels * channels, channels, channels), acc, start_i, start_j)
         if start_i == start_j:
             # of M, the largest element is on the diagonal; in a part of it, no other element is larger either. In one
             # reduction: Triton 3.6 fails to compile two for sm_100
@@ -223,28 +205,24 @@ def terms_kernel(
         if tile == 0:
             tl.store(size_ptr + image, size)
         total = sum_partials(partial_ptr, image, start_i, start_j, channels, batch, splits, BLOCK_SPLITS, BLOCK_C)
-        store_terms(terms_ptr, total * inverse_square, image, start_i, start_j, channels, batch, BLOCK_C)
+        store_terms(terms_ptr, total * inverse_square, image, start_i, start_j, channels, batch)
 
 
 @jit
 def moment_product(
     features,
-    terms_ptr,
+    moment,
+    stride_term,
     start_k,
     start_c,
-    channels,
-    stride_term,
     acc,
     TERMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return acc + features @ M[k, c] for a tile of M, given by its terms (3, ...) that are ``stride_term`` apart."""
-    b0 = load_tile(terms_ptr, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-    b1 = load_tile(terms_ptr + stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-    b2 = load_tile(terms_ptr + 2 * stride_term, start_k, start_c, channels, 1, channels, channels, BLOCK_K, BLOCK_C)
-    a0, a1, a2 = split_terms(features, TERMS)
-    return terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS, FULL)
+    """Return acc + features @ M[k, c] for a tile of M, whose terms are ``stride_term`` elements apart."""
+    terms = load_terms(moment, stride_term, start_k, start_c, BLOCK_K, BLOCK_C)
+    return terms_product(split_terms(features, TERMS), terms, acc, TERMS, FULL)
 
 
 @jit
@@ -297,7 +275,7 @@ def weighted_moment_kernel(
     split = program // (blocks * blocks) % splits
     image = (program // (blocks * blocks) // splits).to(tl.int64)
     if start_i <= start_j:
-        student_ptr += image * stride_sb
+        student = Matrix(student_ptr + image * stride_sb, pixels, channels, stride_sn, stride_sc)
         h_ptr += image * pixels
         alpha_ptr += image * pixels
         size = tl.load(size_ptr + image)
@@ -306,12 +284,12 @@ def weighted_moment_kernel(
         acc = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         for start_n in range(first, last, BLOCK_N):
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            left = load_tile(student_ptr, start_n, start_i, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
-            right = load_tile(student_ptr, start_n, start_j, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
+            left = load_tile(student, start_n, start_i, BLOCK_N, BLOCK_C)
+            right = load_tile(student, start_n, start_j, BLOCK_N, BLOCK_C)
             weights = load_weights(h_ptr, alpha_ptr, size, start_n, stride_hs, pixels, h_splits, BLOCK_N)
             acc = product(tl.trans(left.to(tl.float32) * weights[:, None]), right, acc, FULL, TERMS)
         part_ptr = partial_ptr + (split.to(tl.int64) * batch + image) * channels * channels
-        store_tile(part_ptr, acc, start_i, start_j, channels, 1, channels, channels, BLOCK_C, BLOCK_C)
+        store_tile(contiguous(part_ptr, channels, channels), acc, start_i, start_j)
         # One thread counts. The barrier puts the stores of the other threads before its release, and the one by which
         # it hands out the count puts their loads after its acquire.
         tl.debug_barrier()
@@ -320,7 +298,7 @@ def weighted_moment_kernel(
         if arrived == splits - 1:
             total = sum_partials(partial_ptr, image, start_i, start_j, channels, batch, splits, BLOCK_P, BLOCK_C)
             inverse = tl.div_rn(1.0, size)  # exact: a power of two
-            store_terms(terms_ptr, total * inverse * inverse, image, start_i, start_j, channels, batch, BLOCK_C)
+            store_terms(terms_ptr, total * inverse * inverse, image, start_i, start_j, channels, batch)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------

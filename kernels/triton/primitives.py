@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,50 +42,78 @@ def jit(function):
 # -- tiles -----------------------------------------------------------------------------------------------------------
 
 
+class Matrix(NamedTuple):
+    """A matrix in memory, such as the features of an image: its rows are pixels, its columns channels.
+
+    Attributes:
+        ptr: the first element.
+        rows, columns: the size. None if all tiles are known to be inside that bound; Triton 3.6 cannot return such a
+            matrix from a function.
+        stride_r, stride_c: elements from row to row, and from column to column.
+    """
+
+    ptr: Any
+    rows: Any
+    columns: Any
+    stride_r: Any
+    stride_c: Any
+
+
 @jit
-def tile_mask(start_n, start_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return which elements of a tile are inside the image; a bound of None is known to hold."""
-    offs_n = start_n + tl.arange(0, BLOCK_N)[:, None]
+def contiguous(ptr, rows, columns):
+    """Return the matrix whose rows follow each other in memory."""
+    return Matrix(ptr, rows, columns, columns, 1)
+
+
+@jit
+def moved(matrix, elements):
+    """Return the matrix that starts some elements later in memory."""
+    return Matrix(matrix.ptr + elements, matrix.rows, matrix.columns, matrix.stride_r, matrix.stride_c)
+
+
+@jit
+def tile_mask(matrix, start_r, start_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return which elements of a tile are inside the matrix."""
+    offs_r = start_r + tl.arange(0, BLOCK_R)[:, None]
     offs_c = start_c + tl.arange(0, BLOCK_C)[None, :]
-    if pixels is None:
-        mask = offs_c < channels
-    elif channels is None:
-        mask = offs_n < pixels
+    if matrix.rows is None:
+        mask = offs_c < matrix.columns
+    elif matrix.columns is None:
+        mask = offs_r < matrix.rows
     else:
-        mask = (offs_n < pixels) & (offs_c < channels)
+        mask = (offs_r < matrix.rows) & (offs_c < matrix.columns)
     return mask
 
 
 @jit
-def tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the addresses of a tile (BLOCK_N, BLOCK_C) that starts at pixel start_n and channel start_c."""
+def tile_pointers(matrix, start_r, start_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the addresses of a tile (BLOCK_R, BLOCK_C) that starts at row start_r and column start_c."""
     # the start of the tile needs 64-bit offsets; inside the tile 32 bits suffice and take half the registers
-    ptr += tl.cast(start_n, tl.int64) * stride_n + tl.cast(start_c, tl.int64) * stride_c
-    return ptr + tl.arange(0, BLOCK_N)[:, None] * stride_n + tl.arange(0, BLOCK_C)[None, :] * stride_c
+    ptr = matrix.ptr + tl.cast(start_r, tl.int64) * matrix.stride_r + tl.cast(start_c, tl.int64) * matrix.stride_c
+    return ptr + tl.arange(0, BLOCK_R)[:, None] * matrix.stride_r + tl.arange(0, BLOCK_C)[None, :] * matrix.stride_c
 
 
 @jit
-def load_tile(
-    ptr, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Load features (BLOCK_N, BLOCK_C) starting at pixel start_n and channel start_c; 0 outside the image.
-
-    ``pixels`` or ``channels`` is None if the tile is inside that bound.
-    """
-    mask = tile_mask(start_n, start_c, pixels, channels, BLOCK_N, BLOCK_C)
-    pointers = tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N, BLOCK_C)
-    return tl.load(pointers, mask=mask, other=0.0)
+def load_tile(matrix, start_r, start_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Load a tile (BLOCK_R, BLOCK_C) of a matrix that starts at row start_r and column start_c; 0 outside."""
+    mask = tile_mask(matrix, start_r, start_c, BLOCK_R, BLOCK_C)
+    return tl.load(tile_pointers(matrix, start_r, start_c, BLOCK_R, BLOCK_C), mask=mask, other=0.0)
 
 
 @jit
-def store_tile(
-    ptr, tile, start_n, start_c, stride_n, stride_c, pixels, channels, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Store a tile (BLOCK_N, BLOCK_C) where ``load_tile`` with the same arguments would load it."""
-    if ptr.dtype.element_ty == tl.bfloat16:
+def load_transposed(matrix, start_c, start_r, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Load a tile (BLOCK_C, BLOCK_R) of the transposed matrix."""
+    transposed = Matrix(matrix.ptr, matrix.columns, matrix.rows, matrix.stride_c, matrix.stride_r)
+    return load_tile(transposed, start_c, start_r, BLOCK_C, BLOCK_R)
+
+
+@jit
+def store_tile(matrix, tile, start_r, start_c):
+    """Store a tile where ``load_tile`` would load it."""
+    if matrix.ptr.dtype.element_ty == tl.bfloat16:
         tile = to_bfloat16(tile)
-    mask = tile_mask(start_n, start_c, pixels, channels, BLOCK_N, BLOCK_C)
-    tl.store(tile_pointers(ptr, start_n, start_c, stride_n, stride_c, BLOCK_N, BLOCK_C), tile, mask=mask)
+    mask = tile_mask(matrix, start_r, start_c, tile.shape[0], tile.shape[1])
+    tl.store(tile_pointers(matrix, start_r, start_c, tile.shape[0], tile.shape[1]), tile, mask=mask)
 
 
 @jit
@@ -132,6 +161,18 @@ def split_terms(x, TERMS: tl.constexpr):
 
 
 @jit
+def load_terms(matrix, stride_term, start_r, start_c, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Load a tile of a matrix that is stored as three terms, ``stride_term`` elements from one to the next."""
+    second = moved(matrix, stride_term)
+    third = moved(second, stride_term)  # twice the stride may not fit into 32 bits
+    return (
+        load_tile(matrix, start_r, start_c, BLOCK_R, BLOCK_C),
+        load_tile(second, start_r, start_c, BLOCK_R, BLOCK_C),
+        load_tile(third, start_r, start_c, BLOCK_R, BLOCK_C),
+    )
+
+
+@jit
 def dot(a, b, acc):
     """Return acc + a @ b of 16-bit tensors."""
     if INTERPRET:
@@ -141,27 +182,25 @@ def dot(a, b, acc):
 
 
 @jit
-def terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
-    """Return acc + a @ b, where the first TERMS_A of a0, a1, a2 sum to a, and the first TERMS_B of b0, b1, b2 to b."""
+def terms_product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
+    """Return acc + a @ b of factors in three terms each, of which the first TERMS_A and TERMS_B count."""
     if TERMS_A > 2:
-        acc = dot(a2, b0, acc)
+        acc = dot(a[2], b[0], acc)
     if TERMS_B > 2:
-        acc = dot(a0, b2, acc)
+        acc = dot(a[0], b[2], acc)
     if TERMS_A > 1 and TERMS_B > 1 and TERMS_A + TERMS_B > 4:
-        acc = dot(a1, b1, acc)
+        acc = dot(a[1], b[1], acc)
     if TERMS_A > 1:
-        acc = dot(a1, b0, acc)
+        acc = dot(a[1], b[0], acc)
     if TERMS_B > 1:
-        acc = dot(a0, b1, acc)
-    return dot(a0, b0, acc)
+        acc = dot(a[0], b[1], acc)
+    return dot(a[0], b[0], acc)
 
 
 @jit
 def product(a, b, acc, TERMS_A: tl.constexpr, TERMS_B: tl.constexpr):
     """Return acc + a @ b, with a split into TERMS_A and b into TERMS_B bfloat16 terms."""
-    a0, a1, a2 = split_terms(a, TERMS_A)
-    b0, b1, b2 = split_terms(b, TERMS_B)
-    return terms_product(a0, a1, a2, b0, b1, b2, acc, TERMS_A, TERMS_B)
+    return terms_product(split_terms(a, TERMS_A), split_terms(b, TERMS_B), acc, TERMS_A, TERMS_B)
 
 
 @jit

@@ -15,7 +15,18 @@ from ..formulas import Relation, Scales
 from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import Moments, moment_product, plan_moments
 from .plans import Array, Plan, planned
-from .primitives import addressable, feature_terms, jit, load_tile, multiprocessors, store_vector, tl, triton
+from .primitives import (
+    Matrix,
+    addressable,
+    contiguous,
+    feature_terms,
+    jit,
+    load_tile,
+    multiprocessors,
+    store_vector,
+    tl,
+    triton,
+)
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -77,22 +88,24 @@ def scale_kernel(
         else:
             ptr, stride_n, stride_c, channels = student_ptr + image * stride_sb, stride_sn, stride_sc, channels_s
         if NORMALIZE == "row":
-            matrix = tl.cast(channels, tl.int64) * channels
+            elements = tl.cast(channels, tl.int64) * channels
             if network == 0:
-                terms_ptr, size = terms_t_ptr + image * matrix, tl.load(size_t_ptr + image)
+                terms_ptr, size = terms_t_ptr + image * elements, tl.load(size_t_ptr + image)
             else:
-                terms_ptr, size = terms_s_ptr + image * matrix, tl.load(size_s_ptr + image)
+                terms_ptr, size = terms_s_ptr + image * elements, tl.load(size_s_ptr + image)
+            moment = contiguous(terms_ptr, channels, channels)
+        matrix = Matrix(ptr, pixels, channels, stride_n, stride_c)
         square = tl.zeros([BLOCK_M], tl.float32)
         for start_c in range(0, channels, BLOCK_C):
-            features = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_C)
+            features = load_tile(matrix, start_m, start_c, BLOCK_M, BLOCK_C)
             if NORMALIZE == "row":
                 by_moment = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
                 last_k = start_c + BLOCK_C - BLOCK_K
                 for start_k in range(0, last_k + 1, BLOCK_K):
-                    left = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
+                    left = load_tile(matrix, start_m, start_k, BLOCK_M, BLOCK_K)
                     by_moment *= tl.where(start_k == start_c, 2.0, 1.0)  # the blocks below the diagonal
                     by_moment = moment_product(
-                        left, terms_ptr, start_k, start_c, channels, batch * matrix, by_moment, TERMS, BLOCK_K, BLOCK_C
+                        left, moment, batch * elements, start_k, start_c, by_moment, TERMS, BLOCK_K, BLOCK_C
                     )
             features = features.to(tl.float32)
             square += tl.sum((by_moment if NORMALIZE == "row" else features) * features, 1)

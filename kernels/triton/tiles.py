@@ -11,9 +11,11 @@ from .configurations import MOST_SPLITS, TERMS, Configuration
 from .plans import Array, Plan
 from .primitives import (
     INTERPRET,
+    Matrix,
     features_product,
     jit,
     load_tile,
+    load_transposed,
     load_vector,
     multiprocessors,
     product,
@@ -98,14 +100,10 @@ def tie_sign(x):
 def gram_block(
     rows,
     columns,
-    ptr,
+    features,
+    channels,
     start_m,
     start_n,
-    stride_n,
-    stride_c,
-    pixels,
-    channels,
-    limit,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,8 +117,8 @@ def gram_block(
     gram = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if rows is None:
         for start_c in range(0, channels, BLOCK_C):
-            left = load_tile(ptr, start_m, start_c, stride_n, stride_c, pixels, limit, BLOCK_M, BLOCK_C)
-            right = load_tile(ptr, start_c, start_n, stride_c, stride_n, limit, pixels, BLOCK_C, BLOCK_N)
+            left = load_tile(features, start_m, start_c, BLOCK_M, BLOCK_C)
+            right = load_transposed(features, start_c, start_n, BLOCK_C, BLOCK_N)
             gram = features_product(left, right, gram, TERMS)
     else:
         gram = features_product(rows, columns, gram, TERMS)
@@ -187,10 +185,8 @@ def relation_kernel(
     split = program // row_blocks % column_splits
     image = (program // row_blocks // column_splits).to(tl.int64)
     start_u = tl.program_id(1) * BLOCK_S
-    limit_s = None if EVEN_S else channels_s
-    limit_t = None if EVEN_T else channels_t
-    student_ptr += image * stride_sb
-    teacher_ptr += image * stride_tb
+    student = Matrix(student_ptr + image * stride_sb, pixels, None if EVEN_S else channels_s, stride_sn, stride_sc)
+    teacher = Matrix(teacher_ptr + image * stride_tb, pixels, None if EVEN_T else channels_t, stride_tn, stride_tc)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     if NORMALIZE != "none":
         alpha_ptr += image * pixels
@@ -206,9 +202,9 @@ def relation_kernel(
     student_m = None
     teacher_m = None
     if not LOOP_S:
-        student_m = load_tile(student_ptr, start_m, 0, stride_sn, stride_sc, pixels, limit_s, BLOCK_M, BLOCK_S)
+        student_m = load_tile(student, start_m, 0, BLOCK_M, BLOCK_S)
     if not LOOP_T:
-        teacher_m = load_tile(teacher_ptr, start_m, 0, stride_tn, stride_tc, pixels, limit_t, BLOCK_M, BLOCK_T)
+        teacher_m = load_tile(teacher, start_m, 0, BLOCK_M, BLOCK_T)
 
     loss = tl.zeros([BLOCK_M], tl.float32)
     h = tl.zeros([BLOCK_M], tl.float32)
@@ -223,40 +219,14 @@ def relation_kernel(
         student_n = None
         teacher_n = None
         if not LOOP_S:
-            student_n = load_tile(student_ptr, 0, start_n, stride_sc, stride_sn, limit_s, pixels, BLOCK_S, BLOCK_N)
+            student_n = load_transposed(student, 0, start_n, BLOCK_S, BLOCK_N)
         gram_s = gram_block(
-            student_m,
-            student_n,
-            student_ptr,
-            start_m,
-            start_n,
-            stride_sn,
-            stride_sc,
-            pixels,
-            channels_s,
-            limit_s,
-            TERMS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_S,
+            student_m, student_n, student, channels_s, start_m, start_n, TERMS, BLOCK_M, BLOCK_N, BLOCK_S
         )
         if not LOOP_T:
-            teacher_n = load_tile(teacher_ptr, 0, start_n, stride_tc, stride_tn, limit_t, pixels, BLOCK_T, BLOCK_N)
+            teacher_n = load_transposed(teacher, 0, start_n, BLOCK_T, BLOCK_N)
         gram_t = gram_block(
-            teacher_m,
-            teacher_n,
-            teacher_ptr,
-            start_m,
-            start_n,
-            stride_tn,
-            stride_tc,
-            pixels,
-            channels_t,
-            limit_t,
-            TERMS,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_T,
+            teacher_m, teacher_n, teacher, channels_t, start_m, start_n, TERMS, BLOCK_M, BLOCK_N, BLOCK_T
         )
 
         if RECTIFY:  # scales are not negative: A_ij has the sign of G_ij; NaN stays
@@ -311,9 +281,7 @@ def relation_kernel(
             if RECTIFY:
                 K = tl.where(gram_s <= 0, 0.0, K)
             if LOOP_S:
-                student_n = load_tile(
-                    student_ptr, start_u, start_n, stride_sc, stride_sn, limit_s, pixels, BLOCK_S, BLOCK_N
-                )
+                student_n = load_transposed(student, start_u, start_n, BLOCK_S, BLOCK_N)
             # one bfloat16 term represents a sign exactly
             U = product(K, tl.trans(student_n), U, 1 if NORMALIZE == "none" and DISTANCE == "l1" else TERMS, TERMS)
 
@@ -331,7 +299,7 @@ def relation_kernel(
             h_ptr += split.to(tl.int64) * stride_hs + image * pixels
             store_vector(h_ptr, h * alpha_m, start_m, pixels, BLOCK_M)
         U_ptr += split.to(tl.int64) * stride_us + image * stride_ub
-        store_tile(U_ptr, U, start_m, start_u, stride_un, stride_uc, pixels, limit_s, BLOCK_M, BLOCK_S)
+        store_tile(Matrix(U_ptr, pixels, student.columns, stride_un, stride_uc), U, start_m, start_u)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------

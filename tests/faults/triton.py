@@ -19,8 +19,8 @@ BACKENDS = {
             Fault(
                 "masked elements are not 0",
                 TRITON_PRIMITIVES,
-                "return tl.load(pointers, mask=mask, other=0.0)",
-                "return tl.load(pointers, mask=mask, other=1.0)",
+                "BLOCK_R, BLOCK_C), mask=mask, other=0.0)",
+                "BLOCK_R, BLOCK_C), mask=mask, other=1.0)",
             ),
             Fault(
                 "the diagonal block counts twice",
@@ -122,8 +122,8 @@ BACKENDS = {
             Fault(
                 "wrong split of the factors",
                 TRITON_CLOSED_SUMS,
-                "stride_term + stride_term, third,",
-                "stride_term + stride_term, second,",
+                "store_tile(moved(second, stride_term), terms[2],",
+                "store_tile(moved(second, stride_term), terms[1],",
             ),
             Fault("the gradient is not projected", TRITON_CLOSED_GRADIENT, "V - along[:, None] * z", "V"),
             Fault("constant norms: projected", TRITON_CLOSED_GRADIENT, "SCALED and not DETACH_NORMS\n", "SCALED\n"),

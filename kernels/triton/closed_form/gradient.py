@@ -7,8 +7,11 @@ import torch
 from ..plans import Array, Plan
 from ..primitives import (
     FULL,
+    Matrix,
+    contiguous,
     feature_terms,
     jit,
+    load_terms,
     load_tile,
     load_vector,
     split_terms,
@@ -25,17 +28,12 @@ from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, FINISH_OPTIONS, OPTI
 @jit
 def by_factor(
     acc,
-    ptr,
-    factor_ptr,
+    features,
+    factor,
     alpha_ptr,
+    stride_term,
     start_m,
     start_c,
-    stride_n,
-    stride_c,
-    stride_term,
-    pixels,
-    channels,
-    channels_s,
     SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -44,39 +42,26 @@ def by_factor(
 ):
     """Return acc + alpha times features (BLOCK_M pixels) @ factor, for the columns of the factor from start_c on."""
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for start_k in range(0, channels, BLOCK_K):
-        features = load_tile(ptr, start_m, start_k, stride_n, stride_c, pixels, channels, BLOCK_M, BLOCK_K)
-        a0, a1, a2 = split_terms(features, TERMS)
-        b0 = load_tile(factor_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
-        second_ptr = factor_ptr + stride_term
-        b1 = load_tile(second_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
-        third_ptr = second_ptr + stride_term
-        b2 = load_tile(third_ptr, start_k, start_c, channels_s, 1, channels, channels_s, BLOCK_K, BLOCK_C)
-        zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        total += terms_product(a0, a1, a2, b0, b1, b2, zero, TERMS, FULL)
+    for start_k in range(0, features.columns, BLOCK_K):
+        left = split_terms(load_tile(features, start_m, start_k, BLOCK_M, BLOCK_K), TERMS)
+        right = load_terms(factor, stride_term, start_k, start_c, BLOCK_K, BLOCK_C)
+        total += terms_product(left, right, tl.zeros([BLOCK_M, BLOCK_C], tl.float32), TERMS, FULL)
     if SCALED:
-        total *= load_vector(alpha_ptr, start_m, pixels, BLOCK_M)[:, None]
+        total *= load_vector(alpha_ptr, start_m, features.rows, BLOCK_M)[:, None]
     return acc + total
 
 
 @jit
 def by_factors(
-    student_ptr,
-    teacher_ptr,
-    factors_ptr,
+    student,
+    teacher,
     alpha_s_ptr,
     alpha_t_ptr,
     distance_ptr,
+    factors_ptr,
+    stride_term,
     start_m,
     start_c,
-    stride_sn,
-    stride_sc,
-    stride_tn,
-    stride_tc,
-    stride_term,
-    pixels,
-    channels_s,
-    channels_t,
     SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,69 +72,32 @@ def by_factors(
 
     Both products are computed in the same order: for equal features they cancel exactly.
     """
+    channels = student.columns
+    of_student = contiguous(factors_ptr, channels, channels)
+    of_teacher = contiguous(factors_ptr + channels * channels, teacher.columns, channels)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     total = by_factor(
-        total,
-        student_ptr,
-        factors_ptr,
-        alpha_s_ptr,
-        start_m,
-        start_c,
-        stride_sn,
-        stride_sc,
-        stride_term,
-        pixels,
-        channels_s,
-        channels_s,
-        SCALED,
-        TERMS,
-        BLOCK_M,
-        BLOCK_K,
-        BLOCK_C,
+        total, student, of_student, alpha_s_ptr, stride_term, start_m, start_c, SCALED, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
     )
     if distance_ptr is not None:
-        total *= 1 - load_vector(distance_ptr, start_m, pixels, BLOCK_M)[:, None]
-    total = by_factor(
-        total,
-        teacher_ptr,
-        factors_ptr + channels_s * channels_s,
-        alpha_t_ptr,
-        start_m,
-        start_c,
-        stride_tn,
-        stride_tc,
-        stride_term,
-        pixels,
-        channels_t,
-        channels_s,
-        SCALED,
-        TERMS,
-        BLOCK_M,
-        BLOCK_K,
-        BLOCK_C,
+        total *= 1 - load_vector(distance_ptr, start_m, student.rows, BLOCK_M)[:, None]
+    return by_factor(
+        total, teacher, of_teacher, alpha_t_ptr, stride_term, start_m, start_c, SCALED, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
     )
-    return total
 
 
 @jit
 def gradient_block(
-    student_ptr,
-    teacher_ptr,
-    factors_ptr,
-    raw_factors_ptr,
+    student,
+    teacher,
     alpha_s_ptr,
     alpha_t_ptr,
     distance_ptr,
+    factors_ptr,
+    raw_factors_ptr,
+    stride_term,
     start_m,
     start_c,
-    stride_sn,
-    stride_sc,
-    stride_tn,
-    stride_tc,
-    stride_term,
-    pixels,
-    channels_s,
-    channels_t,
     SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -161,22 +109,15 @@ def gradient_block(
     For "row" V is the gradient times N^2.
     """
     V = by_factors(
-        student_ptr,
-        teacher_ptr,
-        factors_ptr,
+        student,
+        teacher,
         alpha_s_ptr,
         alpha_t_ptr,
         None,
+        factors_ptr,
+        stride_term,
         start_m,
         start_c,
-        stride_sn,
-        stride_sc,
-        stride_tn,
-        stride_tc,
-        stride_term,
-        pixels,
-        channels_s,
-        channels_t,
         SCALED and raw_factors_ptr is None,
         TERMS,
         BLOCK_M,
@@ -184,35 +125,27 @@ def gradient_block(
         BLOCK_C,
     )
     if raw_factors_ptr is None:
-        z = load_tile(student_ptr, start_m, start_c, stride_sn, stride_sc, pixels, channels_s, BLOCK_M, BLOCK_C)
-        z = z.to(tl.float32)
+        z = load_tile(student, start_m, start_c, BLOCK_M, BLOCK_C).to(tl.float32)
         if SCALED:
-            z *= load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None]
+            z *= load_vector(alpha_s_ptr, start_m, student.rows, BLOCK_M)[:, None]
     else:
         of_rows = by_factors(
-            student_ptr,
-            teacher_ptr,
-            raw_factors_ptr,
+            student,
+            teacher,
             alpha_s_ptr,
             alpha_t_ptr,
             distance_ptr,
+            raw_factors_ptr,
+            stride_term,
             start_m,
             start_c,
-            stride_sn,
-            stride_sc,
-            stride_tn,
-            stride_tc,
-            stride_term,
-            pixels,
-            channels_s,
-            channels_t,
             SCALED,
             TERMS,
             BLOCK_M,
             BLOCK_K,
             BLOCK_C,
         )
-        V = 0.5 * (V + of_rows * load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)[:, None])
+        V = 0.5 * (V + of_rows * load_vector(alpha_s_ptr, start_m, student.rows, BLOCK_M)[:, None])
         z = V  # not used
     return V, z
 
@@ -263,9 +196,9 @@ def closed_form_gradient_kernel(
     program = tl.program_id(0)
     start_m = program % row_blocks * BLOCK_M
     image = (program // row_blocks).to(tl.int64)
-    student_ptr += image * stride_sb
-    teacher_ptr += image * stride_tb
-    gradient_ptr += image * stride_gb
+    student = Matrix(student_ptr + image * stride_sb, pixels, channels_s, stride_sn, stride_sc)
+    teacher = Matrix(teacher_ptr + image * stride_tb, pixels, channels_t, stride_tn, stride_tc)
+    gradient = Matrix(gradient_ptr + image * stride_gb, pixels, channels_s, stride_gn, stride_gc)
     factors_ptr += image * (channels_s + channels_t) * channels_s
     if SCALED:
         alpha_s_ptr += image * pixels
@@ -280,23 +213,16 @@ def closed_form_gradient_kernel(
     if PROJECT and not ONE_BLOCK and raw_factors_ptr is None:
         for start_c in range(0, channels_s, BLOCK_C):
             V, z = gradient_block(
-                student_ptr,
-                teacher_ptr,
-                factors_ptr,
-                None,
+                student,
+                teacher,
                 alpha_s_ptr,
                 alpha_t_ptr,
                 None,
+                factors_ptr,
+                None,
+                stride_term,
                 start_m,
                 start_c,
-                stride_sn,
-                stride_sc,
-                stride_tn,
-                stride_tc,
-                stride_term,
-                pixels,
-                channels_s,
-                channels_t,
                 SCALED,
                 TERMS,
                 BLOCK_M,
@@ -306,23 +232,16 @@ def closed_form_gradient_kernel(
             along += tl.sum(z * V, 1)
     for start_c in range(0, channels_s, BLOCK_C):
         V, z = gradient_block(
-            student_ptr,
-            teacher_ptr,
-            factors_ptr,
-            raw_factors_ptr,
+            student,
+            teacher,
             alpha_s_ptr,
             alpha_t_ptr,
             distance_ptr,
+            factors_ptr,
+            raw_factors_ptr,
+            stride_term,
             start_m,
             start_c,
-            stride_sn,
-            stride_sc,
-            stride_tn,
-            stride_tc,
-            stride_term,
-            pixels,
-            channels_s,
-            channels_t,
             SCALED,
             TERMS,
             BLOCK_M,
@@ -334,8 +253,7 @@ def closed_form_gradient_kernel(
                 along = tl.sum(z * V, 1)
             alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
             V = (V - along[:, None] * z) * alpha[:, None]
-        V *= weight
-        store_tile(gradient_ptr, V, start_m, start_c, stride_gn, stride_gc, pixels, channels_s, BLOCK_M, BLOCK_C)
+        store_tile(gradient, V * weight, start_m, start_c)
 
     if start_m == 0:
         store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P)

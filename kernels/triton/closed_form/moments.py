@@ -7,7 +7,19 @@ import torch
 from ...formulas import matmul_precision
 from ..moments import store_symmetric
 from ..plans import Array, Plan
-from ..primitives import feature_terms, jit, load_tile, load_vector, multiprocessors, product, store_tile, tl, triton
+from ..primitives import (
+    Matrix,
+    contiguous,
+    feature_terms,
+    jit,
+    load_tile,
+    load_vector,
+    multiprocessors,
+    product,
+    store_tile,
+    tl,
+    triton,
+)
 from .options import BLOCK_CHANNELS, BLOCK_SUM, OPTIONS, SPLIT_PIXELS
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -15,8 +27,8 @@ from .options import BLOCK_CHANNELS, BLOCK_SUM, OPTIONS, SPLIT_PIXELS
 
 @jit
 def weighted_moment_tile(
-    left_ptr,
-    right_ptr,
+    left,
+    right,
     alpha_l_ptr,
     alpha_r_ptr,
     distance_ptr,
@@ -24,13 +36,6 @@ def weighted_moment_tile(
     tile,
     first,
     last,
-    stride_ln,
-    stride_lc,
-    stride_rn,
-    stride_rc,
-    pixels,
-    channels_l,
-    channels_r,
     SYMMETRIC: tl.constexpr,
     SCALED: tl.constexpr,
     TERMS: tl.constexpr,
@@ -43,54 +48,49 @@ def weighted_moment_tile(
     If distance_ptr is not None, the weights are multiplied by 1 - distance.
     The weight is on one side, so that 16-bit features on the other are one or two exact terms.
     """
-    blocks = tl.cdiv(channels_r, BLOCK_C)
+    pixels, blocks = left.rows, tl.cdiv(right.columns, BLOCK_C)
     start_i, start_j = tile // blocks * BLOCK_C, tile % blocks * BLOCK_C
     if not SYMMETRIC or start_i <= start_j:
         total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         for start_n in range(first, last, BLOCK_N):
             start_n = tl.multiple_of(start_n, BLOCK_N)
-            left = load_tile(left_ptr, start_n, start_i, stride_ln, stride_lc, pixels, channels_l, BLOCK_N, BLOCK_C)
-            right = load_tile(right_ptr, start_n, start_j, stride_rn, stride_rc, pixels, channels_r, BLOCK_N, BLOCK_C)
+            a = load_tile(left, start_n, start_i, BLOCK_N, BLOCK_C)
+            b = load_tile(right, start_n, start_j, BLOCK_N, BLOCK_C)
             if SCALED:
                 weights = load_vector(alpha_l_ptr, start_n, pixels, BLOCK_N)
                 weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)
                 if distance_ptr is not None:
                     weights *= 1 - load_vector(distance_ptr, start_n, pixels, BLOCK_N)
-                right = right.to(tl.float32) * weights[:, None]
+                b = b.to(tl.float32) * weights[:, None]
             zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-            total += product(tl.trans(left), right, zero, TERMS, TERMS_WEIGHTED)
+            total += product(tl.trans(a), b, zero, TERMS, TERMS_WEIGHTED)
+        out = contiguous(out_ptr, left.columns, right.columns)
         if SYMMETRIC:
-            store_symmetric(out_ptr, total, start_i, start_j, channels_l, BLOCK_C)
+            store_symmetric(out, total, start_i, start_j)
         else:
-            store_tile(out_ptr, total, start_i, start_j, channels_r, 1, channels_l, channels_r, BLOCK_C, BLOCK_C)
+            store_tile(out, total, start_i, start_j)
 
 
 @jit
 def load_combined(
-    student_ptr,
-    teacher_ptr,
+    student,
+    teacher,
     alpha_s_ptr,
     alpha_t_ptr,
     sign,
     start_n,
     start_c,
-    stride_sn,
-    stride_sc,
-    stride_tn,
-    stride_tc,
-    pixels,
-    channels,
     SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Load z + sign * y of BLOCK_N pixels: f for sign = 1, e for sign = -1, z for sign = 0."""
-    z = load_tile(student_ptr, start_n, start_c, stride_sn, stride_sc, pixels, channels, BLOCK_N, BLOCK_C)
-    y = load_tile(teacher_ptr, start_n, start_c, stride_tn, stride_tc, pixels, channels, BLOCK_N, BLOCK_C)
+    z = load_tile(student, start_n, start_c, BLOCK_N, BLOCK_C)
+    y = load_tile(teacher, start_n, start_c, BLOCK_N, BLOCK_C)
     z, y = z.to(tl.float32), y.to(tl.float32)
     if SCALED:
-        z *= load_vector(alpha_s_ptr, start_n, pixels, BLOCK_N)[:, None]
-        y *= load_vector(alpha_t_ptr, start_n, pixels, BLOCK_N)[:, None]
+        z *= load_vector(alpha_s_ptr, start_n, student.rows, BLOCK_N)[:, None]
+        y *= load_vector(alpha_t_ptr, start_n, student.rows, BLOCK_N)[:, None]
     return z + sign * y
 
 
@@ -137,6 +137,8 @@ def moments_kernel(
     They are M_ss, M_st, M_tt, or with DIFFERENCE S_ff, S_fe, S_ee, and W_d. If distance_ptr is not None, the first is
     M_ss - W_d. A program computes one tile over ``split_pixels`` pixels.
     """
+    if DIFFERENCE:
+        channels_t = channels_s  # so that both networks share masks
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK_C), tl.cdiv(channels_t, BLOCK_C)
     tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
     if DIFFERENCE:
@@ -151,8 +153,8 @@ def moments_kernel(
     first = part % splits * split_pixels
     last = tl.minimum(first + split_pixels, pixels)
     image = (part // splits).to(tl.int64)
-    student_ptr += image * stride_sb
-    teacher_ptr += image * stride_tb
+    student = Matrix(student_ptr + image * stride_sb, pixels, channels_s, stride_sn, stride_sc)
+    teacher = Matrix(teacher_ptr + image * stride_tb, pixels, channels_t, stride_tn, stride_tc)
     if SCALED:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
@@ -171,57 +173,24 @@ def moments_kernel(
             for start_n in range(first, last, BLOCK_N):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
                 left = load_combined(
-                    student_ptr,
-                    teacher_ptr,
-                    alpha_s_ptr,
-                    alpha_t_ptr,
-                    sign_l,
-                    start_n,
-                    start_i,
-                    stride_sn,
-                    stride_sc,
-                    stride_tn,
-                    stride_tc,
-                    pixels,
-                    channels_s,
-                    SCALED,
-                    BLOCK_N,
-                    BLOCK_C,
+                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_l, start_n, start_i, SCALED, BLOCK_N, BLOCK_C
                 )
                 right = load_combined(
-                    student_ptr,
-                    teacher_ptr,
-                    alpha_s_ptr,
-                    alpha_t_ptr,
-                    sign_r,
-                    start_n,
-                    start_j,
-                    stride_sn,
-                    stride_sc,
-                    stride_tn,
-                    stride_tc,
-                    pixels,
-                    channels_s,
-                    SCALED,
-                    BLOCK_N,
-                    BLOCK_C,
+                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_r, start_n, start_j, SCALED, BLOCK_N, BLOCK_C
                 )
                 if MOMENTS > 3:
                     distances = load_vector(distance_ptr, start_n, pixels, BLOCK_N)
                     right *= tl.where(matrix == 3, distances, 1.0)[:, None]
                 zero = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
                 total += product(tl.trans(left), right, zero, TERMS_WEIGHTED, TERMS_WEIGHTED)
-            moments_ptr += matrix * size_ss
-            store_tile(moments_ptr, total, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK_C, BLOCK_C)
+            out = contiguous(moments_ptr + matrix * size_ss, channels_s, channels_s)
+            store_tile(out, total, start_i, start_j)
             if matrix != 1 and start_i < start_j:
-                total = tl.trans(total)
-                store_tile(
-                    moments_ptr, total, start_j, start_i, channels_s, 1, channels_s, channels_s, BLOCK_C, BLOCK_C
-                )
+                store_tile(out, tl.trans(total), start_j, start_i)
     elif tile < tiles_ss:
         weighted_moment_tile(
-            student_ptr,
-            student_ptr,
+            student,
+            student,
             alpha_s_ptr,
             alpha_s_ptr,
             distance_ptr,
@@ -229,13 +198,6 @@ def moments_kernel(
             tile,
             first,
             last,
-            stride_sn,
-            stride_sc,
-            stride_sn,
-            stride_sc,
-            pixels,
-            channels_s,
-            channels_s,
             True,
             SCALED,
             TERMS,
@@ -245,8 +207,8 @@ def moments_kernel(
         )
     elif tile < tiles_ss + tiles_st:
         weighted_moment_tile(
-            student_ptr,
-            teacher_ptr,
+            student,
+            teacher,
             alpha_s_ptr,
             alpha_t_ptr,
             None,
@@ -254,13 +216,6 @@ def moments_kernel(
             tile - tiles_ss,
             first,
             last,
-            stride_sn,
-            stride_sc,
-            stride_tn,
-            stride_tc,
-            pixels,
-            channels_s,
-            channels_t,
             False,
             SCALED,
             TERMS,
@@ -270,8 +225,8 @@ def moments_kernel(
         )
     else:
         weighted_moment_tile(
-            teacher_ptr,
-            teacher_ptr,
+            teacher,
+            teacher,
             alpha_t_ptr,
             alpha_t_ptr,
             None,
@@ -279,13 +234,6 @@ def moments_kernel(
             tile - tiles_ss - tiles_st,
             first,
             last,
-            stride_tn,
-            stride_tc,
-            stride_tn,
-            stride_tc,
-            pixels,
-            channels_t,
-            channels_t,
             True,
             SCALED,
             TERMS,

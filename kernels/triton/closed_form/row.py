@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..plans import Array, Plan
-from ..primitives import feature_terms, jit, load_tile, store_vector, tl, triton
+from ..primitives import Matrix, contiguous, feature_terms, jit, load_tile, store_vector, tl, triton
 from .gradient import by_factor, gradient_blocks
 from .options import BLOCK_PIXELS, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
 
@@ -19,7 +19,8 @@ LARGEST_GAIN = triton is not None and tl.constexpr(2.0**60)
 def gain_of(ptr, stride_n, stride_c, pixels, channels):
     """Return 1 / mean |x| of a sample of an image; 1 if it is 0, NaN if it is NaN or overflows."""
     step = tl.cast(tl.maximum(pixels // SAMPLE, 1), tl.int64)
-    sample = load_tile(ptr, 0, 0, stride_n * step, stride_c, pixels, channels, SAMPLE, SAMPLE).to(tl.float32)
+    some = Matrix(ptr, pixels, channels, stride_n * step, stride_c)
+    sample = load_tile(some, 0, 0, SAMPLE, SAMPLE).to(tl.float32)
     size = tl.sum(tl.sum(tl.abs(sample), 1), 0)
     count = (tl.minimum(pixels, SAMPLE) * tl.minimum(channels, SAMPLE)).to(tl.float32)
     gain = tl.div_rn(count, tl.where(size == 0, count, size))
@@ -65,19 +66,12 @@ def gains_kernel(
 @jit
 def dot_by_factor(
     total,
-    ptr,
-    factor_ptr,
-    right_ptr,
+    features,
+    factor,
+    right,
+    stride_term,
     start_m,
     start_c,
-    stride_n,
-    stride_c,
-    stride_rn,
-    stride_rc,
-    stride_term,
-    pixels,
-    channels,
-    channels_r,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,27 +79,8 @@ def dot_by_factor(
 ):
     """Return total + (features @ factor) . right, for the columns of the factor from start_c on."""
     zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    by = by_factor(
-        zero,
-        ptr,
-        factor_ptr,
-        None,
-        start_m,
-        start_c,
-        stride_n,
-        stride_c,
-        stride_term,
-        pixels,
-        channels,
-        channels_r,
-        False,
-        TERMS,
-        BLOCK_M,
-        BLOCK_K,
-        BLOCK_C,
-    )
-    right = load_tile(right_ptr, start_m, start_c, stride_rn, stride_rc, pixels, channels_r, BLOCK_M, BLOCK_C)
-    return total + tl.sum(by * right.to(tl.float32), 1)
+    by = by_factor(zero, features, factor, None, stride_term, start_m, start_c, False, TERMS, BLOCK_M, BLOCK_K, BLOCK_C)
+    return total + tl.sum(by * load_tile(right, start_m, start_c, BLOCK_M, BLOCK_C).to(tl.float32), 1)
 
 
 @jit
@@ -152,75 +127,26 @@ def row_scales_kernel(
     program = tl.program_id(0)
     start_m = program % row_blocks * BLOCK_M
     image = (program // row_blocks).to(tl.int64)
-    student_ptr += image * stride_sb
-    teacher_ptr += image * stride_tb
+    student = Matrix(student_ptr + image * stride_sb, pixels, channels_s, stride_sn, stride_sc)
+    teacher = Matrix(teacher_ptr + image * stride_tb, pixels, channels_t, stride_tn, stride_tc)
     factors_ptr += image * (channels_s + channels_t) * channels_s
-    teacher_factor_ptr += image * channels_t * channels_t
+    factor_ss = contiguous(factors_ptr, channels_s, channels_s)
+    factor_ts = contiguous(factors_ptr + channels_s * channels_s, channels_t, channels_s)
+    factor_tt = contiguous(teacher_factor_ptr + image * channels_t * channels_t, channels_t, channels_t)
     # 4 q . M_ss q, -4 q . M_st p, 4 p . M_tt p: for equal features they are equal or opposite
     ss = tl.zeros([BLOCK_M], tl.float32)
     st = tl.zeros([BLOCK_M], tl.float32)
     tt = tl.zeros([BLOCK_M], tl.float32)
     for start_c in range(0, channels_s, BLOCK_C):
         ss = dot_by_factor(
-            ss,
-            student_ptr,
-            factors_ptr,
-            student_ptr,
-            start_m,
-            start_c,
-            stride_sn,
-            stride_sc,
-            stride_sn,
-            stride_sc,
-            stride_term,
-            pixels,
-            channels_s,
-            channels_s,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
+            ss, student, factor_ss, student, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
         )
         st = dot_by_factor(
-            st,
-            teacher_ptr,
-            factors_ptr + channels_s * channels_s,
-            student_ptr,
-            start_m,
-            start_c,
-            stride_tn,
-            stride_tc,
-            stride_sn,
-            stride_sc,
-            stride_term,
-            pixels,
-            channels_t,
-            channels_s,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
+            st, teacher, factor_ts, student, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
         )
     for start_c in range(0, channels_t, BLOCK_C):
         tt = dot_by_factor(
-            tt,
-            teacher_ptr,
-            teacher_factor_ptr,
-            teacher_ptr,
-            start_m,
-            start_c,
-            stride_tn,
-            stride_tc,
-            stride_tn,
-            stride_tc,
-            stride_teacher_term,
-            pixels,
-            channels_t,
-            channels_t,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
+            tt, teacher, factor_tt, teacher, stride_teacher_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
         )
     alpha_s = alpha_of(ss, tl.load(gains_ptr + 2 * image), eps)
     alpha_t = alpha_of(tt, tl.load(gains_ptr + 2 * image + 1), eps)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..plans import Array, Plan
-from ..primitives import FULL, jit, load_tile, load_vector, split_terms, store_tile, tl, triton
+from ..primitives import FULL, contiguous, jit, load_tile, load_vector, moved, split_terms, store_tile, tl, triton
 from .moments import moments_size
 from .options import BLOCK_FINISH, BLOCK_VECTOR, FINISH_OPTIONS
 
@@ -15,22 +15,22 @@ from .options import BLOCK_FINISH, BLOCK_VECTOR, FINISH_OPTIONS
 
 
 @jit
-def sum_splits(ptr, start_i, start_j, rows, columns, stride_split, splits, BLOCK: tl.constexpr):
+def sum_splits(matrix, start_i, start_j, stride_split, splits, BLOCK: tl.constexpr):
     """Return the sum in float64 of a tile of the partial moments, in the order of the splits."""
     total = tl.zeros([BLOCK, BLOCK], tl.float64)
     for split in range(splits):
-        part_ptr = ptr + tl.cast(split, tl.int64) * stride_split
-        total += load_tile(part_ptr, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
+        total += load_tile(moved(matrix, tl.cast(split, tl.int64) * stride_split), start_i, start_j, BLOCK, BLOCK)
     return total
 
 
 @jit
-def store_terms(ptr, tile, start_i, start_j, rows, columns, stride_term, BLOCK: tl.constexpr):
-    """Store the three bfloat16 terms of a tile of a matrix (rows, columns)."""
-    first, second, third = split_terms(tile, FULL)
-    store_tile(ptr, first, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
-    store_tile(ptr + stride_term, second, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
-    store_tile(ptr + stride_term + stride_term, third, start_i, start_j, columns, 1, rows, columns, BLOCK, BLOCK)
+def store_terms(matrix, tile, start_i, start_j, stride_term):
+    """Store the three bfloat16 terms of a tile of a matrix."""
+    terms = split_terms(tile, FULL)
+    second = moved(matrix, stride_term)
+    store_tile(matrix, terms[0], start_i, start_j)
+    store_tile(second, terms[1], start_i, start_j)
+    store_tile(moved(second, stride_term), terms[2], start_i, start_j)
 
 
 @jit
@@ -71,6 +71,8 @@ def finish_kernel(
     The first STAGE of "row" also computes 4 M_tt (C_t, C_t) in terms, no loss, and with DIFFERENCE sums of S (B, 3, C,
     C). The second has the factors 4 (W_ss - W_d) and -4 W_ts times the gains, and a loss only with DIFFERENCE.
     """
+    if DIFFERENCE:
+        channels_t = channels_s  # so that all matrices share masks
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK), tl.cdiv(channels_t, BLOCK)
     size_ss, size_st = channels_s * channels_s, channels_s * channels_t
     size = moments_size(channels_s, channels_t, MOMENTS)
@@ -85,78 +87,71 @@ def finish_kernel(
     image = (program // tiles).to(tl.int64)
     tile = program % tiles
     moments_ptr += image * splits * size
+    moment_ss = contiguous(moments_ptr, channels_s, channels_s)
+    moment_st = contiguous(moments_ptr + size_ss, channels_s, channels_t)
+    moment_tt = contiguous(moments_ptr + size_ss + size_st, channels_t, channels_t)
     if GRAD:
         factors_ptr += image * (channels_s + channels_t) * channels_s
+        factor_ss = contiguous(factors_ptr, channels_s, channels_s)
+        factor_ts = contiguous(factors_ptr + size_ss, channels_t, channels_s)
     if STAGE == "first":
-        teacher_factor_ptr += image * channels_t * channels_t
+        factor_tt = contiguous(teacher_factor_ptr + image * channels_t * channels_t, channels_t, channels_t)
     gain_ss, gain_st = 1.0, 1.0
     if STAGE == "second":
         gain_s, gain_t = tl.load(gains_ptr + 2 * image), tl.load(gains_ptr + 2 * image + 1)
         gain_ss, gain_st = gain_s * gain_s, gain_s * gain_t
     if DIFFERENCE:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
-        cross_ptr = moments_ptr + size_ss
-        ff = sum_splits(moments_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
-        ee = sum_splits(cross_ptr + size_ss, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
-        fe = sum_splits(cross_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
-        ef = tl.trans(sum_splits(cross_ptr, start_j, start_i, channels_s, channels_s, size, splits, BLOCK))
+        ff = sum_splits(moment_ss, start_i, start_j, size, splits, BLOCK)
+        ee = sum_splits(moment_tt, start_i, start_j, size, splits, BLOCK)
+        fe = sum_splits(moment_st, start_i, start_j, size, splits, BLOCK)
+        ef = tl.trans(sum_splits(moment_st, start_j, start_i, size, splits, BLOCK))
+        if STAGE != "only" and sums_ptr is not None:
+            sum_ff = contiguous(sums_ptr + image * 3 * size_ss, channels_s, channels_s)
+            sum_fe = moved(sum_ff, size_ss)
+            sum_ee = moved(sum_fe, size_ss)
         if STAGE == "second":
-            sums_ptr += image * 3 * size_ss
-            raw_ff = load_tile(sums_ptr, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
-            sums_ptr += size_ss
-            raw_ef = load_tile(sums_ptr, start_j, start_i, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
-            sums_ptr += size_ss
-            raw_ee = load_tile(sums_ptr, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            raw_ff = load_tile(sum_ff, start_i, start_j, BLOCK, BLOCK)
+            raw_ef = load_tile(sum_fe, start_j, start_i, BLOCK, BLOCK)
+            raw_ee = load_tile(sum_ee, start_i, start_j, BLOCK, BLOCK)
             loss = 0.25 * total(ff * raw_ee + ee * raw_ff + 2 * fe * tl.trans(raw_ef))
         else:
             loss = 0.5 * total(ff * ee + fe * ef)
         if STAGE == "first" and sums_ptr is not None:
-            sums_ptr += image * 3 * size_ss
-            store_tile(sums_ptr, ff, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
-            sums_ptr += size_ss
-            store_tile(sums_ptr, fe, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
-            sums_ptr += size_ss
-            store_tile(sums_ptr, ee, start_i, start_j, channels_s, 1, channels_s, channels_s, BLOCK, BLOCK)
+            store_tile(sum_ff, ff, start_i, start_j)
+            store_tile(sum_fe, fe, start_i, start_j)
+            store_tile(sum_ee, ee, start_i, start_j)
         if STAGE == "first":
-            alone = (ff + ee - fe - ef).to(tl.float32)
-            store_terms(teacher_factor_ptr, alone, start_i, start_j, channels_t, channels_t, stride_teacher_term, BLOCK)
+            store_terms(factor_tt, (ff + ee - fe - ef).to(tl.float32), start_i, start_j, stride_teacher_term)
         if GRAD:
             student = ff + fe + ef + ee
             if MOMENTS > 3:
-                by_distance_ptr = cross_ptr + size_ss + size_ss
-                student -= 4 * sum_splits(
-                    by_distance_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK
-                )
+                by_distance = moved(moment_tt, size_ss)
+                student -= 4 * sum_splits(by_distance, start_i, start_j, size, splits, BLOCK)
             student = student.to(tl.float32) * gain_ss
             teacher = (ef + ee - ff - fe).to(tl.float32) * gain_st
-            store_terms(factors_ptr, student, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
-            factors_ptr += size_ss
-            store_terms(factors_ptr, teacher, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
+            store_terms(factor_ss, student, start_i, start_j, stride_term)
+            store_terms(factor_ts, teacher, start_i, start_j, stride_term)
     elif tile < tiles_ss:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
-        moment = sum_splits(moments_ptr, start_i, start_j, channels_s, channels_s, size, splits, BLOCK)
+        moment = sum_splits(moment_ss, start_i, start_j, size, splits, BLOCK)
         loss = total(moment * moment)
         if GRAD:
-            factor = (4 * moment).to(tl.float32) * gain_ss
-            store_terms(factors_ptr, factor, start_i, start_j, channels_s, channels_s, stride_term, BLOCK)
+            store_terms(factor_ss, (4 * moment).to(tl.float32) * gain_ss, start_i, start_j, stride_term)
     elif tile < tiles_ss + tiles_st:
         start_i, start_j = (tile - tiles_ss) // blocks_t * BLOCK, (tile - tiles_ss) % blocks_t * BLOCK
-        moments_ptr += size_ss
-        moment = sum_splits(moments_ptr, start_i, start_j, channels_s, channels_t, size, splits, BLOCK)
+        moment = sum_splits(moment_st, start_i, start_j, size, splits, BLOCK)
         loss = -2 * total(moment * moment)
         if GRAD:
             factor = tl.trans((-4 * moment).to(tl.float32) * gain_st)
-            factors_ptr += size_ss
-            store_terms(factors_ptr, factor, start_j, start_i, channels_t, channels_s, stride_term, BLOCK)
+            store_terms(factor_ts, factor, start_j, start_i, stride_term)
     else:
         tile_tt = tile - tiles_ss - tiles_st
         start_i, start_j = tile_tt // blocks_t * BLOCK, tile_tt % blocks_t * BLOCK
-        moments_ptr += size_ss + size_st
-        moment = sum_splits(moments_ptr, start_i, start_j, channels_t, channels_t, size, splits, BLOCK)
+        moment = sum_splits(moment_tt, start_i, start_j, size, splits, BLOCK)
         loss = total(moment * moment)
         if STAGE == "first":
-            alone = (4 * moment).to(tl.float32)
-            store_terms(teacher_factor_ptr, alone, start_i, start_j, channels_t, channels_t, stride_teacher_term, BLOCK)
+            store_terms(factor_tt, (4 * moment).to(tl.float32), start_i, start_j, stride_teacher_term)
     if SCALED and STAGE == "only":
         # D_ii counts as 0, but the sums contain 1 where only one of student and teacher has norm 0 at pixel i
         ties = tl.zeros([BLOCK_P], tl.int32)
