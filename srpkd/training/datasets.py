@@ -20,6 +20,7 @@ from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
 from .options import ResolvedConfig
+from .stop_signals import leave_to_parent
 
 ImageDataset = FolderDataset | SyntheticDataset
 TRAIN_SEED, TEST_SEED = 0, 1_000_003  # of the generated scenes
@@ -159,6 +160,7 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
         SeededDataset(dataset),
         batch_sampler=batches,
         num_workers=0 if config.is_synthetic else config.num_threads,
+        worker_init_fn=leave_to_parent,
         collate_fn=collate,
         pin_memory=config.torch_device.type == "cuda",
         generator=torch.Generator(),  # without one the loader draws from torch's default generator

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..taps import remove_hooks, unwrap
-from . import distributed
+from . import distributed, stop_signals
 from .datasets import channels_of, input_size, make_loader, open_data
 from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
 from .optimizers import PRECISIONS, Losses
@@ -86,6 +86,7 @@ def fit(
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
         Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite. On
             a GPU this is checked when metrics are logged.
+        Stopped: A signal asked a rank to stop; the state has been saved.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
@@ -145,8 +146,11 @@ def fit(
                 if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
-                if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
+                stop = distributed.max_over_ranks(stop_signals.received())
+                if save_state and (stop or step % config.save_latest_freq == 0) and objective.can_resume():
                     save_state(training_state(objective, step, epoch_steps, durations))
+                if stop:
+                    raise stop_signals.Stopped(stop)
     if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     _save_latest(stage, run_dir, objective)

@@ -36,6 +36,13 @@ def evaluate_stage(
     return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
+def evaluate_teachers(config: ResolvedConfig, teachers: Generators, test_set: ImageDataset | None) -> Row:
+    """Return the row of teachers that were loaded from files, on rank 0; {} on the others."""
+    if distributed.rank() > 0:
+        return {}
+    return complexity(config, teachers) | evaluate(teachers, test_set, config, {}, "teacher")
+
+
 def complexity(config: ResolvedConfig, generators: Generators) -> Row:
     """Return parameters and MACs of one generator."""
     direction, generator = next(iter(generators.items()))
