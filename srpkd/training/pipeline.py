@@ -175,6 +175,7 @@ def save_progress(plan: Plan, training: tuple[str, dict[str, Any]] | None = None
     plan.run_dir.save_resume_state(
         {
             "config": asdict(replace(plan.config, resume=None)),
+            "inputs": plan.inputs,
             "rows": plan.rows,
             "done": plan.done,
             "extended": plan.extended,

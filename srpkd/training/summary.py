@@ -68,6 +68,7 @@ def publish(
     """
     if distributed.rank() > 0:
         return
+    run_dir.check_folder()  # before images are written
     pixels = "{} x {} pixels".format(*input_size(config)) + ("" if has_one_size(config) else ", the first image's size")
     columns = [
         {"key": "name", "label": "network", "format": ""},
