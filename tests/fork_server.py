@@ -52,10 +52,11 @@ def interrupted(function: Callable) -> Callable:
     return with_signal
 
 
-def on_rank_1(number: int, error: Callable) -> None:
-    """Call `error` on rank 1 before the training step with this number (from 1)."""
+def on_rank_1(number: int, instead: Callable[[Callable], Callable]) -> None:
+    """Call ``instead(step)`` on rank 1 in place of the training step with this number (from 1)."""
     if os.environ["RANK"] == "1":
-        objectives.Pix2Pix.step = at(number, objectives.Pix2Pix.step, error)
+        for kind in (objectives.Pix2Pix, objectives.CycleGAN):
+            kind.step = at(number, kind.step, instead(kind.step))
 
 
 def fail(*_: Any) -> None:
@@ -76,8 +77,7 @@ def save_half(content: Any, file: Any) -> None:
 
 save = torch.save
 KILL_POINTS = {
-    # SIGINT in a training step or an evaluation, which stop the run. Killed before a training step; in an evaluation;
-    # while a state or weights are written; before a state is renamed
+    # SIGINT in a training step or an evaluation
     "interrupt step": lambda n: [
         setattr(kind, "step", at(n, kind.step, interrupted(kind.step)))
         for kind in (objectives.Pix2Pix, objectives.CycleGAN)
@@ -85,9 +85,11 @@ KILL_POINTS = {
     "interrupt evaluate": lambda n: setattr(
         summary, "evaluate", at(n, summary.evaluate, interrupted(summary.evaluate))
     ),
-    "fail on rank 1": lambda n: on_rank_1(n, fail),
-    "crash on rank 1": lambda n: on_rank_1(n, crash),
-    "kill on rank 1": lambda n: on_rank_1(n, die),
+    "fail on rank 1": lambda n: on_rank_1(n, lambda _: fail),
+    "crash on rank 1": lambda n: on_rank_1(n, lambda _: crash),
+    "interrupt on rank 1": lambda n: on_rank_1(n, interrupted),
+    "kill on rank 1": lambda n: on_rank_1(n, lambda _: die),
+    # killed before a training step; in an evaluation; while a state or weights are written; before a state is renamed
     "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
     "evaluate": lambda n: setattr(summary, "evaluate", at(n, summary.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),

@@ -20,7 +20,7 @@ from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..taps import remove_hooks, unwrap
 from . import distributed, stop_signals
-from .datasets import channels_of, input_size, make_loader, open_data
+from .datasets import channels_of, input_size, iterate, make_loader, open_data, plain_loader_errors
 from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
 from .optimizers import PRECISIONS, Losses
 from .options import ResolvedConfig
@@ -83,6 +83,7 @@ def fit(
         keep_final_state: write the state of the stage at its end to its folder, if it can be resumed from.
 
     Raises:
+        DataError: An image cannot be read, or a process that loads images was killed.
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
         Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite. On
             a GPU this is checked when metrics are logged.
@@ -95,7 +96,7 @@ def fit(
             distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
-    batches = iter(loader)
+    batches = iterate(loader)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
 
@@ -114,7 +115,7 @@ def fit(
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)
-    with _progress_bar(stage.name, first - 1, steps) as progress:
+    with plain_loader_errors(), _progress_bar(stage.name, first - 1, steps) as progress:
         for step, batch in zip(range(first, steps + 1), batches):
             epoch = (step - 1) // epoch_steps + 1
             losses = objective.step(

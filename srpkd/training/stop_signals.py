@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOADER_SECONDS = 25  # until SIGTERM ends a process that loads images; torchrun and Slurm kill all after 30
 REPEAT = 1.0  # seconds: launchers may send a signal to a process and, right after that, to its group
 NOTICE = "stopping after this step; Ctrl-C again stops at once"
 
@@ -87,9 +88,14 @@ def handled(last_words: Callable[[], str] | None) -> Iterator[None]:
 
 
 def leave_to_parent(_: int = 0) -> None:
-    """Keep signals for the group of the run away from this process, which loads images until the run stops it."""
-    with suppress(OSError):
-        os.setpgid(0, 0)
+    """Let this process, which loads images, continue after a signal that all processes get: the run still needs them.
+
+    The run then ends this process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # by SIGTERM, Python also ends processes that remain when it exits
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LOADER_SECONDS))
 
 
 def _end(number: int) -> None:

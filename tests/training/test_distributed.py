@@ -20,6 +20,7 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.datasets import make_loader
 from srpkd.training.folder_lock import FolderLock
 from srpkd.training.options import TrainConfig
+from srpkd.training.resume import load_state
 
 TINY = shlex.split(
     "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --norm instance --no_dropout "
@@ -265,11 +266,13 @@ def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, 
 
 @pytest.mark.slow
 def test_resumed_processes_continue_bit_identically(server, runs):
-    """Each process has its own image pools and random state."""
+    """Each process has its own image pools and random state. A signal that one of them receives stops all."""
     model, _, expected = runs
     cwd = expected.parent.parent
     arguments = [*ARGUMENTS[model], *TINY, "--name=killed", "--save_latest_freq=2"]
-    assert server(arguments, cwd, ("step", 10), processes=2) == -signal.SIGKILL
+    assert server(arguments, cwd, ("interrupt on rank 1", 4), processes=2) == 128 + signal.SIGINT
+    assert load_state(cwd / "runs/killed")["training"][1]["step"] == 4
+    assert server(["--resume=killed"], cwd, ("step", 6), processes=2) == -signal.SIGKILL
     assert server(["--resume=killed"], cwd) == 1
     message = "the number of processes is 1 and was 2: resume with torchrun --nproc_per_node=2 -m srpkd.train --resume"
     assert message in (cwd / "log").read_text()
