@@ -26,11 +26,6 @@ from .training.pipeline import execute, how_to_resume
 from .training.plan import prepare
 from .training.stop_signals import Stopped
 
-LOST_CONNECTION = (
-    "another process of this run was killed or crashed without a message, for example because memory ran out; the "
-    "system's log (dmesg) may name the reason"
-)
-
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
@@ -42,8 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
     """
     if arguments is None:
         prepare_terminal()
-        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the run starts, Ctrl-C ends the process at once
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):
@@ -67,10 +60,8 @@ def run_cli(config: TrainConfig, command: str) -> str | int:
     except Exception as error:
         if distributed.world_size() == 1:
             raise
-        if distributed.is_lost_connection(error):
-            failure = f"error: {LOST_CONNECTION} ({str(error).splitlines()[0]})"
-        else:
-            failure = traceback.format_exc().rstrip()
+        is_lost = distributed.is_lost_connection(error)
+        failure = _lost_connection(error) if is_lost else traceback.format_exc().rstrip()
     if failure and not distributed.is_first_failure(failure):
         return 1
     return failure or 0
@@ -79,7 +70,8 @@ def run_cli(config: TrainConfig, command: str) -> str | int:
 def _train(config: TrainConfig, command: str) -> str:
     """Train, print the table, and return an error message, or "" on success."""
     try:
-        plan = prepare(config, command)
+        with stop_signals.ending_at_once():
+            plan = prepare(config, command)
     except (ValueError, OSError, ImportError) as error:
         return f"error: {error}"
     last_words = partial(how_to_resume, plan.run_dir.folder) if distributed.rank() == 0 else None
@@ -88,9 +80,21 @@ def _train(config: TrainConfig, command: str) -> str:
             run_dir = execute(plan)
     except (DataError, CheckpointError, Diverged, NonFiniteError, WriteError) as error:
         return f"error: {error}"
+    except RuntimeError as error:
+        if distributed.rank() == 0 or not distributed.is_lost_connection(error):
+            raise
+        # rank 0, which says how to resume, may be the one that was killed
+        return f"{_lost_connection(error)}\n{how_to_resume(plan.run_dir.folder)}".rstrip()
     if distributed.rank() == 0:
         print(f"\n{format_table(run_dir.report['table'])}\n\nreport: {run_dir.folder / 'index.html'}")
     return ""
+
+
+def _lost_connection(error: Exception) -> str:
+    return (
+        "error: another process of this run was killed or crashed without a message, for example because memory ran "
+        f"out; the system's log (dmesg) may name the reason ({str(error).splitlines()[0].partition('. ')[0]})"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -42,6 +42,13 @@ def raise_if_received() -> None:
     """Raise ``Stopped`` if a signal asked this process to stop. Call it where nothing is half done."""
     if _received:
         raise Stopped(_received)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Context in which Ctrl-C ends the process at once, by no exception that could be lost."""
+    with _handlers((signal.SIGINT,), signal.SIG_DFL):
+        yield
 
 
 @contextmanager
@@ -76,15 +83,26 @@ def handled(last_words: Callable[[], str] | None) -> Iterator[None]:
                 child.kill()
             _end(number)
 
+    try:
+        with _handlers(SIGNALS, handle):
+            yield
+    finally:
+        _received = 0
+
+
+@contextmanager
+def _handlers(
+    numbers: Sequence[int], handler: Callable[[int, FrameType | None], None] | signal.Handlers
+) -> Iterator[None]:
+    """Context with a handler of signals, except those that the process ignores; only the main thread can have one."""
     main = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in SIGNALS if main and signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in numbers}
+    handled = [number for number in numbers if main and signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _received = 0
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def leave_to_parent(_: int = 0) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from runs import CYCLE_GAN, PIX2PIX, TINY
 
+from srpkd import train
 from srpkd.training import objectives, stop_signals
 from srpkd.training.resume import load_state
 
@@ -75,6 +76,18 @@ def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch):
             assert not stop_signals.received()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_before_the_run_starts_ends_the_process_at_once(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            train.main(PIX2PIX)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
