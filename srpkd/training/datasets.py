@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -165,19 +166,22 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
         SeededDataset(dataset),
         batch_sampler=batches,
         num_workers=0 if config.is_synthetic else config.num_threads,
-        worker_init_fn=leave_to_parent,
         collate_fn=collate,
         pin_memory=config.torch_device.type == "cuda",
         generator=torch.Generator(),  # without one the loader draws from torch's default generator
     )
 
 
-def iterate(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the batches of a loader. Use this in ``plain_loader_errors``."""
+def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None]:
+    """Yield the batches of a loader. Use this in ``plain_loader_errors``, and close it: this ends the processes."""
+    loader.worker_init_fn = leave_to_parent
     try:
         yield from loader
-    except (EOFError, ConnectionError, FileNotFoundError) as error:  # of the socket of a process that was killed
-        raise DataError(_LOADER_ENDED.format(error)) from error
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the processes
+        if isinstance(error, EOFError | ConnectionError | FileNotFoundError):  # of the socket of a killed process
+            raise DataError(_LOADER_ENDED.format(error)) from error
+        raise
 
 
 @contextmanager

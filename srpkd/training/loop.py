@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +96,6 @@ def fit(
             distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
-    batches = iterate(loader)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
 
@@ -115,7 +114,11 @@ def fit(
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)
-    with plain_loader_errors(), _progress_bar(stage.name, first - 1, steps) as progress:
+    with (
+        plain_loader_errors(),
+        closing(iterate(loader)) as batches,
+        _progress_bar(stage.name, first - 1, steps) as progress,
+    ):
         for step, batch in zip(range(first, steps + 1), batches):
             epoch = (step - 1) // epoch_steps + 1
             losses = objective.step(

@@ -94,8 +94,8 @@ def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, 
 @pytest.mark.parametrize(
     ("model", "stops"),
     [
-        # in the teacher's first, middle and last step, and in those of a variant; in the evaluation of the teacher
-        ("pix2pix", [("interrupt step", number) for number in (1, 2, 3, 1)] + [("interrupt evaluate", 1)]),
+        # in the second and the last step of the teacher, and in its evaluation
+        ("pix2pix", [("interrupt step", 2), ("interrupt step", 4), ("interrupt evaluate", 1)]),
         ("cycle_gan", [("interrupt step", 3)]),
     ],
 )

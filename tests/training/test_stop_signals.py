@@ -15,6 +15,7 @@ import pytest
 from runs import CYCLE_GAN, PIX2PIX, TINY
 
 from srpkd import train
+from srpkd.data import batches
 from srpkd.training import objectives, stop_signals
 from srpkd.training.resume import load_state
 
@@ -133,6 +134,22 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_ste
     in_step(2, kill)
     with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly \(.*--num_threads"):
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
+@pytest.mark.parametrize("place", ["step", "loader"])
+def test_a_bug_ends_the_loader_processes(run, in_step, unpaired, monkeypatch, place):
+    """Although its traceback exists: Python would wait for them when it exits."""
+
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError
+
+    if place == "step":
+        in_step(2, crash)
+    else:
+        monkeypatch.setattr(batches.SeededDataset, "__getitem__", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+    assert not multiprocessing.active_children()
 
 
 def test_a_run_whose_folder_was_moved_stops(run, in_step, tmp_path):
