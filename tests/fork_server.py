@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from srpkd import train
+from srpkd.data.images import DataError
 from srpkd.training import objectives, resume, run_dir, summary
 
 
@@ -41,6 +42,31 @@ def at(number: int, function: Callable, instead: Callable = die) -> Callable:
     return counted
 
 
+def interrupted(function: Callable) -> Callable:
+    """Wrap a function so that SIGINT arrives at its start."""
+
+    def with_signal(*arguments: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments, **keywords)
+
+    return with_signal
+
+
+def on_rank_1(number: int, instead: Callable[[Callable], Callable]) -> None:
+    """Call ``instead(step)`` on rank 1 in place of the training step with this number (from 1)."""
+    if os.environ["RANK"] == "1":
+        for kind in (objectives.Pix2Pix, objectives.CycleGAN):
+            kind.step = at(number, kind.step, instead(kind.step))
+
+
+def fail(*_: Any) -> None:
+    raise DataError("a damaged image")
+
+
+def crash(*_: Any) -> None:
+    raise ZeroDivisionError("a bug")
+
+
 def save_half(content: Any, file: Any) -> None:
     """Write half of a file, and kill the process."""
     save(content, file)
@@ -51,7 +77,19 @@ def save_half(content: Any, file: Any) -> None:
 
 save = torch.save
 KILL_POINTS = {
-    # before a training step; in an evaluation; while a state or weights are written; before a state is renamed
+    # SIGINT in a training step or an evaluation
+    "interrupt step": lambda n: [
+        setattr(kind, "step", at(n, kind.step, interrupted(kind.step)))
+        for kind in (objectives.Pix2Pix, objectives.CycleGAN)
+    ],
+    "interrupt evaluate": lambda n: setattr(
+        summary, "evaluate", at(n, summary.evaluate, interrupted(summary.evaluate))
+    ),
+    "fail on rank 1": lambda n: on_rank_1(n, lambda _: fail),
+    "crash on rank 1": lambda n: on_rank_1(n, lambda _: crash),
+    "interrupt on rank 1": lambda n: on_rank_1(n, interrupted),
+    "kill on rank 1": lambda n: on_rank_1(n, lambda _: die),
+    # killed before a training step; in an evaluation; while a state or weights are written; before a state is renamed
     "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
     "evaluate": lambda n: setattr(summary, "evaluate", at(n, summary.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
@@ -114,6 +152,8 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
         code = 0
     except SystemExit as message:
         print(message)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:

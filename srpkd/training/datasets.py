@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import traceback
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
 from .options import ResolvedConfig
+from .stop_signals import leave_to_parent
 
 ImageDataset = FolderDataset | SyntheticDataset
 TRAIN_SEED, TEST_SEED = 0, 1_000_003  # of the generated scenes
@@ -98,8 +101,6 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
             f"generated scenes of {config.synthetic_size} x {config.synthetic_size} pixels: "
             f"{config.synthetic_pairs} for training, {config.synthetic_test_pairs} for testing"
         )
-    limits = [stage.max_dataset_size for stage in stages if stage.max_dataset_size is not None]
-    train_limit = max(limits) if len(limits) == len(stages) else None
     summaries: list[object] = [
         validate_dataset(
             config.dataroot,
@@ -109,7 +110,7 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
             load_size=config.load_size,
             crop_size=config.crop_size,
             direction=config.direction,
-            max_dataset_size=train_limit if phase == "train" else None,
+            max_dataset_size=train_limit(stages) if phase == "train" else None,
             batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
             size_multiple=multiple,
         )
@@ -118,6 +119,12 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
     if len(summaries) == 1:
         summaries.append(_no_test_images(config))
     return "\n".join(map(str, summaries))
+
+
+def train_limit(stages: Iterable[ResolvedConfig]) -> int | None:
+    """Return how many training images of a folder the stages read at most; None if all."""
+    limits = [stage.max_dataset_size for stage in stages]
+    return None if None in limits else max(filter(None, limits))
 
 
 def _no_test_images(config: ResolvedConfig) -> str:
@@ -163,6 +170,45 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
         pin_memory=config.torch_device.type == "cuda",
         generator=torch.Generator(),  # without one the loader draws from torch's default generator
     )
+
+
+def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None]:
+    """Yield the batches of a loader. Use this in ``plain_loader_errors``, and close it: this ends the processes."""
+    loader.worker_init_fn = leave_to_parent
+    try:
+        yield from loader
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the processes
+        if isinstance(error, EOFError | ConnectionError | FileNotFoundError):  # of the socket of a killed process
+            raise DataError(_LOADER_ENDED.format(error)) from error
+        raise
+
+
+@contextmanager
+def plain_loader_errors() -> Iterator[None]:
+    """Context in which errors of the processes of a loader are raised as if this process had loaded the images.
+
+    Raises:
+        DataError: An image cannot be read, or such a process was killed, which torch reports at any moment.
+    """
+    try:
+        yield
+        return
+    except DataError as error:
+        _, is_remote, message = str(error).rpartition("\nsrpkd.data.images.DataError: ")
+        if not is_remote:
+            raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        message = _LOADER_ENDED.format(str(error).strip(" ."))
+    raise DataError(message)
+
+
+_LOADER_ENDED = (
+    "a process that loads images ended unexpectedly ({}): if memory ran out, use fewer of them: a smaller "
+    "--num_threads, which may also change with --resume"
+)
 
 
 def has_one_size(config: ResolvedConfig) -> bool:

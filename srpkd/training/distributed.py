@@ -6,9 +6,11 @@ Without torchrun, all functions behave as with a world size of 1.
 from __future__ import annotations
 
 import gc
+import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from inspect import signature
 from typing import Any, TypeVar, cast
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+_failures: dist.Store | None = None  # shared by all ranks: which one failed first, and how many failed
 # rank 0 evaluates and writes while the other ranks wait for it
 TIMEOUT = timedelta(hours=3)
+NOTICE_SECONDS = 3.0  # that the processes have to notice the failure of one
 # torch 2.14 renamed broadcast_buffers to forward_sync_buffers
 BUFFER_SYNC_OPTION = next(
     name
@@ -44,12 +48,20 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    global _failures
+    store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    _failures = dist.PrefixStore("srpkd", store)
+    # gloo also for GPUs: objects and signals are exchanged by the hosts, which then need not wait for their GPUs
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=processes)
     try:
         yield
     finally:
         dist.destroy_process_group()
         gc.collect()  # frees networks in reference cycles, such as those of hooks
+        with suppress(RuntimeError):  # the store ended with the process that held it
+            _let_first_failure_end_first(own_rank, processes)
+        _failures = None
 
 
 def launched_world_size() -> int:
@@ -105,6 +117,56 @@ def raise_on_all_ranks(function: Callable[[], T]) -> T:
         if message:
             raise ValueError(f"rank {number}: {message}")
     return value
+
+
+def max_over_ranks(number: int) -> int:
+    """Return the largest of the ranks' numbers, on every rank. Waits for the hosts of the ranks, not for their GPUs."""
+    if world_size() == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def is_first_failure(message: str) -> bool:
+    """Record why this rank ends the run, and return whether no rank did so before: only the first shows its message.
+
+    The other ranks then fail too, because they lose their connection to this one. torchrun repeats the message at the
+    end of its output.
+    """
+    if _failures is None:
+        return True
+    try:
+        first = int(_failures.compare_set("first", "", str(rank()))) == rank()
+        _failures.add("count", 1)
+    except RuntimeError:  # the store ended with the process that held it
+        return True
+    if first and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(path, "w") as file:
+            json.dump({"message": content}, file)
+    return first
+
+
+def _let_first_failure_end_first(own_rank: int, processes: int) -> None:
+    """Wait for the end of the process that failed first, if one did: torchrun reports the one that ends first.
+
+    torchrun then ends this process. Without it, the store is held by rank 0, which waits for the others to read it.
+    """
+    assert _failures is not None
+    deadline = time.monotonic() + NOTICE_SECONDS
+    while _failures.add("count", 0) and time.monotonic() < deadline:
+        is_first = int(_failures.get("first")) == own_rank
+        if is_first if dist.is_torchelastic_launched() else own_rank or _failures.add("count", 0) == processes:
+            return
+        time.sleep(0.05)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error of this rank means that another rank has ended."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    )
 
 
 def all_reduce_and(condition: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..taps import remove_hooks, unwrap
-from . import distributed
-from .datasets import channels_of, input_size, make_loader, open_data
+from . import distributed, stop_signals
+from .datasets import channels_of, input_size, iterate, make_loader, open_data, plain_loader_errors
 from .objectives import OBJECTIVES, Objective, dynamic_shapes, lr_factor, to_device
 from .optimizers import PRECISIONS, Losses
 from .options import ResolvedConfig
@@ -83,9 +83,11 @@ def fit(
         keep_final_state: write the state of the stage at its end to its folder, if it can be resumed from.
 
     Raises:
+        DataError: An image cannot be read, or a process that loads images was killed.
         CheckpointError: a file that the stage starts from (``warm_start``) cannot be used.
         Diverged: MAX_CONSECUTIVE_SKIPS consecutive steps had a non-finite loss, or the final weights are not finite. On
             a GPU this is checked when metrics are logged.
+        Stopped: A signal asked a rank to stop; the state has been saved.
     """
     config = stage.config
     objective = make_objective(config, stage.seed, teachers)
@@ -94,7 +96,6 @@ def fit(
             distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
     loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
-    batches = iter(loader)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
 
@@ -113,7 +114,11 @@ def fit(
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer = _StepTimer(first - 1)
-    with _progress_bar(stage.name, first - 1, steps) as progress:
+    with (
+        plain_loader_errors(),
+        closing(iterate(loader)) as batches,
+        _progress_bar(stage.name, first - 1, steps) as progress,
+    ):
         for step, batch in zip(range(first, steps + 1), batches):
             epoch = (step - 1) // epoch_steps + 1
             losses = objective.step(
@@ -145,8 +150,11 @@ def fit(
                 if show and step % config.update_html_freq == 0 and step < steps and distributed.rank() == 0:
                     live = copy.deepcopy(objective.ema_or_live())
                     show({name: freeze_for_inference(network, config) for name, network in live.items()})
-                if save_state and step % config.save_latest_freq == 0 and objective.can_resume():
+                stop = distributed.max_over_ranks(stop_signals.received())
+                if save_state and (stop or step % config.save_latest_freq == 0) and objective.can_resume():
                     save_state(training_state(objective, step, epoch_steps, durations))
+                if stop:
+                    raise stop_signals.Stopped(stop)
     if source := objective.nonfinite_weights():  # after the last step: the losses before it were finite
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     _save_latest(stage, run_dir, objective)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from .options import ResolvedConfig, TrainConfig
 from .plan import Plan, prepare
 from .resume import has_state, load_final_state, remove_older_states, remove_state, resume_command
 from .run_dir import RunDir
-from .summary import complexity, evaluate_stage, publish
-from .validation import evaluate
+from .stop_signals import Stopped
+from .summary import Row, evaluate_stage, evaluate_teachers, publish
 
 
 def run(config: TrainConfig, command: str = "") -> RunDir:
@@ -48,9 +50,8 @@ def execute(plan: Plan) -> RunDir:
         if plan.teacher:
             stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher")
             plan.teachers = run_stage(plan, stage, "teacher", {}, test_set, shown)
-        elif plan.teachers and "teacher" not in plan.rows and distributed.rank() == 0:
-            metrics = evaluate(plan.teachers, test_set, config, {}, "teacher")
-            plan.rows["teacher"] = [complexity(config, plan.teachers) | metrics]
+        elif plan.teachers and "teacher" not in plan.rows:
+            plan.rows["teacher"] = [stop_together(partial(evaluate_teachers, config, plan.teachers, test_set))]
         if plan.teachers:
             shown["teacher"] = plan.teachers
         if not plan.done or plan.done == ["teacher"]:
@@ -76,9 +77,8 @@ def execute(plan: Plan) -> RunDir:
             (remove_state if config.no_keep_state else remove_older_states)(run_dir.folder)
     except BaseException:
         # before the report, which a second Ctrl-C may interrupt
-        if has_state(run_dir.folder):
-            command = resume_command(run_dir.folder, distributed.world_size())
-            distributed.print_rank0(f"stopped; resume with: {command}")
+        if advice := how_to_resume(run_dir.folder):
+            distributed.print_rank0(advice)
         run_dir.report["status"] = "stopped"
         with suppress(WriteError):  # a write error may be what stopped the run
             run_dir.write_report()
@@ -86,6 +86,11 @@ def execute(plan: Plan) -> RunDir:
     finally:
         run_dir.close()
     return run_dir
+
+
+def how_to_resume(folder: Path) -> str:
+    """Return how a stopped run is resumed, or "" if its folder has no state."""
+    return f"stopped; resume with: {resume_command(folder, distributed.world_size())}" if has_state(folder) else ""
 
 
 def run_stage(
@@ -129,11 +134,24 @@ def run_stage(
     keep = name != "teacher" and not plan.config.no_keep_state
     with selected_convolutions(stage.config):
         trained = fit(stage, plan.run_dir, teachers, interrupted, save_state, show, keep)
-    plan.rows.setdefault(name, []).append(evaluate_stage(stage, plan.run_dir, trained, test_set, teachers))
+    row = stop_together(partial(evaluate_stage, stage, plan.run_dir, trained, test_set, teachers))
+    plan.rows.setdefault(name, []).append(row)
     plan.done.append(stage.name)
     plan.extended = [other for other in plan.extended if other != stage.name]
     save_progress(plan)
     return trained.generators
+
+
+def stop_together(evaluation: Callable[[], Row]) -> Row:
+    """Return ``evaluation()``, or raise ``Stopped`` on all ranks if a signal stops it on one."""
+    row, stop = {}, 0
+    try:
+        row = evaluation()
+    except Stopped as stopped:
+        stop = stopped.number
+    if stop := distributed.max_over_ranks(stop):
+        raise Stopped(stop)
+    return row
 
 
 @contextmanager
@@ -157,6 +175,7 @@ def save_progress(plan: Plan, training: tuple[str, dict[str, Any]] | None = None
     plan.run_dir.save_resume_state(
         {
             "config": asdict(replace(plan.config, resume=None)),
+            "inputs": plan.inputs,
             "rows": plan.rows,
             "done": plan.done,
             "extended": plan.extended,

@@ -25,6 +25,7 @@ from .config import run_folder, to_yaml, update_yaml
 from .datasets import channels_of, input_size, validate_data
 from .extension import check_processes, extend, starting_variants
 from .folder_lock import FolderLock
+from .inputs import check_unchanged, fingerprints
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import OBJECTIVES, Objective
@@ -46,6 +47,7 @@ class Plan:
         variants: name -> options of a student.
         teachers: direction -> teacher that was loaded or trained, frozen and in eval mode.
         run_dir: folder of the run.
+        inputs: fingerprints of what the run reads.
         rows: name -> rows of the table, one per seed.
         done: names of the finished stages.
         training: for a resumed run, the name of the interrupted stage and its state.
@@ -58,6 +60,7 @@ class Plan:
     variants: dict[str, ResolvedConfig]
     teachers: Generators
     run_dir: RunDir
+    inputs: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
     training: tuple[str, dict[str, Any]] | None = None
@@ -94,7 +97,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         f"{describe_task(config)}\n{checked.data_summary}\n{'resuming' if state else 'writing to'} {folder}"
     )
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
-    return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, **progress)
+    return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, checked.inputs, **progress)
 
 
 class _Checked(NamedTuple):
@@ -105,6 +108,7 @@ class _Checked(NamedTuple):
     variants: dict[str, ResolvedConfig]
     teachers: Generators
     data_summary: str
+    inputs: dict[str, str]
     lock: FolderLock | None
     state: dict[str, Any]
 
@@ -115,7 +119,9 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
     teacher = teacher_config(config) if config.teacher_netG else None
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
     teachers = load_teachers(config)
-    data_summary = validate_data(config, [*variants.values(), *([teacher] if teacher else [])], teachers)
+    stages = [*variants.values(), *([teacher] if teacher else [])]
+    data_summary = validate_data(config, stages, teachers)
+    inputs = fingerprints(config, stages, teachers)
     state: dict[str, Any] = {}
     lock: FolderLock | None = None
     if config.resume:
@@ -125,8 +131,9 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
             on_error.callback(lock.close)
         state = load_state(folder)
         check_resumed(config, state)
+        check_unchanged(config.resume, inputs, state.get("inputs", {}))
         state = extend(config, variants, folder, state)
-    return _Checked(packages, teacher, variants, teachers, data_summary, lock, state)
+    return _Checked(packages, teacher, variants, teachers, data_summary, inputs, lock, state)
 
 
 def _folder(config: ResolvedConfig) -> Path:

@@ -6,12 +6,13 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor, nn
 
-from ..files import atomic_write, writing
+from ..files import WriteError, atomic_write, writing
 from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.page import write_report
 from . import distributed
@@ -71,6 +72,21 @@ class RunDir:
         """Duration of the run in seconds, including the time before it was resumed."""
         return time.perf_counter() - self._start
 
+    def check_folder(self) -> None:
+        """Check that this folder is still the one of the run: writing a file would create a new one.
+
+        Raises:
+            WriteError: it was moved or deleted.
+        """
+        if self._metrics is not None:
+            with suppress(OSError):
+                if os.path.samestat(os.stat(self.folder / "metrics.jsonl"), os.fstat(self._metrics.fileno())):
+                    return
+            raise WriteError(
+                f"{self.folder} was moved or deleted during the run: resume it with --resume and its new path, or "
+                "start a new run"
+            )
+
     def log(self, stage: str, step: int, **values: Any) -> None:
         """Append a line to ``metrics.jsonl``, and pass the values to the loggers."""
         if self._metrics is not None:
@@ -83,6 +99,7 @@ class RunDir:
     def save_checkpoint(self, folder: Path, name: str, networks: Mapping[str, nn.Module]) -> None:
         """Write weights to ``<folder>/<name>_net_<network>.pth``, the file names of the public code."""
         if self._metrics is not None:
+            self.check_folder()
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
 
@@ -95,6 +112,7 @@ class RunDir:
     def save_resume_state(self, state: dict[str, Any]) -> None:
         """Write the state of the run, and what this class needs to resume."""
         if self._metrics is not None:
+            self.check_folder()
             with writing(self.folder / "metrics.jsonl"):
                 self._metrics.flush()
                 os.fsync(self._metrics.fileno())
@@ -113,6 +131,7 @@ class RunDir:
     def write_report(self) -> None:
         """Write ``report.json`` and ``index.html``."""
         if self._metrics is not None:
+            self.check_folder()
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
             with atomic_write(self.folder / "report.json") as file:
                 file.write(json.dumps(self.report, indent=1).encode())

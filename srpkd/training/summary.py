@@ -36,6 +36,13 @@ def evaluate_stage(
     return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
+def evaluate_teachers(config: ResolvedConfig, teachers: Generators, test_set: ImageDataset | None) -> Row:
+    """Return the row of teachers that were loaded from files, on rank 0; {} on the others."""
+    if distributed.rank() > 0:
+        return {}
+    return complexity(config, teachers) | evaluate(teachers, test_set, config, {}, "teacher")
+
+
 def complexity(config: ResolvedConfig, generators: Generators) -> Row:
     """Return parameters and MACs of one generator."""
     direction, generator = next(iter(generators.items()))
@@ -61,6 +68,7 @@ def publish(
     """
     if distributed.rank() > 0:
         return
+    run_dir.check_folder()  # before images are written
     pixels = "{} x {} pixels".format(*input_size(config)) + ("" if has_one_size(config) else ", the first image's size")
     columns = [
         {"key": "name", "label": "network", "format": ""},

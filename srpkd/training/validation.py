@@ -14,6 +14,7 @@ from ..finite import check_finite
 from ..metrics.pixels import confusion_matrix, mean_iou, pixel_accuracy, psnr
 from .datasets import ImageDataset, has_targets
 from .options import ResolvedConfig
+from .stop_signals import raise_if_received
 
 # name -> (label, format, explanation)
 METRICS = {
@@ -53,6 +54,7 @@ def evaluate(
 
     Raises:
         NonFiniteError: An output has a NaN or an infinite value.
+        Stopped: A signal asked the process to stop.
     """
     metrics: dict[str, float] = {}
     if dataset is None:
@@ -62,6 +64,7 @@ def evaluate(
         confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
         sums: dict[str, float] = {}
         for batch in test_loader(dataset, config):
+            raise_if_received()
             images = batch[source].to(config.torch_device)
             output = generator(images).cpu()
             check_finite(output, f"{name}: the output of {direction} for a test image", "use an earlier checkpoint")

@@ -20,6 +20,7 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.datasets import make_loader
 from srpkd.training.folder_lock import FolderLock
 from srpkd.training.options import TrainConfig
+from srpkd.training.resume import load_state
 
 TINY = shlex.split(
     "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --norm instance --no_dropout "
@@ -113,7 +114,7 @@ def test_an_error_of_one_rank_is_raised_on_all(server, runs):
     assert server(new, cwd, processes=2) == 1
     output = (cwd / "log").read_text().removeprefix(before)
     for message in (f"{Path(*two.parts[-2:])}: another process is training this run", "runs_dir log: this folder"):
-        assert f"error: {message}" in output and f"error: rank 0: {message}" in output
+        assert output.count(f"error: {message}") + output.count(f"error: rank 0: {message}") == 1
     assert "Traceback" not in output
 
 
@@ -222,43 +223,56 @@ def test_collectives_and_steps_of_two_ranks(tmp_path):
 
 FAILS = """
 import sys
+from fork_server import KILL_POINTS
 from gloo_threads import gloo_threads
 from srpkd import train
-from srpkd.data.folders import DataError
-from srpkd.training import objectives
 
-def step(objective, batch):
-    assert gloo_threads()
-    raise DataError("a damaged image")
-
-objectives.Pix2Pix.step = step
+KILL_POINTS["fail on rank 1"](3)
 try:
     train.main(sys.argv[1:])
-except SystemExit as end:
-    assert str(end) == "error: a damaged image", end
+finally:
     assert not gloo_threads(), gloo_threads()
-print("fine")
 """
+HOW_TO_RESUME = "stopped; resume with: torchrun --nproc_per_node=2 -m srpkd.train --resume runs/experiment\n"
 
 
 @pytest.mark.slow
-def test_a_failed_run_leaves_no_threads_and_says_how_to_resume(tmp_path):
+def test_a_failed_run_leaves_no_threads_and_torchrun_repeats_its_message(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
     done = launch(tmp_path, str(program), *ARGUMENTS["pix2pix"], *TINY, processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fine") == 2
-    message = "stopped; resume with: torchrun --nproc_per_node=2 -m srpkd.train --resume runs/experiment\n"
-    assert done.stdout.count(message) == 1, done.stdout
+    assert done.returncode == 1
+    ours, _, torchrun = done.stderr.partition("torch/distributed/elastic")
+    assert ours.count("error: a damaged image\n") == 1, done.stderr
+    assert not [word for word in ("Traceback", "gloo", "AssertionError") if word in ours], done.stderr
+    assert "error: a damaged image" in torchrun.partition("Root Cause")[2], done.stderr
+    assert done.stdout.count(HOW_TO_RESUME) == 1, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("point", "message", "tracebacks"),
+    [
+        ("fail", "error: a damaged image\n", 0),
+        ("crash", "ZeroDivisionError: a bug\n", 1),
+        ("kill", "another process of this run was killed or crashed", 0),
+    ],
+)
+def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, message, tracebacks):
+    assert server([*ARGUMENTS["pix2pix"], *TINY], tmp_path, (f"{point} on rank 1", 3), processes=2) == 1
+    output = (tmp_path / "log").read_text()
+    assert (output.count(message), output.count("Traceback")) == (1, tracebacks), output
+    assert output.count(HOW_TO_RESUME) == 1 and ("gloo" in output) == (point == "kill"), output
 
 
 @pytest.mark.slow
 def test_resumed_processes_continue_bit_identically(server, runs):
-    """Each process has its own image pools and random state."""
+    """Each process has its own image pools and random state. A signal that one of them receives stops all."""
     model, _, expected = runs
     cwd = expected.parent.parent
     arguments = [*ARGUMENTS[model], *TINY, "--name=killed", "--save_latest_freq=2"]
-    assert server(arguments, cwd, ("step", 10), processes=2) == -signal.SIGKILL
+    assert server(arguments, cwd, ("interrupt on rank 1", 4), processes=2) == 128 + signal.SIGINT
+    assert load_state(cwd / "runs/killed")["training"][1]["step"] == 4
+    assert server(["--resume=killed"], cwd, ("step", 6), processes=2) == -signal.SIGKILL
     assert server(["--resume=killed"], cwd) == 1
     message = "the number of processes is 1 and was 2: resume with torchrun --nproc_per_node=2 -m srpkd.train --resume"
     assert message in (cwd / "log").read_text()

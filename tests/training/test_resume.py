@@ -91,6 +91,34 @@ def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, 
     assert_equal(cwd / "runs/run", expected)
 
 
+@pytest.mark.parametrize(
+    ("model", "stops"),
+    [
+        # in the second and the last step of the teacher, and in its evaluation
+        ("pix2pix", [("interrupt step", 2), ("interrupt step", 4), ("interrupt evaluate", 1)]),
+        ("cycle_gan", [("interrupt step", 3)]),
+    ],
+)
+def test_stopped_and_resumed_run_is_bit_identical(server, undisturbed, root, model, stops):
+    """A signal lets the run finish its step and save its state."""
+    expected = undisturbed(model)
+    cwd = root / f"stopped {model}"
+    cwd.mkdir()
+    arguments = ARGUMENTS[model]
+    for stop in stops:
+        (cwd / "log").unlink(missing_ok=True)
+        assert server(arguments, cwd, stop) == 128 + signal.SIGINT, (cwd / "log").read_text()
+        output = (cwd / "log").read_text()
+        assert "\nstopping after this step" in output and "Traceback" not in output
+        assert output.endswith("stopped; resume with: python -m srpkd.train --resume runs/run\n")
+        metrics = (cwd / "runs/run/metrics.jsonl").read_bytes()
+        if stop[0] == "interrupt step":
+            assert load_state(cwd / "runs/run")["record"]["metrics_bytes"] == len(metrics)  # nothing is computed again
+        arguments = ["--resume=run"]
+    assert server(arguments, cwd) == 0, (cwd / "log").read_text()
+    assert_equal(cwd / "runs/run", expected)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_damaged_state_is_skipped(server, undisturbed, root, damage):
     cwd = root / f"damaged {damage}"

@@ -1,0 +1,161 @@
+"""Signals that stop a run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import CYCLE_GAN, PIX2PIX, TINY
+
+from srpkd import train
+from srpkd.data import batches
+from srpkd.training import objectives, stop_signals
+from srpkd.training.resume import load_state
+
+
+@pytest.fixture
+def in_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
+    """Calls a function at the start of the training step with a number (from 1)."""
+
+    def install(number: int, action: Callable[[], None]) -> None:
+        for kind in (objectives.Pix2Pix, objectives.CycleGAN):
+            numbers = iter(range(1, 1000))
+
+            def step(self, batch, original=kind.step, numbers=numbers):
+                if next(numbers) == number:
+                    action()
+                return original(self, batch)
+
+            monkeypatch.setattr(kind, "step", step)
+
+    return install
+
+
+def test_ctrl_c_is_not_lost(run, in_step, tmp_path):
+    """KeyboardInterrupt was, in the callback of a weak reference."""
+
+    class Target:
+        pass
+
+    def interrupt() -> None:
+        target = Target()
+        callbacks.append(weakref.ref(target, lambda _: os.kill(os.getpid(), signal.SIGINT)))
+
+    callbacks: list[weakref.ref] = []
+    in_step(2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(*PIX2PIX, "--name=run")
+    assert load_state(tmp_path / "runs/run")["training"][1]["step"] == 2
+    assert json.loads((tmp_path / "runs/run/report.json").read_text())["status"] == "stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_the_run_too(run, in_step, tmp_path, capsys, number):
+    before = signal.getsignal(number)
+    in_step(3, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stopped:
+        run(*PIX2PIX, "--name=run")
+    assert stopped.value.code == 128 + number
+    assert load_state(tmp_path / "runs/run")["training"][1]["step"] == 3
+    assert capsys.readouterr().out.endswith("stopped; resume with: python -m srpkd.train --resume runs/run\n")
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals.handled(None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop_signals.received()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_before_the_run_starts_ends_the_process_at_once(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    child = os.fork()
+    if not child:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            train.main(PIX2PIX)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
+    """But not one that follows the first immediately, as launchers send them."""
+    output = tmp_path / "output"
+    child = os.fork()
+    if not child:
+        try:
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+            monkeypatch.setattr("sys.stderr", os.fdopen(2, "w"))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with stop_signals.handled(lambda: "last words"):
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                assert stop_signals.received() == signal.SIGINT
+                monkeypatch.setattr(stop_signals, "REPEAT", 0)
+                os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+    assert output.read_text() == f"\n{stop_signals.NOTICE}\n\nlast words\n"
+
+
+def test_loader_processes_leave_signals_to_the_run(run, in_step, unpaired):
+    """A terminal and torchrun send them to all processes of a group."""
+
+    def send() -> None:
+        for loader in multiprocessing.active_children():
+            for number in stop_signals.SIGNALS:
+                os.kill(loader.pid, number)
+
+    in_step(2, send)
+    done = run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+    assert done.report["status"] == "finished"
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_step, unpaired):
+    def kill() -> None:
+        loader = multiprocessing.active_children()[0]
+        loader.kill()
+        time.sleep(5)  # until the signal that it has ended
+
+    in_step(2, kill)
+    with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly \(.*--num_threads"):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
+@pytest.mark.parametrize("place", ["step", "loader"])
+def test_a_bug_ends_the_loader_processes(run, in_step, unpaired, monkeypatch, place):
+    """Although its traceback exists: Python would wait for them when it exits."""
+
+    def crash(*_: object) -> None:
+        raise ZeroDivisionError
+
+    if place == "step":
+        in_step(2, crash)
+    else:
+        monkeypatch.setattr(batches.SeededDataset, "__getitem__", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+    assert not multiprocessing.active_children()
+
+
+def test_a_run_whose_folder_was_moved_stops(run, in_step, tmp_path):
+    """Instead of writing its results to a new folder that cannot be resumed."""
+    in_step(2, lambda: os.rename(tmp_path / "runs/run", tmp_path / "runs/moved"))
+    with pytest.raises(SystemExit, match=r"^error: runs/run was moved or deleted during the run"):
+        run(*PIX2PIX, "--name=run", "--save_latest_freq=1")
+    assert [path.name for path in Path("runs").iterdir()] == ["moved"]
+    assert run("--resume=moved").report["status"] == "finished"
