@@ -11,7 +11,7 @@ from typing import Literal
 
 from .images import DataError, image_files
 
-DatasetMode = Literal["unaligned", "aligned", "single"]
+DatasetMode = Literal["unaligned", "aligned"]
 
 # phase -> the folder names that are read for it, in this order
 PHASES = {"test": ("test", "val")}
@@ -70,8 +70,8 @@ class Layout:
 
     def __str__(self) -> str:
         """Describe how the images are read."""
-        kind = {"unaligned": "unpaired images", "single": "single images"}.get(self.mode)
-        kind = kind or ("pairs by file name" if self.is_paired_by_name else "pairs side by side, A left and B right")
+        kind = "pairs by file name" if self.is_paired_by_name else "pairs side by side, A left and B right"
+        kind = kind if self.mode == "aligned" else "unpaired images"
         return f"{self.phase} images ({'' if self.found == self.phase else f'from {self.found}, '}{kind})"
 
     def files(self, max_dataset_size: int | None = None) -> list[list[str]]:
@@ -105,16 +105,12 @@ def expected_folders(mode: DatasetMode, phase: str) -> str:
     """Return the usual folders of a phase, for messages: "testA and testB, or valA and valB"."""
     names = PHASES.get(phase, (phase,))
     usual = [f"{name}A and {name}B" for name in names]
-    return ", or ".join(usual if mode == "unaligned" else names if mode == "single" else [*names, *usual])
+    return ", or ".join(usual if mode == "unaligned" else [*names, *usual])
 
 
 def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
     names = PHASES.get(phase, (phase,))
-    if mode == "single":
-        found = next((name for name in names if (root / name).is_dir()), None)
-        yield Layout(root, mode, phase, found or phase, (root / found if found else root,))
-        return
     for name in names:
         if mode == "aligned" and not _holds_sides(root / name):
             yield Layout(root, mode, phase, name, (root / name,))

@@ -57,12 +57,16 @@ WRONG = {
         "bombs/trainA/00000.png: far too large .*decompression bomb.* scale the image down first",
     ),
     "an EPS file": (
-        lambda: open_dataset("eps", "single", load_size=8, crop_size=8)[0],
+        lambda: open_dataset("eps-files", "unaligned", load_size=8, crop_size=8)[0],
         DataError,
-        "eps/00000.png: not an image; expected one of BMP",
+        "eps-files/trainA/00000.png: not an image; expected one of BMP",
     ),
     "a bomb to validate": (lambda: validate_dataset("bombs", "unaligned"), DataError, r"00000.png \(far too large"),
-    "an EPS file to validate": (lambda: validate_dataset("eps", "single"), DataError, r"00000.png \(not an image"),
+    "an EPS file to validate": (
+        lambda: validate_dataset("eps-files", "unaligned"),
+        DataError,
+        r"00000.png \(not an image",
+    ),
     "a size as a text to validate": (
         lambda: validate_dataset("pairs", "aligned", load_size="9"),
         DataError,
