@@ -6,11 +6,11 @@ Every suggestion has been tried: `check` returns the problems of the folders tha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from .images import image_files
-from .layouts import DatasetMode, Layout, expected_folders, find_layout
+from .layouts import DatasetMode, Layout, expected_folders, find_layout, shorten
 
 Check = Callable[[Layout], list[str]]
 
@@ -45,12 +45,6 @@ def missing_folders(root: Path, mode: DatasetMode, phase: str, check: Check) -> 
             + (f"those for training into {root / phase}" if fits else sides)
         ]
     return "; ".join([problem, *hints])
-
-
-def shorten(names: Sequence[str], limit: int = 10) -> str:
-    """Return names as a list, at most `limit` of them."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def subfolders(folder: Path) -> list[str]:

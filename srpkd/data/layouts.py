@@ -108,6 +108,12 @@ def expected_folders(mode: DatasetMode, phase: str) -> str:
     return ", or ".join(usual if mode == "unaligned" else [*names, *usual])
 
 
+def shorten(names: Sequence[str], limit: int = 10) -> str:
+    """Return names as a list, at most `limit` of them."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
     names = PHASES.get(phase, (phase,))
@@ -139,18 +145,13 @@ def _pairs(folders: Sequence[Path], files: list[list[str]]) -> list[tuple[str, s
         counts = Counter(os.path.splitext(name)[0] for name in side)
         stems.append({os.path.splitext(name)[0]: path for name, path in side.items()})
         if twice := [name for name in side if counts[os.path.splitext(name)[0]] > 1]:
-            problems.append(f"{folder}: files that differ only in their suffix, {_some(twice)}: rename or remove one")
+            problems.append(f"{folder}: files that differ only in their suffix, {shorten(twice)}: rename or remove one")
     for folder, other, side, others in zip(folders, folders[::-1], stems, stems[::-1]):
         if alone := [os.path.relpath(path, folder) for name, path in side.items() if name not in others]:
             problems.append(
                 f"{folder}: {len(alone):,} of {len(side):,} images have no image of the same name in {other}: "
-                f"{_some(alone)}"
+                f"{shorten(alone)}"
             )
     if problems:
         raise DataError(f"The images in {' and '.join(map(str, folders))} cannot be paired by name:", problems)
     return [(path, stems[1][name]) for name, path in stems[0].items()]
-
-
-def _some(names: list[str], limit: int = 10) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")

@@ -14,8 +14,8 @@ from ..kernels.dispatch import check_choice
 from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
-from .layout_hints import missing_folders, shorten
-from .layouts import Layout, find_layout, known_layouts
+from .layout_hints import missing_folders
+from .layouts import Layout, find_layout, known_layouts, shorten
 
 Size = tuple[int, int]  # (width, height)
 

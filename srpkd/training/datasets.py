@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
-from ..data.layout_hints import shorten, subfolders
-from ..data.layouts import expected_folders, find_layout
+from ..data.layout_hints import subfolders
+from ..data.layouts import expected_folders, find_layout, shorten
 from ..data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
 from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
