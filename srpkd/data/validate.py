@@ -120,7 +120,6 @@ def validate_dataset(
     max_dataset_size: int | None = None,
     size_multiple: int = 1,
     batch_size: int = 1,
-    max_report: int = 10,
 ) -> DatasetReport:
     """Check all images that `open_dataset` would read with the same arguments.
 
@@ -130,7 +129,6 @@ def validate_dataset(
         size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
             U-Net.
         batch_size: images per batch; more than one must have the same size.
-        max_report: number of files to name for each kind of problem, at most.
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
@@ -149,7 +147,7 @@ def validate_dataset(
     geometry = _Geometry(preprocess, effective, crop_size, load_size, size_multiple)
 
     def inspect(layout: Layout) -> tuple[list[str], DatasetReport]:
-        return _inspect(layout, geometry, max_dataset_size, batch_size, max_report)
+        return _inspect(layout, geometry, max_dataset_size, batch_size)
 
     layout = find_layout(root, dataset_mode, phase)
     problems = _size_problems(geometry)
@@ -182,7 +180,7 @@ def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[s
 
 
 def _inspect(
-    layout: Layout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int, max_report: int
+    layout: Layout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int
 ) -> tuple[list[str], DatasetReport]:
     """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
     geometry = replace(geometry, side_by_side=layout.is_side_by_side)
@@ -208,7 +206,7 @@ def _inspect(
                 failures[check.problem(failed)] = [(header.path, check.detail(header)) for header in failed]
         for problem, details in failures.items():
             if details:
-                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details], max_report)
+                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
                 problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}")
         folder_sizes = {geometry.network_size(header) for header in headers}
         if batch_size > 1 and len(folder_sizes) > 1:
@@ -225,7 +223,7 @@ def _inspect(
         decoded += complete
         readable |= {header.path: header for header in headers}
     if layout.is_paired_by_name:
-        problems += _pair_problems(layout, geometry, files_of_folders, readable, max_report)
+        problems += _pair_problems(layout, geometry, files_of_folders, readable)
     return problems, DatasetReport(
         layout,
         counts,
@@ -238,7 +236,7 @@ def _inspect(
 
 
 def _pair_problems(
-    layout: Layout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header], max_report: int
+    layout: Layout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header]
 ) -> list[str]:
     """Return the problem of pairs of files whose images differ in size or shape, if there are any."""
     differing, same_shape = [], True
@@ -258,7 +256,7 @@ def _pair_problems(
     return [
         f"{' and '.join(layout.names)}: {len(differing):,} of {len(files[0]):,} pairs are two images of different "
         f"{'sizes' if same_shape else 'shapes'}: {advice}scale the files of a pair to the same size: "
-        f"{shorten(differing, max_report)}"
+        f"{shorten(differing)}"
     ]
 
 

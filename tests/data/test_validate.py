@@ -422,7 +422,7 @@ def test_all_problems_are_listed(tmp_path):
 
 
 def test_long_lists_are_shortened(tmp_path, side_a):
-    for i in range(7):
-        (side_a / f"{i}.png").write_bytes(b"")
-    message = single_problem(tmp_path, "unaligned", max_report=3)
-    assert "7 of 7" in message and "2.png" in message and "3.png" not in message and message.endswith("and 4 more")
+    for i in range(14):
+        (side_a / f"{i:02d}.png").write_bytes(b"")
+    message = single_problem(tmp_path, "unaligned")
+    assert "14 of 14" in message and "09.png" in message and "10.png" not in message and message.endswith("and 4 more")
