@@ -33,12 +33,9 @@ def test_help_lists_every_command(capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
-    if command == "info":
+    with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
-    else:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([command, "--help"])
-        assert caught.value.code in (0, None)
+    assert caught.value.code in (0, None)
     out = capsys.readouterr().out
     assert re.search(rf"usage: .*srpkd.{command}", out)
 
@@ -73,8 +70,6 @@ def test_version(capsys):
 def test_info(capsys):
     cli.main(["info"])
     assert "SRPKD_BACKEND" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="takes no options; received now"):
-        cli.main(["info", "now"])
 
 
 def test_the_package_runs_commands():
