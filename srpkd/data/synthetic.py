@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from ..arguments import check_type, check_whole, exit_on_error, positive
 from ..files import atomic_write
 from ..kernels.dispatch import check_choice
-from ..metrics.pixels import nearest_colour
 from . import Direction
+from .levels import nearest_colour
 
 # (6, 3) uint8, RGB: the colour of each class in a label map; any two are at least 100 levels apart
 PALETTE = torch.tensor(

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
-from ..data.levels import levels_to_255
+from ..data.levels import levels_to_255, nearest_colour
 from ..data.synthetic import PALETTE
 from ..finite import check_finite
-from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
+from .pixels import class_accuracy, confusion_matrix, mean_iou, pixel_accuracy
 
 # Lines "R G B name" of a palette file: the 19 classes that are scored, then the colours that are ignored
 CITYSCAPES = """
