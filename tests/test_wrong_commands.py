@@ -318,14 +318,14 @@ def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys)
 
 
 def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
-    save, saved = inference.save_output, []
+    save, saved = inference.write_file, []
 
-    def at_most_one(outputs, path, source):
+    def at_most_one(path, content):
         with full_disk(500 if saved else 10**6):
-            saved.append(save(outputs, path, source))
+            saved.append(save(path, content))
         return saved[-1]
 
-    monkeypatch.setattr(inference, "save_output", at_most_one)
+    monkeypatch.setattr(inference, "write_file", at_most_one)
     status, errors = command(f"srpkd translate net.pth unpaired {tmp_path}/out")
     assert status == 1 and re.search(rf"{FULL}.*\. 1 of 6 images are written", errors), errors
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["00000.png"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,27 @@ def input_channels(net: nn.Module) -> int:
     return channels[0]
 
 
+class Translated(NamedTuple):
+    """What ``translate_folder`` did.
+
+    Attributes:
+        written: paths of the results.
+        skipped: "path: reason" for each image that could not be read.
+        notes: sentences on what the results lack: further frames, alpha channels, ...
+    """
+
+    written: list[str]
+    skipped: list[str]
+    notes: list[str]
+
+
 @dataclass
 class _File:
-    """An image file on its way through the network."""
+    """An image file on its way through the network; ``frames`` is how many it has, one per input or more."""
 
     path: str
     source: Source
+    frames: int
     inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -111,8 +127,7 @@ def translate_folder(
     force: bool = False,
     crop: Crop | None = None,
     all_frames: bool = False,
-    notes: list[str] | None = None,
-) -> tuple[list[str], list[str]]:
+) -> Translated:
     """Translate the images in a folder and its sub-folders; the results keep their names, sizes and formats.
 
     The results are upright: an EXIF orientation is applied. They keep the alpha channel, the ICC profile and the depth
@@ -128,10 +143,6 @@ def translate_folder(
         force: replace files that exist.
         crop: (image, path) -> the part of it to translate.
         all_frames: translate all pages or frames of a file, not only the first.
-        notes: sentences on what the results lack are appended to this list: further frames, alpha channels, ...
-
-    Returns:
-        The paths that were written, and "path: reason" for each image that could not be read.
 
     Raises:
         FileExistsError: results exist already; raised before anything is translated.
@@ -149,55 +160,63 @@ def translate_folder(
     paths = _images_to_translate(source, target, force)
     written: list[str] = []
     skipped: list[str] = []
-
     lacking: defaultdict[str, list[str]] = defaultdict(list)
+    advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
 
-    def load(path: str) -> _File | None:
-        def part(picture: Picture) -> Picture:
-            picture = crop(picture, path) if crop else picture
-            return resize_picture(picture, size, size) if size else picture
-
-        try:
-            with open_image(path) as image:
-                frames = image.frames
-                if frames > 1 and not (all_frames and image_format(Path(path).suffix) in WITH_FRAMES):
-                    advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
-                    lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
-                    frames = 1
-                pictures, source = read_source(image, frames)
-            source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
-            return _File(path, source, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
-        except ValueError as error:
-            skipped.append(str(error))
-            return None
+    def images(paths: Iterable[str]) -> Iterator[tuple[_File, Tensor]]:
+        for path in paths:
+            try:
+                file = _read_file(path, channels, size, crop, all_frames)
+            except ValueError as error:
+                skipped.append(str(error))
+                continue
+            if len(file.inputs) < file.frames:
+                lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
+            yield from ((file, image) for image in file.inputs)
 
     was_training = net.training
     net.eval()
     try:
         with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
-            files = filter(None, map(load, progress))
-            images = ((file, image) for file in files for image in file.inputs)
-            for batch_files, batch in _batches_of_one_size(images, batch_size):
-                for file, output in zip(batch_files, _forward(net, batch)):
+            for files, batch in _batches_of_one_size(images(progress), batch_size):
+                for file, output in zip(files, _forward(net, batch)):
                     file.outputs.append(output)
                     result = target / os.path.relpath(file.path, source)
+                    format = image_format(result.suffix)
                     try:
                         check_output(output, file.path)
                         if len(file.outputs) < len(file.inputs):
                             continue
-                        written.append(save_output(file.outputs, result, file.source))
+                        write_file(result, encode(file.outputs, file.source, format))
                     except (NonFiniteError, WriteError) as error:
                         if not written:
                             raise
                         raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
-                    for lost in losses(file.outputs, file.source, image_format(result.suffix)):
+                    written.append(str(result))
+                    for lost in losses(file.outputs, file.source, format):
                         lacking[f"without {lost}"].append(str(result))
     finally:
         net.train(was_training)
-    if notes is not None:
-        for what, where in lacking.items():
-            notes.append(f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}")
-    return written, skipped
+    notes = [
+        f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}"
+        for what, where in lacking.items()
+    ]
+    return Translated(written, skipped, notes)
+
+
+def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, all_frames: bool) -> _File:
+    """Decode an image file for a network of so many channels. Raises the errors of ``open_image``."""
+
+    def part(picture: Picture) -> Picture:
+        picture = crop(picture, path) if crop else picture
+        return resize_picture(picture, size, size) if size else picture
+
+    with open_image(path) as image:
+        frames = image.frames
+        keeps_frames = all_frames and image_format(Path(path).suffix) in WITH_FRAMES
+        pictures, source = read_source(image, frames if keeps_frames else 1)
+    source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
+    return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
 
 
 def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
@@ -234,18 +253,3 @@ def _batches_of_one_size(
         batch.append(image)
     if batch:
         yield files, torch.stack(batch)
-
-
-def save_output(outputs: Sequence[Tensor], path: Path, source: Source) -> str:
-    """Write a network's outputs (C, H, W) in [-1, 1], one per frame, as an image file in the format of its suffix.
-
-    Args:
-        outputs: one per frame.
-        path: the file.
-        source: what the result takes over from the image that was translated.
-
-    Returns:
-        The path.
-    """
-    write_file(path, encode(outputs, source, image_format(path.suffix)))
-    return str(path)
