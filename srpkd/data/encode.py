@@ -17,7 +17,7 @@ from torch import Tensor
 from ..extras import require
 from .images import ImageFile
 from .levels import byte_levels, unit_levels
-from .picture import Picture, picture_to_levels
+from .picture import Picture, picture_to_levels, tensor_to_bytes
 
 # what the files of a format hold
 WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}
@@ -110,7 +110,7 @@ def _profile(outputs: Sequence[Tensor], source: Source, format: str) -> bytes | 
 def _pixels(output: Tensor, alpha: Picture | None, bits: int) -> np.ndarray:
     """Return (H, W, C) uint8, uint16 or float32, with the alpha channel last."""
     if bits == 8:
-        levels = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        levels = tensor_to_bytes(output)
     else:
         levels = ((output.double() + 1) / 2).clamp(0, 1)
     if alpha is not None:

@@ -66,3 +66,8 @@ def image_to_tensor(picture: Picture) -> Tensor:
     if isinstance(picture, Tensor):
         return (picture * 2 - 1).float()
     return picture_to_levels(picture).float() / 127.5 - 1
+
+
+def tensor_to_bytes(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1], of any shape, to uint8: rounded, and clipped to the range."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

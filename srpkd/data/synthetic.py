@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -27,6 +28,7 @@ from ..files import atomic_write
 from ..kernels.dispatch import check_choice
 from . import Direction
 from .levels import nearest_colour
+from .picture import tensor_to_bytes
 
 # (6, 3) uint8, RGB: the colour of each class in a label map; any two are at least 100 levels apart
 PALETTE = torch.tensor(
@@ -293,8 +295,6 @@ def write_synthetic(
         FileExistsError: the dataset's folders exist and are not empty.
         WriteError: a file cannot be written.
     """
-    from PIL import Image  # imported here: scenes in memory do not need Pillow
-
     check_whole("count_train", count_train, least=1)
     check_whole("count_test", count_test, least=1)
     check_choice("layout", layout, get_args(Layout))
@@ -308,7 +308,7 @@ def write_synthetic(
     other = scenes[count_test + count_train :] if unaligned else train
 
     def save(images: Tensor, name: str) -> None:
-        pixels = images.add(1).mul_(127.5).round_().byte().permute(0, 2, 3, 1).numpy()
+        pixels = tensor_to_bytes(images).permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(pixels):
             with atomic_write(root / name / f"{i:05d}.png") as file:
                 Image.fromarray(image).save(file, "PNG")

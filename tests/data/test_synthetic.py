@@ -273,7 +273,7 @@ def test_command_line(tmp_path, capsys):
 def test_command_line_needs_no_torchvision_and_gives_no_warning():
     code = """
 import runpy, sys, warnings
-sys.modules.update(torchvision=None, PIL=None)
+sys.modules.update(torchvision=None)
 warnings.simplefilter("error", RuntimeWarning)  # python -m warns of a module that its package has imported
 sys.argv = ["synthetic", "--help"]
 try:
