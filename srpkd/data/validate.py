@@ -66,14 +66,6 @@ class _Header(NamedTuple):
     frames: int
 
 
-class _Check(NamedTuple):
-    """A property of an image that makes it unusable."""
-
-    problem: Callable[[list[_Header]], str]  # of the headers that fail
-    fails: Callable[[_Header], bool]
-    detail: Callable[[_Header], str]  # shown in brackets after the file's name
-
-
 @dataclass(frozen=True)
 class _Geometry:
     """Sizes of an image on its way from the file to the network.
@@ -200,11 +192,7 @@ def _inspect(
         headers, unreadable, complete = _read_headers(files)
         if not files:
             problems.append(_no_images(folder))
-        failures = {"cannot be read": unreadable}
-        for check in _image_checks(geometry):
-            if failed := [header for header in headers if check.fails(header)]:
-                failures[check.problem(failed)] = [(header.path, check.detail(header)) for header in failed]
-        for problem, details in failures.items():
+        for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
             if details:
                 names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
                 problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}")
@@ -298,50 +286,38 @@ def _size_problems(geometry: _Geometry) -> list[str]:
     return problems
 
 
-def _image_checks(geometry: _Geometry) -> list[_Check]:
-    """Return the checks of a readable image."""
-
-    def file_size(header: _Header) -> str:
-        return _format_size(header.size)
-
-    def too_small(failed: list[_Header]) -> str:
-        side = min(min(geometry.image_size(header)) for header in failed)
-        largest = side - side % geometry.size_multiple
+def _unusable_images(headers: list[_Header], geometry: _Geometry) -> dict[str, list[tuple[str, str]]]:
+    """Return the problems of readable images, each with (path, size) of the images that have it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    crop_size, preprocess, size_multiple = geometry.crop_size, geometry.preprocess, geometry.size_multiple
+    if geometry.side_by_side:
+        found[
+            "are not A and B of the same size side by side: their width is odd, or not larger than their height "
+            "(pad very tall pairs to square halves first; if A and B are two files, give them the same name in "
+            "two folders, such as trainA and trainB)"
+        ] = [
+            (header.path, _format_size(header.size))
+            for header in headers
+            if header.size[0] % 2 == 1 or header.size[0] <= header.size[1]
+        ]
+    small = [header for header in headers if min(geometry.image_size(header)) < crop_size]
+    if preprocess == "crop" and small:
+        smallest = (crop_size * (2 if geometry.side_by_side else 1), crop_size)
+        side = min(min(geometry.image_size(header)) for header in small)
+        largest = side - side % size_multiple
         advice = f"--crop_size {largest}, or " if largest else ""
-        return (
+        found[
             f"are smaller than --crop_size {crop_size}, which needs at least {_format_size(smallest)}: use {advice}"
             f"{geometry.flags('resize_and_crop')}"
-        )
-
-    crop_size, preprocess, size_multiple = geometry.crop_size, geometry.preprocess, geometry.size_multiple
-    smallest = (crop_size * (2 if geometry.side_by_side else 1), crop_size)
-    fixed_size = geometry.flags("scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop")
-    return [
-        _Check(
-            lambda failed: (
-                "are not A and B of the same size side by side: their width is odd, or not larger than their height "
-                "(pad very tall pairs to square halves first; if A and B are two files, give them the same name in "
-                "two folders, such as trainA and trainB)"
-            ),
-            lambda header: geometry.side_by_side and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
-            file_size,
-        ),
-        _Check(
-            too_small,
-            lambda header: preprocess == "crop" and min(geometry.image_size(header)) < crop_size,
-            file_size,
-        ),
-        _Check(
-            lambda failed: (
-                f"give the network an input whose sides are not multiples of {size_multiple}, as this generator "
-                f"needs: use {fixed_size}"
-            ),
-            lambda header: (
-                "crop" not in preprocess and any(side % size_multiple for side in geometry.network_size(header))
-            ),
-            lambda header: _format_size(geometry.network_size(header)),
-        ),
-    ]
+        ] = [(header.path, _format_size(header.size)) for header in small]
+    if "crop" not in preprocess:
+        fixed_size = geometry.flags("scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop")
+        sizes = [(header.path, geometry.network_size(header)) for header in headers]
+        found[
+            f"give the network an input whose sides are not multiples of {size_multiple}, as this generator needs: "
+            f"use {fixed_size}"
+        ] = [(path, _format_size(size)) for path, size in sizes if any(side % size_multiple for side in size)]
+    return found
 
 
 def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]], int]:
