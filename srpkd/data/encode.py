@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..extras import require
 from .images import ImageFile
-from .levels import byte_levels, unit_levels
-from .picture import Picture, picture_to_levels, tensor_to_bytes
+from .picture import Picture, byte_levels, picture_to_levels, tensor_to_bytes, unit_levels
 
 # what the files of a format hold
 WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}

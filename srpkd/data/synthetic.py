@@ -27,8 +27,7 @@ from ..arguments import check_type, check_whole, exit_on_error, positive
 from ..files import atomic_write
 from ..kernels.dispatch import check_choice
 from . import Direction
-from .levels import nearest_colour
-from .picture import tensor_to_bytes
+from .picture import nearest_colour, tensor_to_bytes
 
 # (6, 3) uint8, RGB: the colour of each class in a label map; any two are at least 100 levels apart
 PALETTE = torch.tensor(

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..data.levels import unit_levels
+from ..data.picture import unit_levels
 from ..extras import require
 
 PixelMetric = Literal["psnr", "ssim"]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
-from ..data.levels import levels_to_255, nearest_colour
+from ..data.picture import levels_to_255, nearest_colour
 from ..data.synthetic import PALETTE
 from ..finite import check_finite
 from .pixels import class_accuracy, confusion_matrix, mean_iou, pixel_accuracy

@@ -2,7 +2,7 @@
 
 import torch
 
-from srpkd.data.levels import byte_levels, levels_to_255, nearest_colour, unit_levels
+from srpkd.data.picture import byte_levels, levels_to_255, nearest_colour, unit_levels
 from srpkd.data.synthetic import PALETTE, classes_of
 
 BYTES = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
