@@ -62,12 +62,17 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, which has no options."""
+    return argparse.ArgumentParser(
         prog="srpkd info",
         description="List versions, devices, the backends that this machine can run, and why it cannot run the others.",
-    ).parse_args(arguments)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser().parse_args(arguments)
     print(describe())
 
 

@@ -9,14 +9,21 @@ from .arguments import exit_on_error
 from .reporting.page import overview, write_report
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    result = argparse.ArgumentParser(
+        prog="srpkd report",
+        description="Write index.html of a run again, from the files in its folder.",
+        epilog="example: srpkd report runs/demo --overview demo.png",
+    )
+    result.add_argument("run_dir", help="folder of the run")
+    result.add_argument("--overview", metavar="PNG", help="also write samples and relations into one picture")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page of a run, from the files in its folder, and print its path."""
-    parser = argparse.ArgumentParser(
-        prog="srpkd report", description="Write index.html of a run again, from the files in its folder."
-    )
-    parser.add_argument("run_dir", help="folder of the run, such as runs/demo")
-    parser.add_argument("--overview", metavar="PNG", help="also write samples and relations into one picture")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     with exit_on_error():
         print(write_report(options.run_dir))
         if options.overview:

@@ -40,7 +40,7 @@ def test_help_of_a_command(command, capsys):
     assert re.search(rf"usage: .*srpkd.{command}", out)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export", "check"])
+@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export", "compare", "report", "check"])
 def test_every_option_has_a_help_text_and_there_is_an_example(command):
     parser = import_module(f"srpkd.{command}").parser()
     assert "example" in parser.epilog
