@@ -207,10 +207,30 @@ def classes_of(images: Tensor) -> Tensor:
 
 
 class SyntheticDataset(Dataset[dict[str, Tensor | str]]):
-    """Dataset of synthetic scenes; see `open_synthetic`."""
+    """Dataset of scenes, with the items of `srpkd.data.folders.open_dataset`.
+
+    "A" (3, H, W) is the generator's input, "B" (3, H, W) its target; "A_path" and "B_path" name the scenes.
+
+    Args:
+        scenes: from `generate_scenes`.
+        direction: "AtoB" maps photos to label maps, "BtoA" label maps to photos.
+        aligned: pairs. False gives the unpaired task: the photos of the first half of the scenes and the label maps of
+            the second half, with "B" drawn at random from torch's default generator.
+        flip: mirror half of the items at random.
+        serial_batches: unpaired, do not draw "B" at random.
+
+    Raises:
+        ValueError: an unknown direction, or one scene for the unpaired task.
+        TypeError: `scenes` is something else.
+    """
 
     def __init__(
-        self, scenes: SyntheticScenes, direction: Direction, aligned: bool, flip: bool, serial_batches: bool
+        self,
+        scenes: SyntheticScenes,
+        direction: Direction = "AtoB",
+        aligned: bool = True,
+        flip: bool = False,
+        serial_batches: bool = False,
     ) -> None:
         check_type("scenes", scenes, SyntheticScenes, "SyntheticScenes, as from generate_scenes(600)")
         check_choice("direction", direction, get_args(Direction))
@@ -239,32 +259,6 @@ class SyntheticDataset(Dataset[dict[str, Tensor | str]]):
         ]
         paths = [f"{name}/{i:05d}" for name, i in zip(self.names, (a, b))]
         return {"A": images[0], "B": images[1], "A_path": paths[0], "B_path": paths[1]}
-
-
-def open_synthetic(
-    scenes: SyntheticScenes,
-    direction: Direction = "AtoB",
-    aligned: bool = True,
-    flip: bool = False,
-    serial_batches: bool = False,
-) -> SyntheticDataset:
-    """Open scenes as a dataset with the items of `srpkd.data.folders.open_dataset`.
-
-    "A" (3, H, W) is the generator's input, "B" (3, H, W) its target; "A_path" and "B_path" name the scenes.
-
-    Args:
-        scenes: from `generate_scenes`.
-        direction: "AtoB" maps photos to label maps, "BtoA" label maps to photos.
-        aligned: pairs. False gives the unpaired task: the photos of the first half of the scenes and the label maps of
-            the second half, with "B" drawn at random from torch's default generator.
-        flip: mirror half of the items at random.
-        serial_batches: unpaired, do not draw "B" at random.
-
-    Raises:
-        ValueError: an unknown direction, or one scene for the unpaired task.
-        TypeError: `scenes` is something else.
-    """
-    return SyntheticDataset(scenes, direction, aligned, flip, serial_batches)
 
 
 def write_synthetic(

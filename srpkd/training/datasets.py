@@ -15,7 +15,7 @@ from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
 from ..data.layout_hints import subfolders
 from ..data.layouts import expected_folders, find_layout, shorten
-from ..data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
+from ..data.synthetic import SyntheticDataset, generate_scenes
 from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
@@ -41,7 +41,7 @@ def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
         paired = testing or config.dataset_mode == "aligned"
         if limit is not None and not paired:
             limit *= 2  # half of the scenes become photos, the other half label maps
-        return open_synthetic(
+        return SyntheticDataset(
             scenes[:limit],
             config.direction,
             aligned=paired,

@@ -7,7 +7,7 @@ from wrong_files import assert_rejected
 
 from srpkd.data.folders import open_dataset
 from srpkd.data.images import DataError, ImageFiles, find_images
-from srpkd.data.synthetic import generate_scenes, open_synthetic, write_synthetic
+from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.data.validate import validate_dataset
 from srpkd.files import WriteError
 
@@ -84,7 +84,11 @@ WRONG = {
         ValueError,
         f"seed={2**70}, .*integers of at most 40 bits",
     ),
-    "no scenes": (lambda: open_synthetic("scenes"), TypeError, "scenes: expected SyntheticScenes, as from generate_sc"),
+    "no scenes": (
+        lambda: SyntheticDataset("scenes"),
+        TypeError,
+        "scenes: expected SyntheticScenes, as from generate_sc",
+    ),
     "zero scenes": (
         lambda: write_synthetic("new", 0, 1, 16),
         ValueError,
