@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import check_type, check_whole
+from ..arguments import check_whole
 from ..data.encode import WITH_FRAMES, Source, encode, image_format, losses, read_source
 from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
@@ -25,59 +26,35 @@ from .networks import image_channels, size_multiple
 MIN_SIZE = 8
 
 
+@torch.no_grad()
 def translate(net: nn.Module, images: Tensor) -> Tensor:
     """Run a generator on images (B, C, H, W) in [-1, 1] of any size and return its output (B, C', H, W) on the CPU.
 
     The images are padded by reflection to the sizes that the network takes, and the output is cropped.
-
-    Raises:
-        TypeError: the images are not a float tensor, or the network was not made by ``define_generator``.
-        ValueError: the images have another shape, or are empty.
-        NonFiniteError: the images or the output have a NaN or an infinite value.
     """
-    output = _forward(net, images)
-    check_finite(images, "the input of the generator", "expected images in [-1, 1]")
-    check_output(output)
-    return output
+    height, width = images.shape[2:]
+    padded = pad_images(images, size_multiple(net))
+    return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
 
 
-def check_output(output: Tensor, image: str = "") -> None:
+def check_output(output: Tensor, image: str) -> None:
     """Raise a NonFiniteError if a generator's output has a NaN or an infinite value.
 
     Args:
         output: of any shape.
         image: the input image's path or another name of it, for the message.
     """
-    what = f"the generator's output for {image}" if image else "the generator's output"
-    check_finite(output, what, "use other weights, such as an earlier checkpoint of the training")
-
-
-@torch.no_grad()
-def _forward(net: nn.Module, images: Tensor) -> Tensor:
-    channels = image_channels(net)[0]
-    check_type("images", images, Tensor, f"a tensor (B, {channels}, H, W)")
-    if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}: expected floats in [-1, 1], such as images / 127.5 - 1")
-    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-        raise ValueError(f"images have the shape {tuple(images.shape)}: this generator takes (B, {channels}, H, W)")
-    height, width = images.shape[2:]
-    padded = pad_images(images, size_multiple(net))
-    return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
+    advice = "use other weights, such as an earlier checkpoint of the training"
+    check_finite(output, f"the generator's output for {image}", advice)
 
 
 def pad_images(images: Tensor, multiple: int) -> Tensor:
     """Pad images (B, C, H, W) by reflection at the right and lower edges, to multiples of `multiple`, >= `MIN_SIZE`."""
     rows, columns = (
-        reflected_indices(length, max(MIN_SIZE, -length % multiple + length)) for length in images.shape[2:]
-    )
-    return images[:, :, rows][:, :, :, columns]
-
-
-def reflected_indices(length: int, padded: int) -> Tensor:
-    """Return the indices 0 .. length - 1, extended to `padded` indices by repeated reflection at both ends."""
-    period = max(2 * (length - 1), 1)
-    position = torch.arange(padded) % period
-    return torch.minimum(position, period - position) if length > 1 else torch.zeros(padded, dtype=torch.int64)
+        np.pad(np.arange(length), (0, max(MIN_SIZE, -length % multiple + length) - length), mode="reflect")
+        for length in images.shape[2:]
+    )  # unlike torch's, also of images that are smaller than their padding
+    return images[:, :, torch.from_numpy(rows)][:, :, :, torch.from_numpy(columns)]
 
 
 def input_channels(net: nn.Module) -> int:
@@ -179,7 +156,7 @@ def translate_folder(
     try:
         with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
             for files, batch in _batches_of_one_size(images(progress), batch_size):
-                for file, output in zip(files, _forward(net, batch)):
+                for file, output in zip(files, translate(net, batch)):
                     file.outputs.append(output)
                     result = target / os.path.relpath(file.path, source)
                     format = image_format(result.suffix)
