@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import check_flag, check_number, check_type, check_whole
+from .arguments import check_choice, check_flag, check_number, check_type, check_whole
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .kernels.op import check_transforms
@@ -324,7 +324,7 @@ def _check_option(name: str, value: Any) -> None:
         # new_group returns NON_GROUP_MEMBER, an int, in the processes that do not belong to it
         check_type(name, value, (dist.ProcessGroup, int), "a torch.distributed.ProcessGroup or None")
     elif name in CHOICES:
-        dispatch.check_choice(name, value, CHOICES[name])
+        check_choice(name, value, CHOICES[name])
     elif name == "backend":
         dispatch.requested_backend(value)
     elif name == "columns" and value is not None:

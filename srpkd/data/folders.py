@@ -23,8 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..arguments import check_whole
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice, check_whole
 from . import Direction
 from .images import DataError, read_image, split_pair
 from .layouts import DatasetMode, find_layout

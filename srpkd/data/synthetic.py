@@ -23,9 +23,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..arguments import check_type, check_whole, exit_on_error, positive
+from ..arguments import check_choice, check_type, check_whole, exit_on_error, positive
 from ..files import atomic_write
-from ..kernels.dispatch import check_choice
 from . import Direction
 from .picture import nearest_colour, tensor_to_bytes
 

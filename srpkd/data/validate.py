@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..arguments import check_whole
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice, check_whole
 from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image

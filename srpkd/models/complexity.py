@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice
 from ..taps import remove_hooks
 
 TransposedCount = Literal["output", "input"]

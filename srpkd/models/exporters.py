@@ -20,13 +20,12 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
-from ..arguments import check_number, check_whole
+from ..arguments import check_choice, check_number, check_whole
 from ..data.images import image_files, read_image
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
 from ..finite import check_finite
-from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
 from .checkpoints import load_generator
 from .inference import MIN_SIZE, check_output, pad_images
