@@ -24,7 +24,7 @@ _TWO_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """The folders of one phase of a dataset, existing or not.
 
     Attributes:
@@ -89,7 +89,7 @@ class Layout:
         return [files[:max_dataset_size] for files in found]
 
 
-def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> Layout:
+def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> FolderLayout:
     """Return the layout of a phase: the first known one with images in all its folders.
 
     If none has images, the first one whose folders exist; if there is none either, the standard one.
@@ -114,14 +114,14 @@ def shorten(names: Sequence[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
+def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[FolderLayout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
     names = PHASES.get(phase, (phase,))
     for name in names:
         if mode == "aligned" and not _holds_sides(root / name):
-            yield Layout(root, mode, phase, name, (root / name,))
+            yield FolderLayout(root, mode, phase, name, (root / name,))
         for form in _TWO_FOLDERS[mode]:
-            yield Layout(root, mode, phase, name, tuple(root / side.format(name) for side in form))
+            yield FolderLayout(root, mode, phase, name, tuple(root / side.format(name) for side in form))
 
 
 def _holds_sides(folder: Path) -> bool:

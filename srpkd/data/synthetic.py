@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from ..arguments import check_choice, check_type, check_whole, exit_on_error, positive
 from ..files import atomic_write
 from . import Direction
+from .layouts import DatasetMode
 from .picture import nearest_colour, tensor_to_bytes
 
 # (6, 3) uint8, RGB: the colour of each class in a label map; any two are at least 100 levels apart
@@ -34,8 +35,6 @@ PALETTE = torch.tensor(
     dtype=torch.uint8,
 )
 CLASSES = len(PALETTE)
-
-Layout = Literal["aligned", "unaligned"]
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def write_synthetic(
     count_test: int = 100,
     size: int = 64,
     seed: int = 0,
-    layout: Layout = "aligned",
+    layout: DatasetMode = "aligned",
     variant: int = 0,
 ) -> Path:
     """Write scenes as PNG files in a layout of `srpkd.data.folders`. A is the photo, B the label map.
@@ -289,7 +288,7 @@ def write_synthetic(
     """
     check_whole("count_train", count_train, least=1)
     check_whole("count_test", count_test, least=1)
-    check_choice("layout", layout, get_args(Layout))
+    check_choice("layout", layout, get_args(DatasetMode))
     unaligned = layout == "unaligned"
     root = Path(folder)
     names = [phase + side for phase in ("train", "test") for side in (("A", "B") if unaligned else ("",))]
@@ -323,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("out", help="folder to write to")
-    add("--layout", choices=get_args(Layout), default="aligned", help="of the folders (default: %(default)s)")
+    add("--layout", choices=get_args(DatasetMode), default="aligned", help="of the folders (default: %(default)s)")
     add("--train", type=positive, default=400, help="number of training pairs (default: %(default)s)")
     add("--test", type=positive, default=100, help="number of test pairs (default: %(default)s)")
     add("--size", type=positive, default=64, help="pixels per side (default: %(default)s)")

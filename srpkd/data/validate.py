@@ -14,7 +14,7 @@ from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
 from .layout_hints import missing_folders
-from .layouts import Layout, find_layout, known_layouts, shorten
+from .layouts import FolderLayout, find_layout, known_layouts, shorten
 
 Size = tuple[int, int]  # (width, height)
 
@@ -37,7 +37,7 @@ class DatasetReport:
     further_frames: how many images have more than one page or frame, in words
     """
 
-    layout: Layout
+    layout: FolderLayout
     counts: dict[str, int]
     sizes: dict[Size, int]
     network_sizes: list[Size]
@@ -137,7 +137,7 @@ def validate_dataset(
     effective = effective_load_size(preprocess, load_size, crop_size, phase == "train")
     geometry = _Geometry(preprocess, effective, crop_size, load_size, size_multiple)
 
-    def inspect(layout: Layout) -> tuple[list[str], DatasetReport]:
+    def inspect(layout: FolderLayout) -> tuple[list[str], DatasetReport]:
         return _inspect(layout, geometry, max_dataset_size, batch_size)
 
     layout = find_layout(root, dataset_mode, phase)
@@ -153,7 +153,7 @@ def validate_dataset(
     return report
 
 
-def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[str]:
+def _other_layout(layout: FolderLayout, is_usable: Callable[[FolderLayout], bool]) -> list[str]:
     """Return how to use images that are not in the layout of pairs that was found; [] if there are none."""
     for other in known_layouts(layout.root, "aligned", layout.phase):
         if layout.is_side_by_side and other.is_paired_by_name and other.has_images and is_usable(other):
@@ -171,7 +171,7 @@ def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[s
 
 
 def _inspect(
-    layout: Layout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int
+    layout: FolderLayout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int
 ) -> tuple[list[str], DatasetReport]:
     """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
     geometry = replace(geometry, side_by_side=layout.is_side_by_side)
@@ -223,7 +223,7 @@ def _inspect(
 
 
 def _pair_problems(
-    layout: Layout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header]
+    layout: FolderLayout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header]
 ) -> list[str]:
     """Return the problem of pairs of files whose images differ in size or shape, if there are any."""
     differing, same_shape = [], True
