@@ -72,7 +72,7 @@ def image_format(suffix: str) -> str:
     return Image.registered_extensions()[suffix.lower()]
 
 
-def losses(outputs: Sequence[Tensor], source: Source, format: str) -> list[str]:
+def lost_properties(outputs: Sequence[Tensor], source: Source, format: str) -> list[str]:
     """Return what a result in this format loses of the source, in words; usually nothing."""
     lost = []
     if source.bits > 8 and format not in WITH_16_BITS:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..arguments import check_whole
-from ..data.encode import WITH_FRAMES, Source, encode, image_format, losses, read_source
+from ..data.encode import WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
 from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, write_file
@@ -170,7 +170,7 @@ def translate_folder(
                             raise
                         raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
                     written.append(str(result))
-                    for lost in losses(file.outputs, file.source, format):
+                    for lost in lost_properties(file.outputs, file.source, format):
                         lacking[f"without {lost}"].append(str(result))
     finally:
         net.train(was_training)
