@@ -237,7 +237,7 @@ class Runner:
                 break
             try:
                 entry = receiver.recv()
-            except EOFError:
+            except (EOFError, OSError):  # it ended, perhaps while it sent something
                 break
             started = entry["case"]
             if "status" in entry:
