@@ -1,8 +1,7 @@
 """Relation distillation without the N x N matrix.
 
-Stability: public are the names in ``srpkd.__all__``, the commands (``srpkd train``, ``evaluate``, ``translate``,
-``profile``, ``export``, ``report``, ``info``) with their options, and the files that they write. Everything else,
-``srpkd.kernels`` included, may change in any release.
+Stability: public are the names in ``srpkd.__all__``, the commands that ``srpkd --help`` lists with their options, and
+the files that they write. Everything else, ``srpkd.kernels`` included, may change in any release.
 """
 
 from .distill_loop import distill

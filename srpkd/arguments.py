@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .kernels.dispatch import check_choice as check_choice  # defined there because kernels import nothing of srpkd
+
 
 def check_type(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
     """Raise a TypeError that says what was expected, unless value is an instance of `kind`."""

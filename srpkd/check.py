@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .checking.kernels import KERNELS
-from .checking.processes import FINAL, Check, Runner, checks, failed, work
+from .checking.processes import FINAL, Check, Runner, checks, failed
 from .kernels import BACKENDS, native
 from .reporting.table import format_table
 
@@ -54,17 +54,12 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE",
         help="write results of one device into this file as they arrive; a later run with it runs what is missing",
     )  # fmt: skip
-    result.add_argument("--worker", help=argparse.SUPPRESS)  # the kernel of this process, see checking/processes.py
-    result.add_argument("--cases", help=argparse.SUPPRESS)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 1 if a backend is not right."""
     options = parser().parse_args(arguments)
-    if options.worker:
-        [device] = options.device
-        return work(options.worker, checks(device, options.full), map(int, options.cases.split(",")))
     try:
         devices = [checked_device(name) for name in options.device] if options.device else all_devices()
     except ValueError as error:
@@ -104,8 +99,8 @@ def check_device(device: str, options: argparse.Namespace) -> bool:
     kernels = [kernel for kernel, reason in reasons.items() if reason is None]
     print(f"{device} ({name}): {len(everything)} cases for each of {', '.join(kernels) or 'no backend'}", flush=True)
     start = time.monotonic()
-    runner = Runner(device, options.full, options.seconds, options.silence, options.out)
-    runner.run(kernels, len(everything))
+    runner = Runner(everything, options.seconds, options.silence, options.out)
+    runner.run(kernels)
     print(summary(runner.results, kernels, everything))
     for kernel, reason in reasons.items():
         if reason is not None:

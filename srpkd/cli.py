@@ -74,14 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         module = import_module(f"srpkd.{command}")
     except ModuleNotFoundError as error:
         sys.exit(f"error: srpkd {command} needs {error.name}: pip install 'srpkd[train]'")
-    if command != "info":
-        module.main(rest)
-    elif rest in (["-h"], ["--help"]):
-        print(f"usage: srpkd info\n\n{COMMANDS['info']}")
-    elif rest:
-        sys.exit(f"error: srpkd info takes no options; received {' '.join(rest)}")
-    else:
-        print(module.describe())
+    module.main(rest)
 
 
 if __name__ == "__main__":

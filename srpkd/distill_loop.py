@@ -91,33 +91,19 @@ def distill(
         RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
         FloatingPointError: a loss is not finite; the student keeps the weights and buffers from before that step.
     """
-    check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
-    check_type("student", student, nn.Module, "a torch.nn.Module")
+    _check_networks(teacher, student)
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         check_type("data", data, list, "batches, as in a DataLoader or a list: [images] for a single one")
     check_whole("epochs", epochs, least=1)
     for name, value in (("lambda_kd", lambda_kd), ("lambda_srp", lambda_srp), ("lambda_target", lambda_target)):
         check_number(name, value, least=0)
-    if lr is not None:
-        check_number("lr", lr, least=0)
-    if optimizer is not None:
-        check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
-        if lr is not None:
-            raise ValueError(f"lr={lr} is that of the default optimizer: set it in optimizer, or leave out one of them")
-        _check_trains(optimizer, student)
     if target is not None and (forward is None or not callable(target)):
         raise TypeError("target: expected a function of a batch, together with forward=")
     if output is not None and not callable(output):
         check_type("output", output, (str, int), "a field such as 'sample', an index, or a function of the output")
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
-    if not torch.is_grad_enabled():
-        raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
+    optimizer = _student_optimizer(student, teacher, optimizer, lr)
     tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
     device = next(student.parameters()).device
-    lr = LEARNING_RATE if lr is None else lr
-    optimizer = optimizer or torch.optim.Adam(student.parameters(), lr=lr, betas=(0.5, 0.999))
-    _check_teacher_is_constant(optimizer, teacher)
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
     buffers: list[Tensor] = []  # before a step: a non-finite feature would stay in a running mean
@@ -177,25 +163,40 @@ def _copied(tensors: Iterable[Tensor], copies: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _check_trains(optimizer: torch.optim.Optimizer, student: nn.Module) -> None:
-    """Raise a ValueError if the optimizer would change no parameter of the student."""
-    own = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+def _check_networks(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise an error unless both are networks and the student can be trained here."""
+    check_type("teacher", teacher, nn.Module, "a torch.nn.Module")
+    check_type("student", student, nn.Module, "a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
+
+
+def _student_optimizer(
+    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer | None, lr: float | None
+) -> torch.optim.Optimizer:
+    """Return the optimizer, or the default one; raise a ValueError unless it trains the student and not the teacher."""
+    if lr is not None:
+        check_number("lr", lr, least=0)
+    if optimizer is None:
+        optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE if lr is None else lr, betas=(0.5, 0.999))
+    elif lr is not None:
+        raise ValueError(f"lr={lr} is that of the default optimizer: set it in optimizer, or leave out one of them")
+    check_type("optimizer", optimizer, torch.optim.Optimizer, "one such as torch.optim.Adam(student.parameters())")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in trained for parameter in student.parameters()):
         raise ValueError(
             "optimizer has no parameter of the student that requires a gradient, perhaps those of a copy: create it "
             "from student.parameters()"
         )
-
-
-def _check_teacher_is_constant(optimizer: torch.optim.Optimizer, teacher: nn.Module) -> None:
-    """Raise a ValueError if the optimizer would change a parameter of the teacher."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     shared = [name for name, value in teacher.named_parameters() if value.requires_grad and id(value) in trained]
     if shared:
         raise ValueError(
             f"training would change the teacher, of which the optimizer has {len(shared)} parameters, such as "
             f"{shared[0]!r}: give the student copies, as by copy.deepcopy, or freeze them by requires_grad_(False)"
         )
+    return optimizer
 
 
 def _losses(

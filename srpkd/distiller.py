@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_number, check_type
-from .kernels.dispatch import check_choice
+from .arguments import check_choice, check_number, check_type
 from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
 from .taps import FeatureTap

@@ -16,15 +16,15 @@ from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generato
 
 def describe(file: ExportedFile, tolerance: float) -> str:
     """Return a line that says what was written and how it compares with PyTorch."""
-    if (error := file.quantization) is None:
+    if (psnr := file.quantization) is None:
         comparison = (
             f"any batch, height and width multiples of {file.size_multiple} from {file.smallest_size}; outputs differ "
             f"from PyTorch's by at most {file.difference:.2g} (allowed: {tolerance:g})"
         )
     else:
         comparison = (
-            f"PSNR to float32 {error.mean:.2f} dB on average, {error.minimum:.2f} dB at worst, over {error.images} "
-            f"images{'' if error.held_out else ' (the one that calibrated it)'}"
+            f"PSNR to float32 {psnr.mean:.2f} dB on average, {psnr.minimum:.2f} dB at worst, over {psnr.images} "
+            f"images{'' if psnr.held_out else ' (the one that calibrated it)'}"
         )
     return f"{file.path}: {file.size:,} bytes; {comparison}"
 

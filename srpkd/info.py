@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import itertools
 import os
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -60,5 +62,19 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, which has no options."""
+    return argparse.ArgumentParser(
+        prog="srpkd info",
+        description="List versions, devices, the backends that this machine can run, and why it cannot run the others.",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser().parse_args(arguments)
     print(describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import check_flag, check_number, check_type, check_whole
+from .arguments import check_choice, check_flag, check_number, check_type, check_whole
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .kernels.op import check_transforms
@@ -18,6 +18,9 @@ Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "normalize": NORMALIZATIONS, "distance": DISTANCES, "reduction": REDUCTIONS, "layout": LAYOUTS, "scope": SCOPES,
+}  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -320,16 +323,8 @@ def _check_option(name: str, value: Any) -> None:
     if name == "group" and value is not None and dist.is_available():
         # new_group returns NON_GROUP_MEMBER, an int, in the processes that do not belong to it
         check_type(name, value, (dist.ProcessGroup, int), "a torch.distributed.ProcessGroup or None")
-    elif name == "normalize":
-        dispatch.check_choice(name, value, NORMALIZATIONS)
-    elif name == "distance":
-        dispatch.check_choice(name, value, DISTANCES)
-    elif name == "reduction":
-        dispatch.check_choice(name, value, REDUCTIONS)
-    elif name == "layout":
-        dispatch.check_choice(name, value, LAYOUTS)
-    elif name == "scope":
-        dispatch.check_choice(name, value, SCOPES)
+    elif name in CHOICES:
+        check_choice(name, value, CHOICES[name])
     elif name == "backend":
         dispatch.requested_backend(value)
     elif name == "columns" and value is not None:

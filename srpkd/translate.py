@@ -38,10 +38,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 1 if images were skipped."""
     options = parser().parse_args(arguments)
-    notes: list[str] = []
     with exit_on_error():
         net = load_generator(options.weights, train_mode_norm=options.train_mode_norm).to(options.device)
-        written, skipped = translate_folder(
+        written, skipped, notes = translate_folder(
             net,
             options.in_folder,
             options.out_folder,
@@ -49,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size=options.size,
             force=options.force,
             all_frames=options.all_frames,
-            notes=notes,
         )
         others = count_other_files(Path(options.in_folder).expanduser())
     for reason in skipped:

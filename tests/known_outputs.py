@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srpkd.data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
+from srpkd.data.synthetic import SyntheticDataset, generate_scenes
 from srpkd.training.options import ResolvedConfig, TrainConfig
 
 COUNT = 33  # one more than a batch of test_loader
@@ -37,7 +37,7 @@ PHOTO_TO_LABEL = Lookup(SCENES.photos, SCENES.labels)
 
 
 def scenes(direction: str = "AtoB") -> SyntheticDataset:
-    return open_synthetic(SCENES, direction)
+    return SyntheticDataset(SCENES, direction)
 
 
 def folder(sizes: list[int], offset: float = 0.1) -> list[dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import fake_kernel
 import pytest
 import torch
 from bench_helpers import incorrect_loss
@@ -93,33 +94,17 @@ def test_a_single_pixel_must_be_finite():
 
 # --- processes ------------------------------------------------------------------------------------------------------
 
-# stands in for ``python -m srpkd.check --worker``: case 1 ends the process, case 2 never returns
-FAKE = """
-import json, os, sys, time
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-for number in map(int, options["--cases"].split(",")):
-    print(json.dumps({"case": number}), flush=True)
-    if number == 1:
-        print("illegal instruction", file=sys.stderr)
-        os._exit(7)
-    if number == 2:
-        time.sleep(600)
-    print(json.dumps({"case": number, "status": "ok", "reason": "", "gradient": 1e-3}), flush=True)
-"""
-
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    program = tmp_path / "fake.py"
-    program.write_text(FAKE)
-    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, str(program)))
+    monkeypatch.setattr(processes, "work", fake_kernel.work)
     monkeypatch.setattr(processes, "SHARDS", {})
     return tmp_path
 
 
 def test_crashes_and_hangs_do_not_hide_other_results(fake):
-    runner = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
-    runner.run(["native", "triton"], 4)
+    runner = processes.Runner(CHECKS[:4], 60, 8, fake / "smoke.jsonl")
+    runner.run(["native", "triton"])
     expected = ["ok", "crashed", "hung", "ok"]
     for kernel in ("native", "triton"):
         assert [runner.results[kernel, number]["status"] for number in range(4)] == expected
@@ -127,13 +112,13 @@ def test_crashes_and_hangs_do_not_hide_other_results(fake):
     assert processes.failed(runner.results, ["native"], 4)
     assert processes.recorded(fake / "smoke.jsonl") == runner.results
     text = command.summary(runner.results, ["native", "triton"], CHECKS[:4])
-    assert "native: crashed: exit status 7: illegal instruction" in text and "triton: hung: no result for 3 s" in text
+    assert "native: crashed: exit status 7: illegal instruction" in text and "triton: hung: no result for 8 s" in text
     assert len(text.splitlines()) < 60
 
 
 def test_missing_cases_are_run_again(fake):
-    first = processes.Runner("cpu", False, 0, 3, fake / "smoke.jsonl")  # no time
-    first.run(["native"], 4)
+    first = processes.Runner(CHECKS[:4], 0, 15, fake / "smoke.jsonl")  # no time
+    first.run(["native"])
     assert not first.results
     (fake / "smoke.jsonl").write_text(
         "".join(
@@ -141,36 +126,39 @@ def test_missing_cases_are_run_again(fake):
             for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
         )
     )
-    second = processes.Runner("cpu", False, 60, 3, fake / "smoke.jsonl")
-    second.run(["native"], 5)
+    second = processes.Runner(CHECKS[:5], 60, 15, fake / "smoke.jsonl")
+    second.run(["native"])
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
     assert processes.failed(second.results, ["native"], 5)
     assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
 
 
-def test_an_interrupt_ends_the_processes(fake):
+def test_an_interrupt_ends_the_processes(tmp_path):
     """At once, and without a result: neither a restart nor a crash."""
-    program = fake / "command.py"
-    program.write_text(
-        f"import sys\nfrom srpkd.checking import processes\nprocesses.PROGRAM = {processes.PROGRAM}\n"
-        "from pathlib import Path\nprocesses.Runner('cpu', False, 60, 60, Path('log')).run(['native', 'blocked'], 4)\n"
-    )
+    log = tmp_path / "log"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.Popen(
-        [sys.executable, program], cwd=fake, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, fake_kernel.__file__],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
     )
     try:
-        while not (fake / "log").exists() or (fake / "log").read_text().count("crashed") < 2:  # case 2 hangs next
+        while not log.exists() or log.read_text().count("crashed") < 2:  # case 2 hangs next
             time.sleep(0.1)
         time.sleep(1)
-        done.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in done.communicate(timeout=10)[1]
+        os.killpg(done.pid, signal.SIGINT)  # as the terminal does
+        assert "KeyboardInterrupt" in done.communicate(timeout=60)[1]
+        time.sleep(1)  # the server that forked them ends after the command
+        for link in Path("/proc").glob("[0-9]*/cwd"):
+            with suppress(OSError):  # the process has ended, or belongs to another user
+                assert link.readlink() != tmp_path
     finally:
-        done.kill()
-    assert (fake / "log").read_text().count("crashed") == 2
-    for line in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # the process has ended
-            assert str(fake) not in line.read_text(errors="replace")
+        with suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGKILL)
+    assert log.read_text().count("crashed") == 2
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -181,15 +169,14 @@ import os, sys
 sys.path[:0] = [{tests!r}, os.path.dirname({tests!r})]
 from bench_helpers import incorrect_loss
 from srpkd import check
-from srpkd.checking import processes
 from srpkd.checking.kernels import KERNELS, Provider
 
 def crash(case):
     os.abort()
 
-processes.PROGRAM = (sys.executable, __file__)
 KERNELS["blocked"] = Provider(dict(crash=crash, scaled=incorrect_loss("scaled"))[{fault!r}])
-check.main(sys.argv[1:])
+if __name__ == "__main__":
+    check.main(sys.argv[1:])
 """
 
 

@@ -33,17 +33,14 @@ def test_help_lists_every_command(capsys):
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_a_command(command, capsys):
-    if command == "info":
+    with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
-    else:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([command, "--help"])
-        assert caught.value.code in (0, None)
+    assert caught.value.code in (0, None)
     out = capsys.readouterr().out
     assert re.search(rf"usage: .*srpkd.{command}", out)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export", "check"])
+@pytest.mark.parametrize("command", ["evaluate", "translate", "profile", "export", "compare", "report", "check"])
 def test_every_option_has_a_help_text_and_there_is_an_example(command):
     parser = import_module(f"srpkd.{command}").parser()
     assert "example" in parser.epilog
@@ -73,8 +70,6 @@ def test_version(capsys):
 def test_info(capsys):
     cli.main(["info"])
     assert "SRPKD_BACKEND" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="takes no options; received now"):
-        cli.main(["info", "now"])
 
 
 def test_the_package_runs_commands():

@@ -107,8 +107,6 @@ def srpkd_command(command: str, arguments: list[str]) -> None:
     if command == "train":
         if "--resume" not in arguments:  # which reads the run
             assert parse_arguments(arguments).name
-    elif command == "info":
-        assert not arguments
     else:
         import_module(f"srpkd.{command}").parser().parse_args(arguments)
 

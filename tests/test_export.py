@@ -74,8 +74,7 @@ def test_opset(weights, tmp_path, capsys, opset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
-@pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
+@pytest.mark.parametrize(("netG", "format"), [("resnet_1blocks", "onnx"), ("unet_16", "pt2")])
 def test_train_mode_norm(tmp_path, netG, format):
     """Each image gets the output of batch norms in training mode on this image alone; without the flag it does not."""
     net = define_generator(netG, ngf=2, norm="batch", init_gain=0.2)

@@ -70,5 +70,6 @@ def test_environment_variable(setting: str, expected: str, monkeypatch: pytest.M
 
 def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.delitem(sys.modules, "srpkd.info")
+    monkeypatch.setattr(sys, "argv", ["info"])
     runpy.run_module("srpkd.info", run_name="__main__")
     assert capsys.readouterr().out.strip() == describe()

@@ -83,7 +83,7 @@ def run(tmp_path, folder, *options):
 
 @pytest.fixture
 def identity(monkeypatch):
-    monkeypatch.setattr("srpkd.models.inference._forward", lambda net, images: images)
+    monkeypatch.setattr("srpkd.models.inference.translate", lambda net, images: images)
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.tif", "grey.png", "float.tif", "0.ppm"])

@@ -74,10 +74,10 @@ def make_files(root: Path) -> Path:
     }.items():
         (root / name).mkdir()
         (root / name / "00000.png").write_bytes(content)
-    for name in ("bomb", "text"):
+    for name, dataset in {"bomb": "bombs", "eps": "eps-files", "text": "texts"}.items():
         for side in ("trainA", "trainB", "testA", "testB"):
-            (root / f"{name}s" / side).mkdir(parents=True)
-            (root / f"{name}s" / side / "00000.png").write_bytes((root / name / "00000.png").read_bytes())
+            (root / dataset / side).mkdir(parents=True)
+            (root / dataset / side / "00000.png").write_bytes((root / name / "00000.png").read_bytes())
     (root / "colours").write_text("1 2 x\n")
     Image.new("RGB", (8, 8)).save(root / "empty.png")
 

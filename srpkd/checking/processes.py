@@ -7,18 +7,19 @@ hide the results of the others: after an error of CUDA, a process cannot use the
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Empty, Queue
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ from . import gate
 from .cases import PRECISIONS, Case, features, settings
 from .kernels import KERNELS, CannotRun, evaluate
 
-PROGRAM = (sys.executable, "-m", "srpkd.check")
+# Processes are forked from one that has imported torch and does not use a GPU: a process that does cannot be forked.
+CONTEXT = multiprocessing.get_context("forkserver")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
@@ -95,13 +97,15 @@ def inputs(check: Check) -> tuple[Tensor, Tensor]:
 # --- the process of a kernel ----------------------------------------------------------------------------------------
 
 
-def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int]) -> None:
-    """Run cases by their numbers, and print a line of JSON before and after each."""
+def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int], results: Connection, errors: str) -> None:
+    """Run cases by their numbers, and send a dict before and after each; what is printed on stderr goes to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the process of the command ends this one
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
     for number in numbers:
-        print(json.dumps({"case": number}), flush=True)
+        results.send({"case": number})
         start = time.perf_counter()
         result = outcome(kernel, everything[number])
-        print(json.dumps({"case": number, "seconds": round(time.perf_counter() - start, 2)} | result), flush=True)
+        results.send({"case": number, "seconds": round(time.perf_counter() - start, 2)} | result)
         if result["status"] == "crashed":
             sys.exit(1)  # after an error of CUDA, the process cannot use the GPU any more
 
@@ -155,30 +159,31 @@ def compare(
 
 
 class Runner:
-    """Run the missing cases of all kernels on a device in processes, and collect the results.
+    """Run the missing cases of all kernels in processes, and collect the results.
 
     Args:
-        device: the name of a device of torch.
-        full: whether to run all cases, see ``checks``.
+        everything: the cases.
         seconds: time for all cases; those that are left then are not run.
         silence: seconds without a result after which a process counts as hung. The first includes importing torch, and
             compiling for Triton and from PTX.
         file: where to write the results as they arrive, and from where to read those of an earlier run.
     """
 
-    def __init__(self, device: str, full: bool, seconds: float, silence: float, file: Path | None = None) -> None:
-        self.device, self.full, self.silence, self.file = device, full, silence, file
+    def __init__(self, everything: Sequence[Check], seconds: float, silence: float, file: Path | None = None) -> None:
+        self.everything, self.silence, self.file = everything, silence, file
         self.deadline = time.monotonic() + seconds
         self.lock = threading.Lock()
-        self.running: list[subprocess.Popen] = []
+        self.running: list[BaseProcess] = []
         self.is_stopped = False
         self.results = recorded(file) if file else {}
 
-    def run(self, kernels: Sequence[str], count: int) -> None:
+    def run(self, kernels: Sequence[str]) -> None:
         """Run all kernels at once, each in as many processes as SHARDS says."""
+        CONTEXT.set_forkserver_preload([__name__])
         threads = []
+        numbers = range(len(self.everything))
         for kernel in kernels:
-            missing = [n for n in range(count) if self.results.get((kernel, n), {}).get("status") not in FINAL]
+            missing = [n for n in numbers if self.results.get((kernel, n), {}).get("status") not in FINAL]
             shards = min(SHARDS.get(kernel, 1), max(1, (os.cpu_count() or 1) // 2))
             parts = [missing[start::shards] for start in range(shards)]
             threads += [threading.Thread(target=self.run_shard, args=(kernel, part)) for part in parts if part]
@@ -203,68 +208,52 @@ class Runner:
         for _ in range(RESTARTS):
             if not numbers or time.monotonic() > self.deadline:
                 return
-            numbers = self.run_process(kernel, numbers)
+            with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as errors:
+                numbers = self.run_process(kernel, numbers, errors)
 
-    def run_process(self, kernel: str, numbers: list[int]) -> list[int]:
-        """Run cases in one process, and return those that are left after it ended."""
+    def run_process(self, kernel: str, numbers: list[int], errors: IO[str]) -> list[int]:
+        """Run cases in one process, and return those that are left after it ended.
+
+        Args:
+            errors: a file for what the process prints on stderr.
+        """
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=work, args=(kernel, self.everything, numbers, sender, errors.name))
         with self.lock:
             if self.is_stopped:
                 return []
-            process = subprocess.Popen(
-                [
-                    *(*PROGRAM, "--worker", kernel, "--device", self.device, "--cases", ",".join(map(str, numbers))),
-                    *(["--full"] if self.full else []),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process.start()
             self.running.append(process)
-        lines: Queue[str | None] = Queue()
-        errors: deque[str] = deque(maxlen=3)
-
-        def read_output() -> None:
-            for line in process.stdout or ():
-                lines.put(line)
-            lines.put(None)
-
-        readers = [
-            threading.Thread(target=read_output),
-            threading.Thread(target=lambda: errors.extend(process.stderr or ())),
-        ]
-        for reader in readers:
-            reader.start()
+        sender.close()  # the end of the process is then the end of what can be received
         left, started = list(numbers), None
         status, reason = "crashed", ""
         while True:
             wait = min(self.silence, self.deadline - time.monotonic())
-            try:
-                line = lines.get(timeout=max(wait, 0.0))
-            except Empty:
+            if not receiver.poll(max(wait, 0.0)):
                 status, reason = (
                     ("hung", f"no result for {self.silence:g} s") if wait == self.silence else ("no time", "")
                 )
                 process.kill()
                 break
-            if line is None:
+            try:
+                entry = receiver.recv()
+            except (EOFError, OSError):  # it ended, perhaps while it sent something
                 break
-            entry = json.loads(line)
             started = entry["case"]
             if "status" in entry:
                 self.add(kernel, entry)
                 left.remove(started)
                 started = None
-        process.wait()
+        process.join()
         with self.lock:
             self.running.remove(process)
-        for reader in readers:
-            reader.join()
-        if status == "no time" or self.is_stopped or process.returncode == -signal.SIGINT:  # Ctrl-C is no crash
+        if status == "no time" or self.is_stopped or process.exitcode == -signal.SIGINT:  # Ctrl-C is no crash
             return []
         if started is None and len(left) == len(numbers):  # it ended before its first case
             started = left[0]
         if started is not None:
-            reason = reason or f"exit status {process.returncode}: {' '.join(' '.join(errors).split())[-300:]}"
+            lines = " ".join(errors.readlines()[-3:])
+            reason = reason or f"exit status {process.exitcode}: {' '.join(lines.split())[-300:]}"
             self.add(kernel, {"case": started, "status": status, "reason": reason})
             left.remove(started)
         return left

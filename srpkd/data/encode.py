@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..extras import require
 from .images import ImageFile
-from .levels import byte_levels, unit_levels
-from .picture import Picture, picture_to_levels
+from .picture import Picture, byte_levels, picture_to_levels, tensor_to_bytes, unit_levels
 
 # what the files of a format hold
 WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}
@@ -73,7 +72,7 @@ def image_format(suffix: str) -> str:
     return Image.registered_extensions()[suffix.lower()]
 
 
-def losses(outputs: Sequence[Tensor], source: Source, format: str) -> list[str]:
+def lost_properties(outputs: Sequence[Tensor], source: Source, format: str) -> list[str]:
     """Return what a result in this format loses of the source, in words; usually nothing."""
     lost = []
     if source.bits > 8 and format not in WITH_16_BITS:
@@ -110,7 +109,7 @@ def _profile(outputs: Sequence[Tensor], source: Source, format: str) -> bytes | 
 def _pixels(output: Tensor, alpha: Picture | None, bits: int) -> np.ndarray:
     """Return (H, W, C) uint8, uint16 or float32, with the alpha channel last."""
     if bits == 8:
-        levels = ((output.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        levels = tensor_to_bytes(output)
     else:
         levels = ((output.double() + 1) / 2).clamp(0, 1)
     if alpha is not None:

@@ -4,7 +4,6 @@
 `aligned`    root/train, root/test: pairs, A in the left half of an image and B in the right half; or A and B as two
              files of equal names, in train/A and train/B, A/train and B/train, trainA and trainB, or train_A and
              train_B
-`single`     root/<phase> if it exists, else root: only A
 
 The two folders of `unaligned` may have the names of any of these forms too. Folders named val serve as test if there
 are no test images. Sub-folders are searched too. An EXIF orientation is applied, and images of more than 8 bits per
@@ -13,6 +12,7 @@ channel keep their precision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,8 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..arguments import check_whole
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice, check_whole
 from . import Direction
 from .images import DataError, read_image, split_pair
 from .layouts import DatasetMode, find_layout
@@ -56,7 +55,7 @@ def open_dataset(
     {"A": (input_nc, H, W), "B": (output_nc, H, W), "A_path": str, "B_path": str}, float32 in [-1, 1].
 
     "A" is the network's input and "B" its target: with direction "BtoA" the two sides are swapped here and nowhere
-    else. `single` has no "B" and ignores the direction. One channel means grayscale.
+    else. One channel means grayscale.
 
     `srpkd.data.validate.validate_dataset` finds all problems of a dataset before training starts.
 
@@ -121,7 +120,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
     """Dataset of image files; see `open_dataset`.
 
     Args:
-        files: one list of paths, or one for "A" and one for "B".
+        files: a list of paths for "A" and one for "B", or one list of pairs side by side.
         transform: pictures -> tensors (C, H, W).
         channels: of "A" and of "B".
         aligned: each file is a pair side by side, or the two lists are pairs of files.
@@ -148,7 +147,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range: the dataset has {len(self)} items")
         paths = [files[index % len(files)] for files in self.files]
-        if self.random_b and len(paths) == 2:
+        if self.random_b:
             paths[1] = self.files[1][int(torch.randint(len(self.files[1]), ()))]
         images = [read_image(path) for path in paths]
         if self.aligned and len(images) == 1:
@@ -156,11 +155,9 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
             paths, images = paths * 2, [right, left] if self.swap else [left, right]
         images = [with_channels(image, 1) if nc == 1 else image for image, nc in zip(images, self.channels)]
         images = [_marked(image) for image in images]
-        try:
-            # in one call, the two images of a pair share their crop and flip
-            tensors = self.transform(*images) if self.aligned else [self.transform(image) for image in images]
-        except ValueError as error:
-            raise DataError(f"{' or '.join(dict.fromkeys(paths))}: {error}") from error
+        # in one call, the two images of a pair share their crop and flip
+        groups = [(paths, images)] if self.aligned else [([path], [image]) for path, image in zip(paths, images)]
+        tensors = [tensor for group in groups for tensor in self._transformed(*group)]
         if self.aligned and tensors[0].shape[1:] != tensors[1].shape[1:]:
             height, width = zip(*(tensor.shape[1:] for tensor in tensors))
             raise DataError(
@@ -168,6 +165,13 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
                 "of one size: scale the files to the same size"
             )
         return dict(zip("AB", tensors)) | dict(zip(("A_path", "B_path"), paths))
+
+    def _transformed(self, paths: list[str], images: list[Picture]) -> Sequence[Tensor]:
+        try:
+            tensors = self.transform(*images)
+        except ValueError as error:
+            raise DataError(f"{' or '.join(dict.fromkeys(paths))}: {error}") from error
+        return tensors if len(images) > 1 else [tensors]
 
 
 def make_transform(preprocess: Preprocess, load_size: int, crop_size: int, flip: bool, train: bool) -> v2.Transform:

@@ -6,13 +6,13 @@ Every suggestion has been tried: `check` returns the problems of the folders tha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from .images import image_files
-from .layouts import DatasetMode, Layout, expected_folders, find_layout
+from .layouts import DatasetMode, FolderLayout, expected_folders, find_layout, shorten
 
-Check = Callable[[Layout], list[str]]
+Check = Callable[[FolderLayout], list[str]]
 
 _MAX_TRIED = 3  # sub-folders of the data root that are validated as data roots
 _FOLDER_NAMES = {phase + side for phase in ("train", "test", "val") for side in ("", "a", "b")}
@@ -38,19 +38,13 @@ def missing_folders(root: Path, mode: DatasetMode, phase: str, check: Check) -> 
     hints = hints or _inside(root, mode, phase, check)
     if not existing and not hints and (files := image_files(root)):
         sides = f"those of A into {root / f'{phase}A'} and those of B into {root / f'{phase}B'}"
-        loose = Layout(root, mode, phase, phase, (root,))
+        loose = FolderLayout(root, mode, phase, phase, (root,))
         fits = mode == "aligned" and not check(loose)
         hints = [
             f"its {len(files):,} images are in no sub-folder: move "
             + (f"those for training into {root / phase}" if fits else sides)
         ]
     return "; ".join([problem, *hints])
-
-
-def shorten(names: Sequence[str], limit: int = 10) -> str:
-    """Return names as a list, at most `limit` of them."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -90,7 +84,7 @@ def _renames(root: Path, mode: DatasetMode, phase: str, check: Check) -> list[st
         if None in found or len(set(found)) < len(found) or not renamed:
             continue
         folders = tuple(root / str(name) for name in found)
-        if hints := _tried(Layout(root, mode, phase, phase, folders), check, " and ".join(renamed)):
+        if hints := _tried(FolderLayout(root, mode, phase, phase, folders), check, " and ".join(renamed)):
             return hints
     return []
 
@@ -129,12 +123,12 @@ def _inside(root: Path, mode: DatasetMode, phase: str, check: Check) -> list[str
     return [hint for layout in layouts[:1] for hint in _tried(layout, check, f"use --dataroot {layout.root}")]
 
 
-def _is_side(layout: Layout) -> bool:
+def _is_side(layout: FolderLayout) -> bool:
     """Return whether the root of a layout is the folder A or B of A/train and B/train."""
     return layout.root.name in ("A", "B") and layout.is_side_by_side
 
 
-def _tried(layout: Layout, check: Check, hint: str) -> list[str]:
+def _tried(layout: FolderLayout, check: Check, hint: str) -> list[str]:
     """Return the hint, or why following it is not enough; [] if there are no images at all."""
     if not layout.has_images:
         return []

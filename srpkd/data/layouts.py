@@ -11,7 +11,7 @@ from typing import Literal
 
 from .images import DataError, image_files
 
-DatasetMode = Literal["unaligned", "aligned", "single"]
+DatasetMode = Literal["unaligned", "aligned"]
 
 # phase -> the folder names that are read for it, in this order
 PHASES = {"test": ("test", "val")}
@@ -24,7 +24,7 @@ _TWO_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """The folders of one phase of a dataset, existing or not.
 
     Attributes:
@@ -70,8 +70,8 @@ class Layout:
 
     def __str__(self) -> str:
         """Describe how the images are read."""
-        kind = {"unaligned": "unpaired images", "single": "single images"}.get(self.mode)
-        kind = kind or ("pairs by file name" if self.is_paired_by_name else "pairs side by side, A left and B right")
+        kind = "pairs by file name" if self.is_paired_by_name else "pairs side by side, A left and B right"
+        kind = kind if self.mode == "aligned" else "unpaired images"
         return f"{self.phase} images ({'' if self.found == self.phase else f'from {self.found}, '}{kind})"
 
     def files(self, max_dataset_size: int | None = None) -> list[list[str]]:
@@ -89,7 +89,7 @@ class Layout:
         return [files[:max_dataset_size] for files in found]
 
 
-def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> Layout:
+def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> FolderLayout:
     """Return the layout of a phase: the first known one with images in all its folders.
 
     If none has images, the first one whose folders exist; if there is none either, the standard one.
@@ -105,21 +105,23 @@ def expected_folders(mode: DatasetMode, phase: str) -> str:
     """Return the usual folders of a phase, for messages: "testA and testB, or valA and valB"."""
     names = PHASES.get(phase, (phase,))
     usual = [f"{name}A and {name}B" for name in names]
-    return ", or ".join(usual if mode == "unaligned" else names if mode == "single" else [*names, *usual])
+    return ", or ".join(usual if mode == "unaligned" else [*names, *usual])
 
 
-def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[Layout]:
+def shorten(names: Sequence[str], limit: int = 10) -> str:
+    """Return names as a list, at most `limit` of them."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[FolderLayout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
     names = PHASES.get(phase, (phase,))
-    if mode == "single":
-        found = next((name for name in names if (root / name).is_dir()), None)
-        yield Layout(root, mode, phase, found or phase, (root / found if found else root,))
-        return
     for name in names:
         if mode == "aligned" and not _holds_sides(root / name):
-            yield Layout(root, mode, phase, name, (root / name,))
+            yield FolderLayout(root, mode, phase, name, (root / name,))
         for form in _TWO_FOLDERS[mode]:
-            yield Layout(root, mode, phase, name, tuple(root / side.format(name) for side in form))
+            yield FolderLayout(root, mode, phase, name, tuple(root / side.format(name) for side in form))
 
 
 def _holds_sides(folder: Path) -> bool:
@@ -143,18 +145,13 @@ def _pairs(folders: Sequence[Path], files: list[list[str]]) -> list[tuple[str, s
         counts = Counter(os.path.splitext(name)[0] for name in side)
         stems.append({os.path.splitext(name)[0]: path for name, path in side.items()})
         if twice := [name for name in side if counts[os.path.splitext(name)[0]] > 1]:
-            problems.append(f"{folder}: files that differ only in their suffix, {_some(twice)}: rename or remove one")
+            problems.append(f"{folder}: files that differ only in their suffix, {shorten(twice)}: rename or remove one")
     for folder, other, side, others in zip(folders, folders[::-1], stems, stems[::-1]):
         if alone := [os.path.relpath(path, folder) for name, path in side.items() if name not in others]:
             problems.append(
                 f"{folder}: {len(alone):,} of {len(side):,} images have no image of the same name in {other}: "
-                f"{_some(alone)}"
+                f"{shorten(alone)}"
             )
     if problems:
         raise DataError(f"The images in {' and '.join(map(str, folders))} cannot be paired by name:", problems)
     return [(path, stems[1][name]) for name, path in stems[0].items()]
-
-
-def _some(names: list[str], limit: int = 10) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,6 +1,7 @@
 """Decoded images of any depth: 8-bit images are Pillow's, deeper ones are tensors.
 
-All functions accept both. The 8-bit path is that of the public code, bit for bit.
+All functions accept both. The 8-bit path is that of the public code, bit for bit. The *levels* of an image are its
+pixels as a tensor (C, H, W): uint8 for an 8-bit image, float64 in [0, 1] for a deeper one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def with_channels(picture: Picture, channels: int) -> Picture:
 
 
 def picture_to_levels(picture: Picture) -> Tensor:
-    """Return (C, H, W): uint8 for an 8-bit image, else float64 in [0, 1]."""
+    """Return the levels of a picture, (C, H, W)."""
     if isinstance(picture, Tensor):
         return picture
     pixels = torch.from_numpy(np.array(picture))
@@ -66,3 +67,34 @@ def image_to_tensor(picture: Picture) -> Tensor:
     if isinstance(picture, Tensor):
         return (picture * 2 - 1).float()
     return picture_to_levels(picture).float() / 127.5 - 1
+
+
+def tensor_to_bytes(images: Tensor) -> Tensor:
+    """Convert images in [-1, 1], of any shape, to uint8: rounded, and clipped to the range."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def unit_levels(levels: Tensor) -> Tensor:
+    """Return levels as float64 in [0, 1]."""
+    return levels.double() if levels.is_floating_point() else levels.double() / 255
+
+
+def levels_to_255(levels: Tensor) -> Tensor:
+    """Return levels on a scale of 0 to 255, not rounded."""
+    return levels * 255 if levels.is_floating_point() else levels
+
+
+def byte_levels(levels: Tensor) -> Tensor:
+    """Return levels as uint8; those of deeper images are rounded."""
+    return (levels * 255).round().to(torch.uint8) if levels.is_floating_point() else levels
+
+
+def nearest_colour(images: Tensor, palette: Tensor) -> Tensor:
+    """Return the index of each pixel's nearest palette colour, (B, H, W) int64.
+
+    images: (B, 3, H, W). palette: (K, 3), on the same scale.
+    """
+    images, palette = images.double(), palette.double()
+    # the c that minimises |x - c|^2 maximises x . c - |c|^2 / 2
+    scores = torch.einsum("kc,bchw->bkhw", palette, images) - palette.square().sum(1).view(-1, 1, 1) / 2
+    return scores.argmax(1)

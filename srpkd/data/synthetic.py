@@ -15,18 +15,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..arguments import check_type, check_whole, exit_on_error, positive
+from ..arguments import check_choice, check_type, check_whole, exit_on_error, positive
 from ..files import atomic_write
-from ..kernels.dispatch import check_choice
-from ..metrics.pixels import nearest_colour
 from . import Direction
+from .layouts import DatasetMode
+from .picture import nearest_colour, tensor_to_bytes
 
 # (6, 3) uint8, RGB: the colour of each class in a label map; any two are at least 100 levels apart
 PALETTE = torch.tensor(
@@ -34,8 +35,6 @@ PALETTE = torch.tensor(
     dtype=torch.uint8,
 )
 CLASSES = len(PALETTE)
-
-Layout = Literal["aligned", "unaligned"]
 
 
 @dataclass(frozen=True)
@@ -206,10 +205,30 @@ def classes_of(images: Tensor) -> Tensor:
 
 
 class SyntheticDataset(Dataset[dict[str, Tensor | str]]):
-    """Dataset of synthetic scenes; see `open_synthetic`."""
+    """Dataset of scenes, with the items of `srpkd.data.folders.open_dataset`.
+
+    "A" (3, H, W) is the generator's input, "B" (3, H, W) its target; "A_path" and "B_path" name the scenes.
+
+    Args:
+        scenes: from `generate_scenes`.
+        direction: "AtoB" maps photos to label maps, "BtoA" label maps to photos.
+        aligned: pairs. False gives the unpaired task: the photos of the first half of the scenes and the label maps of
+            the second half, with "B" drawn at random from torch's default generator.
+        flip: mirror half of the items at random.
+        serial_batches: unpaired, do not draw "B" at random.
+
+    Raises:
+        ValueError: an unknown direction, or one scene for the unpaired task.
+        TypeError: `scenes` is something else.
+    """
 
     def __init__(
-        self, scenes: SyntheticScenes, direction: Direction, aligned: bool, flip: bool, serial_batches: bool
+        self,
+        scenes: SyntheticScenes,
+        direction: Direction = "AtoB",
+        aligned: bool = True,
+        flip: bool = False,
+        serial_batches: bool = False,
     ) -> None:
         check_type("scenes", scenes, SyntheticScenes, "SyntheticScenes, as from generate_scenes(600)")
         check_choice("direction", direction, get_args(Direction))
@@ -240,39 +259,13 @@ class SyntheticDataset(Dataset[dict[str, Tensor | str]]):
         return {"A": images[0], "B": images[1], "A_path": paths[0], "B_path": paths[1]}
 
 
-def open_synthetic(
-    scenes: SyntheticScenes,
-    direction: Direction = "AtoB",
-    aligned: bool = True,
-    flip: bool = False,
-    serial_batches: bool = False,
-) -> SyntheticDataset:
-    """Open scenes as a dataset with the items of `srpkd.data.folders.open_dataset`.
-
-    "A" (3, H, W) is the generator's input, "B" (3, H, W) its target; "A_path" and "B_path" name the scenes.
-
-    Args:
-        scenes: from `generate_scenes`.
-        direction: "AtoB" maps photos to label maps, "BtoA" label maps to photos.
-        aligned: pairs. False gives the unpaired task: the photos of the first half of the scenes and the label maps of
-            the second half, with "B" drawn at random from torch's default generator.
-        flip: mirror half of the items at random.
-        serial_batches: unpaired, do not draw "B" at random.
-
-    Raises:
-        ValueError: an unknown direction, or one scene for the unpaired task.
-        TypeError: `scenes` is something else.
-    """
-    return SyntheticDataset(scenes, direction, aligned, flip, serial_batches)
-
-
 def write_synthetic(
     folder: str | Path,
     count_train: int = 400,
     count_test: int = 100,
     size: int = 64,
     seed: int = 0,
-    layout: Layout = "aligned",
+    layout: DatasetMode = "aligned",
     variant: int = 0,
 ) -> Path:
     """Write scenes as PNG files in a layout of `srpkd.data.folders`. A is the photo, B the label map.
@@ -293,11 +286,9 @@ def write_synthetic(
         FileExistsError: the dataset's folders exist and are not empty.
         WriteError: a file cannot be written.
     """
-    from PIL import Image  # imported here: scenes in memory do not need Pillow
-
     check_whole("count_train", count_train, least=1)
     check_whole("count_test", count_test, least=1)
-    check_choice("layout", layout, get_args(Layout))
+    check_choice("layout", layout, get_args(DatasetMode))
     unaligned = layout == "unaligned"
     root = Path(folder)
     names = [phase + side for phase in ("train", "test") for side in (("A", "B") if unaligned else ("",))]
@@ -308,7 +299,7 @@ def write_synthetic(
     other = scenes[count_test + count_train :] if unaligned else train
 
     def save(images: Tensor, name: str) -> None:
-        pixels = images.add(1).mul_(127.5).round_().byte().permute(0, 2, 3, 1).numpy()
+        pixels = tensor_to_bytes(images).permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(pixels):
             with atomic_write(root / name / f"{i:05d}.png") as file:
                 Image.fromarray(image).save(file, "PNG")
@@ -331,7 +322,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("out", help="folder to write to")
-    add("--layout", choices=get_args(Layout), default="aligned", help="of the folders (default: %(default)s)")
+    add("--layout", choices=get_args(DatasetMode), default="aligned", help="of the folders (default: %(default)s)")
     add("--train", type=positive, default=400, help="number of training pairs (default: %(default)s)")
     add("--test", type=positive, default=100, help="number of test pairs (default: %(default)s)")
     add("--size", type=positive, default=64, help="pixels per side (default: %(default)s)")

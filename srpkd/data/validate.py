@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..arguments import check_whole
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice, check_whole
 from . import Direction
 from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
-from .layout_hints import missing_folders, shorten
-from .layouts import Layout, find_layout, known_layouts
+from .layout_hints import missing_folders
+from .layouts import FolderLayout, find_layout, known_layouts, shorten
 
 Size = tuple[int, int]  # (width, height)
 
@@ -38,7 +37,7 @@ class DatasetReport:
     further_frames: how many images have more than one page or frame, in words
     """
 
-    layout: Layout
+    layout: FolderLayout
     counts: dict[str, int]
     sizes: dict[Size, int]
     network_sizes: list[Size]
@@ -64,14 +63,6 @@ class _Header(NamedTuple):
     path: str
     size: Size  # upright
     frames: int
-
-
-class _Check(NamedTuple):
-    """A property of an image that makes it unusable."""
-
-    problem: Callable[[list[_Header]], str]  # of the headers that fail
-    fails: Callable[[_Header], bool]
-    detail: Callable[[_Header], str]  # shown in brackets after the file's name
 
 
 @dataclass(frozen=True)
@@ -120,7 +111,6 @@ def validate_dataset(
     max_dataset_size: int | None = None,
     size_multiple: int = 1,
     batch_size: int = 1,
-    max_report: int = 10,
 ) -> DatasetReport:
     """Check all images that `open_dataset` would read with the same arguments.
 
@@ -130,7 +120,6 @@ def validate_dataset(
         size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
             U-Net.
         batch_size: images per batch; more than one must have the same size.
-        max_report: number of files to name for each kind of problem, at most.
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
@@ -148,8 +137,8 @@ def validate_dataset(
     effective = effective_load_size(preprocess, load_size, crop_size, phase == "train")
     geometry = _Geometry(preprocess, effective, crop_size, load_size, size_multiple)
 
-    def inspect(layout: Layout) -> tuple[list[str], DatasetReport]:
-        return _inspect(layout, geometry, max_dataset_size, batch_size, max_report)
+    def inspect(layout: FolderLayout) -> tuple[list[str], DatasetReport]:
+        return _inspect(layout, geometry, max_dataset_size, batch_size)
 
     layout = find_layout(root, dataset_mode, phase)
     problems = _size_problems(geometry)
@@ -164,7 +153,7 @@ def validate_dataset(
     return report
 
 
-def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[str]:
+def _other_layout(layout: FolderLayout, is_usable: Callable[[FolderLayout], bool]) -> list[str]:
     """Return how to use images that are not in the layout of pairs that was found; [] if there are none."""
     for other in known_layouts(layout.root, "aligned", layout.phase):
         if layout.is_side_by_side and other.is_paired_by_name and other.has_images and is_usable(other):
@@ -182,7 +171,7 @@ def _other_layout(layout: Layout, is_usable: Callable[[Layout], bool]) -> list[s
 
 
 def _inspect(
-    layout: Layout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int, max_report: int
+    layout: FolderLayout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int
 ) -> tuple[list[str], DatasetReport]:
     """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
     geometry = replace(geometry, side_by_side=layout.is_side_by_side)
@@ -202,13 +191,9 @@ def _inspect(
         headers, unreadable, complete = _read_headers(files)
         if not files:
             problems.append(_no_images(folder))
-        failures = {"cannot be read": unreadable}
-        for check in _image_checks(geometry):
-            if failed := [header for header in headers if check.fails(header)]:
-                failures[check.problem(failed)] = [(header.path, check.detail(header)) for header in failed]
-        for problem, details in failures.items():
+        for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
             if details:
-                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details], max_report)
+                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
                 problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}")
         folder_sizes = {geometry.network_size(header) for header in headers}
         if batch_size > 1 and len(folder_sizes) > 1:
@@ -225,7 +210,7 @@ def _inspect(
         decoded += complete
         readable |= {header.path: header for header in headers}
     if layout.is_paired_by_name:
-        problems += _pair_problems(layout, geometry, files_of_folders, readable, max_report)
+        problems += _pair_problems(layout, geometry, files_of_folders, readable)
     return problems, DatasetReport(
         layout,
         counts,
@@ -238,7 +223,7 @@ def _inspect(
 
 
 def _pair_problems(
-    layout: Layout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header], max_report: int
+    layout: FolderLayout, geometry: _Geometry, files: list[list[str]], readable: Mapping[str, _Header]
 ) -> list[str]:
     """Return the problem of pairs of files whose images differ in size or shape, if there are any."""
     differing, same_shape = [], True
@@ -258,7 +243,7 @@ def _pair_problems(
     return [
         f"{' and '.join(layout.names)}: {len(differing):,} of {len(files[0]):,} pairs are two images of different "
         f"{'sizes' if same_shape else 'shapes'}: {advice}scale the files of a pair to the same size: "
-        f"{shorten(differing, max_report)}"
+        f"{shorten(differing)}"
     ]
 
 
@@ -300,50 +285,38 @@ def _size_problems(geometry: _Geometry) -> list[str]:
     return problems
 
 
-def _image_checks(geometry: _Geometry) -> list[_Check]:
-    """Return the checks of a readable image."""
-
-    def file_size(header: _Header) -> str:
-        return _format_size(header.size)
-
-    def too_small(failed: list[_Header]) -> str:
-        side = min(min(geometry.image_size(header)) for header in failed)
-        largest = side - side % geometry.size_multiple
+def _unusable_images(headers: list[_Header], geometry: _Geometry) -> dict[str, list[tuple[str, str]]]:
+    """Return the problems of readable images, each with (path, size) of the images that have it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    crop_size, preprocess, size_multiple = geometry.crop_size, geometry.preprocess, geometry.size_multiple
+    if geometry.side_by_side:
+        found[
+            "are not A and B of the same size side by side: their width is odd, or not larger than their height "
+            "(pad very tall pairs to square halves first; if A and B are two files, give them the same name in "
+            "two folders, such as trainA and trainB)"
+        ] = [
+            (header.path, _format_size(header.size))
+            for header in headers
+            if header.size[0] % 2 == 1 or header.size[0] <= header.size[1]
+        ]
+    small = [header for header in headers if min(geometry.image_size(header)) < crop_size]
+    if preprocess == "crop" and small:
+        smallest = (crop_size * (2 if geometry.side_by_side else 1), crop_size)
+        side = min(min(geometry.image_size(header)) for header in small)
+        largest = side - side % size_multiple
         advice = f"--crop_size {largest}, or " if largest else ""
-        return (
+        found[
             f"are smaller than --crop_size {crop_size}, which needs at least {_format_size(smallest)}: use {advice}"
             f"{geometry.flags('resize_and_crop')}"
-        )
-
-    crop_size, preprocess, size_multiple = geometry.crop_size, geometry.preprocess, geometry.size_multiple
-    smallest = (crop_size * (2 if geometry.side_by_side else 1), crop_size)
-    fixed_size = geometry.flags("scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop")
-    return [
-        _Check(
-            lambda failed: (
-                "are not A and B of the same size side by side: their width is odd, or not larger than their height "
-                "(pad very tall pairs to square halves first; if A and B are two files, give them the same name in "
-                "two folders, such as trainA and trainB)"
-            ),
-            lambda header: geometry.side_by_side and (header.size[0] % 2 == 1 or header.size[0] <= header.size[1]),
-            file_size,
-        ),
-        _Check(
-            too_small,
-            lambda header: preprocess == "crop" and min(geometry.image_size(header)) < crop_size,
-            file_size,
-        ),
-        _Check(
-            lambda failed: (
-                f"give the network an input whose sides are not multiples of {size_multiple}, as this generator "
-                f"needs: use {fixed_size}"
-            ),
-            lambda header: (
-                "crop" not in preprocess and any(side % size_multiple for side in geometry.network_size(header))
-            ),
-            lambda header: _format_size(geometry.network_size(header)),
-        ),
-    ]
+        ] = [(header.path, _format_size(header.size)) for header in small]
+    if "crop" not in preprocess:
+        fixed_size = geometry.flags("scale_width_and_crop" if preprocess == "scale_width" else "resize_and_crop")
+        sizes = [(header.path, geometry.network_size(header)) for header in headers]
+        found[
+            f"give the network an input whose sides are not multiples of {size_multiple}, as this generator needs: "
+            f"use {fixed_size}"
+        ] = [(path, _format_size(size)) for path, size in sizes if any(side % size_multiple for side in size)]
+    return found
 
 
 def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]], int]:

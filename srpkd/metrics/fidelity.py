@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from ..arguments import check_type, check_whole
 from ..data.images import ImageFiles
-from ..data.levels import byte_levels
+from ..data.picture import byte_levels
 from ..extras import require
 from ..models.checkpoints import CheckpointError, load_weights
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..data.levels import unit_levels
+from ..data.picture import unit_levels
 from ..extras import require
 
 PixelMetric = Literal["psnr", "ssim"]
@@ -39,17 +39,6 @@ def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
             )
     cells = true.flatten().long() * classes + pred.flatten().long()
     return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-
-
-def nearest_colour(images: Tensor, palette: Tensor) -> Tensor:
-    """Return the index of each pixel's nearest palette colour, (B, H, W) int64.
-
-    images: (B, 3, H, W). palette: (K, 3), on the same scale.
-    """
-    images, palette = images.double(), palette.double()
-    # the c that minimises |x - c|^2 maximises x . c - |c|^2 / 2
-    scores = torch.einsum("kc,bchw->bkhw", palette, images) - palette.square().sum(1).view(-1, 1, 1) / 2
-    return scores.argmax(1)
 
 
 def mean_iou(conf: Tensor, classes: int | None = None) -> float:

@@ -13,43 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.images import DataError, ImageFiles, open_image
-from ..data.levels import levels_to_255
+from ..data.picture import levels_to_255, nearest_colour
 from ..data.synthetic import PALETTE
 from ..finite import check_finite
-from .pixels import class_accuracy, confusion_matrix, mean_iou, nearest_colour, pixel_accuracy
-
-# Lines "R G B name" of a palette file: the 19 classes that are scored, then the colours that are ignored
-CITYSCAPES = """
-128 64 128 road
-244 35 232 sidewalk
-70 70 70 building
-102 102 156 wall
-190 153 153 fence
-153 153 153 pole
-250 170 30 traffic light
-220 220 0 traffic sign
-107 142 35 vegetation
-152 251 152 terrain
-70 130 180 sky
-220 20 60 person
-255 0 0 rider
-0 0 142 car
-0 0 70 truck
-0 60 100 bus
-0 80 100 train
-0 0 230 motorcycle
-119 11 32 bicycle
-0 0 0 ignore
-111 74 0 ignore
-81 0 81 ignore
-250 170 160 ignore
-230 150 140 ignore
-180 165 180 ignore
-150 100 100 ignore
-150 120 90 ignore
-0 0 90 ignore
-0 0 110 ignore
-"""
+from .pixels import class_accuracy, confusion_matrix, mean_iou, pixel_accuracy
 
 
 class Palette(NamedTuple):
@@ -159,14 +126,13 @@ def read_palette(name: str) -> Palette:
     if name == "synthetic":
         return Palette(PALETTE.clone(), len(PALETTE))
     if name == "cityscapes":
-        text = CITYSCAPES
-    else:
-        try:
-            text = Path(name).expanduser().read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--palette {name}: expected synthetic, cityscapes, or a file of lines 'R G B name' ({error})"
-            ) from error
+        return _cityscapes()
+    try:
+        text = Path(name).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--palette {name}: expected synthetic, cityscapes, or a file of lines 'R G B name' ({error})"
+        ) from error
     scored: list[list[int]] = []
     ignored: list[list[int]] = []
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -180,6 +146,16 @@ def read_palette(name: str) -> Palette:
     if not scored:
         raise ValueError(f"--palette {name} has no colours to score: expected lines 'R G B name'")
     return Palette(torch.tensor(scored + ignored, dtype=torch.uint8), len(scored))
+
+
+def _cityscapes() -> Palette:
+    """Return the colours of the 19 classes that are scored, in the order of their numbers, then the ignored ones."""
+    from torchvision.datasets import Cityscapes  # here, since it takes seconds to import
+
+    classes = sorted(Cityscapes.classes, key=lambda entry: entry.train_id)
+    scored = [entry.color for entry in classes if not entry.ignore_in_eval]
+    ignored = {entry.color for entry in classes if entry.ignore_in_eval} - {*scored}  # a licence plate is a car
+    return Palette(torch.tensor([*scored, *sorted(ignored)], dtype=torch.uint8), len(scored))
 
 
 def read_label_map(path: str, palette: Palette | None = None) -> Tensor:

@@ -216,10 +216,6 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     return content
 
 
-def _is_dense(value: Tensor) -> bool:
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
-
-
 def _check_finite(weights: Mapping[str, Tensor], path: Path, where: str = "") -> None:
     problems = {key: problem for key, value in weights.items() if (problem := describe_nonfinite(value))}
     if problems:

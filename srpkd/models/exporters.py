@@ -20,13 +20,12 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 from tqdm import tqdm
 
-from ..arguments import check_number, check_whole
+from ..arguments import check_choice, check_number, check_whole
 from ..data.images import image_files, read_image
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
 from ..finite import check_finite
-from ..kernels.dispatch import check_choice
 from ..metrics.pixels import psnr
 from .checkpoints import load_generator
 from .inference import MIN_SIZE, check_output, pad_images
@@ -42,8 +41,8 @@ Runner = Callable[[np.ndarray], np.ndarray]  # images (B, C, H, W) -> outputs (B
 
 
 @dataclass(frozen=True)
-class QuantizationError:
-    """Error of an 8-bit model: PSNR in dB of its outputs to those of the float32 model.
+class QuantizedPsnr:
+    """PSNR in dB of the outputs of an 8-bit model to those of the float32 model.
 
     mean, minimum: over the images
     images: how many there were
@@ -64,7 +63,7 @@ class ExportedFile:
     size_multiple: height and width of the images must be multiples of it
     smallest_size: smallest height and width of the images
     difference: largest absolute difference of its outputs from PyTorch's; None for an 8-bit model
-    quantization: the error of an 8-bit model; else None
+    quantization: the PSNR of an 8-bit model; else None
     """
 
     path: Path
@@ -72,7 +71,7 @@ class ExportedFile:
     size_multiple: int
     smallest_size: int
     difference: float | None = None
-    quantization: QuantizationError | None = None
+    quantization: QuantizedPsnr | None = None
 
 
 def export_generator(
@@ -136,8 +135,8 @@ def export_generator(
     if images:
         contents[int8_target] = quantized = quantize(model, images[::2])
         scores = quantization_psnr(model, quantized, images[1::2] or images)
-        error = QuantizationError(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
-        exported.append(ExportedFile(int8_target, len(quantized), multiple, smallest, quantization=error))
+        psnr_to_float = QuantizedPsnr(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
+        exported.append(ExportedFile(int8_target, len(quantized), multiple, smallest, quantization=psnr_to_float))
     for path, content in contents.items():
         write_file(path, content)
     return exported

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import check_type, check_whole
-from ..data.encode import WITH_FRAMES, Source, encode, image_format, losses, read_source
+from ..arguments import check_whole
+from ..data.encode import WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
 from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, write_file
@@ -24,59 +26,35 @@ from .networks import image_channels, size_multiple
 MIN_SIZE = 8
 
 
+@torch.no_grad()
 def translate(net: nn.Module, images: Tensor) -> Tensor:
     """Run a generator on images (B, C, H, W) in [-1, 1] of any size and return its output (B, C', H, W) on the CPU.
 
     The images are padded by reflection to the sizes that the network takes, and the output is cropped.
-
-    Raises:
-        TypeError: the images are not a float tensor, or the network was not made by ``define_generator``.
-        ValueError: the images have another shape, or are empty.
-        NonFiniteError: the images or the output have a NaN or an infinite value.
     """
-    output = _forward(net, images)
-    check_finite(images, "the input of the generator", "expected images in [-1, 1]")
-    check_output(output)
-    return output
+    height, width = images.shape[2:]
+    padded = pad_images(images, size_multiple(net))
+    return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
 
 
-def check_output(output: Tensor, image: str = "") -> None:
+def check_output(output: Tensor, image: str) -> None:
     """Raise a NonFiniteError if a generator's output has a NaN or an infinite value.
 
     Args:
         output: of any shape.
         image: the input image's path or another name of it, for the message.
     """
-    what = f"the generator's output for {image}" if image else "the generator's output"
-    check_finite(output, what, "use other weights, such as an earlier checkpoint of the training")
-
-
-@torch.no_grad()
-def _forward(net: nn.Module, images: Tensor) -> Tensor:
-    channels = image_channels(net)[0]
-    check_type("images", images, Tensor, f"a tensor (B, {channels}, H, W)")
-    if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}: expected floats in [-1, 1], such as images / 127.5 - 1")
-    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-        raise ValueError(f"images have the shape {tuple(images.shape)}: this generator takes (B, {channels}, H, W)")
-    height, width = images.shape[2:]
-    padded = pad_images(images, size_multiple(net))
-    return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
+    advice = "use other weights, such as an earlier checkpoint of the training"
+    check_finite(output, f"the generator's output for {image}", advice)
 
 
 def pad_images(images: Tensor, multiple: int) -> Tensor:
     """Pad images (B, C, H, W) by reflection at the right and lower edges, to multiples of `multiple`, >= `MIN_SIZE`."""
     rows, columns = (
-        reflected_indices(length, max(MIN_SIZE, -length % multiple + length)) for length in images.shape[2:]
-    )
-    return images[:, :, rows][:, :, :, columns]
-
-
-def reflected_indices(length: int, padded: int) -> Tensor:
-    """Return the indices 0 .. length - 1, extended to `padded` indices by repeated reflection at both ends."""
-    period = max(2 * (length - 1), 1)
-    position = torch.arange(padded) % period
-    return torch.minimum(position, period - position) if length > 1 else torch.zeros(padded, dtype=torch.int64)
+        np.pad(np.arange(length), (0, max(MIN_SIZE, -length % multiple + length) - length), mode="reflect")
+        for length in images.shape[2:]
+    )  # unlike torch's, also of images that are smaller than their padding
+    return images[:, :, torch.from_numpy(rows)][:, :, :, torch.from_numpy(columns)]
 
 
 def input_channels(net: nn.Module) -> int:
@@ -91,12 +69,27 @@ def input_channels(net: nn.Module) -> int:
     return channels[0]
 
 
+class Translated(NamedTuple):
+    """What ``translate_folder`` did.
+
+    Attributes:
+        written: paths of the results.
+        skipped: "path: reason" for each image that could not be read.
+        notes: sentences on what the results lack: further frames, alpha channels, ...
+    """
+
+    written: list[str]
+    skipped: list[str]
+    notes: list[str]
+
+
 @dataclass
 class _File:
-    """An image file on its way through the network."""
+    """An image file on its way through the network; ``frames`` is how many it has, one per input or more."""
 
     path: str
     source: Source
+    frames: int
     inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -111,8 +104,7 @@ def translate_folder(
     force: bool = False,
     crop: Crop | None = None,
     all_frames: bool = False,
-    notes: list[str] | None = None,
-) -> tuple[list[str], list[str]]:
+) -> Translated:
     """Translate the images in a folder and its sub-folders; the results keep their names, sizes and formats.
 
     The results are upright: an EXIF orientation is applied. They keep the alpha channel, the ICC profile and the depth
@@ -128,10 +120,6 @@ def translate_folder(
         force: replace files that exist.
         crop: (image, path) -> the part of it to translate.
         all_frames: translate all pages or frames of a file, not only the first.
-        notes: sentences on what the results lack are appended to this list: further frames, alpha channels, ...
-
-    Returns:
-        The paths that were written, and "path: reason" for each image that could not be read.
 
     Raises:
         FileExistsError: results exist already; raised before anything is translated.
@@ -149,55 +137,63 @@ def translate_folder(
     paths = _images_to_translate(source, target, force)
     written: list[str] = []
     skipped: list[str] = []
-
     lacking: defaultdict[str, list[str]] = defaultdict(list)
+    advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
 
-    def load(path: str) -> _File | None:
-        def part(picture: Picture) -> Picture:
-            picture = crop(picture, path) if crop else picture
-            return resize_picture(picture, size, size) if size else picture
-
-        try:
-            with open_image(path) as image:
-                frames = image.frames
-                if frames > 1 and not (all_frames and image_format(Path(path).suffix) in WITH_FRAMES):
-                    advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
-                    lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
-                    frames = 1
-                pictures, source = read_source(image, frames)
-            source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
-            return _File(path, source, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
-        except ValueError as error:
-            skipped.append(str(error))
-            return None
+    def images(paths: Iterable[str]) -> Iterator[tuple[_File, Tensor]]:
+        for path in paths:
+            try:
+                file = _read_file(path, channels, size, crop, all_frames)
+            except ValueError as error:
+                skipped.append(str(error))
+                continue
+            if len(file.inputs) < file.frames:
+                lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
+            yield from ((file, image) for image in file.inputs)
 
     was_training = net.training
     net.eval()
     try:
         with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
-            files = filter(None, map(load, progress))
-            images = ((file, image) for file in files for image in file.inputs)
-            for batch_files, batch in _batches_of_one_size(images, batch_size):
-                for file, output in zip(batch_files, _forward(net, batch)):
+            for files, batch in _batches_of_one_size(images(progress), batch_size):
+                for file, output in zip(files, translate(net, batch)):
                     file.outputs.append(output)
                     result = target / os.path.relpath(file.path, source)
+                    format = image_format(result.suffix)
                     try:
                         check_output(output, file.path)
                         if len(file.outputs) < len(file.inputs):
                             continue
-                        written.append(save_output(file.outputs, result, file.source))
+                        write_file(result, encode(file.outputs, file.source, format))
                     except (NonFiniteError, WriteError) as error:
                         if not written:
                             raise
                         raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
-                    for lost in losses(file.outputs, file.source, image_format(result.suffix)):
+                    written.append(str(result))
+                    for lost in lost_properties(file.outputs, file.source, format):
                         lacking[f"without {lost}"].append(str(result))
     finally:
         net.train(was_training)
-    if notes is not None:
-        for what, where in lacking.items():
-            notes.append(f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}")
-    return written, skipped
+    notes = [
+        f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}"
+        for what, where in lacking.items()
+    ]
+    return Translated(written, skipped, notes)
+
+
+def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, all_frames: bool) -> _File:
+    """Decode an image file for a network of so many channels. Raises the errors of ``open_image``."""
+
+    def part(picture: Picture) -> Picture:
+        picture = crop(picture, path) if crop else picture
+        return resize_picture(picture, size, size) if size else picture
+
+    with open_image(path) as image:
+        frames = image.frames
+        keeps_frames = all_frames and image_format(Path(path).suffix) in WITH_FRAMES
+        pictures, source = read_source(image, frames if keeps_frames else 1)
+    source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
+    return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
 
 
 def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
@@ -234,18 +230,3 @@ def _batches_of_one_size(
         batch.append(image)
     if batch:
         yield files, torch.stack(batch)
-
-
-def save_output(outputs: Sequence[Tensor], path: Path, source: Source) -> str:
-    """Write a network's outputs (C, H, W) in [-1, 1], one per frame, as an image file in the format of its suffix.
-
-    Args:
-        outputs: one per frame.
-        path: the file.
-        source: what the result takes over from the image that was translated.
-
-    Returns:
-        The path.
-    """
-    write_file(path, encode(outputs, source, image_format(path.suffix)))
-    return str(path)

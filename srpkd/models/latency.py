@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import check_number, check_type, check_whole
+from ..arguments import check_choice, check_number, check_type, check_whole
 from ..finite import NonFiniteError
-from ..kernels.dispatch import check_choice
 from .checkpoints import load_generator
 from .complexity import count_macs, count_parameters
 from .exporters import onnx_runner, to_onnx

@@ -20,8 +20,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_number, check_whole
-from ..kernels.dispatch import check_choice
+from ..arguments import check_choice, check_number, check_whole
 from .activations import LeakyReLU, ReLU
 from .antialias import ANTIALIAS, Antialias, Downsample, Upsample
 

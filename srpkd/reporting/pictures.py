@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from ..data.picture import tensor_to_bytes
 from ..files import write_file
 from ..kernels.formulas import Normalize
 
@@ -122,8 +123,8 @@ def to_pixels(image: Tensor) -> np.ndarray:
     """Convert (3, H, W) or (1, H, W) in [-1, 1] to (H, W, 3) uint8."""
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image: expected (3, H, W) or (1, H, W) in [-1, 1], received {tuple(image.shape)}")
-    image = image.detach().float().cpu().nan_to_num(nan=-1.0).expand(3, -1, -1)
-    return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    image = image.detach().cpu().nan_to_num(nan=-1.0).expand(3, -1, -1)
+    return tensor_to_bytes(image).permute(1, 2, 0).contiguous().numpy()
 
 
 def _checked_pixel(pixel: tuple[int, int], shape: Sequence[int]) -> tuple[int, int]:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
-from ..data.layout_hints import shorten, subfolders
-from ..data.layouts import expected_folders, find_layout
-from ..data.synthetic import SyntheticDataset, generate_scenes, open_synthetic
+from ..data.layout_hints import subfolders
+from ..data.layouts import expected_folders, find_layout, shorten
+from ..data.synthetic import SyntheticDataset, generate_scenes
 from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
@@ -44,7 +44,7 @@ def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
         paired = testing or config.dataset_mode == "aligned"
         if limit is not None and not paired:
             limit *= 2  # half of the scenes become photos, the other half label maps
-        return open_synthetic(
+        return SyntheticDataset(
             scenes[:limit],
             config.direction,
             aligned=paired,

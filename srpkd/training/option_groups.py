@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ..kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE
+from ..data import Direction
+from ..data.folders import DatasetMode, Preprocess
+from ..kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
+from ..loss import Scope
+from ..models.antialias import Antialias
+from ..models.networks import InitType, NetD
 
 SYNTHETIC = ":synthetic:"  # the dataroot that selects the generated data set
 
@@ -40,9 +45,9 @@ class DataOptions:
     """
 
     dataroot: str | None = None
-    dataset_mode: Literal["unaligned", "aligned"] | None = None
-    direction: Literal["AtoB", "BtoA"] = "AtoB"
-    preprocess: Literal["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"] = "resize_and_crop"
+    dataset_mode: DatasetMode | None = None
+    direction: Direction = "AtoB"
+    preprocess: Preprocess = "resize_and_crop"
     load_size: int = 286
     crop_size: int = 256
     no_flip: bool = False
@@ -85,14 +90,14 @@ class NetworkOptions:
 
     model: Literal["pix2pix", "cycle_gan"] = "cycle_gan"
     netG: str | None = None
-    netD: Literal["basic", "n_layers", "pixel"] = "basic"
+    netD: NetD = "basic"
     n_layers_D: int = 3
     ngf: int = 64
     ndf: int = 64
     norm: Literal["instance", "batch"] | None = None
     no_dropout: bool | None = None
-    antialias: Literal["none", "down", "up", "both"] = "none"
-    init_type: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal"
+    antialias: Antialias = "none"
+    init_type: InitType = "normal"
     init_gain: float = 0.02
     init_student: str | None = None
     init_discriminator: str | None = None
@@ -169,10 +174,10 @@ class LossOptions:
     lambda_feature: float = 0.0
     init_adapter: str | None = None
     layers: dict[str, str] | None = None
-    normalize: Literal["row", "cosine", "none"] = DEFAULT_NORMALIZE
-    distance: Literal["l1", "l2", "huber"] = DEFAULT_DISTANCE
+    normalize: Normalize = DEFAULT_NORMALIZE
+    distance: Distance = DEFAULT_DISTANCE
     delta: float = 1.0
-    scope: Literal["image", "batch", "global"] = "image"
+    scope: Scope = "image"
     backend: str = "auto"
     rectify: bool = False
     detach_norms: bool = False

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from ..arguments import check_device
+from ..data.folders import DatasetMode
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
 from .distributed import launched_world_size
 from .hints import nearest_hint, public_hint
@@ -142,7 +143,7 @@ class ResolvedConfig(TrainConfig):
     """
 
     dataroot: str
-    dataset_mode: Literal["unaligned", "aligned"]
+    dataset_mode: DatasetMode
     netG: str
     norm: Literal["instance", "batch"]
     no_dropout: bool

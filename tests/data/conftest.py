@@ -23,3 +23,13 @@ def aligned(tmp_path):
     for i in range(4):
         save(tmp_path / "train" / f"{i}.png", np.concatenate([ramps(blue=0), ramps(blue=255)], 1))
     return tmp_path
+
+
+@pytest.fixture
+def side_a(tmp_path):
+    """An empty folder that is trainA and testA; trainB and testB have one image of 64 x 64 pixels."""
+    (tmp_path / "trainA").mkdir()
+    save_plain(tmp_path / "trainB" / "0.png", size=(64, 64))
+    for side in "AB":
+        (tmp_path / f"test{side}").symlink_to(f"train{side}")
+    return tmp_path / "trainA"

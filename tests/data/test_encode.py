@@ -8,7 +8,7 @@ import tifffile
 import torch
 from PIL import Image, ImageCms
 
-from srpkd.data.encode import Source, encode, losses
+from srpkd.data.encode import Source, encode, lost_properties
 
 imagecodecs = pytest.importorskip("imagecodecs")
 
@@ -33,8 +33,8 @@ def test_sixteen_bits(channels):
     header, _, data = encode(outputs, source, "PPM").partition(b"65535\n")
     assert header == f"P{5 if channels == 1 else 6}\n8 6\n".encode()
     np.testing.assert_array_equal(np.frombuffer(data, ">u2").reshape(expected.shape), expected)
-    assert not losses(outputs, source, "PNG")
-    assert losses(outputs, source, "JPEG") == ["the depth of 16 bits per channel (JPEG is written with 8)"]
+    assert not lost_properties(outputs, source, "PNG")
+    assert lost_properties(outputs, source, "JPEG") == ["the depth of 16 bits per channel (JPEG is written with 8)"]
     assert opened(encode(outputs, source, "JPEG")).size == (8, 6)
 
 
@@ -52,8 +52,8 @@ def test_alpha(format, channels):
     source, outputs = Source(alpha=[ALPHA]), [OUTPUT[:channels]]
     image = opened(encode(outputs, source, format))
     assert image.format == format and image.size == (8, 6)
-    if losses(outputs, source, format):
-        assert losses(outputs, source, format) == [f"the alpha channel ({format} has none)"]
+    if lost_properties(outputs, source, format):
+        assert lost_properties(outputs, source, format) == [f"the alpha channel ({format} has none)"]
         assert format in ("JPEG", "BMP", "PPM")
     else:
         found = np.array(image.convert("RGBA"))[:, :, 3]
@@ -71,7 +71,7 @@ def test_deep_alpha_and_profile(format, channels):
     pixels = imagecodecs.png_decode(content) if format == "PNG" else tifffile.imread(io.BytesIO(content))
     np.testing.assert_array_equal(pixels[:, :, channels], np.arange(48).reshape(6, 8) * 1000)
     np.testing.assert_array_equal(pixels[:, :, :channels], np.rint(UNIT[:, :, :channels] * 65535))
-    lost = losses([OUTPUT[:channels]], source, format)
+    lost = lost_properties([OUTPUT[:channels]], source, format)
     if channels == 3:
         assert not lost and opened(content).info["icc_profile"] == PROFILE
     else:
@@ -82,7 +82,7 @@ def test_deep_alpha_and_profile(format, channels):
 def test_profile(format):
     source = Source(icc_profile=PROFILE)
     found = opened(encode([OUTPUT], source, format)).info.get("icc_profile")
-    lost = losses([OUTPUT], source, format)
+    lost = lost_properties([OUTPUT], source, format)
     if format in ("GIF", "BMP"):
         assert not found and lost == [f"the ICC profile ({format} files hold none)"]
     else:

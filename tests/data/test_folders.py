@@ -195,22 +195,22 @@ def test_test_phase_is_deterministic(aligned, preprocess):
         ("none", (32, 48)),  # to the nearest multiple of four, halves to even: 7.5 to 8 times 4, 11.5 to 12
     ],
 )
-def test_output_size_of_each_preprocess(tmp_path, preprocess, shape):
-    save_plain(tmp_path / "0.png", size=(46, 30))
-    item = open_dataset(tmp_path, "single", preprocess=preprocess, load_size=40, crop_size=24)[0]
+def test_output_size_of_each_preprocess(tmp_path, side_a, preprocess, shape):
+    save_plain(side_a / "0.png", size=(46, 30))
+    item = open_dataset(tmp_path, "unaligned", preprocess=preprocess, load_size=40, crop_size=24)[0]
     assert item["A"].shape == (3, *shape)
 
 
-def test_scale_width_keeps_at_least_the_crop_height(tmp_path):
-    save_plain(tmp_path / "0.png", size=(60, 20))
-    item = open_dataset(tmp_path, "single", preprocess="scale_width", load_size=30, crop_size=24)[0]
+def test_scale_width_keeps_at_least_the_crop_height(tmp_path, side_a):
+    save_plain(side_a / "0.png", size=(60, 20))
+    item = open_dataset(tmp_path, "unaligned", preprocess="scale_width", load_size=30, crop_size=24)[0]
     assert item["A"].shape == (3, 24, 30)
 
 
-def test_resize_is_pillow_bicubic_with_antialiasing(tmp_path):
+def test_resize_is_pillow_bicubic_with_antialiasing(tmp_path, side_a):
     array = np.random.default_rng(0).integers(0, 256, (50, 70, 3))
-    path = save(tmp_path / "0.png", array)
-    item = open_dataset(tmp_path, "single", load_size=20, crop_size=20, no_flip=True)[0]
+    path = save(side_a / "0.png", array)
+    item = open_dataset(tmp_path, "unaligned", load_size=20, crop_size=20, no_flip=True)[0]
     with Image.open(path) as image:
         expected = np.asarray(image.resize((20, 20), Image.Resampling.BICUBIC), dtype=np.float32)
     torch.testing.assert_close(item["A"], torch.from_numpy(expected).permute(2, 0, 1) / 127.5 - 1)
@@ -230,21 +230,11 @@ def test_one_channel_is_grey(aligned, unaligned):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_any_mode_becomes_rgb(tmp_path, mode):
+def test_any_mode_becomes_rgb(tmp_path, side_a, mode):
     suffix = "tif" if mode == "CMYK" else "png"
-    Image.new("RGB", (32, 32), (255, 255, 255)).convert(mode).save(tmp_path / f"0.{suffix}")
-    item = open_dataset(tmp_path, "single", **SMALL)[0]
+    Image.new("RGB", (32, 32), (255, 255, 255)).convert(mode).save(side_a / f"0.{suffix}")
+    item = open_dataset(tmp_path, "unaligned", **SMALL)[0]
     assert item["A"].shape == (3, 32, 32) and item["A"].min() > 0.95
-
-
-def test_single_reads_the_folder_or_its_phase(tmp_path):
-    save_plain(tmp_path / "deep" / "er" / "0.png")
-    data = open_dataset(tmp_path, "single", **SMALL)
-    assert set(data[0]) == {"A", "A_path"} and data[0]["A_path"].endswith("0.png")
-    for i in range(2):
-        save_plain(tmp_path / "test" / f"{i}.png")
-    assert len(open_dataset(tmp_path, "single", "test", **SMALL)) == 2
-    assert len(open_dataset(tmp_path, "single", **SMALL)) == 3
 
 
 def test_max_dataset_size_keeps_the_first_files(unaligned):
@@ -297,22 +287,22 @@ def test_dataset_can_be_pickled(aligned):
     assert torch.equal(copy[1]["B"], expected)
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def test_exif_orientation_is_applied(tmp_path, side_a):
     image = Image.fromarray(np.full((8, 16, 3), 200, dtype=np.uint8))
     exif = image.getexif()
     exif[0x0112] = 6  # rotate by 90 degrees for display
-    image.save(tmp_path / "0.jpg", exif=exif)
-    assert open_dataset(tmp_path, "single", preprocess="none")[0]["A"].shape == (3, 16, 8)
-    assert validate_dataset(tmp_path, "single", preprocess="none").sizes == {(8, 16): 1}
+    image.save(side_a / "0.jpg", exif=exif)
+    assert open_dataset(tmp_path, "unaligned", preprocess="none")[0]["A"].shape == (3, 16, 8)
+    assert validate_dataset(tmp_path, "unaligned", preprocess="none").sizes == {(8, 16): 1, (64, 64): 1}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_keep_their_precision(tmp_path, channels):
+def test_sixteen_bits_keep_their_precision(tmp_path, side_a, channels):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 65536, (32, 32, channels), dtype=np.uint16)
-    save_deep(tmp_path / "0.png", pixels)
+    save_deep(side_a / "0.png", pixels)
     for nc in (1, 3):
-        item = open_dataset(tmp_path, "single", input_nc=nc, **SMALL)[0]["A"]
+        item = open_dataset(tmp_path, "unaligned", input_nc=nc, **SMALL)[0]["A"]
         expected = pixels.astype(float) / 32767.5 - 1
         if (channels, nc) == (3, 1):
             expected = expected @ [[0.299], [0.587], [0.114]]
@@ -338,7 +328,7 @@ def test_crops_flips_and_scaling_are_those_of_8_bits(tmp_path):
 
 
 def test_invalid_arguments(tmp_path, unaligned):
-    with pytest.raises(ValueError, match="dataset_mode='pairs' is not one of 'unaligned', 'aligned', 'single'"):
+    with pytest.raises(ValueError, match="dataset_mode='pairs' is not one of 'unaligned', 'aligned'"):
         open_dataset(unaligned, "pairs")
     with pytest.raises(ValueError, match="direction"):
         open_dataset(unaligned, "unaligned", direction="AB")
@@ -354,10 +344,10 @@ def test_invalid_arguments(tmp_path, unaligned):
 
 
 @pytest.mark.parametrize("phase", ["train", "test"])
-def test_image_smaller_than_the_crop(tmp_path, phase):
-    save_plain(tmp_path / phase / "small.png", size=(16, 64))
+def test_image_smaller_than_the_crop(tmp_path, side_a, phase):
+    save_plain(side_a / "small.png", size=(16, 64))
     with pytest.raises(ValueError, match=r"small.png: 16 x 64 pixels are smaller than crop_size 32: use a smaller"):
-        open_dataset(tmp_path, "single", phase, preprocess="crop", crop_size=32)[0]
+        open_dataset(tmp_path, "unaligned", phase, preprocess="crop", crop_size=32)[0]
 
 
 def test_aligned_image_of_odd_width(tmp_path):
@@ -366,18 +356,18 @@ def test_aligned_image_of_odd_width(tmp_path):
         open_dataset(tmp_path, "aligned", **SMALL)[0]
 
 
-def test_unreadable_files(tmp_path, monkeypatch):
-    (tmp_path / "text.png").write_text("not an image")
+def test_unreadable_files(tmp_path, side_a, monkeypatch):
+    (side_a / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"text.png: not an image"):
-        open_dataset(tmp_path, "single")[0]
-    (tmp_path / "text.png").unlink()
-    path = Path(save_plain(tmp_path / "bomb.png", size=(64, 64)))
+        open_dataset(tmp_path, "unaligned")[0]
+    (side_a / "text.png").unlink()
+    path = Path(save_plain(side_a / "bomb.png", size=(64, 64)))
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(ValueError, match=r"bomb.png: far too large .* scale the image down"):
-            open_dataset(tmp_path, "single")[0]
+            open_dataset(tmp_path, "unaligned")[0]
         with pytest.raises(DataError, match=r"1 of 1 images cannot be read: bomb.png \(far too large"):
-            validate_dataset(tmp_path, "single")
+            validate_dataset(tmp_path, "unaligned")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"bomb.png: damaged or truncated"):
-        open_dataset(tmp_path, "single")[0]
+        open_dataset(tmp_path, "unaligned")[0]

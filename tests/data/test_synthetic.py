@@ -14,12 +14,12 @@ from PIL import Image
 from srpkd.data.folders import open_dataset
 from srpkd.data.synthetic import (
     PALETTE,
+    SyntheticDataset,
     SyntheticScenes,
     _style,
     classes_of,
     generate_scenes,
     main,
-    open_synthetic,
     paint,
     write_synthetic,
 )
@@ -183,12 +183,12 @@ def test_local_statistics_determine_the_class(scenes_of_variants, variant):
 
 def test_aligned_dataset():
     scenes = generate_scenes(4, size=16)
-    data = open_synthetic(scenes)
+    data = SyntheticDataset(scenes)
     assert len(data) == 4 and len(list(data)) == 4  # iteration terminates
     item = data[2]
     assert torch.equal(item["A"], scenes.photos[2]) and torch.equal(item["B"], scenes.labels[2])
     assert (item["A_path"], item["B_path"]) == ("photo/00002", "label/00002")
-    back = open_synthetic(scenes, direction="BtoA")[2]
+    back = SyntheticDataset(scenes, direction="BtoA")[2]
     assert torch.equal(back["A"], item["B"]) and torch.equal(back["B"], item["A"])
     assert back["A_path"] == "label/00002"
 
@@ -202,16 +202,16 @@ def test_only_aligned_images_are_mirrored_together():
         assert all(torch.equal(i, original) or torch.equal(i, original.flip(-1)) for i in images)
         return [torch.equal(i, original.flip(-1)) for i in images]
 
-    paired = open_synthetic(scenes, flip=True)
+    paired = SyntheticDataset(scenes, flip=True)
     a, b = mirrored(paired, "A", scenes.photos[0]), mirrored(paired, "B", scenes.labels[0])
     assert a == b and 5 < sum(a) < 35
-    unpaired = open_synthetic(scenes, aligned=False, flip=True)
+    unpaired = SyntheticDataset(scenes, aligned=False, flip=True)
     assert mirrored(unpaired, "A", scenes.photos[0]) != mirrored(unpaired, "B", scenes.labels[1])
 
 
 def test_unpaired_sides_show_different_scenes():
     scenes = generate_scenes(9, size=16)
-    data = open_synthetic(scenes, aligned=False)
+    data = SyntheticDataset(scenes, aligned=False)
     assert len(data) == 5
     torch.manual_seed(0)
     drawn = [data[i % 5] for i in range(100)]
@@ -220,7 +220,7 @@ def test_unpaired_sides_show_different_scenes():
         assert any(torch.equal(item["B"], label) for label in scenes.labels[4:])
     assert len({item["B_path"] for item in drawn}) == 5
     assert len({item["B_path"] for item in drawn if item["A_path"] == "photo/00001"}) > 2  # drawn at random
-    serial = open_synthetic(scenes, aligned=False, serial_batches=True)
+    serial = SyntheticDataset(scenes, aligned=False, serial_batches=True)
     assert [serial[i]["B_path"] for i in range(5)] == [f"label/{i:05d}" for i in range(5)]
     assert serial[4]["A_path"] == "photo/00000"  # the smaller side repeats
 
@@ -228,9 +228,9 @@ def test_unpaired_sides_show_different_scenes():
 def test_invalid_arguments_of_a_dataset():
     scenes = generate_scenes(1, size=16)
     with pytest.raises(ValueError, match="AtoB"):
-        open_synthetic(scenes, direction="AB")
+        SyntheticDataset(scenes, direction="AB")
     with pytest.raises(ValueError, match="two scenes"):
-        open_synthetic(scenes, aligned=False)
+        SyntheticDataset(scenes, aligned=False)
 
 
 def test_written_aligned_images_are_the_scenes(tmp_path):
@@ -273,7 +273,7 @@ def test_command_line(tmp_path, capsys):
 def test_command_line_needs_no_torchvision_and_gives_no_warning():
     code = """
 import runpy, sys, warnings
-sys.modules.update(torchvision=None, PIL=None)
+sys.modules.update(torchvision=None)
 warnings.simplefilter("error", RuntimeWarning)  # python -m warns of a module that its package has imported
 sys.argv = ["synthetic", "--help"]
 try:

@@ -40,20 +40,19 @@ def test_report_of_valid_datasets(unaligned, aligned):
         "pixels, all decoded without error; the network gets 36 x 36"
     )
     assert validate_dataset(aligned, "aligned", preprocess="none", size_multiple=32).network_sizes == [(32, 32)]
-    assert validate_dataset(unaligned / "trainA", "single", preprocess="none", max_dataset_size=2).counts == {
-        "trainA": 2
-    }
+    limited = validate_dataset(unaligned, "unaligned", preprocess="none", max_dataset_size=2)
+    assert limited.counts == {"trainA": 2, "trainB": 2}
     assert validate_dataset(unaligned, "unaligned", "test", crop_size=16).network_sizes == [(16, 16)]
 
 
-def test_valid_images_have_the_reported_size(tmp_path):
+def test_valid_images_have_the_reported_size(tmp_path, side_a):
     for i, size in enumerate([(46, 30), (64, 64), (35, 71)]):
-        save_plain(tmp_path / f"{i}.png", size=size)
+        save_plain(side_a / f"{i}.png", size=size)
     for preprocess in CHOICES["preprocess"]:
         for phase in ("train", "test"):
             options = {"preprocess": preprocess, "load_size": 40, "crop_size": 28}
-            report = validate_dataset(tmp_path, "single", phase, **options)
-            data = open_dataset(tmp_path, "single", phase, **options)
+            report = validate_dataset(tmp_path, "unaligned", phase, **options)
+            data = open_dataset(tmp_path, "unaligned", phase, **options)
             assert {tuple(item["A"].shape[:0:-1]) for item in data} == set(report.network_sizes)
 
 
@@ -244,16 +243,16 @@ def test_val_serves_as_test(aligned, unaligned):
     assert validate_dataset(unaligned, "unaligned", "test").counts == {"valA": 1, "valB": 1}
 
 
-def test_suggested_sizes_can_be_used(tmp_path):
+def test_suggested_sizes_can_be_used(tmp_path, side_a):
     """Every option that a message suggests, followed."""
-    save_plain(tmp_path / "a.png", size=(60, 45))
-    save_plain(tmp_path / "b.png", size=(33, 70))
+    save_plain(side_a / "a.png", size=(60, 45))
+    save_plain(side_a / "b.png", size=(33, 70))
     for preprocess in CHOICES["preprocess"]:
         for load_size, crop_size, multiple in [(286, 286, 4), (20, 50, 16), (286, 50, 32), (286, 45, 64), (45, 5, 1)]:
             options = {"preprocess": preprocess, "load_size": load_size, "crop_size": crop_size}
             for _ in range(4):  # a problem may hide another one
                 try:
-                    validate_dataset(tmp_path, "single", size_multiple=multiple, **options)
+                    validate_dataset(tmp_path, "unaligned", size_multiple=multiple, **options)
                     break
                 except DataError as error:
                     found = error.problems
@@ -280,49 +279,49 @@ def test_empty_folder(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_unreadable_images(tmp_path, suffix):
+def test_unreadable_images(tmp_path, side_a, suffix):
     rng = np.random.default_rng(0)
-    paths = [Path(save(tmp_path / f"{i}.{suffix}", rng.integers(0, 256, (40, 40, 3)))) for i in range(4)]
+    paths = [Path(save(side_a / f"{i}.{suffix}", rng.integers(0, 256, (40, 40, 3)))) for i in range(4)]
     paths[1].write_bytes(paths[1].read_bytes()[: paths[1].stat().st_size * 2 // 3])
     paths[3].write_bytes(b"<html>404</html>")
-    message = single_problem(tmp_path, "single")
+    message = single_problem(tmp_path, "unaligned")
     assert "2 of 4 images cannot be read" in message
     assert f"1.{suffix} (damaged or truncated" in message and f"3.{suffix} (not an image" in message
     assert f"0.{suffix}" not in message and f"2.{suffix}" not in message
 
 
-def test_every_header_of_a_large_folder_is_read(tmp_path, monkeypatch):
+def test_every_header_of_a_large_folder_is_read(tmp_path, side_a, monkeypatch):
     monkeypatch.setattr(validate, "DECODED", 5)
     for i in range(12):
-        save_plain(tmp_path / f"{i:02d}.png")
-    report = validate_dataset(tmp_path, "single")
-    assert report.decoded == 5 and "5 decoded without error" in str(report)
+        save_plain(side_a / f"{i:02d}.png")
+    report = validate_dataset(tmp_path, "unaligned")
+    assert report.decoded == 6 and "6 decoded without error" in str(report)
     for i in range(12):  # at every position
-        path = tmp_path / f"{i:02d}.png"
+        path = side_a / f"{i:02d}.png"
         whole = path.read_bytes()
         for broken in (b"", whole[: len(whole) // 2]):
             path.write_bytes(broken)
-            assert f"{i:02d}.png (" in single_problem(tmp_path, "single")
+            assert f"{i:02d}.png (" in single_problem(tmp_path, "unaligned")
         path.write_bytes(whole)
 
 
-def test_decoded_files_of_a_large_folder_are_evenly_spaced(tmp_path, monkeypatch):
+def test_decoded_files_of_a_large_folder_are_evenly_spaced(tmp_path, side_a, monkeypatch):
     monkeypatch.setattr(validate, "DECODED", 3)
     for i in range(9):
-        path = Path(save(tmp_path / f"{i}.jpg", np.random.default_rng(i).integers(0, 256, (40, 40, 3))))
+        path = Path(save(side_a / f"{i}.jpg", np.random.default_rng(i).integers(0, 256, (40, 40, 3))))
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])  # a JPEG's header does not show it
-    message = single_problem(tmp_path, "single")
+    message = single_problem(tmp_path, "unaligned")
     assert "3 of 9 images" in message
     assert [i for i in range(9) if f"{i}.jpg" in message] == [0, 3, 6]
 
 
-def test_depth_of_images(tmp_path):
-    Image.fromarray(np.full((32, 32), 40_000, dtype=np.uint16)).save(tmp_path / "0.png")
-    Image.fromarray(np.full((32, 32), 0.5, dtype=np.float32)).save(tmp_path / "1.tif")
-    assert validate_dataset(tmp_path, "single").decoded == 2
-    Image.fromarray(np.full((32, 32), 300, dtype=np.float32)).save(tmp_path / "2.tif")
-    Image.fromarray(np.full((32, 32), 300, dtype=np.int32)).save(tmp_path / "3.tif")
-    message = single_problem(tmp_path, "single")
+def test_depth_of_images(tmp_path, side_a):
+    Image.fromarray(np.full((32, 32), 40_000, dtype=np.uint16)).save(side_a / "0.png")
+    Image.fromarray(np.full((32, 32), 0.5, dtype=np.float32)).save(side_a / "1.tif")
+    assert validate_dataset(tmp_path, "unaligned").decoded == 3
+    Image.fromarray(np.full((32, 32), 300, dtype=np.float32)).save(side_a / "2.tif")
+    Image.fromarray(np.full((32, 32), 300, dtype=np.int32)).save(side_a / "3.tif")
+    message = single_problem(tmp_path, "unaligned")
     assert "2 of 4 images cannot be read: 2.tif (values from 300 to 300; expected 8 or 16 bits" in message
     assert "3.tif (int32 numbers; expected 8 or 16 bits" in message
 
@@ -374,32 +373,33 @@ def test_crop_size_that_is_not_a_multiple(aligned, multiple, use):
     assert f"--crop_size 250 is not a multiple of {multiple}" in message and message.endswith(use)
 
 
-def test_image_sizes_that_are_not_multiples(tmp_path):
-    save_plain(tmp_path / "a.png", size=(64, 64))
-    save_plain(tmp_path / "b.png", size=(66, 40))  # becomes 64 x 40
-    message = single_problem(tmp_path, "single", preprocess="none", size_multiple=64)
+def test_image_sizes_that_are_not_multiples(tmp_path, side_a):
+    save_plain(side_a / "a.png", size=(64, 64))
+    save_plain(side_a / "b.png", size=(66, 40))  # becomes 64 x 40
+    message = single_problem(tmp_path, "unaligned", preprocess="none", size_multiple=64)
     assert "1 of 2 images give the network an input whose sides are not multiples of 64" in message
     assert "b.png (64 x 40)" in message and "use --preprocess resize_and_crop" in message
-    assert validate_dataset(tmp_path, "single", preprocess="none", size_multiple=4).network_sizes == [
+    assert validate_dataset(tmp_path, "unaligned", preprocess="none", size_multiple=4).network_sizes == [
         (64, 40),
         (64, 64),
     ]
-    message = single_problem(tmp_path, "single", preprocess="scale_width", load_size=32, crop_size=16, size_multiple=4)
+    sizes = {"load_size": 32, "crop_size": 16, "size_multiple": 4}
+    message = single_problem(tmp_path, "unaligned", preprocess="scale_width", **sizes)
     assert "b.png (32 x 19)" in message and "use --preprocess scale_width_and_crop" in message
 
 
-def test_different_sizes_in_a_batch(tmp_path):
-    save_plain(tmp_path / "a.png", size=(64, 64))
-    save_plain(tmp_path / "b.png", size=(64, 40))
-    message = single_problem(tmp_path, "single", preprocess="none", batch_size=2)
+def test_different_sizes_in_a_batch(tmp_path, side_a):
+    save_plain(side_a / "a.png", size=(64, 64))
+    save_plain(side_a / "b.png", size=(64, 40))
+    message = single_problem(tmp_path, "unaligned", preprocess="none", batch_size=2)
     assert "a batch of 2 needs images of one size; --preprocess none gives 64 x 40 to 64 x 64" in message
-    assert validate_dataset(tmp_path, "single", preprocess="none", batch_size=1)
-    assert validate_dataset(tmp_path, "single", batch_size=2)
+    assert validate_dataset(tmp_path, "unaligned", preprocess="none", batch_size=1)
+    assert validate_dataset(tmp_path, "unaligned", batch_size=2)
 
 
 def test_invalid_arguments(aligned):
     first, second = problems(aligned, "alined", direction="AB", load_size=0)[:2]
-    assert "--dataset_mode='alined' is not one of 'unaligned', 'aligned', 'single'; did you mean 'aligned'?" in first
+    assert "--dataset_mode='alined' is not one of 'unaligned', 'aligned'; did you mean 'aligned'?" in first
     assert "--direction='AB' is not one of 'AtoB', 'BtoA'" in second
     assert "--preprocess" in single_problem(aligned, "aligned", preprocess="resize")
     for name in ("load_size", "crop_size", "size_multiple"):
@@ -421,8 +421,8 @@ def test_all_problems_are_listed(tmp_path):
         assert line.startswith(f"  {number}. ") and kind in line
 
 
-def test_long_lists_are_shortened(tmp_path):
-    for i in range(7):
-        (tmp_path / f"{i}.png").write_bytes(b"")
-    message = single_problem(tmp_path, "single", max_report=3)
-    assert "7 of 7" in message and "2.png" in message and "3.png" not in message and message.endswith("and 4 more")
+def test_long_lists_are_shortened(tmp_path, side_a):
+    for i in range(14):
+        (side_a / f"{i:02d}.png").write_bytes(b"")
+    message = single_problem(tmp_path, "unaligned")
+    assert "14 of 14" in message and "09.png" in message and "10.png" not in message and message.endswith("and 4 more")

@@ -7,7 +7,7 @@ from wrong_files import assert_rejected
 
 from srpkd.data.folders import open_dataset
 from srpkd.data.images import DataError, ImageFiles, find_images
-from srpkd.data.synthetic import generate_scenes, open_synthetic, write_synthetic
+from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.data.validate import validate_dataset
 from srpkd.files import WriteError
 
@@ -57,12 +57,16 @@ WRONG = {
         "bombs/trainA/00000.png: far too large .*decompression bomb.* scale the image down first",
     ),
     "an EPS file": (
-        lambda: open_dataset("eps", "single", load_size=8, crop_size=8)[0],
+        lambda: open_dataset("eps-files", "unaligned", load_size=8, crop_size=8)[0],
         DataError,
-        "eps/00000.png: not an image; expected one of BMP",
+        "eps-files/trainA/00000.png: not an image; expected one of BMP",
     ),
     "a bomb to validate": (lambda: validate_dataset("bombs", "unaligned"), DataError, r"00000.png \(far too large"),
-    "an EPS file to validate": (lambda: validate_dataset("eps", "single"), DataError, r"00000.png \(not an image"),
+    "an EPS file to validate": (
+        lambda: validate_dataset("eps-files", "unaligned"),
+        DataError,
+        r"00000.png \(not an image",
+    ),
     "a size as a text to validate": (
         lambda: validate_dataset("pairs", "aligned", load_size="9"),
         DataError,
@@ -80,7 +84,11 @@ WRONG = {
         ValueError,
         f"seed={2**70}, .*integers of at most 40 bits",
     ),
-    "no scenes": (lambda: open_synthetic("scenes"), TypeError, "scenes: expected SyntheticScenes, as from generate_sc"),
+    "no scenes": (
+        lambda: SyntheticDataset("scenes"),
+        TypeError,
+        "scenes: expected SyntheticScenes, as from generate_sc",
+    ),
     "zero scenes": (
         lambda: write_synthetic("new", 0, 1, 16),
         ValueError,

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from srpkd.data.synthetic import PALETTE, classes_of
 from srpkd.metrics.pixels import (
     class_accuracy,
     confusion_matrix,
     mean_iou,
-    nearest_colour,
     pixel_accuracy,
     psnr,
     similarity,
@@ -38,18 +36,6 @@ def test_scores_by_hand():
 def test_class_accuracy_leaves_out_classes_without_true_pixels():
     assert class_accuracy(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]])) == pytest.approx((3 / 4 + 1) / 2)
     assert math.isnan(class_accuracy(torch.zeros(2, 2)))
-
-
-def test_nearest_colour():
-    palette = torch.tensor([[0, 0, 0], [255, 0, 0], [200, 200, 200]], dtype=torch.uint8)
-    pixels = torch.tensor([[10, 5, 0], [200, 30, 20], [255, 255, 255], [128, 0, 0]], dtype=torch.uint8)
-    expected = (pixels[:, None].double() - palette.double()).norm(dim=2).argmin(1)
-    assert expected.tolist() == [0, 1, 2, 1]
-    assert nearest_colour(pixels.T.view(1, 3, 2, 2), palette).flatten().tolist() == [0, 1, 2, 1]
-    images = torch.rand(2, 3, 5, 7) * 2 - 1
-    distances = torch.cdist(images.movedim(1, -1).double(), PALETTE.double() / 127.5 - 1)
-    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), distances.argmin(-1))
-    assert torch.equal(nearest_colour(images, PALETTE / 127.5 - 1), classes_of(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])

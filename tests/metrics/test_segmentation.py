@@ -33,6 +33,8 @@ def test_ignored_colours(tmp_path):
 def test_palettes():
     cityscapes = read_palette("cityscapes")
     assert cityscapes.classes == 19 and len(torch.unique(cityscapes.colours, dim=0)) == 29
+    road, bicycle, black = (cityscapes.colours[index].tolist() for index in (0, 18, 19))
+    assert (road, bicycle, black) == ([128, 64, 128], [119, 11, 32], [0, 0, 0])
     assert torch.equal(read_palette("synthetic").colours, PALETTE)
 
 

@@ -42,12 +42,14 @@ def test_macs_of_anti_aliased_generators(antialias):
     # before a Downsample, convolutions 64 -> 128 and 128 -> 256 run on the large and middle grid
     convolutions = 9 * (64 * 128 * (large - middle) + 128 * 256 * (middle - small))
     down_filters = 9 * (128 * middle + 256 * small)
-    up_filters = 16 * (256 * middle + 128 * large)
+    # an Upsample filters a padded image, with one pixel more at each edge
+    up_filters = 16 * (256 * 130**2 + 128 * 258**2)
     expected = down * (convolutions + down_filters) + up * up_filters
     assert macs(antialias) - macs("none") == expected
     # convolutions after an Upsample are not transposed; the filters of an Upsample are
     transposed = 9 * (256 * 128 * (middle - small) + 128 * 64 * (large - middle))
-    expected = down * (convolutions + down_filters) + up * (transposed + up_filters // 4)
+    up_filters = 16 * (256 * 66**2 + 128 * 130**2)
+    expected = down * (convolutions + down_filters) + up * (transposed + up_filters)
     assert macs(antialias, "input") - macs("none", "input") == expected
 
 

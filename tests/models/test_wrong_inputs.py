@@ -13,11 +13,10 @@ from srpkd.files import WriteError
 from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights, save_weights
 from srpkd.models.complexity import count_macs
 from srpkd.models.exporters import export_generator, to_onnx, to_pt2
-from srpkd.models.inference import translate, translate_folder
+from srpkd.models.inference import translate_folder
 from srpkd.models.latency import profile_network
 from srpkd.models.networks import define_discriminator, define_generator, init_weights
 
-IMAGES = torch.ones(2, 3, 8, 8)
 NET = define_generator("resnet_1blocks", ngf=1)
 
 # name: (call, error, pattern of its message). The working directory has the files of wrong_files.py.
@@ -71,20 +70,6 @@ WRONG = {
         "empty cannot be written: Is a directory; give",
     ),
     # --- images through a generator ---
-    "one image": (
-        lambda: translate(NET, IMAGES[0]),
-        ValueError,
-        r"shape \(3, 8, 8\): this generator takes \(B, 3, H, W\)",
-    ),
-    "grey images": (lambda: translate(NET, IMAGES[:, :1]), ValueError, r"\(2, 1, 8, 8\): this generator takes \(B, 3,"),
-    "no pixels": (lambda: translate(NET, IMAGES[..., :0]), ValueError, r"\(2, 3, 8, 0\): this generator takes"),
-    "bytes": (lambda: translate(NET, IMAGES.byte()), TypeError, r"torch.uint8: expected floats in \[-1, 1\], such as"),
-    "an array": (
-        lambda: translate(NET, IMAGES.numpy()),
-        TypeError,
-        r"images: expected a tensor \(B, 3, H, W\).* ndarray",
-    ),
-    "a network of others": (lambda: translate(nn.ReLU(), IMAGES), TypeError, "expected a generator made by define_gen"),
     "a file for results": (
         lambda: translate_folder(NET, "pairs", "file"),
         NotADirectoryError,

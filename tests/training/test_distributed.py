@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from srpkd.data.folders import DataError
-from srpkd.data.synthetic import generate_scenes, open_synthetic, write_synthetic
+from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.models.checkpoints import load_weights
 from srpkd.training.config import parse_arguments
 from srpkd.training.datasets import make_loader
@@ -133,7 +133,7 @@ def test_images_that_cannot_be_divided_among_the_processes(monkeypatch):
     monkeypatch.setattr("srpkd.training.distributed.world_size", lambda: 2)
     config = TrainConfig(dataroot=":synthetic:", batch_size=4).resolved()
     with pytest.raises(DataError, match="3 images cannot be divided evenly among 2 processes: use fewer"):
-        make_loader(open_synthetic(generate_scenes(3, 16)), config, seed=0)
+        make_loader(SyntheticDataset(generate_scenes(3, 16)), config, seed=0)
 
 
 def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys):
