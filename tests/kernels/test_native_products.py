@@ -40,3 +40,20 @@ def test_empty_features_in_tiles(shape: tuple[int, int, int], swapped: bool) -> 
         assert torch.equal(loss, torch.zeros(shape[0], dtype=torch.float64))
         assert torch.equal(U, torch.zeros_like(student))
 
+
+def test_all_threads_flush_numbers_as_the_caller_does() -> None:
+    """Otherwise results depend on which thread claims a tile."""
+    student, teacher = (x * 1e-20 for x in features(None, batch=1, pixels=600, dtype=torch.float32))
+
+    def gradient() -> Tensor:
+        return torch.ops.srpkd.relation_tiles(student, teacher, None, None, "none", "l1", 1.0, False, True, 16)[1]
+
+    torch.set_num_threads(2)
+    assert gradient().count_nonzero() > 0  # products of features are about 1e-40; starts the second thread
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush numbers below the normal range to 0")
+    try:
+        results = [gradient() for _ in range(5)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(result.count_nonzero() == 0 for result in results)
