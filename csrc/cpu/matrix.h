@@ -48,7 +48,9 @@ void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float>
 void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add = false);
 
 // Two adjacent elements of a row of bfloat16 numbers; in the right operand of a product, of a column.
-using Pair = uint32_t;
+struct Pair {
+  c10::BFloat16 first, second;
+};
 
 // result = left right. All are row-major, and `right` has half as many rows as `left` has columns. Only if
 // has_bfloat16_microkernels().
