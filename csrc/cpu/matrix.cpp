@@ -99,6 +99,8 @@ bool has_bfloat16_microkernels() {
 #endif
 }
 
+bool may_round_floats() { return sgemm_ == nullptr && !has_microkernels<float>(); }
+
 void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add) {
   if (!has_microkernels<float>() || !left.row_major() || !right.row_major() || !result.row_major())
     return run<float>(sgemm_, left, right, result, add);

@@ -43,6 +43,9 @@ bool has_microkernels();
 // Whether oneDNN multiplies bfloat16 numbers, with float sums, faster than floats.
 bool has_bfloat16_microkernels();
 
+// Whether multiply() rounds floats to fewer bits where torch.set_float32_matmul_precision() allows that.
+bool may_round_floats();
+
 // result = left right, or with `add` result += left right. All are Matrix::is_blas().
 void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add = false);
 void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add = false);

@@ -69,3 +69,61 @@ def test_all_threads_flush_numbers_as_the_caller_does() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert all(result.count_nonzero() == 0 for result in results)
+
+
+# A product that rounds floats to bfloat16, as PyTorch's does on some processors at a lower precision.
+ROUNDING_PRODUCT = """
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+
+namespace at::cpu {
+__attribute__((visibility("default")))
+Tensor& addmm_out(Tensor& out, const Tensor& self, const Tensor& left, const Tensor& right, const Scalar& beta,
+                  const Scalar& alpha) {
+  const auto rounded = [](const Tensor& x) { return x.scalar_type() == kFloat ? x.to(kBFloat16).to(kFloat) : x; };
+  return at::addmm_out(out, self, rounded(left), rounded(right), beta, alpha);
+}
+}  // namespace at::cpu
+"""
+LOSSES = """
+import ctypes, json, sys, torch
+rounding_product, library, features = sys.argv[1:]
+if rounding_product:
+    ctypes.CDLL(rounding_product, ctypes.RTLD_GLOBAL)
+torch.ops.load_library(library)
+student, teacher = torch.load(features)
+losses = {}
+for dtype in (torch.float32, torch.bfloat16):
+    arguments = (student.to(dtype), teacher.to(dtype), "row", "l1", 1.0, 1e-12, False, False, "none", "tiles", False)
+    losses[str(dtype)] = torch.ops.srpkd.relation_loss_forward(*arguments)[0].item()
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_row_norms_where_products_round_floats(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without microkernels and a visible BLAS, products are those of ATen, whose precision the user may lower."""
+    library = Path(native.extension().__file__).read_bytes()
+    if b"\0sgemm_\0" not in library or sys.platform != "linux":
+        pytest.skip("the extension does not name its BLAS")
+    hidden = tmp_path / "hidden.so"
+    hidden.write_bytes(library.replace(b"\0sgemm_\0", b"\0hidden\0").replace(b"\0dgemm_\0", b"\0hidden\0"))
+    source = tmp_path_factory.getbasetemp() / "rounding_product.cpp"
+    source.write_text(ROUNDING_PRODUCT)
+    folders = [*(f"-I{path}" for path in include_paths()), *(f"-L{path}" for path in library_paths())]
+    command = ["c++", "-std=c++20", "-O0", "-w", "-fPIC", "-shared", *folders, source, "-ltorch_cpu", "-lc10"]
+    _, rounding_product = compile_once(tmp_path_factory, command, ".so")
+    torch.manual_seed(0)
+    pair = [torch.randint(-3, 8, (1, 1100, channels)).float() for channels in (24, 40)]  # their products are exact
+    torch.save(pair, tmp_path / "features.pt")
+    expected = value_and_gradient(*(x.double() for x in pair), Relation("row", "l1"), "reference")[0].item()
+    for rounded in ("", str(rounding_product)):
+        done = subprocess.run(
+            [sys.executable, "-c", LOSSES, rounded, str(hidden), str(tmp_path / "features.pt")],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        for dtype, loss in json.loads(done.stdout).items():
+            assert loss == pytest.approx(expected, rel=1e-6), (dtype, rounded)
