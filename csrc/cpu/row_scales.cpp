@@ -4,8 +4,8 @@
 // q - m: neither term is negative, so pixels that do not share a large common mean keep the digits that would cancel in
 // q_i^T M q_i.
 //
-// T, the type of sums and products, is SumOf<S>, or double where products of floats may be rounded: a scale has at least
-// the precision of float32.
+// T, the type of products and sums, is SumOf<S>, or double where multiply() may round floats: scales have at least the
+// precision of float32.
 #include "row_scales.h"
 
 #include <ATen/ATen.h>
