@@ -79,6 +79,34 @@ void for_each_pair(const Matrix<From>& from, const Matrix<To>& to, F f) {
     }
 }
 
+// Writes the sum of squares of each row. In double: the last digits of squares of 16-bit numbers are not random, and
+// rounding errors of float sums would add up.
+template <typename T>
+void sum_squares(const Matrix<const T>& rows, double* sums) {
+  constexpr int64_t LANES = 8;  // sums of a row, which a compiler would not form by itself: they change the order
+  std::fill_n(sums, rows.rows, 0.0);
+  const auto square = [](T value) { return static_cast<double>(value) * static_cast<double>(value); };
+  if (rows.column_stride != 1) {
+    for (int64_t column = 0; column < rows.columns; ++column) {
+      const T* const values = rows.data + column * rows.column_stride;
+      if (rows.row_stride == 1)  // known to the compiler in this loop
+        for (int64_t row = 0; row < rows.rows; ++row) sums[row] += square(values[row]);
+      else
+        for (int64_t row = 0; row < rows.rows; ++row) sums[row] += square(values[row * rows.row_stride]);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const T* const values = rows.data + row * rows.row_stride;
+    double parts[LANES] = {};
+    int64_t column = 0;
+    for (; column + LANES <= rows.columns; column += LANES)
+      for (int64_t lane = 0; lane < LANES; ++lane) parts[lane] += square(values[column + lane]);
+    for (; column < rows.columns; ++column) sums[row] += square(values[column]);
+    for (const double part : parts) sums[row] += part;
+  }
+}
+
 template <typename From, typename To>
 void copy(const Matrix<From>& from, const Matrix<To>& to) {
   for_each_pair(from, to, [](const From& source, To& target) { target = static_cast<To>(source); });

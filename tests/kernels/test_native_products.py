@@ -38,6 +38,21 @@ def test_error_of_long_sums(dtype: torch.dtype) -> None:
         assert error(value_and_gradient(student, teacher, relation, "native")[1], exact) <= 3 * error(eager, exact)
 
 
+@pytest.mark.parametrize("pixels", [300, 1100])
+@pytest.mark.parametrize("strides", ["by pixel", "by channel", "every second channel"])
+def test_norms_of_float16_numbers_are_not_biased(strides: str, pixels: int) -> None:
+    """The last digits of squares are not random: in float sums over channels, rounding errors add up to 3e-7."""
+    torch.manual_seed(0)
+    student, teacher = ((torch.randn(1, pixels, channels) + 10).half() for channels in (3, 65))
+    expected = value_and_gradient(student.double(), teacher.double(), Relation("cosine", "l1"), "reference")[0]
+    if strides == "by channel":
+        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+    elif strides == "every second channel":
+        student, teacher = (x.repeat_interleave(2, 2)[:, :, ::2] for x in (student, teacher))
+    loss = value_and_gradient(student, teacher, Relation("cosine", "l1"), "native")[0]
+    assert error(loss, expected) <= 3e-6  # about 1e-7 / the mean of D
+
+
 @pytest.mark.parametrize("shape", [(0, 9, 3), (2, 0, 3), (2, 9, 0)], ids=str)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_empty_features_in_tiles(shape: tuple[int, int, int], swapped: bool) -> None:
