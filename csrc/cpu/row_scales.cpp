@@ -48,7 +48,9 @@ Matrix<T> load(const Tensor& features, int64_t image, Block panel, std::vector<T
 template <typename S, typename T>
 Tensor centred_moments(const Tensor& features, const Tensor& means) {
   const int64_t images = features.size(0), pixels = features.size(1), channels = features.size(2);
-  const int64_t panels = ceil_div(pixels, PANEL), ranges = std::min(panels, ceil_div(RANGES, images));
+  const int64_t panels = ceil_div(pixels, PANEL);
+  const int64_t affordable = ceil_div(4 * pixels, channels);  // the terms take about four times the features' memory
+  const int64_t ranges = std::min({panels, affordable, ceil_div(RANGES, images)});
   const Tensor terms = at::empty({images, ranges, channels, channels}, means.options());
   const T* const mean = means.const_data_ptr<T>();
   T* const data = terms.mutable_data_ptr<T>();

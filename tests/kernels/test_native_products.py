@@ -68,6 +68,16 @@ def test_empty_features_in_tiles(shape: tuple[int, int, int], swapped: bool) -> 
         assert torch.equal(U, torch.zeros_like(student))
 
 
+def test_memory_of_many_channels() -> None:
+    """The row norms sum moments of ranges of pixels, each with channels^2 elements."""
+    student, teacher = torch.randn(1, 1100, 1500), torch.randn(1, 1100, 4)
+    arguments = (student, teacher, "row", "l1", 1.0, 1e-12, False, False, "none", "tiles", False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.ops.srpkd.relation_loss_forward(*arguments)
+    total = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < total < 12 * student.nbytes
+
+
 def test_all_threads_flush_numbers_as_the_caller_does() -> None:
     """Otherwise results depend on which thread claims a tile."""
     student, teacher = (x * 1e-20 for x in features(None, batch=1, pixels=600, dtype=torch.float32))
