@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,22 @@ def test_all_threads_flush_numbers_as_the_caller_does() -> None:
     finally:
         torch.set_flush_denormal(False)
     assert all(result.count_nonzero() == 0 for result in results)
+
+
+def test_calls_from_several_threads_of_python() -> None:
+    """Each thread has its own compiled microkernels, and its own threads of OpenMP."""
+
+    def call(pixels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(pixels)
+        student, teacher = (torch.randn(2, pixels, channels, generator=generator).to(dtype) for channels in (24, 40))
+        return value_and_gradient(student, teacher, Relation("row", "l1"), "native")
+
+    cases = list(itertools.product([40, 700, 1100], [torch.float32, torch.bfloat16]))
+    expected = [call(*case) for case in cases]
+    with ThreadPoolExecutor(6, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        actual = list(pool.map(call, *zip(*cases * 4, strict=True)))
+    for ours, theirs in zip(actual, expected * 4, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 # A product that rounds floats to bfloat16, as PyTorch's does on some processors at a lower precision.
