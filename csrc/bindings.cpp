@@ -40,6 +40,7 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   const Relation relation = parse_relation(normalize, distance, delta, 0, rectify, false);
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
   auto [loss, U, h] = zero_outputs(student, normalize, need_grad);
+  if (student.numel() == 0 || teacher.numel() == 0) return {loss, U, h};
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::relation_tiles(cpu::widened(student), cpu::widened(teacher), alpha_s.value_or(Tensor()),
                       alpha_t.value_or(Tensor()), relation, tile, loss, if_nonempty(U), if_nonempty(h));
@@ -73,6 +74,7 @@ Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Ten
                     "expected rows and columns that differ in their pixels only, received student ", rows[0].sizes(),
                     " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ", j.teacher.sizes());
   auto [loss, U, h] = zero_outputs(i.student, normalize, need_grad);
+  if (i.student.numel() == 0 || i.teacher.numel() == 0) return {loss, U, h};
   const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::indexed_tiles(i, j, index.contiguous(), relation, mirrored, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};

@@ -21,9 +21,10 @@ FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=
 # The emulation switches between stacks, which the sanitizer does not support. Without stack checks, it still checks the
 # heap, which contains all emulated memory.
 EMULATION_FLAGS = "-O0 -fsanitize=address --param=asan-stack=0"
-# Without the test that starts a subprocess; of the emulation, the tests that access the boundaries of memory.
+# Without the tests that start a subprocess; of the emulation, the tests that access the boundaries of memory.
 RUNS = (
     ("tests/kernels/test_native.py", "not baseline", FLAGS),
+    ("tests/kernels/test_native_products.py", "not row_norms", FLAGS),
     ("tests/kernels/test_sampling.py", "native and not opcheck", FLAGS),
     ("tests/csrc/test_cuda_emulation.py", "any_number or views or resident or mistakes",
      EMULATION_FLAGS),

@@ -2,12 +2,15 @@
 #include "loss.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <numeric>
 
 #include "../common/arguments.h"
+#include "../common/index.h"
+#include "matrix.h"
 #include "packed_features.h"
 #include "relation_matrices.h"
 #include "relation_tiles.h"
@@ -20,12 +23,30 @@ using at::Tensor;
 
 // --- the formulas around the tiles ----------------------------------------------------------------------------------
 
+Tensor pixel_norms(const Tensor& features) {
+  const int64_t images = features.size(0), pixels = features.size(1), panels = ceil_div(pixels, PANEL);
+  const Tensor squares = at::empty({images, pixels}, features.options().dtype(at::kDouble));
+  double* const sums = squares.mutable_data_ptr<double>();
+  with_feature_type(features, [&](auto element) {
+    using S = decltype(element);
+    const S* const data = features.const_data_ptr<S>();
+    at::parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / panels;
+        const Block panel = block_at(task % panels, PANEL, pixels);
+        sum_squares(image_of(features, image, data).row_range(panel.begin, panel.size),
+                    sums + image * pixels + panel.begin);
+      }
+    });
+  });
+  return squares.sqrt_().to(accumulator(features.scalar_type()));
+}
+
 // Returns alpha and, for row, the moment M; both undefined if normalize is none.
 RowScales scales_of(const Tensor& features, const Relation& relation) {
   if (relation.normalize == Normalize::none) return {};
   if (relation.normalize == Normalize::row) return row_scales(features, relation.eps);
-  const Tensor wide = features.to(accumulator(features.scalar_type()));
-  return {inverse(wide.square().sum({2}).sqrt_(), relation.eps), {}};
+  return {inverse(pixel_norms(features), relation.eps), {}};
 }
 
 // Overwrites U with N^2 dL/dQ, which is U itself if h is undefined; else with w_i = h_i alpha_i^2,

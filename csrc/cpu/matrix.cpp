@@ -23,6 +23,9 @@ __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const in
 namespace srpkd::cpu {
 namespace {
 
+// Terms that a microkernel adds one after the other: rounding errors grow with their number.
+constexpr int64_t DEPTH = 256;
+
 template <typename T>
 int leading_dimension(const Matrix<T>& row_major) {  // BLAS checks it even where one row makes it meaningless
   return static_cast<int>(row_major.rows == 1 ? std::max<int64_t>(row_major.columns, 1) : row_major.row_stride);
@@ -96,13 +99,17 @@ bool has_bfloat16_microkernels() {
 #endif
 }
 
+bool may_round_floats() { return sgemm_ == nullptr && !has_microkernels<float>(); }
+
 void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add) {
-  if (has_microkernels<float>() && left.row_major() && right.row_major() && result.row_major())
-    at::native::cpublas::brgemm(left.rows, right.columns, left.columns, leading_dimension(left),
-                                leading_dimension(right), leading_dimension(result), add, left.data, right.data,
-                                result.data, false);
-  else
-    run<float>(sgemm_, left, right, result, add);
+  if (!has_microkernels<float>() || !left.row_major() || !right.row_major() || !result.row_major())
+    return run<float>(sgemm_, left, right, result, add);
+  for (int64_t done = 0; done < left.columns; done += DEPTH) {
+    const int64_t depth = std::min(DEPTH, left.columns - done);
+    at::native::cpublas::brgemm(left.rows, right.columns, depth, leading_dimension(left), leading_dimension(right),
+                                leading_dimension(result), add || done > 0, left.data + done,
+                                right.data + done * right.row_stride, result.data, false);
+  }
 }
 
 void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add) {
@@ -110,9 +117,13 @@ void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<doub
 }
 
 void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result) {
-  at::native::cpublas::brgemm(left.rows, right.columns, left.columns, leading_dimension(left), leading_dimension(right),
-                              leading_dimension(result), false, left.data,
-                              reinterpret_cast<const c10::BFloat16*>(right.data), result.data, true);
+  for (int64_t done = 0; done < left.columns; done += DEPTH) {
+    const int64_t depth = std::min(DEPTH, left.columns - done);
+    at::native::cpublas::brgemm(left.rows, right.columns, depth, leading_dimension(left), leading_dimension(right),
+                                leading_dimension(result), done > 0, left.data + done,
+                                reinterpret_cast<const c10::BFloat16*>(right.data + done / 2 * right.row_stride),
+                                result.data, true);
+  }
 }
 
 void release_microkernels() { at::native::cpublas::brgemm_release(); }

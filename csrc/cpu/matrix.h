@@ -43,12 +43,17 @@ bool has_microkernels();
 // Whether oneDNN multiplies bfloat16 numbers, with float sums, faster than floats.
 bool has_bfloat16_microkernels();
 
+// Whether multiply() rounds floats to fewer bits where torch.set_float32_matmul_precision() allows that.
+bool may_round_floats();
+
 // result = left right, or with `add` result += left right. All are Matrix::is_blas().
 void multiply(Matrix<const float> left, Matrix<const float> right, Matrix<float> result, bool add = false);
 void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<double> result, bool add = false);
 
 // Two adjacent elements of a row of bfloat16 numbers; in the right operand of a product, of a column.
-using Pair = uint32_t;
+struct Pair {
+  c10::BFloat16 first, second;
+};
 
 // result = left right. All are row-major, and `right` has half as many rows as `left` has columns. Only if
 // has_bfloat16_microkernels().
@@ -72,6 +77,34 @@ void for_each_pair(const Matrix<From>& from, const Matrix<To>& to, F f) {
       else
         for (int64_t j = 0; j < count; ++j) f(source[j * from.column_stride], target[j * to.column_stride]);
     }
+}
+
+// Writes the sum of squares of each row. In double: the last digits of squares of 16-bit numbers are not random, and
+// rounding errors of float sums would add up.
+template <typename T>
+void sum_squares(const Matrix<const T>& rows, double* sums) {
+  constexpr int64_t LANES = 8;  // sums of a row, which a compiler would not form by itself: they change the order
+  std::fill_n(sums, rows.rows, 0.0);
+  const auto square = [](T value) { return static_cast<double>(value) * static_cast<double>(value); };
+  if (rows.column_stride != 1) {
+    for (int64_t column = 0; column < rows.columns; ++column) {
+      const T* const values = rows.data + column * rows.column_stride;
+      if (rows.row_stride == 1)  // known to the compiler in this loop
+        for (int64_t row = 0; row < rows.rows; ++row) sums[row] += square(values[row]);
+      else
+        for (int64_t row = 0; row < rows.rows; ++row) sums[row] += square(values[row * rows.row_stride]);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const T* const values = rows.data + row * rows.row_stride;
+    double parts[LANES] = {};
+    int64_t column = 0;
+    for (; column + LANES <= rows.columns; column += LANES)
+      for (int64_t lane = 0; lane < LANES; ++lane) parts[lane] += square(values[column + lane]);
+    for (; column < rows.columns; ++column) sums[row] += square(values[column]);
+    for (const double part : parts) sums[row] += part;
+  }
 }
 
 template <typename From, typename To>

@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -65,7 +66,12 @@ class Image {
   using T = SumOf<S>;
 
   Image(const Relation& relation, Workspace<S>& space, Matrix<const S> student, Matrix<const S> teacher)
-      : relation_(relation), space_(space), pixels_(student.rows), channels_(student.columns) {
+      : relation_(relation),
+        space_(space),
+        student_(student),
+        teacher_(teacher),
+        pixels_(student.rows),
+        channels_(student.columns) {
     space.student.set(student);
     space.teacher.set(teacher);
   }
@@ -89,8 +95,8 @@ class Image {
     mirror(rows, space_.gram_s);
     mirror(rows, space_.gram_t);
     if (relation_.normalize == Normalize::none) return;
-    scale(rows, space_.gram_s, space_.alpha_s);
-    scale(rows, space_.gram_t, space_.alpha_t);
+    scale(rows, space_.gram_s, student_, space_.alpha_s);
+    scale(rows, space_.gram_t, teacher_, space_.alpha_t);
   }
 
   // Pass 3: the rows of K and h. Returns the rows' part of the loss.
@@ -123,14 +129,17 @@ class Image {
     for (int64_t i = rows.begin; i < end; ++i) std::fill(matrix + i * stride + pixels, matrix + (i + 1) * stride, T(0));
   }
 
-  void scale(Block rows, const T* matrix, T* alpha) {
-    for (int64_t i = rows.begin; i < rows.begin + rows.size; ++i) {
-      const T* const row = matrix + i * space_.stride;
-      const double square =
-          relation_.normalize == Normalize::row ? kernels_.sum_of_squares(row, space_.stride) : row[i];
-      const T norm = static_cast<T>(std::sqrt(square));
+  void scale(Block rows, const T* matrix, const Matrix<const S>& features, T* alpha) {
+    std::array<double, BLOCK> squares;
+    if (relation_.normalize == Normalize::row)
+      for (int64_t i = 0; i < rows.size; ++i)
+        squares[i] = kernels_.sum_of_squares(matrix + (rows.begin + i) * space_.stride, space_.stride);
+    else
+      sum_squares(features.row_range(rows.begin, rows.size), squares.data());
+    for (int64_t i = 0; i < rows.size; ++i) {
+      const T norm = static_cast<T>(std::sqrt(squares[i]));
       // NaN if the norm is NaN or overflows
-      alpha[i] = norm <= static_cast<T>(relation_.eps) ? T(0) : 1 / norm + 0 * norm;
+      alpha[rows.begin + i] = norm <= static_cast<T>(relation_.eps) ? T(0) : 1 / norm + 0 * norm;
     }
   }
 
@@ -153,6 +162,7 @@ class Image {
 
   const Relation& relation_;
   Workspace<S>& space_;
+  const Matrix<const S> student_, teacher_;
   const int64_t pixels_, channels_;  // channels of the student
   const Kernels<T>& kernels_ = select_kernels<T>();
 };

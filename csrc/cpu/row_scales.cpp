@@ -3,6 +3,9 @@
 // ||G_i||^2 = q_i^T M q_i = q_i^T M' q_i + N (m . q_i)^2, where m is the mean of the features and M' the moment of
 // q - m: neither term is negative, so pixels that do not share a large common mean keep the digits that would cancel in
 // q_i^T M q_i.
+//
+// T, the type of products and sums, is SumOf<S>, or double where multiply() may round floats: scales have at least the
+// precision of float32.
 #include "row_scales.h"
 
 #include <ATen/ATen.h>
@@ -33,7 +36,7 @@ struct Panel {
   explicit Panel(int64_t channels) : pixels(PANEL * channels), products(PANEL * channels) {}
 };
 
-template <typename S, typename T = SumOf<S>>
+template <typename S, typename T>
 Matrix<T> load(const Tensor& features, int64_t image, Block panel, std::vector<T>& memory) {
   const int64_t channels = features.size(2);
   const Matrix<T> result = {memory.data(), panel.size, channels, channels, 1};
@@ -42,11 +45,12 @@ Matrix<T> load(const Tensor& features, int64_t image, Block panel, std::vector<T
 }
 
 // Returns the moments (B, C, C) of features minus their means (B, 1, C).
-template <typename S>
+template <typename S, typename T>
 Tensor centred_moments(const Tensor& features, const Tensor& means) {
-  using T = SumOf<S>;
   const int64_t images = features.size(0), pixels = features.size(1), channels = features.size(2);
-  const int64_t panels = ceil_div(pixels, PANEL), ranges = std::min(panels, ceil_div(RANGES, images));
+  const int64_t panels = ceil_div(pixels, PANEL);
+  const int64_t affordable = ceil_div(4 * pixels, channels);  // the terms take about four times the features' memory
+  const int64_t ranges = std::min({panels, affordable, ceil_div(RANGES, images)});
   const Tensor terms = at::empty({images, ranges, channels, channels}, means.options());
   const T* const mean = means.const_data_ptr<T>();
   T* const data = terms.mutable_data_ptr<T>();
@@ -80,9 +84,8 @@ T dot(const T* left, const T* right, int64_t count) {
 }
 
 // Returns q_i^T M' q_i + N (m . q_i)^2 (B, N), for matrices M' (B, C, C) and vectors m (B, C).
-template <typename S>
+template <typename S, typename T>
 Tensor squared_norms(const Tensor& features, const Tensor& matrices, const Tensor& vectors) {
-  using T = SumOf<S>;
   const int64_t images = features.size(0), pixels = features.size(1), channels = features.size(2);
   const int64_t panels = ceil_div(pixels, PANEL);
   const Tensor result = at::empty({images, pixels}, matrices.options());
@@ -108,20 +111,25 @@ Tensor squared_norms(const Tensor& features, const Tensor& matrices, const Tenso
   return result;
 }
 
-template <typename S>
+template <typename S, typename T>
 RowScales run(const Tensor& features, double eps) {
   const auto count = static_cast<double>(features.size(1));
-  const Tensor mean = features.sum({1}, true, c10::CppTypeToScalarType<SumOf<S>>::value).div_(count).contiguous();
-  const Tensor centred = centred_moments<S>(features, mean);
+  const Tensor mean = features.sum({1}, true, c10::CppTypeToScalarType<T>::value).div_(count).contiguous();
+  const Tensor centred = centred_moments<S, T>(features, mean);
   const Tensor moment = at::addcmul(centred, mean.mT(), mean, count), size = power_of_two_scale(moment);
-  const Tensor square = squared_norms<S>(features, centred.div_(size.square()), mean / size);
-  return {inverse(square.clamp_min_(0).sqrt_() * size.squeeze(2), eps), moment};
+  const Tensor square = squared_norms<S, T>(features, centred.div_(size.square()), mean / size);
+  const Tensor alpha = inverse(square.clamp_min_(0).sqrt_() * size.squeeze(2), eps);
+  const at::ScalarType type = c10::CppTypeToScalarType<SumOf<S>>::value;
+  return {alpha.to(type), moment.to(type)};
 }
 
 }  // namespace
 
 RowScales row_scales(const Tensor& features, double eps) {
-  return with_feature_type(features, [&](auto element) { return run<decltype(element)>(features, eps); });
+  return with_feature_type(features, [&](auto element) {
+    using S = decltype(element);
+    return may_round_floats() ? run<S, double>(features, eps) : run<S, SumOf<S>>(features, eps);
+  });
 }
 
 Tensor power_of_two_scale(const Tensor& moment) {

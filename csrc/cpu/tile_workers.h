@@ -6,10 +6,27 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <thread>
 #include <vector>
 
 namespace srpkd::cpu {
+
+// Computes as another thread does while it exists, which decides whether numbers below the normal range become 0:
+// torch.set_flush_denormal() applies to the thread that calls it.
+class FloatingPointScope {
+ public:
+  explicit FloatingPointScope(const std::fenv_t& of_other) {
+    std::fegetenv(&own_);
+    std::fesetenv(&of_other);
+  }
+  ~FloatingPointScope() { std::fesetenv(&own_); }
+  FloatingPointScope(const FloatingPointScope&) = delete;
+  FloatingPointScope& operator=(const FloatingPointScope&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
 
 class TileWorkers {
  public:
@@ -24,8 +41,11 @@ class TileWorkers {
     const int64_t workers = std::min<int64_t>(at::get_num_threads(), images_ * tiles_);
     std::vector<decltype(make_workspace())> workspaces;
     for (int64_t worker = 0; worker < workers; ++worker) workspaces.push_back(make_workspace());
+    std::fenv_t environment;
+    std::fegetenv(&environment);
     at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
+      const FloatingPointScope as_caller(environment);   // or results depend on which thread claims a tile
       try {
         for (int64_t claim; !failed_ && (claim = claimed++) < images_ * tiles_;) {
           const int64_t image = claim % images_, tile = claim / images_;  // alternates between images: fewer waits

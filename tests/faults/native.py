@@ -6,6 +6,7 @@ from .kinds import Backend, Fault
 
 EPILOGUE, CPU_TILES, INDEX = "csrc/cpu/epilogue_body.h", "csrc/cpu/relation_tiles.cpp", "csrc/common/index.h"
 INDEXED, PACKED, ROW_SCALES = "csrc/cpu/indexed_tiles.cpp", "csrc/cpu/packed_features.h", "csrc/cpu/row_scales.cpp"
+MATRIX, WORKERS, PRODUCTS = "csrc/cpu/matrix.cpp", "csrc/cpu/tile_workers.h", "tests/kernels/test_native_products.py"
 CPU_LOSS, CPU_MATRICES, AUTOGRAD = "csrc/cpu/loss.cpp", "csrc/cpu/relation_matrices.cpp", "csrc/autograd.cpp"
 
 BACKENDS = {
@@ -100,6 +101,21 @@ BACKENDS = {
                 ROW_SCALES,
                 "i > panels * range / ranges);",
                 "false);",
+            ),
+            Fault("long sums in one part", MATRIX, "DEPTH = 256;", "DEPTH = 1 << 20;", f"{PRODUCTS} -k long_sums"),
+            Fault(
+                "threads flush denormals independently",
+                WORKERS,
+                "std::fesetenv(&of_other);",
+                "",
+                f"{PRODUCTS} -k all_threads",
+            ),
+            Fault(
+                "row norms by rounded products",
+                MATRIX,
+                "return sgemm_ == nullptr && !has_microkernels<float>();",
+                "return false;",
+                f"{PRODUCTS} -k row_norms",
             ),
             Fault(
                 "the gradient of a mean is that of a sum",
