@@ -31,7 +31,10 @@ from .cases import PRECISIONS, Case, features, settings
 from .kernels import KERNELS, CannotRun, evaluate
 
 # Processes are forked from one that has imported torch and does not use a GPU: a process that does cannot be forked.
-CONTEXT = multiprocessing.get_context("forkserver")
+if sys.platform == "win32":
+    CONTEXT = multiprocessing.get_context("spawn")
+else:
+    CONTEXT = multiprocessing.get_context("forkserver")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
