@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+# a shell's background jobs ignore SIGINT, and so would all processes that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DESELECTED = pytest.StashKey[int]()
 

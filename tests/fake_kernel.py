@@ -1,7 +1,6 @@
 """Stands in for the process of a kernel in ``srpkd check``: case 1 ends the process, case 2 never returns."""
 
 import os
-import signal
 import sys
 import time
 
@@ -23,6 +22,5 @@ def work(kernel, everything, numbers, results, errors):
 if __name__ == "__main__":  # runs two kernels until it is interrupted
     from pathlib import Path
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     processes.work = work
     processes.Runner(processes.checks("cpu")[:4], 600, 600, Path("log")).run(["native", "blocked"])

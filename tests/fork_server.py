@@ -121,7 +121,6 @@ def serving() -> Iterator[Callable[..., int]]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     # writing the page takes longer than the training
     run_dir.write_report = lambda folder: folder / "index.html"
     for line in sys.stdin:

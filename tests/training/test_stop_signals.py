@@ -22,12 +22,10 @@ from srpkd.training.resume import load_state
 
 @pytest.fixture(autouse=True)
 def not_ignored() -> Iterator[None]:
-    """Signals that are ignored in a shell's background jobs, and under nohup, have their usual effect."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    """SIGHUP, which nohup ignores, has its usual effect."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
@@ -94,7 +92,6 @@ def test_ctrl_c_before_the_run_starts_ends_the_process_at_once(run, monkeypatch,
     child = os.fork()
     if not child:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             train.main(PIX2PIX)
         finally:
             os._exit(1)
@@ -109,7 +106,6 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
         try:
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
             monkeypatch.setattr("sys.stderr", os.fdopen(2, "w"))
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             with stop_signals.handled(lambda: "last words"):
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGINT)
