@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def device_name(device: str) -> str:
-    """Return the name of a device."""
+    """Return the name of a device.
+
+    That of a CPU says which vector instructions torch uses: virtual machines of different processors have one name.
+    """
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     try:
@@ -30,7 +33,9 @@ def device_name(device: str) -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {cores} cores"
+    name = names[0] if names else platform.processor() or platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{name}{'' if instructions == 'DEFAULT' else f' with {instructions}'}, {cores} cores"
 
 
 def capability(device: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import measure
+from bench import machine, measure
 from bench.providers import PROVIDERS, prepare_call
 from srpkd.checking.cases import Case
 
@@ -48,3 +48,13 @@ def test_peak_memory_matches_the_matrices():
     # blocked stores strips of a fixed size and the gradient
     larger = Case(pixels=4096, channels=(8, 8))
     assert measure.peak_on_cpu(functools.partial(prepare_call, "blocked", larger), threads=1) < 0.5 * 4096**2 * 4
+
+
+def test_a_cpu_is_named_with_its_instructions(monkeypatch):
+    """Rows of processors with other instructions must not replace each other."""
+    names = set()
+    for instructions in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda instructions=instructions: instructions)
+        names.add(machine.device_name("cpu"))
+        assert f" with {instructions}, " in machine.device_name("cpu")
+    assert len(names) == 2
