@@ -54,9 +54,9 @@ cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view
                     normalize, "\", received ", tensors.size());
   const auto optional = [&](size_t i) { return expected == 4 ? std::optional(tensors[i]) : std::nullopt; };
   check_tensors(tensors[0], tensors[1], optional(2), optional(3), normalize);
-  const auto sums = tensors[0].options().dtype(accumulator(tensors[0].scalar_type()));
-  const auto convert = [&](size_t i) { return i < expected ? tensors[i].to(sums).contiguous() : Tensor(); };
-  return {convert(0), convert(1), convert(2), convert(3)};
+  const at::ScalarType sums = accumulator(tensors[0].scalar_type());
+  const auto alpha = [&](size_t i) { return i < expected ? tensors[i].to(sums).contiguous() : Tensor(); };
+  return {cpu::by_pixel(tensors[0], sums), cpu::by_pixel(tensors[1], sums), alpha(2), alpha(3)};
 }
 
 Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Tensor& index, std::string_view normalize,

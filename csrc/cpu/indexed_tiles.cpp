@@ -6,6 +6,7 @@
 // turn. There is no deadlock, because a tile waits only for tiles that were claimed before it.
 #include "indexed_tiles.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -53,23 +54,43 @@ struct Side {
     }
   }
 
-  // Adds the tile's parts, of which that of U has these strides, to those of an image.
-  void add_to(const Tensor& all_U, const Tensor& all_h, int64_t image, int64_t row_stride,
-              int64_t column_stride) const {
-    const int64_t channels = all_U.size(2), count = all_U.size(1);
+  // Adds the tile's part of U, which is row-major, and that of h to those of an image.
+  void add_rows(const Tensor& all_U, const Tensor& all_h, int64_t image) const {
+    const int64_t channels = all_U.size(2);
     const T* const part = U.const_data_ptr<T>();
-    T* const rows = all_U.mutable_data_ptr<T>() + image * count * channels;
+    T* const rows = rows_of(all_U, image);
     for (int64_t k = 0; k < size(); ++k) {
       T* const row = rows + pixels[k] * channels;
-      for (int64_t c = 0; c < channels; ++c) row[c] += part[k * row_stride + c * column_stride];
+      for (int64_t c = 0; c < channels; ++c) row[c] += part[k * channels + c];
     }
+    add_h(all_h, image);
+  }
+
+  // The same for a part of U whose columns are adjacent, with rows of `stride` elements: (C, stride).
+  void add_columns(const Tensor& all_U, const Tensor& all_h, int64_t image, int64_t stride) const {
+    constexpr int64_t SIDE = 16;  // pixels, whose rows of U stay in the cache
+    const int64_t channels = all_U.size(2);
+    const T* const part = U.const_data_ptr<T>();
+    T* const rows = rows_of(all_U, image);
+    for (int64_t first = 0; first < size(); first += SIDE)
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t k = first; k < std::min(first + SIDE, size()); ++k)
+          rows[pixels[k] * channels + c] += part[c * stride + k];
+    add_h(all_h, image);
+  }
+
+ private:
+  static T* rows_of(const Tensor& all_U, int64_t image) {
+    return all_U.mutable_data_ptr<T>() + image * all_U.size(1) * all_U.size(2);
+  }
+
+  void add_h(const Tensor& all_h, int64_t image) const {
     if (!all_h.defined()) return;
-    T* const data = all_h.mutable_data_ptr<T>() + image * count;
+    T* const data = all_h.mutable_data_ptr<T>() + image * all_h.size(1);
     const T* const terms = h.const_data_ptr<T>();
     for (int64_t k = 0; k < size(); ++k) data[pixels[k]] += terms[k];
   }
 
- private:
   void pack(const Tensor& features, int64_t image, const Tensor& selected, PackedFeatures<T>& packed) const {
     const int64_t channels = features.size(2);
     const T* const rows = features.const_data_ptr<T>() + image * features.size(1) * channels;
@@ -175,8 +196,8 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
     const double part = is_empty ? 0 : process(space, image, set);
     if (!need_grad || !workers.wait_for(tiles_done[image], place)) return part;
     if (!is_empty) {
-      space.rows.add_to(U, h, image, U.size(2), 1);
-      if (mirrored) space.columns.add_to(U, h, image, 1, round_up(space.columns.size(), LINE));
+      space.rows.add_rows(U, h, image);
+      if (mirrored) space.columns.add_columns(U, h, image, round_up(space.columns.size(), LINE));
     }
     tiles_done[image].store(place + 1, std::memory_order_release);
     return part;
@@ -185,6 +206,25 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
 }
 
 }  // namespace
+
+Tensor by_pixel(const Tensor& features, at::ScalarType type) {
+  if (features.scalar_type() == type && features.is_contiguous()) return features;
+  const Tensor source = widened(features), result = at::empty(features.sizes(), features.options().dtype(type));
+  const int64_t images = source.size(0), panels = ceil_div(source.size(1), PANEL);
+  with_feature_type(source, [&](auto element) {
+    using S = decltype(element);
+    const S* const from = source.const_data_ptr<S>();
+    auto* const to = result.mutable_data_ptr<SumOf<S>>();
+    at::parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Block panel = block_at(i % panels, PANEL, source.size(1));
+        copy(image_of(source, i / panels, from).row_range(panel.begin, panel.size),
+             image_of(result, i / panels, to).row_range(panel.begin, panel.size));
+      }
+    });
+  });
+  return result;
+}
 
 void indexed_tiles(const Pixels& rows, const Pixels& columns, const Tensor& index, const Relation& relation,
                    bool mirrored, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {

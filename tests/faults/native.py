@@ -174,8 +174,20 @@ BACKENDS = {
             Fault(
                 "the gradient of the columns is dropped",
                 INDEXED,
-                "if (mirrored) space.columns.add_to(U, h, image, 1, round_up(space.columns.size(), LINE));",
+                "if (mirrored) space.columns.add_columns(U, h, image, round_up(space.columns.size(), LINE));",
                 "",
+            ),
+            Fault(
+                "the columns that do not fill a square are dropped",
+                INDEXED,
+                "k < std::min(first + SIDE, size()); ++k)",
+                "k < first + SIDE && first + SIDE <= size(); ++k)",
+            ),
+            Fault(
+                "only the first panel of features is copied",
+                INDEXED,
+                "block_at(i % panels, PANEL,",
+                "block_at(0, PANEL,",
             ),
             Fault(
                 "sets with a row less repeat a row",
