@@ -4,10 +4,10 @@
     python -m bench breakdown --pixels 16384 --providers triton
 
 Each line is a kernel: its launches in a call, and the median microseconds of a launch by the profiler, times the
-launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. For
-kernels of the C++ extension both follow with SRPKD_CUDA_OVERLAP=1, and whether the results have the same bits. The
-first call of a process compiles Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to
-an empty folder.
+launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. The
+first line of a case says how much of the host's time PyTorch needs for any loss. For kernels of the C++ extension both
+times follow with SRPKD_CUDA_OVERLAP=1, and whether the results have the same bits. The first call of a process compiles
+Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to an empty folder.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     if (device := cases.device_of(options)) == "cpu":
         raise ValueError("the breakdown is of kernels on a GPU, and torch sees none")
     for case in cases.selected(options):
-        print(case.describe())
+        print(f"{case.describe()}\n  {host_baseline(case, device)}")
         for name in options.providers:
             try:
                 found = lines(name, case, device)
@@ -94,6 +94,16 @@ def lines(name: str, case: Case, device: str) -> list[str]:
     for kernel, (count, microseconds) in sorted(kernels.items(), key=lambda item: -item[1][1]):
         found.append(f"  {microseconds:9,.1f} us  {count:g} x {kernel}")
     return found
+
+
+def host_baseline(case: Case, device: str) -> str:
+    """Return what the host needs for the simplest loss, the sum of the student's features, and for one launch."""
+    with settings(case):
+        student, teacher = features(case)
+        of_sum = measure.host_seconds(lambda: evaluate(lambda x, _: x.sum(), student, teacher, case), device)
+    of_launch = measure.host_seconds(lambda: torch.cuda._sleep(1), device)
+    assert of_sum is not None and of_launch is not None  # as on every GPU
+    return f"PyTorch: host {1e6 * of_sum:,.1f} us for a sum and its gradient, {1e6 * of_launch:,.1f} us for a launch"
 
 
 def times_of(call: Callable[[], object], device: str) -> str:

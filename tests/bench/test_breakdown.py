@@ -54,6 +54,27 @@ def test_equal_bits():
     assert not breakdown.equal((loss, gradient), (loss, None))
 
 
+def test_what_pytorch_needs_of_the_host(monkeypatch):
+    calls = []
+
+    def host_seconds(call, device):
+        calls.append(call())
+        return 1.25e-6 * len(calls)
+
+    monkeypatch.setattr(breakdown.measure, "host_seconds", host_seconds)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    line = breakdown.host_baseline(Case(16, (2, 3), 1, "bfloat16", threads=1), "cpu")
+    assert line == "PyTorch: host 1.2 us for a sum and its gradient, 2.5 us for a launch"
+    (_, gradient), launch = calls
+    assert torch.equal(gradient, torch.ones_like(gradient)) and launch is None
+
+
+@pytest.mark.gpu
+def test_what_pytorch_needs_of_a_gpus_host():
+    line = breakdown.host_baseline(Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1), "cuda")
+    assert line.startswith("PyTorch: host ") and line.endswith(" us for a launch")
+
+
 @pytest.mark.gpu
 def test_kernels_of_a_call():
     case = Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1)
