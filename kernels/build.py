@@ -45,8 +45,7 @@ NAMED_ARCHITECTURES = {
     "Rubin": "10.7+PTX",
 } | dict.fromkeys(("Maxwell", "Pascal", "Volta", "Volta+Tegra", "Turing"), "7.5")
 BYTES_PER_JOB = 2**31  # one source with torch's headers needs less than 2 GB to compile
-# -fopenmp only for compiling: when linking, it could add a second OpenMP runtime to that of torch
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", *(["-fopenmp"] if sys.platform == "linux" else [])]
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off"]
 NVCC_FLAGS = ["-O3", "-lineinfo"]
 MARKERS = re.compile(rb"srpkd-built-(for-torch|from-sources):([^;]*);")  # csrc/bindings.cpp writes them into the binary
 # the program of the process that compiles; its argument is the keywords of cpp_extension.load

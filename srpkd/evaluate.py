@@ -140,9 +140,10 @@ def _segmentation(options: argparse.Namespace, generated: list[str]) -> dict[str
         raise ValueError("segmentation needs --segmenter, the file of a network, and --labels, the true classes")
     palette = read_palette(options.palette) if options.palette else None
     photos, label_files = zip(*pair_by_name(generated, find_images(options.labels)))
-    labels = (read_label_map(path, palette) for path in tqdm(label_files, unit="image", desc="segmenting"))
     segmenter = load_segmenter(options.segmenter, options.device)
-    return segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
+    with tqdm(label_files, unit="image", desc="segmenting") as progress:  # closed before an error is printed
+        labels = (read_label_map(path, palette) for path in progress)
+        return segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 #include "loss.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "../common/index.h"
 #include "matrix.h"
 #include "packed_features.h"
+#include "parallel_for.h"
 #include "relation_matrices.h"
 #include "relation_tiles.h"
 #include "row_scales.h"
@@ -30,7 +30,7 @@ Tensor pixel_norms(const Tensor& features) {
   with_feature_type(features, [&](auto element) {
     using S = decltype(element);
     const S* const data = features.const_data_ptr<S>();
-    at::parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / panels;
         const Block panel = block_at(task % panels, PANEL, pixels);

@@ -57,6 +57,7 @@ void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, 
        result.data, &ldc);
 }
 
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
 // oneDNN may not use an instruction set that the processor has: see its ONEDNN_MAX_CPU_ISA.
 bool bfloat16_microkernels_work() {
   const std::vector<c10::BFloat16> ones(4, 1);
@@ -71,6 +72,7 @@ bool bfloat16_microkernels_work() {
   }
   return result == std::vector<float>(4, 2);
 }
+#endif
 
 }  // namespace
 

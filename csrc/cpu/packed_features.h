@@ -68,7 +68,7 @@ class PackedFeatures {
   };
 
   // What is needed later: the left or the right operand of gram(), product() or transposed_product().
-  enum Use : unsigned { LEFT = 1, RIGHT = 2, PRODUCT = 4, TRANSPOSED_PRODUCT = 8 };
+  enum Use : unsigned { NONE = 0, LEFT = 1, RIGHT = 2, PRODUCT = 4, TRANSPOSED_PRODUCT = 8 };
 
   PackedFeatures(int64_t pixels, int64_t channels, unsigned uses) : channels_(channels), blas_(!has_microkernels<T>()) {
     if (IS_BFLOAT16 && has_bfloat16_microkernels()) pairs_ = ceil_div(channels, 2);

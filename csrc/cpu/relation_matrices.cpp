@@ -9,7 +9,6 @@
 // before. Each block writes its own rows only, so that results do not depend on the order.
 #include "relation_matrices.h"
 
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +19,7 @@
 #include "../common/index.h"
 #include "kernels.h"
 #include "packed_features.h"
+#include "parallel_for.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -40,7 +40,7 @@ class Workspace {
 
   Workspace(int64_t pixels, int64_t channels_s, int64_t channels_t, bool need_grad)
       : stride(round_up(pixels, LINE) + (pixels > BLOCK ? LINE : 0)),
-        student(pixels, channels_s, Packed::LEFT | Packed::RIGHT | (need_grad ? Packed::PRODUCT : 0)),
+        student(pixels, channels_s, Packed::LEFT | Packed::RIGHT | (need_grad ? Packed::PRODUCT : Packed::NONE)),
         teacher(pixels, channels_t, Packed::LEFT | Packed::RIGHT),
         memory_(at::empty({2 * round_up(pixels, LINE) + 3, stride}, c10::CppTypeToScalarType<T>::value)) {
     gram_s = memory_.mutable_data_ptr<T>();
@@ -185,13 +185,13 @@ void run(const Tensor& student, const Tensor& teacher, const Relation& relation,
   const int64_t blocks = ceil_div(pixels, BLOCK);
   const bool whole_images = images >= at::get_num_threads();  // a thread takes whole images, or blocks of rows
 
-  at::parallel_for(0, images, whole_images ? grain(operations) : images, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images, whole_images ? grain(operations) : images, [&](int64_t begin, int64_t end) {
     Workspace<S> space(pixels, student.size(2), teacher.size(2), need_grad);
     std::vector<double> parts(blocks);
     for (int64_t image = begin; image < end; ++image) {
       Image<S> current(relation, space, image_of(student, image, data_s), image_of(teacher, image, data_t));
       const auto for_each_block = [&](const auto& pass) {
-        at::parallel_for(0, blocks, grain(operations / static_cast<double>(blocks)), [&](int64_t first, int64_t last) {
+        parallel_for(0, blocks, grain(operations / static_cast<double>(blocks)), [&](int64_t first, int64_t last) {
           for (int64_t i = first; i < last; ++i) {
             const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2;  // two together have equal parts of a triangle
             pass(block, block_at(block, BLOCK, pixels));

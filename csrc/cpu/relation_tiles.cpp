@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <fstream>
 #include <vector>
 
 #include "../common/index.h"
@@ -48,8 +49,8 @@ struct Workspace {
   Tensor h_i, h_j, U_i, U_j;                          // (size,), (size, C_s): the tile's parts of h and U
 
   Workspace(int64_t size, int64_t channels_s, int64_t channels_t, bool need_grad)
-      : student_i(size, channels_s, Packed::LEFT | (need_grad ? Packed::TRANSPOSED_PRODUCT : 0)),
-        student_j(size, channels_s, Packed::RIGHT | (need_grad ? Packed::PRODUCT : 0)),
+      : student_i(size, channels_s, Packed::LEFT | (need_grad ? Packed::TRANSPOSED_PRODUCT : Packed::NONE)),
+        student_j(size, channels_s, Packed::RIGHT | (need_grad ? Packed::PRODUCT : Packed::NONE)),
         teacher_i(size, channels_t, Packed::LEFT),
         teacher_j(size, channels_t, Packed::RIGHT) {
     constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
@@ -149,11 +150,19 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
 }  // namespace
 
 int64_t cache_bytes() {
-  long bytes = 0;
+  static const int64_t found = [] {
+    long bytes = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-  return bytes > 0 ? bytes : 512 * 1024;  // sysconf returns 0 if the size is unknown
+    if (bytes <= 0) {  // sysconf does not know the size on ARM
+      long kilobytes = 0;
+      std::ifstream("/sys/devices/system/cpu/cpu0/cache/index2/size") >> kilobytes;  // such as "1024K"
+      bytes = kilobytes * 1024;
+    }
+    return bytes > 0 ? bytes : 512 * 1024;
+  }();
+  return found;
 }
 
 int64_t tile_size(int64_t images, int64_t pixels, int64_t element_bytes, int64_t threads) {

@@ -9,7 +9,6 @@
 #include "row_scales.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <limits>
@@ -20,6 +19,7 @@
 #include "../common/index.h"
 #include "matrix.h"
 #include "packed_features.h"
+#include "parallel_for.h"
 
 namespace srpkd::cpu {
 namespace {
@@ -54,7 +54,7 @@ Tensor centred_moments(const Tensor& features, const Tensor& means) {
   const Tensor terms = at::empty({images, ranges, channels, channels}, means.options());
   const T* const mean = means.const_data_ptr<T>();
   T* const data = terms.mutable_data_ptr<T>();
-  at::parallel_for(0, images * ranges, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images * ranges, 1, [&](int64_t begin, int64_t end) {
     Panel<T> space(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / ranges, range = task % ranges;
@@ -92,7 +92,7 @@ Tensor squared_norms(const Tensor& features, const Tensor& matrices, const Tenso
   const T* const M = matrices.const_data_ptr<T>();
   const T* const m = vectors.const_data_ptr<T>();
   T* const squares = result.mutable_data_ptr<T>();
-  at::parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
     Panel<T> space(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / panels;

@@ -1,7 +1,6 @@
 // Threads that claim the tiles of all images in order, each with a workspace of its own.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <cfenv>
 #include <thread>
 #include <vector>
+
+#include "parallel_for.h"
 
 namespace srpkd::cpu {
 
@@ -43,7 +44,7 @@ class TileWorkers {
     for (int64_t worker = 0; worker < workers; ++worker) workspaces.push_back(make_workspace());
     std::fenv_t environment;
     std::fegetenv(&environment);
-    at::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
       const FloatingPointScope as_caller(environment);   // or results depend on which thread claims a tile
       try {

@@ -19,7 +19,7 @@ WRONG = {
     "a number for a folder": (
         lambda: open_dataset(3, "aligned"),
         TypeError,
-        "expected str, bytes or os.PathLike object",
+        "os.PathLike object.* not .*int",
     ),
     "a mode misspelt": (
         lambda: open_dataset("pairs", "alignd"),
