@@ -6,7 +6,6 @@
 // turn. There is no deadlock, because a tile waits only for tiles that were claimed before it.
 #include "indexed_tiles.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -17,6 +16,7 @@
 #include "../common/index.h"
 #include "kernels.h"
 #include "packed_features.h"
+#include "parallel_for.h"
 #include "relation_tiles.h"
 #include "tile_workers.h"
 
@@ -215,7 +215,7 @@ Tensor by_pixel(const Tensor& features, at::ScalarType type) {
     using S = decltype(element);
     const S* const from = source.const_data_ptr<S>();
     auto* const to = result.mutable_data_ptr<SumOf<S>>();
-    at::parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Block panel = block_at(i % panels, PANEL, source.size(1));
         copy(image_of(source, i / panels, from).row_range(panel.begin, panel.size),

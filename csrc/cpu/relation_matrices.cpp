@@ -9,7 +9,6 @@
 // before. Each block writes its own rows only, so that results do not depend on the order.
 #include "relation_matrices.h"
 
-
 #include <algorithm>
 #include <array>
 #include <cmath>
