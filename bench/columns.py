@@ -139,13 +139,16 @@ def spread(estimates: list[Gradients], exact: Gradients) -> Spread:
 
 
 def table(rows: list[Row]) -> str:
-    """Return the table of the page as Markdown."""
-    cells = [
-        {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
-        | {name: 100 * float(row[f"{name}_spread"]) for name in Spread._fields}
-        | {"times_faster": number(row, "times_faster")}
-        for row in rows
-    ]
-    first = rows[0]
-    note = f"Maps of {first['channels']} channels, l1, {first['draws']} draws; {first['device']}."
-    return format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True)
+    """Return the table of the page as Markdown, a part per device."""
+    parts = []
+    for (device,), own in results.group_by(rows, ["device"]).items():
+        cells = [
+            {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
+            | {name: 100 * float(row[f"{name}_spread"]) for name in Spread._fields}
+            | {"times_faster": number(row, "times_faster")}
+            for row in own
+        ]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
+        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; commit {commits}."
+        parts.append(format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True))
+    return "\n\n".join(parts)

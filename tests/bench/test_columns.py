@@ -30,6 +30,13 @@ def test_rows_and_table_are_written(tmp_path):
     assert "4/6 channels" in page.read_text()
 
 
+def test_devices_are_kept_apart():
+    rows = results.read(columns.RESULTS)
+    text = columns.table(rows + [row | {"device": "another", "times_faster": "123"} for row in rows])
+    parts = text.split("| N |")[1:]
+    assert ["another" in part for part in parts] == ["123.0" in part for part in parts] == [False, True]
+
+
 def test_spread_is_the_relative_deviation():
     exact = Gradients(torch.tensor(2.0), torch.tensor([3.0, 4.0]), torch.tensor([5.0]))
     moved = Gradients(torch.tensor(2.2), torch.tensor([3.0, 5.0]), torch.tensor([5.0]))
