@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from PIL import Image
@@ -97,20 +98,24 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
     if {*PIXEL_METRICS, "miou"} & metrics:
         pairs = pair_by_name(generated, real)
 
-        def images(resample: Image.Resampling) -> Iterator[tuple[Tensor, Tensor]]:
+        @contextmanager
+        def images(resample: Image.Resampling) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
             one, other = zip(*pairs)
             both = image_pairs(
                 ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample)
             )
-            return iter(tqdm(both, total=len(pairs), unit="pair", desc="comparing"))
+            with tqdm(both, total=len(pairs), unit="pair", desc="comparing") as progress:  # closed before an error
+                yield progress
 
         if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in metrics]:
-            add(similarity(images(Image.Resampling.BICUBIC), pixel_metrics), "test", len(pairs))
+            with images(Image.Resampling.BICUBIC) as compared:
+                add(similarity(compared, pixel_metrics), "test", len(pairs))
         if "miou" in metrics:
             if not options.palette:
                 raise ValueError("miou needs --palette: synthetic, cityscapes, or a file of lines 'R G B name'")
             palette = read_palette(options.palette)
-            add(label_scores(images(Image.Resampling.NEAREST), palette), "test", len(pairs))
+            with images(Image.Resampling.NEAREST) as compared:
+                add(label_scores(compared, palette), "test", len(pairs))
     if "segmentation" in metrics:
         add(_segmentation(options, generated), "labels", len(generated))
     return {"rows": rows, "notes": notes}

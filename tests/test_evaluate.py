@@ -196,3 +196,17 @@ def test_fcn_scores(tmp_path, kind, recwarn):
     assert found == run(*arguments, "--segmenter", path, "--labels", tmp_path / "colours", "--palette", tmp_path / "p")
     with pytest.raises(ValueError, match=r"is a colour image .* give its --palette"):
         run(*arguments, "--segmenter", path, "--labels", tmp_path / "colours")
+
+
+@pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])
+def test_errors_are_on_a_line_of_their_own(folders, monkeypatch, capsys, metric, function):
+    """The progress bar ends its line before an error is printed."""
+
+    def fail(images, _):
+        next(iter(images))
+        raise ValueError("expected")
+
+    monkeypatch.setattr(f"srpkd.evaluate.{function}", fail)
+    with pytest.raises(ValueError, match="expected") as caught:  # `caught` keeps the frames, as a traceback does
+        run(folders["real"], folders["real"], "--metrics", metric, "--palette", "synthetic")
+    assert capsys.readouterr().err.endswith("\n"), caught
