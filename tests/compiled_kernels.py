@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bench.machine_code import opcode, output_of, tool
+from bench.machine_code import INSTRUCTION, opcode, output_of, tool
 from srpkd.kernels import build, native
-
-CODE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(\S.*)")
 
 
 class Kernel(NamedTuple):
@@ -61,7 +59,7 @@ def kernels_in(binary: Path, source: str) -> tuple[Kernel, ...]:
             listing = output_of([nvdisasm, "-c", str(path)], folder)
             for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
                 text = listing.partition(f"\n.text.{symbol}:")[2].partition("\n.text.")[0]
-                code = CODE.findall(text)
+                code = INSTRUCTION.findall(text)
                 assert code, symbol
                 highest = max(map(int, re.findall(r"\bR(\d+)\b", "\n".join(code))))
                 words = tuple(map(opcode, code))

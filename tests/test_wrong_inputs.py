@@ -194,7 +194,11 @@ WRONG = {
         ValueError,
         "file is not the folder of a run: .*expected config",
     ),
-    "a page of a number": (lambda: write_report(3), TypeError, "os.PathLike object.* not .*int"),
+    "a page of a number": (
+        lambda: write_report(3),
+        TypeError,
+        r"(expected str, bytes or|argument should be a str or an) os.PathLike object.*, not '?int'?",
+    ),
     "a report of another kind": (
         lambda: write_report("results/broken"),
         ValueError,

@@ -19,7 +19,7 @@ WRONG = {
     "a number for a folder": (
         lambda: open_dataset(3, "aligned"),
         TypeError,
-        "os.PathLike object.* not .*int",
+        r"(expected str, bytes or|argument should be a str or an) os.PathLike object.*, not '?int'?",
     ),
     "a mode misspelt": (
         lambda: open_dataset("pairs", "alignd"),
