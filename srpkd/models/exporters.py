@@ -327,12 +327,11 @@ def quantization_psnr(model: bytes, quantized: bytes, images: Iterable[Tensor]) 
     """
     exact, rounded = onnx_runner(model), onnx_runner(quantized)
     scores = []
-    with tqdm(images, unit="image", desc="comparing") as progress:  # closed before an error is printed
-        for image in progress:
-            expected, found = (torch.from_numpy(run(image.numpy())) for run in (exact, rounded))
-            check_output(expected, "a calibration image")
-            check_finite(found, "the 8-bit model's output for a calibration image", "use other --calibration images")
-            scores.append(psnr(found, expected))
+    for image in tqdm(images, unit="image", desc="comparing"):
+        expected, found = (torch.from_numpy(run(image.numpy())) for run in (exact, rounded))
+        check_output(expected, "a calibration image")
+        check_finite(found, "the 8-bit model's output for a calibration image", "use other --calibration images")
+        scores.append(psnr(found, expected))
     return scores
 
 

@@ -62,14 +62,13 @@ def profile_generators(
         if size % (multiple := size_multiple(net)):
             raise ValueError(f"size={size}: {path} needs a multiple of {multiple}")
     networks = []
-    with tqdm(nets.items(), unit="network", desc="profiling") as progress:  # closed before an error is printed
-        for path, net in progress:
-            shape = (batch_size, image_channels(net)[0], size, size)
-            try:
-                costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{path}: {error}") from error
-            networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
+    for path, net in tqdm(nets.items(), unit="network", desc="profiling"):
+        shape = (batch_size, image_channels(net)[0], size, size)
+        try:
+            costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}: {error}") from error
+        networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
     on_gpu = torch.device(device).type == "cuda"
     return {
         "size": size,
