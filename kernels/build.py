@@ -46,7 +46,8 @@ NAMED_ARCHITECTURES = {
 } | dict.fromkeys(("Maxwell", "Pascal", "Volta", "Volta+Tegra", "Turing"), "7.5")
 BYTES_PER_JOB = 2**31  # one source with torch's headers needs less than 2 GB to compile
 CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off"]
-NVCC_FLAGS = ["-O3", "-lineinfo"]
+# Machine code with source lines is compressed only on request; this makes the extension a fifth as large
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Xfatbin", "-compress-all"]
 MARKERS = re.compile(rb"srpkd-built-(for-torch|from-sources):([^;]*);")  # csrc/bindings.cpp writes them into the binary
 # the program of the process that compiles; its argument is the keywords of cpp_extension.load
 COMPILE = "import json, sys; from torch.utils import cpp_extension; cpp_extension.load(**json.loads(sys.argv[1]))"
