@@ -9,8 +9,7 @@
 
 namespace srpkd::cuda::emulation {
 
-// --- barriers
-// ----------------------------------------------------------------------------------------------------------
+// --- barriers --------------------------------------------------------------------------------------------------------
 
 inline std::string describe(const Barrier& barrier, int index) {
   return "barrier " + std::to_string(index) + " at " + std::to_string(barrier.address) + " (phase " +
@@ -23,7 +22,7 @@ inline void initialize_barrier(Machine& m, Address address, uint32_t arrivals) {
   const int index = static_cast<int>(block.barriers.size());
   if (index == MAX_BARRIERS) m.fail("more than " + std::to_string(MAX_BARRIERS) + " barriers");
   if (!arrivals || arrivals >= 1u << 20) m.fail("a barrier for " + std::to_string(arrivals) + " arrivals");
-  m.check(block.memory.range_error(address, 8, 8));
+  m.check(block.memory.in_range(address, 8, 8));
   // remains in flight, so that every other access to the barrier is an error
   m.check(block.memory.begin_write(address, 8, block.participants.barrier(index), m.thread(), m.clock()));
   Barrier barrier;
@@ -87,8 +86,7 @@ inline void wait(Machine& m, Address address, uint32_t parity) {
   m.clock().join(barrier.last_clock);
 }
 
-// --- TMA
-// ---------------------------------------------------------------------------------------------------------------
+// --- TMA -------------------------------------------------------------------------------------------------------------
 
 // Starts to write shared memory and to report it to a barrier. `write` copies the data.
 inline void start_load(Machine& m, Address to, uint32_t bytes, Address at, std::function<void()> write) {
@@ -109,7 +107,7 @@ inline void start_load(Machine& m, Address to, uint32_t bytes, Address at, std::
 inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, int x, int y, int z, Address barrier) {
   if (const char* reason = unsupported_reason(map)) m.fail(std::string("TMA: ") + reason);
   const uint32_t lines = map.box[1] * map.box[2], bytes = lines * sm90::LINE;
-  m.check(m.block().memory.range_error(to, bytes, sm90::ALIGNMENT));
+  m.check(m.block().memory.in_range(to, bytes, sm90::ALIGNMENT));
   start_load(m, to, bytes, barrier, [=, &m, &memory = m.block().memory] {
     const int64_t begin = std::max<int64_t>(x, 0), end = std::min<int64_t>(int64_t{x} + map.box[0], map.extents[0]);
     for (uint32_t line = 0; line < lines; ++line) {
@@ -130,12 +128,11 @@ inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, in
 inline void load_bulk(Machine& m, Address to, const void* from, uint32_t bytes, Address barrier) {
   if (bytes % 16) m.fail("a bulk load of " + std::to_string(bytes) + " bytes, which 16 does not divide");
   m.check_global(from, bytes, 16, "load_bulk");
-  m.check(m.block().memory.range_error(to, bytes, 16));
+  m.check(m.block().memory.in_range(to, bytes, 16));
   start_load(m, to, bytes, barrier, [=, &memory = m.block().memory] { std::memcpy(memory.at(to), from, bytes); });
 }
 
-// --- bulk copies to global memory
-// --------------------------------------------------------------------------------------
+// --- bulk copies to global memory ------------------------------------------------------------------------------------
 
 // Starts to add floats of shared memory to global memory, or to store bytes there. It happens in two steps.
 inline void start_bulk(Machine& m, void* to, Address from, uint32_t bytes, bool add) {
@@ -143,7 +140,7 @@ inline void start_bulk(Machine& m, void* to, Address from, uint32_t bytes, bool 
   if (bytes % 16) m.fail("a bulk copy of " + std::to_string(bytes) + " bytes, which 16 does not divide");
   if (m.current().acquired) m.fail("a bulk copy after an acquire without fence_async_proxy_global() between");
   m.check_global(to, bytes, 16, "bulk copy");
-  m.check(block.memory.range_error(from, bytes, 16));
+  m.check(block.memory.in_range(from, bytes, 16));
   const int reader = block.participants.bulk(m.warp());
   Bulk& bulk = m.current().bulk;
   for (int i = m.warp() * WARP; i < (m.warp() + 1) * WARP; ++i)

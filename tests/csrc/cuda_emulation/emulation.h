@@ -31,9 +31,8 @@ namespace emulation {
 
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float magnitude = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                          : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  const float finite = as_float(static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;  // another exponent bias
+  const float magnitude = exponent < 31 ? finite : mantissa ? NAN : INFINITY;
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
@@ -44,7 +43,7 @@ float element(uint16_t bits) {
 
 inline float towards_zero(double value) {
   const float nearest = static_cast<float>(value);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.f) : nearest;
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? as_float(as_bits(nearest) - 1) : nearest;
 }
 
 struct Product {
@@ -58,7 +57,7 @@ template <typename T>
 void multiply_add_warp(void** operands) {
   constexpr bool NARROW = !std::is_same_v<T, float>;
   constexpr int K = NARROW ? 16 : 8;
-  double a[16][K], b[K][8];
+  double a[16][K], b[K][8], exact[16][8];
   for (int lane = 0; lane < WARP; ++lane) {
     const auto& own = *static_cast<Product*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -75,14 +74,16 @@ void multiply_add_warp(void** operands) {
       }
     }
   }
-  for (int lane = 0; lane < WARP; ++lane)
-    for (int i = 0; i < 4; ++i) {
-      float& sum = static_cast<Product*>(operands[lane])->sum[i];
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      double exact = sum;
-      for (int k = 0; k < K; ++k) exact += a[row][k] * b[k][column];
-      sum = towards_zero(exact);
-    }
+  const auto for_each_sum = [&](auto f) {
+    for (int lane = 0; lane < WARP; ++lane)
+      for (int i = 0; i < 4; ++i)
+        f(static_cast<Product*>(operands[lane])->sum[i], exact[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+  };
+  for_each_sum([](const float& sum, double& of_sum) { of_sum = sum; });
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < K; ++k)
+      for (int column = 0; column < 8; ++column) exact[row][column] += a[row][k] * b[k][column];
+  for_each_sum([](float& sum, double of_sum) { sum = towards_zero(of_sum); });
 }
 
 struct Matrices {

@@ -9,9 +9,8 @@
 // The emulation reports errors that often remain unnoticed on a GPU:
 //   - accesses to shared memory that no barrier orders, see shared_memory.h
 //   - misaligned addresses, and global memory outside the ranges registered for the kernel
-//   - reads of results as if they were inputs of the call, and everything else that csrc/cuda/overlap.cuh excludes:
-//   with
-//     an early start, what a kernel does before it waits for earlier kernels happens before these have done anything
+//   - reads of results as if they were inputs of the call, and everything else that csrc/cuda/overlap.cuh excludes
+//     (with an early start, a kernel runs until it waits for earlier kernels before these have done anything)
 //   - threads that arrive at different collective instructions, or wait for what never happens
 #pragma once
 
@@ -51,10 +50,12 @@ struct Copy {
   int bytes, valid;
 };
 
-// What a thread waits for. `ready` is empty if another thread wakes it.
+// What a thread waits for: functions of objects on its stack, which stay there until it continues. `ready` is null if
+// another thread wakes it.
 struct Wait {
-  std::function<bool()> ready;
-  std::function<std::string()> what;
+  bool (*ready)(const void*) = nullptr;
+  std::string (*what)(const void*) = nullptr;
+  const void *condition = nullptr, *description = nullptr;
 };
 
 // A thread's bulk additions and stores.
@@ -154,8 +155,8 @@ class Machine {
     if (in_fiber_) _longjmp(home_, 1);
     throw Failure{};
   }
-  void check(const std::string& message) {
-    if (!message.empty()) fail(message);
+  void check(bool right) {
+    if (!right) fail(block_->memory.error);
   }
 
   int thread() const { return thread_; }
@@ -174,11 +175,21 @@ class Machine {
 
   // --- waiting -------------------------------------------------------------------------------------------------------
 
-  // Continues when `ready` returns true, or when another thread sets `waiting` to false.
-  void wait(std::function<bool()> ready, std::function<std::string()> what) {
-    if (ready && ready()) return;
+  // Continues when `ready` returns true.
+  template <class Ready, class What>
+  void wait(const Ready& ready, const What& what) {
+    if (ready()) return;
+    current().wait.ready = [](const void* condition) { return (*static_cast<const Ready*>(condition))(); };
+    current().wait.condition = &ready;
+    wait_until_woken(what);
+    current().wait.ready = nullptr;
+  }
+  // Continues when another thread sets `waiting` to false.
+  template <class What>
+  void wait_until_woken(const What& what) {
     Thread& thread = current();
-    thread.waiting = true, thread.wait = {std::move(ready), std::move(what)};
+    thread.waiting = true, thread.wait.description = &what;
+    thread.wait.what = [](const void* description) { return (*static_cast<const What*>(description))(); };
     leave(thread);
   }
   // Lets the scheduler choose another warp: always, or sometimes.
@@ -228,13 +239,13 @@ class Machine {
 
   void read(Address from, void* to, int bytes, int thread) {
     SharedMemory& memory = block_->memory;
-    check(memory.range_error(from, bytes, bytes));
+    check(memory.in_range(from, bytes, bytes));
     check(memory.read(from, bytes, thread, block_->threads[thread].clock, now_));
     std::memcpy(to, memory.at(from), bytes);
   }
   void write(Address to, const void* from, int bytes, int thread) {
     SharedMemory& memory = block_->memory;
-    check(memory.range_error(to, bytes, bytes));
+    check(memory.in_range(to, bytes, bytes));
     check(memory.write(to, bytes, thread, block_->threads[thread].clock, now_));
     std::memcpy(memory.at(to), from, bytes);
   }
@@ -243,7 +254,7 @@ class Machine {
   void copy(const Copy& copy) {
     check_global(copy.from, copy.valid, copy.bytes, "asynchronous copy");
     if (copy.valid < 0 || copy.valid > copy.bytes) fail("asynchronous copy with an invalid number of bytes");
-    check(block_->memory.range_error(copy.to, copy.bytes, copy.bytes));
+    check(block_->memory.in_range(copy.to, copy.bytes, copy.bytes));
     check(block_->memory.begin_write(copy.to, copy.bytes, thread_, thread_, clock()));
     current().copies.push_back(copy);
   }
@@ -321,7 +332,7 @@ class Machine {
       fail("the threads of a warp or warpgroup execute different instructions");
     collective.execute = execute, collective.operands[thread_ % size] = operands;
     if (++collective.arrived < size)
-      return wait({}, [size] { return std::string(size == WARP ? "its warp" : "its warpgroup"); });
+      return wait_until_woken([size] { return std::string(size == WARP ? "its warp" : "its warpgroup"); });
     execute(collective.operands);
     collective.arrived = 0;
     const int first = thread_ / size * size;
@@ -335,7 +346,7 @@ class Machine {
   };
 
   static bool runnable(Thread& thread) {
-    return !thread.done && (!thread.waiting || (thread.wait.ready && thread.wait.ready()));
+    return !thread.done && (!thread.waiting || (thread.wait.ready && thread.wait.ready(thread.wait.condition)));
   }
   bool runnable(int slot, int warp) {
     block_ = &slots_[slot];

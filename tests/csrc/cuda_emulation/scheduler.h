@@ -19,7 +19,7 @@ inline void Machine::start_block(Block& block, int index, int threads, int share
   for (Thread& thread : block.threads) {
     thread.started = thread.waiting = thread.done = thread.acquired = thread.waited = false;
     thread.clock.reset(block.participants.count());
-    thread.copies.clear(), thread.groups.clear(), thread.bulk = {};
+    thread.copies.clear(), thread.groups.clear(), thread.bulk = {}, thread.wait = {};
   }
   block.warp_collectives.assign(block.participants.warps(), Collective{});
   block.warpgroup_collectives.assign(threads / WARPGROUP, Collective{});
@@ -178,7 +178,7 @@ inline std::string Machine::report() const {
     for (int begin = 0, end; begin < static_cast<int>(block.threads.size()); begin = end) {
       const auto reason = [&](int i) {
         const Thread& thread = block.threads[i];
-        return thread.done || !thread.waiting ? std::string() : thread.wait.what();
+        return thread.done || !thread.waiting ? std::string() : thread.wait.what(thread.wait.description);
       };
       const std::string first = reason(begin);
       for (end = begin + 1; end < static_cast<int>(block.threads.size()) && reason(end) == first; ++end) {
@@ -208,7 +208,7 @@ inline void Machine::arrive_named(int index, int threads, bool wait_too) {
       block_->threads[waiting].clock.join(named.clock), block_->threads[waiting].waiting = false;
     named.waiting.clear(), named.arrived = 0;
   } else if (wait_too) {
-    wait({}, [&named, index] {
+    wait_until_woken([&named, index] {
       return "named barrier " + std::to_string(index) + ", at which " + std::to_string(named.arrived) + " of " +
              std::to_string(named.threads) + " threads have arrived";
     });

@@ -73,9 +73,11 @@ class Clock {
   std::vector<Time> times_;
 };
 
-// Checked accesses. Each returns an error message, or "" on success. `now` is the time of the access.
+// Checked accesses. Each returns whether it is right; if not, `error` says why. `now` is the time of the access.
 class SharedMemory {
  public:
+  std::string error;
+
   void reset(const Participants& participants, size_t bytes) {
     participants_ = participants;
     slots_ = participants.warps() + (participants.warps() + WARPGROUP_WARPS - 1) / WARPGROUP_WARPS + 1;
@@ -87,44 +89,43 @@ class SharedMemory {
   size_t size() const { return data_.size(); }
   char* at(uint32_t address) { return data_.data() + address; }
 
-  std::string range_error(uint32_t address, uint32_t bytes, uint32_t alignment) const {
-    if (address % alignment) return "misaligned shared address " + std::to_string(address);
-    if (uint64_t{address} + bytes > data_.size()) return "shared memory out of bounds at " + std::to_string(address);
-    return "";
+  bool in_range(uint32_t address, uint32_t bytes, uint32_t alignment) {
+    if (address % alignment) return wrong("misaligned shared address " + std::to_string(address));
+    if (uint64_t{address} + bytes <= data_.size()) return true;
+    return wrong("shared memory out of bounds at " + std::to_string(address));
   }
 
   // An ordinary read by a thread.
-  std::string read(uint32_t from, uint32_t bytes, int thread, const Clock& clock, Time now) {
+  bool read(uint32_t from, uint32_t bytes, int thread, const Clock& clock, Time now) {
     for (uint32_t i = from / 4; i * 4 < from + bytes; ++i) {
       const Word& word = words_[i];
       if (word.in_flight) return in_flight(i, "read");
-      if (word.writer == NOBODY) return "shared memory read before it was written, at " + std::to_string(i * 4);
+      if (word.writer == NOBODY) return unwritten(i);
       if (word.writer != thread && clock.seen(word.writer) < word.written)
         return unordered("read", i, thread, "written", word.writer);
       reads_[i * slots_ + thread / WARP] = {now, thread};
     }
-    return "";
+    return true;
   }
 
   // An ordinary write by a thread.
-  std::string write(uint32_t to, uint32_t bytes, int thread, const Clock& clock, Time now) {
+  bool write(uint32_t to, uint32_t bytes, int thread, const Clock& clock, Time now) {
     for (uint32_t i = to / 4; i * 4 < to + bytes; ++i) {
-      if (std::string error = overwrite_error(i, thread, clock); !error.empty()) return error;
+      if (!may_overwrite(i, thread, clock)) return false;
       words_[i] = {now, thread, false, false};
     }
-    return "";
+    return true;
   }
 
   // An asynchronous read by a participant that a thread starts, which happens after all of these threads' clocks.
-  std::string read_async(uint32_t from, uint32_t bytes, int participant, const std::vector<const Clock*>& clocks,
-                         Time now) {
+  bool read_async(uint32_t from, uint32_t bytes, int participant, const std::vector<const Clock*>& clocks, Time now) {
     const int slot = participant < participants_.bulk(0)
                          ? participants_.warps() + (participant - participants_.products(0)) / WARPGROUP_WARPS
                          : slots_ - 1;
     for (uint32_t i = from / 4; i * 4 < from + bytes; ++i) {
       const Word& word = words_[i];
       if (word.in_flight) return in_flight(i, "read");
-      if (word.writer == NOBODY) return "shared memory read before it was written, at " + std::to_string(i * 4);
+      if (word.writer == NOBODY) return unwritten(i);
       if (word.writer != known_.writer || word.written > known_.written || word.async != known_.async) {
         for (const Clock* clock : clocks) {
           if (clock->seen(word.writer) < word.written) return unordered("read", i, participant, "written", word.writer);
@@ -134,23 +135,23 @@ class SharedMemory {
       }
       reads_[i * slots_ + slot] = {now, participant};
     }
-    return "";
+    return true;
   }
   // Before the first of several reads with the same clocks.
   void begin_read_async() { known_ = {}; }
 
   // An asynchronous write that a thread starts, and that ends with finish_write. `writer` is the barrier or, for
   // cp.async, the thread.
-  std::string begin_write(uint32_t to, uint32_t bytes, int writer, int thread, const Clock& clock) {
+  bool begin_write(uint32_t to, uint32_t bytes, int writer, int thread, const Clock& clock) {
     for (uint32_t i = to / 4; i * 4 < to + bytes; ++i) {
-      if (std::string error = overwrite_error(i, thread, clock); !error.empty()) return error;
+      if (!may_overwrite(i, thread, clock)) return false;
       const Word& word = words_[i];
       const bool async = writer >= participants_.threads;
       if (async && word.writer != NOBODY && !word.async && clock.fenced(word.writer) < word.written)
         return unfenced("overwritten", i, writer);
     }
     for (uint32_t i = to / 4; i * 4 < to + bytes; ++i) words_[i].in_flight = true, words_[i].writer = writer;
-    return "";
+    return true;
   }
   void finish_write(uint32_t to, uint32_t bytes, int writer, Time now) {
     for (uint32_t i = to / 4; i * 4 < to + bytes; ++i)
@@ -168,7 +169,7 @@ class SharedMemory {
     int reader = NOBODY;
   };
 
-  std::string overwrite_error(uint32_t i, int thread, const Clock& clock) const {
+  bool may_overwrite(uint32_t i, int thread, const Clock& clock) {
     const Word& word = words_[i];
     if (word.in_flight) return in_flight(i, "written");
     if (word.writer != NOBODY && word.writer != thread && clock.seen(word.writer) < word.written)
@@ -180,23 +181,29 @@ class SharedMemory {
       for (int reader = read.reader; reader < read.reader + (products ? WARPGROUP_WARPS : 1); ++reader)
         if (clock.seen(reader) < read.time) return unordered("written", i, thread, "read", reader);
     }
-    return "";
+    return true;
   }
 
-  std::string in_flight(uint32_t i, const char* access) const {
+  bool wrong(std::string message) {
+    error = std::move(message);
+    return false;
+  }
+  bool unwritten(uint32_t i) { return wrong("shared memory read before it was written, at " + std::to_string(i * 4)); }
+  bool in_flight(uint32_t i, const char* access) {
     const bool thread = words_[i].writer < participants_.threads;
-    return std::string("shared memory ") + access +
-           (thread ? " before its thread waited for the copy to it" : " while a load to it is in flight") + ", at " +
-           std::to_string(i * 4);
+    return wrong(std::string("shared memory ") + access +
+                 (thread ? " before its thread waited for the copy to it" : " while a load to it is in flight") +
+                 ", at " + std::to_string(i * 4));
   }
-  std::string unordered(const char* access, uint32_t i, int who, const char* earlier, int other) const {
-    return std::string("shared memory ") + access + " without a barrier after it was " + earlier + ", at " +
-           std::to_string(i * 4) + ": by " + participants_.name(who) + ", before by " + participants_.name(other);
+  bool unordered(const char* access, uint32_t i, int who, const char* earlier, int other) {
+    return wrong(std::string("shared memory ") + access + " without a barrier after it was " + earlier + ", at " +
+                 std::to_string(i * 4) + ": by " + participants_.name(who) + ", before by " +
+                 participants_.name(other));
   }
-  std::string unfenced(const char* access, uint32_t i, int who) const {
-    return std::string("shared memory ") + access + " without fence_async_proxy() after it was written, at " +
-           std::to_string(i * 4) + ": by " + participants_.name(who) + ", before by " +
-           participants_.name(words_[i].writer);
+  bool unfenced(const char* access, uint32_t i, int who) {
+    return wrong(std::string("shared memory ") + access + " without fence_async_proxy() after it was written, at " +
+                 std::to_string(i * 4) + ": by " + participants_.name(who) + ", before by " +
+                 participants_.name(words_[i].writer));
   }
 
   Participants participants_{};

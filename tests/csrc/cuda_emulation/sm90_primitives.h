@@ -11,8 +11,7 @@ namespace srpkd::cuda::sm90 {
 
 using emulation::machine;
 
-// --- barriers in shared memory
-// -----------------------------------------------------------------------------------------
+// --- barriers in shared memory ---------------------------------------------------------------------------------------
 
 inline void initialize_barrier(Address barrier, uint32_t arrivals) {
   emulation::initialize_barrier(*machine, barrier, arrivals);
@@ -34,8 +33,7 @@ void arrive_threads(int barrier) {
   machine->arrive_named(barrier, THREADS, false);
 }
 
-// --- the asynchronous proxy
-// --------------------------------------------------------------------------------------------
+// --- the asynchronous proxy ------------------------------------------------------------------------------------------
 
 inline void fence_async_proxy() {
   machine->publish();
@@ -67,9 +65,8 @@ void wait_for_bulk() {
   emulation::wait_for_bulk(*machine, LEFT, true);
 }
 
-// --- global memory that several blocks update
-// -------------------------------------------------------------------------- Additions happen in the order in which the
-// threads execute them.
+// --- global memory that several blocks update ------------------------------------------------------------------------
+// Additions happen in the order in which the threads execute them.
 
 inline void add_global(float* to, float a) {
   machine->check_global(to, 4, 4, "add_global");
@@ -114,8 +111,7 @@ inline void wait_until_at_least(const uint32_t* counter, uint32_t value) {
 inline void fence_gpu() {}
 inline void sync_grid() { machine->grid_barrier(); }
 
-// --- threads and registers
-// ---------------------------------------------------------------------------------------------
+// --- threads and registers -------------------------------------------------------------------------------------------
 
 namespace emulated {
 
@@ -209,8 +205,7 @@ void store_matrices(Address row, const uint32_t (&r)[4]) {
   machine->collective(&emulated::store_matrices<TRANSPOSED>, &own);
 }
 
-// --- wgmma
-// -------------------------------------------------------------------------------------------------------------
+// --- wgmma -----------------------------------------------------------------------------------------------------------
 
 inline void fence_registers() { machine->warpgroup_collective(&emulation::fence_registers_of_warpgroup, nullptr); }
 inline void commit_products() { machine->warpgroup_collective(&emulation::commit_products_of_warpgroup, nullptr); }

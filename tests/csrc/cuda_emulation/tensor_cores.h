@@ -71,8 +71,7 @@ inline Place place(int row, int column) {
 
 constexpr uint32_t IN_FLIGHT = 0x7fa5a5a5;  // a NaN
 
-// --- operands
-// ----------------------------------------------------------------------------------------------------------
+// --- operands --------------------------------------------------------------------------------------------------------
 
 struct Descriptor {
   uint32_t address, leading, stride;
@@ -105,7 +104,7 @@ inline void check_operand(Machine& m, uint64_t bits, Major major, int rows) {
   for (int i = 0; i < WARPGROUP; ++i) clocks.push_back(&block.threads[warpgroup * WARPGROUP + i].clock);
   block.memory.begin_read_async();
   for_each_piece(decode(m, bits), major, rows, [&](uint32_t address, int, int) {
-    m.check(block.memory.range_error(address, 16, 16));
+    m.check(block.memory.in_range(address, 16, 16));
     m.check(block.memory.read_async(address, 16, block.participants.products(warpgroup * WARPGROUP_WARPS), clocks,
                                     m.now()));
   });
@@ -121,8 +120,7 @@ inline void fetch(Machine& m, SharedMemory& memory, uint64_t bits, Major major, 
   });
 }
 
-// --- products
-// ----------------------------------------------------------------------------------------------------------
+// --- products --------------------------------------------------------------------------------------------------------
 
 inline void multiply(const float (*a)[128], const float (*b)[128], Sum& sum, bool accumulate) {
   for (int row = 0; row < 64; ++row) {
