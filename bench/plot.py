@@ -37,12 +37,12 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    results.add_csv(parser, relation.RESULTS)
+    results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw the plots for which at least three sizes are recorded."""
-    drawn = draw_relation(results.read(options.csv, relation.KEY), options.csv.parent)
+    drawn = draw_relation(results.read(options.csv), options.csv.parent)
     if not drawn:
         raise ValueError(f"{options.csv}: no case is recorded for three sizes: run python -m bench relation first")
     print(*drawn, sep="\n")

@@ -33,6 +33,7 @@ KEY = (
     "provider", "mode", "pixels", "channels", "batch", "dtype", "precision", "normalize", "distance",
     "device", "threads",
 )  # fmt: skip
+COLUMNS = (*KEY, "device_type", "status", "median_s", "torch", "commit")  # of every row; others may be missing
 BASELINES = ("eager", "compile")
 SLOW = 10.0  # seconds; a longer call is timed once
 
@@ -64,17 +65,11 @@ class Trial:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
     add_option(parser, DEFAULT, "all without the kernels that are selected by name")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=6.0,
-        metavar="SECONDS",
-        help="time per case (default: %(default)s)",
-    )
+    cases.add_budget(parser, 6.0, "time per case")
     parser.add_argument("--minutes", type=float, metavar="M", help="start no case after this time")
     parser.add_argument("--missing", action="store_true", help="skip cases of which all providers are recorded")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, COLUMNS, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     start = time.monotonic()
     todo = cases.selected(options)
     if options.missing:
-        recorded = {tuple(row.get(name, "") for name in KEY) for row in results.read(options.out)}
+        recorded = {tuple(row[name] for name in KEY) for row in results.read(options.out)}
         todo = [case for case in todo if any((name, *_identity(case)) not in recorded for name in options.providers)]
     print("Times on a shared machine are noisy: compare the ratios, which are measured side by side.")
     for number, case in enumerate(todo):

@@ -66,14 +66,14 @@ TRAIN_COLUMNS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    results.add_csv(parser, relation.RESULTS)
-    results.add_csv(parser, train.RESULTS, "--train-csv")
+    results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
+    results.add_csv(parser, train.RESULTS, train.KEY, "--train-csv")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between the markers of this file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the tables, or put them into the README and docs/benchmarks.md beside it."""
-    rows, train_rows = results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY)
+    rows, train_rows = results.read(options.csv), results.read(options.train_csv)
     if options.readme is None:
         print(joined(table(rows), train_table(train_rows)))
         return

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srpkd.arguments import positive
 from srpkd.kernels import Relation, auto_backend
 from srpkd.training.loop import freeze_for_inference, make_objective
 from srpkd.training.options import ResolvedConfig, TrainConfig
@@ -52,23 +53,24 @@ Steps = dict[str, Callable[[], object]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("cycle_gan", "pix2pix"), default="cycle_gan")
+    parser.add_argument("--model", choices=("cycle_gan", "pix2pix"), default="cycle_gan", help="default: %(default)s")
     parser.add_argument("--netG", default="resnet_9blocks", help="generator architecture (default: %(default)s)")
     parser.add_argument("--ngf", type=int, default=16, help="channels of the student (default: %(default)s)")
-    parser.add_argument("--teacher-ngf", type=int, default=64, help="channels of the teacher (default: %(default)s)")
+    parser.add_argument("--teacher-ngf", type=positive, default=64, help="those of the teacher (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="height and width of the images (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
+    cases.add_budget(parser, 60.0, "time of the steps, and again of the teacher's")
     parser.add_argument(
         "--speedups", nargs="*", choices=SPEEDUPS, help="options to try (default: each alone; fp16 on a GPU)"
     )
-    parser.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
     parser.add_argument("--short", action="store_true", help="fewer rows: a minute on a GPU, with --budget 6")
-    parser.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
-    parser.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
-    parser.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
+    parts.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
+    parts.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
+    parts.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, KEY, "--out")
 
 
 def run(options: argparse.Namespace) -> None:

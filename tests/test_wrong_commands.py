@@ -194,13 +194,19 @@ WRONG = {
     ),
     "python -m bench": (2, "the following arguments are required: COMMAND"),
     "python -m bench relatio": (2, "invalid choice: 'relatio'"),
-    "python -m bench relation --pixels 0 --out new.csv": (1, "--pixels: received .*expected integers >= 1"),
+    "python -m bench relation --pixels 0 --out new.csv": (2, "argument --pixels: '0': expected an integer >= 1"),
+    "python -m bench relation --budget nan --out new.csv": (2, "argument --budget: 'nan': expected a finite number"),
+    "python -m bench accuracy --pixels -3 --out new.csv": (2, "argument --pixels: '-3': expected an integer >= 1"),
+    "python -m bench columns --draws 0 --out new.csv": (2, "argument --draws: '0': expected an integer >= 1"),
+    "python -m bench ablation --batch 0": (2, "argument --batch: '0': expected an integer >= 1"),
+    "python -m bench train --peer --loader": (2, "argument --loader: not allowed with argument --peer"),
+    "python -m bench photographs --size 257 --runs_dir new": (1, "--size: received 257, expected at most 256"),
     "python -m bench relation --device gpu --out new.csv": (1, "--device gpu: expected cpu, or cuda"),
     "python -m bench table --csv none.csv": (1, "run python -m bench relation first"),
-    "python -m bench table --csv table.csv": (1, "table.csv: expected a file of results, the columns mode, .* missing"),
-    "python -m bench plot --csv net.pth": (1, "net.pth cannot be read as CSV"),
+    "python -m bench table --csv table.csv": (2, "table.csv: expected a file of results, the columns mode, .* missing"),
+    "python -m bench plot --csv net.pth": (2, "net.pth cannot be read as CSV"),
     "python -m bench plot --csv none.csv": (1, "run python -m bench relation first"),
-    "python -m bench scaling --csv empty": (1, "Is a directory: 'empty'"),
+    "python -m bench scaling --csv empty": (2, "Is a directory: 'empty'"),
 }
 
 

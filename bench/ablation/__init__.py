@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from srpkd import relation_loss
+from srpkd.arguments import positive
 from srpkd.checking.cases import Case, features
 from srpkd.kernels import Relation, build
 from srpkd.kernels.formulas import scales_of
@@ -73,8 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
         help=f"from {', '.join(VARIANTS)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 1], metavar="B", help="images (default: 16 1)")
-    parser.add_argument("--pixels", type=int, default=4096, metavar="N", help="of an image (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[16, 1], metavar="B", help="images (default: 16 1)"
+    )
+    parser.add_argument("--pixels", type=positive, default=4096, metavar="N", help="of an image (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="file of results")
 
 
@@ -90,8 +93,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ValueError("the tiles use wgmma: expected a GPU of compute capability 9.0; --build needs none")
-    if min(*options.batch, options.pixels) < 1:
-        raise ValueError("--batch and --pixels: expected integers >= 1")
     with tempfile.TemporaryDirectory() as scratch:
         libraries = compiled(options.use or Path(scratch), options.variants)
         for batch in options.batch:

@@ -26,7 +26,7 @@ from srpkd.arguments import positive
 from srpkd.extras import require
 from srpkd.training.summary import device_name
 
-from .images import TASKS, write_dataset
+from .images import SHORT_SIDE, TASKS, write_dataset
 from .plan import Study, dataset_folder, run_config
 from .report import render, write
 from .scores import examples, run_scores
@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run or resume the study, print its report and write it to the folder of the runs."""
     require("scipy.stats", "study", "a confidence interval")
+    if arguments.size > SHORT_SIDE:
+        raise ValueError(f"--size: received {arguments.size}, expected at most {SHORT_SIDE}, as the photographs have")
     study = Study(arguments.runs_dir, arguments.size, arguments.pairs, arguments.epoch_steps)
     pairs = [(task, number) for number in range(arguments.partitions) for task in arguments.tasks]
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}

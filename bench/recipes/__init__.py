@@ -1,8 +1,8 @@
 """Time and memory of the recipes in docs/recipes: the public code of each method against srpkd's loss.
 
-    python -m bench recipes                          measure all, and write the tables of the pages
+    python -m bench recipes                          measure all
     python -m bench recipes --only nst --budget 10   measure one, for longer
-    python -m bench recipes --tables                 write the tables of the recorded results
+    python -m bench recipes --tables                 write the tables of the pages from the recorded results
     python -m bench recipes --pictures               run the code of the pages, and draw their pictures
 
 A call computes the loss and the gradient of the student's features, in float32. The two take turns; the speed is the
@@ -35,35 +35,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=RECIPES, nargs="+", default=list(RECIPES), metavar="RECIPE", help="default: all"
     )
-    parser.add_argument(
-        "--budget", type=float, default=4.0, metavar="SECONDS", help="time per case (default: %(default)s)"
-    )
+    cases.add_budget(parser, 4.0, "time per case")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
-    parser.add_argument("--tables", action="store_true", help="measure nothing, only write the tables of the pages")
-    parser.add_argument("--pictures", action="store_true", help="measure nothing, only draw the pictures of the pages")
+    results.add_csv(parser, RESULTS, KEY, "--out")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--tables", action="store_true", help="measure nothing, write the tables of the pages")
+    instead.add_argument("--pictures", action="store_true", help="measure nothing, draw the pictures of the pages")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the recipes and write the tables of their pages, or draw their pictures."""
+    """Measure the recipes, or write the tables of their pages, or draw their pictures."""
     if options.pictures:
         from .pictures import draw  # here: the code of the pages needs timm and diffusers
 
         for name in options.only:
             print(draw(name))
         return
-    if not options.tables:
-        device = cases.device_of(options)
-        for case in CASES:
-            if case.recipe in options.only:
-                print(f"{case.recipe}: {case.words}", flush=True)
-                rows = measure_case(case, device, options.budget)
-                results.upsert(options.out, rows, KEY)
-                for row in rows:
-                    print("  " + describe(row), flush=True)
-    for name, text in tables.texts(results.read(options.out, KEY)).items():
-        tables.write(name, text)
-    print(pages.FOLDER)
+    if options.tables:
+        for name, text in tables.texts(results.read(options.out)).items():
+            tables.write(name, text)
+        print(pages.FOLDER)
+        return
+    device = cases.device_of(options)
+    for case in CASES:
+        if case.recipe in options.only:
+            print(f"{case.recipe}: {case.words}", flush=True)
+            rows = measure_case(case, device, options.budget)
+            results.upsert(options.out, rows, KEY)
+            for row in rows:
+                print("  " + describe(row), flush=True)
+    print(options.out)
 
 
 def measure_case(case: RecipeCase, device: str, budget: float) -> list[dict[str, Any]]:

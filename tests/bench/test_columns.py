@@ -16,7 +16,7 @@ def test_rows_and_table_are_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"<!-- {columns.NAME}: begin -->\n<!-- {columns.NAME}: end -->\n")
     out = tmp_path / "columns.csv"
-    small = ("--sizes", 16, "--columns", 8, 32, "--channels", 4, 6, "--draws", 12, "--repeats", 1)
+    small = ("--sizes", 16, "--columns", 8, 32, "--channels", "4/6", "--draws", 12, "--repeats", 1)
     run("columns", *small, "--device", "cpu", "--out", out, "--page", page)
     rows = results.read(out)
     assert [(row["normalize"], row["columns"]) for row in rows] == [
@@ -28,6 +28,15 @@ def test_rows_and_table_are_written(tmp_path):
         assert 1.2 < float(few[f"{name}_spread"]) / float(many[f"{name}_spread"]) < 4
     assert between_markers(page, columns.NAME).strip() == columns.table(rows)
     assert "4/6 channels" in page.read_text()
+
+
+def test_without_a_page_the_table_is_printed(tmp_path, capsys):
+    small = ("--sizes", 4, "--columns", 3, "--channels", "2/2", "--draws", 1, "--repeats", 1, "--device", "cpu")
+    run("columns", *small, "--normalize", "row", "--out", tmp_path / "columns.csv")
+    assert "| 16 | row | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected the markers"):
+        run("columns", *small, "--out", tmp_path / "new.csv", "--page", tmp_path / "columns.csv")
+    assert not (tmp_path / "new.csv").exists(), "the page is checked before anything is measured"
 
 
 def test_devices_are_kept_apart():
@@ -47,4 +56,4 @@ def test_the_page_contains_the_recorded_rows():
     rows = results.read(columns.RESULTS)
     assert {row["pixels"] for row in rows} == {"4096", "65536"}
     page = between_markers(ROOT / "docs" / "sampled-columns.md", columns.NAME)
-    assert page.strip() == columns.table(rows), "run python -m bench columns"
+    assert page.strip() == columns.table(rows), "run python -m bench columns --page docs/sampled-columns.md"

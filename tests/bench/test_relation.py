@@ -13,6 +13,7 @@ from helpers import ROOT
 from torch import Tensor
 
 from bench import relation, results
+from bench.__main__ import main
 from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import CannotRun, Provider
@@ -81,6 +82,26 @@ def test_command_updates_rows(tmp_path, capsys):
     assert "2 of 2 cases are left" in capsys.readouterr().out
     run(*arguments, "--minutes", 0, "--device", "cpu")
     assert "2 of 2 cases are left" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys):
+    measure_case = relation.measure_case
+
+    def stop_at_the_second(case: Case, *rest):
+        if case.pixels == 64:
+            raise KeyboardInterrupt
+        return measure_case(case, *rest)
+
+    monkeypatch.setattr(relation, "measure_case", stop_at_the_second)
+    out = tmp_path / "relation.csv"
+    words = ["relation", "--pixels", "48", "64", "--providers", "blocked", "--budget", "0", "--no-memory", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words), "--device", "cpu"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        main()
+    sys.excepthook(stopped.type, stopped.value, stopped.tb)
+    assert capsys.readouterr().err == "", "a traceback would hide what was printed before"
+    assert [row["pixels"] for row in results.read(out)] == ["48"]
 
 
 @pytest.mark.slow
