@@ -84,6 +84,12 @@ def test_summary_is_short(tmp_path):
     assert "and 10 more messages" in text and len(text.splitlines()) < 60
 
 
+def test_a_line_whose_writing_was_cut_off_is_skipped(tmp_path):
+    lines = [json.dumps({"test": f"a.py::{i}", "outcome": "passed", "message": ""}) for i in range(2)]
+    (tmp_path / "tests.jsonl").write_text("\n".join(lines)[:-9])
+    assert list(gpu_tests.results(tmp_path)) == ["a.py::0"] and gpu_tests.start(tmp_path) == 1
+
+
 def test_the_most_valuable_tests_come_first():
     names = [
         "tests/kernels/test_native_gpu.py::test_error",
