@@ -28,7 +28,7 @@ from srpkd.kernels.formulas import Normalize
 from srpkd.reporting.table import format_table
 
 from . import cases, machine, results
-from .readme import between_markers, put_between_markers
+from .markers import between_markers, put_between_markers
 from .results import Row, number
 
 RESULTS = results.FOLDER / "columns.csv"

@@ -18,12 +18,16 @@ from pathlib import Path
 
 import torch
 
-from .machine import synchronize
-
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
 GRAPH_REPLAYS = 20
 HOST_SAMPLES, HOST_CALLS = 9, 5
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU is idle."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:

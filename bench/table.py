@@ -17,8 +17,8 @@ from srpkd.checking.cases import Case
 from srpkd.reporting.table import format_table
 
 from . import relation, results, train
+from .markers import put_between_markers
 from .providers import DEFAULT
-from .readme import between_markers, put_between_markers
 from .record import with_present_native
 from .results import Row, number
 
@@ -91,11 +91,6 @@ def texts(readme: Path, rows: Sequence[Row], train_rows: Sequence[Row]) -> dict[
         readme: joined(short_table(rows), train_table(train_rows)),
         readme.parent / "docs" / "benchmarks.md": table(rows),
     }
-
-
-def block(file: Path) -> str:
-    """Return the tables in a file; raises as ``between_markers``."""
-    return between_markers(file, NAME).rstrip("\n")
 
 
 def joined(*parts: str) -> str:

@@ -13,7 +13,7 @@ from srpkd.checking import gate
 from srpkd.checking.cases import Case, features
 from srpkd.checking.kernels import CannotRun, evaluate
 
-from . import cases, machine
+from . import cases, machine, measure
 from .providers import PROVIDERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +40,6 @@ def test_relation(benchmark, case: Case, name: str) -> None:
 
     def call() -> None:
         evaluate(loss, student, teacher, case)
-        machine.synchronize(case.device)
+        measure.synchronize(case.device)
 
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)

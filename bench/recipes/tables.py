@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import results
-from bench.readme import between_markers, put_between_markers
+from bench.markers import between_markers, put_between_markers
 from bench.results import Row, number
 from srpkd.reporting.table import format_table
 
@@ -54,7 +54,7 @@ def table(rows: Sequence[Row], shown: Sequence[RecipeCase], with_pages: bool = F
 
 def block(name: str) -> str:
     """Return the tables in a page."""
-    return between_markers(pages.path(name), NAME).rstrip("\n")
+    return between_markers(pages.path(name), NAME)
 
 
 def write(name: str, text: str) -> None:

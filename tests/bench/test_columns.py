@@ -9,7 +9,7 @@ from helpers import ROOT
 
 from bench import columns, results
 from bench.columns import Gradients
-from bench.readme import between_markers
+from bench.markers import between_markers
 
 
 def test_rows_and_table_are_written(tmp_path):
@@ -26,7 +26,7 @@ def test_rows_and_table_are_written(tmp_path):
     few, many = rows[:2]
     for name in columns.Spread._fields:  # the spread falls with the root of m
         assert 1.2 < float(few[f"{name}_spread"]) / float(many[f"{name}_spread"]) < 4
-    assert between_markers(page, columns.NAME).strip() == columns.table(rows)
+    assert between_markers(page, columns.NAME) == columns.table(rows)
     assert "4/6 channels" in page.read_text()
 
 
@@ -56,4 +56,4 @@ def test_the_page_contains_the_recorded_rows():
     rows = results.read(columns.RESULTS)
     assert {row["pixels"] for row in rows} == {"4096", "65536"}
     page = between_markers(ROOT / "docs" / "sampled-columns.md", columns.NAME)
-    assert page.strip() == columns.table(rows), "run python -m bench columns --page docs/sampled-columns.md"
+    assert page == columns.table(rows), "run python -m bench columns --page docs/sampled-columns.md"
