@@ -1,8 +1,7 @@
-"""The command ``python -m bench relation``, and its cases in pytest-benchmark."""
+"""The command ``python -m bench relation``."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -115,12 +114,3 @@ def test_auto_chunker_runs_alone_and_stops_before_the_matrices_are_allocated(tmp
     assert done.returncode == 0
     [row] = results.read(out)
     assert row["status"] == "skipped" and row["reason"].startswith("the auto chunker finds nothing to chunk: ")
-
-
-@pytest.mark.slow
-def test_pytest_benchmark_runs_the_same_cases():
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
-    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
