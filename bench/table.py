@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from srpkd.checking.cases import Case
 from srpkd.reporting.table import format_table
@@ -41,20 +41,19 @@ SHOWN = {
         Case(batch=16),
     ),
 }
-GPU_COLUMNS = [  # omitted where they are not recorded
+# keys are columns of the CSV, in the units of SCALES
+COLUMNS = [
+    {"key": "case"},
+    {"key": "provider"},
+    {"key": "median_s", "label": "ms", "format": ",.2f"},
     {"key": "gpu_s", "label": "GPU ms", "format": ",.3f"},
     {"key": "host_s", "label": "host ms", "format": ",.3f"},
+    {"key": "times_faster_than_eager", "label": "x eager's speed", "format": ".2f"},
+    {"key": "times_faster_than_compile", "label": "x compile's speed", "format": ".2f"},
+    {"key": "peak_extra_bytes", "label": "peak MB", "format": ",.1f"},
+    {"key": "percent_of_roofline", "label": "% of roofline", "format": ".1f"},
 ]
-COLUMNS = [
-    {"key": "case", "label": "case"},
-    {"key": "provider", "label": "provider"},
-    {"key": "milliseconds", "label": "ms", "format": ",.2f"},
-    *GPU_COLUMNS,
-    {"key": "eager", "label": "x eager's speed", "format": ".2f"},
-    {"key": "compile", "label": "x compile's speed", "format": ".2f"},
-    {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
-    {"key": "percent", "label": "% of roofline", "format": ".1f"},
-]
+SCALES = {"median_s": 1e3, "gpu_s": 1e3, "host_s": 1e3, "peak_extra_bytes": 1e-6}
 TRAIN_COLUMNS = [
     {"key": "variant", "label": "training step"},
     {"key": "median_s", "label": "s", "format": ".2f"},
@@ -163,9 +162,8 @@ def table(rows: Sequence[Row]) -> str:
             for case, found in cases.items()
             for i, (name, row) in enumerate(found.items())
         ]
-        columns = [
-            column for column in COLUMNS if column not in GPU_COLUMNS or any(line[column["key"]] for line in lines)
-        ]
+        absent = {key for key in ("gpu_s", "host_s") if not any(line[key] for line in lines)}
+        columns = [column for column in COLUMNS if column["key"] not in absent]
         parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
@@ -175,30 +173,21 @@ def short_table(rows: Sequence[Row]) -> str:
     parts = []
     for caption, cases in measured(rows):
         names = [name for name in DEFAULT if any(name in found for found in cases.values())]
-        lines: list[dict[str, object]] = []
+        lines: list[dict[str, Any]] = []
         for case, found in cases.items():
-            values = {name: _line(row) for name, row in found.items()}
-            first = next(iter(found.values()))
-            lines.append(
-                {"case": _describe(case, first), "": "ms"} | {name: _time(line) for name, line in values.items()}
-            )
-            lines.append({"case": "", "": "peak MB"} | {name: _megabytes(line) for name, line in values.items()})
-        columns: list[dict[str, object]] = [{"key": name} for name in ("case", "", *names)]
+            times, peaks = {"case": _describe(case, next(iter(found.values()))), "": "ms"}, {"case": "", "": "peak MB"}
+            for name, line in ((name, _line(row)) for name, row in found.items()):
+                speed = line["times_faster_than_eager"]
+                times[name] = _text(line["median_s"], ",.2f") + ("" if speed is None else f" ({speed:.2f}x)")
+                peaks[name] = _text(line["peak_extra_bytes"], ",.1f")
+            lines += [times, peaks]
+        columns = [{"key": name} for name in ("case", "", *names)]
         parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
 
-def _time(line: dict[str, object]) -> object:
-    """Return milliseconds, and in parentheses the speed relative to eager PyTorch."""
-    milliseconds, speed = line["milliseconds"], line["eager"]
-    if not isinstance(milliseconds, float):
-        return milliseconds  # the status
-    return f"{milliseconds:,.2f}" + ("" if speed is None else f" ({speed:.2f}x)")
-
-
-def _megabytes(line: dict[str, object]) -> object:
-    megabytes = line["megabytes"]
-    return f"{megabytes:,.1f}" if isinstance(megabytes, float) else megabytes
+def _text(value: Any, spec: str) -> Any:
+    return format(value, spec) if isinstance(value, float) else value
 
 
 def _describe(case: Case, row: Row) -> str:
@@ -208,22 +197,13 @@ def _describe(case: Case, row: Row) -> str:
     return f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}{batch}, {kind}"
 
 
-def _line(row: Row) -> dict[str, object]:
-    line: dict[str, object] = {
-        "eager": number(row, "times_faster_than_eager"),
-        "compile": number(row, "times_faster_than_compile"),
-        "percent": number(row, "percent_of_roofline"),
-    }
-    for key, column, scale in (
-        ("milliseconds", "median_s", 1e3),
-        ("gpu_s", "gpu_s", 1e3),
-        ("host_s", "host_s", 1e3),
-        ("megabytes", "peak_extra_bytes", 1e-6),
-    ):
-        value = number(row, column)
-        line[key] = None if value is None else value * scale
+def _line(row: Row) -> dict[str, Any]:
+    """Return a row's numbers as the table shows them, with its status in place of a time that is not measured."""
+    line: dict[str, Any] = {}
+    for key in (column["key"] for column in COLUMNS[2:]):
+        value = number(row, key)
+        line[key] = None if value is None else value * SCALES.get(key, 1)
     if row["status"] != "ok":
         needed = number(row, "needed_bytes")
-        line["milliseconds"] = row["status"]
-        line["megabytes"] = needed and f"needs {needed / 1e6:,.0f}"
+        line |= {"median_s": row["status"], "peak_extra_bytes": needed and f"needs {needed / 1e6:,.0f}"}
     return line
