@@ -15,7 +15,7 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +44,6 @@ TABLE_COLUMNS = [
     {"key": "features", "label": "feature gradient ± %", "format": ".0f"},
     {"key": "times_faster", "label": "x exact speed", "format": ".1f"},
 ]
-
-
-class Gradients(NamedTuple):
-    """The loss (), and its gradients for the student's features and for the weights of the convolution."""
-
-    loss: Tensor
-    features: Tensor
-    weights: Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,16 +98,18 @@ def measure(
     weights = (torch.randn(channels[0], INPUTS, 1, 1, generator=generator) / INPUTS**0.5).to(device)
     columns_generator = torch.Generator(device).manual_seed(0)
 
-    def gradients(columns: int | None) -> Gradients:
+    def gradients(columns: int | None) -> dict[str, Tensor]:
+        """Return the loss (), and its gradients for the student's features and for the weights of the convolution."""
         student = F.conv2d(inputs, weights).requires_grad_()
         generator = columns_generator if columns else None
         loss = relation_loss(student, teacher, normalize=normalize, distance="l1", columns=columns, generator=generator)
         (gradient,) = torch.autograd.grad(loss, student)
-        return Gradients(loss.detach(), gradient, torch.einsum("bihw,bohw->oi", inputs, gradient))
+        of_weights = torch.einsum("bihw,bohw->oi", inputs, gradient)
+        return {"loss": loss.detach(), "features": gradient, "weights": of_weights}
 
     def seconds(columns: int | None) -> float:
         start = time.perf_counter()
-        gradients(columns).loss.item()  # waits for a GPU
+        gradients(columns)["loss"].item()  # waits for a GPU
         return time.perf_counter() - start
 
     exact = gradients(None)
@@ -124,29 +118,20 @@ def measure(
     return [
         {"pixels": size**2, "channels": "/".join(map(str, channels)), "normalize": normalize, "distance": "l1"}
         | {"columns": count, "device": machine.device_name(device), "draws": draws}
-        | {f"{name}_spread": value for name, value in drawn[count]._asdict().items()}
+        | {f"{name}_spread": value for name, value in drawn[count].items()}
         | {"times_faster": statistics.median(time[None] / time[count] for time in times)}
         | machine.versions()
         for count in columns
     ]
 
 
-class Spread(NamedTuple):
-    """Relative deviations of a ``Gradients``."""
-
-    loss: float
-    features: float
-    weights: float
-
-
-def spread(estimates: list[Gradients], exact: Gradients) -> Spread:
-    """Return the root mean square of the relative deviation of estimates."""
-
-    def relative(found: list[Tensor], expected: Tensor) -> float:
-        squares = [(x - expected).square().sum().item() for x in found]
-        return (statistics.fmean(squares) ** 0.5) / expected.norm().item()
-
-    return Spread(*(relative(list(found), expected) for found, expected in zip(zip(*estimates), exact)))
+def spread(estimates: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the root mean square of the deviation of estimates, relative to the exact value, by name."""
+    found = {}
+    for name, expected in exact.items():
+        squares = [(estimate[name] - expected).square().sum().item() for estimate in estimates]
+        found[name] = statistics.fmean(squares) ** 0.5 / expected.norm().item()
+    return found
 
 
 def table(rows: list[Row]) -> str:
@@ -155,11 +140,11 @@ def table(rows: list[Row]) -> str:
     for (device,), own in results.group_by(rows, ["device"]).items():
         cells = [
             {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
-            | {name: 100 * float(row[f"{name}_spread"]) for name in Spread._fields}
+            | {name: 100 * float(row[f"{name}_spread"]) for name in ("loss", "weights", "features")}
             | {"times_faster": number(row, "times_faster")}
             for row in own
         ]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
-        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; commit {commits}."
+        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; "
+        note += f"commit {results.distinct(own, 'commit')}."
         parts.append(format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True))
     return "\n\n".join(parts)

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -48,28 +49,26 @@ def _auto_chunked(case: Case) -> Loss:
     def loss(student: Tensor, teacher: Tensor) -> Tensor:
         if outcomes:
             return compiled(student, teacher)
-        original = auto_chunker.chunk
+        chunk = auto_chunker.chunk
 
         def recorded_chunk(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
             try:
-                graph = original(gm)
+                graph = chunk(gm)
             except auto_chunker.CantChunk as error:
                 outcomes.append(f"the auto chunker finds nothing to chunk: {error}")
                 raise CannotRun(outcomes[0]) from error  # stops before the N x N matrices are allocated
             outcomes.append("")
             return graph
 
-        auto_chunker.chunk = recorded_chunk
-        try:
-            # a cached graph would bypass the chunker
-            with config.patch({"auto_chunker.enable": True, "force_disable_caches": True}):
+        # a cached graph would bypass the chunker
+        options = {"auto_chunker.enable": True, "force_disable_caches": True}
+        with mock.patch.object(auto_chunker, "chunk", recorded_chunk), config.patch(options):
+            try:
                 result = compiled(student, teacher)
-        except Exception:
-            if outcomes and outcomes[0]:  # the compiler may have wrapped the error
-                raise CannotRun(outcomes[0]) from None
-            raise
-        finally:
-            auto_chunker.chunk = original
+            except Exception:
+                if outcomes and outcomes[0]:  # the compiler may have wrapped the error
+                    raise CannotRun(outcomes[0]) from None
+                raise
         if not outcomes:
             raise CannotRun("torch.compile did not call the auto chunker")
         return result

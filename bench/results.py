@@ -67,6 +67,11 @@ def group_by(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...
     return groups
 
 
+def distinct(rows: Iterable[Row], column: str) -> str:
+    """Return the values of a column, each once, such as "abc, def"."""
+    return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+
 def number(row: Row, column: str) -> float | None:
     """Return a cell as a number, None if it is empty or the column does not exist."""
     return float(row[column]) if row.get(column) else None

@@ -103,11 +103,10 @@ def train_table(rows: Sequence[Row]) -> str:
     same = ("device", "threads", "model", "student", "teacher", "size", "batch")
     for own in results.group_by(rows, same).values():
         first = own[0]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
         parts.append(
             f"{first['device']}, {first['threads']} threads; {first['model']}, {first['teacher']} to "
             f"{first['student']}, {first['size']} x {first['size']} pixels, batch {first['batch']}; "
-            f"torch {first['torch']}; commit {commits}:"
+            f"torch {first['torch']}; commit {results.distinct(own, 'commit')}:"
         )
         numbers = [column["key"] for column in TRAIN_COLUMNS[1:]]
         lines = [{"variant": row["variant"]} | {name: number(row, name) for name in numbers} for row in own]
@@ -141,7 +140,7 @@ def measured(rows: Sequence[Row]) -> list[Measured]:
                 cases[case] = found
         if cases:
             every = [row for found in cases.values() for row in found.values()]
-            versions, commits = (", ".join(dict.fromkeys(row[name] for row in every)) for name in ("torch", "commit"))
+            versions, commits = (results.distinct(every, name) for name in ("torch", "commit"))
             where = f"{device}, {threads} threads" if own[0]["device_type"] == "cpu" else device
             devices.append(Measured(f"{where}; torch {versions}; commit {commits}:", cases))
     if not devices:

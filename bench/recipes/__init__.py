@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import cases, machine, measure, results
+from bench.markers import put_between_markers
 from srpkd.checking import gate
 from srpkd.checking.cases import Case
 
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.tables:
         for name, text in tables.texts(results.read(options.out)).items():
-            tables.write(name, text)
+            put_between_markers(pages.path(name), tables.NAME, text)
         print(pages.FOLDER)
         return
     device = cases.device_of(options)

@@ -14,6 +14,7 @@ import torch
 from helpers import error
 
 from bench import measure, recipes, results
+from bench.markers import between_markers
 from bench.recipes import catalogue, pages, tables
 from bench.recipes.catalogue import CASES, RECIPES, RecipeCase, value_and_gradient
 
@@ -28,6 +29,11 @@ SHAPES = {
     "nst": ((2, 6, 4, 5), (2, 9, 4, 5), 0),
 }
 SMALL = RecipeCase("diffusion", "small maps", (2, 8, 4, 6), (2, 12, 4, 6), 2, 4)
+
+
+def block(name: str) -> str:
+    """Return the tables in a page."""
+    return between_markers(pages.path(name), tables.NAME)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,7 +75,7 @@ def test_all_cases_divide_into_copies_and_have_a_page():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_page_has_a_picture_and_a_place_for_its_table(name):
-    assert isinstance(tables.block(name), str)
+    assert isinstance(block(name), str)
     (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", pages.path(name).read_text())
     assert (pages.FOLDER / picture).exists(), f"run python -m bench recipes --pictures --only {name}"
     assert f"]({name}.md)" in pages.path(tables.INDEX).read_text()
@@ -112,16 +118,16 @@ def test_command_records_and_writes_the_tables(tmp_path, monkeypatch, capsys, on
     assert "small maps" in capsys.readouterr().out
     recipes.run(parser.parse_args(arguments))
     assert len(results.read(out)) == 4
-    assert "small maps" not in tables.block("diffusion"), "only --tables changes the pages"
+    assert "small maps" not in block("diffusion"), "only --tables changes the pages"
     recipes.run(parser.parse_args([*arguments, "--tables"]))
-    assert "| small maps | 2x8x4x6 / 2x12x4x6 |" in tables.block("diffusion")
-    assert tables.block("index").count("small maps") == 2
+    assert "| small maps | 2x8x4x6 / 2x12x4x6 |" in block("diffusion")
+    assert block("index").count("small maps") == 2
 
 
 def test_pages_contain_the_recorded_results():
     recorded = results.read(recipes.RESULTS, recipes.KEY)
     for name, text in tables.texts(recorded).items():
-        assert tables.block(name) == text, "run python -m bench recipes --tables"
+        assert block(name) == text, "run python -m bench recipes --tables"
     if recorded:
         assert all(row["status"] in ("ok", "out of memory") for row in recorded)
 
