@@ -134,7 +134,7 @@ def test_examples_are_drawn_in_the_colours_of_the_images():
 
 
 @pytest.mark.slow
-def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
+def test_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.photographs.images.SHORT_SIDE", 64)
     arguments = ["photographs", "--partitions=1", "--size=48", "--pairs=4", "--epoch_steps=1", "--tasks", "restore"]

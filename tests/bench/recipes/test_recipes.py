@@ -81,7 +81,7 @@ def test_page_has_a_picture_and_a_place_for_its_table(name):
     assert f"]({name}.md)" in pages.path(tables.INDEX).read_text()
 
 
-def test_measures_both_and_records_errors(one_thread):
+def test_measures_both_and_records_errors():
     rows = {row["provider"]: row for row in recipes.measure_case(SMALL, "cpu", budget=0.01)}
     assert rows["usual"]["times_faster_than_usual"] == 1 and rows["srpkd"]["times_faster_than_usual"] > 0
     for row in rows.values():
@@ -89,21 +89,21 @@ def test_measures_both_and_records_errors(one_thread):
         assert "srpkd" in recipes.describe(row) or "usual" in recipes.describe(row)
 
 
-def test_gate_rejects_a_wrong_loss(one_thread, monkeypatch):
+def test_gate_rejects_a_wrong_loss(monkeypatch):
     monkeypatch.setattr(pages, "loss_of", lambda name: lambda student, teacher: 1.01 * student.square().mean())
     usual, ours = recipes.measure_case(SMALL, "cpu", budget=0.01)
     assert usual["status"] == "ok" and ours["status"] == "wrong"
     assert "against float64" in ours["reason"] and "wrong" in recipes.describe(ours)
 
 
-def test_too_large_for_the_usual_code(one_thread, monkeypatch):
+def test_too_large_for_the_usual_code(monkeypatch):
     monkeypatch.setattr(recipes.machine, "free_bytes", lambda device: 100)
     usual, ours = recipes.measure_case(SMALL, "cpu", budget=0.01)
     assert usual["status"] == "out of memory" and usual["needed_bytes"] == 4 * 3 * 2 * 24**2
     assert ours["status"] == "ok" and ours["times_faster_than_usual"] is None
 
 
-def test_command_records_and_writes_the_tables(tmp_path, monkeypatch, capsys, one_thread):
+def test_command_records_and_writes_the_tables(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(pages.FOLDER, tmp_path / "recipes")
     other = replace(SMALL, recipe="super-resolution")
     for module in (recipes, tables):
@@ -133,7 +133,7 @@ def test_pages_contain_the_recorded_results():
 
 
 @pytest.mark.slow
-def test_draws_the_picture_of_a_page(tmp_path, monkeypatch, one_thread):
+def test_draws_the_picture_of_a_page(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     page = pages.path("batch-similarity").read_text().replace("range(150)", "range(2)")

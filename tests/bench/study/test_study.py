@@ -23,7 +23,7 @@ def few_candidates(monkeypatch):
 
 
 @pytest.mark.slow
-def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys, one_thread):
+def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys):
     arguments = [
         "study",
         "--runs_dir",
