@@ -41,9 +41,6 @@ def main(names: list[str]) -> None:
             print(f"{name}: unknown backend")
             continue
         for case in cases:
-            if (reason := PROVIDERS[name].unavailable_reason(case)) is not None:
-                print(f"{name}: {case.describe()}: skipped: {reason}")
-                continue
             try:
                 with settings(case):
                     problem = check(name, case)
@@ -59,7 +56,9 @@ def main(names: list[str]) -> None:
 
 
 def check(name: str, case: Case) -> str | None:
-    """Return an error message for a wrong result, or None."""
+    """Return an error message for a wrong result, or None. Raises CannotRun if the backend cannot run."""
+    if (reason := PROVIDERS[name].unavailable_reason(case)) is not None:
+        raise CannotRun(reason)
     student, teacher = features(case)
     value, gradient = evaluate(PROVIDERS[name].make(case), student, teacher, case)
     assert gradient is not None
