@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ from srpkd.kernels import measured
 def run(*arguments: object) -> None:
     """Run ``python -m bench`` in this process."""
     main([str(argument) for argument in arguments])
+
+
+def parse(module: ModuleType, *words: object) -> argparse.Namespace:
+    """Return the options of a command of ``bench``."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
 
 
 def incorrect_loss(kind: str) -> Callable[[Case], Callable[[Tensor, Tensor], Tensor]]:

@@ -36,20 +36,9 @@ def run_pytest(folder, *arguments: str) -> list[str]:
     gpu_tests.start(state)
     before = (state / "tests.jsonl").read_text() if (state / "tests.jsonl").exists() else ""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "bench.gpu_tests",
-        "-c",
-        os.devnull,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests"]
     subprocess.run(
-        [*command, "--rootdir", folder, folder, *arguments],
+        [*command, "-c", os.devnull, "--rootdir", folder, folder, *arguments],
         cwd=ROOT,
         env=environment | {gpu_tests.VARIABLE: str(state), "PYTHONPATH": str(ROOT)},
         capture_output=True,

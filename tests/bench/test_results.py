@@ -47,9 +47,3 @@ def test_the_file_is_checked_before_anything_is_measured(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(command, "--out", results.FOLDER / f"{OTHER[command]}.csv")
     assert "argument --out: " in (message := capsys.readouterr().err) and "are missing" in message
-
-
-@pytest.mark.parametrize("command", ["plot", "scaling", "table"])
-def test_missing_results(command, tmp_path):
-    with pytest.raises(SystemExit, match="python -m bench relation"):
-        run(command, "--csv", tmp_path / "none.csv")

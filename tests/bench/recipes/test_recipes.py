@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_helpers import run
 from helpers import error
 
 from bench import measure, recipes, results
@@ -109,17 +109,15 @@ def test_command_records_and_writes_the_tables(tmp_path, monkeypatch, capsys):
     for module in (recipes, tables):
         monkeypatch.setattr(module, "CASES", [SMALL, other])
     monkeypatch.setattr(pages, "FOLDER", folder)
-    parser = argparse.ArgumentParser()
-    recipes.add_arguments(parser)
     out = tmp_path / "out.csv"
-    arguments = ["--out", str(out), "--budget", "0.01", "--device", "cpu"]
-    recipes.run(parser.parse_args([*arguments, "--only", "diffusion"]))
+    arguments = ["--out", out, "--budget", 0.01, "--device", "cpu"]
+    run("recipes", *arguments, "--only", "diffusion")
     assert {row["recipe"] for row in results.read(out)} == {"diffusion"}
     assert "small maps" in capsys.readouterr().out
-    recipes.run(parser.parse_args(arguments))
+    run("recipes", *arguments)
     assert len(results.read(out)) == 4
     assert "small maps" not in block("diffusion"), "only --tables changes the pages"
-    recipes.run(parser.parse_args([*arguments, "--tables"]))
+    run("recipes", *arguments, "--tables")
     assert "| small maps | 2x8x4x6 / 2x12x4x6 |" in block("diffusion")
     assert block("index").count("small maps") == 2
 
