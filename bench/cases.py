@@ -16,7 +16,7 @@ CHANNELS = ((16, 64), (64, 256), (128, 256), (256, 256))
 # each block is a product of axes around the defaults of Case; the most important blocks come first, for --minutes
 SWEEPS: dict[str, list[dict[str, tuple]]] = {
     "quick": [{"pixels": (256, 1024, 2048, 4096)}],
-    "table": [  # what a GPU's table shows: twelve cases
+    "table": [  # what the GPU check measures for the README's table, and more: twelve cases
         {"dtype": ("bfloat16",), "batch": (16, 1)},
         {"dtype": ("bfloat16",), "normalize": ("cosine",), "distance": ("l2",), "batch": (16, 1)},
         {"precision": ("high", "highest"), "batch": (16,)},

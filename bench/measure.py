@@ -58,16 +58,12 @@ def interleaved(
     cost = sum(estimates[name] * repeats[name] for name in names)
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / max(cost, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    sample = _cpu_sample if device == "cpu" else _gpu_sampler(device)
+    sample = _gpu_sampler(device) if device != "cpu" else lambda function, n: seconds_of(function, device, n)
     for number in range(rounds):
         start = number % len(names) if names else 0
         for name in names[start:] + names[:start]:
             samples[name].append(sample(functions[name], repeats[name]))
     return samples
-
-
-def _cpu_sample(function: Callable[[], object], repeats: int) -> float:
-    return seconds_of(function, "cpu", repeats)
 
 
 def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:

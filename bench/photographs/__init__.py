@@ -13,18 +13,15 @@ Each run of ``srpkd.train`` has a folder in RUNS_DIR. Call it again to resume it
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from bench.study.runs import is_finished, train_one
+from bench.study.runs import environment, is_finished, train_one
 from srpkd.arguments import positive
 from srpkd.extras import require
-from srpkd.training.summary import device_name
 
 from .images import SHORT_SIDE, TASKS, write_dataset
 from .plan import Study, dataset_folder, run_config
@@ -33,7 +30,6 @@ from .scores import examples, run_scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench photographs``."""
     add = parser.add_argument
     add("--runs_dir", default="runs/photographs", help="folder of the runs and of the report (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
@@ -62,11 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         "command": _without_folders(arguments.command_line),
         "size": study.size,
         "pairs": study.pairs,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": device_name(config.torch_device),
-        },
+        "environment": environment(config.torch_device),
         "tasks": found,
     }
     images = {task: examples(study, task, 0) for task in arguments.tasks}

@@ -32,7 +32,6 @@ SLOW = 10.0  # seconds; a longer call is timed once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench recipes``."""
     parser.add_argument(
         "--only", choices=RECIPES, nargs="+", default=list(RECIPES), metavar="RECIPE", help="default: all"
     )
