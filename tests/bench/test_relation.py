@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from bench_helpers import incorrect_loss, run
-from helpers import ROOT
 from torch import Tensor
 
 from bench import relation, results
@@ -101,16 +99,3 @@ def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys)
     sys.excepthook(stopped.type, stopped.value, stopped.tb)
     assert capsys.readouterr().err == "", "a traceback would hide what was printed before"
     assert [row["pixels"] for row in results.read(out)] == ["48"]
-
-
-@pytest.mark.slow
-def test_auto_chunker_runs_alone_and_stops_before_the_matrices_are_allocated(tmp_path):
-    if (reason := PROVIDERS["auto_chunker"].unavailable_reason(Case())) is not None:
-        pytest.skip(reason)
-    out = tmp_path / "relation.csv"
-    arguments = ["--pixels", "48", "--channels", "4/6", "--providers", "auto_chunker", "--no-memory", "--out", str(out)]
-    # a new process, which has not compiled anything
-    done = subprocess.run([sys.executable, "-m", "bench", "relation", "--device", "cpu", *arguments], cwd=ROOT)
-    assert done.returncode == 0
-    [row] = results.read(out)
-    assert row["status"] == "skipped" and row["reason"].startswith("the auto chunker finds nothing to chunk: ")
