@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cases, machine, measure, results
+from bench import cases, machine, measure, relation, results
 from bench.markers import put_between_markers
 from srpkd.checking import gate
 from srpkd.checking.cases import Case
@@ -28,7 +28,6 @@ from .catalogue import CASES, RECIPES, RecipeCase, as_tokens, value_and_gradient
 
 RESULTS = results.FOLDER / "recipes.csv"
 KEY = ("recipe", "shapes", "provider", "device", "threads")
-SLOW = 10.0  # seconds; a longer call is timed once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
             rows = measure_case(case, device, options.budget)
             results.upsert(options.out, rows, KEY)
             for row in rows:
-                print("  " + describe(row), flush=True)
+                print("  " + relation.describe(row, "usual"), flush=True)
     print(options.out)
 
 
@@ -83,11 +82,10 @@ def measure_case(case: RecipeCase, device: str, budget: float) -> list[dict[str,
     calls, seconds = {}, {}
     for name, loss in case.losses().items():
         call = partial(value_and_gradient, loss, student, teacher)
-        row = rows[name] = {**identity, "provider": name, **check(case, name, call, expected)}
-        if row["status"] == "ok":
-            calls[name] = call
-            seconds[name] = row.pop("seconds")
-    fast = {name: call for name, call in calls.items() if seconds[name] < SLOW}
+        rows[name] = {**identity, "provider": name, **check(case, name, call, expected)}
+        if rows[name]["status"] == "ok":
+            calls[name], seconds[name] = call, rows[name].pop("seconds")
+    fast = {name: call for name, call in calls.items() if seconds[name] < relation.SLOW}
     samples = measure.interleaved(fast, seconds, device, budget)
     samples |= {name: [seconds[name]] for name in calls if name not in fast}
     for name, row in rows.items():
@@ -121,22 +119,9 @@ def check(case: RecipeCase, name: str, call: partial[tuple[Tensor, Tensor]], exp
         return columns | {"status": "wrong", "reason": failure}
     del value, gradient
     seconds = measure.seconds_of(call, device)
-    return columns | {"status": "ok", "reason": "" if seconds < SLOW else "timed once", "seconds": seconds}
+    return columns | {"status": "ok", "reason": "" if seconds < relation.SLOW else "timed once", "seconds": seconds}
 
 
 def prepare_call(case: RecipeCase, name: str) -> partial[tuple[Tensor, Tensor]]:
     """Return a call of a provider on the CPU, for ``measure.peak_on_cpu``."""
     return partial(value_and_gradient, case.losses()[name], *case.features())
-
-
-def describe(row: dict[str, Any]) -> str:
-    """Format a row for the terminal."""
-    if row["status"] != "ok":
-        return f"{row['provider']:<6} {row['status']}: {row['reason']}"
-    peak, faster = row["peak_extra_bytes"], row["times_faster_than_usual"]
-    return (
-        f"{row['provider']:<6} {1000 * row['median_s']:10.2f} ms ({row['rounds']} rounds)"
-        + ("" if peak is None else f"  {peak / 1e6:9.1f} MB")
-        + ("" if faster is None else f"  {faster:6.2f} x the usual code's speed")
-        + f"  errors {row['loss_error']:.1e}, {row['gradient_error']:.1e}"
-    )
