@@ -25,7 +25,7 @@ COMMANDS = {  # each is a module of this package with add_arguments(parser) and 
     "table": "tables of the recorded results, for the README",
     "readme": "table and picture of a demo run, for the README",
     "study": "whether the relation loss improves students, on generated images",
-    "photographs": "the same on photographs, with the weights that the study selected",
+    "photographs": "whether it improves students on photographs, with the weights that the study selected",
 }
 
 

@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         write_file(file, text.encode())
         print(file)
     if old := measured.stale():
-        print(f"measured with an earlier version of the kernels only: {', '.join(old)}")
+        print(f"measured only with an earlier version of the kernel: {', '.join(old)}")
 
 
 def merge(source: Path, target: Path) -> None:

@@ -207,8 +207,8 @@ WRONG = {
     "python -m bench plot --csv net.pth": (2, "net.pth cannot be read as CSV"),
     "python -m bench plot --csv none.csv": (1, "run python -m bench relation first"),
     "python -m bench scaling --csv none.csv": (1, "run python -m bench relation first"),
-    "python -m bench breakdown --device cpu": (1, "the breakdown is of kernels on a GPU"),
-    "python -m bench profile --device cpu --out new": (1, "the profile is of kernels on a GPU"),
+    "python -m bench breakdown --device cpu": (1, "the breakdown measures kernels on a GPU"),
+    "python -m bench profile --device cpu --out new": (1, "the profile measures kernels on a GPU"),
     "python -m bench scaling --csv empty": (2, "Is a directory: 'empty'"),
 }
 

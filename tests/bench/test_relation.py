@@ -15,7 +15,7 @@ from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import CannotRun, Provider
 
-SMALL = Case(pixels=40, channels=(5, 7), batch=2, dtype="float64")
+SMALL = Case(pixels=40, channels=(5, 7), batch=2)
 
 
 def raises(error: Exception):
