@@ -8,6 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from srpkd.cli import prepare_terminal
+
 COMMANDS = {  # each is a module of this package with add_arguments(parser) and run(arguments)
     "relation": "time and memory of the relation loss: srpkd's backends and their alternatives in PyTorch",
     "train": "time per training step, and the share of the relation loss",
@@ -23,12 +25,14 @@ COMMANDS = {  # each is a module of this package with add_arguments(parser) and 
     "table": "tables of the recorded results, for the README",
     "readme": "table and picture of a demo run, for the README",
     "study": "whether the relation loss improves students, on generated images",
-    "photographs": "the same on photographs, with the weights that the study selected",
+    "photographs": "whether it improves students on photographs, with the weights that the study selected",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run one command."""
+    if arguments is None:
+        prepare_terminal()
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from srpkd.arguments import positive
 from srpkd.checking import gate
 from srpkd.checking.cases import Case, features, settings
 from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS
@@ -29,12 +30,14 @@ NOISES = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pixels", type=int, default=1024, metavar="N", help="default: %(default)s")
-    parser.add_argument("--channels", type=int, default=64, metavar="C", help="of both networks (default: %(default)s)")
-    parser.add_argument("--normalize", choices=NORMALIZATIONS, default="row")
-    parser.add_argument("--distance", choices=DISTANCES, default="l1")
+    parser.add_argument("--pixels", type=positive, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--channels", type=positive, default=64, metavar="C", help="default: %(default)s, both networks"
+    )
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, default="row", help="default: %(default)s")
+    parser.add_argument("--distance", choices=DISTANCES, default="l1", help="default: %(default)s")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, KEY, "--out")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         ValueError: The device is not a GPU.
     """
     if (device := cases.device_of(options)) == "cpu":
-        raise ValueError("the breakdown is of kernels on a GPU, and torch sees none")
+        raise ValueError("the breakdown measures kernels on a GPU, and torch sees none")
     for case in cases.selected(options):
         print(f"{case.describe()}\n  {host_baseline(case, device)}")
         for name in options.providers:

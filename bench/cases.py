@@ -7,6 +7,7 @@ import itertools
 
 import torch
 
+from srpkd.arguments import number, positive
 from srpkd.checking.cases import DTYPES, MODES, PRECISIONS, Case
 from srpkd.kernels import DISTANCES, NORMALIZATIONS
 
@@ -15,7 +16,7 @@ CHANNELS = ((16, 64), (64, 256), (128, 256), (256, 256))
 # each block is a product of axes around the defaults of Case; the most important blocks come first, for --minutes
 SWEEPS: dict[str, list[dict[str, tuple]]] = {
     "quick": [{"pixels": (256, 1024, 2048, 4096)}],
-    "table": [  # what a GPU's table shows: twelve cases
+    "table": [  # what the GPU check measures for the README's table, and more: twelve cases
         {"dtype": ("bfloat16",), "batch": (16, 1)},
         {"dtype": ("bfloat16",), "normalize": ("cosine",), "distance": ("l2",), "batch": (16, 1)},
         {"precision": ("high", "highest"), "batch": (16,)},
@@ -62,15 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", choices=SWEEPS, default="quick", help="set of cases (default: %(default)s)")
     add_device(parser)
     axes = parser.add_argument_group("axes", "values that replace those of the sweep")
-    axes.add_argument("--pixels", type=int, nargs="+", metavar="N")
+    axes.add_argument("--pixels", type=positive, nargs="+", metavar="N")
     axes.add_argument("--channels", type=parse_channels, nargs="+", metavar="C_s/C_t")
-    axes.add_argument("--batch", type=int, nargs="+", metavar="B")
+    axes.add_argument("--batch", type=positive, nargs="+", metavar="B")
     axes.add_argument("--dtype", choices=DTYPES, nargs="+")
     axes.add_argument("--precision", choices=PRECISIONS, nargs="+")
     axes.add_argument("--normalize", choices=NORMALIZATIONS, nargs="+")
     axes.add_argument("--distance", choices=DISTANCES, nargs="+")
     axes.add_argument("--mode", choices=MODES, nargs="+")
-    axes.add_argument("--threads", type=int, nargs="+", metavar="T", help="CPU threads (default: as torch)")
+    axes.add_argument("--threads", type=positive, nargs="+", metavar="T", help="CPU threads (default: as torch)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -78,18 +79,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
 
 
-def selected(options: argparse.Namespace) -> list[Case]:
-    """Return the cases that the options select.
+def add_budget(parser: argparse.ArgumentParser, default: float, description: str) -> None:
+    """Add the option --budget, for ``measure.interleaved``."""
+    description += " (default: %(default)s)"
+    parser.add_argument("--budget", type=number, default=default, metavar="SECONDS", help=description)
 
-    Raises:
-        ValueError: A number is < 1, or there is no such device.
-    """
+
+def selected(options: argparse.Namespace) -> list[Case]:
+    """Return the cases that the options select; raises as ``device_of``."""
     axes = ("pixels", "channels", "batch", "dtype", "precision", "normalize", "distance", "mode", "threads")
     overrides = {axis: tuple(values) for axis in axes if (values := getattr(options, axis))}
     overrides.setdefault("threads", (torch.get_num_threads(),))
-    for axis in ("pixels", "batch", "threads"):
-        if any(value < 1 for value in overrides.get(axis, ())):
-            raise ValueError(f"--{axis}: received {overrides[axis]}, expected integers >= 1")
     return sweep(options.sweep, device_of(options), overrides)
 
 

@@ -1,11 +1,12 @@
 """Spread and speed of estimates from sampled columns.
 
-    python -m bench columns
+    python -m bench columns                                      measure, and print the table of all rows
+    python -m bench columns --page docs/sampled-columns.md       put the table between the markers of the page
 
 The features are smooth random maps. The student's are a random 1 x 1 convolution of 24 such maps. Spreads are root mean
 squares of the deviation from the exact value over several draws, relative to the exact value: of the loss, of the
 gradient of the features, and of the gradient of the convolution's weights, which sums over all pixels. Times are of
-loss and gradient, exact and estimated in turns. The command writes the CSV and the table of the page.
+loss and gradient, exact and estimated in turns.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from srpkd import relation_loss
+from srpkd.arguments import positive
 from srpkd.kernels import NORMALIZATIONS
 from srpkd.kernels.formulas import Normalize
 from srpkd.reporting.table import format_table
 
 from . import cases, machine, results
-from .readme import put_between_markers
+from .markers import between_markers, put_between_markers
 from .results import Row, number
 
 RESULTS = results.FOLDER / "columns.csv"
 KEY = ("pixels", "channels", "normalize", "distance", "columns", "device")
-PAGE = machine.ROOT / "docs" / "sampled-columns.md"
 NAME = "columns table"  # in the page's markers
 INPUTS = 24  # channels of the maps that the student's convolution reads
 TABLE_COLUMNS = [
@@ -45,37 +46,33 @@ TABLE_COLUMNS = [
 ]
 
 
-class Gradients(NamedTuple):
-    """The loss (), and its gradients for the student's features and for the weights of the convolution."""
-
-    loss: Tensor
-    features: Tensor
-    weights: Tensor
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench columns``."""
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], metavar="H", help="of H x H maps")
-    parser.add_argument("--columns", type=int, nargs="+", default=[64, 256, 1024], metavar="M")
-    parser.add_argument("--channels", type=int, nargs=2, default=[64, 256], metavar="C", help="C_s and C_t")
-    parser.add_argument("--normalize", nargs="+", choices=NORMALIZATIONS, default=["cosine", "row"])
-    parser.add_argument("--draws", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="default: %(default)s")
+    add = parser.add_argument
+    add("--sizes", type=positive, nargs="+", default=[64, 256], metavar="H", help="of H x H maps (default: 64 256)")
+    add("--columns", type=positive, nargs="+", default=[64, 256, 1024], metavar="M", help="default: 64 256 1024")
+    add("--channels", type=cases.parse_channels, default=(64, 256), metavar="C_s/C_t", help="default: 64/256")
+    add("--normalize", nargs="+", choices=NORMALIZATIONS, default=["cosine", "row"], help="default: cosine row")
+    add("--draws", type=positive, default=16, metavar="K", help="estimates of each loss (default: %(default)s)")
+    add("--repeats", type=positive, default=3, metavar="K", help="timed calls (default: %(default)s)")
+    add("--page", type=Path, metavar="FILE", help="put the table between the markers of this file")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, KEY, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and write the rows and the table."""
+    """Measure and write the rows, and put the table of all rows into the page, or print it."""
     device = cases.device_of(options)
+    if options.page:
+        between_markers(options.page, NAME)  # raises before anything is measured
     for size in options.sizes:
         for normalize in options.normalize:
             rows = measure(size, options.channels, normalize, options.columns, options.draws, options.repeats, device)
             results.upsert(options.out, rows, KEY)
             print(f"{size} x {size}, {normalize}: {len(rows)} rows", flush=True)
-    put_between_markers(options.page, NAME, table(results.read(options.out)))
-    print(options.out, options.page, sep="\n")
+    text = table(results.read(options.out))
+    if options.page:
+        put_between_markers(options.page, NAME, text)
+    print(options.page or text, options.out, sep="\n")
 
 
 def smooth_maps(channels: int, size: int, generator: torch.Generator) -> Tensor:
@@ -87,7 +84,13 @@ def smooth_maps(channels: int, size: int, generator: torch.Generator) -> Tensor:
 
 
 def measure(
-    size: int, channels: list[int], normalize: Normalize, columns: list[int], draws: int, repeats: int, device: str
+    size: int,
+    channels: tuple[int, int],
+    normalize: Normalize,
+    columns: list[int],
+    draws: int,
+    repeats: int,
+    device: str,
 ) -> list[dict[str, Any]]:
     """Return a row for each number of columns."""
     generator = torch.Generator().manual_seed(0)
@@ -95,16 +98,18 @@ def measure(
     weights = (torch.randn(channels[0], INPUTS, 1, 1, generator=generator) / INPUTS**0.5).to(device)
     columns_generator = torch.Generator(device).manual_seed(0)
 
-    def gradients(columns: int | None) -> Gradients:
+    def gradients(columns: int | None) -> dict[str, Tensor]:
+        """Return the loss (), and its gradients for the student's features and for the weights of the convolution."""
         student = F.conv2d(inputs, weights).requires_grad_()
         generator = columns_generator if columns else None
         loss = relation_loss(student, teacher, normalize=normalize, distance="l1", columns=columns, generator=generator)
         (gradient,) = torch.autograd.grad(loss, student)
-        return Gradients(loss.detach(), gradient, torch.einsum("bihw,bohw->oi", inputs, gradient))
+        of_weights = torch.einsum("bihw,bohw->oi", inputs, gradient)
+        return {"loss": loss.detach(), "features": gradient, "weights": of_weights}
 
     def seconds(columns: int | None) -> float:
         start = time.perf_counter()
-        gradients(columns).loss.item()  # waits for a GPU
+        gradients(columns)["loss"].item()  # waits for a GPU
         return time.perf_counter() - start
 
     exact = gradients(None)
@@ -113,29 +118,20 @@ def measure(
     return [
         {"pixels": size**2, "channels": "/".join(map(str, channels)), "normalize": normalize, "distance": "l1"}
         | {"columns": count, "device": machine.device_name(device), "draws": draws}
-        | {f"{name}_spread": value for name, value in drawn[count]._asdict().items()}
+        | {f"{name}_spread": value for name, value in drawn[count].items()}
         | {"times_faster": statistics.median(time[None] / time[count] for time in times)}
         | machine.versions()
         for count in columns
     ]
 
 
-class Spread(NamedTuple):
-    """Relative deviations of a ``Gradients``."""
-
-    loss: float
-    features: float
-    weights: float
-
-
-def spread(estimates: list[Gradients], exact: Gradients) -> Spread:
-    """Return the root mean square of the relative deviation of estimates."""
-
-    def relative(found: list[Tensor], expected: Tensor) -> float:
-        squares = [(x - expected).square().sum().item() for x in found]
-        return (statistics.fmean(squares) ** 0.5) / expected.norm().item()
-
-    return Spread(*(relative(list(found), expected) for found, expected in zip(zip(*estimates), exact)))
+def spread(estimates: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the root mean square of the deviation of estimates, relative to the exact value, by name."""
+    found = {}
+    for name, expected in exact.items():
+        squares = [(estimate[name] - expected).square().sum().item() for estimate in estimates]
+        found[name] = statistics.fmean(squares) ** 0.5 / expected.norm().item()
+    return found
 
 
 def table(rows: list[Row]) -> str:
@@ -144,11 +140,11 @@ def table(rows: list[Row]) -> str:
     for (device,), own in results.group_by(rows, ["device"]).items():
         cells = [
             {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
-            | {name: 100 * float(row[f"{name}_spread"]) for name in Spread._fields}
+            | {name: 100 * float(row[f"{name}_spread"]) for name in ("loss", "weights", "features")}
             | {"times_faster": number(row, "times_faster")}
             for row in own
         ]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
-        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; commit {commits}."
+        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; "
+        note += f"commit {results.distinct(own, 'commit')}."
         parts.append(format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True))
     return "\n\n".join(parts)

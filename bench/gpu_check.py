@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -103,18 +103,14 @@ class Check:
             self.failures.append(f"{name} (exit status {status})")
         return status
 
-    def python(
-        self, name: str, *words: object, seconds: float | None = None, environment: Mapping[str, str] | None = None
-    ) -> int:
-        """Run a command of Python."""
-        return self.command(name, sys.executable, "-u", *words, seconds=seconds, environment=environment)
+    def python(self, name: str, *words: object, **limits: Any) -> int:
+        """Run a command of Python; the limits are those of ``command``."""
+        return self.command(name, sys.executable, "-u", *words, **limits)
 
-    def bench_on_gpu(
-        self, name: str, *words: object, seconds: float | None = None, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def bench_on_gpu(self, name: str, *words: object, **limits: Any) -> None:
         """Run a command of ``bench`` that needs a GPU; in a rehearsal say so."""
         if self.on_gpu:
-            self.python(name, "-m", "bench", *words, seconds=seconds, environment=environment)
+            self.python(name, "-m", "bench", *words, **limits)
         else:
             print(f"--- {name}: skipped, needs a GPU: python -m bench {' '.join(map(str, words))}")
 
@@ -233,11 +229,8 @@ def sanitize(check: Check) -> None:
     if tool is None:
         print("compute-sanitizer is not installed: skipped")
         return
-    works = subprocess.run(
-        [tool, "--error-exitcode", "9", sys.executable, "-c", "import torch; torch.ones(1, device='cuda')"],
-        capture_output=True,
-        text=True,
-    )
+    trial = [tool, "--error-exitcode", "9", sys.executable, "-c", "import torch; torch.ones(1, device='cuda')"]
+    works = subprocess.run(trial, capture_output=True, text=True)
     if works.returncode:
         print(f"compute-sanitizer does not work here, skipped: {works.stdout[-300:]}")
         return
@@ -256,18 +249,8 @@ def sweep_sizes(check: Check) -> None:
     file, accuracy = check.out / "relation.csv", check.out / "accuracy.csv"
     command = ["-m", "bench", "relation", "--missing", "--out", file]
     if check.on_gpu:
-        command += [
-            "--sweep",
-            "full",
-            "--budget",
-            2,
-            "--providers",
-            "eager",
-            "compile",
-            "closed_form",
-            "native",
-            "triton",
-        ]
+        command += ["--sweep", "full", "--budget", 2]
+        command += ["--providers", "eager", "compile", "closed_form", "native", "triton"]
     else:
         command += ["--pixels", 32, 256, "--providers", "eager", "blocked", "--budget", 0.1]
     check.python("sweep", *command, "--minutes", (check.left - 40) / 60)

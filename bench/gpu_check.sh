@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Check and measure the kernels on a machine with a GPU: about ten minutes. bench/gpu_check.py describes the parts.
+# Check and measure the kernels on a machine with a GPU: about ten minutes. --help lists the parts.
 #
 #   bench/gpu_check.sh OUT                 all parts
-#   bench/gpu_check.sh OUT --only smoke    one part, at most four minutes: smoke, table, tests, train, sanitize or sweep
+#   bench/gpu_check.sh OUT --only smoke    one part, at most four minutes
 #
 # OUT receives CSV files, a log and the state from which another call with the same OUT resumes. The script needs no
 # network and installs nothing: it uses python3, or PYTHON=python3.12, and a copy of this tree in the layout of an

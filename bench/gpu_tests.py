@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from srpkd.checking.kernels import KERNEL_VARIABLE
+from srpkd.checking.processes import read_lines
 
 VARIABLE = "SRPKD_GPU_TESTS"
 NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # csrc/cuda/choose_kernel.h
@@ -42,11 +43,7 @@ def start(folder: Path) -> int:
 
 def results(folder: Path) -> dict[str, dict[str, str]]:
     """Return the newest result of each test: its outcome and message."""
-    file = folder / "tests.jsonl"
-    if not file.exists():
-        return {}
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {entry.pop("test"): entry for entry in entries}
+    return {entry.pop("test"): entry for entry in read_lines(folder / "tests.jsonl")}
 
 
 def rank(name: str) -> tuple[bool, int, int]:

@@ -1,7 +1,4 @@
-"""The machine: names, versions, free memory, and peak rates of matrix products and copies.
-
-python -m bench.machine
-"""
+"""The machine: names, versions, free memory, and peak rates of matrix products and copies."""
 
 from __future__ import annotations
 
@@ -10,12 +7,13 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from .measure import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,12 +76,6 @@ def free_bytes(device: str) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def synchronize(device: str) -> None:
-    """Wait until a GPU is idle."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
 class PeakRates(NamedTuple):
     """Measured peak rates of a device: the roofs of the roofline model.
 
@@ -125,26 +117,5 @@ def _best(function: Callable[[], object], device: str, duration: float = 0.5) ->
     function()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < duration:
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(function, device))
     return min(seconds)
-
-
-def report() -> str:
-    """Describe the machine in a few lines."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = ", ".join(f"{name} {value or 'missing'}" for name, value in versions().items())
-    lines = [f"{device_name(device)}; {found}; {free_bytes(device) / 1e9:.1f} GB free"]
-    for dtype in (torch.float32, torch.bfloat16):
-        rates = peak_rates(device, dtype, torch.get_float32_matmul_precision(), torch.get_num_threads())
-        lines.append(
-            f"{dtype}: matrix products {rates.matrix_flops / 1e12:.2f} TFLOP/s, copy {rates.copy_bytes / 1e9:.0f} GB/s"
-        )
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(report())

@@ -18,12 +18,16 @@ from pathlib import Path
 
 import torch
 
-from .machine import synchronize
-
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
 GRAPH_REPLAYS = 20
 HOST_SAMPLES, HOST_CALLS = 9, 5
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU is idle."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:
@@ -54,16 +58,12 @@ def interleaved(
     cost = sum(estimates[name] * repeats[name] for name in names)
     rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / max(cost, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    sample = _cpu_sample if device == "cpu" else _gpu_sampler(device)
+    sample = _gpu_sampler(device) if device != "cpu" else lambda function, n: seconds_of(function, device, n)
     for number in range(rounds):
         start = number % len(names) if names else 0
         for name in names[start:] + names[:start]:
             samples[name].append(sample(functions[name], repeats[name]))
     return samples
-
-
-def _cpu_sample(function: Callable[[], object], repeats: int) -> float:
-    return seconds_of(function, "cpu", repeats)
 
 
 def _gpu_sampler(device: str) -> Callable[[Callable[[], object], int], float]:

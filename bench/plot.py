@@ -1,7 +1,4 @@
-"""Log-log plots of the recorded time and memory against N, one PNG per device and relation, beside the CSV.
-
-python -m bench plot
-"""
+"""Log-log plots of the recorded time and memory against N, one PNG per device and relation, beside the CSV."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
@@ -37,12 +35,12 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    results.add_csv(parser, relation.RESULTS)
+    results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
 
 
 def run(options: argparse.Namespace) -> None:
     """Draw the plots for which at least three sizes are recorded."""
-    drawn = draw_relation(results.read(options.csv, relation.KEY), options.csv.parent)
+    drawn = draw_relation(results.read(options.csv), options.csv.parent)
     if not drawn:
         raise ValueError(f"{options.csv}: no case is recorded for three sizes: run python -m bench relation first")
     print(*drawn, sep="\n")
@@ -73,27 +71,17 @@ def _draw_group(time: Axes, memory: Axes, rows: Sequence[Row]) -> None:
         _line(time, name, own, "median_s", 1e3, ("p20_s", "p80_s"))
         _line(memory, name, own, "peak_extra_bytes", 1e-6)
         # hollow markers: the memory that a provider needs, where it ran out of memory
-        failed = [row for row in own if row["status"] == "out of memory" and row["needed_bytes"]]
-        if failed:
-            needed = _scaled(failed, "needed_bytes", 1e-6)
-            memory.plot(
-                [int(row["pixels"]) for row in failed],
-                needed,
-                **STYLES[name] | {"linestyle": ""},
-                fillstyle="none",
-                markersize=8,
-            )
+        failed = [row for row in own if row["status"] == "out of memory"]
+        _line(memory, name, failed, "needed_bytes", 1e-6, label="_", linestyle="", fillstyle="none", markersize=8)
     roofline: dict[int, float] = {}
     for row in rows:  # the minimum is from the measurement on the least busy machine
-        pixels = int(row["pixels"])
-        seconds = max(float(row["roofline_matmul_s"]), float(row["roofline_copy_s"]))
-        roofline[pixels] = min(1e3 * seconds, roofline.get(pixels, 1e3 * seconds))
+        pixels, seconds = int(row["pixels"]), max(float(row["roofline_matmul_s"]), float(row["roofline_copy_s"]))
+        roofline[pixels] = min(seconds, roofline.get(pixels, seconds))
     sizes = sorted(roofline)
-    time.plot(
-        sizes, [roofline[size] for size in sizes], color="#000000", linewidth=0.9, linestyle=":", label="roofline"
-    )
-    _log_log(time, sizes, "pixels N", "time, ms (median; bars: 20th to 80th percentile)")
-    _log_log(memory, sizes, "pixels N", "peak memory in addition to the inputs, MB")
+    limits = [1e3 * roofline[size] for size in sizes]
+    time.plot(sizes, limits, color="#000000", linewidth=0.9, linestyle=":", label="roofline")
+    _log_log(time, sizes, "time, ms (median; bars: 20th to 80th percentile)")
+    _log_log(memory, sizes, "peak memory in addition to the inputs, MB")
 
 
 def _title(case: dict[str, str], on_cpu: bool) -> str:
@@ -143,28 +131,24 @@ def _draw_errors(axes: Axes, rows: Sequence[Row], column: str) -> None:
 
 
 def _line(
-    axes: Axes, name: str, rows: Sequence[Row], column: str, scale: float, bars: tuple[str, str] | None = None
+    axes: Axes, name: str, rows: Sequence[Row], column: str, scale: float, bars: Sequence[str] = (), **style: Any
 ) -> None:
+    """Plot a column of the rows that have it, with bars between two other columns."""
     rows = [row for row in rows if number(row, column)]
-    if not rows:
-        return
     sizes = [int(row["pixels"]) for row in rows]
-    axes.plot(sizes, _scaled(rows, column, scale), **STYLES[name], label=name, linewidth=1.5, markersize=5)
-    if bars:
-        low, high = (_scaled(rows, bar, scale) for bar in bars)
-        axes.vlines(sizes, low, high, color=STYLES[name]["color"], linewidth=1)
+    values, *ends = (np.array([scale * float(row[one]) for row in rows]) for one in (column, *bars))
+    if rows:
+        axes.plot(sizes, values, **(STYLES[name] | {"label": name, "linewidth": 1.5, "markersize": 5} | style))
+    if ends:
+        axes.vlines(sizes, ends[0], ends[1], color=STYLES[name]["color"], linewidth=1)
 
 
-def _scaled(rows: Sequence[Row], column: str, scale: float) -> list[float]:
-    return [scale * float(row[column]) for row in rows]
-
-
-def _log_log(axes: Axes, sizes: Sequence[int], x: str, y: str) -> None:
+def _log_log(axes: Axes, sizes: Sequence[int], y: str) -> None:
     axes.set(xscale="log", yscale="log")
     axes.xaxis.set(major_locator=FixedLocator(sizes), minor_locator=NullLocator(), minor_formatter=NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.set_xlabel(x, fontsize=9)
+    axes.set_xlabel("pixels N", fontsize=9)
     axes.set_ylabel(y, fontsize=9)
     style_axes(axes)
 

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         OSError: Nsight Compute is not installed, or fails for every case.
     """
     if cases.device_of(options) == "cpu":
-        raise ValueError("the profile is of kernels on a GPU, and torch sees none")
+        raise ValueError("the profile measures kernels on a GPU, and torch sees none")
     selected = [(case, name) for case in cases.selected(options) for name in options.providers]
     if options.worker:
         profiled_call(*selected[0])

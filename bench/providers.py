@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srpkd.checking.cases import Case, features
-from srpkd.checking.kernels import CUDA_KERNELS, KERNELS, CannotRun, Loss, Provider, evaluate
+from srpkd.checking.kernels import CUDA_KERNELS, KERNELS, Loss, Provider, evaluate
 from srpkd.kernels import BACKENDS
 
 from . import peers
@@ -24,57 +24,6 @@ def _peer(function: Callable[..., Tensor], case: Case) -> Loss:
 
 def _compiled(case: Case) -> Loss:
     return torch.compile(_peer(peers.eager, case), dynamic=False, fullgraph=True)
-
-
-def _chunker_missing(case: Case) -> str | None:
-    from torch._inductor import config
-
-    if not hasattr(config, "auto_chunker"):
-        return f"torch {torch.__version__} has no auto chunker"
-    return None if case.need_grad else "the auto chunker needs a joint graph of forward and backward"
-
-
-def _auto_chunked(case: Case) -> Loss:
-    """Compile with inductor's auto chunker; the loss raises CannotRun if there is nothing to chunk."""
-    from torch._inductor import config, inductor_prims  # noqa: F401 (defines operators that the chunker uses)
-    from torch._inductor.fx_passes import auto_chunker
-
-    def eager(student: Tensor, teacher: Tensor) -> Tensor:  # not shared, or torch.compile would reuse another graph
-        return peers.eager(student, teacher, case.relation)
-
-    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    outcomes: list[str] = []  # of the chunker: "" on success, else the reason
-
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        if outcomes:
-            return compiled(student, teacher)
-        original = auto_chunker.chunk
-
-        def recorded_chunk(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-            try:
-                graph = original(gm)
-            except auto_chunker.CantChunk as error:
-                outcomes.append(f"the auto chunker finds nothing to chunk: {error}")
-                raise CannotRun(outcomes[0]) from error  # stops before the N x N matrices are allocated
-            outcomes.append("")
-            return graph
-
-        auto_chunker.chunk = recorded_chunk
-        try:
-            # a cached graph would bypass the chunker
-            with config.patch({"auto_chunker.enable": True, "force_disable_caches": True}):
-                result = compiled(student, teacher)
-        except Exception:
-            if outcomes and outcomes[0]:  # the compiler may have wrapped the error
-                raise CannotRun(outcomes[0]) from None
-            raise
-        finally:
-            auto_chunker.chunk = original
-        if not outcomes:
-            raise CannotRun("torch.compile did not call the auto chunker")
-        return result
-
-    return loss
 
 
 def _keops_missing(case: Case) -> str | None:
@@ -97,7 +46,6 @@ def _eager_matrices(case: Case) -> int:
 PROVIDERS: dict[str, Provider] = {
     "eager": Provider(partial(_peer, peers.eager), matrices=_eager_matrices),
     "compile": Provider(_compiled, compiles=True, matrices=lambda case: 2),
-    "auto_chunker": Provider(_auto_chunked, _chunker_missing, compiles=True),
     "chunked": Provider(partial(_peer, peers.chunked)),
     "keops": Provider(_keops, _keops_missing),
     **KERNELS,

@@ -18,12 +18,12 @@ from srpkd.checking.kernels import CUDA_KERNELS
 from srpkd.files import write_file
 from srpkd.kernels import measured
 
-from . import accuracy, cases, relation, results, train
+from . import accuracy, cases, machine, relation, results, train
 from .results import Row
 
-TABLE = results.FOLDER.parent.parent / "kernels" / "measured_cases.py"
+TABLE = machine.ROOT / "kernels" / "measured_cases.py"
 KEYS = {module.RESULTS.name: module.KEY for module in (relation, train, accuracy)}
-HEADER = results.FOLDER.parent.parent / "csrc" / "cuda" / "verified_rows.h"
+HEADER = machine.ROOT / "csrc" / "cuda" / "verified_rows.h"
 # dtype and precision -> Precision of csrc/cuda/types.h, bytes of a feature
 FORMATS = {
     ("bfloat16", ""): ("bf16", 2),
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         write_file(file, text.encode())
         print(file)
     if old := measured.stale():
-        print(f"measured with an earlier version of the kernels only: {', '.join(old)}")
+        print(f"measured only with an earlier version of the kernel: {', '.join(old)}")
 
 
 def merge(source: Path, target: Path) -> None:
@@ -128,7 +128,7 @@ def with_present_native(rows: Sequence[Row]) -> list[Row]:
     for own in results.group_by(rows, relation.KEY[1:]).values():
         by_provider = {row["provider"]: row for row in own if row["status"] == "ok"}
         if any(name in by_provider for name in CUDA_KERNELS):
-            [entry] = recorded([row for row in own if row["status"] == "ok" and row.get("kernel_version")])[1]
+            [entry] = recorded(own)[1]
             kernel = "native-sm90" if measured.kind_of(entry.case) in verified else "native-sm80"
             if kernel in by_provider:
                 own = [row for row in own if row["provider"] != "native"]

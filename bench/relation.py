@@ -33,6 +33,7 @@ KEY = (
     "provider", "mode", "pixels", "channels", "batch", "dtype", "precision", "normalize", "distance",
     "device", "threads",
 )  # fmt: skip
+COLUMNS = (*KEY, "device_type", "status", "median_s", "torch", "commit")  # of every row; others may be missing
 BASELINES = ("eager", "compile")
 SLOW = 10.0  # seconds; a longer call is timed once
 
@@ -49,6 +50,7 @@ class Trial:
         found: relative errors, None if the provider gave no result.
         samples: seconds of a call by round.
         gpu, host: seconds of a call on the GPU alone, and of the host to enqueue it; None on the CPU.
+        peak: bytes of one call in addition to its inputs; None if they are not measured.
     """
 
     status: str
@@ -59,22 +61,17 @@ class Trial:
     samples: list[float] = field(default_factory=list)
     gpu: float | None = None
     host: float | None = None
+    peak: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
     add_option(parser, DEFAULT, "all without the kernels that are selected by name")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=6.0,
-        metavar="SECONDS",
-        help="time per case (default: %(default)s)",
-    )
+    cases.add_budget(parser, 6.0, "time per case")
     parser.add_argument("--minutes", type=float, metavar="M", help="start no case after this time")
     parser.add_argument("--missing", action="store_true", help="skip cases of which all providers are recorded")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, COLUMNS, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
     start = time.monotonic()
     todo = cases.selected(options)
     if options.missing:
-        recorded = {tuple(row.get(name, "") for name in KEY) for row in results.read(options.out)}
+        recorded = {tuple(row[name] for name in KEY) for row in results.read(options.out)}
         todo = [case for case in todo if any((name, *_identity(case)) not in recorded for name in options.providers)]
     print("Times on a shared machine are noisy: compare the ratios, which are measured side by side.")
     for number, case in enumerate(todo):
@@ -116,27 +113,18 @@ def measure_case(case: Case, names: list[str], budget: float, memory: bool) -> l
         student, teacher = features(case)
         expected = gate.float64_result(student, teacher, case)
         trials = {name: prepare(name, case, student, teacher, expected) for name in names}
-        timed = {name: trial for name, trial in trials.items() if trial.status == "ok" and trial.seconds < SLOW}
-        samples = measure.interleaved(
-            {name: trial.call for name, trial in timed.items()},
-            {name: trial.seconds for name, trial in timed.items()},
-            case.device,
-            budget,
-        )
-        peaks: dict[str, int | None] = {}
-        for name, trial in trials.items():
-            if trial.status != "ok":
-                continue
+        right = {name: trial for name, trial in trials.items() if trial.status == "ok"}
+        seconds = {name: trial.seconds for name, trial in right.items() if trial.seconds < SLOW}
+        samples = measure.interleaved({name: right[name].call for name in seconds}, seconds, case.device, budget)
+        for name, trial in right.items():
             trial.samples = samples.get(name) or [trial.seconds]
             trial.host = measure.host_seconds(trial.call, case.device)
             trial.gpu = measure.gpu_seconds(trial.call, case.device)
             if memory and case.device != "cpu":
-                peaks[name] = measure.peak_on_gpu(trial.call, case.device)
+                trial.peak = measure.peak_on_gpu(trial.call, case.device)
             elif memory:
-                peaks[name] = measure.peak_on_cpu(
-                    partial(prepare_call, name, case), case.threads, warm=trial.seconds < SLOW
-                )
-    return [as_row(name, case, trials, peaks.get(name), peak_rates) for name in names]
+                trial.peak = measure.peak_on_cpu(partial(prepare_call, name, case), case.threads, warm=name in seconds)
+    return [as_row(name, case, trials, peak_rates) for name in names]
 
 
 def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor, expected: gate.Result) -> Trial:
@@ -169,9 +157,7 @@ def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
         return Trial("failed", f"{type(error).__name__}: {message}")
 
 
-def as_row(
-    name: str, case: Case, trials: dict[str, Trial], peak: int | None, peak_rates: machine.PeakRates
-) -> dict[str, Any]:
+def as_row(name: str, case: Case, trials: dict[str, Trial], peak_rates: machine.PeakRates) -> dict[str, Any]:
     """Return the row of a provider, as ``bench.results`` writes it."""
     trial = trials[name]
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
@@ -187,7 +173,7 @@ def as_row(
         both = trial.samples and base
         row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, base) if both else None
     return row | {
-        "peak_extra_bytes": peak,
+        "peak_extra_bytes": trial.peak,
         "needed_bytes": PROVIDERS[name].bytes_needed(case) or None,
         "loss_error": trial.found and trial.found.loss,
         "gradient_error": trial.found and trial.found.gradient,
@@ -201,17 +187,17 @@ def as_row(
     }
 
 
-def describe(row: dict[str, Any]) -> str:
-    """Format a row for the terminal."""
+def describe(row: dict[str, Any], baseline: str = "eager") -> str:
+    """Format a row for the terminal, with the speed relative to one of the providers."""
     if row["status"] != "ok":
         return f"{row['provider']:<13} {row['status']}: {row['reason']}"
-    faster = row["times_faster_than_eager"]
-    peak = row["peak_extra_bytes"]
+    columns = (f"times_faster_than_{baseline}", "peak_extra_bytes", "percent_of_roofline")
+    faster, peak, percent = map(row.get, columns)
     return (
         f"{row['provider']:<13} {1000 * row['median_s']:10.3f} ms "
         f"({1000 * row['p20_s']:.3f} to {1000 * row['p80_s']:.3f}, {row['rounds']} rounds)"
-        + "".join(f"  {name} {1000 * row[f'{name}_s']:.3f} ms" for name in ("gpu", "host") if row[f"{name}_s"])
-        + ("" if faster is None else f"  {faster:6.2f} x eager's speed")
+        + "".join(f"  {name} {1000 * row[f'{name}_s']:.3f} ms" for name in ("gpu", "host") if row.get(f"{name}_s"))
+        + ("" if faster is None else f"  {faster:6.2f} x {baseline}'s speed")
         + ("" if peak is None else f"  {peak / 1e6:9.1f} MB")
-        + f"  {row['percent_of_roofline']:5.1f} % of roofline"
+        + ("" if percent is None else f"  {percent:5.1f} % of roofline")
     )

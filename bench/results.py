@@ -19,14 +19,21 @@ def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a file, with all values as text; [] if the file does not exist.
 
     Raises:
-        ValueError: The file is not CSV or lacks one of the columns.
+        ValueError: The file is not CSV, lacks one of the columns, or has a line that is not complete.
     """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = []
         try:
-            reader = csv.DictReader(file)
-            rows, found = list(reader), reader.fieldnames or []
+            found = reader.fieldnames or []
+            for row in reader:
+                if None in row or None in row.values():  # more cells than columns, or fewer
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(found)} cells: fix or remove the line"
+                    )
+                rows.append(row)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read as CSV: {error}") from error
     if missing := [name for name in columns if name not in found]:
@@ -37,9 +44,9 @@ def read(path: Path, columns: Sequence[str] = ()) -> list[Row]:
 def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> None:
     """Insert rows into a file; a row replaces the one with the same values in the columns ``key``.
 
-    None becomes an empty cell; floats have six digits. The file is replaced atomically.
+    None becomes an empty cell; floats have six digits. The file is replaced atomically. Raises as ``read``.
     """
-    merged = {_key(row, key): row for row in read(path)}
+    merged = {_key(row, key): row for row in read(path, key)}
     for row in rows:
         cells = {name: _cell(value) for name, value in row.items()}
         merged[_key(cells, key)] = cells
@@ -48,7 +55,6 @@ def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) ->
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(merged.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
@@ -61,18 +67,33 @@ def group_by(rows: Iterable[Row], columns: Sequence[str]) -> dict[tuple[str, ...
     return groups
 
 
+def distinct(rows: Iterable[Row], column: str) -> str:
+    """Return the values of a column, each once, such as "abc, def"."""
+    return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+
 def number(row: Row, column: str) -> float | None:
     """Return a cell as a number, None if it is empty or the column does not exist."""
     return float(row[column]) if row.get(column) else None
 
 
-def add_csv(parser: argparse.ArgumentParser, default: Path, name: str = "--csv") -> None:
-    """Add the option with the path of a file of results."""
-    parser.add_argument(name, type=Path, default=default, metavar="CSV", help="file of results (default: %(default)s)")
+def add_csv(parser: argparse.ArgumentParser, default: Path, columns: Sequence[str], name: str = "--csv") -> None:
+    """Add the option with the path of a file of results with these columns, which is checked before any work."""
+
+    def checked(text: str) -> Path:
+        try:
+            read(Path(text), columns)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return Path(text)
+
+    parser.add_argument(
+        name, type=checked, default=str(default), metavar="CSV", help="file of results (default: %(default)s)"
+    )
 
 
 def _key(row: Mapping[str, str], key: Sequence[str]) -> tuple[str, ...]:
-    return tuple(row.get(name, "") for name in key)
+    return tuple(row[name] for name in key)
 
 
 def _cell(value: Any) -> str:

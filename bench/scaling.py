@@ -33,12 +33,12 @@ class Fit(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    results.add_csv(parser, relation.RESULTS)
+    results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the exponents of all groups with at least three recorded points."""
-    found = fits(results.read(options.csv, relation.KEY))
+    found = fits(results.read(options.csv))
     if not found:
         raise ValueError(f"{options.csv}: no case is recorded for three sizes: run python -m bench relation first")
     groups: dict[str, list[Fit]] = {}

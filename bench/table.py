@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from srpkd.checking.cases import Case
 from srpkd.reporting.table import format_table
 
 from . import relation, results, train
+from .markers import put_between_markers
 from .providers import DEFAULT
-from .readme import between_markers, put_between_markers
 from .record import with_present_native
 from .results import Row, number
 
@@ -41,20 +41,19 @@ SHOWN = {
         Case(batch=16),
     ),
 }
-GPU_COLUMNS = [  # omitted where they are not recorded
+# keys are columns of the CSV, in the units of SCALES
+COLUMNS = [
+    {"key": "case"},
+    {"key": "provider"},
+    {"key": "median_s", "label": "ms", "format": ",.2f"},
     {"key": "gpu_s", "label": "GPU ms", "format": ",.3f"},
     {"key": "host_s", "label": "host ms", "format": ",.3f"},
+    {"key": "times_faster_than_eager", "label": "x eager's speed", "format": ".2f"},
+    {"key": "times_faster_than_compile", "label": "x compile's speed", "format": ".2f"},
+    {"key": "peak_extra_bytes", "label": "peak MB", "format": ",.1f"},
+    {"key": "percent_of_roofline", "label": "% of roofline", "format": ".1f"},
 ]
-COLUMNS = [
-    {"key": "case", "label": "case"},
-    {"key": "provider", "label": "provider"},
-    {"key": "milliseconds", "label": "ms", "format": ",.2f"},
-    *GPU_COLUMNS,
-    {"key": "eager", "label": "x eager's speed", "format": ".2f"},
-    {"key": "compile", "label": "x compile's speed", "format": ".2f"},
-    {"key": "megabytes", "label": "peak MB", "format": ",.1f"},
-    {"key": "percent", "label": "% of roofline", "format": ".1f"},
-]
+SCALES = {"median_s": 1e3, "gpu_s": 1e3, "host_s": 1e3, "peak_extra_bytes": 1e-6}
 TRAIN_COLUMNS = [
     {"key": "variant", "label": "training step"},
     {"key": "median_s", "label": "s", "format": ".2f"},
@@ -66,14 +65,14 @@ TRAIN_COLUMNS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    results.add_csv(parser, relation.RESULTS)
-    results.add_csv(parser, train.RESULTS, "--train-csv")
+    results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
+    results.add_csv(parser, train.RESULTS, train.KEY, "--train-csv")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between the markers of this file")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the tables, or put them into the README and docs/benchmarks.md beside it."""
-    rows, train_rows = results.read(options.csv, relation.KEY), results.read(options.train_csv, train.KEY)
+    rows, train_rows = results.read(options.csv), results.read(options.train_csv)
     if options.readme is None:
         print(joined(table(rows), train_table(train_rows)))
         return
@@ -93,11 +92,6 @@ def texts(readme: Path, rows: Sequence[Row], train_rows: Sequence[Row]) -> dict[
     }
 
 
-def block(file: Path) -> str:
-    """Return the tables in a file; raises as ``between_markers``."""
-    return between_markers(file, NAME).rstrip("\n")
-
-
 def joined(*parts: str) -> str:
     """Return paragraphs as one text; the table of training steps is empty if none is recorded."""
     return "\n\n".join(filter(None, parts))
@@ -109,11 +103,10 @@ def train_table(rows: Sequence[Row]) -> str:
     same = ("device", "threads", "model", "student", "teacher", "size", "batch")
     for own in results.group_by(rows, same).values():
         first = own[0]
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in own))
         parts.append(
             f"{first['device']}, {first['threads']} threads; {first['model']}, {first['teacher']} to "
             f"{first['student']}, {first['size']} x {first['size']} pixels, batch {first['batch']}; "
-            f"torch {first['torch']}; commit {commits}:"
+            f"torch {first['torch']}; commit {results.distinct(own, 'commit')}:"
         )
         numbers = [column["key"] for column in TRAIN_COLUMNS[1:]]
         lines = [{"variant": row["variant"]} | {name: number(row, name) for name in numbers} for row in own]
@@ -147,7 +140,7 @@ def measured(rows: Sequence[Row]) -> list[Measured]:
                 cases[case] = found
         if cases:
             every = [row for found in cases.values() for row in found.values()]
-            versions, commits = (", ".join(dict.fromkeys(row[name] for row in every)) for name in ("torch", "commit"))
+            versions, commits = (results.distinct(every, name) for name in ("torch", "commit"))
             where = f"{device}, {threads} threads" if own[0]["device_type"] == "cpu" else device
             devices.append(Measured(f"{where}; torch {versions}; commit {commits}:", cases))
     if not devices:
@@ -168,9 +161,8 @@ def table(rows: Sequence[Row]) -> str:
             for case, found in cases.items()
             for i, (name, row) in enumerate(found.items())
         ]
-        columns = [
-            column for column in COLUMNS if column not in GPU_COLUMNS or any(line[column["key"]] for line in lines)
-        ]
+        absent = {key for key in ("gpu_s", "host_s") if not any(line[key] for line in lines)}
+        columns = [column for column in COLUMNS if column["key"] not in absent]
         parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
@@ -180,30 +172,21 @@ def short_table(rows: Sequence[Row]) -> str:
     parts = []
     for caption, cases in measured(rows):
         names = [name for name in DEFAULT if any(name in found for found in cases.values())]
-        lines: list[dict[str, object]] = []
+        lines: list[dict[str, Any]] = []
         for case, found in cases.items():
-            values = {name: _line(row) for name, row in found.items()}
-            first = next(iter(found.values()))
-            lines.append(
-                {"case": _describe(case, first), "": "ms"} | {name: _time(line) for name, line in values.items()}
-            )
-            lines.append({"case": "", "": "peak MB"} | {name: _megabytes(line) for name, line in values.items()})
-        columns: list[dict[str, object]] = [{"key": name} for name in ("case", "", *names)]
+            times, peaks = {"case": _describe(case, next(iter(found.values()))), "": "ms"}, {"case": "", "": "peak MB"}
+            for name, line in ((name, _line(row)) for name, row in found.items()):
+                speed = line["times_faster_than_eager"]
+                times[name] = _text(line["median_s"], ",.2f") + ("" if speed is None else f" ({speed:.2f}x)")
+                peaks[name] = _text(line["peak_extra_bytes"], ",.1f")
+            lines += [times, peaks]
+        columns = [{"key": name} for name in ("case", "", *names)]
         parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
 
-def _time(line: dict[str, object]) -> object:
-    """Return milliseconds, and in parentheses the speed relative to eager PyTorch."""
-    milliseconds, speed = line["milliseconds"], line["eager"]
-    if not isinstance(milliseconds, float):
-        return milliseconds  # the status
-    return f"{milliseconds:,.2f}" + ("" if speed is None else f" ({speed:.2f}x)")
-
-
-def _megabytes(line: dict[str, object]) -> object:
-    megabytes = line["megabytes"]
-    return f"{megabytes:,.1f}" if isinstance(megabytes, float) else megabytes
+def _text(value: Any, spec: str) -> Any:
+    return format(value, spec) if isinstance(value, float) else value
 
 
 def _describe(case: Case, row: Row) -> str:
@@ -213,22 +196,13 @@ def _describe(case: Case, row: Row) -> str:
     return f"N = {case.pixels:,}, C = {'/'.join(map(str, case.channels))}{batch}, {kind}"
 
 
-def _line(row: Row) -> dict[str, object]:
-    line: dict[str, object] = {
-        "eager": number(row, "times_faster_than_eager"),
-        "compile": number(row, "times_faster_than_compile"),
-        "percent": number(row, "percent_of_roofline"),
-    }
-    for key, column, scale in (
-        ("milliseconds", "median_s", 1e3),
-        ("gpu_s", "gpu_s", 1e3),
-        ("host_s", "host_s", 1e3),
-        ("megabytes", "peak_extra_bytes", 1e-6),
-    ):
-        value = number(row, column)
-        line[key] = None if value is None else value * scale
+def _line(row: Row) -> dict[str, Any]:
+    """Return a row's numbers as the table shows them, with its status in place of a time that is not measured."""
+    line: dict[str, Any] = {}
+    for key in (column["key"] for column in COLUMNS[2:]):
+        value = number(row, key)
+        line[key] = None if value is None else value * SCALES.get(key, 1)
     if row["status"] != "ok":
         needed = number(row, "needed_bytes")
-        line["milliseconds"] = row["status"]
-        line["megabytes"] = needed and f"needs {needed / 1e6:,.0f}"
+        line |= {"median_s": row["status"], "peak_extra_bytes": needed and f"needs {needed / 1e6:,.0f}"}
     return line

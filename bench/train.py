@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from srpkd.arguments import positive
 from srpkd.kernels import Relation, auto_backend
 from srpkd.training.loop import freeze_for_inference, make_objective
 from srpkd.training.options import ResolvedConfig, TrainConfig
@@ -52,23 +53,24 @@ Steps = dict[str, Callable[[], object]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("cycle_gan", "pix2pix"), default="cycle_gan")
+    parser.add_argument("--model", choices=("cycle_gan", "pix2pix"), default="cycle_gan", help="default: %(default)s")
     parser.add_argument("--netG", default="resnet_9blocks", help="generator architecture (default: %(default)s)")
     parser.add_argument("--ngf", type=int, default=16, help="channels of the student (default: %(default)s)")
-    parser.add_argument("--teacher-ngf", type=int, default=64, help="channels of the teacher (default: %(default)s)")
+    parser.add_argument("--teacher-ngf", type=positive, default=64, help="those of the teacher (default: %(default)s)")
     parser.add_argument("--size", type=int, default=256, help="height and width of the images (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images per step (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=60.0, metavar="SECONDS", help="default: %(default)s")
+    cases.add_budget(parser, 60.0, "time of the steps, and again of the teacher's")
     parser.add_argument(
         "--speedups", nargs="*", choices=SPEEDUPS, help="options to try (default: each alone; fp16 on a GPU)"
     )
-    parser.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
     parser.add_argument("--short", action="store_true", help="fewer rows: a minute on a GPU, with --budget 6")
-    parser.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
-    parser.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
-    parser.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-teacher", action="store_true", help="do not time the training of the teacher")
+    parts.add_argument("--peer", action="store_true", help="only the teacher's steps and the plain one")
+    parts.add_argument("--profile", action="store_true", help="count operators, launches and host time instead")
+    parts.add_argument("--loader", action="store_true", help="measure the data loader on image files instead")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
+    results.add_csv(parser, RESULTS, KEY, "--out")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -122,27 +124,20 @@ def run(options: argparse.Namespace) -> None:
     print(options.out)
 
 
-def forms(config: ResolvedConfig) -> dict[str, ResolvedConfig]:
-    """Return the options of a stage in each form that its device can run: "", ", fast", ", cuda_graph" or both."""
+def forms(config: ResolvedConfig, short: bool = False) -> dict[str, ResolvedConfig]:
+    """Return the options of a stage in each form that its device can run: "", ", fast", ", cuda_graph" or both.
+
+    ``short`` leaves out all but the first and the last, which is the fastest.
+    """
     fast = fast_options(config.torch_device)
     found = {"": config} | ({", fast": replace(config, **fast)} if fast else {})
     if config.torch_device.type == "cuda":
         found |= {f"{name}, cuda_graph": replace(options, cuda_graph=True) for name, options in found.items()}
-    return found
-
-
-def fastest_form(config: ResolvedConfig) -> dict[str, ResolvedConfig]:
-    """Return the options of a stage as they are, and with everything of ``forms`` that makes a step faster."""
-    found = forms(config)
-    return {form: found[form] for form in ("", list(found)[-1])}
+    return {form: found[form] for form in ("", list(found)[-1])} if short else found
 
 
 def distillation_rows(
-    student: ResolvedConfig,
-    teacher: ResolvedConfig,
-    budget: float,
-    speedups: Sequence[str] = (),
-    short: bool = False,
+    student: ResolvedConfig, teacher: ResolvedConfig, budget: float, speedups: Sequence[str], short: bool
 ) -> list[dict[str, Any]]:
     """Return a row for the step without the relation loss, each way to compute it, each speedup, and each form.
 
@@ -163,7 +158,7 @@ def distillation_rows(
     variants |= {f"{auto}, {name}": replace(student, **SPEEDUPS[name]) for name in speedups}
     shares = dict.fromkeys(("reference", auto, auto_default), without)  # variant -> the same without the relation loss
     baselines = {f"{auto}, {name}": auto for name in speedups}
-    for form, config in (fastest_form if short else forms)(default).items():
+    for form, config in forms(default, short).items():
         if form:
             variants |= {without + form: replace(config, lambda_srp=0.0), auto_default + form: config}
             shares[auto_default + form] = without + form
@@ -172,26 +167,26 @@ def distillation_rows(
     samples = timed_steps({name: step_of(config, teachers) for name, config in variants.items()}, student, budget)
     rows = []
     for name, seconds in samples.items():
-        share = faster = None
+        row = as_row(name, seconds)
         if name in shares:
-            share = statistics.median(100 * (1 - base / own) for base, own in zip(samples[shares[name]], seconds))
+            ratios = (base / own for base, own in zip(samples[shares[name]], seconds))
+            row["srp_percent_of_step"] = 100 * (1 - statistics.median(ratios))
         if name in baselines:
-            faster = measure.ratio(seconds, samples[baselines[name]])
-        rows.append(as_row(name, seconds) | {"srp_percent_of_step": share, "times_faster_than_auto": faster})
+            row["times_faster_than_auto"] = measure.ratio(seconds, samples[baselines[name]])
+        rows.append(row)
     return rows
 
 
-def teacher_rows(teacher: ResolvedConfig, budget: float, short: bool = False) -> list[dict[str, Any]]:
-    """Return the rows of a plain step, and of the teacher's training in each form or, short, the fastest."""
+def teacher_rows(teacher: ResolvedConfig, budget: float, short: bool) -> list[dict[str, Any]]:
+    """Return the rows of a plain step, and of the teacher's training in each form."""
     steps: Steps = {PLAIN: plain_step_of(teacher)}
-    chosen = (fastest_form if short else forms)(teacher)
-    steps |= {TEACHER + form: step_of(config, {}) for form, config in chosen.items()}
+    steps |= {TEACHER + form: step_of(config, {}) for form, config in forms(teacher, short).items()}
     samples = timed_steps(steps, teacher, budget)
-    rows = []
-    for name, seconds in samples.items():
-        faster = None if name == PLAIN else measure.ratio(seconds, samples[PLAIN])
-        rows.append(as_row(name, seconds) | {"times_faster_than_plain": faster})
-    return rows
+    plain = samples[PLAIN]
+    return [
+        as_row(name, own) | ({} if name == PLAIN else {"times_faster_than_plain": measure.ratio(own, plain)})
+        for name, own in samples.items()
+    ]
 
 
 def frozen_teachers(teacher: ResolvedConfig) -> dict[str, nn.Module]:
@@ -220,12 +215,8 @@ def images_of(config: ResolvedConfig) -> dict[str, Tensor]:
     """Return a batch of random images."""
     generator = torch.Generator().manual_seed(0)
     shape = config.batch_size, 3, config.synthetic_size, config.synthetic_size
-    return {
-        side: (2 * torch.rand(shape, generator=generator) - 1).to(
-            config.torch_device, memory_format=config.memory_format
-        )
-        for side in "AB"
-    }
+    images = {side: 2 * torch.rand(shape, generator=generator) - 1 for side in "AB"}
+    return {side: one.to(config.torch_device, memory_format=config.memory_format) for side, one in images.items()}
 
 
 def timed_steps(steps: Steps, config: ResolvedConfig, budget: float) -> dict[str, list[float]]:
@@ -251,7 +242,7 @@ def as_text(row: dict[str, Any]) -> str:
         "times_faster_than_auto": "{:.2f} x auto's speed",
         "times_faster_than_plain": "{:.2f} x the plain step's speed",
     }
-    found = [text.format(row[name]) for name, text in ends.items() if row.get(name) is not None]
+    found = [text.format(row[name]) for name, text in ends.items() if name in row]
     times = (
         f"{row['median_s']:8.4f} s/step ({row['p20_s']:.4f} to {row['p80_s']:.4f}, {row['rounds']} rounds), "
         f"{row['steps_per_s']:.3f} steps/s"

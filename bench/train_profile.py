@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,42 +38,6 @@ class OperatorCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class StepProfile:
-    """Counts of one training step.
-
-    Attributes:
-        operators: name -> number of calls; empty for networks that torch.compile wraps.
-        launches: kernels on the GPU, 0 on the CPU.
-        gpu_seconds: their total time.
-        host_seconds: until the step returns to the host, which on a GPU is before the GPU is done.
-        seconds: of the whole step.
-    """
-
-    operators: Counter[str]
-    launches: int
-    gpu_seconds: float
-    host_seconds: float
-    seconds: float
-
-
-def profile_step(step: Callable[[], object], device: torch.device) -> StepProfile:
-    """Profile a step, after a warm-up."""
-    for _ in range(WARMUP if device.type == "cuda" else 1):
-        step()
-    whole, host = (min(times) for times in zip(*(_times(step, device) for _ in range(3))))
-    with OperatorCount() as operators:
-        step()
-    launches, busy = 0, 0.0
-    if device.type == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            step()
-            torch.cuda.synchronize(device)
-        kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
-        launches, busy = len(kernels), sum(event.device_time for event in kernels) / 1e6
-    return StepProfile(operators.counts, launches, busy, host, whole)
-
-
 def _times(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Return the seconds of a step, and those of the host alone."""
     host = 0.0
@@ -87,14 +50,26 @@ def _times(step: Callable[[], object], device: torch.device) -> tuple[float, flo
 
 
 def report(steps: Mapping[str, Callable[[], object]], device: torch.device) -> str:
-    """Return the profiles of several steps as text."""
+    """Profile steps, after a warm-up, and return the counts and times of one call of each as text.
+
+    The time of the host ends when the step returns, which on a GPU is before the GPU is done. The operators of networks
+    that torch.compile wraps are not counted.
+    """
     lines = []
     for name, step in steps.items():
-        found = profile_step(step, device)
-        total = found.operators.total()
-        gpu = f", GPU {1e3 * found.gpu_seconds:.1f} ms in {found.launches:,} launches" if found.launches else ""
-        lines.append(
-            f"{name}: {total:,} operators, {1e3 * found.seconds:.1f} ms, host {1e3 * found.host_seconds:.1f} ms{gpu}"
-        )
-        lines += [f"    {count:6,} {operator}" for operator, count in found.operators.most_common(LARGEST)]
+        for _ in range(WARMUP if device.type == "cuda" else 1):
+            step()
+        seconds, host = (min(times) for times in zip(*(_times(step, device) for _ in range(3))))
+        with OperatorCount() as operators:
+            step()
+        gpu = ""
+        if device.type == "cuda":
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                step()
+                torch.cuda.synchronize(device)
+            kernels = [event.device_time for event in profiled.events() if event.device_type == DeviceType.CUDA]
+            gpu = f", GPU {sum(kernels) / 1e3:.1f} ms in {len(kernels):,} launches"
+        total = operators.counts.total()
+        lines.append(f"{name}: {total:,} operators, {1e3 * seconds:.1f} ms, host {1e3 * host:.1f} ms{gpu}")
+        lines += [f"    {count:6,} {operator}" for operator, count in operators.counts.most_common(LARGEST)]
     return "\n".join(lines)

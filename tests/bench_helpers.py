@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,13 @@ from srpkd.kernels import measured
 def run(*arguments: object) -> None:
     """Run ``python -m bench`` in this process."""
     main([str(argument) for argument in arguments])
+
+
+def parse(module: ModuleType, *words: object) -> argparse.Namespace:
+    """Return the options of a command of ``bench``."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
 
 
 def incorrect_loss(kind: str) -> Callable[[Case], Callable[[Tensor, Tensor], Tensor]]:
@@ -58,9 +67,9 @@ def relation_rows(device_type: str = "cpu", **fixed: Any) -> list[dict[str, Any]
         }
         trials["chunked"] = relation.Trial("out of memory", "needs more")
         trials["keops"] = relation.Trial("skipped", "not installed")
+        trials["eager"].peak, trials["native"].peak = 6 * case.matrix_bytes, 1000 * pixels
         for name in trials:
-            peak = {"eager": 6 * case.matrix_bytes, "native": 1000 * pixels}.get(name)
-            row = relation.as_row(name, case, trials, peak, machine.PeakRates(1e12, 1e11))
+            row = relation.as_row(name, case, trials, machine.PeakRates(1e12, 1e11))
             row |= {"device": f"some {device_type}", "device_type": device_type}
             if device_type == "cuda":
                 row |= {"capability": "9.0", "kernel_version": measured.kernel_version(name, case.dtype)}

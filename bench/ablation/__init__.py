@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srpkd import relation_loss
+from srpkd.arguments import positive
 from srpkd.checking.cases import Case, features
-from srpkd.kernels import Relation, build
+from srpkd.checking.kernels import KERNELS
+from srpkd.kernels import build
 from srpkd.kernels.formulas import scales_of
 
 from .. import machine, measure, results
@@ -41,7 +42,6 @@ from .variants import VARIANTS, Patch, apply, slug
 
 LIBRARY = Path(__file__).with_name("library.cu")
 CHANNELS = (64, 256)
-RELATION = Relation("row", "l1")
 TOLERANCE = 1e-4  # relative, of the loss of "as is"
 SPIN = 300_000  # nanoseconds
 KEY = ("variant", "batch", "pixels", "device")
@@ -73,8 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
         help=f"from {', '.join(VARIANTS)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 1], metavar="B", help="images (default: 16 1)")
-    parser.add_argument("--pixels", type=int, default=4096, metavar="N", help="of an image (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[16, 1], metavar="B", help="images (default: 16 1)"
+    )
+    parser.add_argument("--pixels", type=positive, default=4096, metavar="N", help="of an image (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="CSV", help="file of results")
 
 
@@ -90,8 +92,6 @@ def run(options: argparse.Namespace) -> None:
         return
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise ValueError("the tiles use wgmma: expected a GPU of compute capability 9.0; --build needs none")
-    if min(*options.batch, options.pixels) < 1:
-        raise ValueError("--batch and --pixels: expected integers >= 1")
     with tempfile.TemporaryDirectory() as scratch:
         libraries = compiled(options.use or Path(scratch), options.variants)
         for batch in options.batch:
@@ -169,7 +169,6 @@ class Variation:
 
     def __init__(self, library: Path, case: Case, multiprocessors: int | None = None) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.launch.restype = ctypes.c_char_p
         self.inputs = inputs_of(case)
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(case.device).multi_processor_count
@@ -182,17 +181,21 @@ class Variation:
         memory = torch.empty(self.description.workspace_bytes + 256, dtype=torch.uint8, device=case.device)
         self.memory = memory[-memory.data_ptr() % 256 :][: self.description.workspace_bytes]
 
-    def launch(self, stream: int = 0) -> None:
-        """Enqueue the kernel.
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the library that returns an error message.
 
         Raises:
-            RuntimeError: it cannot be launched.
+            RuntimeError: the message is not empty.
         """
-        message = self.library.launch(
-            ctypes.byref(self.case), ctypes.c_void_p(self.memory.data_ptr()), ctypes.c_void_p(stream)
-        )
-        if message:
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
+        if message := function(*arguments):
             raise RuntimeError(message.decode())
+
+    def launch(self, stream: int = 0) -> None:
+        """Enqueue the kernel; raises as ``call``."""
+        memory = ctypes.c_void_p(self.memory.data_ptr())
+        self.call("launch", ctypes.byref(self.case), memory, ctypes.c_void_p(stream))
 
     def loss(self) -> float:
         """Return the mean loss of the last call."""
@@ -208,10 +211,7 @@ class Variation:
     def hertz(self, stream: int) -> float:
         """Return the clock rate of the multiprocessors."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.memory.device)
-        self.library.clocks.restype = ctypes.c_char_p
-        message = self.library.clocks(ctypes.c_int64(SPIN), ctypes.c_void_p(counts.data_ptr()), ctypes.c_void_p(stream))
-        if message:
-            raise RuntimeError(message.decode())
+        self.call("clocks", ctypes.c_int64(SPIN), ctypes.c_void_p(counts.data_ptr()), ctypes.c_void_p(stream))
         clocks, nanoseconds = counts.tolist()
         return 1e9 * clocks / nanoseconds
 
@@ -220,7 +220,7 @@ class Variation:
 def inputs_of(case: Case) -> list[Tensor]:
     """Return features and scales, those of the student first."""
     student, teacher = features(case)
-    scales = scales_of(student, teacher, RELATION, torch.float32)
+    scales = scales_of(student, teacher, case.relation, torch.float32)
     return [student, teacher, *(alpha.contiguous() for alpha in (scales.student, scales.teacher) if alpha is not None)]
 
 
@@ -245,28 +245,15 @@ def measured(variation: Variation, check: bool) -> dict[str, Any]:
     torch.cuda.synchronize()
     if check:
         student, teacher = variation.inputs[:2]
-        expected = float(
-            relation_loss(
-                student.float(),
-                teacher.float(),
-                normalize=RELATION.normalize,
-                distance=RELATION.distance,
-                layout="nlc",
-                backend="blocked",
-            )
-        )
-        found = variation.loss()
+        expected, found = float(KERNELS["blocked"].make(Case())(student.float(), teacher.float())), variation.loss()
         if not abs(found - expected) <= TOLERANCE * expected:
             raise ValueError(f'the loss of "as is" is {found:g}, expected {expected:g}')
     seconds = measure.gpu_seconds(lambda: variation.launch(stream()), "cuda")
     if seconds is None:
         raise ValueError("a CUDA graph cannot capture the launch")
     hertz, described = variation.hertz(stream()), variation.description
-    return {
-        "us": 1e6 * seconds,
-        "clocks_per_tile": seconds * hertz * described.grid / described.tiles,
-        "ghz": hertz / 1e9,
-    }
+    clocks = seconds * hertz * described.grid / described.tiles
+    return {"us": 1e6 * seconds, "clocks_per_tile": clocks, "ghz": hertz / 1e9}
 
 
 def stream() -> int:

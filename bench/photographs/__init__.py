@@ -13,27 +13,23 @@ Each run of ``srpkd.train`` has a folder in RUNS_DIR. Call it again to resume it
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from bench.study.runs import is_finished, train_one
+from bench.study.runs import environment, is_finished, train_one
 from srpkd.arguments import positive
 from srpkd.extras import require
-from srpkd.training.summary import device_name
 
-from .images import TASKS, write_dataset
+from .images import SHORT_SIDE, TASKS, write_dataset
 from .plan import Study, dataset_folder, run_config
 from .report import render, write
 from .scores import examples, run_scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench photographs``."""
     add = parser.add_argument
     add("--runs_dir", default="runs/photographs", help="folder of the runs and of the report (default: %(default)s)")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
@@ -47,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run or resume the study, print its report and write it to the folder of the runs."""
     require("scipy.stats", "study", "a confidence interval")
+    if arguments.size > SHORT_SIDE:
+        raise ValueError(f"--size: received {arguments.size}, expected at most {SHORT_SIDE}, as the photographs have")
     study = Study(arguments.runs_dir, arguments.size, arguments.pairs, arguments.epoch_steps)
     pairs = [(task, number) for number in range(arguments.partitions) for task in arguments.tasks]
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
@@ -60,11 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         "command": _without_folders(arguments.command_line),
         "size": study.size,
         "pairs": study.pairs,
-        "environment": {
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": device_name(config.torch_device),
-        },
+        "environment": environment(config.torch_device),
         "tasks": found,
     }
     images = {task: examples(study, task, 0) for task in arguments.tasks}

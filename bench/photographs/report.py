@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench.study.comparison import describe_difference, draw_differences, paired_difference
+from bench.study.comparison import describe_difference, draw_differences, mean_and_deviation, paired_difference
 from srpkd.files import write_file
 from srpkd.reporting.figures import to_png
 
@@ -38,6 +37,12 @@ independent than the intervals assume. There are few photographs, the crops are 
 The tasks are those in which a teacher is clearly better than its input on photographs that it has not seen. Colouring
 gray photographs is not among them: the output of a teacher that had seen eight photographs was further from the target
 than the gray image. Hardware: {device}; torch {torch}."""
+PICTURES = """\
+![Differences to output distillation](photographs.png)
+
+![Inputs, outputs and targets of one partition](photographs-examples.png)
+
+Of each test photograph of the first partition, the crop of the largest contrast."""
 COMPARISONS = (
     ("output", "alone"),
     ("output + SRP", "output"),
@@ -66,17 +71,7 @@ def render(result: Mapping[str, Any]) -> str:
         intervals=len(gains),
         by_chance=round(len(gains) / 20),
     )
-    lines = [
-        "# Does it help on photographs?",
-        "",
-        introduction,
-        "",
-        "![Differences to output distillation](photographs.png)",
-        "",
-        "![Inputs, outputs and targets of one partition](photographs-examples.png)",
-        "",
-        "Of each test photograph of the first partition, the crop of the largest contrast.",
-    ]
+    lines = ["# Does it help on photographs?", "", introduction, "", PICTURES]
     for task, runs in result["tasks"].items():
         lines += ["", f"## {task.capitalize()}: {TASKS[task].words}", "", *_table(runs), "", *_verdicts(runs)]
     return "\n".join(lines) + "\n"
@@ -91,11 +86,7 @@ def _table(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     labels = [label for label, _ in METRICS.values()]
     lines = [f"| image | {' | '.join(labels)} |", f"| --- |{' ---: |' * len(METRICS)}"]
     for network in ("input", "teacher", *VARIANTS):
-        cells = []
-        for metric, (_, digits) in METRICS.items():
-            own = scores_of(runs, network, metric)
-            spread = f" ± {statistics.stdev(own):.{digits}f}" if len(own) > 1 else ""
-            cells.append(f"{statistics.fmean(own):.{digits}f}{spread}")
+        cells = [mean_and_deviation(scores_of(runs, network, name), digits) for name, (_, digits) in METRICS.items()]
         lines.append(f"| {network} | {' | '.join(cells)} |")
     return [*lines, "", f"Mean ± standard deviation over {len(runs)} partition{'s' if len(runs) > 1 else ''}."]
 
@@ -114,9 +105,7 @@ def _verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw_examples(tasks: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     """Draw images (P, 3, H, W) in [-1, 1] of each task, one row per P and one column per network; return the PNG."""
     columns = list(next(iter(tasks.values())))
-    rows = [
-        [images[column][i] for column in columns] for images in tasks.values() for i in range(len(images["target"]))
-    ]
+    rows = [row for images in tasks.values() for row in zip(*(images[column] for column in columns))]
     figure = Figure(figsize=(1.25 * len(columns), 1.25 * len(rows) + 0.3), layout="constrained")
     for number, axes in enumerate(figure.subplots(len(rows), len(columns), squeeze=False).flat):
         row, column = divmod(number, len(columns))

@@ -1,8 +1,8 @@
 """Time and memory of the recipes in docs/recipes: the public code of each method against srpkd's loss.
 
-    python -m bench recipes                          measure all, and write the tables of the pages
+    python -m bench recipes                          measure all
     python -m bench recipes --only nst --budget 10   measure one, for longer
-    python -m bench recipes --tables                 write the tables of the recorded results
+    python -m bench recipes --tables                 write the tables of the pages from the recorded results
     python -m bench recipes --pictures               run the code of the pages, and draw their pictures
 
 A call computes the loss and the gradient of the student's features, in float32. The two take turns; the speed is the
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cases, machine, measure, results
+from bench import cases, machine, measure, relation, results
+from bench.markers import put_between_markers
 from srpkd.checking import gate
 from srpkd.checking.cases import Case
 
@@ -27,43 +28,42 @@ from .catalogue import CASES, RECIPES, RecipeCase, as_tokens, value_and_gradient
 
 RESULTS = results.FOLDER / "recipes.csv"
 KEY = ("recipe", "shapes", "provider", "device", "threads")
-SLOW = 10.0  # seconds; a longer call is timed once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench recipes``."""
     parser.add_argument(
         "--only", choices=RECIPES, nargs="+", default=list(RECIPES), metavar="RECIPE", help="default: all"
     )
-    parser.add_argument(
-        "--budget", type=float, default=4.0, metavar="SECONDS", help="time per case (default: %(default)s)"
-    )
+    cases.add_budget(parser, 4.0, "time per case")
     cases.add_device(parser)
-    results.add_csv(parser, RESULTS, "--out")
-    parser.add_argument("--tables", action="store_true", help="measure nothing, only write the tables of the pages")
-    parser.add_argument("--pictures", action="store_true", help="measure nothing, only draw the pictures of the pages")
+    results.add_csv(parser, RESULTS, KEY, "--out")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--tables", action="store_true", help="measure nothing, write the tables of the pages")
+    instead.add_argument("--pictures", action="store_true", help="measure nothing, draw the pictures of the pages")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure the recipes and write the tables of their pages, or draw their pictures."""
+    """Measure the recipes, or write the tables of their pages, or draw their pictures."""
     if options.pictures:
         from .pictures import draw  # here: the code of the pages needs timm and diffusers
 
         for name in options.only:
             print(draw(name))
         return
-    if not options.tables:
-        device = cases.device_of(options)
-        for case in CASES:
-            if case.recipe in options.only:
-                print(f"{case.recipe}: {case.words}", flush=True)
-                rows = measure_case(case, device, options.budget)
-                results.upsert(options.out, rows, KEY)
-                for row in rows:
-                    print("  " + describe(row), flush=True)
-    for name, text in tables.texts(results.read(options.out, KEY)).items():
-        tables.write(name, text)
-    print(pages.FOLDER)
+    if options.tables:
+        for name, text in tables.texts(results.read(options.out)).items():
+            put_between_markers(pages.path(name), tables.NAME, text)
+        print(pages.FOLDER)
+        return
+    device = cases.device_of(options)
+    for case in CASES:
+        if case.recipe in options.only:
+            print(f"{case.recipe}: {case.words}", flush=True)
+            rows = measure_case(case, device, options.budget)
+            results.upsert(options.out, rows, KEY)
+            for row in rows:
+                print("  " + relation.describe(row, "usual"), flush=True)
+    print(options.out)
 
 
 def measure_case(case: RecipeCase, device: str, budget: float) -> list[dict[str, Any]]:
@@ -82,11 +82,10 @@ def measure_case(case: RecipeCase, device: str, budget: float) -> list[dict[str,
     calls, seconds = {}, {}
     for name, loss in case.losses().items():
         call = partial(value_and_gradient, loss, student, teacher)
-        row = rows[name] = {**identity, "provider": name, **check(case, name, call, expected)}
-        if row["status"] == "ok":
-            calls[name] = call
-            seconds[name] = row.pop("seconds")
-    fast = {name: call for name, call in calls.items() if seconds[name] < SLOW}
+        rows[name] = {**identity, "provider": name, **check(case, name, call, expected)}
+        if rows[name]["status"] == "ok":
+            calls[name], seconds[name] = call, rows[name].pop("seconds")
+    fast = {name: call for name, call in calls.items() if seconds[name] < relation.SLOW}
     samples = measure.interleaved(fast, seconds, device, budget)
     samples |= {name: [seconds[name]] for name in calls if name not in fast}
     for name, row in rows.items():
@@ -120,22 +119,9 @@ def check(case: RecipeCase, name: str, call: partial[tuple[Tensor, Tensor]], exp
         return columns | {"status": "wrong", "reason": failure}
     del value, gradient
     seconds = measure.seconds_of(call, device)
-    return columns | {"status": "ok", "reason": "" if seconds < SLOW else "timed once", "seconds": seconds}
+    return columns | {"status": "ok", "reason": "" if seconds < relation.SLOW else "timed once", "seconds": seconds}
 
 
 def prepare_call(case: RecipeCase, name: str) -> partial[tuple[Tensor, Tensor]]:
     """Return a call of a provider on the CPU, for ``measure.peak_on_cpu``."""
     return partial(value_and_gradient, case.losses()[name], *case.features())
-
-
-def describe(row: dict[str, Any]) -> str:
-    """Format a row for the terminal."""
-    if row["status"] != "ok":
-        return f"{row['provider']:<6} {row['status']}: {row['reason']}"
-    peak, faster = row["peak_extra_bytes"], row["times_faster_than_usual"]
-    return (
-        f"{row['provider']:<6} {1000 * row['median_s']:10.2f} ms ({row['rounds']} rounds)"
-        + ("" if peak is None else f"  {peak / 1e6:9.1f} MB")
-        + ("" if faster is None else f"  {faster:6.2f} x the usual code's speed")
-        + f"  errors {row['loss_error']:.1e}, {row['gradient_error']:.1e}"
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,14 +114,8 @@ def products_of_channels(case: RecipeCase) -> int:
     return 2 * case.student[0] * max(case.student[1], case.teacher[1]) ** 2 * case.pixels
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe.
-
-    Attributes:
-        published: the loss as the public code of the method computes it.
-        stored: the least number of elements that it stores at once, as measured.
-    """
+class Recipe(NamedTuple):
+    """The loss as the public code of a method computes it, and the elements that it stores at once, as measured."""
 
     published: Loss
     stored: Callable[[RecipeCase], int]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import results
-from bench.readme import between_markers, put_between_markers
 from bench.results import Row, number
 from srpkd.reporting.table import format_table
 
-from . import pages
 from .catalogue import CASES, RecipeCase
 
 NAME = "recipe table"  # in the markers of the pages
@@ -44,22 +42,12 @@ def table(rows: Sequence[Row], shown: Sequence[RecipeCase], with_pages: bool = F
                 lines.append(_line(case, usual, ours))
                 used += [usual, ours]
         if lines:
-            versions, commits = (", ".join(dict.fromkeys(row[name] for row in used)) for name in ("torch", "commit"))
+            versions, commits = (results.distinct(used, name) for name in ("torch", "commit"))
             threads = f", {device[1]} threads" if own[0]["device_type"] == "cpu" else ""
             parts.append(f"{device[0]}{threads}; float32; torch {versions}; commit {commits}:")
             columns = [{"key": "recipe"}, COLUMNS[0], *COLUMNS[2:]] if with_pages else COLUMNS  # too wide with shapes
             parts.append(format_table({"columns": columns, "rows": lines}, markdown=True))
     return "\n\n".join(parts)
-
-
-def block(name: str) -> str:
-    """Return the tables in a page."""
-    return between_markers(pages.path(name), NAME).rstrip("\n")
-
-
-def write(name: str, text: str) -> None:
-    """Put tables into a page."""
-    put_between_markers(pages.path(name), NAME, text)
 
 
 def _line(case: RecipeCase, usual: Row, ours: Row) -> dict[str, object]:

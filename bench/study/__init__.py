@@ -18,42 +18,30 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 from pathlib import Path
 
-import torch
 import yaml
 
 from srpkd.arguments import positive
 from srpkd.extras import require
 from srpkd.training.config import as_flags, parse_arguments
 from srpkd.training.options import check_keys
-from srpkd.training.summary import device_name
 
 from .plan import RESERVED_OPTIONS, SELECTION_SETTING, SETTINGS, Options, Study, teacher_run
 from .report import render, write
+from .runs import environment
 from .selection import evaluate, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench study``."""
     add = parser.add_argument
     add("--runs_dir", default="runs/study", help="folder of the runs and of the report (default: %(default)s)")
     add("--seeds", type=positive, default=5, help="students of each kind in the selection (default: %(default)s)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to evaluate (default: all)")
-    add(
-        "--datasets",
-        nargs="+",
-        type=positive,
-        default=[6],
-        help="data sets to evaluate on: one number for all settings, or one per setting (default: 6)",
-    )
-    add(
-        "--workers",
-        type=positive,
-        default=min(2, os.cpu_count() or 1),
-        help="runs at a time (default here: %(default)s)",
-    )
+    datasets = "data sets to evaluate on: one number for all settings, or one per setting (default: 6)"
+    add("--datasets", nargs="+", type=positive, default=[6], help=datasets)
+    workers = min(2, os.cpu_count() or 1)
+    add("--workers", type=positive, default=workers, help="runs at a time (default here: %(default)s)")
     add("--options", default="{}", metavar="YAML", help="options of srpkd train for all runs, {name: value, ...}")
     add("--report", type=Path, metavar="DIR", help="also write the report to this folder")
 
@@ -65,12 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = teacher_run(study, SELECTION_SETTING, 1).torch_device
     result = {
         "command": arguments.command_line,
-        "environment": {
-            "torch": torch.__version__, "python": platform.python_version(), "device": device_name(device),
-        },
+        "environment": environment(device),
         "choice": steps,
         "judged": [evaluate(study, setting, steps) for setting in study.settings],
-    }  # fmt: skip
+    }
     path = write(result, Path(study.runs_dir))
     if arguments.report:
         path = write(result, arguments.report)

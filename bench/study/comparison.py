@@ -49,6 +49,12 @@ def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Dif
     return Difference(mean, mean - margin, mean + margin)
 
 
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Return the mean and, of several values, the standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
 def describe_difference(scores: Sequence[float], baseline: Sequence[float]) -> str:
     """Return the mean difference, the number of pairs in which `scores` are better, and the verdict, in Markdown."""
     gain, wins = paired_difference(scores, baseline), sum(ours > theirs for ours, theirs in zip(scores, baseline))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from srpkd.files import write_file
 from srpkd.reporting.figures import to_png
 
-from .comparison import describe_difference, draw_differences, paired_difference
+from .comparison import describe_difference, draw_differences, mean_and_deviation, paired_difference
 from .plan import SETTINGS, describe_options
 
 INTRODUCTION = """\
@@ -81,12 +80,8 @@ def _evaluation(judged: Mapping[str, Any]) -> list[str]:
 def _selection(step: Mapping[str, Any]) -> list[str]:
     """Return the section of one step: a table of the candidates."""
     base = step["base"]
-    lines = [
-        f"### {step['step'].capitalize()}",
-        "",
-        "| student | mIoU % | difference | |",
-        "| --- | ---: | ---: | --- |",
-    ]
+    lines = [f"### {step['step'].capitalize()}", ""]
+    lines += ["| student | mIoU % | difference | |", "| --- | ---: | ---: | --- |"]
     lines.append(f"| {describe_options(base['options'])} | {_mean(base['scores'])} | | |")
     for entry in step["tried"]:
         gain = paired_difference(entry["scores"], base["scores"])
@@ -96,16 +91,13 @@ def _selection(step: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
+    return mean_and_deviation(values, 1)
 
 
 def draw(result: Mapping[str, Any]) -> bytes:
     """Plot the differences to output distillation, per data set and with their intervals, and return the PNG."""
     judged = result["judged"]
-    variants = [
-        name for name in dict.fromkeys(name for entry in judged for name in entry["variants"]) if name != "output"
-    ]
+    variants = list(dict.fromkeys(name for entry in judged for name in entry["variants"] if name != "output"))
     figure = Figure(figsize=(4.2 * len(judged), 2.9), layout="constrained")
     panels = figure.subplots(1, len(judged), sharey=True, squeeze=False)[0]
     for axes, entry in zip(panels, judged):

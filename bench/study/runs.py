@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from srpkd.training.config import read_config, to_yaml
 from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
 from srpkd.training.pipeline import run
 from srpkd.training.resume import has_state
+from srpkd.training.summary import device_name
 
 from .plan import SETTINGS, Study, run_folder
 
@@ -95,6 +97,11 @@ def is_finished(config: ResolvedConfig) -> bool:
         differences = ", ".join(f"{name} was {recorded.get(name)!r} and is {wanted[name]!r}" for name in changed)
         raise ValueError(f"{folder} belongs to another study: {differences}; choose another --runs_dir")
     return finished
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the versions and the hardware that a report names."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": device_name(device)}
 
 
 def scores(config: ResolvedConfig, metric: str) -> list[float]:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -272,10 +273,16 @@ class Runner:
 
 def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """Return the recorded results by kernel and number of the case; later lines replace earlier ones."""
-    if not file.exists():
-        return {}
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {(entry.pop("kernel"), entry["case"]): entry for entry in entries}
+    return {(entry.pop("kernel"), entry["case"]): entry for entry in read_lines(file)}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, without a line whose writing was cut off; [] if there is no file."""
+    entries = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def failed(results: dict[tuple[str, int], dict[str, Any]], kernels: Sequence[str], count: int) -> bool:

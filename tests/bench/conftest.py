@@ -1,4 +1,4 @@
-"""Invented results of the relation benchmark."""
+"""What all tests of the benchmarks use: one thread, and invented results of the relation benchmark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import pytest
 from bench_helpers import relation_rows
 
 from bench import relation, results
+
+
+@pytest.fixture(autouse=True)
+def small_arrays(one_thread) -> None:
+    """Use one thread in all of these tests: their arrays are small."""
 
 
 @pytest.fixture

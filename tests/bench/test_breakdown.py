@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-
 import pytest
 import torch
+from bench_helpers import parse
 
 from bench import breakdown
 from srpkd.checking.cases import Case
@@ -28,22 +26,9 @@ def test_short_names(name):
     assert breakdown.short_name(name) == NAMES[name]
 
 
-def test_without_a_gpu_it_says_so():
-    parser = argparse.ArgumentParser()
-    breakdown.add_arguments(parser)
-    options = parser.parse_args(["--device", "cpu"])
+def test_default_cases():
+    options = parse(breakdown)
     assert options.pixels == [4096] and options.batch == [1, 16]
-    with pytest.raises(ValueError, match="kernels on a GPU"):
-        breakdown.run(options)
-
-
-def test_the_setting_is_restored(monkeypatch):
-    for before in ("0", None):
-        monkeypatch.setenv(breakdown.OVERLAP, before) if before else monkeypatch.delenv(breakdown.OVERLAP)
-        with pytest.raises(KeyError), breakdown.environment(breakdown.OVERLAP, "1"):
-            assert os.environ[breakdown.OVERLAP] == "1"
-            raise KeyError
-        assert os.environ.get(breakdown.OVERLAP) == before
 
 
 def test_equal_bits():

@@ -8,15 +8,14 @@ from bench_helpers import run
 from helpers import ROOT
 
 from bench import columns, results
-from bench.columns import Gradients
-from bench.readme import between_markers
+from bench.markers import between_markers
 
 
 def test_rows_and_table_are_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"<!-- {columns.NAME}: begin -->\n<!-- {columns.NAME}: end -->\n")
     out = tmp_path / "columns.csv"
-    small = ("--sizes", 16, "--columns", 8, 32, "--channels", 4, 6, "--draws", 12, "--repeats", 1)
+    small = ("--sizes", 16, "--columns", 8, 32, "--channels", "4/6", "--draws", 12, "--repeats", 1)
     run("columns", *small, "--device", "cpu", "--out", out, "--page", page)
     rows = results.read(out)
     assert [(row["normalize"], row["columns"]) for row in rows] == [
@@ -24,10 +23,19 @@ def test_rows_and_table_are_written(tmp_path):
     ]  # fmt: skip
     assert all(float(row["times_faster"]) > 0 for row in rows)
     few, many = rows[:2]
-    for name in columns.Spread._fields:  # the spread falls with the root of m
+    for name in ("loss", "weights", "features"):  # the spread falls with the root of m
         assert 1.2 < float(few[f"{name}_spread"]) / float(many[f"{name}_spread"]) < 4
-    assert between_markers(page, columns.NAME).strip() == columns.table(rows)
+    assert between_markers(page, columns.NAME) == columns.table(rows)
     assert "4/6 channels" in page.read_text()
+
+
+def test_without_a_page_the_table_is_printed(tmp_path, capsys):
+    small = ("--sizes", 4, "--columns", 3, "--channels", "2/2", "--draws", 1, "--repeats", 1, "--device", "cpu")
+    run("columns", *small, "--normalize", "row", "--out", tmp_path / "columns.csv")
+    assert "| 16 | row | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected the markers"):
+        run("columns", *small, "--out", tmp_path / "new.csv", "--page", tmp_path / "columns.csv")
+    assert not (tmp_path / "new.csv").exists(), "the page is checked before anything is measured"
 
 
 def test_devices_are_kept_apart():
@@ -38,13 +46,14 @@ def test_devices_are_kept_apart():
 
 
 def test_spread_is_the_relative_deviation():
-    exact = Gradients(torch.tensor(2.0), torch.tensor([3.0, 4.0]), torch.tensor([5.0]))
-    moved = Gradients(torch.tensor(2.2), torch.tensor([3.0, 5.0]), torch.tensor([5.0]))
-    assert columns.spread([exact, moved], exact) == pytest.approx((0.1 / 2**0.5, 0.2 / 2**0.5, 0))
+    exact = {"loss": torch.tensor(2.0), "features": torch.tensor([3.0, 4.0]), "weights": torch.tensor([5.0])}
+    moved = exact | {"loss": torch.tensor(2.2), "features": torch.tensor([3.0, 5.0])}
+    expected = {"loss": 0.1 / 2**0.5, "features": 0.2 / 2**0.5, "weights": 0}
+    assert columns.spread([exact, moved], exact) == pytest.approx(expected)
 
 
 def test_the_page_contains_the_recorded_rows():
     rows = results.read(columns.RESULTS)
     assert {row["pixels"] for row in rows} == {"4096", "65536"}
     page = between_markers(ROOT / "docs" / "sampled-columns.md", columns.NAME)
-    assert page.strip() == columns.table(rows), "run python -m bench columns"
+    assert page == columns.table(rows), "run python -m bench columns --page docs/sampled-columns.md"

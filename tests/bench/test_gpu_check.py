@@ -32,10 +32,12 @@ def test_the_folder_is_required(tmp_path):
     assert done.returncode != 0 and "usage: bench/gpu_check.sh OUT" in done.stderr
 
 
-def test_wrong_arguments_print_the_usage(tmp_path):
-    for arguments in (["--only", "nothing"], ["tests"]):
-        done = run_script(tmp_path, *arguments)
-        assert done.returncode == 2 and "usage: bench/gpu_check.sh" in done.stdout
+def test_wrong_arguments_print_the_usage(tmp_path, capsys):
+    done = run_script(tmp_path, "--only", "nothing")
+    assert done.returncode == 2 and "usage: bench/gpu_check.sh" in done.stdout
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main([str(tmp_path), "tests"])
+    assert "usage: bench/gpu_check.sh" in capsys.readouterr().err
     assert not (tmp_path / "commit.txt").exists()
 
 

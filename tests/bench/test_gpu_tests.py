@@ -36,20 +36,9 @@ def run_pytest(folder, *arguments: str) -> list[str]:
     gpu_tests.start(state)
     before = (state / "tests.jsonl").read_text() if (state / "tests.jsonl").exists() else ""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "bench.gpu_tests",
-        "-c",
-        os.devnull,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests"]
     subprocess.run(
-        [*command, "--rootdir", folder, folder, *arguments],
+        [*command, "-c", os.devnull, "--rootdir", folder, folder, *arguments],
         cwd=ROOT,
         env=environment | {gpu_tests.VARIABLE: str(state), "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -82,6 +71,12 @@ def test_summary_is_short(tmp_path):
     text = gpu_tests.summary(tmp_path)
     assert text.startswith("a.py: 90 failed\nFAILED 3 x message 0\n    a.py::test[0]\n")
     assert "and 10 more messages" in text and len(text.splitlines()) < 60
+
+
+def test_a_line_whose_writing_was_cut_off_is_skipped(tmp_path):
+    lines = [json.dumps({"test": f"a.py::{i}", "outcome": "passed", "message": ""}) for i in range(2)]
+    (tmp_path / "tests.jsonl").write_text("\n".join(lines)[:-9])
+    assert list(gpu_tests.results(tmp_path)) == ["a.py::0"] and gpu_tests.start(tmp_path) == 1
 
 
 def test_the_most_valuable_tests_come_first():

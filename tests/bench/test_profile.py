@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import lzma
 import os
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench_helpers import parse
 
 from bench import machine_code, ncu, profile
 from bench.machine_code import Frame, Instruction
@@ -121,7 +121,7 @@ def test_a_run_of_nsight_compute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(profile.cases, "device_of", lambda options: "cuda")
     monkeypatch.setattr(profile.native, "extension", lambda: (_ for _ in ()).throw(RuntimeError("not built")))
     out = tmp_path / "out"
-    profile.run(parsed("--out", str(out), "--normalize", "cosine"))
+    profile.run(parse(profile, "--out", str(out), "--normalize", "cosine"))
     printed = capsys.readouterr().out
     assert "native-sm90: N=4096 C=64/256 B=16 bfloat16 cosine l1" in printed and "no source lines: not built" in printed
     stem = "native-sm90-N-4096-C-64-256-B-16-bfloat16-cosine-l1-forward-backward"
@@ -132,27 +132,19 @@ def test_a_run_of_nsight_compute(tmp_path, monkeypatch, capsys):
     words = (program.parent / "log").read_text().split()
     assert words[:2] == ["--set", "full"] and "--profile-from-start" in words
     # the program that ncu starts makes the same call
-    inner = parsed(*words[words.index("profile") + 1 :])
+    inner = parse(profile, *words[words.index("profile") + 1 :])
     assert inner.worker and inner.providers == ["native-sm90"] and inner.device == "cuda"
     assert [case.describe() for case in profile.cases.selected(inner)] == [
-        case.describe() for case in profile.cases.selected(parsed("--out", "x", "--normalize", "cosine"))
+        case.describe() for case in profile.cases.selected(parse(profile, "--out", "x", "--normalize", "cosine"))
     ]
 
     program.write_text("#!/bin/sh\necho ==ERROR== ERR_NVGPUCTRPERM; exit 1\n")
     with pytest.raises(OSError, match="has profiled nothing"):
-        profile.run(parsed("--out", str(out)))
+        profile.run(parse(profile, "--out", str(out)))
     assert "ncu: exit status 1: ==ERROR== ERR_NVGPUCTRPERM" in capsys.readouterr().out
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    profile.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def test_without_a_gpu_or_nsight_compute_it_says_so(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="kernels on a GPU"):
-        profile.run(parsed("--out", str(tmp_path), "--device", "cpu"))
+def test_without_nsight_compute_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(ncu.Path, "glob", lambda self, pattern: iter(()))
     with pytest.raises(OSError, match="Nsight Compute is not installed: no ncu in PATH"):

@@ -96,7 +96,7 @@ def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
 def test_earlier_kernels_are_named(folder, capsys, monkeypatch):
     monkeypatch.setattr(measured, "stale", lambda: ["triton"])
     run("record")
-    assert "earlier version of the kernels only: triton" in capsys.readouterr().out
+    assert "earlier version of the kernel: triton" in capsys.readouterr().out
 
 
 def test_a_folder_without_results_is_an_error(folder):

@@ -7,6 +7,7 @@ import torch
 from helpers import ROOT
 
 from bench import cases, providers, record, relation, results, scaling, table, train
+from bench.markers import between_markers
 from srpkd.kernels import BACKENDS, Relation, auto_backend, build, cuda_device, dispatch, measured, native
 
 RECORDED = results.read(relation.RESULTS)
@@ -15,7 +16,7 @@ needs_results = pytest.mark.skipif(not RECORDED, reason=f"{relation.RESULTS.name
 
 def test_readme_and_docs_contain_the_recorded_results():
     for file, text in table.texts(ROOT / "README.md", RECORDED, results.read(train.RESULTS)).items():
-        assert table.block(file) == text, "run python -m bench table --readme README.md"
+        assert between_markers(file, table.NAME) == text, "run python -m bench table --readme README.md"
 
 
 def test_auto_has_the_recorded_results():

@@ -1,23 +1,21 @@
-"""The command ``python -m bench relation``, and its cases in pytest-benchmark."""
+"""The command ``python -m bench relation``."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from bench_helpers import incorrect_loss, run
-from helpers import ROOT
 from torch import Tensor
 
 from bench import relation, results
+from bench.__main__ import main
 from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import CannotRun, Provider
 
-SMALL = Case(pixels=40, channels=(5, 7), batch=2, dtype="float64")
+SMALL = Case(pixels=40, channels=(5, 7), batch=2)
 
 
 def raises(error: Exception):
@@ -83,23 +81,21 @@ def test_command_updates_rows(tmp_path, capsys):
     assert "2 of 2 cases are left" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_auto_chunker_runs_alone_and_stops_before_the_matrices_are_allocated(tmp_path):
-    if (reason := PROVIDERS["auto_chunker"].unavailable_reason(Case())) is not None:
-        pytest.skip(reason)
+def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys):
+    measure_case = relation.measure_case
+
+    def stop_at_the_second(case: Case, *rest):
+        if case.pixels == 64:
+            raise KeyboardInterrupt
+        return measure_case(case, *rest)
+
+    monkeypatch.setattr(relation, "measure_case", stop_at_the_second)
     out = tmp_path / "relation.csv"
-    arguments = ["--pixels", "48", "--channels", "4/6", "--providers", "auto_chunker", "--no-memory", "--out", str(out)]
-    # a new process, which has not compiled anything
-    done = subprocess.run([sys.executable, "-m", "bench", "relation", "--device", "cpu", *arguments], cwd=ROOT)
-    assert done.returncode == 0
-    [row] = results.read(out)
-    assert row["status"] == "skipped" and row["reason"].startswith("the auto chunker finds nothing to chunk: ")
-
-
-@pytest.mark.slow
-def test_pytest_benchmark_runs_the_same_cases():
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
-    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    words = ["relation", "--pixels", "48", "64", "--providers", "blocked", "--budget", "0", "--no-memory", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words), "--device", "cpu"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        main()
+    sys.excepthook(stopped.type, stopped.value, stopped.tb)
+    assert capsys.readouterr().err == "", "a traceback would hide what was printed before"
+    assert [row["pixels"] for row in results.read(out)] == ["48"]

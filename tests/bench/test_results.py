@@ -21,7 +21,29 @@ def test_rows_are_upserted_by_key(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["rows.csv"]
 
 
-@pytest.mark.parametrize("command", ["plot", "scaling", "table"])
-def test_missing_results(command, tmp_path):
-    with pytest.raises(SystemExit, match="python -m bench relation"):
-        run(command, "--csv", tmp_path / "none.csv")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n3\n", "line 3: expected 2 cells: fix or remove the line"),
+        ("a,b\n1,2,3\n", "line 2: expected 2 cells"),
+        ("b,c\n1,2\n", "the columns a are missing"),
+        ("", "the columns a are missing"),
+    ],
+)
+def test_a_file_that_is_not_complete_is_not_changed(text, message, tmp_path):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        results.upsert(tmp_path / "rows.csv", [{"a": 1, "b": 2}], ["a"])
+    assert (tmp_path / "rows.csv").read_text() == text
+
+
+OTHER = {  # command -> a file of another command
+    "relation": "accuracy", "accuracy": "relation", "train": "columns", "columns": "train", "recipes": "relation",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OTHER)
+def test_the_file_is_checked_before_anything_is_measured(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(command, "--out", results.FOLDER / f"{OTHER[command]}.csv")
+    assert "argument --out: " in (message := capsys.readouterr().err) and "are missing" in message

@@ -6,6 +6,7 @@ import pytest
 from bench_helpers import relation_rows, run, train_rows
 
 from bench import relation, results, table, train
+from bench.markers import between_markers
 
 
 def test_table_of_training_steps(tmp_path):
@@ -46,8 +47,8 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
     for file in (readme, page):
         file.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
     run("table", "--csv", recorded, "--train-csv", training, "--readme", readme)
-    assert table.block(readme) == f"{table.short_table(rows)}\n\n{table.train_table(steps)}"
-    assert table.block(page) == table.table(rows)
+    assert between_markers(readme, table.NAME) == f"{table.short_table(rows)}\n\n{table.train_table(steps)}"
+    assert between_markers(page, table.NAME) == table.table(rows)
     for file in (readme, page):
         assert file.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
         assert file.read_text().endswith("<!-- bench table: end -->\nb\n")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 from bench_helpers import run
 
 from bench import results, train
+from srpkd.training.options import TrainConfig
 
 SMALL = ["--size", 32, "--netG", "resnet_1blocks", "--ngf", 2, "--teacher-ngf", 3, "--budget", 0.1, "--device", "cpu"]
 
 
+@dataclass(kw_only=True)
+class Small(TrainConfig):
+    ndf: int = 4
+
+
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """`fast` means channels_last on this machine."""
+    """`fast` means channels_last on this machine, and discriminators are small."""
+    monkeypatch.setattr(train, "TrainConfig", Small)
     monkeypatch.setattr(train, "fast_options", lambda device: {"channels_last": True})
 
 
@@ -35,19 +43,24 @@ def test_training_steps_are_timed(tmp_path, monkeypatch):
     assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [*faster, f"{default}, fast"]
 
 
-def test_short(tmp_path, monkeypatch):
-    """The trainer's default relation loss, as is and in the last of the forms, which is the fastest."""
-    monkeypatch.setattr(train, "forms", lambda config: {"": config, ", slow": None, ", graph": config})
+def test_forms():
+    config = replace(TrainConfig(dataroot=":synthetic:", device="cpu").resolved(), device="cuda")
+    assert list(train.forms(config)) == ["", ", fast", ", cuda_graph", ", fast, cuda_graph"]
+    assert list(train.forms(config, short=True)) == ["", ", fast, cuda_graph"]
+
+
+def test_short(tmp_path):
+    """The trainer's default relation loss, as is and in the fastest form."""
     out = tmp_path / "train.csv"
     run("train", "--short", "--model", "pix2pix", "--out", out, *SMALL)
     rows = {row["variant"]: row for row in results.read(out)}
     default = "auto, the trainer's cosine l2"
     assert list(rows) == [
-        "without relation loss", default, "without relation loss, graph", f"{default}, graph",
-        "plain step of the teacher", "teacher's own training", "teacher's own training, graph",
+        "without relation loss", default, "without relation loss, fast", f"{default}, fast",
+        "plain step of the teacher", "teacher's own training", "teacher's own training, fast",
     ]  # fmt: skip
-    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == [default, f"{default}, graph"]
-    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [f"{default}, graph"]
+    assert [name for name in rows if rows[name]["srp_percent_of_step"]] == [default, f"{default}, fast"]
+    assert [name for name in rows if rows[name]["times_faster_than_auto"]] == [f"{default}, fast"]
 
 
 def test_steps_against_a_plain_one(tmp_path, capsys):

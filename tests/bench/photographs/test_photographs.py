@@ -69,9 +69,9 @@ def test_crops():
 @pytest.mark.parametrize("task", TASKS)
 def test_dataset_repeats_and_inputs_differ_from_targets(task, tmp_path):
     for folder in ("one", "two"):
-        write_dataset(tmp_path / folder, task, 3, 4, 32)
+        write_dataset(tmp_path / folder, task, 3, 4, 64)
     source, target = read_pairs(tmp_path / "one" / "train")
-    assert source.shape == target.shape == (4, 3, 32, 32)
+    assert source.shape == target.shape == (4, 3, 64, 64)
     again = read_pairs(tmp_path / "two" / "train")
     assert source.equal(again[0]) and target.equal(again[1])
     assert 0.1 < (source - target).abs().mean() < 1
@@ -79,9 +79,9 @@ def test_dataset_repeats_and_inputs_differ_from_targets(task, tmp_path):
     assert torch.stack([*local_means]).diff(dim=0).abs().mean() < 0.1
     if task == "halftone":
         assert source.abs().eq(1).all() and 0.1 < source.gt(0).float().mean() < 0.9
-    assert len(read_pairs(tmp_path / "one" / "test")[0]) >= 3 * 8 * 8
+    assert len(read_pairs(tmp_path / "one" / "test")[0]) >= 3 * 4 * 4
     before = (tmp_path / "one" / "train" / "0000.png").stat().st_mtime_ns
-    write_dataset(tmp_path / "one", task, 3, 4, 32)
+    write_dataset(tmp_path / "one", task, 3, 4, 64)
     assert (tmp_path / "one" / "train" / "0000.png").stat().st_mtime_ns == before
 
 
@@ -134,7 +134,7 @@ def test_examples_are_drawn_in_the_colours_of_the_images():
 
 
 @pytest.mark.slow
-def test_whole_command(tmp_path, monkeypatch, capsys, one_thread):
+def test_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.photographs.images.SHORT_SIDE", 64)
     arguments = ["photographs", "--partitions=1", "--size=48", "--pairs=4", "--epoch_steps=1", "--tasks", "restore"]

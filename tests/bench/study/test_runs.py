@@ -13,7 +13,7 @@ from srpkd.training import pipeline
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_scores_of_one(tmp_path, tiny_study, one_thread):
+def test_two_workers_give_the_scores_of_one(tmp_path, tiny_study):
     weights = (0.0, 10.0, 100.0)
     found = []
     for workers in (1, 2):
@@ -32,7 +32,7 @@ def test_two_workers_give_the_scores_of_one(tmp_path, tiny_study, one_thread):
         runs.train(study, "few pairs", without_teacher)
 
 
-def test_resumed_run_ends_as_an_uninterrupted_one(tmp_path, tiny_study, monkeypatch, one_thread):
+def test_resumed_run_ends_as_an_uninterrupted_one(tmp_path, tiny_study, monkeypatch):
     study = tiny_study(tmp_path / "uninterrupted")
     expected = runs.train(study, "few pairs", [student_run(study, "few pairs", 1, 0, 2, NO_DISTILLATION)])
     study = tiny_study(tmp_path / "stopped")
@@ -53,7 +53,7 @@ def test_resumed_run_ends_as_an_uninterrupted_one(tmp_path, tiny_study, monkeypa
     assert runs.train(study, "few pairs", [run]) == expected
 
 
-def test_folder_with_other_contents_is_an_error(tmp_path, tiny_study, one_thread):
+def test_folder_with_other_contents_is_an_error(tmp_path, tiny_study):
     study = tiny_study(tmp_path)
     run = student_run(study, "few pairs", 1, 0, 1, NO_DISTILLATION)
     (tmp_path / run.name).mkdir()

@@ -23,20 +23,9 @@ def few_candidates(monkeypatch):
 
 
 @pytest.mark.slow
-def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys, one_thread):
-    arguments = [
-        "study",
-        "--runs_dir",
-        str(tmp_path / "runs"),
-        "--seeds",
-        "2",
-        "--datasets",
-        "2",
-        "3",
-        "--workers",
-        "1",
-    ]
-    arguments += ["--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(tiny_options)]
+def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys):
+    arguments = ["study", "--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--datasets", "2", "3"]
+    arguments += ["--workers", "1", "--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(tiny_options)]
     main(arguments)
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "runs" / "study.json").read_text())
