@@ -1,12 +1,15 @@
-"""The command ``python -m bench relation``."""
+"""The command ``python -m bench relation``, and its cases in pytest-benchmark."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from bench_helpers import incorrect_loss, run
+from helpers import ROOT
 from torch import Tensor
 
 from bench import relation, results
@@ -99,3 +102,12 @@ def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys)
     sys.excepthook(stopped.type, stopped.value, stopped.tb)
     assert capsys.readouterr().err == "", "a traceback would hide what was printed before"
     assert [row["pixels"] for row in results.read(out)] == ["48"]
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_runs_the_same_cases():
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
