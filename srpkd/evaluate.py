@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
@@ -36,6 +35,7 @@ from .metrics.pixels import PIXEL_METRICS, similarity
 from .metrics.segmentation import label_scores, load_segmenter, read_label_map, read_palette, segmentation_scores
 from .models.checkpoints import SUFFIXES, load_generator
 from .models.inference import translate_folder
+from .progress import ProgressBar
 from .reporting.table import format_table
 
 METRICS = ("fid", "kid", *PIXEL_METRICS, "miou", "segmentation")
@@ -104,7 +104,8 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
             both = image_pairs(
                 ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample)
             )
-            with tqdm(both, total=len(pairs), unit="pair", desc="comparing") as progress:  # closed before an error
+            # closed before an error
+            with ProgressBar(both, total=len(pairs), unit="pair", desc="comparing") as progress:
                 yield progress
 
         if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in metrics]:
@@ -146,7 +147,7 @@ def _segmentation(options: argparse.Namespace, generated: list[str]) -> dict[str
     palette = read_palette(options.palette) if options.palette else None
     photos, label_files = zip(*pair_by_name(generated, find_images(options.labels)))
     segmenter = load_segmenter(options.segmenter, options.device)
-    with tqdm(label_files, unit="image", desc="segmenting") as progress:  # closed before an error is printed
+    with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error is printed
         labels = (read_label_map(path, palette) for path in progress)
         return segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
 

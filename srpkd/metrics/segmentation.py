@@ -95,7 +95,7 @@ def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
     """Load a segmentation network from an exported program (.pt2, ``torch.export.save``) or TorchScript (other names).
 
     Both are programs, and ``torch.export.load`` may unpickle parts of the file: unlike a file of weights, load it only
-    from a source that you trust.
+    from a source that you trust. With Python 3.14, torch does not support TorchScript: loading warns, and may fail.
 
     Raises:
         ValueError: the file does not exist, or is neither.

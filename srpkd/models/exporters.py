@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx.experimental import _config as experimental
-from tqdm import tqdm
 
 from ..arguments import check_choice, check_number, check_whole
 from ..data.images import image_files, read_image
@@ -27,6 +26,7 @@ from ..extras import require
 from ..files import write_file
 from ..finite import check_finite
 from ..metrics.pixels import psnr
+from ..progress import ProgressBar
 from .checkpoints import load_generator
 from .inference import MIN_SIZE, check_output, pad_images
 from .networks import image_channels, size_multiple
@@ -327,7 +327,7 @@ def quantization_psnr(model: bytes, quantized: bytes, images: Iterable[Tensor]) 
     """
     exact, rounded = onnx_runner(model), onnx_runner(quantized)
     scores = []
-    for image in tqdm(images, unit="image", desc="comparing"):
+    for image in ProgressBar(images, unit="image", desc="comparing"):
         expected, found = (torch.from_numpy(run(image.numpy())) for run in (exact, rounded))
         check_output(expected, "a calibration image")
         check_finite(found, "the 8-bit model's output for a calibration image", "use other --calibration images")

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_whole
 from ..data.encode import WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
@@ -20,6 +19,7 @@ from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, write_file
 from ..finite import NonFiniteError, check_finite
+from ..progress import ProgressBar
 from .networks import image_channels, size_multiple
 
 # Pixels per side: a ResNet's encoder reduces fewer to a single pixel, which instance norm cannot normalise.
@@ -154,7 +154,7 @@ def translate_folder(
     was_training = net.training
     net.eval()
     try:
-        with tqdm(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
+        with ProgressBar(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
             for files, batch in _batches_of_one_size(images(progress), batch_size):
                 for file, output in zip(files, translate(net, batch)):
                     file.outputs.append(output)

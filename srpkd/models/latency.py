@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..arguments import check_choice, check_number, check_type, check_whole
 from ..finite import NonFiniteError
+from ..progress import ProgressBar
 from .checkpoints import load_generator
 from .complexity import count_macs, count_parameters
 from .exporters import onnx_runner, to_onnx
@@ -62,7 +62,7 @@ def profile_generators(
         if size % (multiple := size_multiple(net)):
             raise ValueError(f"size={size}: {path} needs a multiple of {multiple}")
     networks = []
-    for path, net in tqdm(nets.items(), unit="network", desc="profiling"):
+    for path, net in ProgressBar(nets.items(), unit="network", desc="profiling"):
         shape = (batch_size, image_channels(net)[0], size, size)
         try:
             costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,10 +163,14 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
             f"{batches.batch_size} images cannot be divided evenly among {distributed.world_size()} processes: use "
             "fewer processes"
         )
+    workers = 0 if config.is_synthetic else config.num_threads
     return DataLoader(
         SeededDataset(dataset),
         batch_sampler=batches,
-        num_workers=0 if config.is_synthetic else config.num_threads,
+        num_workers=workers,
+        # Python 3.14 by default starts processes through a server: each would import torch, and all would end with the
+        # server, which does not ignore the signals that all processes of a group get
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         collate_fn=collate,
         pin_memory=config.torch_device.type == "cuda",
         generator=torch.Generator(),  # without one the loader draws from torch's default generator

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
+from ..progress import ProgressBar
 from ..taps import remove_hooks, unwrap
 from . import distributed, stop_signals
 from .datasets import channels_of, input_size, iterate, make_loader, open_data, plain_loader_errors
@@ -285,9 +285,11 @@ class _StepTimer:
         self.start += time.perf_counter() - paused
 
 
-def _progress_bar(name: str, done: int, steps: int) -> tqdm:
+def _progress_bar(name: str, done: int, steps: int) -> ProgressBar:
     interval = 0.1 if sys.stderr.isatty() else 10.0  # seconds: keeps log files short
-    return tqdm(total=steps, initial=done, desc=name, unit="step", mininterval=interval, disable=distributed.rank() > 0)
+    return ProgressBar(
+        total=steps, initial=done, desc=name, unit="step", mininterval=interval, disable=distributed.rank() > 0
+    )
 
 
 def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:

@@ -70,7 +70,12 @@ def test_random_numbers_of_an_item_depend_only_on_its_seed():
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_workers_give_the_same_batches(workers):
     def batches(workers: int) -> list[torch.Tensor]:
-        sampler = ResumableBatchSampler(5, 2, seed=1, shuffle=True)
-        return list(itertools.islice(DataLoader(SeededDataset(Noise()), batch_sampler=sampler, num_workers=workers), 5))
+        loader = DataLoader(
+            SeededDataset(Noise()),
+            batch_sampler=ResumableBatchSampler(5, 2, seed=1, shuffle=True),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # other processes cannot import Noise
+        )
+        return list(itertools.islice(loader, 5))
 
     assert all(torch.equal(a, b) for a, b in zip(batches(workers), batches(0), strict=True))

@@ -269,7 +269,14 @@ def test_loader_workers_are_reproducible(tmp_path, mode):
     data = open_dataset(tmp_path, mode, load_size=28, crop_size=16)
 
     def epoch(seed: int) -> torch.Tensor:
-        loader = DataLoader(data, 2, shuffle=True, num_workers=2, generator=torch.Generator().manual_seed(seed))
+        loader = DataLoader(
+            data,
+            2,
+            shuffle=True,
+            num_workers=2,
+            generator=torch.Generator().manual_seed(seed),
+            multiprocessing_context="fork",  # the default of Python 3.14 imports torch in each process
+        )
         return torch.cat([torch.cat([batch["A"], batch["B"]]) for batch in loader])
 
     first = epoch(0)

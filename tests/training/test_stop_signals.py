@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -118,13 +120,31 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
     assert output.read_text() == f"\n{stop_signals.NOTICE}\n\nlast words\n"
 
 
-def test_loader_processes_leave_signals_to_the_run(run, in_step, unpaired):
+@pytest.fixture
+def default_of_python_3_14() -> Iterator[None]:
+    """Processes are started through a server, unless a context is given."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    resource_tracker.ensure_running()  # it is a child, too
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def child_processes() -> set[int]:
+    return {int(child) for file in Path("/proc/self/task").glob("*/children") for child in file.read_text().split()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loader_processes_leave_signals_to_the_run(run, in_step, unpaired, default_of_python_3_14):
     """A terminal and torchrun send them to all processes of a group."""
+    before = child_processes()
 
     def send() -> None:
-        for loader in multiprocessing.active_children():
+        loaders = {loader.pid for loader in multiprocessing.active_children()}
+        assert len(loaders) == 2
+        for child in loaders | child_processes() - before:
             for number in stop_signals.SIGNALS:
-                os.kill(loader.pid, number)
+                os.kill(child, number)
 
     in_step(2, send)
     done = run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
