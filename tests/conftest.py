@@ -1,10 +1,17 @@
-"""Rules for every test: fixed seeds, uninitialised memory filled with NaN, GPU tests only where there is a GPU."""
+"""Rules for every test: fixed seeds, uninitialised memory filled with NaN, GPU tests only where there is a GPU.
+
+Up to Python 3.11, coverage counts the lines that the tests not marked slow execute, see ``uncounted``.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +70,51 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if deselected := config.stash.get(DESELECTED, 0):
         terminalreporter.write_line(f"{deselected} GPU tests deselected: torch sees no CUDA device")
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Suspend the trace function of coverage, with which all code takes twice as long up to Python 3.11."""
+    counter = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(counter)
+        (lambda: None)()  # only from the next call on, it counts in functions that have already started
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    if item.get_closest_marker("slow") is None:
+        return (yield)
+    with uncounted():
+        return (yield)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _libraries_uncounted() -> Iterator[None]:
+    """Exports and the options of the trainer spend most of their time in the Python code of torch and jsonargparse."""
+
+    def uncounted_call(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            with uncounted():
+                return function(*arguments, **options)
+
+        return call
+
+    if sys.gettrace() is None:
+        yield
+        return
+    parser = importlib.import_module("jsonargparse").ArgumentParser
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch.onnx, "export"), (torch.export, "export"), (parser, "add_class_arguments")):
+            patch.setattr(owner, name, uncounted_call(getattr(owner, name)))
+        yield
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
