@@ -102,7 +102,9 @@ def distill(
     if output is not None and not callable(output):
         check_type("output", output, (str, int), "a field such as 'sample', an index, or a function of the output")
     optimizer = _student_optimizer(student, teacher, optimizer, lr)
-    tqdm = require("tqdm", "train", "the progress bar of distill (or pass progress=False)").tqdm if progress else None
+    if progress:
+        require("tqdm", "train", "the progress bar of distill (or pass progress=False)")
+        from .progress import ProgressBar
     device = next(student.parameters()).device
     distiller = RelationDistiller(student, teacher.to(device), layers, loss, weights, layout, forward)
     history: list[dict[str, float]] = []
@@ -115,7 +117,7 @@ def distill(
             for epoch in range(1, epochs + 1):
                 sums: dict[str, float] = {}
                 first = step + 1
-                bar = tqdm(data, desc=f"epoch {epoch}/{epochs}", unit="step") if tqdm else None
+                bar = ProgressBar(data, desc=f"epoch {epoch}/{epochs}", unit="step") if progress else None
                 for batch in data if bar is None else bar:
                     step += 1
                     if forward is None:

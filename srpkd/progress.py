@@ -1,4 +1,4 @@
-"""The progress bar of the commands."""
+"""The progress bar of the commands and of ``distill``."""
 
 from __future__ import annotations
 

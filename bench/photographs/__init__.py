@@ -17,11 +17,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from bench.study.runs import environment, is_finished, train_one
 from srpkd.arguments import positive
 from srpkd.extras import require
+from srpkd.progress import ProgressBar
 
 from .images import SHORT_SIDE, TASKS, write_dataset
 from .plan import Study, dataset_folder, run_config
@@ -48,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     study = Study(arguments.runs_dir, arguments.size, arguments.pairs, arguments.epoch_steps)
     pairs = [(task, number) for number in range(arguments.partitions) for task in arguments.tasks]
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
-    for task, number in tqdm(pairs, desc="runs"):
+    for task, number in ProgressBar(pairs, desc="runs"):
         write_dataset(dataset_folder(study, task, number), task, number, study.pairs, study.size)
         config = run_config(study, task, number)
         if not is_finished(config):

@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import torch
 import yaml
-from tqdm import tqdm
 
+from srpkd.progress import ProgressBar
 from srpkd.training.config import read_config, to_yaml
 from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
 from srpkd.training.pipeline import run
@@ -34,7 +34,7 @@ def train(study: Study, setting: str, configs: Sequence[ResolvedConfig]) -> list
     """
     missing = [config for config in configs if not is_finished(config)]
     if study.workers == 1 or len(missing) < 2:
-        for config in tqdm(missing, desc="runs", disable=not missing):
+        for config in ProgressBar(missing, desc="runs", disable=not missing):
             train_one(config)
     else:
         # spawned processes, because forked ones would inherit torch's threads
@@ -42,7 +42,7 @@ def train(study: Study, setting: str, configs: Sequence[ResolvedConfig]) -> list
         with ProcessPoolExecutor(study.workers, context, _initialize_worker, (threads,)) as pool:
             futures = [pool.submit(train_one, config) for config in missing]
             try:
-                for future in tqdm(futures, desc="runs"):
+                for future in ProgressBar(futures, desc="runs"):
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
