@@ -5,12 +5,10 @@ Up to Python 3.11, coverage counts the lines that the tests not marked slow exec
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,22 +96,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _libraries_uncounted() -> Iterator[None]:
     """Exports and the options of the trainer spend most of their time in the Python code of torch and jsonargparse."""
-
-    def uncounted_call(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*arguments: Any, **options: Any) -> Any:
-            with uncounted():
-                return function(*arguments, **options)
-
-        return call
-
     if sys.gettrace() is None:
         yield
         return
-    parser = importlib.import_module("jsonargparse").ArgumentParser
+    from jsonargparse import ArgumentParser  # here, because it needs the extra `train`
+
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch.onnx, "export"), (torch.export, "export"), (parser, "add_class_arguments")):
-            patch.setattr(owner, name, uncounted_call(getattr(owner, name)))
+        for owner, name in ((torch.onnx, "export"), (torch.export, "export"), (ArgumentParser, "add_class_arguments")):
+            patch.setattr(owner, name, uncounted()(getattr(owner, name)))
         yield
 
 
