@@ -23,6 +23,7 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
     def run(source: str, *further: str) -> ctypes.CDLL:
         options = ["-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+        options.append("-ftree-vectorize")  # the products and clocks of the emulation, also with -O1
         options.append("-DSRPKD_EMULATION")  # tensor maps without the headers of CUDA
         command = [
             compiler,

@@ -29,7 +29,7 @@ every_layout = pytest.mark.parametrize("layout", ["nlc", "nchw"])
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("loss.cpp", "-O1", "-ftree-vectorize")
+    result = compile_emulation("loss.cpp", "-O1")
     result.relation_loss.restype = ctypes.c_char_p
     return result
 

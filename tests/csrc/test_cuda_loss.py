@@ -55,7 +55,11 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 def alternating(names: str, *values: Iterable) -> pytest.MarkDecorator:
     """Parametrise with every combination of the values, and each with one of the layouts: all of both take too long."""
     pairs = zip(itertools.product(*values), itertools.cycle(LAYOUTS))
-    return pytest.mark.parametrize(f"{names}, layout", [(*combination, layout) for combination, layout in pairs])
+    return pytest.mark.parametrize(f"{names}, layout", [(*chosen, layout) for chosen, layout in pairs], ids=name_of)
+
+
+def name_of(value: object) -> str:
+    return f"{value.normalize}-{value.distance}" if isinstance(value, Relation) else str(value)
 
 
 class Features(ctypes.Structure):
@@ -88,7 +92,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("loss.cpp", "-O1", "-ftree-vectorize")
+    result = compile_emulation("loss.cpp", "-O1")
     result.relation_loss.restype = ctypes.c_char_p
     return result
 
