@@ -84,6 +84,18 @@ void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& re
   at::mul_out(result, U, at::scalar_tensor(gradient_scale, U.options()));
 }
 
+// Whether whole Gram matrices are faster than tiles. They are read and written several times, which is slow beyond the
+// cache, but need no moments for the norms of rows. The factors are measured: bench/NOTES.md.
+bool prefer_matrices(const Tensor& student, const Tensor& teacher, const Relation& relation) {
+  constexpr int64_t MAX_PIXELS = 1024;  // memory grows with its square
+  const int64_t pixels = student.size(1), elements = pixels * pixels;
+  if (pixels > MAX_PIXELS) return false;
+  const int64_t cache = cache_bytes() / static_cast<int64_t>(elementSize(accumulator(student.scalar_type())));
+  if (relation.normalize != Normalize::row) return elements <= 2 * cache;
+  const int64_t channels_s = student.size(2), channels_t = teacher.size(2);
+  return elements <= cache / 2 + 32 * (channels_s * channels_s + channels_t * channels_t);
+}
+
 template <typename T>
 void reduce(const double* losses, int64_t images, Reduction reduction, T* loss) {
   if (reduction == Reduction::none) {
@@ -109,7 +121,7 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   const Tensor q_s = widened(student), q_t = widened(teacher);
   const Tensor losses = at::empty({images}, student.options().dtype(at::kDouble));
   const Tensor written = need_grad ? gradient : Tensor();
-  if (fit_in_cache(pixels))
+  if (prefer_matrices(q_s, q_t, relation))
     relation_matrices(q_s, q_t, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
   else
     tiled_loss(q_s, q_t, relation, gradient_scale, losses, written);

@@ -1,4 +1,4 @@
-// The loss of small images on the CPU, from whole Gram matrices that stay in the cache.
+// The loss of small images on the CPU, from whole Gram matrices.
 //
 // With G at hand, the norm of a row is a sum over its elements, and the terms of the gradient that come from the norms
 // are folded into K: M q_i = sum_j G_ij q_j, so that U_i - w_i M q_i - M_w q_i = sum_j (K_ij - (w_i + w_j) G_ij) q_j.
@@ -25,7 +25,6 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t MAX_PIXELS = 1024;
 constexpr int64_t BLOCK = 64;                       // rows
 constexpr double OPERATIONS_OF_A_THREAD = 1 << 20;  // less is not worth a further thread
 
@@ -212,8 +211,6 @@ void run(const Tensor& student, const Tensor& teacher, const Relation& relation,
 }
 
 }  // namespace
-
-bool fit_in_cache(int64_t pixels) { return pixels <= MAX_PIXELS; }
 
 void relation_matrices(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale,
                        double* loss, const Tensor& gradient) {

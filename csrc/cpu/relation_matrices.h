@@ -1,4 +1,4 @@
-// The whole loss of images whose relation matrices fit into the cache.
+// The whole loss of small images, from their relation matrices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,9 +6,6 @@
 #include "../common/relation.h"
 
 namespace srpkd::cpu {
-
-// Whether relation_matrices() is to be preferred over relation_tiles() and the formulas around it.
-bool fit_in_cache(int64_t pixels);
 
 // Takes raw features (B, N, C_s), (B, N, C_t) of one dtype, not float16, and any strides. Writes the mean of rho(D) of
 // each image to loss (B,) in double, and `gradient_scale` times its gradient to `gradient`, of the student's shape, if

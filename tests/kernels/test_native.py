@@ -142,14 +142,14 @@ def test_loss_without_gradient_is_bit_identical(
 
 # --- the whole loss -------------------------------------------------------------------------------------------------
 
-# up to 1024 pixels from whole matrices in blocks of 64 rows, beyond from tiles
-PIXELS = [1, 15, 64, 65, 200, 1024, 1100]
+# Few pixels from whole matrices in blocks of 64 rows, for row also 1024 if there are many channels; others from tiles
+SIZES = [(1, 4), (15, 4), (64, 4), (65, 4), (200, 4), (200, 70), (1024, 180), (1100, 4)]
 
 
-@pytest.mark.parametrize("pixels", PIXELS)
+@pytest.mark.parametrize(("pixels", "channels_t"), SIZES)
 @every_case
-def test_whole_loss(backend: str, relation: Relation, pixels: int) -> None:
-    student, teacher = features(None, batch=2, pixels=pixels, channels=(3, 4))
+def test_whole_loss(backend: str, relation: Relation, pixels: int, channels_t: int) -> None:
+    student, teacher = features(None, batch=2, pixels=pixels, channels=(3, channels_t))
     student[:, pixels // 2], teacher[:, pixels // 3] = 0, 0
     assert_equal_to_reference(student, teacher, relation, backend, slack=10)
 
