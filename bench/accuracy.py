@@ -1,6 +1,7 @@
 """Errors of all backends against float64 as the student converges to its teacher.
 
     python -m bench accuracy
+    python -m bench plot
 
 The student's features are the teacher's plus noise. As the noise decreases, the two relation matrices become similar,
 and rounding flips more signs of l1. Errors are relative to float64 on the same rounded features: they show the loss of
@@ -21,7 +22,7 @@ from srpkd.checking import gate
 from srpkd.checking.cases import Case, features, settings
 from srpkd.kernels import BACKENDS, DISTANCES, NORMALIZATIONS
 
-from . import cases, machine, plot, results
+from . import cases, machine, results
 from .providers import PROVIDERS
 
 RESULTS = results.FOLDER / "accuracy.csv"
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and write the rows and the plot."""
+    """Measure, and write the rows."""
     device = cases.device_of(options)
     base = Case(
         options.pixels,
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             rows = [row for noise in NOISES for row in errors_at(noise, case)]
         results.upsert(options.out, rows, KEY)
         print(f"{dtype}, {precision}: " + ", ".join(dict.fromkeys(row["provider"] for row in rows)), flush=True)
-    print(options.out, *plot.draw_accuracy(results.read(options.out), options.out.parent), sep="\n")
+    print(options.out)
 
 
 def errors_at(noise: float, case: Case) -> list[dict[str, Any]]:

@@ -254,7 +254,7 @@ def sweep_sizes(check: Check) -> None:
     else:
         command += ["--pixels", 32, 256, "--providers", "eager", "blocked", "--budget", 0.1]
     check.python("sweep", *command, "--minutes", (check.left - 40) / 60)
-    if check.on_gpu and not accuracy.exists() and check.left > 20 and not missing(["matplotlib"]):
+    if check.on_gpu and not accuracy.exists() and check.left > 20:
         check.python("accuracy", "-m", "bench", "accuracy", "--out", accuracy)
     print(times(results.read(file)))
 
@@ -267,7 +267,7 @@ PARTS = {
     "ablation": Part(ablation, (40, 120)),
     "train": Part(train, (60, 210), ("torchvision", "PIL", "matplotlib", "jinja2")),
     "sanitize": Part(sanitize, (60, 210)),
-    "sweep": Part(sweep_sizes, (45, 210), (), ("matplotlib",)),
+    "sweep": Part(sweep_sizes, (45, 210)),
 }
 
 

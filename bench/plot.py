@@ -1,12 +1,16 @@
-"""Log-log plots of the recorded time and memory against N, one PNG per device and relation, beside the CSV."""
+"""Log-log plots of recorded results, a PNG for each device and relation: time and memory against N, and errors.
+
+python -m bench plot                                 beside relation.csv and accuracy.csv
+python -m bench plot --page docs/benchmarks.md       in docs/benchmarks/, with images between the page's markers
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +21,8 @@ from srpkd.checking.kernels import CUDA_KERNELS
 from srpkd.files import write_file
 from srpkd.reporting.figures import style_axes, to_png
 
-from . import relation, results
+from . import accuracy, relation, results, table
+from .markers import put_between_markers
 from .providers import PROVIDERS
 from .results import Row, number
 
@@ -34,34 +39,85 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+NAME = "bench plot"  # in the page's markers
+# columns of the CSV whose values together are one plot
+OF_RELATION = tuple(name for name in relation.KEY if name not in ("provider", "pixels"))
+OF_ACCURACY = ("normalize", "distance", "pixels", "channels", "device")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
+    parser.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="write the plots into the folder of this page's name, and images between its markers",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draw the plots for which at least three sizes are recorded."""
-    drawn = draw_relation(results.read(options.csv), options.csv.parent)
-    if not drawn:
+    """Draw the relations for which at least three sizes are recorded, and all errors."""
+    plots = recorded_plots(results.read(options.csv), results.read(options.csv.with_name(accuracy.RESULTS.name)))
+    if options.page is not None:
+        plots = for_docs(plots)
+    if not plots:
         raise ValueError(f"{options.csv}: no case is recorded for three sizes: run python -m bench relation first")
-    print(*drawn, sep="\n")
+    folder = options.csv.parent if options.page is None else options.page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for plot in plots:
+        path = write_file(folder / plot.file, to_png(plot.draw(plot), dpi=130))
+        print(path)
+    if options.page is not None:
+        put_between_markers(options.page, NAME, images(plots, folder.name))
 
 
-def draw_relation(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Plot time and memory against N for all cases with at least three recorded sizes, and return the paths."""
-    fixed = [name for name in relation.KEY if name not in ("provider", "pixels")]
-    drawn = []
-    for values, group in results.group_by(rows, fixed).items():
-        if len({row["pixels"] for row in group if row["median_s"]}) < 3:
-            continue
-        case, on_cpu = dict(zip(fixed, values)), group[0]["device_type"] == "cpu"
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        time, memory = figure.subplots(1, 2)
-        _draw_group(time, memory, group)
-        figure.suptitle(_title(case, on_cpu), fontsize=10)
-        _legend(figure, (time, memory))
-        name = "_".join(value for column, value in case.items() if column != "threads" or on_cpu)
-        drawn.append(_save(figure, folder, f"relation_{name}"))
-    return drawn
+class Plot(NamedTuple):
+    """The rows of a plot, its two lines of title, and the function that draws it."""
+
+    file: str
+    title: str
+    rows: Sequence[Row]
+    draw: Callable[[Plot], Figure]
+
+
+def recorded_plots(rows: Sequence[Row], accuracy_rows: Sequence[Row]) -> list[Plot]:
+    """Return the plots of all cases with at least three recorded sizes, and of all errors."""
+    plots = []
+    for values, group in results.group_by(rows, OF_RELATION).items():
+        if len({row["pixels"] for row in group if row["median_s"]}) >= 3:
+            case, on_cpu = dict(zip(OF_RELATION, values)), group[0]["device_type"] == "cpu"
+            name = "_".join(value for column, value in case.items() if column != "threads" or on_cpu)
+            plots.append(Plot(_file(f"relation_{name}"), _title(case, on_cpu), group, _draw_relation))
+    for values, group in results.group_by(accuracy_rows, OF_ACCURACY).items():
+        normalize, distance, pixels, channels, device = values
+        title = f"{normalize}, {distance}, N = {pixels}, C = {channels}: error against float64\n{device}"
+        plots.append(Plot(_file("_".join(("accuracy", *values))), title, group, _draw_accuracy))
+    return plots
+
+
+def for_docs(plots: Sequence[Plot]) -> list[Plot]:
+    """Return the plots that contain a case of the tables, and those of errors."""
+
+    def in_table(row: Row) -> bool:
+        shown = (case.columns() | {"threads": row["threads"]} for case in table.SHOWN[row["device_type"]])
+        return any(all(row[name] == str(value) for name, value in case.items()) for case in shown)
+
+    return [plot for plot in plots if "device_type" not in plot.rows[0] or any(map(in_table, plot.rows))]
+
+
+def images(plots: Sequence[Plot], folder: str) -> str:
+    """Return the plots as images in Markdown; the title is the text for those who do not see them."""
+    return "\n\n".join(f"![{plot.title.replace(chr(10), '; ')}]({folder}/{plot.file})" for plot in plots)
+
+
+def _draw_relation(plot: Plot) -> Figure:
+    """Plot time and memory against N."""
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    _draw_group(time, memory, plot.rows)
+    figure.suptitle(plot.title, fontsize=10)
+    _legend(figure, (time, memory))
+    return figure
 
 
 def _draw_group(time: Axes, memory: Axes, rows: Sequence[Row]) -> None:
@@ -93,30 +149,23 @@ def _title(case: dict[str, str], on_cpu: bool) -> str:
     )
 
 
-def draw_accuracy(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Plot the errors of loss and gradient against the noise, per device and relation, and return the paths."""
-    fixed = ("normalize", "distance", "pixels", "channels", "device")
-    drawn = []
-    for values, group in results.group_by(rows, fixed).items():
-        normalize, distance, pixels, channels, device = values
-        formats = results.group_by(group, ("dtype", "precision"))
-        figure = Figure(figsize=(1.2 + 3.1 * len(formats), 6.4), layout="constrained")
-        panels = figure.subplots(2, len(formats), squeeze=False, sharex=True, sharey="row")
-        for column, ((dtype, precision), own) in enumerate(formats.items()):
-            for axes, error in zip(panels[:, column], ("gradient_error", "loss_error")):
-                _draw_errors(axes, own, error)
-            panels[0, column].axhline(0.1, color="#000000", linewidth=0.8, linestyle=":", label="10 %")
-            panels[0, column].set_title(f"{dtype}" + (f", {precision}" if dtype == "float32" else ""), fontsize=10)
-            panels[1, column].set_xlabel("noise: student = teacher + noise", fontsize=9)
-            panels[1, column].invert_xaxis()
-        panels[0, 0].set_ylabel("relative error of the gradient", fontsize=9)
-        panels[1, 0].set_ylabel("relative error of the loss", fontsize=9)
-        figure.suptitle(
-            f"{normalize}, {distance}, N = {pixels}, C = {channels}: error against float64\n{device}", fontsize=10
-        )
-        _legend(figure, panels.flat)
-        drawn.append(_save(figure, folder, "_".join(("accuracy", *values))))
-    return drawn
+def _draw_accuracy(plot: Plot) -> Figure:
+    """Plot the errors of loss and gradient against the noise, a column per dtype and precision."""
+    formats = results.group_by(plot.rows, ("dtype", "precision"))
+    figure = Figure(figsize=(1.2 + 3.1 * len(formats), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(formats), squeeze=False, sharex=True, sharey="row")
+    for column, ((dtype, precision), own) in enumerate(formats.items()):
+        for axes, error in zip(panels[:, column], ("gradient_error", "loss_error")):
+            _draw_errors(axes, own, error)
+        panels[0, column].axhline(0.1, color="#000000", linewidth=0.8, linestyle=":", label="10 %")
+        panels[0, column].set_title(f"{dtype}" + (f", {precision}" if dtype == "float32" else ""), fontsize=10)
+        panels[1, column].set_xlabel("noise: student = teacher + noise", fontsize=9)
+        panels[1, column].invert_xaxis()
+    panels[0, 0].set_ylabel("relative error of the gradient", fontsize=9)
+    panels[1, 0].set_ylabel("relative error of the loss", fontsize=9)
+    figure.suptitle(plot.title, fontsize=10)
+    _legend(figure, panels.flat)
+    return figure
 
 
 def _draw_errors(axes: Axes, rows: Sequence[Row], column: str) -> None:
@@ -158,6 +207,5 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
 
 
-def _save(figure: Figure, folder: Path, name: str) -> Path:
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"
-    return write_file(path, to_png(figure, dpi=130))
+def _file(name: str) -> str:
+    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from bench import cases, providers, record, relation, results, scaling, table, train
+from bench import accuracy, cases, plot, providers, record, relation, results, scaling, table, train
 from bench.markers import between_markers
 from srpkd.kernels import BACKENDS, Relation, auto_backend, build, cuda_device, dispatch, measured, native
 
@@ -17,6 +17,13 @@ needs_results = pytest.mark.skipif(not RECORDED, reason=f"{relation.RESULTS.name
 def test_readme_and_docs_contain_the_recorded_results():
     for file, text in table.texts(ROOT / "README.md", RECORDED, results.read(train.RESULTS)).items():
         assert between_markers(file, table.NAME) == text, "run python -m bench table --readme README.md"
+
+
+def test_docs_show_the_recorded_plots():
+    page = ROOT / "docs" / "benchmarks.md"
+    plots = plot.for_docs(plot.recorded_plots(RECORDED, results.read(accuracy.RESULTS)))
+    assert between_markers(page, plot.NAME) == plot.images(plots, page.stem), f"run {plot.NAME} --page {page}"
+    assert {path.name for path in page.with_suffix("").iterdir()} == {one.file for one in plots}
 
 
 def test_auto_has_the_recorded_results():
