@@ -79,6 +79,11 @@ VARIANTS = {
         *read_patches("halves_in_a_loop.patch"),
         equal=True,
     ),
+    "products of halves": variant(
+        "halves in a loop, with the Gram products of half of the columns at a time: no moves, and 64 registers less",
+        *read_patches("products_of_halves.patch"),
+        equal=True,
+    ),
     "no elementwise": variant(
         "K is the sum of the Gram matrices: no differences, signs, loss and h",
         Patch(
