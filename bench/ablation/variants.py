@@ -79,9 +79,9 @@ VARIANTS = {
         *read_patches("halves_in_a_loop.patch"),
         equal=True,
     ),
-    "products of halves": variant(
-        "halves in a loop, with the Gram products of half of the columns at a time: no moves, and 64 registers less",
-        *read_patches("products_of_halves.patch"),
+    "half tiles": variant(
+        "halves in a loop, with loads and Gram products of half of the columns at a time: no moves, 64 registers less",
+        *read_patches("half_tiles.patch"),
         equal=True,
     ),
     "no elementwise": variant(

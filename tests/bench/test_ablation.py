@@ -24,7 +24,7 @@ from srpkd.kernels import build
 GRAM, ROWS, COLUMNS = 20, 8, 16
 PRODUCTS = {
     "halves in a loop": (GRAM, ROWS // 2 + COLUMNS),
-    "products of halves": (0, GRAM + ROWS // 2 + COLUMNS),
+    "half tiles": (0, GRAM + ROWS // 2 + COLUMNS),
     "no U of rows": (GRAM, COLUMNS),
     "Gram products alone": (GRAM, ROWS),  # those of the rows are jumped over
 }
