@@ -84,6 +84,11 @@ VARIANTS = {
         *read_patches("half_tiles.patch"),
         equal=True,
     ),
+    "half tiles ahead": variant(
+        "half tiles whose Gram products are computed during the elementwise part of the half before, without turns",
+        *read_patches("half_tiles_ahead.patch"),
+        equal=True,
+    ),
     "no elementwise": variant(
         "K is the sum of the Gram matrices: no differences, signs, loss and h",
         Patch(
