@@ -98,12 +98,13 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     )
 
 
-# O(N C^2) costs less than tiles from this number of pixels per channel (C_s + C_t) on: on a CPU in float64, by
-# measurement; on a GPU by a wide margin. There the recorded GPU does not decide between the two: one image takes as
-# long as the host, with either, and slower GPUs would get the tiles.
-CLOSED_FORM_PIXELS_PER_CHANNEL = {
-    "cpu": {"row": 16, "cosine": 10, "none": 10},
-    "cuda": {"row": 7, "cosine": 4, "none": 4},
+# O(N C^2) costs less than tiles from this number of pixels on, and from this number per channel (C_s + C_t): on a CPU
+# in float64, by measurement (bench/NOTES.md); on a GPU by a wide margin. There the recorded GPU does not decide between
+# the two: one image takes as long as the host, with either, and slower GPUs would get the tiles.
+CLOSED_FORM_FROM = {
+    "AVX512": {"row": (2400, 16), "cosine": (1200, 10), "none": (1200, 10)},
+    "cpu": {"row": (2400, 7), "cosine": (1200, 6), "none": (1200, 6)},
+    "cuda": {"row": (0, 7), "cosine": (0, 4), "none": (0, 4)},
 }
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
@@ -127,8 +128,7 @@ def auto_backend(
         precision: of float32 matrix products: "highest", "high" or "medium".
         need_grad: whether the gradient is computed too.
     """
-    least = CLOSED_FORM_PIXELS_PER_CHANNEL["cpu" if device.type == "cpu" else "cuda"][relation.normalize]
-    enough = pixels >= least * sum(channels)
+    enough = pixels >= closed_form_pixels(device, relation.normalize, channels)
     if device.type == "cpu":
         names = ("closed_form", "native") if enough else ("native",)
         return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
@@ -147,6 +147,17 @@ def auto_backend(
             if name in runnable:
                 return name
     return runnable[0] if runnable else "blocked"
+
+
+def closed_form_pixels(device: torch.device, normalize: str, channels: tuple[int, int]) -> int:
+    """Return the number of pixels from which ``auto`` selects the closed form for l2."""
+    kind = device.type
+    if kind != "cpu":
+        kind = "cuda"
+    elif torch.backends.cpu.get_cpu_capability() == "AVX512":  # where tiles gain more than float64 does
+        kind = "AVX512"
+    least, per_channel = CLOSED_FORM_FROM[kind][normalize]
+    return max(least, per_channel * sum(channels))
 
 
 def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: torch.dtype) -> bool:

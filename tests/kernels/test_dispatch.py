@@ -135,9 +135,15 @@ def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dty
     assert all(unavailable_reason(name, CPU) is None for name in taken)
 
 
+@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_auto_prefers_the_closed_form_for_l2_of_many_pixels(normalize: str, taken: list[str]) -> None:
-    least = dispatch.CLOSED_FORM_PIXELS_PER_CHANNEL["cpu"][normalize] * (3 + 5)
+def test_auto_prefers_the_closed_form_for_l2_of_many_pixels(
+    normalize: str, instructions: str, monkeypatch: pytest.MonkeyPatch, taken: list[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(dispatch, "cached_auto_backend", auto_backend)
+    least, per_channel = dispatch.CLOSED_FORM_FROM["AVX512" if instructions == "AVX512" else "cpu"][normalize]
+    assert dispatch.closed_form_pixels(CPU, normalize, (64, 2048)) == 2112 * per_channel
     for pixels in (least, least - 1):
         student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
         relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
