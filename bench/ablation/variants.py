@@ -1,7 +1,7 @@
 """Variants of csrc/cuda/sm90: with a part taken out, or with another structure.
 
 The results of those with a part taken out are wrong; only their times mean something. Those with another structure have
-bit-equal results. If one is faster, it can replace the kernel: ``git apply bench/ablation/NAME.patch``.
+bit-equal results. If one is faster, it can replace the kernel: ``git apply`` its files in this folder, in their order.
 
 A patch replaces a text that occurs exactly once in its file. tests/bench/test_ablation.py checks that, runs every
 variant in the emulation, and counts the products in its machine code, because ptxas removes wgmmas whose results are
@@ -86,6 +86,7 @@ VARIANTS = {
     ),
     "half tiles ahead": variant(
         "half tiles whose Gram products are computed during the elementwise part of the half before, without turns",
+        *read_patches("half_tiles.patch"),
         *read_patches("half_tiles_ahead.patch"),
         equal=True,
     ),
