@@ -176,7 +176,7 @@ def test_one_pixel(relation):
         assert gradient.norm().item() < 1e-5
 
 
-@pytest.mark.parametrize(("pixels", "splits"), [(2, 1), (31, 1), (33, 2), (64, 2), (129, 3), (1100, 4)])
+@pytest.mark.parametrize(("pixels", "splits"), [(2, 1), (31, 1), (33, 2), (64, 2), (129, 3), (500, 4)])
 @every_normalized
 def test_any_number_of_pixels(relation, pixels, splits, monkeypatch):
     """And several partial sums, of different lengths."""
@@ -269,7 +269,7 @@ def test_strides_are_read_in_place(relation, make):
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
 def test_two_runs_give_the_same_bits(relation, channels):
-    student, teacher = draw(3, 130, channels, torch.bfloat16)
+    student, teacher = draw(2, 70, channels, torch.bfloat16)
     loss, gradient = run(student, teacher, relation)
     again = run(student, teacher, relation)
     assert torch.equal(loss, again[0])
