@@ -1,4 +1,4 @@
-"""Mutation tests: each of these faults in a kernel must make a test fail.
+"""Mutation tests: each of these faults must make a test fail.
 
     python tests/mutations.py             all backends, about 20 minutes on two cores: make mutations
     python tests/mutations.py native      one or more backends
