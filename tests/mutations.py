@@ -1,6 +1,6 @@
 """Mutation tests: each of these faults must make a test fail.
 
-    python tests/mutations.py             all backends, about 20 minutes on two cores: make mutations
+    python tests/mutations.py             all backends: make mutations
     python tests/mutations.py native      one or more backends
 
 The faults are those of tests/faults/. The tests run in a copy of the tree in a temporary folder; the tree itself does

@@ -1,4 +1,4 @@
-"""Faults in the trainer."""
+"""Faults in the trainer and in distill()."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ BACKENDS = {
                 OBJECTIVES,
                 "chain(network.parameters(), network.buffers())",
                 "network.parameters()",
+            ),
+            Fault(
+                "distill: gradients add up over steps",
+                "srpkd/distill_loop.py",
+                "                    optimizer.zero_grad(set_to_none=True)\n",
+                "",
+                "tests/test_distill_loop.py",
             ),
             Fault(
                 "averages are not restored",
