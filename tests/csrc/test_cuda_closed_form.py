@@ -167,6 +167,7 @@ def test_zero_norm_pixels(library: ctypes.CDLL, relation: Relation, channels: tu
         assert not result.gradient[:, 3].any()
 
 
+@pytest.mark.slow
 def test_ties_all_over_a_large_image(library: ctypes.CDLL) -> None:
     """Every block of threads counts them, and more than once."""
     student, teacher = draw(torch.bfloat16, 1, 3300, (8, 16))

@@ -11,7 +11,13 @@ BACKENDS = {
         "tests/training/test_objectives.py tests/training/test_optimizers.py "
         "-k lr_factor or cycle_gan_losses or states or clipped or average",
         [
-            Fault("float16: clips scaled gradients", OPTIMIZERS, "            self.scaler.unscale_(optimizer)\n", ""),
+            Fault(
+                "float16: clips scaled gradients",
+                OPTIMIZERS,
+                "            self.scaler.unscale_(optimizer)\n",
+                "",
+                "tests/training/test_optimizers.py -k clipped",
+            ),
             Fault("the learning rate falls an epoch early", OBJECTIVES, "epoch - n_epochs)", "epoch - n_epochs + 1)"),
             Fault(
                 "the weights of the identity losses are swapped",
@@ -20,13 +26,18 @@ BACKENDS = {
                 "weight_B, weight_A = config",
             ),
             Fault(
-                "the average takes most of the new weights", OBJECTIVES, "1.0 - self.config.ema)", "self.config.ema)"
+                "the average takes most of the new weights",
+                OBJECTIVES,
+                "1.0 - self.config.ema)",
+                "self.config.ema)",
+                "tests/training/test_optimizers.py -k average",
             ),
             Fault(
                 "buffers are not averaged",
                 OBJECTIVES,
                 "chain(network.parameters(), network.buffers())",
                 "network.parameters()",
+                "tests/training/test_optimizers.py -k average",
             ),
             Fault(
                 "distill: gradients add up over steps",
