@@ -1,7 +1,7 @@
 # make demo   train, distil and report on generated images
 # make quick  the tests without those marked slow: under three minutes on two cores
 # make test   lint and the whole test suite, with the coverage of the tests that are not slow
-# make mutations   put faults into the kernels, each of which a test must detect (about ten minutes)
+# make mutations   put faults into the code, each of which a test must detect (takes long)
 # make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
 # make test-oldest   the whole test suite with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB, 20 minutes)
 # Every target first creates .venv with all dependencies and the newest torch.

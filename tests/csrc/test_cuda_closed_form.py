@@ -167,6 +167,14 @@ def test_zero_norm_pixels(library: ctypes.CDLL, relation: Relation, channels: tu
         assert not result.gradient[:, 3].any()
 
 
+@pytest.mark.slow
+def test_ties_all_over_a_large_image(library: ctypes.CDLL) -> None:
+    """Every block of threads counts them, and more than once."""
+    student, teacher = draw(torch.bfloat16, 1, 3300, (8, 16))
+    student[:, ::10] = teacher[:, 5::10] = 0
+    check(library, student, teacher, COSINE, "bf16")
+
+
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
 def test_row_norms_below_eps(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
     """The rows are 0, but not the columns: these pixels have a gradient."""

@@ -1,6 +1,6 @@
-"""The faults that tests/mutations.py puts into the kernels, by backend."""
+"""The faults that tests/mutations.py puts into the copy of the tree, by backend."""
 
-from . import cuda, hopper, native, python, triton
+from . import cuda, hopper, native, python, training, triton
 from .kinds import Backend
 
 BACKENDS: dict[str, Backend] = {
@@ -9,4 +9,5 @@ BACKENDS: dict[str, Backend] = {
     **triton.BACKENDS,
     **cuda.BACKENDS,
     **hopper.BACKENDS,
+    **training.BACKENDS,
 }

@@ -66,7 +66,7 @@ BACKENDS = {
     ),
     "cuda_closed": Backend(
         "tests/csrc/test_cuda_closed_form.py -k (test_values and highest) or zero_norm or any_number or order "
-        "or (constant_norms and highest) or magnitude or below_eps",
+        "or (constant_norms and highest) or magnitude or below_eps or ties",
         [
             Fault(
                 "the weights are those of one network",
@@ -119,6 +119,7 @@ BACKENDS = {
             ),
             Fault("mirrored tiles count once", CUDA_CLOSED_MOMENTS, "at.row == at.column ? 1 : 2", "1"),
             Fault("difference: a term is dropped", CUDA_CLOSED_MOMENTS, "0.5 * (ff * ee + fe * ef)", "0.5 * (ff * ee)"),
+            Fault("the first ties only", CUDA_CLOSED_MOMENTS, "pixel += strips * THREADS", "pixel += p.pixels"),
             Fault("the diagonal is not a tie", CUDA_CLOSED_MOMENTS, "static_cast<double>(count_ties())", "0"),
             Fault(
                 "constant norms: the diagonal is not a tie",

@@ -89,6 +89,12 @@ BACKENDS = {
             Fault(
                 "pairs count once", "kernels/dispatch.py", "2 * pixels * columns.shape[2]", "pixels * columns.shape[2]"
             ),
+            Fault(
+                "the exact loss by a backend without rectify",
+                SAMPLING,
+                " or relation.rectify or device.type",
+                " or device.type",
+            ),
             Fault("columns are not random", SAMPLING, ".argsort(-1)", ".sort(-1).values.argsort(-1)"),
             Fault(
                 "columns are drawn without the generator",
@@ -114,6 +120,13 @@ BACKENDS = {
             Fault("old architectures are kept", BUILD, "if version < OLDEST_ARCHITECTURE", "if version < (5, 0)"),
             Fault(
                 "large l2 losses by tiles", "kernels/dispatch.py", 'if enough and "closed_form" in runnable', "if False"
+            ),
+            Fault(
+                "auto takes a backend without rectify",
+                "kernels/dispatch.py",
+                "        and unsupported_flag(name, relation) is None\n",
+                "",
+                "tests/kernels/test_dispatch.py -k closed_form",
             ),
         ],
         environment={"SRPKD_BUILD": "0"},

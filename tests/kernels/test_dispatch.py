@@ -149,6 +149,7 @@ def test_auto_prefers_the_closed_form_for_l2_of_many_pixels(
         relation_loss(student, teacher, layout="nlc", normalize=normalize, distance="l2")
     assert taken[0] == "closed_form" != taken[1]
     assert auto_backend(CPU, Relation(normalize, "l2"), pixels=16_384) == "closed_form"
+    assert auto_backend(CPU, Relation(normalize, "l2", rectify=True), pixels=16_384) != "closed_form"
     assert auto_backend(CPU, Relation(normalize, "l1")) in FAST
 
 

@@ -299,6 +299,8 @@ def test_exact_l2_by_closed_form_where_it_takes_no_longer() -> None:
     assert torch.equal(many, exact)
     assert error(few, exact) > 1e-6
     assert error(relation_loss(student, teacher, columns=100, backend="blocked"), exact) > 1e-6
+    estimate = relation_loss(student, teacher, columns=100, rectify=True)  # which closed_form does not support
+    assert error(estimate, relation_loss(student, teacher, rectify=True)) > 1e-6
 
 
 @pytest.mark.parametrize(
