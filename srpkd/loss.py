@@ -356,6 +356,11 @@ def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> Non
             raise TypeError(
                 f"{name} features: expected a tensor {SHAPES[layout][0]}, received {type(features).__name__}"
             )
+        if type(features) is not Tensor and hasattr(features, "full_tensor"):  # without an import of torch's DTensor
+            raise TypeError(
+                f"{name} features are a DTensor: expected a plain tensor, as by .full_tensor(), or where the batch is "
+                "sharded by .to_local()"
+            )
         if features.layout is not torch.strided or features.is_nested:
             raise TypeError(f"{name} features are sparse, nested or packed: expected a dense tensor, as by .to_dense()")
         if features.dtype not in DTYPES:

@@ -114,6 +114,10 @@ def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
 
 
+def test_double_backward_over_ranks(tmp_path: Path) -> None:
+    spawn("twice", 2, tmp_path)
+
+
 @pytest.mark.slow
 def test_ranks_with_different_channels(tmp_path: Path) -> None:
     """Every rank raises an error, and none waits forever."""
@@ -228,6 +232,16 @@ def check_ddp(rank: int, ranks: int) -> None:
             assert error(parameter.grad, gradient, least=1e-6) < 1e-10
 
 
+def check_twice(rank: int, ranks: int) -> None:
+    """Differentiating twice raises an error: a gradient penalty must not silently lose the relation loss."""
+    student, teacher = images(1)
+    for distance in ("l1", "l2"):
+        loss = relation_loss(student.requires_grad_(), teacher, distance=distance, scope="global")
+        (gradient,) = torch.autograd.grad(loss + student.pow(3).sum(), student, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not support double backward"):
+            gradient.square().sum().backward()
+
+
 def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     expected = r"same channels, dtype and device type, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"
@@ -258,8 +272,11 @@ def check_misfit(rank: int, ranks: int) -> None:
 
 def check_refusal(rank: int, ranks: int) -> None:
     """Rank 1 cannot compute the loss: for its backend, its options or its features."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh  # here, since it takes time
+
     student, teacher = images(2)
     l1 = {"distance": "l1"}
+    sharded = DTensor.from_local(teacher, init_device_mesh("cpu", (ranks,)), [Shard(0)])
     cases: list[tuple[type[Exception], str, Tensor, Tensor, dict]] = [
         (ValueError, "backend='triton' is not one of", student, teacher, l1 | {"backend": "triton"}),
         (ValueError, "backend='blocked' is not one of", student, teacher, {"backend": "blocked"}),
@@ -268,6 +285,7 @@ def check_refusal(rank: int, ranks: int) -> None:
         (ValueError, "may differ only in C, but differ in the batch", student[:1], teacher, {}),
         (TypeError, "teacher features are torch.int64", student, teacher.long(), {}),
         (ValueError, "teacher features require a gradient", student, teacher.clone().requires_grad_(), {}),
+        (TypeError, r"teacher features are a DTensor.*\.full_tensor\(\)", student, sharded, {}),
     ]
     for kind, message, *features, options in cases:
         right = {"distance": options.get("distance", "l2")}
@@ -300,6 +318,7 @@ def main() -> None:
             "strips": check_strips,
             "traffic": check_traffic,
             "ddp": check_ddp,
+            "twice": check_twice,
             "misfit": check_misfit,
             "refusal": check_refusal,
         }
