@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -82,14 +83,16 @@ def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> Non
         student.encoder(image)
 
 
-def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
+@pytest.mark.parametrize(("kind", "key"), [(tuple, "0"), (lambda pair: dict(zip(("low", "high"), pair)), "low")])
+def test_module_that_returns_no_tensor_raises(kind: Callable, key: str, image: Tensor) -> None:
     class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+        def forward(self, x: Tensor) -> object:
+            return kind((x, x))
 
     network = nn.ModuleDict({"pair": Pair()})
     tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
+    message = rf"teacher module 'pair' returned a (tuple|dict).* such as 'pair\[{key}\]'"
+    with pytest.raises(TypeError, match=message), tap.recording():
         network["pair"](image)
 
 
