@@ -31,6 +31,9 @@ def check_ndim(name: str, features: Tensor, layout: Layout) -> None:
     fitting = [repr(other) for other in LAYOUTS if NDIM[other] == features.ndim]
     expected, single = SHAPES[layout]
     hint = f"; for this shape use layout={' or '.join(fitting)}" if fitting else ""
+    if features.ndim > max(NDIM.values()):  # a video or a volume
+        first = 2 if layout == "nchw" else 1
+        hint = f"; for more dimensions flatten the positions, as by .flatten({first}, {first + features.ndim - 4})"
     raise ValueError(
         f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or {single}{hint}"
     )

@@ -117,7 +117,7 @@ class FeatureTap:
         try:
             yield features
         finally:
-            self._active = False
+            self._features, self._active = {}, False  # a reference would keep the graph of the pass alive
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
             raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -66,6 +67,17 @@ def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
     with pytest.raises(ValueError, match=rf"the student has no module named '{name}'.*nearest.*'encoder.norm'"):
         FeatureTap(student, [name], "student")
     assert hooks(student) == 0
+
+
+def test_a_tap_keeps_no_features_alive(student: nn.Module, image: Tensor) -> None:
+    """With them the graph of a pass would stay in memory until the next pass."""
+    tap = FeatureTap(student, ["encoder"])
+    with tap.recording() as features:
+        student(image)
+    feature = weakref.ref(features["encoder"])
+    assert feature() is not None
+    del features
+    assert feature() is None
 
 
 def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
