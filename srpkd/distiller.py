@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_number, check_type
-from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
+from .layouts import LAYOUTS, Layout, check_dense, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
 from .taps import FeatureTap
 
@@ -186,10 +186,11 @@ class RelationDistiller(nn.Module):
         ours, theirs = self.layouts.get(name, (expected, expected))
         # without a stated layout, a function receives the features as they are, and may read them in any layout
         is_stated = isinstance(loss, SRPLoss) or name in self.layouts
-        has_tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-        if is_stated and has_tensors and name not in self._warned_layers:
+        if is_stated and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            check_dense("student", student)  # a nested tensor has no shape
+            check_dense("teacher", teacher)
             where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
-            if warn_if_unlikely(student, teacher, (ours, theirs), where):
+            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where):
                 self._warned_layers.add(name)
                 if isinstance(loss, SRPLoss):
                     loss.has_warned = True  # it would give the same warning without the names

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Layout = Literal["nchw", "nlc", "nhwc"]
@@ -22,6 +23,22 @@ NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
 def channel_dim(layout: Layout) -> int:
     """Return the dimension of the channels, counted from the end."""
     return -3 if layout == "nchw" else -1
+
+
+def check_dense(name: str, features: Tensor) -> None:
+    """Raise a TypeError unless features are a plain dense tensor."""
+    if type(features) is not Tensor and hasattr(features, "full_tensor"):  # without an import of torch's DTensor
+        raise TypeError(
+            f"{name} features are a DTensor: expected a plain tensor, as by .full_tensor(), or where the batch is "
+            "sharded by .to_local()"
+        )
+    if features.is_nested:
+        raise TypeError(
+            f"{name} features are nested: expected a dense tensor, as by .to_padded_tensor(0.0), or in "
+            "nn.TransformerEncoder by enable_nested_tensor=False"
+        )
+    if features.layout is not torch.strided:
+        raise TypeError(f"{name} features are sparse or packed: expected a dense tensor, as by .to_dense()")
 
 
 def check_ndim(name: str, features: Tensor, layout: Layout) -> None:

@@ -328,6 +328,26 @@ def test_unlikely_layout_warns_once_for_each_layer() -> None:
         RelationDistiller(*networks, layers, loss=partial(relation_loss, layout="nhwc"))(image)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", ["nlc", None])
+def test_nested_features_name_the_layer(layout: str | None) -> None:
+    """Such as nn.TransformerEncoder makes in a teacher, for tokens with a padding mask."""
+    networks = []
+    for width in (4, 8):
+        block = nn.TransformerEncoderLayer(width, 2, width, dropout=0.0, batch_first=True)
+        networks.append(nn.ModuleDict({"embed": nn.Linear(6, width), "blocks": nn.TransformerEncoder(block, 2)}))
+    student, teacher = networks
+
+    def forward(network: nn.Module, tokens: Tensor) -> Tensor:
+        padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        return network["blocks"](network["embed"](tokens), src_key_padding_mask=padding)
+
+    layers = {"blocks.layers.1": "blocks.layers.1"}
+    distiller = RelationDistiller(student, teacher.eval(), layers, layout=layout, forward=forward)
+    with pytest.raises(TypeError, match=r"student layer 'blocks.layers.1' .*teacher features are nested"):
+        distiller(torch.randn(2, 5, 6))
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
