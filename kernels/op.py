@@ -135,7 +135,7 @@ def _gpu_kernels(device: torch.device) -> ModuleType | None:
 # -- eager mode ------------------------------------------------------------------------------------------------------
 
 
-def differentiable_loss(student: Tensor, compute: Callable[[], tuple[Tensor, Tensor]], weight: float) -> Tensor:
+def differentiable_loss(student: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]], weight: float) -> Tensor:
     """Return the loss that ``compute()`` returns, with a derivative with respect to ``student`` (B, N, C_s).
 
     ``compute`` also returns a gradient (B, N, C_s), of which ``weight`` times is the gradient of the loss.
