@@ -15,11 +15,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import closed_form, dispatch, formulas
 from .formulas import Pixels, Relation, Scales, TileSums
-from .op import relation_loss_backward_op
+from .op import differentiable_loss
 
 Result = TypeVar("Result")
 
@@ -88,23 +87,12 @@ def relation_loss(
         TypeError, ValueError, BackendUnavailable: the error of another rank's ``check_on_ranks``.
     """
     need_grad = student.requires_grad and torch.is_grad_enabled()
-    return _RelationLoss.apply(student, teacher, relation, group, backend, need_grad)
 
-
-class _RelationLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, relation, group, backend, need_grad):
+    def compute() -> tuple[Tensor, Tensor | None]:
         with formulas.without_autocast(student.device):
-            loss, gradient = ring_loss_and_gradient(student, teacher, relation, group, backend, need_grad)
-        ctx.save_for_backward(gradient)
-        ctx.dtype, ctx.ranks = student.dtype, dist.get_world_size(group)
-        return loss
+            return ring_loss_and_gradient(student, teacher, relation, group, backend, need_grad)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        (gradient,) = ctx.saved_tensors
-        return relation_loss_backward_op(gradient, ctx.ranks * grad_loss, ctx.dtype), *[None] * 5
+    return differentiable_loss(student, compute, dist.get_world_size(group)) if need_grad else compute()[0]
 
 
 def ring_loss_and_gradient(

@@ -11,6 +11,7 @@ call (torch.compile, fake and meta tensors, a dispatch mode, vmap, a tensor subc
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import cast
 
@@ -51,7 +52,8 @@ def python_relation_loss(
         )
         return reduced(loss, reduction)
     if need_grad:
-        return _RelationLoss.apply(student, teacher, relation, backend, reduction, columns)[0]
+        compute = functools.partial(_loss_and_gradient, student, teacher, relation, backend, True, columns, reduction)
+        return differentiable_loss(student, compute, 1 / len(student) if reduction == "mean" else 1.0)
     return _loss_and_gradient(student, teacher, relation, backend, need_grad, columns, reduction)[0]
 
 
@@ -133,16 +135,24 @@ def _gpu_kernels(device: torch.device) -> ModuleType | None:
 # -- eager mode ------------------------------------------------------------------------------------------------------
 
 
+def differentiable_loss(student: Tensor, compute: Callable[[], tuple[Tensor, Tensor | None]], weight: float) -> Tensor:
+    """Return the loss that ``compute()`` returns, with a derivative with respect to ``student`` (B, N, C_s).
+
+    ``compute`` also returns a gradient (B, N, C_s), of which ``weight`` times is the gradient of the loss.
+    """
+    return _RelationLoss.apply(student, compute, weight)[0]
+
+
 class _RelationLoss(torch.autograd.Function):
-    """Return the reduced loss, and its gradient (B, N, C_s) without the reduction's 1/B.
+    """Return the loss, and its gradient (B, N, C_s) without the weight.
 
     The gradient is an output so that a second differentiation reaches this function, which reports it.
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, relation, backend, reduction, columns):
-        loss, gradient = _loss_and_gradient(student, teacher, relation, backend, True, columns, reduction)
-        ctx.dtype, ctx.weight = student.dtype, 1 / len(student) if reduction == "mean" else 1.0
+    def forward(ctx, student, compute, weight):
+        loss, gradient = compute()
+        ctx.dtype, ctx.weight = student.dtype, weight
         ctx.save_for_backward(gradient)
         ctx.set_materialize_grads(False)
         return loss, gradient
@@ -157,7 +167,7 @@ class _RelationLoss(torch.autograd.Function):
                 gradient = relation_loss_backward_op(gradient, grad_loss * ctx.weight, ctx.dtype)
             else:
                 gradient = _scaled(gradient, grad_loss, ctx.dtype, ctx.weight)
-        return gradient, None, None, None, None, None
+        return gradient, None, None
 
 
 # -- operators -------------------------------------------------------------------------------------------------------

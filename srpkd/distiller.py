@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_number, check_type
-from .layouts import LAYOUTS, Layout, check_ndim, convert, warn_if_unlikely
+from .layouts import LAYOUTS, Layout, check_dense, check_ndim, convert, warn_if_unlikely
 from .loss import SRPLoss
 from .taps import FeatureTap
 
@@ -36,7 +36,7 @@ class RelationDistiller(nn.Module):
         output, teacher_output, loss = distiller(images)
 
     The teacher runs without gradients, in its current mode (train or eval). It is not a submodule of the distiller:
-    ``parameters()`` and ``state_dict()`` are those of the student.
+    ``parameters()`` and ``state_dict()`` are those of the student, and ``to()`` does not move the teacher.
 
     Args:
         student: network to train.
@@ -44,11 +44,12 @@ class RelationDistiller(nn.Module):
         layers: student module name -> teacher module name; their features may differ only in channels.
         loss: loss of two features (B, C, H, W); by default ``SRPLoss()``. Or student module name -> loss; layers that
             it does not name have the default.
-        weights: student module name -> weight of the layer's loss; by default 1.
+        weights: student module name -> weight of the layer's loss; by default 1. A schedule may change them between
+            steps, as by ``distiller.weights["model.9"] = 0.5``.
         layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
             the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
             the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
-            default.
+            default. Without a stated layout, ``loss`` receives them as they are.
         forward: how a network processes an input, ``forward(network, *inputs, **keywords)``; by default
             ``network(*inputs, **keywords)``. It is called for the teacher, then for the student, so random numbers that
             both need must be part of the input.
@@ -92,10 +93,7 @@ class RelationDistiller(nn.Module):
         layouts = dict(layout) if isinstance(layout, Mapping) else dict.fromkeys(self.layers, layout)
         self.layouts = {name: _layout_pair(value) for name, value in layouts.items() if value is not None}
         for option, named in (("weights", self.weights), ("loss", losses), ("layout", layouts)):
-            if unknown := [name for name in named if name not in self.layers]:
-                raise ValueError(
-                    f"{option} names layers {unknown} that are not tapped: the tapped layers are {list(layers)}"
-                )
+            self._check_names(option, named)
         self.student = student
         self._teacher = (teacher,)  # a tuple, so that the teacher is not registered as a submodule
         self.loss = default
@@ -159,8 +157,10 @@ class RelationDistiller(nn.Module):
             teacher: features by module name.
 
         Raises:
-            ValueError: a pair of features differs in more than channels; the message names the layers.
+            ValueError: a pair of features differs in more than channels (the message names the layers), or
+                ``self.weights`` names a layer that is not tapped.
         """
+        self._check_names("weights", self.weights)  # a schedule may have changed them
         losses = []
         for student_name, teacher_name in self.layers.items():
             try:
@@ -172,14 +172,25 @@ class RelationDistiller(nn.Module):
             losses.append(self.weights.get(student_name, 1.0) * loss)
         return total(losses)
 
+    def _check_names(self, option: str, named: Iterable[str]) -> None:
+        """Raise a ValueError unless all names are those of tapped layers of the student."""
+        if unknown := [name for name in named if name not in self.layers]:
+            raise ValueError(
+                f"{option} names layers {unknown} that are not tapped: the tapped layers are {list(self.layers)}"
+            )
+
     def _layer_loss(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of a layer, for features that are brought to the layout that it expects."""
         loss = self.layer_losses.get(name, self.loss)
         expected = loss.layout if isinstance(loss, SRPLoss) else "nchw"
         ours, theirs = self.layouts.get(name, (expected, expected))
-        if name not in self._warned_layers and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        # without a stated layout, a function receives the features as they are, and may read them in any layout
+        is_stated = isinstance(loss, SRPLoss) or name in self.layouts
+        if is_stated and isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            check_dense("student", student)  # a nested tensor has no shape
+            check_dense("teacher", teacher)
             where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
-            if warn_if_unlikely(student, teacher, (ours, theirs), where):
+            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where):
                 self._warned_layers.add(name)
                 if isinstance(loss, SRPLoss):
                     loss.has_warned = True  # it would give the same warning without the names

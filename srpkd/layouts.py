@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Layout = Literal["nchw", "nlc", "nhwc"]
@@ -24,6 +25,22 @@ def channel_dim(layout: Layout) -> int:
     return -3 if layout == "nchw" else -1
 
 
+def check_dense(name: str, features: Tensor) -> None:
+    """Raise a TypeError unless features are a plain dense tensor."""
+    if type(features) is not Tensor and hasattr(features, "full_tensor"):  # without an import of torch's DTensor
+        raise TypeError(
+            f"{name} features are a DTensor: expected a plain tensor, as by .full_tensor(), or where the batch is "
+            "sharded by .to_local()"
+        )
+    if features.is_nested:
+        raise TypeError(
+            f"{name} features are nested: expected a dense tensor, as by .to_padded_tensor(0.0), or in "
+            "nn.TransformerEncoder by enable_nested_tensor=False"
+        )
+    if features.layout is not torch.strided:
+        raise TypeError(f"{name} features are sparse or packed: expected a dense tensor, as by .to_dense()")
+
+
 def check_ndim(name: str, features: Tensor, layout: Layout) -> None:
     """Raise a ValueError unless features have the number of dimensions of a layout, with or without a batch."""
     if features.ndim in (NDIM[layout], NDIM[layout] - 1):
@@ -31,6 +48,9 @@ def check_ndim(name: str, features: Tensor, layout: Layout) -> None:
     fitting = [repr(other) for other in LAYOUTS if NDIM[other] == features.ndim]
     expected, single = SHAPES[layout]
     hint = f"; for this shape use layout={' or '.join(fitting)}" if fitting else ""
+    if features.ndim > max(NDIM.values()):  # a video or a volume
+        first = 2 if layout == "nchw" else 1
+        hint = f"; for more dimensions flatten the positions, as by .flatten({first}, {first + features.ndim - 4})"
     raise ValueError(
         f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or {single}{hint}"
     )

@@ -12,7 +12,17 @@ from .arguments import check_choice, check_flag, check_number, check_type, check
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
 from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
 from .kernels.op import check_transforms
-from .layouts import LAYOUTS, NDIM, SHAPES, Layout, channel_dim, check_ndim, likely_layout, warn_if_unlikely
+from .layouts import (
+    LAYOUTS,
+    NDIM,
+    SHAPES,
+    Layout,
+    channel_dim,
+    check_dense,
+    check_ndim,
+    likely_layout,
+    warn_if_unlikely,
+)
 
 Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
@@ -356,8 +366,7 @@ def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> Non
             raise TypeError(
                 f"{name} features: expected a tensor {SHAPES[layout][0]}, received {type(features).__name__}"
             )
-        if features.layout is not torch.strided or features.is_nested:
-            raise TypeError(f"{name} features are sparse, nested or packed: expected a dense tensor, as by .to_dense()")
+        check_dense(name, features)
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16, for example by "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -73,9 +73,10 @@ class FeatureTap:
         except LookupError as error:
             raise ValueError(f"{self.role} layer {name!r}: {error}") from error
         if not isinstance(feature, Tensor):
+            key = next(iter(feature), 0) if isinstance(feature, Mapping) else 0
             raise TypeError(
                 f"{self.role} module {name!r} returned a {describe(feature)}: tap a module that returns a tensor, or "
-                f"name an element or field that is one, such as '{name}[0]'"
+                f"name an element or field that is one, such as '{name}[{key}]'"
             )
         if name in self._features:
             raise RuntimeError(
@@ -116,7 +117,7 @@ class FeatureTap:
         try:
             yield features
         finally:
-            self._active = False
+            self._features, self._active = {}, False  # a reference would keep the graph of the pass alive
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
             raise RuntimeError(

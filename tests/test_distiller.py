@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -73,6 +74,16 @@ def test_several_layers_with_weights_and_another_loss(student: nn.Module, teache
     ours, theirs = run(student), {name: feature.detach() for name, feature in run(teacher).items()}
     expected = sum(weights.get(name, 1) * loss_fn(ours[name], theirs[other]) for name, other in layers.items())
     torch.testing.assert_close(loss, expected)
+
+
+def test_a_schedule_may_change_weights(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"})
+    full = distiller(image)[2]
+    distiller.weights["encoder"] = 0.25
+    torch.testing.assert_close(distiller(image)[2], full / 4)
+    distiller.weights["encodr"] = 0.5
+    with pytest.raises(ValueError, match=r"weights names layers \['encodr'\] that are not tapped"):
+        distiller(image)
 
 
 def test_forward_runs_both_networks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
@@ -313,6 +324,28 @@ def test_unlikely_layout_warns_once_for_each_layer() -> None:
         warnings.simplefilter("error")
         distiller(image)
         RelationDistiller(*networks, layers, layout="nhwc")(image)
+        # a function reads the features in a layout of its own
+        RelationDistiller(*networks, layers, loss=partial(relation_loss, layout="nhwc"))(image)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", ["nlc", None])
+def test_nested_features_name_the_layer(layout: str | None) -> None:
+    """Such as nn.TransformerEncoder makes in a teacher, for tokens with a padding mask."""
+    networks = []
+    for width in (4, 8):
+        block = nn.TransformerEncoderLayer(width, 2, width, dropout=0.0, batch_first=True)
+        networks.append(nn.ModuleDict({"embed": nn.Linear(6, width), "blocks": nn.TransformerEncoder(block, 2)}))
+    student, teacher = networks
+
+    def forward(network: nn.Module, tokens: Tensor) -> Tensor:
+        padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        return network["blocks"](network["embed"](tokens), src_key_padding_mask=padding)
+
+    layers = {"blocks.layers.1": "blocks.layers.1"}
+    distiller = RelationDistiller(student, teacher.eval(), layers, layout=layout, forward=forward)
+    with pytest.raises(TypeError, match=r"student layer 'blocks.layers.1' .*teacher features are nested"):
+        distiller(torch.randn(2, 5, 6))
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ REFUSED = {
         ["student", "(9, 5)", "(B, H, W, C) or (H, W, C)"],
     ),
     "one image": ({"student": IMAGE[0, 0]}, ValueError, ["student", "(4, 4)", "(B, C, H, W)"]),
-    "video": ({"teacher": IMAGE[..., None]}, ValueError, ["teacher", "(2, 3, 4, 4, 1)"]),
+    "video": ({"teacher": IMAGE[..., None]}, ValueError, ["teacher", "(2, 3, 4, 4, 1)", "by .flatten(2, 3)"]),
     "no images": ({"student": IMAGE[:0], "teacher": IMAGE[:0]}, ValueError, ["student", "empty", "(0, 3, 4, 4)"]),
     "no channels": ({"teacher": IMAGE[:, :0]}, ValueError, ["teacher", "empty", "(2, 0, 4, 4)"]),
     "no pixels": ({"student": IMAGE[:, :, :0]}, ValueError, ["student", "empty"]),

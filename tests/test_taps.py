@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import types
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -67,6 +69,17 @@ def test_unknown_name_lists_the_nearest(name: str, student: nn.Module) -> None:
     assert hooks(student) == 0
 
 
+def test_a_tap_keeps_no_features_alive(student: nn.Module, image: Tensor) -> None:
+    """With them the graph of a pass would stay in memory until the next pass."""
+    tap = FeatureTap(student, ["encoder"])
+    with tap.recording() as features:
+        student(image)
+    feature = weakref.ref(features["encoder"])
+    assert feature() is not None
+    del features
+    assert feature() is None
+
+
 def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["encoder", "decoder"], "student")
     with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():
@@ -82,14 +95,16 @@ def test_module_that_runs_twice_raises(student: nn.Module, image: Tensor) -> Non
         student.encoder(image)
 
 
-def test_module_that_returns_no_tensor_raises(image: Tensor) -> None:
+@pytest.mark.parametrize(("kind", "key"), [(tuple, "0"), (lambda pair: dict(zip(("low", "high"), pair)), "low")])
+def test_module_that_returns_no_tensor_raises(kind: Callable, key: str, image: Tensor) -> None:
     class Pair(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+        def forward(self, x: Tensor) -> object:
+            return kind((x, x))
 
     network = nn.ModuleDict({"pair": Pair()})
     tap = FeatureTap(network, ["pair"], "teacher")
-    with pytest.raises(TypeError, match="teacher module 'pair' returned a tuple"), tap.recording():
+    message = rf"teacher module 'pair' returned a (tuple|dict).* such as 'pair\[{key}\]'"
+    with pytest.raises(TypeError, match=message), tap.recording():
         network["pair"](image)
 
 

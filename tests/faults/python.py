@@ -174,7 +174,12 @@ BACKENDS = {
             ),
             Fault("h of the own columns only", DISTRIBUTED, "            h += part.h\n", "            pass\n"),
             Fault("the loss is that of the last hop", DISTRIBUTED, "loss = loss + part.loss", "loss = part.loss"),
-            Fault("the gradient is that of one rank's loss", DISTRIBUTED, "ctx.ranks * grad_loss", "grad_loss"),
+            Fault(
+                "the gradient is that of one rank's loss",
+                DISTRIBUTED,
+                "compute, dist.get_world_size(group)",
+                "compute, 1",
+            ),
             Fault(
                 "cosine: h lacks the factor 2",
                 STRIPS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -14,7 +15,7 @@ from helpers import DELTA, FLAG_SETS, ROOT, error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from srpkd import BackendUnavailable, SRPLoss, relation_loss
+from srpkd import BackendUnavailable, RelationDistiller, SRPLoss, relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, distributed, native, unavailable_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +113,15 @@ def test_bytes_that_are_exchanged(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_parameters_under_ddp(tmp_path: Path) -> None:
     spawn("ddp", 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_students_of_a_distiller(tmp_path: Path) -> None:
+    spawn("distiller", 2, tmp_path)
+
+
+def test_double_backward_over_ranks(tmp_path: Path) -> None:
+    spawn("twice", 2, tmp_path)
 
 
 @pytest.mark.slow
@@ -228,6 +238,35 @@ def check_ddp(rank: int, ranks: int) -> None:
             assert error(parameter.grad, gradient, least=1e-6) < 1e-10
 
 
+def check_distiller(rank: int, ranks: int) -> None:
+    """A student of a distiller may be wrapped by DistributedDataParallel, or sharded by fully_shard."""
+    from torch.distributed.fsdp import fully_shard  # here, since it takes time
+
+    student, large = (nn.Sequential(nn.Conv2d(7, width, 1), nn.Conv2d(width, 3, 1)).double() for width in (5, 6))
+    _, batch = images(4)
+    own = batch[2 * rank : 2 * rank + 2]
+    layers, loss_fn = {"0": "0", "1": "1"}, SRPLoss(scope="global")
+    expected = torch.autograd.grad(
+        RelationDistiller(student, large, layers, SRPLoss(scope="batch"))(batch)[2], list(student.parameters())
+    )
+    for wrap in (DistributedDataParallel, fully_shard):
+        wrapped = wrap(copy.deepcopy(student))
+        RelationDistiller(wrapped, large, layers, loss_fn)(own)[2].backward()
+        for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
+            found = parameter.grad if wrap is DistributedDataParallel else parameter.grad.full_tensor()
+            assert error(found, gradient, least=1e-6) < 1e-10
+
+
+def check_twice(rank: int, ranks: int) -> None:
+    """Differentiating twice raises an error: a gradient penalty must not silently lose the relation loss."""
+    student, teacher = images(1)
+    for distance in ("l1", "l2"):
+        loss = relation_loss(student.requires_grad_(), teacher, distance=distance, scope="global")
+        (gradient,) = torch.autograd.grad(loss + student.pow(3).sum(), student, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not support double backward"):
+            gradient.square().sum().backward()
+
+
 def check_misfit(rank: int, ranks: int) -> None:
     student, teacher = images(1)
     expected = r"same channels, dtype and device type, .*; received on rank 0 C_s=5; on rank 1 C_s=4$"
@@ -258,8 +297,11 @@ def check_misfit(rank: int, ranks: int) -> None:
 
 def check_refusal(rank: int, ranks: int) -> None:
     """Rank 1 cannot compute the loss: for its backend, its options or its features."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh  # here, since it takes time
+
     student, teacher = images(2)
     l1 = {"distance": "l1"}
+    sharded = DTensor.from_local(teacher, init_device_mesh("cpu", (ranks,)), [Shard(0)])
     cases: list[tuple[type[Exception], str, Tensor, Tensor, dict]] = [
         (ValueError, "backend='triton' is not one of", student, teacher, l1 | {"backend": "triton"}),
         (ValueError, "backend='blocked' is not one of", student, teacher, {"backend": "blocked"}),
@@ -268,6 +310,7 @@ def check_refusal(rank: int, ranks: int) -> None:
         (ValueError, "may differ only in C, but differ in the batch", student[:1], teacher, {}),
         (TypeError, "teacher features are torch.int64", student, teacher.long(), {}),
         (ValueError, "teacher features require a gradient", student, teacher.clone().requires_grad_(), {}),
+        (TypeError, r"teacher features are a DTensor.*\.full_tensor\(\)", student, sharded, {}),
     ]
     for kind, message, *features, options in cases:
         right = {"distance": options.get("distance", "l2")}
@@ -300,6 +343,8 @@ def main() -> None:
             "strips": check_strips,
             "traffic": check_traffic,
             "ddp": check_ddp,
+            "distiller": check_distiller,
+            "twice": check_twice,
             "misfit": check_misfit,
             "refusal": check_refusal,
         }

@@ -171,7 +171,7 @@ def test_nonfinite_features_give_a_nonfinite_loss(
     assert loss[others].isfinite().all()
 
 
-@pytest.mark.parametrize("exponent", [-9, -6, 0, 6, 9, 12, 15])
+@pytest.mark.parametrize("exponent", [-17, -9, -6, 0, 6, 9, 12, 15])
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 @pytest.mark.parametrize("normalize", ["row", "cosine"])
 @pytest.mark.parametrize("backend", BACKENDS)
