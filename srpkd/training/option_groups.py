@@ -216,7 +216,7 @@ class RunOptions:
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
         cuda_graph: run each training step as one CUDA graph, which the host launches at once. It gives the results of
-            steps without it. Runs of several processes and images of different sizes do without.
+            steps without it. Runs of several processes and images of different sizes ignore it.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
         resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
             n_epochs_decay. All other options keep their values except device, cuda_graph, num_threads, time_budget,
