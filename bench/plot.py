@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     folder = options.csv.parent if options.page is None else options.page.with_suffix("")
     folder.mkdir(exist_ok=True)
     for plot in plots:
-        path = write_file(folder / plot.file, to_png(plot.draw(plot), dpi=130))
+        path = write_file(folder / plot.file, to_png(plot.draw(plot), dpi=150))
         print(path)
     if options.page is not None:
         put_between_markers(options.page, NAME, images(plots, folder.name))
@@ -112,7 +112,7 @@ def images(plots: Sequence[Plot], folder: str) -> str:
 
 def _draw_relation(plot: Plot) -> Figure:
     """Plot time and memory against N."""
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     time, memory = figure.subplots(1, 2)
     _draw_group(time, memory, plot.rows)
     figure.suptitle(plot.title, fontsize=10)
@@ -152,7 +152,7 @@ def _title(case: dict[str, str], on_cpu: bool) -> str:
 def _draw_accuracy(plot: Plot) -> Figure:
     """Plot the errors of loss and gradient against the noise, a column per dtype and precision."""
     formats = results.group_by(plot.rows, ("dtype", "precision"))
-    figure = Figure(figsize=(1.2 + 3.1 * len(formats), 6.4), layout="constrained")
+    figure = Figure(figsize=(0.8 + 2.6 * len(formats), 5.8), layout="constrained")
     panels = figure.subplots(2, len(formats), squeeze=False, sharex=True, sharey="row")
     for column, ((dtype, precision), own) in enumerate(formats.items()):
         for axes, error in zip(panels[:, column], ("gradient_error", "loss_error")):

@@ -1,4 +1,4 @@
-"""Check every backend on this machine against float64: ``srpkd check``.
+"""Check every backend on this machine against float64.
 
 The GPU kernels have run on few kinds of GPUs. This command runs every backend that is available, and every CUDA kernel
 of the backend native, on some twenty small losses: different relations, distances, dtypes, sizes and strides. Loss and

@@ -61,8 +61,8 @@ def distill(
             iterated again.
         layers: student module name -> teacher module name, as in ``named_modules()``; see ``RelationDistiller``.
         epochs: passes over the data.
-        lambda_kd: weight of the distance between the outputs.
-        lambda_srp: weight of the relation loss; the default suits the default loss.
+        lambda_kd: weight of the distance between the outputs, 10 by default.
+        lambda_srp: weight of the relation loss, 180 by default, which suits the default loss.
         lambda_target: weight of the distance to the targets.
         loss: loss of two features, or student module name -> loss; by default ``SRPLoss()``, as in the trainer.
         weights: student module name -> weight of the layer's loss; by default 1.

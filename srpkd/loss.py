@@ -80,8 +80,9 @@ def relation_loss(
             ``layout="nhwc"``; float64, float32, bfloat16 or float16. Any strides: NCHW and channels_last are read in
             place. Features without a batch, such as (C_s, H, W), are a batch of one.
         teacher: features of the same layout without a gradient. Their number of channels C_t may differ from C_s.
-        normalize: ``"row"`` A_ij = G_ij / ||G_i,:||, ``"cosine"`` A_ij = G_ij / (||q_i|| ||q_j||), ``"none"`` A = G.
-        distance: rho: ``"l1"`` abs(d), ``"l2"`` d^2, ``"huber"`` d^2/2 up to delta and linear beyond.
+        normalize: ``"cosine"`` (default) A_ij = G_ij / (||q_i|| ||q_j||), ``"row"`` A_ij = G_ij / ||G_i,:||, or
+            ``"none"`` A = G.
+        distance: rho: ``"l2"`` (default) d^2, ``"l1"`` abs(d), or ``"huber"`` d^2/2 up to delta and linear beyond.
         delta: where the Huber distance becomes linear, > 0; other distances ignore it.
         reduction: ``"mean"`` or ``"sum"`` over the B images, or ``"none"``: the loss of each image.
         layout: ``"nchw"``, ``"nlc"`` or ``"nhwc"``. A shape that looks like another layout gives a warning.
@@ -145,7 +146,7 @@ def relation_loss(
 class SRPLoss(nn.Module):
     """``relation_loss`` with fixed options: ``SRPLoss()(student_features, teacher_features)``.
 
-    Options, shapes and errors are those of :func:`relation_loss`. The default is the cosine matrix with the l2
+    Options, shapes and errors are those of ``relation_loss``. The default is the cosine matrix with the l2
     distance; ``SRPLoss(normalize="row")`` compares the paper's row-normalised matrices. The options are attributes of
     the same names and are validated when they are set.
     """

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
+import srpkd
 from srpkd import cli
 from srpkd.data.synthetic import write_synthetic
+from srpkd.defaults import KD_WEIGHT, SRP_WEIGHT
+from srpkd.kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE
 from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 from srpkd.reporting.comparison_server import ComparisonServer
 from srpkd.training.config import parse_arguments, read_config
+from srpkd.training.option_groups import LossOptions
 from srpkd.training.options import check_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,6 +151,35 @@ def test_api_reference_names_objects_that_exist(page):
         except ModuleNotFoundError:
             documented = getattr(import_module(module), name)
         assert documented.__doc__, path
+
+
+def docstrings(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the file, and the text without its code, of every docstring in a folder."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, documented) and (text := ast.get_docstring(node)):
+                yield page_id(path), re.sub(r"(`+)[^`]*\1", "", text)
+
+
+@pytest.mark.parametrize("folder", ["srpkd", "kernels"])
+def test_docstrings_are_markdown_that_the_site_shows_in_full(folder):
+    """Markdown drops <words> that look like HTML tags, and knows no roles of reStructuredText."""
+    for file, text in docstrings(ROOT / folder):
+        assert not re.findall(r"<\w[\w ]*>|:[a-z]+:(?=\s|$)", text), file
+
+
+@pytest.mark.parametrize(
+    ("documented", "defaults"),
+    [
+        (srpkd.relation_loss, [f'``"{DEFAULT_NORMALIZE}"`` (default)', f'``"{DEFAULT_DISTANCE}"`` (default)']),
+        (LossOptions, [f"{DEFAULT_NORMALIZE} (default)", f"{DEFAULT_DISTANCE} (default)"]),
+        (srpkd.distill, [f"{KD_WEIGHT['distill']:g} by default", f"{SRP_WEIGHT['distill']:g} by default"]),
+    ],
+)
+def test_docstrings_state_the_defaults_that_a_signature_only_names(documented, defaults):
+    for default in defaults:
+        assert default in documented.__doc__
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from .plan import VARIANTS
 from .scores import METRICS
 
 INTRODUCTION = """\
-This page is written by `{command}`.
+**Result**: {shown} of {intervals} confidence intervals of a difference exclude 0; about {by_chance} would by chance.
 
 [The study on generated scenes](study.md) selects the relation loss, its weight and its layer. This page applies the
 same options, unchanged, to {count} colour photographs that come inside scikit-image, scikit-learn and matplotlib. Each
@@ -32,11 +32,11 @@ Brackets contain the 95 % confidence interval of the mean difference (Student's 
 comparison). An effect is claimed only if the interval excludes 0. The partitions share photographs, so they are less
 independent than the intervals assume. There are few photographs, the crops are small, and training is short.
 
-**Result**: {shown} of {intervals} intervals exclude 0; about {by_chance} would by chance.
-
 The tasks are those in which a teacher is clearly better than its input on photographs that it has not seen. Colouring
 gray photographs is not among them: the output of a teacher that had seen eight photographs was further from the target
-than the gray image. Hardware: {device}; torch {torch}."""
+than the gray image. Hardware: {device}; torch {torch}.
+
+This page is written by `{command}`."""
 PICTURES = """\
 ![Differences to output distillation](photographs.png)
 
@@ -120,7 +120,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
     """Plot the differences to output distillation, per partition and with their intervals, and return the PNG."""
     variants = [name for name in VARIANTS if name != "output"]
     tasks = result["tasks"]
-    figure = Figure(figsize=(3.4 * len(METRICS), 1.9 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(2.9 * len(METRICS), 1.9 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), len(METRICS), sharey=True, squeeze=False)
     for row, (task, runs) in zip(panels, tasks.items()):
         for axes, (metric, (label, _)) in zip(row, METRICS.items()):
@@ -130,7 +130,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
             axes.set_xlabel("difference to output", fontsize=9)
         row[0].set_yticks(range(len(variants)), variants)
     panels[0, 0].set_ylim(len(variants) - 0.5, -0.5)
-    return to_png(figure, dpi=120)
+    return to_png(figure, dpi=150)
 
 
 def write(result: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Tensor]], folder: Path) -> Path:

@@ -17,8 +17,6 @@ from .comparison import describe_difference, draw_differences, mean_and_deviatio
 from .plan import SETTINGS, describe_options
 
 INTRODUCTION = """\
-This page is written by `{command}`.
-
 Students with 1/7 of their teacher's parameters translate photos of generated scenes into label maps. The score is the
 mean intersection over union of the six classes, in percent. Without pairs, CycleGAN may learn any mapping of classes to
 colours, so the score of unpaired students is the PSNR to their teacher's output.
@@ -27,7 +25,9 @@ The loss, its weight and its layer are selected on one data set (below) and eval
 textures, colours, training scenes, teacher and seed. Students of one data set start from the same weights and see the
 same images in the same order, so their scores are compared in pairs. Brackets contain the 95 % confidence interval of
 the mean difference (Student's t over data sets, separately for each comparison). An effect is claimed only if the
-interval excludes 0. All images are small and training is short. Hardware: {device}; torch {torch}."""
+interval excludes 0. All images are small and training is short. Hardware: {device}; torch {torch}.
+
+This page is written by `{command}`."""
 SELECTION = """\
 Mean and standard deviation over {seeds} seeds, for students that see 12 pairs of one data set, and differences to the
 student in the first row. The best of many candidates looks better than it is, so it is evaluated on other data sets.
@@ -45,6 +45,7 @@ COMPARISONS = (
 def render(result: Mapping[str, Any]) -> str:
     """Return the report as Markdown: the evaluation on other data sets, then the selection."""
     lines = ["# Does the relation loss help?", ""]
+    lines += [*_results(result["judged"]), ""]
     lines += [INTRODUCTION.format(**result["environment"], command=result["command"]), ""]
     lines += ["![Differences to output distillation](study.png)", "", "## Evaluation on other data sets", ""]
     for judged in result["judged"]:
@@ -54,6 +55,19 @@ def render(result: Mapping[str, Any]) -> str:
     for step in result["choice"]:
         lines += _selection(step)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _results(judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what the relation loss and feature matching add to output distillation, by setting."""
+    lines = ["What each loss adds to output distillation, on data sets that no option was selected on:", ""]
+    lines += ["| | SRP | FitNet | SRP instead of FitNet |", "| --- | ---: | ---: | ---: |"]
+    for entry in judged:
+        output, srp, fitnet = (
+            entry["variants"][name]["scores"] for name in ("output", "output + SRP", "output + FitNet")
+        )
+        cells = [str(paired_difference(*pair)) for pair in ((srp, output), (fitnet, output), (srp, fitnet))]
+        lines.append(f"| {entry['setting']}, {SETTINGS[entry['setting']].label} | {' | '.join(cells)} |")
+    return lines
 
 
 def _evaluation(judged: Mapping[str, Any]) -> list[str]:
@@ -98,13 +112,13 @@ def draw(result: Mapping[str, Any]) -> bytes:
     """Plot the differences to output distillation, per data set and with their intervals, and return the PNG."""
     judged = result["judged"]
     variants = list(dict.fromkeys(name for entry in judged for name in entry["variants"] if name != "output"))
-    figure = Figure(figsize=(4.2 * len(judged), 2.9), layout="constrained")
+    figure = Figure(figsize=(2.9 * len(judged), 2.6), layout="constrained")
     panels = figure.subplots(1, len(judged), sharey=True, squeeze=False)[0]
     for axes, entry in zip(panels, judged):
         _draw_setting(axes, entry, variants)
     panels[0].set_yticks(range(len(variants)), variants)
     panels[0].invert_yaxis()
-    return to_png(figure, dpi=120)
+    return to_png(figure, dpi=150)
 
 
 def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str]) -> None:
@@ -113,7 +127,7 @@ def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str])
     scores = [entry["variants"][variant]["scores"] if variant in entry["variants"] else None for variant in variants]
     draw_differences(axes, scores, base)
     axes.set_title(f"{entry['setting']}, {len(entry['datasets'])} data sets", fontsize=10)
-    axes.set_xlabel(f"{SETTINGS[entry['setting']].label}, difference to output", fontsize=9)
+    axes.set_xlabel(f"{SETTINGS[entry['setting']].label},\ndifference to output", fontsize=9)
 
 
 def write(result: Mapping[str, Any], folder: Path) -> Path:

@@ -70,7 +70,7 @@ def define_generator(
     """Build and initialise a generator, (B, input_nc, H, W) -> (B, output_nc, H, W) with values in [-1, 1].
 
     Args:
-        netG: "resnet_<n>blocks" with n >= 1, or "unet_<size>" with a power of two size >= 16, which downsamples
+        netG: `"resnet_<n>blocks"` with n >= 1, or `"unet_<size>"` with a power of two size >= 16, which downsamples
             log2(size) times. H and W must be multiples of `size_multiple(net)`.
         input_nc, output_nc: channels of the images.
         ngf: channels of the first layer, any integer >= 1; every other width is a multiple of it.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from ..files import write_file
 from .figures import VARIANT_COLOURS, style_axes, to_png
@@ -118,6 +118,7 @@ def _curve(name: str, stages: dict[str, np.ndarray], colours: dict[str, str], sp
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set(major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     lengths = [max(points[0, -1] for points in seeds) for seeds in variants.values()]
     # keeps the curves of short stages readable beside a teacher that trained for much longer
     if max(lengths) > 4 * min(lengths) > 40:

@@ -175,7 +175,7 @@ class Objective(ABC):
         return self.generators | {name: average.module for name, average in self.averages.items()}
 
     def adapter_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return direction -> "<student layer>.weight" and ".bias" -> tensor; {} if lambda_feature is 0."""
+        """Return direction -> ``"<student layer>.weight"`` and ``".bias"`` -> tensor; {} if lambda_feature is 0."""
         return {
             direction: {
                 f"{layer}.{key}": value

@@ -29,7 +29,7 @@ class DataOptions:
             side by side in one image, or train/A, train/B, test/A, test/B with files of equal names); test folders
             may be named val, or absent; default: aligned for pix2pix, unaligned for cycle_gan.
         direction: AtoB, or BtoA to swap the two sides.
-        preprocess: how images are scaled and cropped.
+        preprocess: how images are scaled and cropped: resize_and_crop, crop, scale_width, scale_width_and_crop or none.
         load_size: size that images are scaled to before the crop.
         crop_size: size of the crop.
         no_flip: disable random horizontal flips.
@@ -68,8 +68,8 @@ class NetworkOptions:
 
     Args:
         model: pix2pix (paired images) or cycle_gan (unpaired images, both directions).
-        netG: generator: resnet_9blocks, resnet_6blocks, resnet_<n>blocks, unet_256, unet_128 or unet_<size>;
-            default: unet_256 for pix2pix, resnet_9blocks for cycle_gan.
+        netG: generator: `resnet_<n>blocks`, such as resnet_6blocks, or `unet_<size>`, such as unet_128; default:
+            unet_256 for pix2pix, resnet_9blocks for cycle_gan.
         netD: discriminator: basic (70 x 70 PatchGAN), n_layers or pixel.
         n_layers_D: number of layers of netD n_layers.
         ngf: channels of the generator's first layer.
@@ -153,8 +153,8 @@ class LossOptions:
             the folder that contains them. A run with lambda_feature writes these files.
         layers: student module name to teacher module name of the tapped layers; default: the end of the encoder
             (model.9 of a ResNet).
-        normalize: normalisation of the relation matrix: row, cosine or none.
-        distance: distance between two relation matrices: l1, l2 or huber.
+        normalize: normalisation of the relation matrix: cosine (default), row or none.
+        distance: distance between two relation matrices: l2 (default), l1 or huber.
         delta: threshold of the Huber distance, where it becomes linear; other distances ignore it.
         scope: pixels that are related to each other: those of one image, of the process's part of the batch
             (batch), or of the whole batch across all processes (global).
@@ -188,7 +188,7 @@ class RunOptions:
     """The run.
 
     Args:
-        name: name of the run; its results are written to <runs_dir>/<name>.
+        name: name of the run; its results are written to `<runs_dir>/<name>`.
         runs_dir: folder of all runs.
         n_epochs: epochs at the full learning rate.
         n_epochs_decay: epochs over which the learning rate then falls linearly towards 0.
@@ -216,7 +216,7 @@ class RunOptions:
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
         cuda_graph: run each training step as one CUDA graph, which the host launches at once. It gives the results of
-            steps without it. Runs of several processes and images of different sizes do without.
+            steps without it. Runs of several processes and images of different sizes ignore it.
         device: cpu, cuda, cuda:1, ...; default: a GPU if there is one.
         resume: name or folder of a stopped run to resume, or of a finished one to extend with a larger n_epochs or
             n_epochs_decay. All other options keep their values except device, cuda_graph, num_threads, time_budget,
@@ -228,7 +228,7 @@ class RunOptions:
             times with `ema`.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
-        tensorboard: also write logs to <run>/tensorboard (needs the package tensorboard).
+        tensorboard: also write logs to `<runs_dir>/<name>/tensorboard` (needs the package tensorboard).
         wandb: also log to Weights & Biases (needs the package wandb and `wandb login`).
         trackio: also log to a local Trackio dashboard (needs the package trackio).
         samples: number of test images in the report.

@@ -26,6 +26,57 @@ def test_docs_show_the_recorded_plots():
     assert {path.name for path in page.with_suffix("").iterdir()} == {one.file for one in plots}
 
 
+def speedups(provider: str, **case: str) -> list[float]:
+    """Return how many times as fast as torch.compile a provider was in the rows of a case."""
+    rows = [row for row in RECORDED if row["provider"] == provider and row["status"] == "ok"]
+    rows = [row for row in rows if all(row[name] == value for name, value in case.items())]
+    return [float(row["times_faster_than_compile"]) for row in rows if row["times_faster_than_compile"]]
+
+
+ON_CPU = {"device_type": "cpu", "threads": "2", "channels": "64/256", "batch": "1", "mode": "forward+backward"}
+ROW_L1 = {"normalize": "row", "distance": "l1"}
+ON_GPU = {"device_type": "cuda", "distance": "l1"}
+
+
+@needs_results
+def test_the_summary_of_the_benchmarks_contains_the_recorded_ratios():
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+
+    def one(pixels: str, dtype: str = "float32") -> str:
+        (ratio,) = speedups("native", **ON_CPU, **ROW_L1, pixels=pixels, dtype=dtype)
+        return f"{ratio:.1f}"
+
+    tiny = speedups("native", device_type="cpu", pixels="16", channels="8/8")
+    native = speedups("native-sm90", **ON_GPU, dtype="bfloat16", batch="16")
+    native += speedups("native-sm90", **ON_GPU, dtype="bfloat16", pixels="16384")
+    triton = speedups("triton", **ON_GPU, dtype="bfloat16")
+    (closed_form,) = speedups("closed_form", device_type="cuda", batch="16", dtype="bfloat16")
+    for claim in (
+        f"{one('1024')} times as fast as torch.compile at 32 x 32, {one('256')} times at 16 x 16 (row, l1)",
+        f"{min(tiny):.1f} to {max(tiny):.1f} times at 4 x 4 with 8 channels",
+        f"{one('256', 'bfloat16')} times as fast as torch.compile at 16 x 16, {one('1024', 'bfloat16')} times at "
+        f"32 x 32 and {one('4096', 'bfloat16')} times at 64 x 64",
+        f"{min(native):.1f} to {max(native):.1f} times as fast as torch.compile for 16 images of 64 x 64",
+        f"which needs no C++ compiler, is {min(triton):.1f} to {max(triton):.1f} times as fast",
+        f"`closed_form` is the fastest: {closed_form:.1f} times as fast as torch.compile",
+    ):
+        assert claim in text
+    assert {round(ratio, 1) for ratio in speedups("triton", **ON_GPU, dtype="float32", batch="16")} == {1.2}
+    assert "`triton` is the fastest for 16 images: 1.2 times as fast as torch.compile" in text
+
+
+def test_docs_state_from_which_size_auto_takes_the_closed_form():
+    page = (ROOT / "docs" / "backends.md").read_text()
+    for device, kind in (("CPU with AVX-512", "AVX512"), ("other CPUs", "cpu"), ("GPU", "cuda")):
+        rule = dispatch.CLOSED_FORM_FROM[kind]
+        assert rule["cosine"] == rule["none"]
+        cells = [
+            f"{per_channel} (C_s + C_t)" + (f", at least {least:,}" if least else "")
+            for least, per_channel in (rule["cosine"], rule["row"])
+        ]
+        assert f"| {device} | {' | '.join(cells)} |" in page
+
+
 def test_auto_has_the_recorded_results():
     """The table from which ``auto`` chooses on GPUs is that of the recorded rows."""
     assert record.TABLE.read_text() == record.table(RECORDED), "run python -m bench record"

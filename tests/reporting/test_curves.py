@@ -57,6 +57,12 @@ def test_axis_scales() -> None:
     assert scales(1 + steps / 100, teacher=5) == ("log", "linear")
 
 
+def test_ticks_of_short_runs_are_whole_steps() -> None:
+    stages = {"srp": np.array([[1.0, 10.0, 20.0], [3.0, 2.0, 1.0]])}
+    ticks = curves._curve("D", stages, {"srp": "b"}, sparse=True).axes[0].get_xticks()
+    assert len(ticks) > 2 and (ticks == ticks.round()).all()
+
+
 def test_smoothing_averages_bins() -> None:
     rng = np.random.default_rng(0)
     steps = np.arange(20_000.0)

@@ -28,13 +28,20 @@ from bench.photographs.plan import VARIANTS, Study, run_config
 from bench.photographs.report import draw, draw_examples, render
 from bench.photographs.scores import METRICS, score
 
-STUDY = Path(__file__).parents[3] / "docs" / "study.json"
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture(autouse=True)
 def packages():
     for name in ("skimage", "sklearn"):
         pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def test_docs_contain_the_recorded_report():
+    recorded = json.loads((DOCS / "photographs.json").read_text())
+    assert (DOCS / "photographs.md").read_text() == render(recorded), (
+        "write it again with bench.photographs.report.render"
+    )
 
 
 def test_photographs_are_in_colour():
@@ -97,7 +104,7 @@ def test_scores_order_images_by_their_error():
 
 def test_variants_are_those_that_the_study_selected():
     """The weights are those of docs/study.json, and differ only in the losses."""
-    selected = {step["step"]: step["chosen"] for step in json.loads(STUDY.read_text())["choice"]}
+    selected = {step["step"]: step["chosen"] for step in json.loads((DOCS / "study.json").read_text())["choice"]}
     configs = run_config(Study("runs", 96, 4, None), "restore", 0)
     assert VARIANTS["output"]["lambda_kd"] == selected["output distillation"]["lambda_kd"]
     assert VARIANTS["output + FitNet"]["lambda_feature"] == selected["feature matching"]["lambda_feature"]
@@ -120,7 +127,7 @@ def test_report_of_known_scores():
     text = render(result)
     assert "| output + SRP | 11.00 ± 0.10 | 11.00 ± 0.10 | 11.00 ± 0.10 |" in text
     assert "    - PSNR dB +1.00 (+0.75 to +1.25), better on 3 of 3: **helped**" in text
-    assert "**Result**: 6 of 12 intervals exclude 0; about 1 would by chance." in text
+    assert "**Result**: 6 of 12 confidence intervals of a difference exclude 0; about 1 would by chance." in text
     assert "**no difference shown**" in text and "8 photographs (400 crops of 96 x 96 pixels," in text
     assert draw(result).startswith(b"\x89PNG")
 

@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 def test_docs_contain_the_recorded_report():
     result = json.loads((DOCS / "study.json").read_text())
     assert (DOCS / "study.md").read_text() == report.render(result), (
-        "write it with: python -m bench study --report docs"
+        "bench.study.report.write(result, DOCS) writes it again"
     )
     assert (DOCS / "study.png").is_file()
     assert {entry["setting"] for entry in result["judged"]} == set(SETTINGS)
