@@ -230,8 +230,8 @@ def _backward(ctx, grad_loss: Tensor | None, _: Tensor | None):
 
 def _backward_of_backward(ctx, grad):
     raise RuntimeError(
-        "the relation loss does not support double backward: use backend='reference', which does, or exclude the loss "
-        "from what is differentiated twice"
+        "the relation loss does not support double backward: use backend='reference', which does (not with "
+        "scope='global'), or exclude the loss from what is differentiated twice"
     )
 
 
