@@ -186,6 +186,8 @@ class ImageFile:
         pixels = self._decode(frame)
         if isinstance(pixels, DeepPixels):
             return with_channels(pixels.colour_and_alpha()[0], 3)
+        if pixels.mode == "P" and pixels.has_transparency_data:
+            pixels = pixels.convert("RGBA")  # from a palette with transparency to RGB, Pillow warns
         return pixels.convert("RGB")
 
     def read_alpha(self, frame: int = 0) -> Picture | None:

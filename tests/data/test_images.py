@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 from sample_images import ramps, save, save_plain
 
 from srpkd.data.images import (
@@ -65,6 +66,15 @@ def test_pipes_and_folders_are_not_opened(tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path):
         with pytest.raises(DataError, match="a folder, a pipe or a device; expected a file"), open_image(path):
             pass
+
+
+def test_palette_with_transparency(tmp_path, recwarn):
+    image = Image.fromarray(ramps().astype(np.uint8)).quantize()
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with open_image(tmp_path / "a.png") as file:
+        np.testing.assert_array_equal(np.asarray(file.read()), np.asarray(image.convert("RGB")))
+        assert np.asarray(file.read_alpha()).min() < 255
+    assert not recwarn.list
 
 
 def test_data_error_without_problems():
