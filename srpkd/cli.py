@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
+from typing import Any, BinaryIO, cast
 
 COMMANDS = {
     "train": "train a generator, or distil a small one from a large one; without options, a demo on synthetic images",
@@ -36,15 +38,42 @@ From a large generator to a small one that runs without PyTorch:
 srpkd COMMAND --help lists a command's options."""
 
 
+class _Output(io.FileIO):
+    """stdout or stderr, which ignores that its reader has ended.
+
+    After Ctrl-C, ``srpkd train 2>&1 | tee log`` still has to save its state when tee has ended.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
 def prepare_terminal() -> None:
-    """Let neither Ctrl-C nor a character that the terminal does not have end this process with a traceback.
+    """Let neither Ctrl-C nor stdout and stderr end this process with a traceback.
 
     After Ctrl-C, it would hide what a command printed before, as to resume. The process still ends by the signal, so
-    that a shell script that called it ends too.
+    that a shell script that called it ends too. Characters that the terminal does not have are replaced. Output that
+    has no reader, or whose descriptor was closed, is discarded.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None, if it was closed
-            stream.reconfigure(errors="replace")
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that no file of the command gets its number
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(stream, io.TextIOWrapper):
+            unbuffered = stream is not None and stream.write_through
+            raw = _Output(descriptor, "w", closefd=False)
+            output = io.TextIOWrapper(
+                cast(BinaryIO, raw) if unbuffered else io.BufferedWriter(raw),
+                encoding=stream.encoding if stream else None,
+                errors="replace",
+                line_buffering=stream is None or stream.line_buffering,
+                write_through=unbuffered,
+            )
+            setattr(sys, name, output)
     previous = sys.excepthook
 
     def print_others(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

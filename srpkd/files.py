@@ -57,7 +57,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         WriteError: the operating system refuses it.
     """
     target = Path(path).expanduser().resolve()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    # without the name of the file, which may be as long as names can be
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     created: list[Path] = []
     with writing(path):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -134,6 +135,52 @@ cli.main()
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
     )
     assert (done.returncode, done.stdout) == (0, "?\n"), done.stderr
+
+
+def run_command(body: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `srpkd show`, a command with this body, in a shell that redirects its output."""
+    code = f"""
+import os, sys, types
+from srpkd import cli
+def show(_):
+    {body}
+sys.modules["srpkd.show"] = types.SimpleNamespace(main=show)
+cli.COMMANDS["show"] = "a command"
+sys.argv = ["srpkd", "show"]
+cli.main()
+"""
+    command = f"{shlex.join([sys.executable, '-c', code])} {redirect}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_without_a_reader_is_discarded(tmp_path, monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    saved = tmp_path / "saved"
+    body = f"for _ in range(9999): print('step', flush=True)\n    open({str(saved)!r}, 'w').close()"
+    done = run_command(body, "2>&1 | head -n 1; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "step\n", "")
+    assert saved.exists()
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+def test_closed_output_is_discarded(tmp_path, closed):
+    """A file that the command opens must not get the number of stdout or stderr."""
+    saved = tmp_path / "saved"
+    body = f"""file = open({str(saved)!r}, "w")
+    print("a", flush=True)
+    print("b", file=sys.stderr, flush=True)
+    os.write(1, b"c"), os.write(2, b"d"), file.write(str(file.fileno()))"""
+    done = run_command(body, " ".join(f"{number}>&-" for number in closed.split()))
+    assert done.returncode == 0, done.stderr
+    assert int(saved.read_text()) > 2
+    assert done.stdout == ("" if "1" in closed else "a\nc")
+    assert done.stderr == ("" if "2" in closed else "b\nd")
+
+
+def test_output_that_cannot_be_written_fails():
+    """A full disk, unlike a reader that has seen enough, loses what the user asked for."""
+    assert run_command("print('result')", "> /dev/full").returncode != 0
 
 
 def test_console_script():

@@ -131,6 +131,22 @@ def test_generator_on_aligned_pairs(tmp_path, direction, train_mode_norm):
     assert found == {"PSNR": pytest.approx(np.mean(scores), abs=1e-3)}
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "gif", "avif"])
+def test_outputs_of_a_generator_are_not_compressed(tmp_path, suffix):
+    """The public data sets are JPEG files; written as such, the outputs would be compressed before they are scored."""
+    (tmp_path / "lossy").mkdir()
+    (tmp_path / "png").mkdir()
+    for i, image in enumerate(noise(2, (24, 24, 3))):
+        Image.fromarray(image).save(path := tmp_path / "lossy" / f"{i}.{suffix}")
+        Image.open(path).convert("RGB").save(tmp_path / "png" / f"{i}.png")
+    save_weights(define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
+    one, other = (
+        run(tmp_path / "net.pth", tmp_path / "png", "--input", tmp_path / name, "--metrics=psnr", "--device=cpu")
+        for name in ("lossy", "png")
+    )
+    assert one == other
+
+
 def test_options_of_a_generator(tmp_path, folders):
     save_weights(define_generator("resnet_1blocks", ngf=1), tmp_path / "net.pth")
     with pytest.raises(SystemExit, match=r"is a generator: give the folder .* --input"):

@@ -97,6 +97,9 @@ def test_train_mode_norm(tmp_path, netG, format):
         (["--int8", "--calibration", "nowhere"], "--calibration nowhere: expected a folder of images"),
         (["--opset", "18", "--format", "pt2"], "only ONNX has operator sets, use --format onnx"),
         (["--opset", "7"], r"opset=7: torch \S+ writes this generator with opset 18"),
+        (["--output", "x.pt2"], "x.pt2 with format='onnx': use --format pt2, or give a name that ends in .onnx"),
+        (["--output", "x.onnx", "--format", "pt2"], "use --format onnx, or give a name that ends in .pt2"),
+        (["--output", "x.pth"], "x.pth with format='onnx': give a name that ends in .onnx"),
         (["--int8", "--calibration", "x", "--format", "pt2"], "8-bit models are ONNX, use --format onnx"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srpkd.files import atomic_write
+from srpkd.files import atomic_write, write_file
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -16,6 +16,12 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
             file.write(data)
         assert path.read_bytes() == data
     assert os.listdir(path.parent) == ["a.bin"]
+
+
+def test_atomic_write_of_the_longest_name(tmp_path):
+    """85 Chinese characters are 255 bytes, as many as Linux allows."""
+    path = write_file(tmp_path / ("漢" * 83 + "a.json"), b"content")
+    assert len(os.fsencode(path.name)) == 255 and path.read_bytes() == b"content"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

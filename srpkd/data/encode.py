@@ -23,6 +23,7 @@ WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}
 WITH_PROFILE = {"AVIF", "JPEG", "PNG", "TIFF", "WEBP"}
 WITH_16_BITS = {"PNG", "PPM", "TIFF"}
 WITH_FRAMES = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}
+LOSSY = {"AVIF", "GIF", "JPEG"}  # of 8 bits; a GIF has 256 colours
 PROFILE_SPACE = {1: b"GRAY", 3: b"RGB "}  # by the number of channels; at byte 16 of an ICC profile
 
 _QUALITY: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,17 +47,26 @@ def image_files(folder: str | Path) -> list[str]:
     """Return the paths of all image files in a folder and its sub-folders, sorted; empty if there is no such folder.
 
     Symbolic links are followed. Hidden files and folders, such as those that macOS writes next to images, are skipped.
+
+    Raises:
+        DataError: one of the folders cannot be listed, so that its images would be left out.
     """
     return sorted(path for path in _visible_files(folder) if path.lower().endswith(EXTENSIONS))
 
 
 def _visible_files(folder: str | Path) -> Iterator[str]:
     seen = {os.path.realpath(folder)}
-    for root, subfolders, names in os.walk(folder, followlinks=True):
+    for root, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_unless_missing):
         real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(subfolders) if name[0] != "."}
         subfolders[:] = [name for name, target in real.items() if target not in seen]  # a link may point to a parent
         seen.update(real.values())
         yield from (os.path.join(root, name) for name in names if name[0] != ".")
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        reason = f"this folder cannot be listed ({error.strerror}): change its permissions, or move it to another place"
+        raise DataError(f"{error.filename}: {reason}") from error
 
 
 def count_other_files(folder: str | Path) -> str:
@@ -176,6 +186,8 @@ class ImageFile:
         pixels = self._decode(frame)
         if isinstance(pixels, DeepPixels):
             return with_channels(pixels.colour_and_alpha()[0], 3)
+        if pixels.mode == "P" and pixels.has_transparency_data:
+            pixels = pixels.convert("RGBA")  # from a palette with transparency to RGB, Pillow warns
         return pixels.convert("RGB")
 
     def read_alpha(self, frame: int = 0) -> Picture | None:
@@ -268,6 +280,8 @@ def open_image(path: str | os.PathLike) -> Iterator[ImageFile]:
     """
     try:
         with ExitStack() as stack:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for a writer
+                raise UnsupportedImage("a folder, a pipe or a device; expected a file")
             try:
                 image = stack.enter_context(Image.open(path, formats=FORMATS))
             except UnidentifiedImageError:

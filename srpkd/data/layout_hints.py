@@ -6,6 +6,7 @@ Every suggestion has been tried: `check` returns the problems of the folders tha
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def missing_folders(root: Path, mode: DatasetMode, phase: str, check: Check) -> 
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, without hidden ones."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    """Return the names of the folders in a folder, without hidden ones and those that cannot be listed."""
+    paths = (path for path in folder.iterdir() if path.name[0] != "." and path.is_dir())
+    return sorted(path.name for path in paths if os.access(path, os.R_OK | os.X_OK))  # not lost+found
 
 
 def _missing(root: Path, mode: DatasetMode, phase: str) -> str:

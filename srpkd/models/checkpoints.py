@@ -136,7 +136,9 @@ def _check_file(path: Path) -> None:
         existing = sorted(p.name for p in folder.iterdir())
         weights = [name for name in existing if name.endswith(SUFFIXES)]
         names = _listing(get_close_matches(missing, existing, n=5, cutoff=0.5) or weights)
-        raise CheckpointError(f"{path} does not exist: {folder} has no {missing}; similar names or weights: {names}")
+        raise CheckpointError(
+            f"{path} does not exist: {folder.absolute()} has no {missing}; similar names or weights: {names}"
+        )
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -201,9 +203,11 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{path} holds {kind}, expected tensors by name; {HOW_TO_SAVE}")
     is_weight = {key: isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()}
     if others := [f"{key!r}: {type(content[key]).__name__}" for key in content if not is_weight[key]]:
+        nested = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+        one = f"save one of its parts: torch.save(torch.load(path)[{nested[0]!r}], new_path)" if nested else HOW_TO_SAVE
         raise CheckpointError(
             f"{path} holds a dict with more than tensors by name ({_listing(others)}). Expected a state_dict, or a "
-            f'dict with one as "state_dict"; {HOW_TO_SAVE}'
+            f'dict with one as "state_dict"; {one}'
         )
     odd = [
         key for key, value in content.items() if value.is_meta or value.is_quantized or value.layout != torch.strided
@@ -214,6 +218,10 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
             f"tensors; {HOW_TO_SAVE}"
         )
     return content
+
+
+def _holds_tensors(content: Mapping[Any, Any]) -> bool:
+    return bool(content) and all(isinstance(value, Tensor) for value in content.values())
 
 
 def _check_finite(weights: Mapping[str, Tensor], path: Path, where: str = "") -> None:

@@ -27,6 +27,7 @@ from ..files import write_file
 from ..finite import check_finite
 from ..metrics.pixels import psnr
 from ..progress import ProgressBar
+from .checkpoints import SUFFIXES as WEIGHT_SUFFIXES
 from .checkpoints import load_generator
 from .inference import MIN_SIZE, check_output, pad_images
 from .networks import image_channels, size_multiple
@@ -103,7 +104,7 @@ def export_generator(
 
     Raises:
         ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
-            fit the generator, or the output would replace the weights.
+            fit the generator, or the output would replace the weights or has the suffix of another format.
         NonFiniteError: an output of the generator or of an exported model is NaN or infinite (nothing is written).
         FileExistsError: a file exists already.
         IsADirectoryError: the output is a folder.
@@ -120,6 +121,10 @@ def export_generator(
     int8_target = target.with_suffix(".int8.onnx")
     for path in (target, int8_target) if calibration else (target,):
         _check_target(path, weights, force)
+    if target.suffix in {*SUFFIXES.values(), *WEIGHT_SUFFIXES} - {SUFFIXES[format]}:
+        others = [other for other, suffix in SUFFIXES.items() if suffix == target.suffix]
+        change = f"use --format {others[0]}, or " if others else ""
+        raise ValueError(f"{target} with format={format!r}: {change}give a name that ends in {SUFFIXES[format]}")
     net = load_generator(weights, train_mode_norm=train_mode_norm)
     images = _calibration_images(Path(calibration), net) if calibration else []
     model = to_onnx(net, opset) if format == "onnx" else to_pt2(net)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
-from ..data.encode import WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
+from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
 from ..data.images import EXTENSIONS, Crop, image_files, open_image
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, write_file
@@ -104,6 +104,7 @@ def translate_folder(
     force: bool = False,
     crop: Crop | None = None,
     all_frames: bool = False,
+    lossless: bool = False,
 ) -> Translated:
     """Translate the images in a folder and its sub-folders; the results keep their names, sizes and formats.
 
@@ -120,6 +121,8 @@ def translate_folder(
         force: replace files that exist.
         crop: (image, path) -> the part of it to translate.
         all_frames: translate all pages or frames of a file, not only the first.
+        lossless: write PNG in place of formats that change the pixels: ``a.jpg`` becomes ``from_jpg/a.png``, which is
+            not the name of another result.
 
     Raises:
         FileExistsError: results exist already; raised before anything is translated.
@@ -159,6 +162,8 @@ def translate_folder(
                 for file, output in zip(files, translate(net, batch)):
                     file.outputs.append(output)
                     result = target / os.path.relpath(file.path, source)
+                    if lossless and image_format(suffix := result.suffix) in LOSSY:
+                        result = target / f"from_{suffix[1:]}" / result.relative_to(target).with_suffix(".png")
                     format = image_format(result.suffix)
                     try:
                         check_output(output, file.path)

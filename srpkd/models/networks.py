@@ -331,6 +331,10 @@ class PixelDiscriminator(nn.Module):
         return self.net(x)
 
 
+# the key of a ResNet or U-Net that is a part of another module
+_FIRST_KEY = r"(?<=\.)model\.(1[02]\.conv_block\.1|model\.0)\.weight$"
+
+
 def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
     """Infer the architecture of a generator from the keys and shapes of its state_dict, without `module.` prefixes.
 
@@ -347,6 +351,12 @@ def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
             raise ValueError(f"the weights of a generator, but incomplete: the convolution {key} is missing")
         return state_dict[key].shape
 
+    if found := [key for key in state_dict if re.search(r"\.weight_(orig|g)$|\.parametrizations\.", key)]:
+        raise ValueError(
+            f"weights with spectral or weight norm ({found[0]}, ...), which no generator here has: to make them plain "
+            "weights, call torch.nn.utils.remove_spectral_norm, remove_weight_norm or "
+            "parametrize.remove_parametrizations on each layer, and save the state_dict again"
+        )
     norm = _infer_norm(state_dict)
     if "model.model.0.weight" in state_dict:
         ngf, input_nc, *_ = conv_shape("model.model.0.weight")
@@ -361,17 +371,20 @@ def infer_generator(state_dict: Mapping[str, Tensor]) -> GeneratorSpec:
         up = f"model.{end}.filt" in state_dict or f"model.{end + 9}.weight" in state_dict
         output_nc = conv_shape(f"model.{end + 9 if up else end + 7}.weight")[0]
         dropout = f"model.{first}.conv_block.5.weight" not in state_dict  # it moves the second convolution to 6
-        found: dict[tuple[bool, bool], Antialias] = {
+        kinds: dict[tuple[bool, bool], Antialias] = {
             (False, False): "none", (True, False): "down", (False, True): "up", (True, True): "both",
         }  # fmt: skip
         return GeneratorSpec(
-            f"resnet_{len(blocks)}blocks", input_nc, output_nc, ngf, norm, dropout, found[first == 12, up]
+            f"resnet_{len(blocks)}blocks", input_nc, output_nc, ngf, norm, dropout, kinds[first == 12, up]
         )
     hint = ""
     if {"model.0.weight", "net.0.weight"} & state_dict.keys():
         hint = "; these look like a discriminator's: give the generator's, such as latest_net_G.pth"
     elif "mlp_0.0.weight" in state_dict:
         hint = "; these look like CUT's feature network netF: give the generator's, such as latest_net_G.pth"
+    elif prefixes := {key[: match.start()] for key in state_dict if (match := re.search(_FIRST_KEY, key))}:
+        names = " and ".join(sorted(prefixes))
+        hint = f"; the file has generators whose keys start with {names}: save one without this prefix"
     raise ValueError(
         "not the weights of a generator: expected the keys of a ResNet (model.1.weight, model.10.conv_block.1.weight "
         "or model.12.conv_block.1.weight, ...) or of a U-Net (model.model.0.weight, ...), received "

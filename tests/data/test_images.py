@@ -1,18 +1,23 @@
 """Image files: search, pairing by name, and safe decoding."""
 
+import errno
+import os
 import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 from sample_images import ramps, save, save_plain
 
 from srpkd.data.images import (
     DataError,
     ImageFiles,
+    count_other_files,
     find_images,
     image_files,
     image_pairs,
     left_half,
+    open_image,
     pair_by_name,
     right_half,
 )
@@ -35,6 +40,41 @@ def test_links_are_followed_without_loops(tmp_path):
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
     assert image_files(tmp_path / "data") == [str(tmp_path / "data" / "link" / "0.png")]
+
+
+@pytest.mark.parametrize("locked", ["data", "data/b"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch, locked):
+    """Its images would be missing in the results and in the scores."""
+    for name in ("data/0.png", "data/b/1.png"):
+        save_plain(tmp_path / name)
+    scandir = os.scandir
+
+    def refuse(path):
+        if path == str(tmp_path / locked):  # a mode of the folder would not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for find in (image_files, count_other_files):
+        with pytest.raises(DataError, match=f"{locked}: this folder cannot be listed .Permission denied.: change"):
+            find(str(tmp_path / "data"))
+
+
+def test_pipes_and_folders_are_not_opened(tmp_path):
+    """To open a named pipe takes until another process writes to it."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(DataError, match="a folder, a pipe or a device; expected a file"), open_image(path):
+            pass
+
+
+def test_palette_with_transparency(tmp_path, recwarn):
+    image = Image.fromarray(ramps().astype(np.uint8)).quantize()
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with open_image(tmp_path / "a.png") as file:
+        np.testing.assert_array_equal(np.asarray(file.read()), np.asarray(image.convert("RGB")))
+        assert np.asarray(file.read_alpha()).min() < 255
+    assert not recwarn.list
 
 
 def test_data_error_without_problems():

@@ -1,5 +1,7 @@
 """Validation of datasets: reports of valid ones, and the problems of others."""
 
+import errno
+import os
 import re
 import shutil
 from pathlib import Path
@@ -67,6 +69,22 @@ def test_missing_dataroot(unaligned):
     assert "does not exist" in message and f"did you mean {unaligned}?" in message
     assert "has testA, testB, trainA, trainB" in single_problem(unaligned / "qqq" / "zzz", "unaligned")
     assert "is a file" in single_problem(unaligned / "trainA" / "0.png", "unaligned")
+
+
+def test_hints_pass_over_folders_that_cannot_be_listed(unaligned, monkeypatch):
+    """The root of a disk has a folder lost+found."""
+    (unaligned / "trainA").rename(unaligned / "elsewhere")
+    (unaligned / "lost+found").mkdir()
+    access, listed = os.access, Path.iterdir
+
+    def refuse(path):
+        if path.name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found" and access(path, mode))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "has no trainA; it has elsewhere, testA, testB, trainB" in single_problem(unaligned, "unaligned")
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,8 @@ def test_truncated_files(tmp_path, zipped, share):
         ({}, "holds an empty dict, expected tensors by name"),
         ({"state_dict": {}}, "holds an empty dict"),
         ({"netG": {"a": torch.ones(1)}, "epoch": 3}, "with more than tensors by name ('netG': dict, 'epoch': int)"),
+        ({"G": {"a": torch.ones(1)}}, "save one of its parts: torch.save(torch.load(path)['G'], new_path)"),
+        ({"opt": {"lr": 1.0}, "ema": {"a": torch.ones(1)}}, "torch.save(torch.load(path)['ema'], new_path)"),
         ({"a": torch.ones(1), "lr": 0.1}, "with more than tensors by name ('lr': float)"),
         ({0: torch.ones(1)}, "with more than tensors by name (0: Tensor)"),
         ({str(i): i for i in range(9)}, "'4': int and 4 more)"),
@@ -373,7 +375,7 @@ def test_missing_folder_is_named(tmp_path):
 def test_missing_file_by_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net_G.pth").touch()
-    assert refusal("net_GG.pth").endswith(". has no net_GG.pth; similar names or weights: net_G.pth")
+    assert refusal("net_GG.pth").endswith(f": {tmp_path} has no net_GG.pth; similar names or weights: net_G.pth")
 
 
 def test_folder_instead_of_a_file(tmp_path):

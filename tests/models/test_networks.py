@@ -288,8 +288,28 @@ def test_infer_generator_rejects_other_weights():
         infer_generator({"mlp_0.0.weight": torch.zeros(2, 2), "mlp_0.0.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"expected the keys of a ResNet .* received fc\.weight$"):
         infer_generator({"fc.weight": torch.zeros(2, 2)})
+    state = on_meta(netG="resnet_1blocks", ngf=1).state_dict()
+    parts = {f"{name}.{key}": value for name in ("G_B", "G_A") for key, value in state.items()}
+    with pytest.raises(ValueError, match=r"generators whose keys start with G_A\. and G_B\.: save one without"):
+        infer_generator(parts)
+    state = on_meta(netG="unet_32", ngf=1).state_dict()
+    with pytest.raises(ValueError, match=r"generators whose keys start with netG\.: save one without"):
+        infer_generator({f"netG.{key}": value for key, value in state.items()})
     with pytest.raises(ValueError, match="received none"):
         infer_generator({})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm],
+)
+def test_spectral_and_weight_norm_are_named(wrap):
+    net = define_generator("resnet_1blocks", ngf=1)
+    for layer in list(net.modules()):
+        if isinstance(layer, nn.Conv2d):
+            wrap(layer)
+    with pytest.raises(ValueError, match=r"weights with spectral or weight norm \(model\.1\..*, which no generator"):
+        infer_generator(net.state_dict())
 
 
 @pytest.mark.parametrize(
