@@ -118,7 +118,7 @@ def export_generator(
     if opset is not None and format != "onnx":
         raise ValueError(f"format={format!r} with opset={opset}: only ONNX has operator sets, use --format onnx")
     target = Path(output or Path(weights).with_suffix(SUFFIXES[format])).expanduser()
-    int8_target = target.with_suffix(".int8.onnx")
+    int8_target = target.with_name(target.name.removesuffix(".onnx") + ".int8.onnx")  # keeps the 5 of model-1.5
     for path in (target, int8_target) if calibration else (target,):
         _check_target(path, weights, force)
     if target.suffix in {*SUFFIXES.values(), *WEIGHT_SUFFIXES} - {SUFFIXES[format]}:

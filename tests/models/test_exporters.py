@@ -154,8 +154,8 @@ def test_calibration_images_of_16_bits(tmp_path):
 @pytest.mark.slow
 def test_int8_is_smaller(photos, tmp_path):
     save_weights(define_generator("resnet_2blocks", ngf=16), tmp_path / "net.pth")
-    export_generator(tmp_path / "net.pth", calibration=photos)
-    assert (tmp_path / "net.int8.onnx").stat().st_size < (tmp_path / "net.onnx").stat().st_size / 2
+    export_generator(tmp_path / "net.pth", tmp_path / "net-1.5", calibration=photos)
+    assert (tmp_path / "net-1.5.int8.onnx").stat().st_size < (tmp_path / "net-1.5").stat().st_size / 2
 
 
 def test_other_networks_are_rejected():
