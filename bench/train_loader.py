@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def report(config: ResolvedConfig, step: Callable[[], object], budget: float) ->
         seeded = SeededDataset(dataset)
         one = images_per_second(lambda: seeded[next(numbers) % IMAGES, 0], 2, budget / 4)
         lines = [f"one process: {one:,.0f} images/s decoded, resized and cropped"]
-        for workers in (0, min(files.num_threads, os.cpu_count() or 1)):
+        for workers in (0, files.num_threads):
             batches = iter(make_loader(dataset, replace(files, num_threads=workers), seed=0))
             next(batches)  # starts the processes
             rate = images_per_second(partial(next, batches), 2 * files.batch_size, budget / 4)

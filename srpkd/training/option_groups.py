@@ -37,7 +37,8 @@ class DataOptions:
         max_dataset_size: maximum number of training images (or pairs); inf or null for all of them.
         input_nc: channels of an input image, 1 or 3.
         output_nc: channels of an output image, 1 or 3.
-        num_threads: number of data loading processes; 0 loads images in the main process.
+        num_threads: number of data loading processes; 0 loads images in the main process; default: 4, or the number of
+            cores if it is smaller.
         synthetic_size: side of a generated image in pixels.
         synthetic_pairs: number of generated training pairs.
         synthetic_test_pairs: number of generated test pairs.
@@ -55,7 +56,7 @@ class DataOptions:
     max_dataset_size: int | Literal["inf"] | None = None
     input_nc: Literal[1, 3] = 3
     output_nc: Literal[1, 3] = 3
-    num_threads: int = 4
+    num_threads: int | None = None
     synthetic_size: int = 64
     synthetic_pairs: int = 600
     synthetic_test_pairs: int = 100

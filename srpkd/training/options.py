@@ -105,6 +105,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "norm": "batch" if paired else "instance",
             "no_dropout": not paired,
             "gan_mode": "vanilla" if paired else "lsgan",
+            "num_threads": min(4, available_cores()),
             "lambda_kd": KD_WEIGHT[self.model],
             "lambda_srp": SRP_WEIGHT[self.model],
             "teacher_n_epochs": self.n_epochs,
@@ -151,12 +152,18 @@ class ResolvedConfig(TrainConfig):
     lambda_kd: float
     lambda_srp: float
     max_dataset_size: int | None
+    num_threads: int
     teacher_n_epochs: int
     teacher_n_epochs_decay: int
 
     def resolved(self) -> ResolvedConfig:
         """Return the configuration itself: it has been validated."""
         return self
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use: torch warns about more processes that load images."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def teacher_config(config: ResolvedConfig) -> ResolvedConfig:

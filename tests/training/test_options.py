@@ -65,6 +65,14 @@ MINIMUM = {
 }
 
 
+@pytest.mark.parametrize(("cores", "expected"), [(2, 2), (16, 4)])
+def test_loader_processes_by_default(monkeypatch, cores, expected):
+    """torch warns about more processes than cores."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert parse(HERE).num_threads == expected
+    assert parse(HERE, "--num_threads=9").num_threads == 9
+
+
 @pytest.mark.parametrize(
     ("name", "minimum"), [(name, minimum) for minimum, names in MINIMUM.items() for name in names.split()]
 )
