@@ -78,14 +78,13 @@ $(BIN)/python:
 
 install: $(VENV)/installed
 
-# torch comes first: the extension is built against the torch that it will run with. --no-compile: the first import of a
-# module compiles it; most modules of torch are never imported
+# torch comes first: the extension is built against the torch that it will run with
 $(VENV)/installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	    f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile torch torchvision "setuptools>=77" wheel ninja pybind11 numpy $(PINS)
+	$(BIN)/python -m pip install --quiet torch torchvision "setuptools>=77" wheel ninja pybind11 numpy $(PINS)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,test]"
 	touch $@
 
