@@ -21,8 +21,6 @@ FLAGS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=
 # The emulation switches between stacks, which the sanitizer does not support. Without stack checks, it still checks the
 # heap, which contains all emulated memory.
 EMULATION_FLAGS = "-O0 -fsanitize=address --param=asan-stack=0"
-# As in the Makefile. A sanitizer ends the worker that it reports: without a limit each test would end another.
-PARALLEL = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal", "--max-worker-restart", "0")
 # Without the tests that start a subprocess; of the emulation, the tests that access the boundaries of memory.
 RUNS = (
     ("tests/kernels/test_native.py", "not baseline", FLAGS),
@@ -53,7 +51,7 @@ def main() -> int:
         if (output := compile_native(folder, FLAGS, **environment)) is not None:
             sys.exit(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}")
         for tests, chosen, flags in RUNS:
-            command = [sys.executable, "-m", "pytest", "-qs", *PARALLEL, "-p", "no:cacheprovider", tests, "-k", chosen]
+            command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", tests, "-k", chosen]
             done = run(command, folder, environment | {"SRPKD_CXX_FLAGS": flags})
             print(done.stdout[-6000:], flush=True)
             if done.returncode:
