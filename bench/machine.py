@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from srpkd.kernels.build import available_cores
+
 from .measure import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,10 +32,9 @@ def device_name(device: str) -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = names[0] if names else platform.processor() or platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{name}{'' if instructions == 'DEFAULT' else f' with {instructions}'}, {cores} cores"
+    return f"{name}{'' if instructions == 'DEFAULT' else f' with {instructions}'}, {available_cores()} cores"
 
 
 def capability(device: str) -> str:

@@ -221,9 +221,13 @@ def jobs() -> str:
     """Return MAX_JOBS, or the number of compilers that cores and memory allow."""
     if chosen := os.environ.get("MAX_JOBS"):
         return chosen
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return str(max(1, min(cores, memory // BYTES_PER_JOB)))
+    return str(max(1, min(available_cores(), memory // BYTES_PER_JOB)))
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(cuda: bool) -> dict[str, str]:

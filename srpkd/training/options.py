@@ -14,6 +14,7 @@ import torch
 from ..arguments import check_device
 from ..data.folders import DatasetMode
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
+from ..kernels.build import available_cores
 from .distributed import launched_world_size
 from .hints import nearest_hint, public_hint
 from .option_groups import (
@@ -105,7 +106,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "norm": "batch" if paired else "instance",
             "no_dropout": not paired,
             "gan_mode": "vanilla" if paired else "lsgan",
-            "num_threads": min(4, available_cores()),
+            "num_threads": min(4, available_cores()),  # torch warns about more
             "lambda_kd": KD_WEIGHT[self.model],
             "lambda_srp": SRP_WEIGHT[self.model],
             "teacher_n_epochs": self.n_epochs,
@@ -159,11 +160,6 @@ class ResolvedConfig(TrainConfig):
     def resolved(self) -> ResolvedConfig:
         """Return the configuration itself: it has been validated."""
         return self
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use: torch warns about more processes that load images."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
