@@ -79,6 +79,7 @@ def test_steps_minimise_the_weighted_sum(networks):
         teacher.eval()
         teacher_feature, teacher_output = teacher.encoder(IMAGES), teacher(IMAGES)
     optimizer = torch.optim.Adam(expected.parameters(), lr=1e-2, betas=(0.5, 0.999))
+    assert len(history) == 2
     for means in history:
         feature, output = expected.encoder(IMAGES), expected(IMAGES)
         kd, target = 3 * (output - teacher_output).abs().mean(), 2 * (output - targets).abs().mean()

@@ -45,6 +45,10 @@ def test_command_line(weights, capsys):
     assert target.read_text() == "mine"
     main([str(weights), "--force"])
     assert target.stat().st_size > 1000
+    other = weights.with_name("other.pt2")
+    other.write_text("mine")
+    main([str(weights), "--force", "--format", "pt2", "--output", str(other)])
+    assert other.stat().st_size > 1000
 
 
 @pytest.mark.slow
