@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -208,6 +209,12 @@ class SRPLoss(nn.Module):
             student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group, sample
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SRPLoss:
+        memo[id(self.group)] = self.group  # a handle of this process, which cannot be copied
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def extra_repr(self) -> str:
         names = ["normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope", "columns"]
         names += ["rectify", "detach_norms"]
@@ -278,8 +285,10 @@ def _native_method(
     """Return the method by which the C++ operator computes the loss of these features, or None if it does not."""
     if backend not in ("auto", "native", "closed_form"):
         return None
-    dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
     batch, pixels, channels = _sizes(student, teacher, layout, scope)
+    if any(isinstance(size, torch.SymInt) for size in (batch, pixels, *channels)):
+        return None  # make_fx traces for any sizes: python_relation_loss chooses when it runs
+    dtype = student.dtype if student.dtype == teacher.dtype else torch.promote_types(student.dtype, teacher.dtype)
     need_grad = student.requires_grad and torch.is_grad_enabled()
     name = dispatch.resolve_backend(backend, student.device, relation, dtype, pixels, channels, batch, need_grad)
     if name == "closed_form" and student.device.type == "cuda":

@@ -236,6 +236,16 @@ def test_transformations_see_the_operator() -> None:
         assert loss(mode.from_tensor(student)).shape == ()
 
 
+@pytest.mark.parametrize("options", [{}, ROW_L1, {"scope": "batch"}, {"backend": "reference"}])
+def test_traced_with_symbolic_sizes(options: dict) -> None:
+    """One trace serves every size, with the backend that ``auto`` chooses for it."""
+    graph = make_fx(lambda student, teacher: relation_loss(student, teacher, **options), tracing_mode="symbolic")(
+        *(x.detach() for x in images())
+    )
+    student, teacher = torch.randn(3, 5, 4, 7), torch.randn(3, 9, 4, 7)
+    torch.testing.assert_close(graph(student, teacher), relation_loss(student, teacher, **options))
+
+
 # --- backward -------------------------------------------------------------------------------------------------------
 
 
