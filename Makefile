@@ -21,6 +21,9 @@ OLDEST := $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pypro
 # Python 3.12 and newer count lines by sys.monitoring, which costs less than a trace function
 COUNTED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
+# Containers often set it: every process that a test starts would compile the sources again, which takes a second
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo quick test suite test-oldest mutations sanitize install lint clean
 
 demo: $(VENV)/installed
