@@ -256,6 +256,17 @@ def test_nan_and_infinity_propagate(library: ctypes.CDLL, precision: str) -> Non
         broken[0, 3, 2] = before
 
 
+@every_precision
+def test_nan_in_one_channel_reaches_the_others(library: ctypes.CDLL, precision: str) -> None:
+    """Each pixel has a NaN in a row of K, and so in all channels of U."""
+    student, teacher = draw(precision, 1, 20, (5, 6))
+    student[0, 3, 2] = math.nan
+    for distance in ("l2", "huber"):
+        relation = Relation("none", distance)
+        scales = scales_of(student, teacher, relation, torch.float32)
+        assert emulate(library, student, teacher, scales, relation, precision).U.isnan().all()
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 ALL = slice(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .kinds import Backend, Fault
 
 CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80/epilogue.cuh"
-CUDA_CONFIG = "csrc/cuda/sm80/config.h"
+CUDA_CONFIG, CUDA_FRAGMENTS = "csrc/cuda/sm80/config.h", "csrc/cuda/sm80/fragments.cuh"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 CUDA_MATRICES = "csrc/cuda/algebra/matrices.cuh"
@@ -60,6 +60,12 @@ BACKENDS = {
                 CUDA_EPILOGUE,
                 "mirrored_grad * beta_s : grad",
                 "mirrored_grad * alpha_s : grad",
+            ),
+            Fault(
+                "rounding makes 0 of NaN",
+                CUDA_FRAGMENTS,
+                "fabsf(value) <= FLT_MAX ? nearest_tf32(value) : as_bits(value)",
+                "nearest_tf32(value)",
             ),
             Fault("rectify: P is masked by D", CUDA_EPILOGUE, "RECTIFY && relation <= 0", "RECTIFY && relation <= d"),
         ],

@@ -64,8 +64,11 @@ SRPKD_DEVICE void epilogue(const Params& p, const Warp<C>& warp, Accumulator<C>&
           tile_h[m][i / 2] += grad * a;
           const float mirrored_grad = ROW ? relation_grad<DISTANCE, C::RECTIFY>(e, b, p.delta) : 0;
           const float k = ROW ? grad * alpha_s + mirrored_grad * beta_s : grad * scale;
-          uint32_t first = nearest_tf32(k), rest = 0;
-          if constexpr (C::K_TERMS == 2) split_float(k, first, rest);
+          uint32_t first, rest = 0;
+          if constexpr (C::K_TERMS == 2)
+            split_float(k, first, rest);
+          else
+            first = nearest_tf32_or_nan(k);
           s[m][n][i] = as_float(first), t[m][n][i] = as_float(rest);
         } else if (ROW && mirrored) {
           tile_loss += distance_value<DISTANCE>(e, p.delta);

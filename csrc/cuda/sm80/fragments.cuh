@@ -34,8 +34,12 @@ SRPKD_DEVICE void for_each(F f) {
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// Tensor cores ignore the last 13 bits of a tf32. Adding half of the last significant bit rounds to nearest.
+// Tensor cores ignore the last 13 bits of a tf32. Adding half of the last significant bit rounds to nearest, but makes
+// -0 of the NaN that all arithmetic of a GPU returns, 0x7fffffff.
 SRPKD_DEVICE uint32_t nearest_tf32(float value) { return as_bits(value) + 0x1000; }
+SRPKD_DEVICE uint32_t nearest_tf32_or_nan(float value) {
+  return fabsf(value) <= FLT_MAX ? nearest_tf32(value) : as_bits(value);
+}
 
 // Splits value = first + second into two tf32. NaN and infinity, which `first` may lose, become NaN in `second`.
 SRPKD_DEVICE void split_float(float value, uint32_t& first, uint32_t& second) {
@@ -49,7 +53,7 @@ SRPKD_DEVICE void split_feature(uint32_t bits, uint32_t& first, uint32_t& second
   if constexpr (C::FEATURE_TERMS == 2)
     split_float(value, first, second);
   else
-    first = fabsf(value) <= FLT_MAX ? nearest_tf32(value) : bits;  // NaN stays NaN
+    first = nearest_tf32_or_nan(value);
 }
 
 struct alignas(16) Words {

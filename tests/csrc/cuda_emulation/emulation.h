@@ -41,7 +41,9 @@ float element(uint16_t bits) {
   return std::is_same_v<T, Half> ? half_to_float(bits) : as_float(uint32_t{bits} << 16);
 }
 
+// NaN is that of the GPU, whose bits overflow if rounding adds to them.
 inline float towards_zero(double value) {
+  if (value != value) return as_float(0x7fffffff);
   const float nearest = static_cast<float>(value);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? as_float(as_bits(nearest) - 1) : nearest;
 }
