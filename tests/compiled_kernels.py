@@ -24,6 +24,7 @@ class Kernel(NamedTuple):
         stack: bytes of a thread in local memory, where registers spill to.
         words: the opcodes, with modifiers.
         highest_register: the highest number of a register in the instructions.
+        listing: the instructions and labels, as nvdisasm prints them.
     """
 
     symbol: str
@@ -32,6 +33,7 @@ class Kernel(NamedTuple):
     stack: int
     words: tuple[str, ...]
     highest_register: int
+    listing: str
 
 
 def extension_with_cuda() -> Path:
@@ -63,5 +65,5 @@ def kernels_in(binary: Path, source: str) -> tuple[Kernel, ...]:
                 assert code, symbol
                 highest = max(map(int, re.findall(r"\bR(\d+)\b", "\n".join(code))))
                 words = tuple(map(opcode, code))
-                found.append(Kernel(symbol, architecture, int(registers), int(stack), words, highest))
+                found.append(Kernel(symbol, architecture, int(registers), int(stack), words, highest, text))
     return tuple(found)

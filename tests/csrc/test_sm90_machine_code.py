@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 from compiled_kernels import Kernel, extension_with_cuda, kernels_in
+from registers_in_flight import unfenced_products, unordered_accesses
 
 from srpkd.kernels import build
 
@@ -72,6 +73,15 @@ def test_products(source: str) -> None:
         # ptxas serializes products (C7510) by waiting after each
         waits = "".join("w" if word.startswith("WARPGROUP.DEPBAR") else "p" for word in kernel.words if is_wgmma(word))
         assert all(len(products) >= 4 for products in re.findall("p+", waits)), config
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_registers_of_products(source: str) -> None:
+    """Nothing accesses the registers of products between the fence before them and the wait for them."""
+    for kernel in built(source):
+        config = configuration(kernel.symbol)
+        assert unordered_accesses(kernel.listing) == [], config
+        assert unfenced_products(kernel.listing) == [], config
 
 
 def is_wgmma(word: str) -> bool:
