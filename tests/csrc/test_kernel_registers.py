@@ -1,9 +1,9 @@
-"""The analysis of registers_in_flight.py, on short listings."""
+"""The analysis of kernel_registers.py, on short listings."""
 
 from __future__ import annotations
 
 import pytest
-from registers_in_flight import unfenced_products, unordered_accesses
+from kernel_registers import highest_registers, unfenced_products, unordered_accesses
 
 FIRST = "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24"
 LAST = "HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24, gsb0"
@@ -12,8 +12,8 @@ WAIT, FENCE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.ARRIVE"
 
 
 def listing(*lines: str) -> str:
-    """Return code as nvdisasm prints it. A line that starts with a dot is a label."""
-    return "\n".join(f"{line}:" if line.startswith(".") else f"        /*0000*/    {line} ;" for line in lines)
+    """Return code as nvdisasm prints it. A line that starts with a dot or $ is a label."""
+    return "\n".join(f"{line}:" if line[0] in ".$" else f"        /*0000*/    {line} ;" for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,12 @@ def test_fences() -> None:
     assert unfenced_products(listing("MOV R24, RZ", "MOV R88, RZ", FENCE, "MOV R2, RZ", FIRST, LAST)) == []
     assert unfenced_products(listing(FENCE, "MOV R88, RZ", FIRST, LAST)) == [LAST]
     assert unfenced_products(listing(FENCE, "FADD R0, R55, R1", FIRST)) == [FIRST]
+
+
+def test_registers_of_roles() -> None:
+    roles = (
+        *("MOV R9, RZ", "@P0 BRA `(.L_x_0)", "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xd0", FIRST, WAIT, "EXIT"),
+        *(".L_x_0", "USETMAXREG.DEALLOC.CTAPOOL 0x18", "CALL.REL.NOINC `($__divide)", "EXIT"),
+        *("$__divide", "LDS.64 R20, [R2]", "RET.REL.NODEC R2"),
+    )
+    assert highest_registers(listing(*roles)) == {0: 9, 208: 55, 24: 21}

@@ -1,11 +1,11 @@
-"""Accesses to the registers of wgmma while it multiplies, in machine code as nvdisasm prints it.
+"""Registers in machine code as nvdisasm prints it: those that a role has, and those of wgmma while it multiplies.
 
 wgmma.mma_async works asynchronously: until wgmma.wait_group, nothing may read or write its sums or overwrite its
 operands, and before it, wgmma.fence must follow the last access to both. The emulation of the kernels checks this for
 the source; the compiler moves instructions, and chooses which values share a register.
 
 In machine code, HGMMA is wgmma.mma_async, and a group ends with the one that has the operand gsb0. WARPGROUP.ARRIVE is
-wgmma.fence, and WARPGROUP.DEPBAR.LE gsb0, N waits until N groups are left.
+wgmma.fence, and WARPGROUP.DEPBAR.LE gsb0, N waits until N groups are left. USETMAXREG is setmaxnreg.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def instructions(listing: str) -> list[Instruction]:
         opcode, _, operands = text.partition(" ")
         always = text == line and not re.match(r"\s*!?U?P\d", operands) and "." not in opcode
         after = [] if (opcode in ("BRA", "EXIT") and always) or opcode.startswith("RET") else [index + 1]
-        if opcode.startswith("BRA") and (target := TARGET.search(operands)):
+        if opcode.startswith(("BRA", "CALL", "WARPSYNC")) and (target := TARGET.search(operands)):
             after.append(labels[target[1]])
         reads, writes, product = registers(opcode, operands)
         found.append(Instruction(text, tuple(i for i in after if i < len(lines)), reads, writes, product))
@@ -94,6 +94,28 @@ def span(first: str, count: int) -> frozenset[int]:
     """Return the numbers of `count` registers, given the name of the first."""
     number = int(re.match(r"R(\d+)", first)[1])  # type: ignore[index]
     return frozenset(range(number, number + count))
+
+
+def highest_registers(listing: str) -> dict[int, int]:
+    """Return the highest register of the code in each role, by the number of registers that setmaxnreg gives it.
+
+    0: before setmaxnreg.
+    """
+    code = instructions(listing)
+    highest: dict[int, int] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting = [(0, 0)]
+    while waiting:
+        index, limit = waiting.pop()
+        if (index, limit) in seen:
+            continue
+        seen.add((index, limit))
+        own = code[index]
+        used = own.accesses | (own.product.sums | own.product.operand if own.product else frozenset())
+        highest[limit] = max(highest.get(limit, 0), *used, 0)
+        after = int(own.text.split()[-1], 16) if own.text.startswith("USETMAXREG") else limit
+        waiting.extend((i, after) for i in own.next)
+    return highest
 
 
 def unordered_accesses(listing: str) -> list[str]:
