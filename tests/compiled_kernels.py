@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
         registers: those of a thread when the kernel starts.
         stack: bytes of a thread in local memory, where registers spill to.
         words: the opcodes, with modifiers.
-        highest_register: the highest number of a register in the instructions.
+        listing: the instructions and labels, as nvdisasm prints them.
     """
 
     symbol: str
@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     registers: int
     stack: int
     words: tuple[str, ...]
-    highest_register: int
+    listing: str
 
 
 def extension_with_cuda() -> Path:
@@ -61,7 +61,6 @@ def kernels_in(binary: Path, source: str) -> tuple[Kernel, ...]:
                 text = listing.partition(f"\n.text.{symbol}:")[2].partition("\n.text.")[0]
                 code = INSTRUCTION.findall(text)
                 assert code, symbol
-                highest = max(map(int, re.findall(r"\bR(\d+)\b", "\n".join(code))))
                 words = tuple(map(opcode, code))
-                found.append(Kernel(symbol, architecture, int(registers), int(stack), words, highest))
+                found.append(Kernel(symbol, architecture, int(registers), int(stack), words, text))
     return tuple(found)

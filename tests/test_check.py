@@ -28,7 +28,7 @@ RANDOM = next(check for check in CHECKS if check.kind == "random" and check.case
 
 
 def test_cases_cover_every_relation_and_format():
-    assert len(set(processes.checks("cuda", full=True))) == 43
+    assert len(set(processes.checks("cuda", full=True))) == 45
     assert processes.checks("cuda", full=True)[:24] == processes.checks("cuda")
     cases = [check.case for check in processes.checks("cuda")]
     assert len(cases) == 24 and len(CHECKS) == 22

@@ -81,6 +81,9 @@ def checks(device: str, full: bool = False) -> list[Check]:
         found += [Check(case(normalize, "l2", channels=(64, 64)), "close") for normalize in ("row", "cosine")]
         found += [Check(case("row", "l2", mode="forward")), Check(case("row", "l2", dtype="float32"), "zero norm")]
         found += [Check(case(*relation, pixels=256, batch=16)) for relation in some[:2]]
+        # on Hopper, two terms: more room in shared memory without a gradient, and several groups of the student
+        found += [Check(case(dtype="float32", mode="forward"))]
+        found += [Check(case(dtype="float32", pixels=130, channels=(128, 256)))]
     if device == "cpu":  # the precision of float32 products only affects GPUs
         found = [check for check in found if check.case.precision == "highest"]
     return list(dict.fromkeys(found))

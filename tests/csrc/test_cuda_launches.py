@@ -1,4 +1,4 @@
-"""Which kernels of a call may start while the one before them ends: csrc/cuda/launches.h with an emulated runtime."""
+"""Which kernels of a call may start while the one before them ends, and tensor maps, with an emulated runtime."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from pathlib import Path
 import pytest
 
 NONE, AFTER_THE_FIRST, ALL = 0b000, 0b110, 0b111
+RUNTIME = f"-I{Path(__file__).parent / 'cuda_emulation' / 'runtime'}"
+INVALID_VALUE, INVALID_CONTEXT = 1, 201
 devices = itertools.count()  # what a GPU can do is asked once: every test has its own
 
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return compile_emulation("launches.cpp", f"-I{Path(__file__).parent / 'cuda_emulation' / 'runtime'}")
+    return compile_emulation("launches.cpp", RUNTIME)
+
+
+@pytest.fixture(scope="session")
+def tensor_maps(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    return compile_emulation("tensor_maps.cpp", RUNTIME)
 
 
 def launch(
@@ -64,5 +71,23 @@ def test_gpus_beyond_the_cache_do_not_start_kernels_early(library: ctypes.CDLL) 
 
 def test_errors_of_the_runtime_are_returned(library: ctypes.CDLL) -> None:
     device = next(devices)
-    assert launch(library, device, ptx_version=0) == (1, NONE, 1)
+    assert launch(library, device, ptx_version=0) == (101, NONE, 1)
     assert launch(library, device) == (0, AFTER_THE_FIRST, 2), "a failed query is not remembered"
+
+
+@pytest.mark.parametrize(
+    ("device", "context", "of_driver", "expected", "calls"),
+    [
+        (1, 1, 0, 0, 1),
+        (0, -1, 0, 0, 2),  # a thread that has not launched a kernel yet
+        (1, -1, 0, 0, 2),
+        (0, 0, INVALID_VALUE, INVALID_VALUE, 1),
+        (0, -1, INVALID_CONTEXT, INVALID_CONTEXT, 2),  # once more, and no further
+    ],
+)
+def test_tensor_maps_need_a_context(
+    tensor_maps: ctypes.CDLL, device: int, context: int, of_driver: int, expected: int, calls: int
+) -> None:
+    found, extent = ctypes.c_int(), ctypes.c_int()
+    error = tensor_maps.encode(device, context, of_driver, ctypes.byref(found), ctypes.byref(extent))
+    assert (error, found.value, extent.value) == (expected, calls, 8)

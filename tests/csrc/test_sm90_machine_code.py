@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 from compiled_kernels import Kernel, extension_with_cuda, kernels_in
+from kernel_registers import highest_registers, unfenced_products, unordered_accesses
 
 from srpkd.kernels import build
 
@@ -52,7 +53,10 @@ def test_registers(source: str) -> None:
         threads = 512 if config.grad else 384
         # with fewer, setmaxnreg.inc would wait forever; they are allocated in units of 8
         assert kernel.registers == 65536 // threads // 8 * 8, config
-        assert kernel.highest_register < 240, config
+        limits = {0: kernel.registers} | {most: most for most in ((32, 208, 64) if config.grad else (24, 240))}
+        found = highest_registers(kernel.listing)
+        assert found.keys() == limits.keys(), config
+        assert all(found[limit] < most for limit, most in limits.items()), (config, found)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -72,6 +76,15 @@ def test_products(source: str) -> None:
         # ptxas serializes products (C7510) by waiting after each
         waits = "".join("w" if word.startswith("WARPGROUP.DEPBAR") else "p" for word in kernel.words if is_wgmma(word))
         assert all(len(products) >= 4 for products in re.findall("p+", waits)), config
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_registers_of_products(source: str) -> None:
+    """Nothing accesses the registers of products between the fence before them and the wait for them."""
+    for kernel in built(source):
+        config = configuration(kernel.symbol)
+        assert unordered_accesses(kernel.listing) == [], config
+        assert unfenced_products(kernel.listing) == [], config
 
 
 def is_wgmma(word: str) -> bool:

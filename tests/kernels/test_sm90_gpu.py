@@ -10,12 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import DELTA, error, value_and_gradient
 
+from srpkd import relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, unavailable_reason
 
 pytestmark = pytest.mark.gpu
@@ -81,11 +83,15 @@ def failures() -> list[str]:
     return lines
 
 
-def test_wgmma_tiles() -> None:
+@pytest.fixture(autouse=True)
+def _available() -> None:
     if (reason := unavailable_reason("native", torch.device("cuda"))) is not None:
         pytest.skip(reason)
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a GPU of compute capability 9.0")
+
+
+def test_wgmma_tiles() -> None:
     command = [sys.executable, "-c", "import json, test_sm90_gpu; print(json.dumps(test_sm90_gpu.failures()))"]
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     done = subprocess.run(
@@ -93,3 +99,16 @@ def test_wgmma_tiles() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_first_launch_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver encodes tensor maps only for a thread with a context. normalize="none" needs no kernel before."""
+    monkeypatch.setenv("SRPKD_CUDA_KERNEL", "sm90")
+    student, teacher = (torch.randn(1, 256, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def loss() -> torch.Tensor:
+        return relation_loss(student, teacher, normalize="none", distance="l1", layout="nlc", backend="native")
+
+    expected = loss().item()  # leaves memory for the thread, whose allocations would make a context current
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(loss).result().item() == expected

@@ -60,11 +60,22 @@ inline cudaError_t encode(const TensorMapShape& shape, TensorMap& map) {
   const cuuint32_t box[] = {cuuint32_t(shape.box[0]), cuuint32_t(shape.box[1]), cuuint32_t(shape.box[2])};
   const cuuint32_t element_strides[] = {1, 1, 1};
   // of the types with 16 bits any will do: it would only matter if the elements outside were NaN
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(shape.data), extents, strides, box, element_strides,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  const auto encode_shape = [&] {
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
+        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(shape.data), extents, strides, box,
+        element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_shape();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // a thread has no context before its first kernel: torch's allocator and guards do not make it current
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    result = encode_shape();
+  }
+  return static_cast<cudaError_t>(result);  // both have the same numbers
 }
 
 #endif

@@ -1,10 +1,14 @@
-// The parts of the CUDA runtime that csrc/cuda/launches.h needs, for a GPU that only records launches.
+// The parts of the CUDA runtime that csrc/cuda/launches.h and sm90/tensor_map.h need, for a GPU that only records.
 #pragma once
 
 #include <vector>
 
+#define CUDART_VERSION 13000
+
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization };
 
@@ -32,6 +36,7 @@ struct cudaLaunchConfig_t {
 namespace recorded {
 
 inline int device = 0, major = 9, ptx_version = 90;  // of the current GPU, and of the code that it has
+inline int context = -1;  // the GPU of the thread's current context, or -1
 inline int queries = 0;
 inline std::vector<cudaLaunchConfig_t> launches;
 inline std::vector<bool> early;  // whether each of them may start early
@@ -42,6 +47,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = recorded::device;
   return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int device) {
+  recorded::device = recorded::context = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult*);
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = recorded::major;
   return cudaSuccess;
