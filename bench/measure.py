@@ -101,6 +101,7 @@ def gpu_seconds(call: Callable[[], object], device: str) -> float | None:
         with torch.cuda.graph(graph):
             call()
     except Exception:  # torch, CUDA and the compilers raise different ones
+        torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own stream current if the capture fails
         synchronize(device)
         return None
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

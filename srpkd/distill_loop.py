@@ -247,7 +247,7 @@ def _images_and_target(batch: Any, device: torch.device) -> tuple[Tensor, Tensor
         )
     if not parts[0].is_floating_point():
         raise TypeError(f"the data gave images of {parts[0].dtype}: expected floats, such as images / 127.5 - 1")
-    images, *target = (part.to(device, non_blocking=True) for part in parts)
+    images, *target = (to_device(part, device) for part in parts)
     return images, target[0] if target else None
 
 

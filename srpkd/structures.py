@@ -72,7 +72,8 @@ def to_device(value: Any, device: torch.device) -> Any:
     a tokenizer, is moved by it.
     """
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # a copy to the CPU would have to be waited for before it is read
+        return value.to(device, non_blocking=device.type != "cpu")
     if isinstance(value, type):
         return value
     if callable(getattr(value, "to", None)):

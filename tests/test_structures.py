@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from srpkd.distill_loop import _images_and_target
 from srpkd.structures import describe, element, parse_path, to_device
 
 Pair = namedtuple("Pair", ["first", "second"])
@@ -100,3 +101,19 @@ def test_every_tensor_moves():
     assert to_device(Indexed(a=x), meta).a.is_meta
     assert to_device(torch.nn.utils.rnn.pack_sequence([x]), torch.device("cpu")).data.equal(x)
     assert describe(to_device(torch.Tensor, meta)) == "_TensorMeta"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
+def test_copies_to_the_cpu_are_complete(device, expected):
+    """From a GPU, a copy that does not block is in memory that the GPU has not written yet."""
+
+    class Recorded(torch.Tensor):
+        def to(self, device, **options):  # type: ignore[override]
+            calls.append((device.type, options["non_blocking"]))
+            return self
+
+    calls: list[tuple[str, bool]] = []
+    images = torch.ones(1, 3, 2, 2).as_subclass(Recorded)
+    to_device({"images": images}, torch.device(device))
+    _images_and_target((images, images), torch.device(device))
+    assert calls == 3 * [(device, expected)]

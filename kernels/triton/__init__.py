@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -126,4 +127,12 @@ def unavailable_reason(device: torch.device) -> str | None:
         return "the package triton is not installed: pip install triton"
     if INTERPRET and device.type == "cpu":
         return None
-    return cuda_device.unavailable_reason(device)
+    if reason := cuda_device.unavailable_reason(device):
+        return reason
+    return None if _has_c_compiler() else "Triton needs a C compiler and finds none: install gcc, or set CC to its path"
+
+
+@functools.cache
+def _has_c_compiler() -> bool:
+    """Return whether Triton finds a C compiler, with which it builds the code that launches kernels."""
+    return bool(os.environ.get("CC") or triton.knobs.build.impl or shutil.which("gcc") or shutil.which("clang"))

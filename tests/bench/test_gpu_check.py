@@ -163,13 +163,26 @@ def test_kernels_that_passed_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/true")
     check = Recorder(tmp_path, 200)
     gpu_check.sanitize(check)
-    tools = [(words[2], words[words.index("bench.sanitize") + 1 :]) for words, _ in check.commands[1:]]
+    tools = [(words[2], words[words.index("bench.sanitize") + 1 :]) for words, _ in check.commands[2:]]
     groups = [["native-sm80"], ["native-sm90"], ["native", "closed_form", "triton"]]
     assert tools == [(tool, group) for tool in ("memcheck", "racecheck") for group in groups]
     for part in ("smoke", "tests", "train", "sweep"):
         check = Recorder(tmp_path, 200)
         PARTS[part].run(check)
         assert check.commands and all(seconds is None or seconds <= 200 for _, seconds in check.commands), part
+
+
+def test_a_sanitizer_that_hangs_is_skipped(tmp_path, monkeypatch, capsys):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nsleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
+    check = Check(tmp_path, on_gpu=True)
+    start = time.monotonic()
+    check.deadline = start + 2
+    gpu_check.sanitize(check)
+    assert time.monotonic() - start < 30 and not check.failures
+    assert "does not work here" in capsys.readouterr().out
 
 
 def test_kernels_are_profiled_and_taken_apart(tmp_path, monkeypatch):

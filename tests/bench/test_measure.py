@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -28,13 +29,43 @@ def test_gpu_and_host_are_only_timed_on_a_gpu():
     assert measure.gpu_seconds(pytest.fail, "cpu") is measure.host_seconds(pytest.fail, "cpu") is None
 
 
+def test_a_failed_capture_does_not_change_the_stream(monkeypatch):
+    """torch.cuda.graph does not leave its stream if the capture fails: later calls would run there."""
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    class Failing(torch.cuda.graph):
+        def __init__(self, graph: object) -> None: ...
+
+        def __enter__(self) -> None:
+            current[0] = Stream()
+
+        def __exit__(self, *error: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    default = Stream()
+    current = [default]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    assert measure.gpu_seconds(lambda: None, "cuda") is None
+    assert current == [default]
+
+
 @pytest.mark.gpu
 def test_times_on_a_gpu():
     x = torch.randn(4096, 4096, device="cuda")
     long, short = (functools.partial(torch.matmul, y, y) for y in (x, x[:64, :64]))
     assert measure.gpu_seconds(long, "cuda") > 3 * measure.gpu_seconds(short, "cuda")
     assert measure.host_seconds(long, "cuda") < measure.gpu_seconds(long, "cuda")
+    before = torch.cuda.current_stream()
     assert measure.gpu_seconds(lambda: x.sum().item(), "cuda") is None, "a call that synchronises cannot be captured"
+    assert torch.cuda.current_stream() == before
     assert measure.gpu_seconds(short, "cuda") > 0, "a failed capture must not affect the next"
 
 

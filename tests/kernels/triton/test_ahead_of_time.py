@@ -160,6 +160,21 @@ def test_unavailable_reason(monkeypatch):
     assert auto_backend(gpu, ROW_L1, torch.float64) == "blocked"
 
 
+def test_without_a_c_compiler(monkeypatch):
+    """As in PyTorch's images without development tools: auto chooses a backend that runs."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(native, "is_built", lambda device: False)
+    monkeypatch.delenv("CC", raising=False)
+    for path, backend in (("", "blocked"), (os.environ["PATH"], "triton")):
+        monkeypatch.setenv("PATH", path)
+        triton._has_c_compiler.cache_clear()
+        assert auto_backend(gpu, ROW_L1) == backend
+        assert ("install gcc" in (unavailable_reason("triton", gpu) or "")) == (backend == "blocked")
+
+
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_amd_gpu(backend, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
