@@ -78,7 +78,7 @@ def distance_grad(difference, delta, NORMALIZE: tl.constexpr, DISTANCE: tl.const
     elif DISTANCE == "l2":
         return 2 * difference
     else:
-        return tl.minimum(tl.maximum(difference, -delta), delta)
+        return tl.clamp(difference, -delta, delta, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

@@ -293,13 +293,16 @@ def test_equal_features_give_exactly_zero(library: ctypes.CDLL, case: str, layou
 @every_case
 def test_nan_and_infinity_propagate(library: ctypes.CDLL, case: str) -> None:
     student, teacher = draw(CASES[case][0], 1, 40, (5, 6))
-    for relation, broken in itertools.product((ROW, COSINE, Relation("none", "l1")), (student, teacher)):
+    relations = ROW, COSINE, Relation("none", "l1"), Relation("none", "huber")
+    for relation, broken in itertools.product(relations, (student, teacher)):
         before = broken[0, 3, 2].item()
         for value in (math.nan, math.inf):
             broken[0, 3, 2] = value
             result = emulate(library, student, teacher, relation, case)
             assert not result.loss.isfinite()
             assert broken is teacher or not result.gradient.isfinite().all()  # sign(NaN) is 0
+            if value is math.nan and relation == Relation("none", "huber"):
+                assert not result.gradient.isfinite().any()  # each pixel has a relation to the broken one
         broken[0, 3, 2] = before
 
 

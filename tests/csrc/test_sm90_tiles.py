@@ -302,6 +302,16 @@ def test_features_that_are_not_finite(library: ctypes.CDLL, normalize: str, valu
         features[0, 7, 3] = kept
 
 
+@every_dtype
+def test_a_nan_is_not_clamped(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Each pixel has a relation to the broken one, which the Huber distance does not bound."""
+    student, teacher = draw(dtype, 1, 140, (20, 70))
+    student[0, 7, 3] = math.nan
+    relation = Relation("none", "huber")
+    tiles = emulate(library, student, teacher, scales_of(student, teacher, relation, torch.float32), relation)
+    assert tiles.loss.isnan().all() and not tiles.U.isfinite().any()
+
+
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 

@@ -72,12 +72,11 @@ struct Epilogue {
     if (!C::SCALED) return alpha * d;
     return SYMMETRIC ? alpha * unit * d * unit : alpha * d * unit;  // the square of a unit may be out of range
   }
-  SRPKD_DEVICE float clamped(float D) const { return fminf(fmaxf(D, -p.delta), p.delta); }
 
   // rho'(D) times alpha, given d and alpha.
   SRPKD_DEVICE float weight(float alpha, float d) const {
     if constexpr (L1) return with_sign(alpha, d);
-    return clamped(difference(alpha, d)) * alpha;
+    return clamp(difference(alpha, d), p.delta) * alpha;
   }
   // alpha and ratio of D_ij with the units of the other pixel.
   static SRPKD_DEVICE PixelScale with_units(const Scale& own, [[maybe_unused]] const Scale& other) {
@@ -90,7 +89,7 @@ struct Epilogue {
   // rho(D); for l1 without the factor alpha.
   SRPKD_DEVICE float distance(float alpha, float d) const {
     if constexpr (L1) return fabsf(d);
-    const float D = difference(alpha, d), P = clamped(D);
+    const float D = difference(alpha, d), P = clamp(D, p.delta);
     return P * fused_multiply_add(-0.5f, P, D);
   }
 

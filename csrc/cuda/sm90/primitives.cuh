@@ -176,6 +176,12 @@ SRPKD_DEVICE Address opaque(Address value) {
 
 SRPKD_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 SRPKD_DEVICE float saturate(float value) { return __saturatef(value); }  // to [0, 1]; NaN becomes 0
+// To [-limit, limit]; NaN stays.
+SRPKD_DEVICE float clamp(float value, float limit) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(-limit));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(limit));
+  return value;
+}
 SRPKD_DEVICE int64_t round_to_integer(float value) { return __float2ll_rn(value); }
 
 // Stores four matrices of 8 rows of 16 bytes: the inverse of load_matrices.

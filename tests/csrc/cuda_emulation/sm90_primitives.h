@@ -197,6 +197,7 @@ inline Address opaque(Address value) { return value; }
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float saturate(float value) { return value > 0 ? (value < 1 ? value : 1.f) : 0.f; }
+inline float clamp(float value, float limit) { return value < -limit ? -limit : value > limit ? limit : value; }
 inline int64_t round_to_integer(float value) { return std::llrint(value); }
 
 template <bool TRANSPOSED>

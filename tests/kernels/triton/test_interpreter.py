@@ -369,6 +369,14 @@ def test_overflow_gives_nan(relation):
     assert triton.loss_and_gradient(student, teacher, relation, need_grad=False)[0].isnan().all()
 
 
+def test_a_nan_is_not_clamped():
+    """Each pixel has a relation to the broken one, which the Huber distance does not bound."""
+    student, teacher = features(None, 1, 40, (5, 7), torch.float32)
+    student[0, 2, 3] = math.nan
+    loss, gradient = run(student, teacher, Relation("none", "huber"))
+    assert loss.isnan().all() and gradient.isnan().all()
+
+
 def test_the_gradient_has_the_strides_of_the_features():
     for layout in (torch.contiguous_format, torch.channels_last):
         student = torch.randn(2, 6, 5, 7).to(memory_format=layout).requires_grad_()

@@ -36,7 +36,7 @@ struct cudaLaunchConfig_t {
 namespace recorded {
 
 inline int device = 0, major = 9, ptx_version = 90;  // of the current GPU, and of the code that it has
-inline int context = -1;  // the GPU of the thread's current context, or -1
+inline int context = -1;                             // the GPU of the thread's current context, or -1
 inline int queries = 0;
 inline std::vector<cudaLaunchConfig_t> launches;
 inline std::vector<bool> early;  // whether each of them may start early
