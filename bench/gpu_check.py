@@ -4,7 +4,7 @@
 
 The parts, the most valuable first:
 
-    smoke      every kernel on forty cases: right, and equal bits twice
+    smoke      every kernel on fifty cases: right, and equal bits twice
     table      the twelve cases of a GPU's table: time of a call, on the GPU alone, and of the host
     profile    time of every kernel, what its warps wait for by Nsight Compute, and the first call of Triton's kernels
     tests      the tests marked gpu, in parallel with pytest-xdist

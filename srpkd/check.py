@@ -1,7 +1,7 @@
 """Check every backend on this machine against float64.
 
 The GPU kernels have run on few kinds of GPUs. This command runs every backend that is available, and every CUDA kernel
-of the backend native, on some twenty small losses: different relations, distances, dtypes, sizes and strides. Loss and
+of the backend native, on some thirty small losses: different relations, distances, dtypes, sizes and strides. Loss and
 gradient must agree with float64, and two runs must give equal bits.
 """
 
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--backend", nargs="+", choices=KERNELS, metavar="NAME",
         help=f"from {', '.join(KERNELS)} (default: all that are available)",
     )  # fmt: skip
-    result.add_argument("--full", action="store_true", help="forty cases instead of twenty")
+    result.add_argument("--full", action="store_true", help="fifty cases instead of thirty")
     result.add_argument("--seconds", type=float, default=600.0, help="time for each device (default: %(default)g)")
     result.add_argument(
         "--silence", type=float, default=120.0, metavar="SECONDS",

@@ -20,6 +20,7 @@ from bench_helpers import incorrect_loss
 from srpkd import check as command
 from srpkd.checking import gate, processes
 from srpkd.checking.kernels import KERNELS, CannotRun, Provider
+from srpkd.checking.processes import Check
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,15 +29,16 @@ RANDOM = next(check for check in CHECKS if check.kind == "random" and check.case
 
 
 def test_cases_cover_every_relation_and_format():
-    assert len(set(processes.checks("cuda", full=True))) == 45
-    assert processes.checks("cuda", full=True)[:24] == processes.checks("cuda")
+    assert len(set(processes.checks("cuda", full=True))) == 52
+    assert processes.checks("cuda", full=True)[:28] == processes.checks("cuda")
     cases = [check.case for check in processes.checks("cuda")]
-    assert len(cases) == 24 and len(CHECKS) == 22
+    assert len(cases) == 28 and len(CHECKS) == 26
     assert {check.kind for check in processes.checks("cuda")} == {"random", "zero norm", "tokens"}
     assert {(case.normalize, case.distance) for case in cases} == {(n, d) for n in NORMALIZATIONS for d in DISTANCES}
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
     assert {case.precision for case in cases if case.dtype == "float32"} == {"highest", "high", "medium"}
     assert {case.device for case in cases} == {"cuda"}
+    assert {case.flags for case in cases} == {(), ("rectify",), ("detach_norms",)}
 
 
 @pytest.mark.parametrize("kind", ["random", "zero norm", "tokens", "close"])
@@ -47,6 +49,14 @@ def test_a_right_kernel_passes(kind):
     assert found["status"] == "ok" and found["reason"] == ""
     assert 0 < found["gradient"] < 0.003
     assert 0 < found["share"] < 0.3
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check.case.flags], ids=Check.describe)
+def test_a_kernel_that_ignores_an_option_fails(check, monkeypatch):
+    assert processes.outcome("blocked", check)["status"] == "ok"
+    exact = KERNELS["reference"].make(replace(check.case, flags=()))
+    monkeypatch.setitem(KERNELS, "blocked", Provider(lambda case: exact))
+    assert processes.outcome("blocked", check)["status"] == "wrong"
 
 
 @pytest.mark.parametrize("kind", ["loss", "scaled", "missing pixel", "nan"])

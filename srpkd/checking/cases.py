@@ -35,6 +35,7 @@ class Case:
         mode: ``"forward"`` under no_grad, or ``"forward+backward"`` with the gradient of the student's features.
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads.
+        flags: which of "rectify" and "detach_norms" are True.
     """
 
     pixels: int = 4096
@@ -47,6 +48,7 @@ class Case:
     mode: str = "forward+backward"
     device: str = "cpu"
     threads: int = 1
+    flags: tuple[str, ...] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -65,7 +67,7 @@ class Case:
     def relation(self) -> Relation:
         """The relation, with a Huber delta that has pairs on both sides."""
         delta = {"row": self.pixels**-0.5, "cosine": self.channels[0] ** -0.5, "none": float(self.channels[0]) ** 0.5}
-        return Relation(self.normalize, self.distance, delta[self.normalize])
+        return Relation(self.normalize, self.distance, delta[self.normalize], **dict.fromkeys(self.flags, True))
 
     @property
     def matrix_bytes(self) -> int:
@@ -96,13 +98,15 @@ class Case:
         channels = "/".join(map(str, self.channels))
         precision = f" ({self.precision})" if self.dtype == "float32" and self.precision != "highest" else ""
         return (
-            f"N={self.pixels} C={channels} B={self.batch} {self.dtype}{precision} {self.normalize} {self.distance} "
-            f"{self.mode}, {self.device}, {self.threads} CPU threads"
+            f"N={self.pixels} C={channels} B={self.batch} {self.dtype}{precision} "
+            f"{' '.join((self.normalize, self.distance, *self.flags, self.mode))}, "
+            f"{self.device}, {self.threads} CPU threads"
         )
 
     def columns(self) -> dict[str, Any]:
-        """Return the case as columns of a CSV, without the device, whose name ``bench.machine`` knows."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "device"}
+        """Return the case as columns of a CSV, without flags, and the device, whose name ``bench.machine`` knows."""
+        names = (entry.name for entry in fields(self) if entry.name not in ("device", "flags"))
+        values = {name: getattr(self, name) for name in names}
         return values | {"channels": "/".join(map(str, self.channels))}
 
 

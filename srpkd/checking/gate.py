@@ -24,9 +24,17 @@ MIN_ROWS = 128  # with fewer rows, writing the gradient of all pixels dominates 
 def relation_rows(features: Tensor, rows: slice, relation: Relation) -> Tensor:
     """Return the rows I of the relation matrix: (B, N, C) -> (B, I, N)."""
     if relation.normalize == "cosine":
-        features = F.normalize(features, dim=-1)
-    gram = features[:, rows] @ features.mT
-    return F.normalize(gram, dim=-1) if relation.normalize == "row" else gram
+        features = normalized(features, relation.detach_norms)
+    matrix = features[:, rows] @ features.mT
+    if relation.normalize == "row":
+        matrix = normalized(matrix, relation.detach_norms)
+    return matrix.relu() if relation.rectify else matrix
+
+
+def normalized(vectors: Tensor, detach_norms: bool) -> Tensor:
+    """Return vectors (..., C) divided by their norms, which may be constants to the gradient."""
+    norms = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return vectors / (norms.detach() if detach_norms else norms)
 
 
 def mean_distance(student: Tensor, teacher: Tensor, relation: Relation) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import relation_loss
 from ..kernels import BACKENDS, unavailable_reason
-from ..kernels.dispatch import backend_module, supported_dtypes
+from ..kernels.dispatch import backend_module, supported_dtypes, unsupported_flag
 from .cases import Case
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +52,8 @@ def _backend(name: str) -> Provider:
             return f"{name} supports the distances {', '.join(module.DISTANCES)}, received {case.distance}"
         if case.torch_dtype not in supported_dtypes(name, torch.device(case.device)):
             return f"{name} does not support {case.dtype} on {case.device}"
-        return None
+        flag = unsupported_flag(name, case.relation)
+        return None if flag is None else f"{name} does not support {flag}=True"
 
     def make(case: Case) -> Loss:
         relation = case.relation
@@ -61,6 +62,8 @@ def _backend(name: str) -> Provider:
             normalize=relation.normalize,
             distance=relation.distance,
             delta=relation.delta,
+            rectify=relation.rectify,
+            detach_norms=relation.detach_norms,
             layout="nlc",
             backend=name,
         )

@@ -56,7 +56,7 @@ class Check(NamedTuple):
 
 
 def checks(device: str, full: bool = False) -> list[Check]:
-    """Return some twenty cases, or with ``full`` some forty, the most telling first."""
+    """Return some thirty cases, or with ``full`` some fifty, the most telling first."""
 
     base = Case(200, (64, 256), 2, "bfloat16", device=device, threads=1)
 
@@ -71,8 +71,12 @@ def checks(device: str, full: bool = False) -> list[Check]:
     found += [Check(case(pixels=pixels, batch=1)) for pixels in (1, 65, 1025)]
     found += [Check(case(pixels=130, channels=channels)) for channels in ((1, 1), (300, 129))]
     found += [Check(case(mode="forward")), Check(case(), "zero norm"), Check(case(), "tokens")]
+    found += [Check(case(*relation, flags=("rectify",))) for relation in some[:2]]
+    found += [Check(case(*relation, flags=("detach_norms",))) for relation in some[:2]]
     if full:
         found += [Check(case("none", "huber", dtype="float16"))]
+        found += [Check(case(dtype=dtype, flags=("rectify",))) for dtype in ("float16", "float32")]
+        found += [Check(case(dtype="float32", precision="high", flags=("rectify",)))]
         found += [Check(case(*relation, dtype="float32", precision=name)) for name in PRECISIONS for relation in some]
         found += [Check(case(pixels=pixels, batch=1)) for pixels in (128, 4096)]
         found += [Check(case(pixels=130, channels=channels)) for channels in ((16, 64), (128, 256), (256, 1024))]
