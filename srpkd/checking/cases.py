@@ -104,7 +104,7 @@ class Case:
         )
 
     def columns(self) -> dict[str, Any]:
-        """Return the case as columns of a CSV, without flags, and the device, whose name ``bench.machine`` knows."""
+        """Return the case as columns of a CSV, without the flags and the device, whose name ``bench.machine`` knows."""
         names = (entry.name for entry in fields(self) if entry.name not in ("device", "flags"))
         values = {name: getattr(self, name) for name in names}
         return values | {"channels": "/".join(map(str, self.channels))}

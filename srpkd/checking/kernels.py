@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -56,17 +57,7 @@ def _backend(name: str) -> Provider:
         return None if flag is None else f"{name} does not support {flag}=True"
 
     def make(case: Case) -> Loss:
-        relation = case.relation
-        return partial(
-            relation_loss,
-            normalize=relation.normalize,
-            distance=relation.distance,
-            delta=relation.delta,
-            rectify=relation.rectify,
-            detach_norms=relation.detach_norms,
-            layout="nlc",
-            backend=name,
-        )
+        return partial(relation_loss, **asdict(case.relation), layout="nlc", backend=name)
 
     if name == "reference":
         return Provider(make, reason, matrices=lambda case: 5 if case.need_grad else 3)

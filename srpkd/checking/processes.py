@@ -71,8 +71,7 @@ def checks(device: str, full: bool = False) -> list[Check]:
     found += [Check(case(pixels=pixels, batch=1)) for pixels in (1, 65, 1025)]
     found += [Check(case(pixels=130, channels=channels)) for channels in ((1, 1), (300, 129))]
     found += [Check(case(mode="forward")), Check(case(), "zero norm"), Check(case(), "tokens")]
-    found += [Check(case(*relation, flags=("rectify",))) for relation in some[:2]]
-    found += [Check(case(*relation, flags=("detach_norms",))) for relation in some[:2]]
+    found += [Check(case(*relation, flags=(flag,))) for flag in ("rectify", "detach_norms") for relation in some[:2]]
     if full:
         found += [Check(case("none", "huber", dtype="float16"))]
         found += [Check(case(dtype=dtype, flags=("rectify",))) for dtype in ("float16", "float32")]
