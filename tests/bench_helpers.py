@@ -40,9 +40,14 @@ def incorrect_loss(kind: str) -> Callable[[Case], Callable[[Tensor, Tensor], Ten
 
         @staticmethod
         def backward(ctx, gradient: Tensor) -> Tensor:
-            gradient = gradient.clone()
+            right, gradient = gradient, gradient.clone()
             if kind == "missing pixel":
                 gradient[0, -1] = 0
+            elif kind == "omitted pixel":
+                gradient = torch.empty_like(right)
+                if not gradient.isnan().all():
+                    gradient.copy_(right)  # as an earlier result can leave it
+                gradient[:, :-1] = right[:, :-1]
             elif kind == "nan":
                 gradient[0, 0, 0] = torch.nan
             elif kind == "scaled":

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +67,16 @@ def test_a_wrong_kernel_fails(kind, monkeypatch):
     found = processes.outcome("blocked", check)
     assert found["status"] == "wrong" and "relative error" in found["reason"]
     assert not found["share"] <= 1 or kind == "nan"
+
+
+def test_an_omitted_pixel_is_found_where_its_memory_contains_the_right_value(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it
+    monkeypatch.setitem(KERNELS, "blocked", Provider(incorrect_loss("omitted pixel")))
+    check = RANDOM._replace(case=replace(RANDOM.case, dtype="float32"))
+    assert processes.outcome("blocked", check)["status"] == "wrong"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    monkeypatch.setattr(processes, "poisoned_memory", nullcontext)
+    assert processes.outcome("blocked", check)["status"] == "ok", "the memory contains another value"
 
 
 def test_different_bits_are_found(monkeypatch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +115,26 @@ def _cuda_kernel(kernel: str, capabilities: tuple[int, ...]) -> Provider:
 
 CUDA_KERNELS = {"native-sm80": _cuda_kernel("sm80", (8, 9, 10, 11, 12)), "native-sm90": _cuda_kernel("sm90", (9,))}
 KERNELS: dict[str, Provider] = {name: _backend(name) for name in BACKENDS} | CUDA_KERNELS
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill the memory of ``torch.empty`` and similar functions with NaN, in Python and in C++.
+
+    An element that a kernel omits could otherwise have the right value, which an earlier result left in that memory.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*deterministic", UserWarning)  # of operators in the formulas
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            settings.fill_uninitialized_memory = filled
 
 
 def evaluate(loss: Loss, student: Tensor, teacher: Tensor, case: Case) -> tuple[Tensor, Tensor | None]:

@@ -64,6 +64,15 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         assert relation.describe(row).startswith(row["provider"])
 
 
+def test_the_gate_fills_the_memory_of_our_kernels(monkeypatch):
+    """An omitted pixel whose memory contains the right value is found."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it
+    for name in ("compile", "blocked"):
+        monkeypatch.setitem(PROVIDERS, name, Provider(incorrect_loss("omitted pixel")))
+    rows = relation.measure_case(SMALL, ["compile", "blocked"], budget=0.01, memory=False)
+    assert [row["status"] for row in rows] == ["ok", "wrong"]
+
+
 def test_command_updates_rows(tmp_path, capsys):
     out = tmp_path / "relation.csv"
     arguments = ["relation", "--out", out, "--pixels", 48, 64, "--providers", "eager", "blocked", "--budget", 0.01]
