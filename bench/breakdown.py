@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from srpkd.checking.cases import Case, features, settings
-from srpkd.checking.kernels import CUDA_KERNELS, CannotRun, environment, evaluate
+from srpkd.checking.kernels import CUDA_KERNELS, OVERLAP_VARIABLE, CannotRun, environment, evaluate
 
 from . import cases, measure
 from .providers import PROVIDERS, add_option
@@ -32,7 +32,6 @@ from .providers import PROVIDERS, add_option
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")
 LONGEST_NAME = 60
-OVERLAP = "SRPKD_CUDA_OVERLAP"  # csrc/ reads it at every call on a GPU
 OVERLAPPING = ("native", "closed_form", *CUDA_KERNELS)  # the providers with such kernels
 
 
@@ -84,10 +83,10 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         shown, found = times_of(call, device), []
         if name in OVERLAPPING:
             expected = call()
-            with environment(OVERLAP, "1"):
+            with environment(OVERLAP_VARIABLE, "1"):
                 results, overlapped = call(), times_of(call, device)
             same = "the same bits" if equal(results, expected) else "OTHER RESULTS"
-            found = [f"  with {OVERLAP}=1: {overlapped}, {same}"]
+            found = [f"  with {OVERLAP_VARIABLE}=1: {overlapped}, {same}"]
         kernels = kernel_times(call)  # last: the profiler may slow down later launches
     launches = sum(count for count, _ in kernels.values())
     found = [f"{name}: {shown}, {launches:g} launches, first call {first:.1f} s", *found]

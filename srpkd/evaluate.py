@@ -69,14 +69,22 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             )
         elif options.train_mode_norm:
             raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
+        notes = _notes(options)  # before the scores: an image that cannot be opened ends it, and they would be lost
         result = _scores(options, find_images(source), find_images(options.real), target_crop)
+    result["notes"] += notes
+    return result
+
+
+def _notes(options: argparse.Namespace) -> list[str]:
+    """Return sentences on what is left out: further frames, and files that are no images."""
+    notes = []
     folders = (options.input or options.generated, options.real, options.real_train)
     for folder in filter(None, dict.fromkeys(folders)):
         if several := further_frames(find_images(folder)):
-            result["notes"].append(f"{several}.")
+            notes.append(f"{several}.")
         if others := count_other_files(os.path.expanduser(folder)):
-            result["notes"].append(f"{folder}: {others} left out.")
-    return result
+            notes.append(f"{folder}: {others} left out.")
+    return notes
 
 
 def _scores(options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from sample_images import noise, save_all, save_deep
 from torch import nn
 
-from srpkd.data.images import find_images
+from srpkd.data.images import DataError, find_images
 from srpkd.data.synthetic import generate_scenes
 from srpkd.evaluate import evaluate, main, parser
 from srpkd.models.checkpoints import save_weights
@@ -109,6 +109,14 @@ def test_other_files_are_counted(folders, capsys):
     out = capsys.readouterr().out
     assert out.count(f"{folders['real']}: 1 other file (1 .heic) left out.") == 1
     assert out.count("1 image has further pages or frames, which are not used, such as") == 1
+
+
+def test_unreadable_images_end_it_before_the_scores_are_computed(folders, monkeypatch):
+    """Also an image that no score needs: what a long computation found would be lost."""
+    (folders["real"] / "unpaired.png").touch()
+    monkeypatch.setattr("srpkd.evaluate._scores", lambda *_: pytest.fail("the scores were computed"))
+    with pytest.raises(DataError, match=r"real/unpaired\.png: not an image"):
+        run(folders["generated"], folders["real"], "--metrics", "psnr")
 
 
 @pytest.mark.parametrize("train_mode_norm", [False, True])

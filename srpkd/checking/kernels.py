@@ -65,7 +65,8 @@ def _backend(name: str) -> Provider:
     return Provider(make, reason)
 
 
-KERNEL_VARIABLE = "SRPKD_CUDA_KERNEL"  # csrc/ reads it at every call of ``native`` on a GPU
+# csrc/ reads them at every call of ``native`` on a GPU, and the second one also of ``closed_form``
+KERNEL_VARIABLE, OVERLAP_VARIABLE = "SRPKD_CUDA_KERNEL", "SRPKD_CUDA_OVERLAP"
 
 
 @contextmanager

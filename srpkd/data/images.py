@@ -89,12 +89,31 @@ def find_images(where: str) -> list[str]:
 
     Raises:
         ValueError: no image was found.
+        DataError: a folder cannot be listed, so that its images would be left out.
     """
     path = os.path.expanduser(where)
-    found = image_files(path) if os.path.isdir(path) else sorted(glob.glob(path, recursive=True))
+    if os.path.isdir(path):
+        found = image_files(path)
+    else:
+        _check_folders_of(path)
+        found = sorted(glob.glob(path, recursive=True))
     if not found:
         raise ValueError(f"{where}: no images found; expected a folder of images or a pattern like 'out/*_fake_B.png'")
     return found
+
+
+def _check_folders_of(pattern: str) -> None:
+    """Raise a DataError if a folder whose files a pattern may name cannot be listed: glob passes over such folders."""
+    if os.path.basename(pattern) == "**":  # which names the files of all sub-folders
+        pattern = os.path.join(pattern, "*")
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+        for folder in glob.glob(os.path.join(pattern, ""), recursive=True) if pattern else ["./"]:
+            try:
+                os.scandir(os.path.join(folder, ".")).close()  # the dot: its files must be accessible too
+            except OSError as error:
+                error.filename = os.path.dirname(folder)
+                _raise_unless_missing(error)
 
 
 def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 
 from ..arguments import check_choice, check_number, check_whole
-from ..data.images import image_files, read_image
+from ..data.images import DataError, image_files, read_image
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
@@ -162,7 +162,12 @@ def _check_target(path: Path, weights: str | Path, force: bool) -> None:
 
 
 def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
-    """Return at most `CALIBRATION_IMAGES` of the folder's images, evenly spaced, as (1, C, H, W) in [-1, 1]."""
+    """Return at most `CALIBRATION_IMAGES` of the folder's images, evenly spaced, as (1, C, H, W) in [-1, 1].
+
+    Raises:
+        DataError: lists all of them that cannot be read.
+        ValueError: there are no images, or not for this generator.
+    """
     paths = image_files(folder.expanduser())
     channels = image_channels(net)[0]
     if not paths or channels not in PILLOW_MODES:
@@ -171,11 +176,18 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
             f"found {len(paths)} images and {channels} channels"
         )
     count = min(CALIBRATION_IMAGES, len(paths))
-    chosen = [paths[index * len(paths) // count] for index in range(count)]
-    return [
-        pad_images(image_to_tensor(with_channels(read_image(path), channels))[None], size_multiple(net))
-        for path in chosen
-    ]
+    images, unreadable = [], []
+    for path in (paths[index * len(paths) // count] for index in range(count)):
+        try:
+            picture = with_channels(read_image(path), channels)
+        except DataError as error:
+            unreadable.append(str(error))
+        else:
+            images.append(pad_images(image_to_tensor(picture)[None], size_multiple(net)))
+    if unreadable:
+        heading = f"--calibration {folder}: {len(unreadable)} of {count} images cannot be read: fix or remove them"
+        raise DataError(heading, unreadable)
+    return images
 
 
 def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:

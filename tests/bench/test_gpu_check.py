@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 import pytest
 from helpers import ROOT
 
 from bench import gpu_check, relation, results
 from bench.gpu_check import PARTS, Check
+from srpkd.checking.processes import checks
 
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
 
@@ -60,16 +62,17 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert re.search(r"(16|32) cases ran, 0 were wrong", tables["sanitize"])
     assert "N=256" in tables["sweep"]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "commit.txt", "gpu_check.log", "relation.csv", "smoke.jsonl", "tests", "train.csv",
+        "commit.txt", "gpu_check.log", "relation.csv", "smoke.jsonl", "smoke-overlap.jsonl", "tests", "train.csv",
     }  # fmt: skip
     rows = len(results.read(tmp_path / "relation.csv", relation.KEY))
-    lines = len((tmp_path / "smoke.jsonl").read_text().splitlines())
+    lines = [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
+    assert lines[1] == len(checks("cpu"))
 
     done = run_script(tmp_path, "--only", "smoke", "table", "tests", "train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 tests have passed before" in done.stdout and "train.csv is recorded" in done.stdout
     assert len(results.read(tmp_path / "relation.csv")) == rows
-    assert len((tmp_path / "smoke.jsonl").read_text().splitlines()) == lines
+    assert lines == [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
 
 
 def part_output(output: str, name: str) -> str:
@@ -117,7 +120,8 @@ def test_a_command_stops_at_its_limit_with_its_children(tmp_path):
         for _ in range(100):  # until the system has removed it
             os.kill(int((tmp_path / "child").read_text()), 0)
             time.sleep(0.05)
-    assert check.python("fails", "-c", "raise SystemExit(3)") == 3
+    assert check.python("fails", "-c", "raise SystemExit(3)", accepted=(0, 5)) == 3
+    assert check.python("no tests are left", "-c", "raise SystemExit(5)", accepted=(0, 5)) == 5
     check.deadline = time.monotonic()
     assert check.python("late", "-c", "") == 1
     assert check.failures[1:] == ["fails (exit status 3)", "late (no time left)"]
@@ -144,10 +148,23 @@ class Recorder(Check):
         super().__init__(out, on_gpu=True)
         self.deadline = time.monotonic() + left
         self.commands: list[tuple[list[str], float | None]] = []
+        self.environments: list[Mapping[str, str] | None] = []
 
-    def command(self, name, *words, seconds=None, environment=None) -> int:
+    def attempt(self, name, *words, seconds=None, environment=None) -> tuple[int, str]:
         self.commands.append(([str(word) for word in words], seconds))
-        return 0
+        self.environments.append(environment)
+        return 0, ""
+
+
+def test_kernels_are_checked_with_and_without_overlap(tmp_path):
+    """In two files: a fault of the option, which is off by default, does not stop the kernels from being measured."""
+    check = Recorder(tmp_path, 90)
+    gpu_check.smoke(check)
+    first, second = (words for words, _ in check.commands)
+    assert check.environments == [None, {"SRPKD_CUDA_OVERLAP": "1"}]
+    kernels = [words[words.index("--backend") + 1 :] for words in (first, second)]
+    assert kernels == [list(gpu_check.GPU_KERNELS), ["native-sm80", "native-sm90", "closed_form"]]
+    assert "--full" in second and str(tmp_path / "smoke-overlap.jsonl") in second
 
 
 def test_kernels_that_passed_are_measured(tmp_path, monkeypatch):
@@ -182,7 +199,7 @@ def test_a_sanitizer_that_hangs_is_skipped(tmp_path, monkeypatch, capsys):
     check.deadline = start + 2
     gpu_check.sanitize(check)
     assert time.monotonic() - start < 30 and not check.failures
-    assert "does not work here" in capsys.readouterr().out
+    assert "does not work here (stopped after 0 s; repeat" in capsys.readouterr().out
 
 
 def test_kernels_are_profiled_and_taken_apart(tmp_path, monkeypatch):

@@ -15,7 +15,17 @@ def test_table_of_training_steps(tmp_path):
     assert text.count("| auto: native | 2.50 | 0.400 | 20.0 | – |") == 2
     assert text.count("| without relation loss | 2.00 | 0.500 | – | – |") == 2
     assert text.index("some cpu, 2 threads; cycle_gan, resnet_9blocks 64 to resnet_9blocks 16, 256 x 256 pixels") == 0
-    assert table.train_table([]) == ""
+    assert table.train_table([]) == "" and "fast" not in text
+
+
+def test_gain_of_fast():
+    """The smallest and the largest."""
+    seconds = {"teacher": 6, "a": 3, "b": 3, "a, fast": 2, "c, fast": 1}
+    rows = [{"variant": name, "median_s": str(value)} for name, value in seconds.items()]
+    assert table.gain_of_fast([]) == ""
+    assert table.gain_of_fast(rows) == "; a step with `--fast` is 1.50 times as fast"
+    rows.append({"variant": "b, fast", "median_s": "1.714"})
+    assert table.gain_of_fast(rows) == "; a step with `--fast` is 1.50 to 1.75 times as fast"
 
 
 def test_times_of_gpu_and_host_have_columns_where_they_are_recorded():

@@ -39,3 +39,11 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return ctypes.CDLL(str(library))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
+    """The whole relation loss; the modules that test something else define another library."""
+    result = compile_emulation("loss.cpp", "-O1")
+    result.relation_loss.restype = ctypes.c_char_p
+    return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,13 +24,6 @@ every_normalized = pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda
 every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=lambda relation: relation.normalize)
 every_case = pytest.mark.parametrize("case", TOLERANCE)
 every_layout = pytest.mark.parametrize("layout", ["nlc", "nchw"])
-
-
-@pytest.fixture(scope="session")
-def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("loss.cpp", "-O1")
-    result.relation_loss.restype = ctypes.c_char_p
-    return result
 
 
 def run(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Relation, case: str, **options) -> Result:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -88,13 +88,6 @@ class Result(NamedTuple):
     alpha: Tensor  # (2, B, N): of the teacher, of the student
     moment: Tensor  # (B, C, C) of the student
     launches: int
-
-
-@pytest.fixture(scope="session")
-def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("loss.cpp", "-O1")
-    result.relation_loss.restype = ctypes.c_char_p
-    return result
 
 
 def emulate(

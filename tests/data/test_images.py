@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -58,6 +59,65 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch, l
     for find in (image_files, count_other_files):
         with pytest.raises(DataError, match=f"{locked}: this folder cannot be listed .Permission denied.: change"):
             find(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o100, 0o400], ids=oct)  # the last: its files can be listed but not opened
+@pytest.mark.parametrize("pattern", ["*/*.png", "*/1.png", "b/*.png", "**/*.png", "**", "[b]/**/1.png", "."])
+def test_folders_without_permission_are_not_left_out(tmp_path, pattern, mode):
+    for name in ("a/1.png", "b/deep/1.png", "b/1.png"):
+        save_plain(tmp_path / name)
+    (tmp_path / "b").chmod(mode)
+    try:
+        message = as_nobody(tmp_path, lambda: find_images(pattern))
+    finally:
+        (tmp_path / "b").chmod(0o700)
+    assert re.match(r"(\./)?b(/deep)?: this folder cannot be listed \(Permission denied\): change", message), message
+
+
+def test_patterns_with_other_folders(tmp_path, monkeypatch):
+    """Patterns in the working directory, through links, and of folders and files that do not exist."""
+    paths = [save_plain(tmp_path / name) for name in ("0.png", "a/0.png", "a/b/0.png")]
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "x.png").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    assert find_images("[0].png") == ["0.png"]
+    assert find_images("*/*.png") == ["a/0.png", "x.png/0.png"]
+    assert find_images(f"{tmp_path}/a/**/*.png") == paths[1:]
+    assert find_images("a/**/0.png") == ["a/0.png", "a/b/0.png"]
+    for pattern in ("nowhere/*.png", "link/*.png", "0.png/*.png", "*/c/*.png"):
+        with pytest.raises(ValueError, match="no images found"):
+            find_images(pattern)
+
+
+def as_nobody(folder, call):
+    """Call a function in a folder, in a process without root's permission to list every folder.
+
+    Return the message of the `DataError` that it raises, '' if it raises none.
+    """
+    folder.chmod(0o755)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        message = b"no DataError"
+        try:
+            os.chdir(folder)
+            if os.getuid() == 0:
+                os.chown("b", 65534, 65534)
+                os.setgid(65534)
+                os.setuid(65534)
+            call()
+            message = b""
+        except DataError as error:
+            message = str(error).encode()
+        except BaseException as error:
+            message = repr(error).encode()
+        finally:
+            os.write(writer, message)
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as result:
+        message = result.read().decode()
+    os.waitpid(child, 0)
+    return message
 
 
 def test_pipes_and_folders_are_not_opened(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from sample_images import save_deep
 from torch import nn
 
+from srpkd.data.images import DataError
 from srpkd.finite import NonFiniteError
 from srpkd.metrics.pixels import psnr
 from srpkd.models import exporters
@@ -149,6 +150,20 @@ def test_calibration_images_of_16_bits(tmp_path):
     save_deep(tmp_path / "photos" / "0.png", ramp)
     (images,) = _calibration_images(tmp_path / "photos", define_generator("resnet_1blocks", ngf=1))
     np.testing.assert_allclose(images[0].permute(1, 2, 0), np.repeat(ramp, 3, 2) / 32767.5 - 1, atol=2e-7)
+
+
+def test_calibration_images_that_cannot_be_read(weights, photos):
+    """All of them in one message, before the model is exported."""
+    names = ("a.png", "b.png", "c.png")
+    (photos / "a.png").write_bytes((photos / "0.png").read_bytes()[:50])
+    (photos / "b.png").touch()
+    (photos / "c.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match="photos: 3 of 8 images cannot be read: fix or remove them") as caught:
+        export_generator(weights, calibration=photos)
+    reasons = ("damaged or truncated", "not an image", "No such file or directory")
+    for name, reason, problem in zip(names, reasons, caught.value.problems, strict=True):
+        assert problem.startswith(f"{photos / name}: {reason}")
+    assert not list(weights.parent.glob("*.onnx"))
 
 
 @pytest.mark.slow
