@@ -6,6 +6,8 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from srpkd.kernels.build import available_cores
 from .measure import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: str) -> str:
@@ -27,14 +30,22 @@ def device_name(device: str) -> str:
     """
     if device != "cpu":
         return torch.cuda.get_device_name(device)
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{_cpu_model()}{'' if instructions == 'DEFAULT' else f' with {instructions}'}, {available_cores()} cores"
+
+
+def _cpu_model() -> str:
+    """Return the model of the CPU, or its architecture if the model is unknown."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPU_INFO.read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return f"{name}{'' if instructions == 'DEFAULT' else f' with {instructions}'}, {available_cores()} cores"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1]
+    if not names and (lscpu := shutil.which("lscpu")):  # on ARM, the file contains numbers, whose names lscpu knows
+        environment = {**os.environ, "LC_ALL": "C"}
+        text = subprocess.run([lscpu], env=environment, capture_output=True, text=True).stdout
+        names = re.findall(r"^\s*Model name: *(\w.*)", text, re.MULTILINE)  # a line for each kind of core
+    return " and ".join(names) or platform.processor() or platform.machine()
 
 
 def capability(device: str) -> str:

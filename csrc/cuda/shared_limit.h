@@ -17,10 +17,10 @@ cudaError_t allow_all_shared_memory() {
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-  if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
   error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
   return error;
 }
 

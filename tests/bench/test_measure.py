@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from bench import machine, measure
 from bench.providers import PROVIDERS, prepare_call
 from srpkd.checking.cases import Case
+from srpkd.kernels import build
 
 
 def test_providers_take_turns():
@@ -89,3 +91,18 @@ def test_a_cpu_is_named_with_its_instructions(monkeypatch):
         names.add(machine.device_name("cpu"))
         assert f" with {instructions}, " in machine.device_name("cpu")
     assert len(names) == 2
+
+
+@pytest.mark.parametrize(
+    ("models", "name"), [(["Neoverse-V2"], "Neoverse-V2"), (["Cortex-A55", "Cortex-A76"], "Cortex-A55 and Cortex-A76")]
+)
+def test_arm_processors_have_names(models, name, tmp_path, monkeypatch):
+    """Linux tells their numbers only: rows of all of them would replace each other."""
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    lines = "".join(f"  Model name:             {model}\n" for model in models)
+    (tmp_path / "lscpu").write_text(f"#!/bin/sh\ncat <<END\nArchitecture:   aarch64\n{lines}    Model:    0\nEND\n")
+    (tmp_path / "lscpu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert machine.device_name("cpu") == f"{name}, {build.available_cores()} cores"

@@ -1,12 +1,15 @@
-"""The C++ code with other compilers, and on processors whose caches the C library does not know."""
+"""The C++ code with other compilers, for ARM, and on processors whose caches the C library does not know."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +129,146 @@ def test_cache_whose_size_the_c_library_does_not_know(tmp_path_factory: pytest.T
         [sys.executable, "-c", PRINT_CACHE], env=environment, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) == 1280 * 1024
+
+
+# --- ARM: with a cross compiler, and in QEMU's emulation of a process -----------------------------------------------
+
+ARM = "aarch64-linux-gnu-"
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+for_arm = pytest.mark.usefixtures("cross_compiler")
+FUSED = re.compile(r"\b(fn?m(add|sub)|fml[as])\b")
+
+# Prints all results of the elementwise kernels for tiles of fixed numbers, in hexadecimal digits.
+ELEMENTWISE = """
+#include "cpu/epilogue.h"
+
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+using namespace srpkd;
+
+template <typename T>
+struct Line {
+  alignas(64) T data[LINE];
+};
+
+template <typename T>
+struct Numbers {  // starts at a multiple of a vector's size
+  std::vector<Line<T>> lines;
+
+  explicit Numbers(int64_t count, unsigned seed = 0, bool positive = false) : lines(count / LINE) {
+    const T special[] = {0, -T(0), std::numeric_limits<T>::denorm_min(), std::numeric_limits<T>::quiet_NaN()};
+    for (int64_t i = 0; seed && i < count; ++i) {
+      seed = seed * 1664525u + 1013904223u;
+      const T value = T(int(seed >> 8) - (positive ? 0 : 1 << 23)) / (1 << 22);
+      get()[i] = !positive && i % 23 == 0 && i < 92 ? special[i / 23] : value;
+    }
+  }
+  T* get() { return lines[0].data; }
+  void print(const char* name) {
+    for (auto& line : lines)
+      for (T x : line.data) std::isnan(x) ? std::printf("%s nan\\n", name) : std::printf("%s %a\\n", name, double(x));
+  }
+};
+
+template <typename T>
+void run() {
+  constexpr int64_t ROWS = 21, STRIDE = 2 * LINE;
+  for (int option = 0; option < 72; ++option) {
+    Numbers<T> gram_s(ROWS * STRIDE, 1), gram_t(ROWS * STRIDE, 2), K(ROWS * STRIDE), h(STRIDE), h_columns(STRIDE);
+    Numbers<T> row_s(STRIDE, 3, true), row_t(STRIDE, 4, true), column_s(STRIDE, 5, true), column_t(STRIDE, 6, true);
+    for (int64_t j = 0; j < STRIDE; ++j) gram_t.get()[5 * STRIDE + j] = gram_s.get()[5 * STRIDE + j];  // exact ties
+    row_t.get()[5] = row_s.get()[5];
+    const TileOperands<T> tile{ROWS, STRIDE, gram_s.get(), gram_t.get(), K.get(), row_s.get(), row_t.get(),
+                               column_s.get(), column_t.get(), h.get(), h_columns.get(), T(0.3), 3};
+    const Kind kind{Normalize(option % 3), Distance(option / 3 % 3), option / 9 % 2 > 0, option / 18 % 2 > 0,
+                    option / 36 > 0};
+    const double total = baseline::kernels<T>.epilogue(tile, kind);
+    std::printf("%d %a %a\\n", option, std::isnan(total) ? 0 : total,
+                baseline::kernels<T>.sum_of_squares(gram_s.get() + 7 * STRIDE, STRIDE));
+    K.print("K"), h.print("h"), h_columns.print("h of columns");
+    baseline::kernels<T>.subtract_norm_terms(tile, h_columns.get());
+    K.print("K without norms");
+  }
+}
+
+int main() { run<float>(), run<double>(); }
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp()
+
+
+@pytest.fixture(scope="module")
+def cross_compiler(folder: Path) -> None:
+    """Skip a test without a cross compiler, or with one that has no C++ library, as those for kernels of Linux."""
+    if shutil.which(f"{ARM}g++") is None:
+        pytest.skip(f"{ARM}g++ is not installed")
+    program = "#include <vector>\nint main() {}\n"
+    command = [f"{ARM}g++", "-static", "-x", "c++", "-", "-o", folder / "empty"]
+    if subprocess.run(command, input=program, capture_output=True, text=True).returncode:
+        pytest.skip(f"{ARM}g++ has no static C++ library")
+
+
+def instructions(binary: Path) -> str:
+    """Return the names and operands of the instructions in a file for ARM, one a line."""
+    command = [f"{ARM}objdump", "-d", "--no-show-raw-insn", str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@for_arm
+def test_elementwise_kernels_for_arm(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> None:
+    """No fused multiply-add, which every processor for ARM has, and the same bits as on x86."""
+    driver = folder / "elementwise.cpp"
+    driver.write_text(ELEMENTWISE)
+
+    def compiled(prefix: str) -> tuple[Path, Path]:
+        compiler = [f"{prefix}g++", *build.CXX_FLAGS, "-O2", "-std=c++17", f"-I{build.CSRC}"]
+        source = build.CSRC / "cpu" / "epilogue_baseline.cpp"
+        _, kernels = compile_once(tmp_path_factory, [*compiler, "-c", source], ".o")
+        linked = ["-static"] if prefix else []  # QEMU has no libraries for ARM
+        return kernels, compile_once(tmp_path_factory, [*compiler, *linked, driver, kernels], "")[1]
+
+    kernels, program = compiled(ARM)
+    code = instructions(kernels)
+    assert "fmul\tv" in code
+    assert not FUSED.search(code)
+    if QEMU is None or shutil.which("g++") is None or platform.machine() != "x86_64":
+        return
+    expected = subprocess.run([compiled("")[1]], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run([QEMU, program], capture_output=True, text=True, check=True).stdout
+    assert len(expected.splitlines()) > 100_000
+    assert found == expected
+
+
+@for_arm
+def test_matrix_products_for_arm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The file with the most code for x86 compiles: its microkernels and queries of the processor are left out."""
+    command = [f"{ARM}g++", "-O0", "-w", "-std=c++20", "-c", *(f"-I{path}" for path in include_paths())]
+    _, products = compile_once(tmp_path_factory, [*command, build.CSRC / "cpu" / "matrix.cpp"], ".o")
+    assert "sgemm_" in subprocess.run([f"{ARM}nm", products], capture_output=True, text=True, check=True).stdout
+
+
+LIMIT = """
+#include "cuda/shared_limit.h"
+
+void kernel() {}
+cudaError_t allow() { return srpkd::cuda::allow_all_shared_memory<kernel>(); }
+"""
+
+
+@for_arm
+def test_threads_see_the_limit_that_another_has_set(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> None:
+    """A thread that launches a kernel without asking needs to see what another has told the runtime, also on ARM."""
+    source = folder / "limit.cpp"
+    source.write_text(LIMIT)
+    runtime = Path(__file__).parent / "cuda_emulation" / "runtime"
+    command = [f"{ARM}g++", "-O2", "-std=c++17", "-mno-outline-atomics", "-c", f"-I{build.CSRC}", f"-I{runtime}"]
+    _, binary = compile_once(tmp_path_factory, [*command, source], ".o")
+    code = instructions(binary)
+    assert re.search(r"\b(ldar|ldapr)\b", code)  # acquire
+    assert re.search(r"\bstlxr\b", code)  # release

@@ -1,4 +1,5 @@
-// The parts of the CUDA runtime that csrc/cuda/launches.h and sm90/tensor_map.h need, for a GPU that only records.
+// The parts of the CUDA runtime that launches.h, shared_limit.h and sm90/tensor_map.h in csrc/cuda need, for a GPU that
+// only records.
 #pragma once
 
 #include <vector>
@@ -9,7 +10,8 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 constexpr unsigned long long cudaEnableDefault = 0;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization };
 
 struct dim3 {
@@ -62,6 +64,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   ++recorded::queries;
   if (recorded::ptx_version == 0) return cudaErrorInvalidDevice;
   attributes->ptxVersion = recorded::ptx_version;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 template <class Arguments>
