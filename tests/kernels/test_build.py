@@ -106,17 +106,22 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         ("12.0", "8.0+PTX"),
         ("7.5", ""),
         ("8.0+PTX;9.0a;9.0;", "8.0+PTX;9.0a"),
+        ("8.8;10.0f+PTX", "8.8;10.0f+PTX"),  # which torch.utils.cpp_extension refuses
     ],
 )
 def test_lists_of_architectures(listed: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels and nvcc do not support is left out, and what is too new gets PTX."""
-    known = frozenset(("50", "60", "70", "75", "80", "86", "87", "89", "90"))
+    known = frozenset(("50", "60", "70", "75", "80", "86", "87", "88", "89", "90", "100"))
     monkeypatch.setattr(build, "_nvcc_architectures", lambda home: known)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
     assert build.architectures() == expected
+    codes = [flag.rpartition("code=")[2] for flag in build.nvcc_flags() if "-gencode" in flag]
+    for name in filter(None, expected.split(";")):
+        number = name.removesuffix("+PTX").replace(".", "")
+        assert f"sm_{number}" in codes and (f"compute_{number}" in codes) == name.endswith("+PTX")
+    assert len(codes) == len(set(codes)) == len(re.findall(r"\d\.|PTX", expected))
     if expected:
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", expected)
-        assert cpp_extension._get_cuda_arch_flags()
+        assert cpp_extension._get_cuda_arch_flags(build.nvcc_flags()) == []  # torch adds none
 
 
 def test_nvcc_tells_its_architectures(tmp_path: Path) -> None:
@@ -155,6 +160,7 @@ RUNS = {  # by the architectures of a build: capabilities that run it, of those 
     "9.0a+PTX": {(9, 0)},
     "10.0": {(10, 0), (10, 3)},
     "10.0a": {(10, 0)},
+    "10.0f": {(10, 0), (10, 3)},
     "12.0": {(12, 0), (12, 1)},
     "": set(),
 }
