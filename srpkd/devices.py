@@ -31,3 +31,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
         torch.get_device_module(device).synchronize()
+
+
+def may_copy_ahead(device: torch.device) -> bool:
+    """Return whether the host need not wait for a copy to a device: a copy to an NVIDIA or AMD GPU.
+
+    A copy to the CPU would be read before it is complete. A copy to Apple's GPU reads memory of the CPU that may be
+    freed by then, and gives wrong values (pytorch/pytorch#189690).
+    """
+    return device.type == "cuda"
