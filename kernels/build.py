@@ -183,7 +183,7 @@ def _installed() -> list[str]:
     """Return the architectures of the installed GPUs."""
     import torch
 
-    if torch.version.hip:
+    if torch.version.hip or not torch.cuda.is_available():  # with a driver that is too old, the second call would raise
         return []
     capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return ["{}.{}".format(*capability) for capability in sorted(capabilities)]

@@ -7,10 +7,15 @@ import platform
 import torch
 
 
+def gpu_count() -> int:
+    """Return the number of GPUs of type "cuda" that torch can use. It also counts those whose driver is too old."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def visible_devices() -> list[torch.device]:
-    """Return the CPU and every other device that torch sees."""
+    """Return the CPU and every other device that torch can use."""
     devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices += [torch.device("cuda", index) for index in range(gpu_count())]
     other = torch.accelerator.current_accelerator(check_available=True)
     if other is not None and other.type != "cuda":
         devices += [torch.device(other.type, index) for index in range(torch.accelerator.device_count())]

@@ -58,8 +58,20 @@ def describe() -> str:
         setting = f"is invalid: {error}"
     lines.append(f"\nSRPKD_BACKEND {setting}")
     if len(devices) == 1:
-        lines.append("torch sees no GPU: everything runs on the CPU")
+        lines.append(f"torch sees no GPU{unusable_gpus()}: everything runs on the CPU")
     return "\n".join(lines)
+
+
+def unusable_gpus() -> str:
+    """Return how many GPUs torch cannot use and why, or "" if there are none."""
+    if not (count := torch.cuda.device_count()):
+        return ""
+    try:
+        torch.cuda.init()
+        reason = "unknown error"
+    except Exception as error:  # of several types
+        reason = str(error).splitlines()[0]
+    return f" that it can use (of {count}: {reason})"
 
 
 def has_kernels(device: torch.device) -> bool:

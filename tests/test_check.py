@@ -252,6 +252,7 @@ def test_wrong_options(arguments: list[str], message: str):
 
 
 def test_every_gpu_is_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert command.all_devices() == ["cpu", "cuda:0", "cuda:1"]
     assert command.checked_device("cuda") == "cuda:0"

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import srpkd
+from srpkd.arguments import check_device
 from srpkd.info import describe
 from srpkd.kernels import BACKENDS, cuda_device, dispatch, measured
+from srpkd.training.resume import random_state, set_random_state
 
 
 def test_names_versions_devices_and_backends() -> None:
@@ -91,6 +93,25 @@ def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  native       no: it runs on NVIDIA GPUs" in text
     assert "  auto, l2     blocked, in float32" in text
     assert "no GPU" not in text
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts its GPUs, and raises an error for everything else."""
+
+    def init(*_: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("init", "get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, init)
+    expected = (
+        "torch sees no GPU that it can use (of 2: The NVIDIA driver on your system is too old (found version 11040).)"
+    )
+    assert f"{expected}: everything runs on the CPU" in describe()
+    with pytest.raises(ValueError, match="device='cuda': torch sees 0 GPUs; or use --device cpu"):
+        check_device("cuda")
+    set_random_state(random_state() | {"cuda": [torch.get_rng_state()]})  # of a run that is resumed on the CPU
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

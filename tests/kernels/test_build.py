@@ -75,9 +75,12 @@ def test_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment variable has priority over the installed GPUs, and these over the default list."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as with a driver that is too old
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: pytest.fail("it raises"))
     assert build.architectures() == build.DEFAULT_ARCHITECTURES
     installed = [(9, 0), (8, 6), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(installed))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: installed[index])
     assert build.architectures() == "8.6;9.0a"

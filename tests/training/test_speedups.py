@@ -66,6 +66,7 @@ def gpu(monkeypatch):
     def fake(*capability: int) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(speedups, "has_gpu_compiler", lambda: True)
