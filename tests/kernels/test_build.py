@@ -153,28 +153,6 @@ def test_wrong_architectures_are_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "the installed GPUs have no compute capability" in str(build.cuda_unavailable_reason())
 
 
-RUNS = {  # by the architectures of a build: capabilities that run it, of those below
-    "8.0+PTX;9.0a": {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
-    "8.0": {(8, 0), (8, 6), (8, 9)},
-    "8.6": {(8, 6), (8, 9)},
-    "8.7": {(8, 7)},
-    "8.9+PTX": {(8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
-    "9.0a": {(9, 0)},
-    "9.0a+PTX": {(9, 0)},
-    "10.0": {(10, 0), (10, 3)},
-    "10.0a": {(10, 0)},
-    "10.0f": {(10, 0), (10, 3)},
-    "12.0": {(12, 0), (12, 1)},
-    "": set(),
-}
-
-
-@pytest.mark.parametrize("architectures", RUNS)
-def test_code_for_a_gpu(architectures: str) -> None:
-    capabilities = RUNS["8.0+PTX;9.0a"] | {(7, 0), (7, 5)}
-    assert {c for c in capabilities if build.has_code_for(architectures, c)} == RUNS[architectures]
-
-
 def test_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**30 // 4096}

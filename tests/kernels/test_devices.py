@@ -1,4 +1,4 @@
-"""Devices without kernels: what auto selects there, and that nothing is computed in float64 where it does not exist."""
+"""Devices without kernels, without float64 and with other architectures than those of the build."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from srpkd.kernels import (
     NORMALIZATIONS,
     Relation,
     auto_backend,
+    build,
     closed_form,
     dispatch,
     formulas,
@@ -111,3 +112,25 @@ def test_the_device_is_the_reason_and_not_the_build(device: str, monkeypatch: py
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "NVIDIA GPUs" in str(unavailable_reason("native", torch.device(device)))
     assert "C++ compiler" in str(unavailable_reason("native", torch.device("cpu")))
+
+
+RUNS = {  # by the architectures of a build: capabilities that run it, of those below
+    "8.0+PTX;9.0a": {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
+    "8.0": {(8, 0), (8, 6), (8, 9)},
+    "8.6": {(8, 6), (8, 9)},
+    "8.7": {(8, 7)},
+    "8.9+PTX": {(8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)},
+    "9.0a": {(9, 0)},
+    "9.0a+PTX": {(9, 0)},
+    "10.0": {(10, 0), (10, 3)},
+    "10.0a": {(10, 0)},
+    "10.0f": {(10, 0), (10, 3)},
+    "12.0": {(12, 0), (12, 1)},
+    "": set(),
+}
+
+
+@pytest.mark.parametrize("architectures", RUNS)
+def test_code_for_a_gpu(architectures: str) -> None:
+    capabilities = RUNS["8.0+PTX;9.0a"] | {(7, 0), (7, 5)}
+    assert {c for c in capabilities if build.has_code_for(architectures, c)} == RUNS[architectures]
