@@ -40,7 +40,7 @@ def extension_arguments() -> dict:
         return (CUDAExtension if cuda else CppExtension)(
             f"srpkd.kernels.{build.NAME}",
             [str(source.relative_to(ROOT)) for source in build.sources(cuda)],
-            extra_compile_args={"cxx": build.flags(cuda), "nvcc": [*build.NVCC_FLAGS]},
+            extra_compile_args={"cxx": build.flags(cuda), "nvcc": build.nvcc_flags() if cuda else []},
         )
 
     class BuildIfPossible(BuildExtension):

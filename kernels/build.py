@@ -183,7 +183,7 @@ def _installed() -> list[str]:
     """Return the architectures of the installed GPUs."""
     import torch
 
-    if torch.version.hip:
+    if torch.version.hip or not torch.cuda.is_available():  # with a driver that is too old, the second call would raise
         return []
     capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     return ["{}.{}".format(*capability) for capability in sorted(capabilities)]
@@ -235,7 +235,7 @@ def environment(cuda: bool) -> dict[str, str]:
     # pip installs ninja beside this Python
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {"MAX_JOBS": jobs(), "PATH": path}
-    return settings | {"CUDA_HOME": str(cuda_home()), "TORCH_CUDA_ARCH_LIST": architectures()} if cuda else settings
+    return settings | {"CUDA_HOME": str(cuda_home())} if cuda else settings
 
 
 def flags(cuda: bool) -> list[str]:
@@ -246,6 +246,19 @@ def flags(cuda: bool) -> list[str]:
     macros["CUDA_ARCHITECTURES"] = architectures() if cuda else ""
     defined = [f'-DSRPKD_{name}="{value}"' for name, value in macros.items()]
     return [*CXX_FLAGS, *defined, *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", ""))]
+
+
+def nvcc_flags() -> list[str]:
+    """Return the flags for nvcc.
+
+    They name the architectures, so that torch.utils.cpp_extension does not: it refuses some that nvcc supports.
+    """
+    chosen = [*NVCC_FLAGS]
+    for match in filter(None, map(ARCHITECTURE.fullmatch, architectures().split(";"))):
+        number = match[1] + match[2] + match[3]
+        codes = [f"sm_{number}", f"compute_{number}"] if match[4] else [f"sm_{number}"]
+        chosen += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return chosen
 
 
 # --- building on first use ------------------------------------------------------------------------------------------
@@ -318,7 +331,7 @@ def build_in(folder: Path) -> Path:
         "name": NAME,
         "sources": [str(source) for source in sources(cuda)],
         "extra_cflags": [shlex.quote(flag) for flag in flags(cuda)],
-        "extra_cuda_cflags": NVCC_FLAGS,
+        "extra_cuda_cflags": nvcc_flags() if cuda else [],
         "build_directory": str(folder),
         "with_cuda": cuda,
         "verbose": True,

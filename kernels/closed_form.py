@@ -108,5 +108,7 @@ def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
 
 
 def unavailable_reason(device: torch.device) -> str | None:
-    """Return why the backend cannot run there, or None. Metal has no float64."""
-    return "it computes in float64, which this device lacks: use backend='blocked'" if device.type == "mps" else None
+    """Return why the backend cannot run there, or None if it can."""
+    if formulas.has_float64(device):
+        return None
+    return "it computes in float64, which this device lacks: use backend='blocked'"

@@ -14,12 +14,12 @@ def unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it runs on NVIDIA GPUs: move the features to one, or use backend='auto'"
     if torch.version.hip:
-        return "it is written for NVIDIA GPUs, and this is an AMD GPU: use backend='blocked'"
+        return "it is written for NVIDIA GPUs, and this is an AMD GPU: use backend='auto'"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: check the driver, or use backend='auto' on the CPU"
     if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
         needed, found = ("{}.{}".format(*version) for version in (CAPABILITY, capability))
-        return f"it needs a GPU of compute capability {needed} or higher, this one has {found}: use backend='blocked'"
+        return f"it needs a GPU of compute capability {needed} or higher, this one has {found}: use backend='auto'"
     return None
 
 

@@ -133,8 +133,10 @@ def auto_backend(
         names = ("closed_form", "native") if enough else ("native",)
         return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
     runnable = [name for name in GPU_BACKENDS if _auto_can_run(name, device, relation, dtype)]
-    if len(runnable) > 1 and backend_module("closed_form").implementation(device, dtype, relation) == "pytorch":
-        runnable = [name for name in runnable if name != "closed_form"]  # the recorded times are those of its kernels
+    # the recorded times are those of its kernels; where there are none, few pixels take less time in strips
+    may_replace_it = len(runnable) > 1 or not enough
+    if may_replace_it and backend_module("closed_form").implementation(device, dtype, relation) == "pytorch":
+        runnable = [name for name in runnable if name != "closed_form"]
     if enough and "closed_form" in runnable:
         return "closed_form"
     if len(runnable) > 1:

@@ -13,6 +13,7 @@ so one vector of N scales defines a normalisation. The loss of an image is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -123,6 +124,20 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64. Apple's GPUs, Intel's Arc and some other accelerators do not."""
+    return device.type in ("cpu", "cuda", "meta") or (device.type != "mps" and _multiplies_float64(device))
+
+
+@functools.cache
+def _multiplies_float64(device: torch.device) -> bool:
+    try:
+        ones = torch.ones(2, 2, dtype=torch.float64, device=device)
+        return (ones @ ones).sum().item() == 8
+    except (RuntimeError, TypeError):
+        return False
+
+
 def matmul_precision() -> str:
     """Return torch's float32 matmul precision: "highest", "high" (TF32) or "medium" (bfloat16)."""
     try:
@@ -213,7 +228,7 @@ def scales_of(
     if relation.normalize == "none":
         return Scales(None, None, None)
     # TF32 and bfloat16 products are too coarse for scales: use float64 where torch would use them for float32
-    coarse = matmul_precision() != "highest" and student.device.type != "mps"
+    coarse = matmul_precision() != "highest" and has_float64(student.device)
     exact = torch.float64 if coarse else dtype
 
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:

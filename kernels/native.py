@@ -172,13 +172,14 @@ def _can_run(architectures: str, device: torch.device) -> bool:
 
 def unavailable_reason(device: torch.device) -> str | None:
     """Return why the backend cannot run on ``device``, or None if it can, possibly after a build."""
+    # first, since no compiler and no build would help there
+    if device.type != "cpu" and (reason := cuda_device.unavailable_reason(device)):
+        return reason
     module, reason = load_existing()
     if module is None and (reason := reason or build.unavailable_reason()):
         return reason
     if device.type == "cpu":
         return None
-    if reason := cuda_device.unavailable_reason(device):
-        return reason
     if module is None:
         return build.cuda_unavailable_reason()
     if not module.cuda_architectures:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formulas import Relation
+from .formulas import Relation, has_float64
 
 # More rows reuse the gathered columns more often, fewer rows average more draws.
 ROWS = 128
@@ -49,7 +49,7 @@ def draw_columns(
 def _permutations(count: int, pixels: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """Return random permutations of the pixels (count, N)."""
     # in float64 ties, whose order would not be random, are improbable
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float64 if has_float64(device) else torch.float32
     # torch.compile cannot trace torch.rand with a generator for symbolic sizes, nor torch.vmap uniform_
     if generator is None:
         keys = torch.rand(count, pixels, dtype=dtype, device=device)
@@ -70,7 +70,7 @@ def exact_backend(
     """
     if 2 * columns >= pixels:  # the exact loss computes each Gram matrix up to the diagonal only
         return backend
-    if backend != "auto" or relation.distance != "l2" or relation.rectify or device.type == "mps":
+    if backend != "auto" or relation.distance != "l2" or relation.rectify or not has_float64(device):
         return None
     operations = columns * (3 * channels[0] + channels[1])
     return "closed_form" if operations >= CLOSED_FORM_OPERATIONS * sum(channels) ** 2 else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .devices import gpu_count
 from .kernels.dispatch import check_choice as check_choice  # defined there because kernels import nothing of srpkd
 
 
@@ -62,8 +63,13 @@ def check_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: expected cpu, cuda, cuda:1, ...") from error
     if device.type == "meta":
         raise ValueError("device='meta' holds no data: expected cpu, cuda, cuda:1, ...")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs; or use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= gpu_count():
+        raise ValueError(f"device={name!r}: torch sees {gpu_count()} GPUs; or use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # of many types: each kind of device has its own
+            raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}; or use --device cpu") from error
     return device
 
 

@@ -8,7 +8,6 @@ gradient must agree with float64, and two runs must give equal bits.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 
 from .checking.kernels import KERNELS
 from .checking.processes import FINAL, Check, Runner, checks, failed
+from .devices import device_name, visible_devices
 from .kernels import BACKENDS, native
 from .reporting.table import format_table
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def all_devices() -> list[str]:
     """Return the names of the devices that ``srpkd info`` lists."""
-    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [str(device) for device in visible_devices()]
 
 
 def checked_device(name: str) -> str:
@@ -84,15 +84,15 @@ def checked_device(name: str) -> str:
     Raises:
         ValueError: There is no such device.
     """
-    name = "cuda:0" if name == "cuda" else name
-    if name not in (found := all_devices()):
+    numbered = name if name == "cpu" or ":" in name else f"{name}:0"
+    if numbered not in (found := all_devices()):
         raise ValueError(f"--device {name}: expected one of {', '.join(found)}, which are those that torch sees")
-    return name
+    return numbered
 
 
 def check_device(device: str, options: argparse.Namespace) -> bool:
     """Check the backends on a device and print the table; return whether all are right."""
-    name = torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
+    name = device_name(torch.device(device))
     everything = checks(device, options.full)
     names = options.backend or (BACKENDS if device == "cpu" else KERNELS)
     reasons = {kernel: kernel_unavailable_reason(kernel, everything, build=bool(options.backend)) for kernel in names}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__
+from .devices import device_name, visible_devices
 from .kernels import BACKENDS, Relation, auto_backend, measured, native, requested_backend, unavailable_reason
 
 
@@ -24,8 +25,7 @@ def _version(package: str) -> str:
 
 def describe() -> str:
     """Return the versions, devices and backends of this machine as text."""
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = visible_devices()
     lines = [
         f"srpkd {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         *(f"  {package:<12} {_version(package)}" for package in ("triton", "torchvision", "numpy", "ninja")),
@@ -33,7 +33,7 @@ def describe() -> str:
         f"  native       {native.status()}",
     ]
     for device in devices:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        name = device_name(device)
         lines.append(f"\n{device} ({name})")
         for backend, summary in BACKENDS.items():
             reason = unavailable_reason(backend, device)
@@ -45,12 +45,12 @@ def describe() -> str:
             lines.append(
                 f"  auto, {relation.distance}     {large}{also}" + (f", in {str(dtype)[6:]}" if len(dtypes) > 1 else "")
             )
-        if device.type == "cuda" and name not in (recorded := [known for known, _ in measured.DEVICES]):
+        if has_kernels(device) and name not in (recorded := [known for known, _ in measured.DEVICES]):
             lines.append(
                 f"  This GPU has not been measured: auto compares the times of {', '.join(recorded)}. Run srpkd check "
                 "to test whether the results are right here."
             )
-    if len(devices) > 1 and (old := measured.stale()):
+    if any(map(has_kernels, devices)) and (old := measured.stale()):
         lines.append(f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}")
     try:
         setting = f"= {requested_backend('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
@@ -58,8 +58,25 @@ def describe() -> str:
         setting = f"is invalid: {error}"
     lines.append(f"\nSRPKD_BACKEND {setting}")
     if len(devices) == 1:
-        lines.append("torch sees no CUDA device: everything runs on the CPU")
+        lines.append(f"torch sees no GPU{unusable_gpus()}: everything runs on the CPU")
     return "\n".join(lines)
+
+
+def unusable_gpus() -> str:
+    """Return how many GPUs torch cannot use and why, or "" if there are none."""
+    if not (count := torch.cuda.device_count()):
+        return ""
+    try:
+        torch.cuda.init()
+        reason = "unknown error"
+    except Exception as error:  # of several types
+        reason = str(error).splitlines()[0]
+    return f" that it can use (of {count}: {reason})"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether GPU kernels run on a device, between which ``auto`` chooses by recorded times."""
+    return device.type == "cuda" and None in (unavailable_reason(name, device) for name in ("native", "triton"))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import may_copy_ahead
+
 Keys = tuple[int | str, ...]
 PATH = re.compile(r"(?P<name>.*?)(?P<keys>(\[[^\[\]]+\])+)")
 
@@ -72,8 +74,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     a tokenizer, is moved by it.
     """
     if isinstance(value, Tensor):
-        # a copy to the CPU would have to be waited for before it is read
-        return value.to(device, non_blocking=device.type != "cpu")
+        return value.to(device, non_blocking=may_copy_ahead(device))
     if isinstance(value, type):
         return value
     if callable(getattr(value, "to", None)):

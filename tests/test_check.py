@@ -22,6 +22,7 @@ from srpkd.checking import gate, processes
 from srpkd.checking.kernels import KERNELS, CannotRun, Provider
 from srpkd.checking.processes import Check
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, native
+from srpkd.structures import to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKS = processes.checks("cpu")
@@ -261,6 +262,21 @@ def test_wrong_options(arguments: list[str], message: str):
 
 
 def test_every_gpu_is_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert command.all_devices() == ["cpu", "cuda:0", "cuda:1"]
     assert command.checked_device("cuda") == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert command.all_devices() == ["cpu", "mps:0"]
+    assert command.checked_device("mps") == "mps:0"
+
+
+@pytest.mark.parametrize("check", [CHECKS[0], next(check for check in CHECKS if not check.case.need_grad)])
+def test_results_of_a_device_without_float64_are_compared_on_the_cpu(check, monkeypatch):
+    moved = []
+    monkeypatch.setattr(processes, "has_float64", lambda device: False)
+    monkeypatch.setattr(processes, "to_device", lambda value, device: moved.append(device) or to_device(value, device))
+    assert processes.outcome("blocked", check)["status"] == "ok"
+    assert moved == [torch.device("cpu")]

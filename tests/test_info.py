@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import runpy
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import srpkd
+from srpkd.arguments import check_device
 from srpkd.info import describe
-from srpkd.kernels import BACKENDS, dispatch, measured
+from srpkd.kernels import BACKENDS, cuda_device, dispatch, measured
+from srpkd.training.resume import random_state, set_random_state
 
 
 def test_names_versions_devices_and_backends() -> None:
@@ -32,22 +35,83 @@ def test_unavailable_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no: no float64" in line
 
 
-def test_earlier_kernels_are_named_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that lets torch see one GPU: its name and compute capability."""
+
+    def fake(name: str, capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(cuda_device, "gpu_of", lambda device: cuda_device.Gpu(name, capability, 40, 65_536))
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    return fake
+
+
+def test_earlier_kernels_are_named_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, fake_gpu: Callable[..., None]
+) -> None:
+    pytest.importorskip("triton")
     monkeypatch.setattr(measured, "stale", lambda: ["triton"])
     assert "earlier kernels" not in describe()
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    fake_gpu("some GPU", (8, 9))
     assert "times that were measured with earlier kernels of triton" in describe()
+    fake_gpu("Tesla T4", (7, 5))
+    assert "earlier kernels" not in describe()
 
 
-def test_a_gpu_that_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    text = describe()
-    assert "This GPU has not been measured: auto compares the times of NVIDIA H100" in text
-    assert "  auto, l1     blocked, in bfloat16" in text
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: measured.DEVICES[0][0])
+def test_a_gpu_that_is_not_recorded(fake_gpu: Callable[..., None]) -> None:
+    pytest.importorskip("triton")
+    fake_gpu("some GPU", (8, 9))
+    assert "This GPU has not been measured: auto compares the times of NVIDIA H100" in describe()
+    fake_gpu(*measured.DEVICES[0])
     assert "has not been measured" not in describe()
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_a_gpu_without_kernels(hip: str | None, monkeypatch: pytest.MonkeyPatch, fake_gpu: Callable[..., None]) -> None:
+    """auto compares no times there, and small maps are not computed in float64."""
+    fake_gpu("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    text = describe().partition("cuda:0 (Tesla T4)")[2]
+    assert "measured" not in text
+    reason = "this is an AMD GPU" if hip else "compute capability 8.0 or higher, this one has 7.5"
+    assert text.count(f"{reason}: use backend='auto'") == 2
+    for dtype in ("float32", "bfloat16"):
+        assert f"  auto, l1     blocked, in {dtype}" in text
+        assert f"  auto, l2     closed_form, blocked for small maps, in {dtype}" in text
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    text = describe().partition("\nmps:0 ")[2]
+    assert "  closed_form  no: it computes in float64, which this device lacks" in text
+    assert "  native       no: it runs on NVIDIA GPUs" in text
+    assert "  auto, l2     blocked, in float32" in text
+    assert "no GPU" not in text
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts its GPUs, and raises an error for everything else."""
+
+    def init(*_: object) -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("init", "get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, init)
+    expected = (
+        "torch sees no GPU that it can use (of 2: The NVIDIA driver on your system is too old (found version 11040).)"
+    )
+    assert f"{expected}: everything runs on the CPU" in describe()
+    with pytest.raises(ValueError, match="device='cuda': torch sees 0 GPUs; or use --device cpu"):
+        check_device("cuda")
+    set_random_state(random_state() | {"cuda": [torch.get_rng_state()]})  # of a run that is resumed on the CPU
 
 
 def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,8 +103,8 @@ def test_every_tensor_moves():
     assert describe(to_device(torch.Tensor, meta)) == "_TensorMeta"
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True)])
-def test_copies_to_the_cpu_are_complete(device, expected):
+@pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("cuda", True), ("mps", False)])
+def test_copies_that_may_not_be_complete(device, expected):
     """From a GPU, a copy that does not block is in memory that the GPU has not written yet."""
 
     class Recorded(torch.Tensor):

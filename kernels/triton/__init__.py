@@ -129,10 +129,10 @@ def unavailable_reason(device: torch.device) -> str | None:
         return None
     if reason := cuda_device.unavailable_reason(device):
         return reason
-    return None if _has_c_compiler() else "Triton needs a C compiler and finds none: install gcc, or set CC to its path"
+    return None if has_c_compiler() else "Triton needs a C compiler and finds none: install gcc, or set CC to its path"
 
 
 @functools.cache
-def _has_c_compiler() -> bool:
+def has_c_compiler() -> bool:
     """Return whether Triton finds a C compiler, with which it builds the code that launches kernels."""
     return bool(os.environ.get("CC") or triton.knobs.build.impl or shutil.which("gcc") or shutil.which("clang"))

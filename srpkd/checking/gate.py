@@ -56,7 +56,7 @@ def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation
 def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
     """Yield strips of rows, each with its share of all rows."""
     batch, pixels, _ = student.shape
-    size = max(MIN_ROWS, min(pixels, STRIP_ELEMENTS[student.device.type] // (batch * pixels)))
+    size = max(MIN_ROWS, min(pixels, STRIP_ELEMENTS.get(student.device.type, 2**22) // (batch * pixels)))
     for start in range(0, pixels, size):
         stop = min(start + size, pixels)
         yield slice(start, stop), (stop - start) / pixels

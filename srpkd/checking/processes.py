@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import DISTANCES, NORMALIZATIONS
-from ..kernels.formulas import Distance, Normalize
+from ..kernels.formulas import Distance, Normalize, has_float64
+from ..structures import to_device
 from . import gate
 from .cases import PRECISIONS, Case, features, settings
 from .kernels import KERNELS, CannotRun, evaluate, poisoned_memory
@@ -131,6 +132,8 @@ def outcome(kernel: str, check: Check) -> dict[str, Any]:
             loss = provider.make(case)
             with poisoned_memory():
                 first, second = (evaluate(loss, student, teacher, case) for _ in range(2))
+            if not has_float64(student.device):
+                student, teacher, first, second = to_device((student, teacher, first, second), torch.device("cpu"))
             found, share, reason = compare(first, check, student, teacher)
         status = "ok" if reason is None else "wrong"
         pairs = zip(first, second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def fidelity(
         inception_weights: torch-fidelity's file of Inception weights; by default the one in torch's cache.
         kid_subset_size: images per subset of KID; by default 1000, or as many as there are.
         batch_size: images per forward pass, if all images have the same size.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", "cuda:1", ...; torch-fidelity runs on the CPU instead of other devices.
         feature_extractor: name of a feature extractor that is registered with torch-fidelity, instead of Inception.
 
     Returns:
@@ -69,7 +70,11 @@ def fidelity(
     if not all(images.have_same_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
         batch_size = 1
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as cache:  # the features of the generated images are computed once
+    on_gpu = device.startswith("cuda")
+    with (
+        tempfile.TemporaryDirectory() as cache,  # the features of the generated images are computed once
+        torch.cuda.device(device) if on_gpu else nullcontext(),  # torch-fidelity uses the current GPU
+    ):
         for name, parts in real.items():
             count = sum(map(len, parts))
             if min(len(generated), count) < 2:
@@ -84,8 +89,8 @@ def fidelity(
                 kid=kid,
                 kid_subset_size=subset,
                 batch_size=batch_size,
-                cuda=device.startswith("cuda"),
-                save_cpu_ram=not device.startswith("cuda"),  # no loader processes where the network is the bottleneck
+                cuda=on_gpu,
+                save_cpu_ram=not on_gpu,  # no loader processes where the network is the bottleneck
                 feature_extractor=feature_extractor or INCEPTION,
                 feature_extractor_weights_path=weights,
                 verbose=False,

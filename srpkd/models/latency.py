@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_choice, check_number, check_type, check_whole
+from ..devices import device_name, synchronize
 from ..finite import NonFiniteError
 from ..progress import ProgressBar
 from .checkpoints import load_generator
@@ -69,11 +69,10 @@ def profile_generators(
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from error
         networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
-    on_gpu = torch.device(device).type == "cuda"
     return {
         "size": size,
         "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "networks": networks,
@@ -163,8 +162,7 @@ def _forward_call(net: nn.Module, images: Tensor, mode: Mode, dtype: str, device
 
     def call() -> Any:
         output = forward(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return output
 
     return call

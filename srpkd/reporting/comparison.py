@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..arguments import check_whole
 from ..data.images import DataError, read_image
 from ..data.picture import image_to_tensor, picture_size, resize_picture, with_channels
+from ..devices import synchronize
 from ..kernels.formulas import DEFAULT_NORMALIZE, Normalize
 from ..models.checkpoints import load_generator
 from ..models.complexity import count_parameters
@@ -159,8 +160,7 @@ class Comparison:
 
         def call() -> None:
             network(padded)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            synchronize(self.device)
 
         milliseconds = measure_latency(call, 1, TIMED_CALLS, seconds=math.inf, warm_up=0)["p50_ms"]
         return output[0, :, :height, :width].cpu(), feature[:, :rows, :columns].cpu(), milliseconds

@@ -43,11 +43,12 @@ def process_group(device: torch.device) -> Iterator[None]:
     Args:
         device: the device of this process.
     """
+    if device.type == "cuda" and device.index is not None:
+        # also for one process: pinned memory, for example, would take memory of the first GPU
+        torch.cuda.set_device(device)
     if launched_world_size() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     global _failures
     store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
     _failures = dist.PrefixStore("srpkd", store)

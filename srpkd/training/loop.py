@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..devices import may_copy_ahead
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
 from ..progress import ProgressBar
@@ -113,7 +114,7 @@ def fit(
             objective.run_step = StaticStep(objective.take_step, config.torch_device)
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
-    timer = _StepTimer(first - 1)
+    timer, ahead = _StepTimer(first - 1), may_copy_ahead(config.torch_device)
     with (
         plain_loader_errors(),
         closing(iterate(loader)) as batches,
@@ -123,7 +124,7 @@ def fit(
             epoch = (step - 1) // epoch_steps + 1
             losses = objective.step(
                 {
-                    side: images.to(config.torch_device, non_blocking=True, memory_format=config.memory_format)
+                    side: images.to(config.torch_device, non_blocking=ahead, memory_format=config.memory_format)
                     for side, images in batch.items()
                 }
             )

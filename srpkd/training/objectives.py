@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..devices import may_copy_ahead
 from ..finite import first_nonfinite
 from ..models.networks import define_discriminator
 from ..taps import remove_hooks, unwrap
@@ -119,9 +120,10 @@ class Objective(ABC):
             The weighted losses by name, detached. The next step may overwrite them.
         """
         device, drawn = self.config.torch_device, self.draw(batch)
-        if device.type == "cuda":  # a copy from pageable memory may wait for the GPU
+        ahead = may_copy_ahead(device)
+        if ahead:  # a copy from pageable memory may wait for the GPU
             drawn = {name: values.pin_memory() for name, values in drawn.items()}
-        drawn = {name: values.to(device, non_blocking=True) for name, values in drawn.items()}
+        drawn = {name: values.to(device, non_blocking=ahead) for name, values in drawn.items()}
         return (self.run_step or self.take_step)({**batch, **drawn})
 
     def take_step(self, inputs: Mapping[str, Tensor]) -> Losses:

@@ -211,9 +211,9 @@ class RunOptions:
             and export have the same flag.
         fast: set the options among precision, compile and channels_last that make training fastest on the device;
             options that you set to another value than their default remain.
-        precision: fp32, bf16 or fp16; the last two enable autocast. A CPU without bfloat16 instructions trains in fp32
-            instead of bf16.
-        force_bf16: use precision bf16 on such a CPU too, where it is many times slower than fp32.
+        precision: fp32, bf16 or fp16; the last two enable autocast. A CPU or GPU without bfloat16 instructions trains
+            in fp32 instead of bf16.
+        force_bf16: use precision bf16 on such a device too, where it is slower than fp32, on a CPU many times.
         compile: compile the networks with torch.compile.
         channels_last: keep images and weights in the channels_last memory format.
         cuda_graph: run each training step as one CUDA graph, which the host launches at once. It gives the results of

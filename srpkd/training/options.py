@@ -14,6 +14,7 @@ import torch
 from ..arguments import check_device
 from ..data.folders import DatasetMode
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
+from ..devices import gpu_count
 from ..kernels.build import available_cores
 from .distributed import launched_world_size
 from .hints import nearest_hint, public_hint
@@ -295,9 +296,9 @@ def _check_processes(config: ResolvedConfig) -> None:
             f"--batch_size {processes} or a multiple of it"
         )
     device = config.torch_device
-    if processes > 1 and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if processes > 1 and device.type == "cuda" and (device.index or 0) >= gpu_count():
         raise ValueError(
-            f"local rank {device.index} has no GPU: torch sees {torch.cuda.device_count()}; use torchrun "
+            f"local rank {device.index} has no GPU: torch sees {gpu_count()}; use torchrun "
             "--nproc_per_node with that number, or --device cpu"
         )
 

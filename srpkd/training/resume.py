@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..devices import gpu_count
 from ..files import atomic_write
 from ..models.checkpoints import CheckpointError
 
@@ -153,7 +154,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore what ``random_state`` returned; GPUs that it does not include keep their state."""
     torch.set_rng_state(state["torch"])
-    for device, generator in zip(range(torch.cuda.device_count()), state["cuda"]):
+    for device, generator in zip(range(gpu_count()), state["cuda"]):
         torch.cuda.set_rng_state(generator, device)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

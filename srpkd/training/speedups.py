@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
+# compute capabilities of GPUs: since when they have tensor cores, and Triton supports them, and since when bfloat16
+TENSOR_CORES, BFLOAT16 = (7, 0), (8, 0)
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
 
 
@@ -21,11 +23,20 @@ def cpu_has_bfloat16() -> bool | None:
     return None if flags is None else not BFLOAT16_FLAGS.isdisjoint(flags.split())
 
 
+def has_gpu_compiler() -> bool:
+    """Return whether torch.compile can compile for GPUs: it needs Triton, and Triton needs a C compiler."""
+    from ..kernels import triton  # here, since it takes time to import
+
+    return triton.triton is not None and triton.has_c_compiler()
+
+
 def fast_options(device: torch.device) -> dict[str, Any]:
     """Return what the option `fast` sets: the fastest of the combinations that ``python -m bench train`` records."""
     if device.type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        return {"precision": "bf16" if has_bfloat16 else "fp16", "compile": True}
+        capability = torch.cuda.get_device_capability(device)
+        if capability < TENSOR_CORES:
+            return {}
+        return {"precision": "bf16" if capability >= BFLOAT16 else "fp16", "compile": has_gpu_compiler()}
     if device.type == "cpu" and cpu_has_bfloat16():
         return {"precision": "bf16"}
     return {}
@@ -35,4 +46,10 @@ def slow_precision_reason(device: torch.device, precision: str) -> str:
     """Return why a precision makes training slower on a device, in words, or ""."""
     if device.type == "cpu" and precision == "bf16" and cpu_has_bfloat16() is False:
         return "this CPU has no bfloat16 instructions, without which bf16 is many times slower than fp32"
+    if device.type == "cuda" and precision == "bf16" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < BFLOAT16:
+            remedy = "; --precision fp16 uses its tensor cores" if capability >= TENSOR_CORES else ""
+            found = "{}.{}".format(*capability)
+            return f"this GPU, of compute capability {found}, has no bfloat16 instructions and emulates them{remedy}"
     return ""

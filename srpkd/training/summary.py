@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import devices
 from ..models.complexity import count_macs, count_parameters
 from . import distributed
 from .datasets import ImageDataset, channels_of, has_one_size, input_size
@@ -149,4 +150,4 @@ def describe_task(config: ResolvedConfig) -> str:
 
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or the number of threads of the CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else devices.device_name(device)

@@ -92,8 +92,8 @@ BACKENDS = {
             Fault(
                 "the exact loss by a backend without rectify",
                 SAMPLING,
-                " or relation.rectify or device.type",
-                " or device.type",
+                " or relation.rectify or not has_float64",
+                " or not has_float64",
             ),
             Fault("columns are not random", SAMPLING, ".argsort(-1)", ".sort(-1).values.argsort(-1)"),
             Fault(

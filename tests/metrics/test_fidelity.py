@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,24 @@ def test_deep_images_are_rounded_to_8_bits(folders, tmp_path):
     expected = fidelity(images(folders["generated"]), {"test": [images(folders["real"])]}, **options)
     deep = [images(tmp_path / kind) for kind in ("generated", "real")]
     assert fidelity(deep[0], {"test": [deep[1]]}, **options) == expected
+
+
+def test_the_gpu_of_the_option_computes(folders, monkeypatch):
+    """torch-fidelity takes no number of a GPU, but uses the current one."""
+    entered: list[str] = []
+    found = {"frechet_inception_distance": 1.0}
+
+    def calculate(**options):
+        assert options["cuda"] and not options["save_cpu_ram"]
+        entered.append("calculate")
+        return found
+
+    def current(device):
+        entered.append(device)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(fidelity_library, "calculate_metrics", calculate)
+    real = {"test": [images(folders["real"])]}
+    fidelity(images(folders["generated"]), real, kid=False, device="cuda:1", feature_extractor="test-means")
+    assert entered == ["cuda:1", "calculate"]

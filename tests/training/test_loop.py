@@ -208,3 +208,18 @@ def test_the_relation_loss_has_the_options_of_the_run():
     config = config_of(*(f"--{name}={value}" for name, value in given.items()), *(f"--{name}" for name in flags))
     loss = loop.make_relation_loss(config)
     assert {name: getattr(loss, name) for name in given | flags} == given | flags
+
+
+def test_copies_to_other_devices_than_cuda_are_complete(run_dir, monkeypatch):
+    """A copy to Apple's GPU that does not block reads memory that the data loader may have freed."""
+    asked = []
+    original = Tensor.to
+
+    def to(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if tensor.ndim:  # not the learning rate, which fused Adam moves
+            asked.append(options.get("non_blocking"))
+        return original(tensor, *arguments, **options)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    loop.fit(stage_of(config_of("--epoch_steps=1"), run_dir), run_dir, {})
+    assert asked.count(False) >= 2 and True not in asked

@@ -174,6 +174,7 @@ def test_teacher_overrides_teacher_netG():
 
 
 def test_a_process_without_a_gpu_is_refused(usage_error, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)

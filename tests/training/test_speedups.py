@@ -59,12 +59,65 @@ def test_fast_on_a_cpu(cpu):
     assert options().precision == "fp32"
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16")])
-def test_fast_on_a_gpu(monkeypatch, capability, precision):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that lets torch see a GPU of a compute capability, for which torch.compile can compile."""
+
+    def fake(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(speedups, "has_gpu_compiler", lambda: True)
+    return fake
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")])
+def test_fast_on_a_gpu(monkeypatch, gpu, capability, precision):
+    gpu(*capability)
     config = options(fast=True, device="cuda", channels_last=True)
     assert (config.precision, config.compile, config.channels_last) == (precision, True, True)
+    monkeypatch.setattr(speedups, "has_gpu_compiler", lambda: False)
+    config = options(fast=True, device="cuda")
+    assert (config.precision, config.compile) == (precision, False)
+
+
+def test_fast_on_a_gpu_that_triton_does_not_support(gpu):
+    """torch.compile fails on a P100, which has no tensor cores either."""
+    gpu(6, 0)
+    config = options(fast=True, device="cuda")
+    assert (config.precision, config.compile) == ("fp32", False)
+
+
+def test_a_gpu_compiler_needs_triton_and_a_c_compiler(monkeypatch):
+    triton = pytest.importorskip("srpkd.kernels.triton")
+    monkeypatch.setattr(triton, "triton", object())
+    monkeypatch.setattr(triton, "has_c_compiler", lambda: False)
+    assert not speedups.has_gpu_compiler()
+    monkeypatch.setattr(triton, "has_c_compiler", lambda: True)
+    assert speedups.has_gpu_compiler()
+    monkeypatch.setattr(triton, "triton", None)
+    assert not speedups.has_gpu_compiler()
+
+
+def test_precision_of_a_gpu_without_bfloat16_instructions(gpu, monkeypatch, capsys):
+    gpu(7, 5)
+    assert with_usable_precision(options(precision="bf16", device="cuda")).precision == "fp32"
+    printed = capsys.readouterr().out
+    assert "precision fp32 instead of bf16: this GPU, of compute capability 7.5, has no bfloat16" in printed
+    assert "--precision fp16 uses its tensor cores" in printed
+    assert with_usable_precision(options(precision="bf16", device="cuda", force_bf16=True)).precision == "bf16"
+    assert with_usable_precision(options(precision="fp16", device="cuda")).precision == "fp16"
+    gpu(6, 0)
+    with_usable_precision(options(precision="bf16", device="cuda"))
+    assert "fp16" not in capsys.readouterr().out
+    gpu(8, 0)
+    assert with_usable_precision(options(precision="bf16", device="cuda")).precision == "bf16"
+    gpu(7, 5)
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # its capabilities are others
+    assert with_usable_precision(options(precision="bf16", device="cuda")).precision == "bf16"
+    assert capsys.readouterr().out == ""
 
 
 def test_precision_of_a_cpu_without_bfloat16_instructions(cpu, capsys):

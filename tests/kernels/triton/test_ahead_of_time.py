@@ -170,7 +170,7 @@ def test_without_a_c_compiler(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     for path, backend in (("", "blocked"), (os.environ["PATH"], "triton")):
         monkeypatch.setenv("PATH", path)
-        triton._has_c_compiler.cache_clear()
+        triton.has_c_compiler.cache_clear()
         assert auto_backend(gpu, ROW_L1) == backend
         assert ("install gcc" in (unavailable_reason("triton", gpu) or "")) == (backend == "blocked")
 
