@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from srpkd.checking.cases import Case, features, settings
-from srpkd.checking.kernels import CUDA_KERNELS, OVERLAP_VARIABLE, CannotRun, environment, evaluate
+from srpkd.checking.kernels import CUDA_KERNELS, OVERLAP_VARIABLE, CannotRun, environment, evaluate, poisoned_memory
 
 from . import cases, measure
 from .providers import PROVIDERS, add_option
@@ -84,7 +84,9 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         if name in OVERLAPPING:
             expected = call()
             with environment(OVERLAP_VARIABLE, "1"):
-                results, overlapped = call(), times_of(call, device)
+                with poisoned_memory():
+                    results = call()
+                overlapped = times_of(call, device)
             same = "the same bits" if equal(results, expected) else "OTHER RESULTS"
             found = [f"  with {OVERLAP_VARIABLE}=1: {overlapped}, {same}"]
         kernels = kernel_times(call)  # last: the profiler may slow down later launches

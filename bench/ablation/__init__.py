@@ -177,8 +177,8 @@ class Variation:
         )
         self.description = Description()
         self.library.describe(ctypes.byref(self.case), ctypes.byref(self.description))
-        # aligned as TMA needs it, also on a CPU
-        memory = torch.empty(self.description.workspace_bytes + 256, dtype=torch.uint8, device=case.device)
+        # aligned as TMA needs it, also on a CPU; not the results of an earlier variant, which this one may not write
+        memory = torch.full((self.description.workspace_bytes + 256,), 255, dtype=torch.uint8, device=case.device)
         self.memory = memory[-memory.data_ptr() % 256 :][: self.description.workspace_bytes]
 
     def call(self, name: str, *arguments: Any) -> None:

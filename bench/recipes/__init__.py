@@ -22,6 +22,7 @@ from bench import cases, machine, measure, relation, results
 from bench.markers import put_between_markers
 from srpkd.checking import gate
 from srpkd.checking.cases import Case
+from srpkd.checking.kernels import poisoned_memory
 
 from . import pages, tables
 from .catalogue import CASES, RECIPES, RecipeCase, as_tokens, value_and_gradient
@@ -110,7 +111,8 @@ def check(case: RecipeCase, name: str, call: partial[tuple[Tensor, Tensor]], exp
         reason = f"needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return columns | {"status": "out of memory", "reason": reason}
     try:
-        value, gradient = call()
+        with poisoned_memory():
+            value, gradient = call()
     except torch.OutOfMemoryError as error:
         return columns | {"status": "out of memory", "reason": " ".join(str(error).split())[:200]}
     found = gate.relative_errors(gate.Result(value, as_tokens(gradient)), expected)
