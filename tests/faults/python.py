@@ -106,7 +106,8 @@ BACKENDS = {
         environment={"SRPKD_BUILD": "0"},
     ),
     "gpus": Backend(
-        "tests/kernels/test_measured.py tests/kernels/test_build.py -k ranked or code_for or architectures or closed",
+        "tests/kernels/test_measured.py tests/kernels/test_build.py tests/kernels/test_devices.py "
+        "-k ranked or code_for or architectures or closed",
         [
             Fault(
                 "native has the time of wgmma on every GPU",
