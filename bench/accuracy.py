@@ -74,7 +74,7 @@ def errors_at(noise: float, case: Case) -> list[dict[str, Any]]:
         provider = PROVIDERS[name]
         if provider.unavailable_reason(case) is not None:
             continue
-        found = gate.measure_errors(provider.make(case), case, student, teacher, expected)
+        found = gate.measure_errors(name, provider.make(case), case, student, teacher, expected)
         rows.append(
             {"provider": name, "noise": noise, "device": machine.device_name(case.device), **case.columns()}
             | {"loss": expected.loss.item(), "loss_error": found.loss, "gradient_error": found.gradient}

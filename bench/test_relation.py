@@ -33,7 +33,8 @@ def test_relation(benchmark, case: Case, name: str) -> None:
     student, teacher = features(case)
     loss = provider.make(case)
     try:
-        found = gate.measure_errors(loss, case, student, teacher, gate.float64_result(student, teacher, case))
+        expected = gate.float64_result(student, teacher, case)
+        found = gate.measure_errors(name, loss, case, student, teacher, expected)
     except CannotRun as error:
         pytest.skip(str(error))
     assert gate.failure_reason(found, case) is None
