@@ -33,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="srpkd export",
-        description="Convert a generator to ONNX (or to a PyTorch exported program) for any batch and image size, and "
-        "compare its outputs with PyTorch's before the file is written.",
+        description="Convert a generator to ONNX (or to a PyTorch exported program) for any batch size, height and "
+        "width (in multiples of 4; of its size for a U-Net), and compare its outputs with PyTorch's before the file is "
+        "written.",
         epilog="example: srpkd export runs/h2z/latest_net_G_A.pth --int8 --calibration datasets/horse2zebra/testA",
     )
     add = result.add_argument

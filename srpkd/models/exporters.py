@@ -105,6 +105,8 @@ def export_generator(
     Raises:
         ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
             fit the generator, or the output would replace the weights or has the suffix of another format.
+        CheckpointError: the weights cannot be used.
+        DataError: a calibration image cannot be read.
         NonFiniteError: an output of the generator or of an exported model is NaN or infinite (nothing is written).
         FileExistsError: a file exists already.
         IsADirectoryError: the output is a folder.
