@@ -93,8 +93,8 @@ def export_generator(
         output: the file to write; by default the weights' name with another suffix.
         format: "onnx" or "pt2" (``torch.export``).
         tolerance: largest allowed difference of the outputs, which are in [-1, 1].
-        calibration: folder of input images; an 8-bit model is written too, as `<output>.int8.onnx`. Every second image
-            calibrates it, and the others measure its error.
+        calibration: folder of input images; an 8-bit model is written too, as `<output>.int8.onnx`. At most
+            CALIBRATION_IMAGES of them are used: every second one calibrates it, and the others measure its error.
         train_mode_norm: batch norms normalise each image by its own statistics (`normalize_per_image`).
         force: replace files that exist.
         opset: version of the ONNX operators, see ``to_onnx``.
