@@ -120,7 +120,8 @@ def relation_loss(
         BackendUnavailable: the named backend cannot run here.
         NotImplementedError: under forward-mode differentiation, torch.func.grad, vjp or jacrev, unless the backend is
             "reference"; or SRPKD_CUDA_KERNEL names a kernel that does not cover this loss.
-        RuntimeError: in a double backward, unless the backend is "reference".
+        RuntimeError: in a double backward, unless the backend is "reference"; or the build of backend "native", which
+            happens at its first use, fails.
     """
     for name, value in (
         ("normalize", normalize),
