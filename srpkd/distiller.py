@@ -36,7 +36,8 @@ class RelationDistiller(nn.Module):
         output, teacher_output, loss = distiller(images)
 
     The teacher runs without gradients, in its current mode (train or eval). It is not a submodule of the distiller:
-    ``parameters()`` and ``state_dict()`` are those of the student, and ``to()`` does not move the teacher.
+    ``parameters()`` and ``state_dict()`` are those of the student, with the prefix ``student.``, and ``to()`` does not
+    move the teacher.
 
     Args:
         student: network to train.
