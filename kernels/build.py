@@ -6,10 +6,13 @@ Environment:
     SRPKD_BUILD            0: never build; 1: a failed build fails the installation; unset: build if possible.
     SRPKD_BUILD_CUDA       0: build without the CUDA part, which takes most of the time.
     SRPKD_CXX_FLAGS        additional flags for the C++ compiler, for example ``-O1 -fsanitize=address``.
+    CXX                    the C++ compiler; ``c++`` by default.
+    CUDA_HOME, CUDA_PATH   folder of the CUDA toolkit, see ``cuda_home``.
     TORCH_CUDA_ARCH_LIST   GPU architectures to build for, for example ``8.0;9.0a`` or ``Ampere``; by default those of
                            the installed GPUs, or DEFAULT_ARCHITECTURES if there are none. See ``architectures``.
     MAX_JOBS               number of parallel compilers; by default limited by cores and memory.
-    TORCH_EXTENSIONS_DIR   folder for extensions that are built on first use.
+    TORCH_EXTENSIONS_DIR   folder for extensions that are built on first use; by default torch_extensions in
+                           XDG_CACHE_HOME, which is ~/.cache by default.
 """
 
 from __future__ import annotations

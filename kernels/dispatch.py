@@ -14,6 +14,7 @@ A backend is a line in BACKENDS and a module of this package that defines
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
     REDUCES                             optional: whether it takes the reduction of the loss as a further argument
+    is_built(device) -> bool            optional: whether it can run without a build, which ``auto`` does not start
 
     sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
     remote_tiles(rows, columns, relation, need_grad) -> TileSums
@@ -22,6 +23,7 @@ A backend is a line in BACKENDS and a module of this package that defines
 
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
+``closed_form`` defines ``implementation``, by which ``auto`` knows whether kernels compute it.
 """
 
 from __future__ import annotations

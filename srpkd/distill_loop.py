@@ -88,7 +88,9 @@ def distill(
         ValueError: a layer or weight does not fit, outputs differ in shape, an epoch has no data, there is nothing to
             train, ``lr`` is given together with ``optimizer``, or the optimizer has a parameter of the teacher.
         ImportError: ``progress`` is set and tqdm is not installed.
-        RuntimeError: gradients are disabled, or the student's output or a tapped feature requires no gradient.
+        RuntimeError: gradients are disabled, the student's output or a tapped feature requires no gradient, or a tapped
+            layer did not run, or ran twice, in a pass.
+        BackendUnavailable: ``loss`` names a backend that cannot run here.
         FloatingPointError: a loss is not finite; the student keeps the weights and buffers from before that step.
     """
     _check_networks(teacher, student)

@@ -36,7 +36,8 @@ class RelationDistiller(nn.Module):
         output, teacher_output, loss = distiller(images)
 
     The teacher runs without gradients, in its current mode (train or eval). It is not a submodule of the distiller:
-    ``parameters()`` and ``state_dict()`` are those of the student, and ``to()`` does not move the teacher.
+    ``parameters()`` and ``state_dict()`` are those of the student, with the prefix ``student.``, and ``to()`` does not
+    move the teacher.
 
     Args:
         student: network to train.
@@ -119,14 +120,10 @@ class RelationDistiller(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]:
-        """Run both networks on the same input.
+        """Run both networks on the same input. The errors are those of ``run`` and ``compare``.
 
         Returns:
             The student's output, the teacher's output, and the weighted sum of the layers' losses.
-
-        Raises:
-            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
-            ValueError: a pair of features differs in more than channels; the message names the layers.
         """
         passes = self.run(*inputs, **keywords)
         loss = self.compare(passes.student_features, passes.teacher_features)
@@ -139,7 +136,10 @@ class RelationDistiller(nn.Module):
             record_features: if False, both dicts of features stay empty.
 
         Raises:
-            RuntimeError: a tapped layer did not run, or a feature of a student in training requires no gradient.
+            RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, or a feature of a
+                student in training requires no gradient.
+            TypeError: a tapped layer returned no tensor.
+            ValueError: the output of a tapped layer has no element or field of that name.
         """
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self._run_network(self.teacher, *inputs, **keywords)
@@ -159,6 +159,7 @@ class RelationDistiller(nn.Module):
         Raises:
             ValueError: a pair of features differs in more than channels (the message names the layers), or
                 ``self.weights`` names a layer that is not tapped.
+            TypeError, BackendUnavailable: as the loss of the layer raises.
         """
         self._check_names("weights", self.weights)  # a schedule may have changed them
         losses = []

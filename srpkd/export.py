@@ -33,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = argparse.ArgumentParser(
         prog="srpkd export",
-        description="Convert a generator to ONNX (or to a PyTorch exported program) for any batch and image size, and "
-        "compare its outputs with PyTorch's before the file is written.",
+        description="Convert a generator to ONNX (or to a PyTorch exported program) for any batch size, height and "
+        "width (in multiples of 4; of its size for a U-Net), and compare its outputs with PyTorch's before the file is "
+        "written.",
         epilog="example: srpkd export runs/h2z/latest_net_G_A.pth --int8 --calibration datasets/horse2zebra/testA",
     )
     add = result.add_argument
@@ -44,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="file to write (default: next to the weights, under their name)")
     add("--tolerance", type=number, default=TOLERANCE, help="allowed difference of outputs in [-1, 1] (default: 1e-3)")
     add("--int8", action="store_true", help="also write an 8-bit model and print its PSNR; needs --calibration")
-    add("--calibration", metavar="FOLDER", help="input images for --int8; every second one measures its error")
+    add(
+        "--calibration",
+        metavar="FOLDER",
+        help="input images for --int8, of which 64 are used; every second one measures its error",
+    )
     add("--force", action="store_true", help="replace files that exist")
     add_train_mode_norm(result)
     return result

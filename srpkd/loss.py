@@ -118,6 +118,10 @@ def relation_loss(
         ValueError: shapes, devices or options do not fit, the teacher requires a gradient, or the named backend does
             not support these options.
         BackendUnavailable: the named backend cannot run here.
+        NotImplementedError: under forward-mode differentiation, torch.func.grad, vjp or jacrev, unless the backend is
+            "reference"; or SRPKD_CUDA_KERNEL names a kernel that does not cover this loss.
+        RuntimeError: in a double backward, unless the backend is "reference"; or the build of backend "native", which
+            happens at its first use, fails.
     """
     for name, value in (
         ("normalize", normalize),

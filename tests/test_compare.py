@@ -80,6 +80,25 @@ def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
     assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
 
 
+@pytest.mark.parametrize("given", ["", "latest_net_G_A.pth"])
+def test_the_teacher_is_that_of_the_run(run, tmp_path, given):
+    """A folder, or the file of one direction beside that of the other."""
+    teacher, student = tmp_path / "h2z teacher", tmp_path / "h2z"
+    for folder in (teacher, student):
+        for direction in "AB":
+            save_weights(define_generator("resnet_1blocks", ngf=2, **NET), folder / f"latest_net_G_{direction}.pth")
+    (student / "config.yaml").write_text(f"model: cycle_gan\nteacher: {teacher / given}\n")
+    for direction in "AB":
+        weights, _, notes = networks_of([str(student)], direction)
+        assert weights == {
+            "teacher": teacher / f"latest_net_G_{direction}.pth",
+            "h2z": student / f"latest_net_G_{direction}.pth",
+        }
+        assert not notes
+    (student / "config.yaml").write_text(f"model: pix2pix\nteacher: {run}\n")  # the folder of a run with a teacher
+    assert networks_of([str(student)])[0]["teacher"] == run / "teacher" / "latest_net_G.pth"
+
+
 def test_samples_of_one_direction(tmp_path):
     (tmp_path / "a.png").touch()
     images = [{"label": "input", "file": "a.png"}]

@@ -230,6 +230,16 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
     assert (tmp_path / "small.int8.onnx").exists() and (tmp_path / "student.onnx").exists()
 
 
+def test_environment_variables_are_those_that_the_code_reads():
+    files = [path for name in ("srpkd", "kernels", "csrc", "bench") for path in (ROOT / name).rglob("*.*")]
+    sources = "\n".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h"))
+    read = set(re.findall(r'(?:os\.environ(?:\.get\(|\[)|std::getenv\()"(\w+)"', sources))
+    # those of the system and of torchrun are not settings, and PyTorch reads two that are
+    read -= {"PATH", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"}
+    names = re.findall(r"^\| (`.*?) \|", (DOCS / "environment.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(names))) == read | {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
+
+
 def test_quick_start_names_files_that_the_demo_writes():
     config = parse_arguments([])
     variants = {f"{name} seed 0".replace(" ", "-") for name in config.variants} | {"teacher"}

@@ -123,9 +123,9 @@ def validate_dataset(
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
-            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have more
-            than 8 bits per channel; pairs that are not two halves, or two files of equal names and sizes; images
-            smaller than the crop; sizes that are not a multiple of `size_multiple`; sizes that differ within a batch.
+            with what exists instead; folders without images; files that cannot be decoded (see `DECODED`) or have an
+            unsupported depth; pairs that are not two halves, or two files of equal names and sizes; images smaller than
+            the crop; sizes that are not a multiple of `size_multiple`; sizes that differ within a batch.
     """
     root = Path(dataroot)
     heading = f"The dataset {root} ({dataset_mode}, {phase}) cannot be used:"

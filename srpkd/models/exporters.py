@@ -93,8 +93,8 @@ def export_generator(
         output: the file to write; by default the weights' name with another suffix.
         format: "onnx" or "pt2" (``torch.export``).
         tolerance: largest allowed difference of the outputs, which are in [-1, 1].
-        calibration: folder of input images; an 8-bit model is written too, as `<output>.int8.onnx`. Every second image
-            calibrates it, and the others measure its error.
+        calibration: folder of input images; an 8-bit model is written too, as `<output>.int8.onnx`. At most
+            CALIBRATION_IMAGES of them are used: every second one calibrates it, and the others measure its error.
         train_mode_norm: batch norms normalise each image by its own statistics (`normalize_per_image`).
         force: replace files that exist.
         opset: version of the ONNX operators, see ``to_onnx``.
@@ -105,6 +105,8 @@ def export_generator(
     Raises:
         ValueError: the outputs differ by more than the tolerance (nothing is written), the calibration images do not
             fit the generator, or the output would replace the weights or has the suffix of another format.
+        CheckpointError: the weights cannot be used.
+        DataError: a calibration image cannot be read.
         NonFiniteError: an output of the generator or of an exported model is NaN or infinite (nothing is written).
         FileExistsError: a file exists already.
         IsADirectoryError: the output is a folder.

@@ -26,6 +26,7 @@ from ..models.inference import MIN_SIZE, check_output, input_channels, pad_image
 from ..models.latency import measure_latency
 from ..models.networks import default_tap, size_multiple
 from ..taps import FeatureTap
+from ..training.options import teacher_files
 from .page import read_report
 from .pictures import encode_png, mark_pixel, relation_picture, to_pixels
 
@@ -198,8 +199,10 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
 
 def _files_of_run(run: Path, config: Mapping[str, Any], direction: str, notes: list[str]) -> list[tuple[Path, bool]]:
     """Return the generators of a run as (file, whether it is the teacher), the teacher first."""
-    given = config.get("teacher" if direction == "A" else "teacher_B")
-    teacher = Path(given).expanduser() if given else None
+    teacher: Path | None = None
+    if given := config.get("teacher"):
+        found = teacher_files(str(config.get("model")), str(given), config.get("teacher_B"))
+        teacher = found.get("G", found.get(f"G_{direction}"))
     if teacher and not teacher.is_file():
         notes.append(f"the teacher {teacher} does not exist any more: left out")
         teacher = None

@@ -40,7 +40,7 @@ class DataOptions:
         num_threads: number of data loading processes; 0 loads images in the main process; default: 4, or the number of
             cores if it is smaller.
         synthetic_size: side of a generated image in pixels.
-        synthetic_pairs: number of generated training pairs.
+        synthetic_pairs: number of generated training pairs; unpaired, half of the scenes are A and half B.
         synthetic_test_pairs: number of generated test pairs.
         synthetic_variant: number that selects the textures and colours of the generated scenes.
     """
@@ -83,7 +83,8 @@ class NetworkOptions:
         init_gain: scale of the initial weights.
         init_student: weights that the generator starts from: latest_net_G.pth for pix2pix, latest_net_G_A.pth for
             cycle_gan (latest_net_G_B.pth in the same folder is loaded too), or the folder that contains them. The
-            architecture must be that of netG, ngf, norm and no_dropout. A teacher that the run trains does not use it.
+            architecture must be that of netG, ngf, norm, no_dropout and antialias. A teacher that the run trains does
+            not use it.
         init_discriminator: weights that the discriminator starts from, for example those of the teacher's own run:
             latest_net_D.pth for pix2pix, latest_net_D_A.pth for cycle_gan (latest_net_D_B.pth in the same folder is
             loaded too), or the folder that contains them.
@@ -111,8 +112,7 @@ class TeacherOptions:
     Args:
         teacher: teacher weights: latest_net_G.pth for pix2pix, latest_net_G_A.pth for cycle_gan (latest_net_G_B.pth
             in the same folder is loaded too), or the folder that contains them; cycle_gan also takes the only
-            generator of CUT, latest_net_G.pth. The folder of a run that trained a
-            teacher works as well.
+            generator of CUT, latest_net_G.pth. The folder of a run that trained a teacher works as well.
         teacher_B: for cycle_gan: weights of the teacher's generator from B to A, if they are in another folder.
         teacher_netG: architecture of a teacher that the run trains before the student, with the student's norm,
             dropout and, if it is a ResNet, anti-aliasing. Ignored if `teacher` is given, since the file determines
@@ -201,8 +201,8 @@ class RunOptions:
         variants: students to compare, as {name: {option: value, ...}} with the options in which each one differs
             (of its networks, losses and training); default: one student.
         seeds: number of times that each student is trained, with consecutive seeds.
-        time_budget: seconds after which no further seed is started. At least two seeds run, so it has no effect on one
-            or two.
+        time_budget: seconds that a run may take: no further seed is started that would end later, if it takes as long
+            as those before. At least two seeds run, so it has no effect on one or two.
         ema: decay of an exponential moving average of the generators' weights, such as 0.999. The averages are then
             saved, evaluated and shown; default: no averaging.
         clip_grad_norm: maximum gradient norm of all generators, and of all discriminators; default: no clipping.
@@ -225,8 +225,8 @@ class RunOptions:
         print_freq: steps between two lines of metrics.jsonl.
         save_latest_freq: steps between two saves of the state that a run can be resumed from.
         no_keep_state: delete the state of a run when it finishes, to save disk space; the run can then not be
-            extended. The state of a student is three times as large as its weights and its discriminators', or four
-            times with `ema`.
+            extended. The state of a student is three times as large as the weights of its generators and
+            discriminators, plus those of its generators with `ema`.
         save_epoch_freq: epochs between two saved checkpoints; the latest one is always saved.
         update_html_freq: steps between two updates of the report page during training.
         tensorboard: also write logs to `<runs_dir>/<name>/tensorboard` (needs the package tensorboard).

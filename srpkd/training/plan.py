@@ -28,8 +28,16 @@ from .folder_lock import FolderLock
 from .inputs import check_unchanged, fingerprints
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
-from .objectives import OBJECTIVES, Objective
-from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
+from .objectives import Objective
+from .options import (
+    EXTEND_OPTIONS,
+    RESUME_OPTIONS,
+    ResolvedConfig,
+    TrainConfig,
+    teacher_config,
+    teacher_files,
+    variant_config,
+)
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import slow_precision_reason
@@ -285,7 +293,8 @@ def load_teachers(config: ResolvedConfig) -> Generators:
         CheckpointError: A file is missing, or does not contain the weights of a generator of this task.
     """
     teachers = {}
-    for direction, path in teacher_files(config).items():
+    files = teacher_files(config.model, config.teacher, config.teacher_B) if config.teacher else {}
+    for direction, path in files.items():
         teacher = load_generator(path)
         expected = channels_of(config, direction)
         received = image_channels(teacher)
@@ -298,26 +307,3 @@ def load_teachers(config: ResolvedConfig) -> Generators:
     if list(teachers) == ["G_A"]:
         distributed.print_rank0("no teacher from B to A (--teacher_B): only the generator from A to B is distilled")
     return teachers
-
-
-def teacher_files(config: ResolvedConfig) -> dict[str, Path]:
-    """Return direction -> file of its teacher; cycle_gan may have a teacher for G_A only."""
-    if not config.teacher:
-        return {}
-    path = Path(config.teacher).expanduser()
-    direction = OBJECTIVES[config.model].directions[0]
-    if path.is_dir():
-        # the folder of a run that trained both contains its student, and its teacher in a folder below; CUT's only
-        # generator has the name of pix2pix's
-        names = (f"latest_net_{direction}.pth", "latest_net_G.pth")
-        files_in_order = [folder / name for name in names for folder in (path / "teacher", path)]
-        path = next((file for file in files_in_order if file.exists()), path / names[0])
-    files = {direction: path}
-    if config.model == "pix2pix":
-        return files
-    sibling = path.with_name(path.name.replace("_G_A", "_G_B"))
-    if config.teacher_B:
-        files["G_B"] = Path(config.teacher_B).expanduser()
-    elif sibling != path and sibling.exists():
-        files["G_B"] = sibling
-    return files

@@ -57,20 +57,19 @@ def test_a_pix2pix_teacher_from_a_file(run, pix2pix, given):
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
 def test_the_folder_of_a_run_gives_its_teacher(tmp_path, model):
     names = {"pix2pix": ["G"], "cycle_gan": ["G_A", "G_B"]}[model]
-    config = parse_arguments([f"--model={model}", *SYNTHETIC, f"--teacher={tmp_path}"])
     for ngf, folder in ((2, tmp_path), (3, tmp_path / "teacher")):  # its student's weights, and its teacher's
         for name in names:
             save_weights(define_generator("resnet_1blocks", ngf=ngf), folder / f"latest_net_{name}.pth")
-        assert plan.teacher_files(config) == {name: folder / f"latest_net_{name}.pth" for name in names}
+        assert plan.teacher_files(model, str(tmp_path)) == {name: folder / f"latest_net_{name}.pth" for name in names}
 
 
 def test_the_folder_of_a_cut_run_gives_its_only_generator(tmp_path):
     config = parse_arguments(["--model=cycle_gan", *SYNTHETIC, f"--teacher={tmp_path}"])
     save_weights(define_generator("resnet_4blocks", ngf=2, antialias="both"), tmp_path / "latest_net_G.pth")
-    assert plan.teacher_files(config) == {"G_A": tmp_path / "latest_net_G.pth"}
+    assert plan.teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G.pth"}
     assert list(plan.load_teachers(config)) == ["G_A"]
     save_weights(define_generator("resnet_1blocks", ngf=2), tmp_path / "latest_net_G_A.pth")
-    assert plan.teacher_files(config) == {"G_A": tmp_path / "latest_net_G_A.pth"}
+    assert plan.teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G_A.pth"}
 
 
 @pytest.mark.parametrize("dropout", [False, True])
