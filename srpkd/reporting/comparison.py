@@ -20,13 +20,12 @@ from ..data.images import DataError, read_image
 from ..data.picture import image_to_tensor, picture_size, resize_picture, with_channels
 from ..devices import synchronize
 from ..kernels.formulas import DEFAULT_NORMALIZE, Normalize
-from ..models.checkpoints import load_generator
+from ..models.checkpoints import load_generator, teacher_files
 from ..models.complexity import count_parameters
 from ..models.inference import MIN_SIZE, check_output, input_channels, pad_images
 from ..models.latency import measure_latency
 from ..models.networks import default_tap, size_multiple
 from ..taps import FeatureTap
-from ..training.options import teacher_files
 from .page import read_report
 from .pictures import encode_png, mark_pixel, relation_picture, to_pixels
 

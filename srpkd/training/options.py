@@ -185,31 +185,6 @@ def teacher_config(config: ResolvedConfig) -> ResolvedConfig:
     )
 
 
-def teacher_files(model: str, teacher: str, teacher_B: str | None = None) -> dict[str, Path]:
-    """Return direction -> file of its teacher; cycle_gan may have a teacher for G_A only.
-
-    Args:
-        model, teacher, teacher_B: options of the run.
-    """
-    path = Path(teacher).expanduser()
-    direction = "G" if model == "pix2pix" else "G_A"
-    if path.is_dir():
-        # the folder of a run that trained both contains its student, and its teacher in a folder below; CUT's only
-        # generator has the name of pix2pix's
-        names = (f"latest_net_{direction}.pth", "latest_net_G.pth")
-        files_in_order = [folder / name for name in names for folder in (path / "teacher", path)]
-        path = next((file for file in files_in_order if file.exists()), path / names[0])
-    files = {direction: path}
-    if model == "pix2pix":
-        return files
-    sibling = path.with_name(path.name.replace("_G_A", "_G_B"))
-    if teacher_B:
-        files["G_B"] = Path(teacher_B).expanduser()
-    elif sibling != path and sibling.exists():
-        files["G_B"] = sibling
-    return files
-
-
 def variant_config(config: ResolvedConfig, name: str) -> ResolvedConfig:
     """Return the options of one variant.
 

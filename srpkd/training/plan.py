@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
-from ..models.checkpoints import CheckpointError, load_generator
+from ..models.checkpoints import CheckpointError, load_generator, teacher_files
 from ..models.networks import image_channels
 from . import distributed
 from .config import run_folder, to_yaml, update_yaml
@@ -29,15 +29,7 @@ from .inputs import check_unchanged, fingerprints
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import Objective
-from .options import (
-    EXTEND_OPTIONS,
-    RESUME_OPTIONS,
-    ResolvedConfig,
-    TrainConfig,
-    teacher_config,
-    teacher_files,
-    variant_config,
-)
+from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import slow_precision_reason

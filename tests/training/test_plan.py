@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, config_of
 
-from srpkd.models.checkpoints import save_weights
+from srpkd.models.checkpoints import save_weights, teacher_files
 from srpkd.models.networks import define_discriminator, define_generator
 from srpkd.training import pipeline, plan
 from srpkd.training.config import parse_arguments
@@ -60,16 +60,16 @@ def test_the_folder_of_a_run_gives_its_teacher(tmp_path, model):
     for ngf, folder in ((2, tmp_path), (3, tmp_path / "teacher")):  # its student's weights, and its teacher's
         for name in names:
             save_weights(define_generator("resnet_1blocks", ngf=ngf), folder / f"latest_net_{name}.pth")
-        assert plan.teacher_files(model, str(tmp_path)) == {name: folder / f"latest_net_{name}.pth" for name in names}
+        assert teacher_files(model, str(tmp_path)) == {name: folder / f"latest_net_{name}.pth" for name in names}
 
 
 def test_the_folder_of_a_cut_run_gives_its_only_generator(tmp_path):
     config = parse_arguments(["--model=cycle_gan", *SYNTHETIC, f"--teacher={tmp_path}"])
     save_weights(define_generator("resnet_4blocks", ngf=2, antialias="both"), tmp_path / "latest_net_G.pth")
-    assert plan.teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G.pth"}
+    assert teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G.pth"}
     assert list(plan.load_teachers(config)) == ["G_A"]
     save_weights(define_generator("resnet_1blocks", ngf=2), tmp_path / "latest_net_G_A.pth")
-    assert plan.teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G_A.pth"}
+    assert teacher_files(config.model, str(tmp_path)) == {"G_A": tmp_path / "latest_net_G_A.pth"}
 
 
 @pytest.mark.parametrize("dropout", [False, True])
