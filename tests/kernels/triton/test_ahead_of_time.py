@@ -52,6 +52,7 @@ def name(case: Case) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.core(50)
 def test_compiled_ahead_of_time(case, reports):
     """Kernels spill few registers, fit into shared memory, and use the matrix instructions of the architecture."""
     report = reports[case].result()
