@@ -1,9 +1,10 @@
 # make demo   train, distil and report on generated images
-# make quick  the tests without those marked slow: under three minutes on two cores
-# make test   lint and the whole test suite, with the coverage of the tests that are not slow
+# make quick  the fast tests of make test
+# make test   lint, types and the test suite, with n cases of each test that is marked core(n)
+# make test-all   the same with all cases, and the coverage of the tests that are not slow (about an hour on two cores)
 # make mutations   put faults into the code, each of which a test must detect (takes long)
-# make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about three minutes)
-# make test-oldest   the whole test suite with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB, 20 minutes)
+# make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about four minutes)
+# make test-oldest   all tests with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB)
 # Every target first creates .venv with all dependencies and the newest torch.
 
 PYTHON ?= python3
@@ -24,22 +25,27 @@ COUNTED = COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.v
 # Containers often set it: every process that a test starts would compile the sources again, which takes a second
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test suite test-oldest mutations sanitize install lint clean
+# Triton's interpreter replaces its compiler in the whole process, so that these tests run once more by themselves.
+# Coverage would make it take three times as long.
+INTERPRETED := tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py
+
+.PHONY: demo quick test test-all suite test-oldest mutations sanitize install lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
 
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest --core -m "not slow" $(PARALLEL)
 
-test: lint suite
+test: lint
+	$(BIN)/python -m pytest --core $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --core $(INTERPRETED) $(PARALLEL)
 
-# The second run uses Triton's interpreter, which replaces the compiler in the whole process. The coverage that is reported
-# is that of the first run.
+test-all: lint suite
+
 suite: $(VENV)/installed
 	$(COUNTED) $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term-missing
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
-	    $(PARALLEL)  # coverage would make the interpreter take three times as long
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(PARALLEL)
 
 # In a copy of the tree, because the extension in this one is built for the torch of .venv. The copy's extension is
 # rebuilt every time, the packages stay. Triton 3.6, which torch 2.11 requires, cannot interpret kernels with numpy 2.4.

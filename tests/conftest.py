@@ -1,4 +1,4 @@
-"""Rules for every test: fixed seeds, uninitialised memory filled with NaN, GPU tests only where there is a GPU.
+"""Rules for every test: fixed seeds, uninitialised memory filled with NaN, GPU tests only where there is a GPU, --core.
 
 Up to Python 3.11, coverage counts the lines that the tests not marked slow execute, see ``uncounted``.
 """
@@ -6,6 +6,7 @@ Up to Python 3.11, coverage counts the lines that the tests not marked slow exec
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -32,42 +33,72 @@ if WORKERS > 1:
 # a shell's background jobs ignore SIGINT, and so would all processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DESELECTED = pytest.StashKey[int]()
+DESELECTED = pytest.StashKey[dict[str, int]]()  # numbers of tests by the reason
 
 
-# --- GPU tests --------------------------------------------------------------------------------------------------------
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--core", action="store_true", help="of tests with the marker core(n), run n cases, as `make test` does"
+    )
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the GPU tests where there is no GPU: to skip a few thousand one by one takes longer than many tests."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=gpu)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    config.stash[DESELECTED] = len(gpu)
+    """Deselect the GPU tests where there is no GPU, since to skip thousands takes long, and those beyond --core."""
+    gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    deselect(config, items, "gpu", gpu)
+    deselect(config, items, "core", beyond_core(items) if config.getoption("core") else [])
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], reason: str, left_out: list[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=left_out)
+    chosen = set(items) - set(left_out)
+    items[:] = [item for item in items if item in chosen]
+    config.stash.setdefault(DESELECTED, {})[reason] = len(left_out)
+
+
+def beyond_core(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the cases that --core leaves out: all but n of each test with the marker core(n).
+
+    The n cases are drawn at random, so that they differ in every parameter, and are the same in each run.
+    """
+    tests: dict[tuple[str, int], list[pytest.Item]] = {}
+    for item in items:
+        if marker := item.get_closest_marker("core"):
+            (count,) = marker.args
+            tests.setdefault((item.nodeid.partition("[")[0], count), []).append(item)
+    return [
+        item
+        for (name, count), cases in tests.items()
+        for item in random.Random(name).sample(cases, max(0, len(cases) - count))
+    ]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    deselected = session.config.stash.get(DESELECTED, 0)
+    deselected = session.config.stash.get(DESELECTED, {})
     if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, which reports to its controller
-        session.config.workeroutput["gpu_tests_deselected"] = deselected
-    if deselected and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.config.workeroutput["deselected"] = deselected
+    if any(deselected.values()) and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK  # all that were selected need a GPU: no error, as if they were skipped
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over the count of a worker of pytest-xdist: all workers collect the same tests."""
+    """Take over the numbers of a worker of pytest-xdist: all workers collect the same tests."""
     if output := getattr(node, "workeroutput", None):  # None after a crash
-        node.config.stash[DESELECTED] = output["gpu_tests_deselected"]
+        node.config.stash[DESELECTED] = output["deselected"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if deselected := config.stash.get(DESELECTED, 0):
-        terminalreporter.write_line(f"{deselected} GPU tests deselected: torch sees no CUDA device")
+    deselected = config.stash.get(DESELECTED, {})
+    if count := deselected.get("gpu"):
+        terminalreporter.write_line(f"{count} GPU tests deselected: torch sees no CUDA device")
+    if count := deselected.get("core"):
+        terminalreporter.write_line(f"{count} cases left out by --core: make test-all runs them")
 
 
 # --- coverage ---------------------------------------------------------------------------------------------------------

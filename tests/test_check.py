@@ -212,6 +212,7 @@ def test_right_backends_exit_with_status_0():
 
 
 @pytest.mark.parametrize("fault", ["scaled", "crash"])
+@pytest.mark.core(1)
 def test_a_faulty_backend_is_reported_and_hides_no_other(fault: str, tmp_path: Path):
     program = tmp_path / "faulty.py"
     program.write_text(FAULTY.format(tests=str(Path(__file__).parent), fault=fault))

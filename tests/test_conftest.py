@@ -10,7 +10,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-# copied beside the real conftest.py's rules: one GPU test, and one that prints what its process may use
+# copied beside the real conftest.py's rules: GPU tests, cases of which --core runs two, and what a process may use
 PROGRAM = """
 import os
 import pytest
@@ -20,6 +20,11 @@ import torch
 @pytest.mark.parametrize("number", range(3))
 def test_on_a_gpu(number):
     raise AssertionError("runs without a GPU")
+
+@pytest.mark.core(2)
+@pytest.mark.parametrize("number", [0, 1, 2, pytest.param(3, marks=pytest.mark.core(0))])
+def test_of_the_core(number):
+    pass
 
 def test_threads():
     assert torch.get_num_threads() == int(os.environ["EXPECTED_THREADS"])
@@ -39,14 +44,28 @@ def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.core(1)
 def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
     done = run_pytest(tmp_path, f"-n{workers}", expected_threads=1 if workers else 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b1 passed\b", done.stdout)
+    assert re.search(r"\b5 passed\b", done.stdout)
     assert done.stdout.count("3 GPU tests deselected: torch sees no CUDA device") == 1
+    assert "--core" not in done.stdout
 
 
 @pytest.mark.slow
+def test_cases_beyond_the_core_are_left_out_and_counted(tmp_path):
+    chosen = []
+    for workers in (0, 2):
+        done = run_pytest(tmp_path, "--core", "-vv", f"-n{workers}", expected_threads=1 if workers else 2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("2 cases left out by --core: make test-all runs them") == 1
+        chosen.append(sorted(set(re.findall(r"test_of_the_core\[(\d)\]", done.stdout))))
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 2 and "3" not in chosen[0]
+
+
+@pytest.mark.slow
+@pytest.mark.core(0)
 def test_a_selection_of_gpu_tests_alone_succeeds(tmp_path):
     done = run_pytest(tmp_path, "-m", "gpu")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -86,7 +86,7 @@ def test_links_and_languages(page):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=pytest.mark.slow if page.parent.name == "recipes" else ())
+        pytest.param(page, marks=(pytest.mark.slow, pytest.mark.core(3)) if page.parent.name == "recipes" else ())
         for page in TEXTS
         if blocks(page, "python")
     ],

@@ -55,6 +55,7 @@ def test_command_line(weights, capsys):
 @pytest.mark.parametrize(
     ("count", "images"), [(5, "2 images"), (1, r"1 images \(the one that calibrated it\)")], ids=["several", "one"]
 )
+@pytest.mark.core(1)
 def test_int8(weights, tmp_path, capsys, count, images):
     photos = save_all(tmp_path / "photos", noise(count, (17, 21, 3)))
     main([str(weights), "--int8", "--calibration", str(photos)])
@@ -68,6 +69,7 @@ def test_int8(weights, tmp_path, capsys, count, images):
 
 
 @pytest.mark.parametrize("opset", [18, 21])
+@pytest.mark.core(1)
 def test_opset(weights, tmp_path, capsys, opset):
     """The written file has this opset; the comparison with PyTorch is part of every export."""
     photos = save_all(tmp_path / "photos", noise(2, (17, 21, 3)))
@@ -79,6 +81,7 @@ def test_opset(weights, tmp_path, capsys, opset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("netG", "format"), [("resnet_1blocks", "onnx"), ("unet_16", "pt2")])
+@pytest.mark.core(1)
 def test_train_mode_norm(tmp_path, netG, format):
     """Each image gets the output of batch norms in training mode on this image alone; without the flag it does not."""
     net = define_generator(netG, ngf=2, norm="batch", init_gain=0.2)

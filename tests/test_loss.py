@@ -34,6 +34,7 @@ def pair(batch: int = 2, height: int = 3, width: int = 4, dtype: torch.dtype = t
 
 @pytest.mark.parametrize("zero_norm", [(), (2,), (0, 4)], ids=["none", "one pixel", "two pixels"])
 @pytest.mark.parametrize(("backend", "relation"), cases(ALL_BACKENDS, [(), *FLAG_SETS]))
+@pytest.mark.core(90)
 def test_loops(backend: str, relation: Relation, zero_norm: tuple[int, ...], device: torch.device) -> None:
     """Value and gradient of plain loops over NumPy arrays, zero-norm pixels of student and teacher included."""
     if zero_norm and relation.rectify:

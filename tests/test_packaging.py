@@ -142,6 +142,7 @@ def test_wheel_works_in_a_new_environment(wheel, python, tmp_path):
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["checkout", "archive without links"])
+@pytest.mark.core(1)
 def test_editable_installation_works(links, python, tmp_path):
     source = copy_tree(tmp_path / "source", links)
     install(python, "--editable", source, cwd=tmp_path)

@@ -309,6 +309,7 @@ def test_full_disk(command, files, curves, line, room):
 
 @pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("line", WRITERS)
+@pytest.mark.core(6)
 def test_folder_that_is_not_writable(command, files, curves, monkeypatch, line, number):
     (files / "out").mkdir(exist_ok=True)
     before = tree(files)

@@ -58,6 +58,7 @@ def test_file_names_are_distinct():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.core(2)
 def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
     """A variant whose warps wait for what never comes would block a GPU. "as is" has the right loss."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it
@@ -144,6 +145,7 @@ def test_a_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_variants_compile(tmp_path, monkeypatch, capsys):
     """Libraries have the intended products, those of PRODUCTS. They are compiled once, and again if a patch changes."""
     if not all(map(machine_code.tool, ("nvcc", "nvdisasm"))):

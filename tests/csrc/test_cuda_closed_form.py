@@ -50,6 +50,7 @@ def converged(case: str, pixels: int, channels: int, noise: float) -> tuple[Tens
 @pytest.mark.parametrize("channels", [(5, 7), (72, 72)], ids=str)
 @every_layout
 @every_case
+@pytest.mark.core(3)
 def test_constant_norms(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
     student, teacher = draw(CASES[case][0], 2, 75, channels, layout)
     student[:, 3] = teacher[:, 7] = student[:, 70] = teacher[:, 70] = 0
@@ -61,6 +62,7 @@ def test_constant_norms(library: ctypes.CDLL, case: str, layout: str, channels: 
 @every_layout
 @every_case
 @every_relation
+@pytest.mark.core(18)
 def test_values(library: ctypes.CDLL, relation: Relation, case: str, layout: str, channels: tuple[int, int]) -> None:
     student, teacher = draw(CASES[case][0], 1, 75, channels, layout)
     if case == "highest":  # float32 features that need three terms
@@ -73,6 +75,7 @@ def test_values(library: ctypes.CDLL, relation: Relation, case: str, layout: str
 @pytest.mark.parametrize("pixels", [1, 2, 64, 65, 200, 1200])
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
 @every_normalized
+@pytest.mark.core(5)
 def test_any_number_of_pixels(library: ctypes.CDLL, relation: Relation, channels: tuple[int, int], pixels: int) -> None:
     if pixels == 1:
         relation = NONE  # normalised, a single pixel has D = 1 - 1 = 0
@@ -101,6 +104,7 @@ def test_pixels_and_channels_of_different_magnitude(library: ctypes.CDLL, case: 
 @pytest.mark.parametrize("need_grad", [True, False])
 @every_normalized
 @pytest.mark.parametrize("channels", [(8, 16), (72, 72)], ids=str)
+@pytest.mark.core(5)
 def test_reductions(
     library: ctypes.CDLL, channels: tuple[int, int], relation: Relation, need_grad: bool, reduction: str
 ) -> None:
@@ -141,6 +145,7 @@ def test_rows_of_another_magnitude_near_convergence(library: ctypes.CDLL, factor
 @every_layout
 @every_case
 @every_relation
+@pytest.mark.core(5)
 def test_equal_features_give_zero(library: ctypes.CDLL, relation: Relation, case: str, layout: str) -> None:
     student, _ = draw(CASES[case][0], 1, 100, (72, 72), layout)
     result = run(library, student, student.clone(), relation, case)
@@ -209,6 +214,7 @@ def test_overflow_gives_nan(library: ctypes.CDLL, value: float, relation: Relati
 
 @every_normalized
 @pytest.mark.parametrize("channels", [(72, 8), (72, 72)], ids=str)
+@pytest.mark.core(1)
 def test_the_order_of_the_threads_does_not_change_the_bits(
     library: ctypes.CDLL, channels: tuple[int, int], relation: Relation
 ) -> None:

@@ -147,6 +147,7 @@ def check(
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @every_layout
 @every_precision
+@pytest.mark.core(24)
 def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relation: Relation) -> None:
     check(library, *draw(precision, 1, 75, (5, 7), layout), relation, precision)
 
@@ -154,6 +155,7 @@ def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relat
 @pytest.mark.parametrize("need_grad", [True, False])
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @every_precision
+@pytest.mark.core(18)
 def test_rectified(library: ctypes.CDLL, precision: str, relation: Relation, need_grad: bool) -> None:
     """Two blocks of pixels: tiles on and off the diagonal, and zero-norm pixels."""
     student, teacher = draw(precision, 1, 75, (5, 7), "nlc" if need_grad else "nchw")
@@ -195,6 +197,7 @@ def test_zero_norm_pixels(library: ctypes.CDLL, precision: str, normalize: str) 
 @pytest.mark.parametrize("channels", [8, 200])
 @every_layout
 @every_precision
+@pytest.mark.core(12)
 def test_equal_features_give_exactly_zero(
     library: ctypes.CDLL, precision: str, layout: str, channels: int, normalize: str
 ) -> None:
@@ -210,6 +213,7 @@ def test_equal_features_give_exactly_zero(
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32x3"])
+@pytest.mark.core(12)
 def test_error_is_as_small_as_that_of_eager(
     library: ctypes.CDLL, precision: str, relation: Relation, channels: tuple[int, int]
 ) -> None:
@@ -284,6 +288,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @every_layout
 @every_precision
+@pytest.mark.core(12)
 def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: str, view: str) -> None:
     """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]
@@ -298,6 +303,7 @@ def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: s
 
 @every_layout
 @every_precision
+@pytest.mark.core(3)
 def test_rows_that_are_not_resident_pass_through_the_ring(library: ctypes.CDLL, precision: str, layout: str) -> None:
     """Results are bit-identical for any number of resident row panels."""
     student, teacher = draw(precision, 1, 70, (60, 400), layout)

@@ -164,6 +164,7 @@ def check(
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @every_layout
 @every_case
+@pytest.mark.core(24)
 def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: Relation) -> None:
     """At most six launches for row, three for cosine, two for none; backward adds one."""
     result = check(library, *draw(CASES[case][0], 2, 75, (5, 7), layout), relation, case)
@@ -173,6 +174,7 @@ def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("case", ["bf16", "highest"])
+@pytest.mark.core(12)
 def test_flags(library: ctypes.CDLL, case: str, relation: Relation, flags: tuple[str, ...]) -> None:
     """Constant norms take no weighted moment."""
     student, teacher = draw(CASES[case][0], 2, 75, (5, 7))
@@ -198,12 +200,14 @@ def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: 
 
 @pytest.mark.parametrize("relation", RELATIONS[:6], ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("case", ["bf16", "highest"])
+@pytest.mark.core(3)
 def test_sm90_tiles_with_constant_norms(library: ctypes.CDLL, case: str, relation: Relation) -> None:
     features = draw(CASES[case][0], 2, 150, (5, 7))
     check_sm90(library, features, replace(relation, detach_norms=True), case, seed=1)
 
 
 @alternating("case, relation", SM90_TOLERANCE, RELATIONS)
+@pytest.mark.core(8)
 def test_sm90_tiles(library: ctypes.CDLL, case: str, layout: str, relation: Relation) -> None:
     """The same launches, and the gradient from sums in another order."""
     if case == "fp16" and relation.normalize == "none" and relation.distance != "l1":
@@ -213,6 +217,7 @@ def test_sm90_tiles(library: ctypes.CDLL, case: str, layout: str, relation: Rela
 
 @pytest.mark.slow
 @alternating("case, channels", SM90_TOLERANCE, [(64, 70), (70, 8), (3, 5)])
+@pytest.mark.core(2)
 def test_sm90_tiles_of_many_blocks(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
     for relation in (ROW, COSINE):
         check_sm90(library, draw(CASES[case][0], 1, 300, channels, layout), relation, case)
@@ -230,6 +235,7 @@ def test_sm90_zero_norm_pixels_have_no_gradient(library: ctypes.CDLL) -> None:
 
 @pytest.mark.slow
 @alternating("case, pixels", CASES, [1, 3, 33, 64, 65, 200, 257])
+@pytest.mark.core(8)
 def test_any_number_of_pixels(library: ctypes.CDLL, case: str, layout: str, pixels: int) -> None:
     for relation in (ROW, COSINE) if pixels > 1 else (Relation("none", "l2"),):
         check(library, *draw(CASES[case][0], 1, pixels, (5, 4), layout), relation, case)
@@ -237,6 +243,7 @@ def test_any_number_of_pixels(library: ctypes.CDLL, case: str, layout: str, pixe
 
 @pytest.mark.slow
 @alternating("case, channels", CASES, [(1, 1), (3, 33), (33, 3), (64, 65), (65, 130), (200, 64), (257, 8)])
+@pytest.mark.core(8)
 def test_any_number_of_channels(library: ctypes.CDLL, case: str, layout: str, channels: tuple[int, int]) -> None:
     student, teacher = draw(CASES[case][0], 1, 20, channels, layout)
     if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
@@ -257,6 +264,7 @@ def test_reductions(library: ctypes.CDLL, reduction: str, relation: Relation) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", ["bf16", "highest"])
+@pytest.mark.core(2)
 def test_plans_for_several_devices(library: ctypes.CDLL, case: str, device: str) -> None:
     """The plan fits into shared memory, with features that stay there and features that do not."""
     for pixels, channels in ((130, (70, 300)), (20, (10, 600))):
@@ -277,6 +285,7 @@ def test_zero_norm_pixels(library: ctypes.CDLL, case: str, normalize: str) -> No
 @pytest.mark.parametrize("normalize", ["row", "cosine"])
 @every_layout
 @every_case
+@pytest.mark.core(5)
 def test_equal_features_give_exactly_zero(library: ctypes.CDLL, case: str, layout: str, normalize: str) -> None:
     student, _ = draw(CASES[case][0], 1, 90, (70, 1), layout)
     result = emulate(library, student, student.clone(), Relation(normalize, "l1"), case)
@@ -306,6 +315,7 @@ def test_nan_and_infinity_propagate(library: ctypes.CDLL, case: str) -> None:
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
+@pytest.mark.core(12)
 def test_error_is_as_small_as_that_of_eager(
     library: ctypes.CDLL, case: str, relation: Relation, channels: tuple[int, int]
 ) -> None:
@@ -349,6 +359,7 @@ def test_extreme_magnitudes(library: ctypes.CDLL, layout: str, case: str, magnit
 @pytest.mark.parametrize("mean", [1, 100])
 @every_layout
 @pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
+@pytest.mark.core(4)
 def test_pixels_without_the_common_mean_keep_their_digits(
     library: ctypes.CDLL, case: str, layout: str, mean: float, outliers: bool
 ) -> None:
@@ -368,6 +379,7 @@ def test_pixels_without_the_common_mean_keep_their_digits(
 
 
 @every_case
+@pytest.mark.core(2)
 def test_moment(library: ctypes.CDLL, case: str) -> None:
     """M of features with a mean, over several ranges of pixels and blocks of channels."""
     student, teacher = draw(CASES[case][0], 1, 500, (100, 4), "nchw")
@@ -394,6 +406,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @every_layout
 @pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
+@pytest.mark.core(12)
 def test_views_are_read_in_place(library: ctypes.CDLL, case: str, layout: str, view: str, relation: Relation) -> None:
     """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]
@@ -415,6 +428,7 @@ def test_gradient_in_the_other_layout(library: ctypes.CDLL, case: str) -> None:
 
 
 @alternating("case", CASES)
+@pytest.mark.core(1)
 def test_deterministic(library: ctypes.CDLL, case: str, layout: str) -> None:
     """Results are bit-identical in any order of blocks and threads."""
     student, teacher = draw(CASES[case][0], 2, 200, (70, 20), layout)

@@ -91,6 +91,7 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_device_code(tmp_path: Path) -> None:
     """The kernels compile for sm_90a without spills, and ptxas keeps their products asynchronous."""
     report = compile_for_gpu(tmp_path / "library.so")
@@ -137,6 +138,7 @@ def operands(dtype: torch.dtype, k: int, n: int) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("right", [K_MAJOR, MN_MAJOR], ids=["k", "mn"])
 @pytest.mark.parametrize("left", [IN_REGISTERS, K_MAJOR, MN_MAJOR], ids=["registers", "k", "mn"])
+@pytest.mark.core(8)
 def test_products_in_every_layout(machine: ctypes.CDLL, left: int, right: int, dtype: torch.dtype, tma: bool) -> None:
     for k, n, seed in itertools.product((64, 128), (64, 128), (0, 1)):
         a, b, expected = operands(dtype, k, n)
@@ -235,6 +237,7 @@ def test_ordered_additions_are_deterministic(machine: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("none", "early_order", "no_order")])
+@pytest.mark.core(8)
 def test_mistakes_are_detected(library: ctypes.CDLL, fault: str) -> None:
     """Each mistake is reported, or makes the results wrong, for every schedule."""
     features = integers(64, 3 * BLOCK)
@@ -253,6 +256,7 @@ def test_mistakes_are_detected(library: ctypes.CDLL, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["early_order", "no_order"])
+@pytest.mark.core(1)
 def test_unordered_additions_change_the_bits(library: ctypes.CDLL, fault: str) -> None:
     """Sums in another order are right, but not bit-identical from run to run."""
     features = torch.randn(64, 3 * BLOCK).to(torch.bfloat16)

@@ -76,6 +76,7 @@ every_precision = pytest.mark.parametrize("precision", INSTRUCTIONS)
 
 @every_variant
 @every_precision
+@pytest.mark.core(4)
 def test_tiles(precision: str, variant: str) -> None:
     found = built(f"sm80_{precision}{variant}")
     check_code(found)
@@ -124,6 +125,7 @@ def check_loads(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("folder", ["algebra", "closed_form"])
+@pytest.mark.core(3)
 def test_algebra(folder: str, element: str) -> None:
     found = built(f"{folder}_{element}")
     check_code(found)

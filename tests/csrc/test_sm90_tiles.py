@@ -109,6 +109,7 @@ def check(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Rela
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
 @every_dtype
+@pytest.mark.core(9)
 def test_every_relation(library: ctypes.CDLL, dtype: torch.dtype, relation: Relation) -> None:
     if dtype == torch.float16 and relation.normalize == "none" and relation.distance != "l1":
         pytest.skip("not covered: K has no bound")
@@ -119,6 +120,7 @@ def test_every_relation(library: ctypes.CDLL, dtype: torch.dtype, relation: Rela
 @pytest.mark.slow
 @pytest.mark.parametrize("pixels", [1, 8, 127, 128, 129, 385])
 @every_dtype
+@pytest.mark.core(5)
 def test_any_number_of_pixels(library: ctypes.CDLL, dtype: torch.dtype, pixels: int) -> None:
     relation = ROW if pixels > 1 else Relation("none", "l1")  # normalised, a single pixel has D = 1 - 1 = 0
     for layout in LAYOUTS:
@@ -128,6 +130,7 @@ def test_any_number_of_pixels(library: ctypes.CDLL, dtype: torch.dtype, pixels: 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [(1, 1), (8, 65), (64, 256), (65, 33), (130, 70), (256, 8), (8, 1024)], ids=str)
 @every_dtype
+@pytest.mark.core(6)
 def test_any_number_of_channels(library: ctypes.CDLL, dtype: torch.dtype, channels: tuple[int, int]) -> None:
     """Features that do not fit into shared memory pass through the ring."""
     for layout in LAYOUTS:
@@ -153,6 +156,7 @@ def test_zero_norm_pixels(library: ctypes.CDLL, dtype: torch.dtype, normalize: s
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("channels", [8, 200])
 @every_dtype
+@pytest.mark.core(4)
 def test_equal_features_give_exactly_zero(
     library: ctypes.CDLL, dtype: torch.dtype, channels: int, normalize: str
 ) -> None:
@@ -174,6 +178,7 @@ def test_extreme_magnitudes(library: ctypes.CDLL, dtype: torch.dtype) -> None:
 
 @every_layout
 @every_dtype
+@pytest.mark.core(2)
 def test_views_are_read_in_place_or_copied(library: ctypes.CDLL, dtype: torch.dtype, layout: str) -> None:
     """NaN surrounds the views. TMA cannot read those that are misaligned."""
     every = slice(None)
@@ -219,6 +224,7 @@ def draw_float32(pixels: int = 200, channels: tuple[int, int] = (20, 70)) -> tup
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.core(3)
 def test_float32_is_as_accurate_as_eager(library: ctypes.CDLL, relation: Relation) -> None:
     check_as_eager(library, *draw_float32(300), relation)
 
@@ -291,6 +297,7 @@ def test_denormal_features(library: ctypes.CDLL) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.core(2)
 def test_features_that_are_not_finite(library: ctypes.CDLL, normalize: str, value: float) -> None:
     student, teacher = draw_float32(140)
     for features in (student, teacher):
@@ -323,6 +330,7 @@ SCHEDULES = {"additions": (7 * 128, (8, 8), 2), "ring": (264, (70, 600), 2), "se
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("relation", [ROW, Relation("cosine", "l2")], ids=lambda r: r.normalize)
+@pytest.mark.core(1)
 def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Relation, schedule: str) -> None:
     pixels, channels, multiprocessors = SCHEDULES[schedule]
     student, teacher = draw(torch.bfloat16, 1, pixels, channels, "nchw")
@@ -336,6 +344,7 @@ def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Rela
 @pytest.mark.slow
 @pytest.mark.parametrize("need_grad", [False, True])
 @every_dtype
+@pytest.mark.core(2)
 def test_races(library: ctypes.CDLL, dtype: torch.dtype, need_grad: bool) -> None:
     """The ring is used several times in each tile, by every kind of kernel."""
     student, teacher = draw(dtype, 1, 264, (8, 700), "nchw")

@@ -94,17 +94,20 @@ def spawn(case: str, ranks: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.core(1)
 def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
     spawn("relations", ranks, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
     """Only a rank's own columns contain its diagonal, which continues from strip to strip."""
     spawn("strips", 2, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_bytes_that_are_exchanged(tmp_path: Path) -> None:
     """Those of docs/several-gpus.md."""
     spawn("traffic", 3, tmp_path)
@@ -125,6 +128,7 @@ def test_double_backward_over_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_ranks_with_different_channels(tmp_path: Path) -> None:
     """Every rank raises an error, and none waits forever."""
     spawn("misfit", 2, tmp_path)

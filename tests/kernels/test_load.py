@@ -29,6 +29,7 @@ def kibibytes() -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.core(0)
 def test_memory_does_not_grow() -> None:
     """Over 10,000 calls of all backends: leaking the features or a workspace would take at least 50 MB."""
     pairs = {name: features(batch=1, pixels=48, channels=(12, 16), dtype=torch.float32) for name in BACKENDS}
@@ -83,6 +84,7 @@ class Losses(Dataset):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
+@pytest.mark.core(1)
 def test_forked_workers(backend: str) -> None:
     """In a process of its own, because autograd refuses to fork once other tests have started its threads."""
     command = [sys.executable, "-c", f"import test_load; test_load.compare_forked_workers({backend!r})"]

@@ -347,6 +347,7 @@ TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 1e-3}
 @pytest.mark.parametrize(
     ("capability", "setting"), [("default", ""), ("avx2", ""), ("", "torch.backends.mkldnn.enabled = False")]
 )
+@pytest.mark.core(1)
 def test_other_processors(capability: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors and matrix products for other processors give the results of those for this one."""
     monkeypatch.setattr(native, "TILE", 0)  # SAMPLES sets it: restore it after the test

@@ -144,6 +144,7 @@ print(json.dumps(losses))
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_row_norms_where_products_round_floats(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without microkernels and a visible BLAS, products are those of ATen, whose precision the user may lower."""
     library = Path(native.extension().__file__).read_bytes()

@@ -60,6 +60,7 @@ def fresh_compiler() -> Iterator[None]:
         ("closed_form", "cosine", "l2", torch.bfloat16),
     ],
 )
+@pytest.mark.core(1)
 def test_opcheck_of_python(backend: str, normalize: str, distance: str, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(2, 9, 3, dtype=dtype), torch.randn(2, 4, 9, dtype=dtype).mT
     for need_grad in (True, False):
@@ -88,6 +89,7 @@ def cpp(name: str) -> torch._ops.OpOverload:
     ids=str,
 )
 @pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.core(3)
 def test_opcheck(shape: tuple[int, ...], layout: str, scope: str) -> None:
     for reduction, need_grad, dtype in (("mean", True, torch.float32), ("none", False, torch.float16)):
         student, teacher = torch.randn(shape).to(dtype).requires_grad_(need_grad), torch.randn(shape).to(dtype)

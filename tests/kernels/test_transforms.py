@@ -84,6 +84,7 @@ def test_compiled_transforms_raise(options: dict, transform: Callable) -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own: vmap runs the operator in a loop
 @every_backend
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.core(3)
 def test_gradient_through_vmap(options: dict, compiled: bool) -> None:
     student, teacher = images()
 

@@ -77,6 +77,7 @@ def test_the_input_size_of_each_direction(oblong, flags, size_A, size_B):
 
 
 @pytest.mark.parametrize("module", ["srpkd.training.datasets", "srpkd.data.batches"])
+@pytest.mark.core(1)
 def test_data_loading_does_not_import_plotting(module):
     program = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

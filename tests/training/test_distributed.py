@@ -78,6 +78,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.core(1)
 def test_two_processes_train_like_one(runs):
     _, one, two = runs
     ours, theirs = lines(one), lines(two)
@@ -103,6 +104,7 @@ def test_only_rank_0_writes_and_prints(runs):
     assert output.count(f"report: {Path(*two.parts[-2:])}/index.html") == 1
 
 
+@pytest.mark.core(1)
 def test_an_error_of_one_rank_is_raised_on_all(server, runs):
     """Before training starts, without the traceback of a rank that waited for the others."""
     _, _, two = runs
@@ -119,6 +121,7 @@ def test_an_error_of_one_rank_is_raised_on_all(server, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.core(1)
 def test_torchrun(runs):
     model, _, two = runs
     if model == "cycle_gan":
@@ -257,6 +260,7 @@ def test_a_failed_run_leaves_no_threads_and_torchrun_repeats_its_message(tmp_pat
         ("kill", "another process of this run was killed or crashed", 0),
     ],
 )
+@pytest.mark.core(1)
 def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, message, tracebacks):
     assert server([*ARGUMENTS["pix2pix"], *TINY], tmp_path, (f"{point} on rank 1", 3), processes=2) == 1
     output = (tmp_path / "log").read_text()
@@ -265,6 +269,7 @@ def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, 
 
 
 @pytest.mark.slow
+@pytest.mark.core(1)
 def test_resumed_processes_continue_bit_identically(server, runs):
     """Each process has its own image pools and random state. A signal that one of them receives stops all."""
     model, _, expected = runs

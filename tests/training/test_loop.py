@@ -149,6 +149,7 @@ NO_CYCLE = "--lambda_A=0.01 --lambda_B=0.01"  # lambda_identity is relative to t
         ("cycle_gan", "--lambda_srp=1000", ("G_A", "G_B"), ["srp_A", "srp_B"]),
     ],
 )
+@pytest.mark.core(2)
 def test_training_reduces_each_loss(run_dir, model, weights, teachers, losses):
     """One kind of loss outweighs the GAN loss, so nothing else can reduce it or keep it from falling."""
     schedule = "--n_epochs=2 --epoch_steps=20 --lr=0.01 --batch_size=4 --ngf=4"

@@ -76,6 +76,7 @@ def test_loader_processes_by_default(monkeypatch, cores, expected):
 @pytest.mark.parametrize(
     ("name", "minimum"), [(name, minimum) for minimum, names in MINIMUM.items() for name in names.split()]
 )
+@pytest.mark.core(12)
 def test_every_lower_bound(usage_error, name, minimum):
     assert vars(parse(HERE, f"--{name}={minimum}"))[name] == minimum
     assert re.fullmatch(

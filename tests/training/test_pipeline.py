@@ -179,6 +179,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["{}/A {}/B", "A/{} B/{}", "{}A {}B", "{}_A {}_B"])
+@pytest.mark.core(2)
 def test_pairs_in_two_folders_train_like_pairs_side_by_side(run, tmp_path, form):
     arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", "--direction=BtoA", *TINY]
     one = run(f"--dataroot={write_synthetic(tmp_path / 'one', 4, 2, 20)}", *arguments)
@@ -194,6 +195,7 @@ def test_pairs_in_two_folders_train_like_pairs_side_by_side(run, tmp_path, form)
 
 
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+@pytest.mark.core(1)
 def test_training_needs_no_test_images(run, tmp_path, model):
     mode = "aligned" if model == "pix2pix" else "unaligned"
     folder = write_synthetic(tmp_path / "images", 4, 2, 20, layout=mode)
@@ -227,6 +229,7 @@ def test_training_needs_no_test_images(run, tmp_path, model):
 
 
 @pytest.mark.parametrize("model", ["pix2pix", "cycle_gan"])
+@pytest.mark.core(1)
 def test_the_same_seed_gives_bit_identical_weights(run, model):
     arguments = ["--model", model, *SYNTHETIC, *TEACHER, "--lambda_feature=1", "--name=same"]
     arguments.append("--no_dropout=false")

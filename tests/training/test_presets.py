@@ -206,12 +206,14 @@ def check(folder: Path, config: ResolvedConfig, teacher: bool) -> None:
         pytest.param("unet256-64to16", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.core(1)
 def test_a_pair_runs(run, name):
     folder, config = run(name, size=256 if name.startswith("unet") else 32)
     check(folder, config, teacher=True)
 
 
 @pytest.mark.parametrize("name", ["horse2zebra", "cityscapes", "edges2shoes"])
+@pytest.mark.core(1)
 def test_a_data_set_runs_alone_and_with_a_pair(run, name):
     pair, size = ("unet256-64to16", 256) if DATA_SETS[name][0] == "pix2pix" else ("resnet9-64to16", 32)
     check(*run(name, size=size, flags=("--ngf=2", "--ndf=4")), teacher=False)
@@ -221,6 +223,7 @@ def test_a_data_set_runs_alone_and_with_a_pair(run, name):
 
 
 @pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.core(1)
 def test_a_demo_runs(run, name):
     folder, config = run(name, flags=("--synthetic_pairs=24", "--synthetic_test_pairs=3"))
     check(folder, config, teacher=True)

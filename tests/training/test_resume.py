@@ -49,6 +49,7 @@ def assert_equal(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ARGUMENTS)
+@pytest.mark.core(1)
 def test_two_runs_are_bit_identical(server, undisturbed, root, model):
     """Weights, metrics and images are bit-identical in another process."""
     cwd = root / f"again {model}"
@@ -79,6 +80,7 @@ KILLS = {
     [(model, kills) for model, cases in KILLS.items() for kills in cases],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
 )
+@pytest.mark.core(3)
 def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, root, model, kills):
     expected = undisturbed(model)
     cwd = root / f"{model} {kills}"
@@ -99,6 +101,7 @@ def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, 
         ("cycle_gan", [("interrupt step", 3)]),
     ],
 )
+@pytest.mark.core(1)
 def test_stopped_and_resumed_run_is_bit_identical(server, undisturbed, root, model, stops):
     """A signal lets the run finish its step and save its state."""
     expected = undisturbed(model)
@@ -120,6 +123,7 @@ def test_stopped_and_resumed_run_is_bit_identical(server, undisturbed, root, mod
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
+@pytest.mark.core(1)
 def test_damaged_state_is_skipped(server, undisturbed, root, damage):
     cwd = root / f"damaged {damage}"
     cwd.mkdir()

@@ -73,6 +73,7 @@ def assert_same_bits(objective: Objective, others: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("others", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("netG", ["resnet_1blocks", f"unet_{SIZE}"])
+@pytest.mark.core(4)
 def test_static_inputs_change_no_bit(others, netG):
     others = others | {"netG": netG}
     objective = make(others)

@@ -13,6 +13,7 @@ from srpkd.training import pipeline
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_two_workers_give_the_scores_of_one(tmp_path, tiny_study):
     weights = (0.0, 10.0, 100.0)
     found = []

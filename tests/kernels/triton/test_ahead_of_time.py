@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future
 from itertools import pairwise
 
 import pytest
@@ -29,20 +27,12 @@ from srpkd.kernels.triton.compiler_report import (
     Case,
     cases,
     compile_case,
-    compiler_pool,
     variants,
 )
 
 ROW_L1 = Relation("row", "l1")
 CASES = [case for capability in CAPABILITIES for case in cases(capability)] + list(variants((9, 0)))
 INSTRUCTION = {(8, 0): "mma.sync", (8, 6): "mma.sync", (9, 0): "wgmma.mma_async", (10, 0): "tcgen05.mma"}
-
-
-@pytest.fixture(scope="module")
-def reports() -> Iterator[dict[Case, Future]]:
-    """Compile all cases in parallel, and return the future report of each."""
-    with compiler_pool() as pool:
-        yield {case: pool.submit(compile_case, case) for case in CASES}
 
 
 def name(case: Case) -> str:
@@ -52,9 +42,10 @@ def name(case: Case) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_compiled_ahead_of_time(case, reports):
+@pytest.mark.core(50)
+def test_compiled_ahead_of_time(case):
     """Kernels spill few registers, fit into shared memory, and use the matrix instructions of the architecture."""
-    report = reports[case].result()
+    report = compile_case(case)
     assert report.shared <= SHARED_LIMIT[case.capability]
     # with Triton 3.6, the exact norms of float32 spill 96 bytes on sm_80 and 72 on sm_86
     exact_norms = case.kernel == "scale" and "highest" in str(case)

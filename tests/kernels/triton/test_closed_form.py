@@ -81,6 +81,7 @@ def assert_as_accurate_as_eager(
     ids=lambda value: str(value).removeprefix("torch."),
 )
 @every_relation
+@pytest.mark.core(9)
 def test_errors(relation, dtype, channels):
     # the direct form of "row" adds up float32 sums of each row, without an average over squares
     bound = 4 * ULP if relation == ROW and channels[0] != channels[1] else ULP
@@ -89,6 +90,7 @@ def test_errors(relation, dtype, channels):
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40), (140, 30)], ids=str)
 @every_dtype
+@pytest.mark.core(3)
 def test_constant_norms(dtype, channels):
     student, teacher = draw(2, 40, channels, dtype)
     student[:, 3] = teacher[:, 7] = student[:, 39] = teacher[:, 39] = 0
@@ -98,6 +100,7 @@ def test_constant_norms(dtype, channels):
 @pytest.mark.parametrize("noise", [1e-1, 1e-4])
 @every_dtype
 @every_relation
+@pytest.mark.core(6)
 def test_errors_near_convergence(relation, dtype, noise):
     """The relative error of the loss grows as the rounding errors of features relative to their difference."""
     student, teacher = converged(1, 100, 40, noise, dtype)
@@ -106,6 +109,7 @@ def test_errors_near_convergence(relation, dtype, noise):
 
 
 @pytest.mark.parametrize("factor", [1 / 3, 10.0, 2.0**40])
+@pytest.mark.core(1)
 def test_rows_of_another_magnitude_near_convergence(factor):
     """The relation does not depend on the magnitude of the features, which the gains compensate."""
     student, teacher = converged(1, 100, 40, 1e-3, torch.float32)
@@ -117,6 +121,7 @@ def test_rows_of_another_magnitude_near_convergence(factor):
 
 
 @every_relation
+@pytest.mark.core(1)
 def test_different_channels_near_convergence(relation):
     """The direct form loses digits, but no more than float32 sums lose relative to a mean squared relation."""
     student, _ = converged(1, 100, 24, 0.0, torch.float32)
@@ -135,6 +140,7 @@ def test_different_channels_near_convergence(relation):
 
 @every_relation
 @every_dtype
+@pytest.mark.core(3)
 def test_equal_features_give_zero(dtype, relation):
     student, _ = draw(2, 100, (40, 40), dtype)
     loss, gradient = run(student, student.clone(), relation)
@@ -144,6 +150,7 @@ def test_equal_features_give_zero(dtype, relation):
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_relation
+@pytest.mark.core(2)
 def test_zero_norm_pixels(relation, channels):
     """Pixels of the student, the teacher or both. For "cosine" the diagonal counts as 0 at these too."""
     student, teacher = draw(2, 70, channels, torch.float32)
@@ -178,6 +185,7 @@ def test_one_pixel(relation):
 
 @pytest.mark.parametrize(("pixels", "splits"), [(2, 1), (31, 1), (33, 2), (64, 2), (129, 3), (500, 4)])
 @every_normalized
+@pytest.mark.core(4)
 def test_any_number_of_pixels(relation, pixels, splits, monkeypatch):
     """And several partial sums, of different lengths."""
     monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
@@ -214,6 +222,7 @@ def test_launches(need_grad, channels, monkeypatch):
 @pytest.mark.parametrize("size", [1e-15, 1e15])
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
+@pytest.mark.core(3)
 def test_features_of_any_size(relation, channels, size):
     student, teacher = draw(1, 60, channels, torch.float32)
     relation = replace(relation, eps=0.0)
@@ -228,6 +237,7 @@ def test_features_of_any_size(relation, channels, size):
 @pytest.mark.parametrize(("value", "need_grad"), [(1e20, True), (torch.inf, True), (torch.nan, True), (1e20, False)])
 @pytest.mark.parametrize("channels", [(5, 7), (7, 7)], ids=str)
 @every_normalized
+@pytest.mark.core(4)
 def test_overflow_gives_nan(relation, channels, need_grad, value):
     student, teacher = draw(2, 40, channels, torch.float32)
     student[0, 3] *= value
@@ -239,6 +249,7 @@ def test_overflow_gives_nan(relation, channels, need_grad, value):
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
+@pytest.mark.core(3)
 def test_float32_follows_the_matmul_precision(relation, precision, channels):
     """The bounds are those of the benchmark's gate."""
     student, teacher = draw(1, 70, channels, torch.float32)
@@ -256,6 +267,7 @@ def test_float32_follows_the_matmul_precision(relation, precision, channels):
 
 @pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
 @every_normalized
+@pytest.mark.core(4)
 def test_strides_are_read_in_place(relation, make):
     """The memory between the features is NaN, so that a read outside them fails the test."""
     student, teacher = torch.rand(2, 6, 5, 7), torch.rand(2, 9, 5, 7)
@@ -268,6 +280,7 @@ def test_strides_are_read_in_place(relation, make):
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
+@pytest.mark.core(1)
 def test_two_runs_give_the_same_bits(relation, channels):
     student, teacher = draw(2, 70, channels, torch.bfloat16)
     loss, gradient = run(student, teacher, relation)

@@ -132,6 +132,7 @@ def test_available_but_not_chosen_by_auto():
 
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
 @pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.core(12)
 def test_error_of_every_relation(relation, dtype):
     # for "row" two row blocks, the second of them incomplete, and split columns
     pixels = 130 if relation.normalize == "row" else 70
@@ -140,6 +141,7 @@ def test_error_of_every_relation(relation, dtype):
 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
 @pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.core(9)
 def test_flags(relation, flags):
     """Two blocks of pixels, with zero-norm pixels in both networks."""
     relation = replace(relation, **dict.fromkeys(flags, True))
@@ -149,6 +151,7 @@ def test_flags(relation, flags):
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.core(1)
 def test_a_rectified_nan_is_not_hidden(normalize):
     for broken in range(2):
         pair = features(None, 2, 40, (5, 7), torch.float32)
@@ -159,6 +162,7 @@ def test_a_rectified_nan_is_not_hidden(normalize):
 
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+@pytest.mark.core(2)
 def test_float32_follows_the_matmul_precision(precision, bits, relation):
     """The error is at most 3 times that of eager PyTorch on a GPU, which multiplies in TF32 or bfloat16."""
     student, teacher = features(relation, 1, 70, (24, 40), torch.float32)
@@ -179,6 +183,7 @@ def test_any_number_of_pixels(pixels):
 # blocks of 32, 64 and 128 channels: incomplete, full, and several; for the student also U in several programs
 @pytest.mark.parametrize("channels", [(2, 1), (17, 64), (65, 100), (140, 70)], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
+@pytest.mark.core(4)
 def test_any_number_of_channels(channels, dtype):
     relation = ROW_L1
     assert_as_accurate_as_eager(*features(relation, 1, 20, channels, dtype), relation)
@@ -204,6 +209,7 @@ def contiguous() -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
+@pytest.mark.core(3)
 def test_strides_are_read_in_place(make, contiguous):
     """The memory between the features is NaN, so that a read outside them fails the test."""
     student, teacher, *expected = contiguous
@@ -213,6 +219,7 @@ def test_strides_are_read_in_place(make, contiguous):
 
 
 @pytest.mark.parametrize("need_grad", [True, False])
+@pytest.mark.core(1)
 def test_reductions(need_grad):
     """The loss is reduced in the kernels; the gradient is that of each image's own loss."""
     student, teacher = features(None, 3, 50, (24, 40), torch.bfloat16)
@@ -244,6 +251,7 @@ def test_split_columns_add_up(slots, monkeypatch):
 
 @pytest.mark.parametrize("flags", [(), *FLAG_SETS], ids="-".join)
 @pytest.mark.parametrize("relation", L1, ids=name)
+@pytest.mark.core(4)
 def test_relation_tiles(relation, flags):
     """The primitive with the scales of formulas.py equals that of ``blocked`` in float64."""
     relation = replace(relation, **dict.fromkeys(flags, True))
@@ -298,6 +306,7 @@ def test_images_are_independent():
 
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
+@pytest.mark.core(3)
 def test_loss_and_gradient_of_equal_features_are_zero(relation, dtype):
     student, _ = features(None, 1, 40, (24, 24), dtype)
     loss, gradient = run(student, student.clone(), relation)
@@ -341,6 +350,7 @@ def test_float16_of_any_size(relation, size):
 
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1e10, 1e15])
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
+@pytest.mark.core(3)
 def test_float32_of_any_size(relation, size):
     """Relations do not depend on the size of features. Squared row norms grow with its fourth power, beyond float32."""
     student, teacher = features(relation, 2, 60, (24, 70), torch.float32)

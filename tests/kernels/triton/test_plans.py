@@ -151,6 +151,7 @@ def test_compiled_kernels_are_launched_directly(driver, monkeypatch, capsys) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.core(1)
 def test_launches_of_a_training_step(driver, reduction, monkeypatch) -> None:
     """Backward is one launch, with the weight of the mean in it."""
     monkeypatch.setattr(op, "_gpu_kernels", lambda device: triton)
@@ -171,6 +172,7 @@ def test_launches_of_a_training_step(driver, reduction, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("need_grad", [True, False])
 @pytest.mark.parametrize("channels", [(64, 256), (64, 64)], ids=str)
+@pytest.mark.core(1)
 def test_the_closed_form_of_row_is_compiled_and_launched(driver, channels, need_grad) -> None:
     """The second stage uses the kernels of the first, specialised in another way."""
     for _ in range(2):
@@ -199,6 +201,7 @@ def test_features_of_another_alignment_are_specialised_again(driver) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_another_batch_needs_no_other_kernel(driver) -> None:
     """Nor do other numbers of splits, which follow from it."""
     student, teacher = features()
