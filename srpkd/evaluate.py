@@ -1,7 +1,7 @@
 """Score generated images: ``python -m srpkd.evaluate generated real``.
 
-FID and KID are computed by torch-fidelity, SSIM by torchmetrics (``pip install 'srpkd[metrics]'``). The scores that a
-training run reports are computed in ``srpkd.training.validation``.
+FID and KID are computed by torch-fidelity (``pip install 'srpkd[metrics]'``). The scores that a training run reports
+are computed in ``srpkd.training.validation``.
 """
 
 from __future__ import annotations

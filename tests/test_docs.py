@@ -208,7 +208,7 @@ SMALL = {
 @pytest.mark.slow
 def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_thread):
     """Run the page's commands in order, on small images. Leave FID out: its network is a download."""
-    for package in ("onnxscript", "onnxruntime", "torchmetrics"):
+    for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ComparisonServer, "serve_forever", lambda self: None)

@@ -20,7 +20,6 @@ from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 
 pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
-pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
 
 @pytest.fixture
@@ -63,11 +62,10 @@ def test_fid_and_kid_with_inception(folders, tmp_path, monkeypatch, capsys, one_
     )
 
 
-@pytest.mark.parametrize(("package", "metric"), [("torch_fidelity", "fid"), ("torchmetrics.functional.image", "ssim")])
-def test_missing_packages(folders, monkeypatch, package, metric):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_missing_package(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(SystemExit, match=r"error: .* needs torch.*: pip install 'srpkd\[metrics\]'"):
-        main([str(folders["generated"]), str(folders["generated"]), "--metrics", metric])
+        main([str(folders["generated"]), str(folders["generated"]), "--metrics", "fid"])
 
 
 def test_psnr_of_images_paired_by_name(folders, tmp_path, capsys):
@@ -85,7 +83,6 @@ def test_psnr_of_images_paired_by_name(folders, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["0.png", "0.tif", "float.tif"])
 def test_scores_of_deep_images(tmp_path, name):
     """The range is that of the files: 16-bit images that differ by one level have 20 log10(65535) dB."""
-    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     one, other = np.random.default_rng(0).integers(2000, 40000, (2, 16, 16, 1), dtype=np.uint16)
     if name == "float.tif":
         one, other = one / 65535, other / 65535
