@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def distill(
         progress: whether to show a progress bar (needs tqdm).
 
     Returns:
-        For each epoch, the mean of each weighted loss: ``{"kd": ..., "srp": ..., "target": ...}``.
+        For each epoch, the mean of each weighted loss over the steps that have it: ``{"kd": ..., "srp": ..., "target":
+        ...}``. Steps of small batches count as much as others.
 
     Raises:
         TypeError: an argument, a batch or an output has the wrong type.
@@ -117,7 +119,7 @@ def distill(
         student.train()
         try:
             for epoch in range(1, epochs + 1):
-                sums: dict[str, float] = {}
+                collected: dict[str, list[float]] = {}
                 first = step + 1
                 bar = ProgressBar(data, desc=f"epoch {epoch}/{epochs}", unit="step") if progress else None
                 for batch in data if bar is None else bar:
@@ -139,7 +141,8 @@ def distill(
                     optimizer.zero_grad(set_to_none=True)
                     total(losses.values()).backward()
                     optimizer.step()
-                    sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+                    for name, value in values.items():
+                        collected.setdefault(name, []).append(value)
                     if bar is not None:
                         bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
                     if on_step:
@@ -149,7 +152,7 @@ def distill(
                         f"the data gave no batch in epoch {epoch}: expected batches in every epoch, as from a "
                         "DataLoader or a list (a generator can be iterated only once)"
                     )
-                history.append({name: value / (step + 1 - first) for name, value in sums.items()})
+                history.append({name: fmean(own) for name, own in collected.items()})
         finally:
             distiller.close()
             student.eval()

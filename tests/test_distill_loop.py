@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import sys
 import types
 
@@ -90,6 +91,24 @@ def test_steps_minimise_the_weighted_sum(networks):
         optimizer.step()
     for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_target", [(True, False, False), (False, True, True), (False, False, True)])
+def test_batches_without_a_target(networks, with_target):
+    """``target`` may return None: the mean of that loss is over the other batches."""
+    batches, steps = [(IMAGES[:3], has) for has in with_target], []
+    (means,) = distill(
+        *networks,
+        batches,
+        LAYERS,
+        forward=lambda network, batch: network(batch[0]),
+        target=lambda batch: batch[0] if batch[1] else None,
+        on_step=lambda _, values: steps.append(values),
+        progress=False,
+    )
+    assert [("target" in values) for values in steps] == list(with_target)
+    for name in ("kd", "srp", "target"):
+        assert means[name] == pytest.approx(statistics.fmean(values[name] for values in steps if name in values))
 
 
 def test_data_loader_optimizer_and_progress_bar(networks, capsys):

@@ -69,7 +69,8 @@ def score(output: Tensor, target: Tensor) -> dict[str, float]:
     """Return the mean scores of images (P, 3, H, W) in [-1, 1].
 
     PSNR in dB; SSIM (Wang et al., 2004) and VIF, the visual information fidelity in the pixel domain (Sheikh and Bovik,
-    2006), in percent. The images are rounded to 8 bits, as they are when they are saved.
+    2006), in percent. The images are rounded to 8 bits, as they are when they are saved. SSIM is that of torchmetrics,
+    as in the recorded results: unlike ``srpkd.metrics.pixels.ssim``, it counts windows across the edges too.
     """
     output, target = (((images + 1) * 127.5).round().clamp(0, 255) for images in (output, target))
     ssim = structural_similarity_index_measure(output, target, data_range=255.0)

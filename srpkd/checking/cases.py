@@ -78,14 +78,17 @@ class Case:
     def operations(self) -> int:
         """Minimum number of floating-point operations in matrix products, over all known algorithms.
 
-        l1 and huber: half of each Gram matrix, which is symmetric, and for the gradient the product of K with the
-        student's features. l2: the C x C moments, and for the gradient two products with them.
+        Tiles, the only way for l1 and huber: half of each Gram matrix, which is symmetric, and for the gradient the
+        product of K with the student's features. l2 also has the C x C moments of both networks' channels together, of
+        which one half is enough, and for the gradient two products with them. That is less if there are more pixels
+        than channels.
         """
         (student, teacher), pixels = self.channels, self.pixels
-        if self.distance == "l2":
-            moments = 2 * pixels * (student**2 + student * teacher + (0 if self.normalize == "row" else teacher**2))
-            return self.batch * (moments + self.need_grad * 2 * pixels * student * (student + teacher))
-        return self.batch * pixels**2 * (student + teacher + self.need_grad * 2 * student)
+        tiles = pixels**2 * (student + teacher + self.need_grad * 2 * student)
+        if self.distance != "l2":
+            return self.batch * tiles
+        moments = pixels * (student + teacher) ** 2 + self.need_grad * 2 * pixels * student * (student + teacher)
+        return self.batch * min(tiles, moments)
 
     @property
     def bytes_moved(self) -> int:

@@ -87,6 +87,23 @@ def bits_per_channel(image: Image.Image, path: str | os.PathLike) -> int:
     return max(bits, 16) if image.mode[0] in "IF" else bits
 
 
+def white_level(image: Image.Image, bits: int) -> int:
+    """Return the number that stands for white in a gray image of at most 8 bits, opened by Pillow and not decoded yet.
+
+    Pillow scales the numbers of a gray image to 0..255, or those of a single bit to False and True.
+    """
+    if image.format == "PPM" and image.mode == "L":
+        return _pnm_maximum(image)
+    return 1 if image.mode == "1" else 2 ** min(bits, 8) - 1
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Return whether 0 is white in the file of a gray image of at most 8 bits; Pillow inverts such images."""
+    if image.format == "TIFF":
+        return image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+    return image.format == "PPM" and image.mode == "1"
+
+
 def decode_deep(path: str | os.PathLike, image: Image.Image | None, frame: int, orientation: int) -> DeepPixels:
     """Decode a frame of an image with more than 8 bits per channel, upright.
 

@@ -17,7 +17,15 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .deep import DeepPixels, UnsupportedImage, bits_per_channel, decode_deep, read_tiff_header
+from .deep import (
+    DeepPixels,
+    UnsupportedImage,
+    bits_per_channel,
+    decode_deep,
+    is_inverted,
+    read_tiff_header,
+    white_level,
+)
 from .picture import Picture, crop_picture, picture_size, picture_to_levels, resize_picture, with_channels
 
 # The formats that Pillow may decode, by content and not by suffix: for EPS it would start another program.
@@ -158,6 +166,7 @@ class ImageFile:
         self._tiff = read_tiff_header(path) if image is None else None
         self._decoded: tuple[int, Image.Image | DeepPixels] | None = None
         self._first_bits = 16 if image is None else bits_per_channel(image, path)
+        self._white = white_level(image, self._first_bits) if image else 0
         if self._tiff and self._tiff.size[0] * self._tiff.size[1] > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
             raise Image.DecompressionBombError(f"{self._tiff.size[0]} x {self._tiff.size[1]} pixels")
 
@@ -226,7 +235,13 @@ class ImageFile:
         pixels = self._decode(0)
         if isinstance(pixels, DeepPixels):
             return pixels.values[:, :, 0] if pixels.values.shape[2] == 1 and pixels.values.dtype.kind in "ui" else None
-        return np.array(pixels) if pixels.mode in ("L", "P") else None
+        numbers = np.array(pixels)
+        if pixels.mode in ("1", "L"):
+            assert self._image
+            scale = self._white / (255 if pixels.mode == "L" else 1)  # undoes that of Pillow
+            numbers = np.rint(scale * numbers.astype(np.float64)).astype(np.uint8)
+            return self._white - numbers if is_inverted(self._image) else numbers
+        return numbers if pixels.mode == "P" else None
 
     def check(self, decode: bool) -> None:
         """Check that the first frame can be decoded, or only what its header (and the checksums of PNG) tell."""

@@ -13,6 +13,7 @@ from ..extras import require
 
 PixelMetric = Literal["psnr", "ssim"]
 PIXEL_METRICS: tuple[PixelMetric, ...] = get_args(PixelMetric)
+WINDOW = 11  # side of SSIM's window in pixels
 
 
 def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
@@ -82,12 +83,42 @@ def psnr(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     Raises:
         ValueError: different shapes.
     """
+    _check_shapes(pred, target)
+    error = (pred.double() - target.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(data_range**2 / error)).mean().item()
+
+
+def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
+    """Return the structural similarity of Wang et al. 2004, averaged over the images and their channels.
+
+    The window is an 11 x 11 Gaussian with a standard deviation of 1.5 pixels. As in the authors' code, the average is
+    over the positions where the window is inside the image. Computed by torchmetrics.
+
+    Args:
+        pred, target: (B, C, H, W).
+        data_range: largest minus smallest possible value, 2 for [-1, 1].
+
+    Raises:
+        ValueError: different shapes, or images that are smaller than the window.
+        ImportError: torchmetrics is not installed.
+    """
+    _check_shapes(pred, target)
+    if min(pred.shape[2:]) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels; received {tuple(pred.shape[2:])}")
+    library = require("torchmetrics.functional.image", "metrics", "SSIM")
+    _, at_pixels = library.structural_similarity_index_measure(
+        pred.double(), target.double(), sigma=1.5, data_range=data_range, return_full_image=True
+    )
+    # since version 1.5 the library's own average counts windows across mirrored edges too
+    edge = WINDOW // 2
+    return at_pixels[..., edge:-edge, edge:-edge].mean().item()
+
+
+def _check_shapes(pred: Tensor, target: Tensor) -> None:
     if pred.shape != target.shape:
         raise ValueError(
             f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}: expected the same shape"
         )
-    error = (pred.double() - target.double()).square().flatten(1).mean(1)
-    return (10 * torch.log10(data_range**2 / error)).mean().item()
 
 
 def similarity(
@@ -98,14 +129,10 @@ def similarity(
     The images are uint8, or floats in [0, 1] for deeper images. Both metrics relate the error to the full range, so
     that 8-bit and 16-bit versions of an image have about the same scores.
 
-    SSIM: Wang et al. 2004, with an 11 x 11 Gaussian window, computed by torchmetrics.
-
     Raises:
         ValueError: an image is smaller than SSIM's window.
         ImportError: torchmetrics, which SSIM needs, is not installed.
     """
-    if "ssim" in metrics:
-        ssim = require("torchmetrics.functional.image", "metrics", "SSIM").structural_similarity_index_measure
     sums, count = dict.fromkeys(metrics, 0.0), 0
     for one, other in pairs:
         data_range = 255.0
@@ -114,8 +141,6 @@ def similarity(
         if "psnr" in metrics:
             sums["psnr"] += psnr(one[None], other[None], data_range=data_range)
         if "ssim" in metrics:
-            if min(one.shape[1:]) < 11:
-                raise ValueError(f"SSIM needs images of at least 11 x 11 pixels; received {tuple(one.shape[1:])}")
-            sums["ssim"] += ssim(one[None].double(), other[None].double(), data_range=data_range).item()
+            sums["ssim"] += ssim(one[None], other[None], data_range=data_range)
         count += 1
     return {metric.upper(): total / count for metric, total in sums.items()}

@@ -139,7 +139,8 @@ def fit(
                 if skipped := objective.optimizers.skipped:
                     values["skipped"] = skipped
                 run_dir.log(stage.name, step, epoch=epoch, **values)
-                shown = {"img/s": config.batch_size / durations[-1]} | values
+                images = len(batch["A"]) * distributed.world_size()  # may be fewer than batch_size
+                shown = {"img/s": images / durations[-1]} | values
                 progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
             progress.update()
             with timer.paused():

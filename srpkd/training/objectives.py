@@ -402,7 +402,11 @@ OBJECTIVES: dict[str, type[Objective]] = {"pix2pix": Pix2Pix, "cycle_gan": Cycle
 
 
 def lr_factor(epoch: int, n_epochs: int, n_epochs_decay: int) -> float:
-    """Return the learning rate factor of epoch 1, 2, ...: 1 for n_epochs, then linear decay over n_epochs_decay."""
+    """Return the learning rate factor of epoch 1, 2, ...: 1 for n_epochs, then linear decay over n_epochs_decay.
+
+    It is that of the public code, where the learning rate changes at the end of an epoch. In later versions of it, it
+    changes at the start: each factor comes an epoch earlier, and the last epoch has the factor 0.
+    """
     return 1 - max(0, epoch - n_epochs) / (n_epochs_decay + 1)
 
 

@@ -8,6 +8,7 @@ from helpers import ROOT
 
 from bench import accuracy, cases, plot, providers, record, relation, results, scaling, table, train
 from bench.markers import between_markers
+from srpkd.checking.cases import Case
 from srpkd.kernels import BACKENDS, Relation, auto_backend, build, cuda_device, dispatch, measured, native
 
 RECORDED = results.read(relation.RESULTS)
@@ -36,6 +37,27 @@ def speedups(provider: str, **case: str) -> list[float]:
 ON_CPU = {"device_type": "cpu", "threads": "2", "channels": "64/256", "batch": "1", "mode": "forward+backward"}
 ROW_L1 = {"normalize": "row", "distance": "l1"}
 ON_GPU = {"device_type": "cuda", "distance": "l1"}
+
+
+@needs_results
+def test_recorded_rooflines_follow_from_the_other_columns():
+    """A changed count of operations or bytes must be applied to all rows: the tables show rows of several commits."""
+    for row in RECORDED:
+        case = Case(
+            pixels=int(row["pixels"]),
+            channels=cases.parse_channels(row["channels"]),
+            batch=int(row["batch"]),
+            **{name: row[name] for name in ("dtype", "precision", "normalize", "distance", "mode")},
+        )
+        rooflines = (
+            case.operations / float(row["matrix_flops"]),
+            case.bytes_moved / float(row["copy_bytes_per_s"]),
+        )
+        recorded = [float(row[name]) for name in ("roofline_matmul_s", "roofline_copy_s")]
+        assert recorded == pytest.approx(rooflines, rel=1e-4), row
+        if row["median_s"]:
+            percent = 100 * max(rooflines) / float(row["median_s"])
+            assert float(row["percent_of_roofline"]) == pytest.approx(percent, rel=1e-4), row
 
 
 @needs_results

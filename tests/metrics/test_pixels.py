@@ -13,6 +13,7 @@ from srpkd.metrics.pixels import (
     pixel_accuracy,
     psnr,
     similarity,
+    ssim,
 )
 
 
@@ -111,7 +112,44 @@ def test_psnr_and_ssim_by_hand():
     found = similarity([(a, b), (a, a + 1)])
     assert found["PSNR"] == pytest.approx((20 * np.log10(25.5) + 20 * np.log10(255)) / 2)
     c = (0.01 * 255) ** 2  # for uniform images only the luminance term remains
-    ssim = [(2 * 100 * x + c) / (100**2 + x**2 + c) for x in (110, 101)]
-    assert found["SSIM"] == pytest.approx(np.mean(ssim), abs=1e-6)
+    expected = [(2 * 100 * x + c) / (100**2 + x**2 + c) for x in (110, 101)]
+    assert found["SSIM"] == pytest.approx(np.mean(expected), abs=1e-12)
     with pytest.raises(ValueError, match="11 x 11"):
         similarity([(a[:, :10], a[:, :10])])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 11, 11), (2, 3, 14, 12), (1, 1, 11, 20)])
+def test_ssim_agrees_with_its_definition(shape):
+    """Equations 13 to 16 of Wang et al. 2004 at each window inside the image: their code computes no other ones.
+
+    Versions of torchmetrics differ in whether they count windows across the edges too, by 0.06 for small images.
+    """
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    pred, target = np.random.default_rng(0).uniform(0, 255, (2, *shape))
+    target = 0.7 * pred + 0.3 * target
+    offsets = np.arange(11) - 5
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    found = []
+    for x, y in zip(pred.reshape(-1, *shape[2:]), target.reshape(-1, *shape[2:])):
+        for row in range(shape[2] - 10):
+            for column in range(shape[3] - 10):
+                a, b = (image[row : row + 11, column : column + 11] for image in (x, y))
+                mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+                variance_a, variance_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+                covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
+                luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+                found.append(luminance * (2 * covariance + c2) / (variance_a + variance_b + c2))
+    assert ssim(torch.from_numpy(pred), torch.from_numpy(target), 255.0) == pytest.approx(np.mean(found), rel=1e-9)
+
+
+def test_ssim_agrees_with_scikit_image():
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
+    pred, target = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 30), dtype=np.uint8)
+    target = (0.6 * pred + 0.4 * target).astype(np.uint8)
+    expected = metrics.structural_similarity(
+        pred, target, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )
+    assert similarity([(torch.from_numpy(pred), torch.from_numpy(target))])["SSIM"] == pytest.approx(expected, rel=1e-9)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from sample_images import noise, save, save_all
@@ -101,3 +105,45 @@ def test_label_maps(tmp_path):
     assert read_label_map(colour, read_palette(str(tmp_path / "palette"))).tolist() == [[0, 1], [-1, 0]]
     with pytest.raises(DataError, match=r"is a colour image \(RGB\): give its --palette"):
         read_label_map(colour)
+
+
+def gray_png(bits, numbers):
+    """A gray PNG of few bits, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = numbers.shape
+    packed = np.packbits(np.unpackbits(numbers[:, :, None], axis=2)[:, :, 8 - bits :].reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_label_maps_of_few_bits(tmp_path, bits):
+    """The classes are the stored numbers. Pillow scales them to 0..255."""
+    classes = np.arange(35, dtype=np.uint8).reshape(5, 7) % 2**bits
+    (tmp_path / "a.png").write_bytes(gray_png(bits, classes))
+    maximum = 2**bits - 1
+    (tmp_path / "a.pgm").write_bytes(b"P5 7 5 %d " % maximum + classes.tobytes())
+    stored = classes.astype(bool) if bits == 1 else classes
+    for name, photometric in (("a.tif", "minisblack"), ("b.tif", "miniswhite")):
+        tifffile.imwrite(tmp_path / name, stored, bitspersample=bits, photometric=photometric, metadata=None)
+    for path in sorted(tmp_path.iterdir()):
+        assert np.array_equal(read_label_map(str(path)), classes), path.name
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_label_maps_whose_zero_is_white(tmp_path, depth):
+    classes = np.array([[0, 1], [2, 255]], depth)
+    tifffile.imwrite(tmp_path / "a.tif", classes, photometric="miniswhite", metadata=None)
+    assert read_label_map(str(tmp_path / "a.tif")).tolist() == classes.tolist()
+
+
+def test_label_maps_with_an_uncommon_maximum(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 18 " + bytes([0, 5, 18]))
+    (tmp_path / "b.pgm").write_bytes(b"P2 3 1 1000 0 5 18")
+    (tmp_path / "c.pgm").write_bytes(b"P1 3 1 0 1 1")
+    for name, classes in (("a.pgm", [[0, 5, 18]]), ("b.pgm", [[0, 5, 18]]), ("c.pgm", [[0, 1, 1]])):
+        assert read_label_map(str(tmp_path / name)).tolist() == classes, name

@@ -113,3 +113,11 @@ def test_progress_bar_shows_losses_and_images_per_second(run, capsys):
     run("--batch_size=2")
     bar = capsys.readouterr().err.rsplit("\r", 1)[-1]
     assert "4/4" in bar and "img/s=" in bar and "G_L1=" in bar and "kd=" in bar and "D_real=" in bar
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(2, 2), (16, 8)])
+def test_images_per_second_of_the_batches_that_were_used(run, capsys, monkeypatch, batch_size, images):
+    """A batch has at most as many images as the data: here 8."""
+    monkeypatch.setattr("srpkd.training.loop._StepTimer.lap", lambda timer, step: 0.5)
+    run(f"--batch_size={batch_size}")
+    assert f"img/s={images / 0.5:.3g}," in capsys.readouterr().err.rsplit("\r", 1)[-1]
