@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -85,5 +86,16 @@ def write_file(path: Path, content: bytes) -> Path:
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write a value as JSON, atomically, and return the path. Raises the errors of `atomic_write`."""
-    return write_file(Path(path), json.dumps(value, indent=1).encode())
+    """Write a value as JSON, atomically, and return the path. Raises the errors of `atomic_write`.
+
+    Numbers that are not finite become null, because JSON has none: other programs refuse a file with Infinity or NaN.
+    """
+    return write_file(Path(path), json.dumps(_finite(value), indent=1, allow_nan=False).encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,12 +1,14 @@
-"""Atomic writes."""
+"""Atomic writes, and JSON."""
 
+import json
+import math
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from srpkd.files import atomic_write, write_file
+from srpkd.files import atomic_write, write_file, write_json
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -63,3 +65,10 @@ def test_atomic_write_keeps_links_and_default_permissions(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"x"
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "target")}
     assert len(modes) == 1
+
+
+def test_json_has_no_numbers_that_other_programs_refuse(tmp_path):
+    path = write_json(tmp_path / "a.json", {"rows": [{"value": math.inf}, (math.nan, 1.5, True, "inf", None)]})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "rows": [{"value": None}, [None, 1.5, True, "inf", None]]
+    }
