@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from srpkd.kernels import dispatch, unavailable_reason
+from srpkd.kernels import dispatch, formulas, native, op, unavailable_reason
 
 pytest.register_assert_rewrite("helpers")
 
@@ -33,6 +33,14 @@ if WORKERS > 1:
 # a shell's background jobs ignore SIGINT, and so would all processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# answers about devices, some of which tests only pretend to have
+OF_DEVICES = (
+    dispatch.cached_auto_backend,
+    dispatch.check_supported,
+    formulas._multiplies_float64,
+    native._can_run,
+    op._gpu_kernels,
+)
 DESELECTED = pytest.StashKey[dict[str, int]]()  # numbers of tests by the reason
 
 
@@ -162,8 +170,8 @@ def _poisoned_memory() -> Iterator[None]:
 def _no_backend_from_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` choose by what this test finds, not by the environment or by what an earlier test pretended."""
     monkeypatch.delenv("SRPKD_BACKEND", raising=False)
-    dispatch.cached_auto_backend.cache_clear()
-    dispatch.check_supported.cache_clear()
+    for answers in OF_DEVICES:
+        answers.cache_clear()
 
 
 @pytest.fixture

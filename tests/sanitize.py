@@ -78,7 +78,8 @@ def run_part(part: Part, environment: dict[str, str]) -> bool:
             print(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}", flush=True)
             return False
         for tests, chosen in part.tests.items():
-            command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", tests, "-k", chosen]
+            options = ["-q", "-s", "-p", "no:cacheprovider", "--core", "-k", chosen]
+            command = [sys.executable, "-m", "pytest", tests, *options]
             done = run(command, folder, environment | {"SRPKD_CXX_FLAGS": part.flags})
             print(f"{tests}:\n{done.stdout[-6000:]}", flush=True)
             if done.returncode:

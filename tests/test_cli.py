@@ -102,6 +102,7 @@ def test_message_for_a_missing_package_names_the_extra():
         ("ValueError", 1, "resume with: --resume\nTraceback"),
     ],
 )
+@pytest.mark.core(1)
 def test_interrupt_shows_no_traceback(error, status, message):
     """It would scroll away what the command printed before, and other errors still show theirs."""
     code = f"""
@@ -164,6 +165,7 @@ def test_output_without_a_reader_is_discarded(tmp_path, monkeypatch, unbuffered)
 
 
 @pytest.mark.parametrize("closed", ["1", "2", "0 1 2"])
+@pytest.mark.core(1)
 def test_closed_output_is_discarded(tmp_path, closed):
     """A file that the command opens must not get the number of stdout or stderr."""
     saved = tmp_path / "saved"

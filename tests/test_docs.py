@@ -83,14 +83,15 @@ def test_links_and_languages(page):
     assert text.count("```") % 2 == 0
 
 
+def marks(page):
+    """The recipes take longest, above all the one that imports diffusers."""
+    if page.parent.name != "recipes":
+        return ()
+    return pytest.mark.slow, pytest.mark.core(0 if page.stem == "diffusion" else 3)
+
+
 @pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=(pytest.mark.slow, pytest.mark.core(3)) if page.parent.name == "recipes" else ())
-        for page in TEXTS
-        if blocks(page, "python")
-    ],
-    ids=page_id,
+    "page", [pytest.param(page, marks=marks(page)) for page in TEXTS if blocks(page, "python")], ids=page_id
 )
 def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)

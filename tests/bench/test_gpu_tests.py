@@ -49,7 +49,7 @@ def run_pytest(folder, *arguments: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["one process", "xdist"])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_tests_that_passed_are_not_repeated(tmp_path, arguments):
     (tmp_path / "test_backends.py").write_text(PROGRAM)
     (tmp_path / "test_broken.py").write_text("import no_such_module")

@@ -56,6 +56,7 @@ extern "C" int visit(int64_t count, int64_t grain, int* visits, int64_t throw_at
 
 
 @pytest.mark.parametrize("compiler", ["c++", "g++", "clang++"])
+@pytest.mark.core(1)
 def test_loops_run_on_the_threads_of_torch(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """With OpenMP, clang's code would need the runtime library of LLVM beside that of torch, and would not load."""
     if shutil.which(compiler) is None:

@@ -45,6 +45,7 @@ def built(source: str) -> list[Kernel]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.core(2)
 def test_registers(source: str) -> None:
     """The launch has the registers that setmaxnreg hands out, and a warpgroup does not spill those of its role."""
     for kernel in built(source):
@@ -60,6 +61,7 @@ def test_registers(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.core(2)
 def test_products(source: str) -> None:
     """The machine code has each product once, and waits for none before the next of the same sum is issued."""
     for kernel in built(source):
@@ -79,6 +81,7 @@ def test_products(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.core(2)
 def test_registers_of_products(source: str) -> None:
     """Nothing accesses the registers of products between the fence before them and the wait for them."""
     for kernel in built(source):

@@ -412,6 +412,7 @@ def compiled_equals_eager(loss_fn: Callable[[Tensor, Tensor], Tensor], compiler:
     ],
     ids=["row-l1", "cosine-l2", "reference", "native"],
 )
+@pytest.mark.core(2)
 def test_compiled_graph(loss_fn: SRPLoss) -> None:
     compiled_equals_eager(loss_fn, "aot_eager")
 

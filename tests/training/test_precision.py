@@ -140,6 +140,7 @@ def test_resumed_run_restores_the_loss_scale():
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.core(1)
 def test_compiled_networks_train_alike(model):
     expected = train(options(model))
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

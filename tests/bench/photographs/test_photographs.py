@@ -141,6 +141,7 @@ def test_examples_are_drawn_in_the_colours_of_the_images():
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_whole_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bench.photographs.images.SHORT_SIDE", 64)

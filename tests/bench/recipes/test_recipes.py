@@ -151,6 +151,7 @@ def test_measures_on_a_gpu():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")
 @pytest.mark.parametrize("case", [case for case in CASES if case.pixels == 4096 or case.recipe == "nst"][:-1], ids=str)
+@pytest.mark.core(2)
 def test_usual_code_stores_what_the_catalogue_says(case):
     case = replace(case, student=(1, *case.student[1:]), teacher=(1, *case.teacher[1:]), image_copies=1)
     peak = measure.peak_on_cpu(functools.partial(recipes.prepare_call, case, "usual"), threads=1, warm=False)

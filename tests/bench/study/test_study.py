@@ -23,6 +23,7 @@ def few_candidates(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys):
     arguments = ["study", "--runs_dir", str(tmp_path / "runs"), "--seeds", "2", "--datasets", "2", "3"]
     arguments += ["--workers", "1", "--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(tiny_options)]

@@ -186,6 +186,7 @@ def test_the_closed_form_of_row_is_compiled_and_launched(driver, channels, need_
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_features_of_another_alignment_are_specialised_again(driver) -> None:
     """A pointer that is not a multiple of 16 must not reach a kernel that was compiled for one that is."""
     student, teacher = features()
