@@ -44,7 +44,7 @@ def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
     done = run_pytest(tmp_path, f"-n{workers}", expected_threads=1 if workers else 2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,6 +57,7 @@ def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
 def test_cases_beyond_the_core_are_left_out_and_counted(tmp_path):
     done = run_pytest(tmp_path, "--core", "-vv", "-n2", expected_threads=1)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("3 GPU tests deselected: torch sees no CUDA device") == 1
     assert done.stdout.count("2 cases left out by --core: make test-all runs them") == 1
     chosen = set(re.findall(r"test_of_the_core\[(\d)\]", done.stdout))
     assert len(chosen) == 2 and "3" not in chosen

@@ -222,6 +222,7 @@ def instructions(binary: Path) -> str:
 
 
 @for_arm
+@pytest.mark.core(0)
 def test_elementwise_kernels_for_arm(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> None:
     """No fused multiply-add, which every processor for ARM has, and the same bits as on x86."""
     driver = folder / "elementwise.cpp"
@@ -247,6 +248,7 @@ def test_elementwise_kernels_for_arm(tmp_path_factory: pytest.TempPathFactory, f
 
 
 @for_arm
+@pytest.mark.core(0)
 def test_matrix_products_for_arm(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The file with the most code for x86 compiles: its microkernels and queries of the processor are left out."""
     command = [f"{ARM}g++", "-O0", "-w", "-std=c++20", "-c", *(f"-I{path}" for path in include_paths())]

@@ -344,7 +344,7 @@ def test_bits_do_not_depend_on_the_schedule(library: ctypes.CDLL, relation: Rela
 @pytest.mark.slow
 @pytest.mark.parametrize("need_grad", [False, True])
 @every_dtype
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 def test_races(library: ctypes.CDLL, dtype: torch.dtype, need_grad: bool) -> None:
     """The ring is used several times in each tile, by every kind of kernel."""
     student, teacher = draw(dtype, 1, 264, (8, 700), "nchw")

@@ -119,10 +119,12 @@ def test_parameters_under_ddp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_students_of_a_distiller(tmp_path: Path) -> None:
     spawn("distiller", 2, tmp_path)
 
 
+@pytest.mark.core(0)
 def test_double_backward_over_ranks(tmp_path: Path) -> None:
     spawn("twice", 2, tmp_path)
 

@@ -115,7 +115,7 @@ def test_outputs_that_are_not_finite(weights, photos, monkeypatch, value):
 
 
 @pytest.mark.parametrize("netG", ["resnet_1blocks", "unet_16"])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_smallest_size(tmp_path, netG):
     """Images of the stated smallest size work, and the next smaller multiple does not."""
     net = define_generator(netG, ngf=2).eval()
@@ -172,6 +172,7 @@ def test_calibration_images_that_cannot_be_read(weights, photos):
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_int8_is_smaller(photos, tmp_path):
     save_weights(define_generator("resnet_2blocks", ngf=16), tmp_path / "net.pth")
     export_generator(tmp_path / "net.pth", tmp_path / "net-1.5", calibration=photos)

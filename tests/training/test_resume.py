@@ -172,6 +172,7 @@ def test_reasons_why_a_run_cannot_be_resumed(server, undisturbed, root):
     assert "has no state.pt to resume from: the run has finished and did not keep its state" in refusal("--resume=run")
 
 
+@pytest.mark.core(0)
 def test_options_that_may_change_on_resume(server, undisturbed, root):
     cwd = root / "changed"
     cwd.mkdir()

@@ -49,6 +49,7 @@ def test_both_directions_start_from_a_run(run, unpaired):
         assert equal(second.folder / f"latest_net_{name}.pth", first.folder / f"latest_net_{name}.pth"), name
 
 
+@pytest.mark.core(0)
 def test_the_discriminator_of_the_teachers_own_run(run, pix2pix):
     done = run(*PIX2PIX, *STILL, "--teacher", f"{pix2pix.folder}", "--init_discriminator", f"{pix2pix.folder}/teacher")
     assert equal(done.folder / "latest_net_D.pth", pix2pix.folder / "teacher/latest_net_D.pth")

@@ -151,7 +151,7 @@ def test_compiled_kernels_are_launched_directly(driver, monkeypatch, capsys) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_launches_of_a_training_step(driver, reduction, monkeypatch) -> None:
     """Backward is one launch, with the weight of the mean in it."""
     monkeypatch.setattr(op, "_gpu_kernels", lambda device: triton)
