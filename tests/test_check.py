@@ -154,6 +154,7 @@ def test_missing_cases_are_run_again(fake):
     assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
 
 
+@pytest.mark.core(0)
 def test_an_interrupt_ends_the_processes(tmp_path):
     """At once, and without a result: neither a restart nor a crash."""
     log = tmp_path / "log"

@@ -34,6 +34,7 @@ def run(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_fid_and_kid_with_inception(folders, tmp_path, monkeypatch, capsys, one_thread):
     """The real network in the whole command, with random weights instead of the downloaded ones."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception

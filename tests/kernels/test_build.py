@@ -347,6 +347,7 @@ def test_each_configuration_has_its_own_path(unbuilt: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_builds_and_loads(unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A real build of an extension that compiles in seconds."""
     if (reason := build.unavailable_reason()) is not None:

@@ -49,7 +49,7 @@ def photos(tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 def test_onnx_for_any_batch_and_size(options):
     net = define_generator(**{"ngf": 2, "init_gain": 0.2} | options)
     run = onnx_runner(to_onnx(net))
@@ -94,7 +94,7 @@ def test_model_with_too_large_a_difference_is_not_written(weights, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_outputs_that_are_not_finite(weights, photos, monkeypatch, value):
     """A comparison of NaN with NaN must not report a difference of 0."""
     net = define_generator(**SMALL)
@@ -131,7 +131,7 @@ def test_smallest_size(tmp_path, netG):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("antialias", ["none", "both"])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_int8_error(weights, photos, antialias):
     save_weights(define_generator(**SMALL, antialias=antialias), weights)
     model, quantized = export_generator(weights, calibration=photos)

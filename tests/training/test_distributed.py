@@ -240,6 +240,7 @@ HOW_TO_RESUME = "stopped; resume with: torchrun --nproc_per_node=2 -m srpkd.trai
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_a_failed_run_leaves_no_threads_and_torchrun_repeats_its_message(tmp_path):
     program = tmp_path / "fails.py"
     program.write_text(FAILS)
@@ -269,7 +270,7 @@ def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, 
 
 
 @pytest.mark.slow
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_resumed_processes_continue_bit_identically(server, runs):
     """Each process has its own image pools and random state. A signal that one of them receives stops all."""
     model, _, expected = runs

@@ -62,7 +62,7 @@ KILLS = {
     [(model, kills) for model, cases in KILLS.items() for kills in cases],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
 )
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 def test_extended_run_is_bit_identical_to_a_longer_one(server, long_runs, root, model, kills):
     cwd = root / f"{model} {kills}"
     cwd.mkdir()

@@ -49,7 +49,7 @@ def assert_equal(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ARGUMENTS)
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_two_runs_are_bit_identical(server, undisturbed, root, model):
     """Weights, metrics and images are bit-identical in another process."""
     cwd = root / f"again {model}"
