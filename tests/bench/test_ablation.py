@@ -58,7 +58,7 @@ def test_file_names_are_distinct():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_variants_finish_in_the_emulation(name, tmp_path, monkeypatch):
     """A variant whose warps wait for what never comes would block a GPU. "as is" has the right loss."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from bench_helpers import run
 
 from bench import results
 
 
+@pytest.mark.core(0)
 def test_errors_are_measured_and_drawn(tmp_path):
     run("accuracy", "--pixels", 24, "--channels", 4, "--device", "cpu", "--out", tmp_path / "accuracy.csv")
     rows = results.read(tmp_path / "accuracy.csv")

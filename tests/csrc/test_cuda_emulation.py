@@ -167,7 +167,7 @@ def test_rectified(library: ctypes.CDLL, precision: str, relation: Relation, nee
 @pytest.mark.parametrize("pixels", [1, 2, 63, 64, 65, 129])
 @every_layout
 @every_precision
-@pytest.mark.core(16)
+@pytest.mark.core(8)
 def test_any_number_of_pixels(library: ctypes.CDLL, precision: str, layout: str, pixels: int) -> None:
     relation = ROW if pixels > 1 else Relation("none", "l1")  # normalised, a single pixel has D = 1 - 1 = 0
     check(library, *draw(precision, 2, pixels, (3, 4), layout), relation, precision)
@@ -177,7 +177,7 @@ def test_any_number_of_pixels(library: ctypes.CDLL, precision: str, layout: str,
 @pytest.mark.parametrize("channels", [(1, 1), (8, 65), (64, 32), (65, 33), (150, 70), (260, 8)], ids=str)
 @every_layout
 @every_precision
-@pytest.mark.core(16)
+@pytest.mark.core(8)
 def test_any_number_of_channels(library: ctypes.CDLL, precision: str, layout: str, channels: tuple[int, int]) -> None:
     student, teacher = draw(precision, 1, 20, channels, layout)
     if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
@@ -290,7 +290,7 @@ VIEWS = {
 @pytest.mark.parametrize("view", VIEWS)
 @every_layout
 @every_precision
-@pytest.mark.core(12)
+@pytest.mark.core(8)
 def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: str, view: str) -> None:
     """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]

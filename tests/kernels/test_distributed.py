@@ -136,6 +136,7 @@ def test_ranks_with_different_channels(tmp_path: Path) -> None:
     spawn("misfit", 2, tmp_path)
 
 
+@pytest.mark.core(0)
 def test_errors_of_one_rank(tmp_path: Path) -> None:
     """Every rank raises the error of one, instead of waiting for it in a collective."""
     spawn("refusal", 2, tmp_path)

@@ -110,7 +110,7 @@ def relation_error(x: Tensor, relation: Relation) -> Tensor:
     st.sampled_from(DTYPES),
     st.sampled_from(list(STRIDES)),
 )
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 def test_any_features(backend, normalize, data, seed, shape, count, pattern, exponent, dtype, strides) -> None:
     """The loss equals that of float64 within its conditioning, or is not finite if its dtype overflows."""
     relation = Relation(normalize, data.draw(st.sampled_from(distances(backend))))
@@ -157,7 +157,7 @@ def test_any_features(backend, normalize, data, seed, shape, count, pattern, exp
     st.sampled_from([math.nan, math.inf, -math.inf]),
     st.booleans(),
 )
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 def test_nonfinite_features_give_a_nonfinite_loss(
     backend, normalize, data, seed, shape, count, dtype, value, teachers
 ) -> None:

@@ -80,7 +80,7 @@ KILLS = {
     [(model, kills) for model, cases in KILLS.items() for kills in cases],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
 )
-@pytest.mark.core(3)
+@pytest.mark.core(2)
 def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, root, model, kills):
     expected = undisturbed(model)
     cwd = root / f"{model} {kills}"
@@ -182,6 +182,7 @@ def test_options_that_may_change_on_resume(server, undisturbed, root):
     assert_equal(cwd / "runs/run", undisturbed("cycle_gan"))
 
 
+@pytest.mark.core(0)
 def test_a_state_from_before_an_option_existed_takes_its_default(server, undisturbed, root):
     """Also of options whose default follows from other options, as that of gan_mode."""
     cwd = root / "older"

@@ -17,6 +17,7 @@ def test_notes_compare_variants_seed_by_seed(pix2pix):
     assert f"{statistics.mean(gains):+.2f} on average; by seed {gains[0]:+.2f}, {gains[1]:+.2f}" in notes[0]
 
 
+@pytest.mark.core(0)
 def test_unpaired_students_are_compared_by_psnr_to_the_teacher(cycle_gan):
     [note] = cycle_gan.report["table"]["notes"]
     assert note.startswith("b minus a, PSNR to teacher dB A to B: ")

@@ -81,6 +81,7 @@ def test_page_has_a_picture_and_a_place_for_its_table(name):
     assert f"]({name}.md)" in pages.path(tables.INDEX).read_text()
 
 
+@pytest.mark.core(0)
 def test_measures_both_and_records_errors():
     rows = {row["provider"]: row for row in recipes.measure_case(SMALL, "cpu", budget=0.01)}
     assert rows["usual"]["times_faster_than_usual"] == 1 and rows["srpkd"]["times_faster_than_usual"] > 0

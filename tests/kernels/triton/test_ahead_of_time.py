@@ -42,7 +42,7 @@ def name(case: Case) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name)
-@pytest.mark.core(18)
+@pytest.mark.core(12)
 def test_compiled_ahead_of_time(case):
     """Kernels spill few registers, fit into shared memory, and use the matrix instructions of the architecture."""
     report = compile_case(case)

@@ -81,7 +81,7 @@ def assert_as_accurate_as_eager(
     ids=lambda value: str(value).removeprefix("torch."),
 )
 @every_relation
-@pytest.mark.core(9)
+@pytest.mark.core(6)
 def test_errors(relation, dtype, channels):
     # the direct form of "row" adds up float32 sums of each row, without an average over squares
     bound = 4 * ULP if relation == ROW and channels[0] != channels[1] else ULP
@@ -100,7 +100,7 @@ def test_constant_norms(dtype, channels):
 @pytest.mark.parametrize("noise", [1e-1, 1e-4])
 @every_dtype
 @every_relation
-@pytest.mark.core(6)
+@pytest.mark.core(4)
 def test_errors_near_convergence(relation, dtype, noise):
     """The relative error of the loss grows as the rounding errors of features relative to their difference."""
     student, teacher = converged(1, 100, 40, noise, dtype)
@@ -150,7 +150,7 @@ def test_equal_features_give_zero(dtype, relation):
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_relation
-@pytest.mark.core(2)
+@pytest.mark.core(1)
 def test_zero_norm_pixels(relation, channels):
     """Pixels of the student, the teacher or both. For "cosine" the diagonal counts as 0 at these too."""
     student, teacher = draw(2, 70, channels, torch.float32)
@@ -185,7 +185,7 @@ def test_one_pixel(relation):
 
 @pytest.mark.parametrize(("pixels", "splits"), [(2, 1), (31, 1), (33, 2), (64, 2), (129, 3), (500, 4)])
 @every_normalized
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 def test_any_number_of_pixels(relation, pixels, splits, monkeypatch):
     """And several partial sums, of different lengths."""
     monkeypatch.setattr(closed_form.moments, "multiprocessors", lambda device: 3)
@@ -267,7 +267,7 @@ def test_float32_follows_the_matmul_precision(relation, precision, channels):
 
 @pytest.mark.parametrize("make", [make for key, make in STRIDES.items() if key != "contiguous"])
 @every_normalized
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 def test_strides_are_read_in_place(relation, make):
     """The memory between the features is NaN, so that a read outside them fails the test."""
     student, teacher = torch.rand(2, 6, 5, 7), torch.rand(2, 9, 5, 7)

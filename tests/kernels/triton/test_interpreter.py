@@ -132,7 +132,7 @@ def test_available_but_not_chosen_by_auto():
 
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.core(12)
+@pytest.mark.core(9)
 def test_error_of_every_relation(relation, dtype):
     # for "row" two row blocks, the second of them incomplete, and split columns
     pixels = 130 if relation.normalize == "row" else 70
@@ -141,7 +141,7 @@ def test_error_of_every_relation(relation, dtype):
 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
 @pytest.mark.parametrize("relation", RELATIONS)
-@pytest.mark.core(9)
+@pytest.mark.core(6)
 def test_flags(relation, flags):
     """Two blocks of pixels, with zero-norm pixels in both networks."""
     relation = replace(relation, **dict.fromkeys(flags, True))
@@ -183,7 +183,7 @@ def test_any_number_of_pixels(pixels):
 # blocks of 32, 64 and 128 channels: incomplete, full, and several; for the student also U in several programs
 @pytest.mark.parametrize("channels", [(2, 1), (17, 64), (65, 100), (140, 70)], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 def test_any_number_of_channels(channels, dtype):
     relation = ROW_L1
     assert_as_accurate_as_eager(*features(relation, 1, 20, channels, dtype), relation)
