@@ -30,6 +30,7 @@ def test_minimum_operations_and_bytes():
     assert case.operations == 2 * (gram + 2 * pixels**2 * student)
     assert Case(pixels=pixels, channels=(student, teacher), batch=2, mode="forward").operations == 2 * gram
     assert case.bytes_moved == 2 * pixels * (student + teacher + student) * 4
+    assert Case(distance="l2").operations < Case().operations / 10
 
 
 def test_minimum_operations_of_l2():

@@ -46,7 +46,7 @@ def test_wrong_arguments_print_the_usage(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_rehearsal_on_the_cpu(tmp_path):
-    """Every part runs to its end and prints its table last; a second call resumes."""
+    """Every part runs to its end and prints its table last; a second call has nothing left to do."""
     done = run_script(tmp_path)
     output = done.stdout
     assert done.returncode == 0, output + done.stderr
@@ -64,13 +64,15 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "commit.txt", "gpu_check.log", "relation.csv", "smoke.jsonl", "smoke-overlap.jsonl", "tests", "train.csv",
     }  # fmt: skip
-    assert len(results.read(tmp_path / "relation.csv", relation.KEY)) > 1
-    overlapped = (tmp_path / "smoke-overlap.jsonl").read_text().splitlines()
-    assert len(overlapped) == len(checks("cpu"))
+    rows = len(results.read(tmp_path / "relation.csv", relation.KEY))
+    lines = [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
+    assert lines[1] == len(checks("cpu"))
 
-    done = run_script(tmp_path, "--only", "tests", "train")
+    done = run_script(tmp_path, "--only", "smoke", "table", "tests", "train")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 tests have passed before" in done.stdout and "train.csv is recorded" in done.stdout
+    assert len(results.read(tmp_path / "relation.csv")) == rows
+    assert lines == [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
 
 
 def part_output(output: str, name: str) -> str:
