@@ -5,6 +5,7 @@
 # make mutations   put faults into the code, each of which a test must detect (takes long)
 # make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about four minutes)
 # make test-oldest   all tests with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB)
+# make CORE= TARGET   with all cases, not only those of the core
 # Every target first creates .venv with all dependencies and the newest torch.
 
 PYTHON ?= python3
@@ -12,6 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # sources of the installation, which a change of them repeats
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*/*) $(wildcard csrc/*/*/*) $(wildcard csrc/*.*)
+# of tests that are marked core(n), run n cases
+CORE := --core
 # further requirements for pip: test-oldest pins some versions
 PINS :=
 # pytest-xdist: a worker takes over tests from another that still has some, but otherwise runs whole files in order, whose
@@ -35,11 +38,11 @@ demo: $(VENV)/installed
 	$(BIN)/python -m srpkd.train
 
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest --core -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest $(CORE) -m "not slow" $(PARALLEL)
 
 test: lint
-	$(BIN)/python -m pytest --core $(PARALLEL)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --core $(INTERPRETED) $(PARALLEL)
+	$(BIN)/python -m pytest $(CORE) $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(CORE) $(INTERPRETED) $(PARALLEL)
 
 test-all: lint suite
 
@@ -60,7 +63,7 @@ mutations: $(VENV)/installed
 	$(BIN)/python tests/mutations.py
 
 sanitize: $(VENV)/installed
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/sanitize.py $(CORE)
 
 lint: $(VENV)/installed types
 	$(BIN)/ruff check .

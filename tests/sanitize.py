@@ -1,6 +1,6 @@
 """Run the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer: CPU extension and emulated CUDA kernels.
 
-    python tests/sanitize.py        about four minutes on two cores: make sanitize
+    python tests/sanitize.py [OPTION ...]        options of pytest; make sanitize gives --core
 
 The two parts run at the same time, each in a copy of the tree (see mutations.py). The extension of the first is
 compiled with the sanitizers and without CUDA. The libraries of the sanitizers are loaded with LD_PRELOAD. Leak
@@ -78,7 +78,7 @@ def run_part(part: Part, environment: dict[str, str]) -> bool:
             print(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}", flush=True)
             return False
         for tests, chosen in part.tests.items():
-            options = ["-q", "-s", "-p", "no:cacheprovider", "--core", "-k", chosen]
+            options = ["-q", "-s", "-p", "no:cacheprovider", *sys.argv[1:], "-k", chosen]
             command = [sys.executable, "-m", "pytest", tests, *options]
             done = run(command, folder, environment | {"SRPKD_CXX_FLAGS": part.flags})
             print(f"{tests}:\n{done.stdout[-6000:]}", flush=True)
