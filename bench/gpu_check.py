@@ -14,8 +14,8 @@ The parts, the most valuable first:
     sweep      more sizes and options
 
 Each part ends with its table. With the same OUT, a part resumes where it was stopped. Nothing is installed or
-downloaded; a part whose packages are missing is skipped. Without a GPU all parts except profile and
-ablation run as a rehearsal on the CPU, with few and small cases.
+downloaded; a part whose packages are missing is skipped. Without a GPU all parts except profile and ablation run as a
+rehearsal on the CPU, with few and small cases.
 """
 
 from __future__ import annotations

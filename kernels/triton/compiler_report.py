@@ -290,11 +290,6 @@ def variants(capability: tuple[int, int]) -> Iterator[Case]:
     yield Case("closed_gradient", capability, "bfloat16", relation=replace(COSINE_L2, detach_norms=True))
 
 
-def compiler_pool(processes: int | None = None) -> ProcessPoolExecutor:
-    """Return a pool of processes that compile. They are spawned: threads and CUDA contexts do not survive a fork."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m srpkd.kernels.triton.compiler_report", description=__doc__)
     parser.add_argument("--sm", type=int, action="append", choices=[10 * a + b for a, b in CAPABILITIES])
@@ -308,7 +303,8 @@ def main() -> None:
             chosen += variants(capability) if options.variants else ()
     print(f"triton {triton.__version__}, torch {torch.__version__}")
     print(f"{'GPU':<6} {'kernel, numbers, channels, layout, relation':<56} registers spilled shared  instructions")
-    with compiler_pool(options.processes) as pool:
+    # spawned, because threads and CUDA contexts do not survive a fork
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for case, report in zip(chosen, pool.map(compile_case, chosen)):
             matrix = ", ".join(f"{name} {count}" for name, count in report.instructions.items())
             name = "sm_{}{}".format(*case.capability)

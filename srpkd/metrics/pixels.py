@@ -104,7 +104,7 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     """
     _check_shapes(pred, target)
     if min(pred.shape[2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels; received {tuple(pred.shape[2:])}")
+        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels; received {tuple(pred.shape[2:])}")
     library = require("torchmetrics.functional.image", "metrics", "SSIM")
     _, at_pixels = library.structural_similarity_index_measure(
         pred.double(), target.double(), sigma=1.5, data_range=data_range, return_full_image=True

@@ -44,7 +44,6 @@ class NoFloat64(TorchDispatchMode):
 def no_float64(monkeypatch: pytest.MonkeyPatch) -> NoFloat64:
     for module in (formulas, sampling):
         monkeypatch.setattr(module, "has_float64", lambda device: device.type == "cpu")
-    dispatch.cached_auto_backend.cache_clear()
     return NoFloat64()
 
 
@@ -87,7 +86,6 @@ def test_float64_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
             assert formulas.has_float64(arc) != lacking
             assert (unavailable_reason("closed_form", arc) is not None) == lacking
             assert auto_backend(arc, Relation("cosine", "l2")) == ("blocked" if lacking else "closed_form")
-    formulas._multiplies_float64.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -415,7 +415,7 @@ def test_tile_size(pixels: int, threads: int) -> None:
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, int], str], str | None]]:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str], str | None]:
     """Return a function: a capability, architectures of the extension -> why ``native`` cannot run there."""
     module, _ = native.load_existing()
     if module is None:
@@ -429,8 +429,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[tuple[int, i
         native._can_run.cache_clear()
         return native.unavailable_reason(torch.device("cuda", 0))
 
-    yield reason
-    native._can_run.cache_clear()
+    return reason
 
 
 def test_an_extension_without_code_for_the_gpu_is_not_taken(fake_gpu) -> None:
