@@ -3,12 +3,13 @@
     python -m bench table                        print the tables
     python -m bench table --readme README.md     put them between the markers of the README and of docs/benchmarks.md
 
-The README contains a short table, with a column per provider; docs/benchmarks.md contains all columns.
+The README contains a short table, with one row per case; docs/benchmarks.md contains all providers and training steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,11 @@ from srpkd.reporting.table import format_table
 
 from . import relation, results, train
 from .markers import put_between_markers
-from .providers import DEFAULT
+from .providers import DEFAULT, OURS
 from .record import with_present_native
 from .results import Row, number
 
 NAME = "bench table"  # in the README's markers
-NOT_IN_README = ("keops", "reference")  # GitHub cuts off the last columns of a wide table, which are srpkd's
 # cases in the table, by the type of the device on which they are recorded
 SHOWN = {
     "cpu": (
@@ -53,6 +53,18 @@ COLUMNS = [
     {"key": "times_faster_than_compile", "label": "x compile's speed", "format": ".2f"},
     {"key": "peak_extra_bytes", "label": "peak MB", "format": ",.1f"},
     {"key": "percent_of_roofline", "label": "% of roofline", "format": ".1f"},
+]
+SHORT_COLUMNS = [
+    {"key": "case"},
+    {"key": "eager ms", "format": ",.2f"},
+    {"key": "compile ms", "format": ",.2f"},
+    {"key": "srpkd ms", "format": ",.2f"},
+    {"key": "backend"},
+    {"key": "x eager", "format": ".1f"},
+    {"key": "x compile", "format": ".1f"},
+    {"key": "eager MB", "format": ",.0f"},
+    {"key": "compile MB", "format": ",.0f"},
+    {"key": "srpkd MB", "format": ",.0f"},
 ]
 SCALES = {"median_s": 1e3, "gpu_s": 1e3, "host_s": 1e3, "peak_extra_bytes": 1e-6}
 TRAIN_COLUMNS = [
@@ -88,8 +100,8 @@ def texts(readme: Path, rows: Sequence[Row], train_rows: Sequence[Row]) -> dict[
         ValueError: None of the cases in the table is recorded.
     """
     return {
-        readme: joined(short_table(rows), train_table(train_rows)),
-        readme.parent / "docs" / "benchmarks.md": table(rows),
+        readme: joined(short_table(rows), steps_in_short(train_rows)),
+        readme.parent / "docs" / "benchmarks.md": joined(table(rows), train_table(train_rows)),
     }
 
 
@@ -118,9 +130,26 @@ def train_table(rows: Sequence[Row]) -> str:
 def gain_of_fast(rows: Sequence[Row]) -> str:
     """Return "; a step with `--fast` is 1.65 to 1.81 times as fast", or "" if no step was measured with and without."""
     seconds = {row["variant"]: float(row["median_s"]) for row in rows}
-    ratios = sorted(seconds[name] / fast for name in seconds if (fast := seconds.get(f"{name}, fast")))
-    extremes = dict.fromkeys(f"{ratio:.2f}" for ratio in (*ratios[:1], *ratios[-1:]))
-    return f"; a step with `--fast` is {' to '.join(extremes)} times as fast" if extremes else ""
+    ratios = [seconds[name] / fast for name in seconds if (fast := seconds.get(f"{name}, fast"))]
+    return f"; a step with `--fast` is {_extremes(ratios, '.2f')} times as fast" if ratios else ""
+
+
+def steps_in_short(rows: Sequence[Row]) -> str:
+    """Return a sentence for each device on which training steps with the relation loss are recorded."""
+    sentences = []
+    for (device, model, size), own in results.group_by(rows, ("device", "model", "size")).items():
+        ours = [number(row, "srp_percent_of_step") for row in own if row["variant"].startswith("auto")]
+        if shares := [share for share in ours if share is not None]:
+            sentences.append(
+                f"{device}: in a training step of {model} with {size} x {size} pixels, the relation loss takes "
+                f"{_extremes(shares, '.1f')} % of the time{gain_of_fast(own)}."
+            )
+    return "\n\n".join(sentences)
+
+
+def _extremes(values: Sequence[float], spec: str) -> str:
+    """Return "1.65 to 1.81", or one number if both are the same."""
+    return " to ".join(dict.fromkeys(format(value, spec) for value in (min(values), max(values))))
 
 
 class Measured(NamedTuple):
@@ -177,26 +206,28 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def short_table(rows: Sequence[Row]) -> str:
-    """Return the table of the README, with two rows per case and a column per provider; raises as ``table``."""
+    """Return the table of the README, a row per case with the fastest of srpkd's backends; raises as ``table``."""
     parts = []
     for caption, cases in measured(rows):
-        shown = [name for name in DEFAULT if name not in NOT_IN_README]
-        names = [name for name in shown if any(name in found for found in cases.values())]
-        lines: list[dict[str, Any]] = []
-        for case, found in cases.items():
-            times, peaks = {"case": _describe(case, next(iter(found.values()))), "": "ms"}, {"case": "", "": "peak MB"}
-            for name, line in ((name, _line(row)) for name, row in found.items()):
-                speed = line["times_faster_than_eager"]
-                times[name] = _text(line["median_s"], ",.2f") + ("" if speed is None else f" ({speed:.2f}x)")
-                peaks[name] = _text(line["peak_extra_bytes"], ",.1f")
-            lines += [times, peaks]
-        columns = [{"key": name} for name in ("case", "", *names)]
-        parts += [caption, format_table({"columns": columns, "rows": lines}, markdown=True)]
+        lines = [
+            {"case": _describe(case, next(iter(found.values())))} | _short_line(found) for case, found in cases.items()
+        ]
+        parts += [caption, format_table({"columns": SHORT_COLUMNS, "rows": lines}, markdown=True)]
     return "\n\n".join(parts)
 
 
-def _text(value: Any, spec: str) -> Any:
-    return format(value, spec) if isinstance(value, float) else value
+def _short_line(found: dict[str, Row]) -> dict[str, Any]:
+    """Return the cells of a case, given its rows by provider."""
+    backends = {name: number(found[name], "median_s") for name in OURS if name in found}
+    backend = min(backends, key=lambda name: backends[name] or math.inf, default=None)
+    line: dict[str, Any] = {"backend": backend}
+    for label, name in (("eager", "eager"), ("compile", "compile"), ("srpkd", backend)):
+        if name in found:
+            cells = _line(found[name])
+            line |= {f"{label} ms": cells["median_s"], f"{label} MB": cells["peak_extra_bytes"]}
+    if backend is not None:
+        line |= {"x eager": cells["times_faster_than_eager"], "x compile": cells["times_faster_than_compile"]}
+    return line
 
 
 def _describe(case: Case, row: Row) -> str:

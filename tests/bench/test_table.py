@@ -57,8 +57,8 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
     for file in (readme, page):
         file.write_text("# a\n<!-- bench table: begin (by hand) -->\nold\n<!-- bench table: end -->\nb\n")
     run("table", "--csv", recorded, "--train-csv", training, "--readme", readme)
-    assert between_markers(readme, table.NAME) == f"{table.short_table(rows)}\n\n{table.train_table(steps)}"
-    assert between_markers(page, table.NAME) == table.table(rows)
+    assert between_markers(readme, table.NAME) == f"{table.short_table(rows)}\n\n{table.steps_in_short(steps)}"
+    assert between_markers(page, table.NAME) == text
     for file in (readme, page):
         assert file.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
         assert file.read_text().endswith("<!-- bench table: end -->\nb\n")
@@ -67,14 +67,24 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
         run("table", "--csv", recorded, "--readme", readme)
 
 
-def test_short_table_has_a_column_per_provider():
-    rows = [*relation_rows(), *(row | {"provider": "keops"} for row in relation_rows() if row["provider"] == "eager")]
+def test_short_table_has_a_row_per_case_with_the_fastest_backend():
+    rows = [*relation_rows(), *(row | {"provider": "blocked"} for row in relation_rows() if row["provider"] == "eager")]
     rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
-    assert "| keops |" in table.table(rows)
     lines = table.short_table(rows).splitlines()
-    assert lines[2] == "| case |  | eager | compile | chunked | native |"
-    assert lines[4] == (
-        "| N = 4,096, C = 64/256, float32, row l1 | ms | 671.09 (1.00x) | 335.54 (2.00x) | out of memory | "
-        "83.89 (8.00x) |"
+    assert lines[2] == (
+        "| case | eager ms | compile ms | srpkd ms | backend | x eager | x compile | eager MB | compile MB | srpkd MB |"
     )
-    assert lines[5] == "|  | peak MB | 402.7 | – | – | 4.1 |"
+    assert lines[4:] == [
+        "| N = 4,096, C = 64/256, float32, row l1 | 671.09 | 335.54 | 83.89 | native | 8.0 | 4.0 | 403 | – | 4 |"
+    ]
+    rows = [row for row in rows if row["provider"] in ("chunked", "compile")]
+    assert table.short_table(rows).splitlines()[4] == (
+        "| N = 4,096, C = 64/256, float32, row l1 | – | 335.54 | – | – | – | – | – | – | – |"
+    )
+
+
+def test_steps_in_short_name_the_device():
+    rows = [{name: str(value or "") for name, value in row.items()} for row in train_rows()]
+    expected = "in a training step of cycle_gan with 256 x 256 pixels, the relation loss takes 20.0 % of the time."
+    assert table.steps_in_short(rows) == f"some cpu: {expected}\n\nsome cuda: {expected}"
+    assert table.steps_in_short([row for row in rows if not row["variant"].startswith("auto")]) == ""
