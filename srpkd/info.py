@@ -51,7 +51,10 @@ def describe() -> str:
                 "to test whether the results are right here."
             )
     if any(map(has_kernels, devices)) and (old := measured.stale()):
-        lines.append(f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}")
+        lines.append(
+            f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}. Run srpkd check to test "
+            "whether the present ones are right here."
+        )
     try:
         setting = f"= {requested_backend('auto')}" if os.environ.get("SRPKD_BACKEND") else "is not set"
     except ValueError as error:
