@@ -435,6 +435,16 @@ def test_setup_without_torch() -> None:
         _setup_arguments({"SRPKD_BUILD": "1"}, with_torch=False)
 
 
+def test_setup_on_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """os.sysconf, which Windows does not have, ended the installation."""
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "ext_modules" not in _setup_arguments({})
+    assert "installing without the native backend: it can be built with GCC or clang" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="SRPKD_BUILD=1, but the extension cannot be built here: it can be built with"):
+        _setup_arguments({"SRPKD_BUILD": "1"})
+
+
 def _failed_build(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, toolkit: Path | None = None
 ) -> tuple[list[list[str]], list[setuptools.Extension]]:
