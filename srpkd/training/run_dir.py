@@ -54,7 +54,7 @@ class RunDir:
         self._metrics: TextIO | None = None
         if distributed.rank() == 0:
             self._lock = lock or FolderLock(folder)
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             if resumed is None:
                 with atomic_write(folder / "config.yaml") as file:
                     file.write(config.encode())

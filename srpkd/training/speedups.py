@@ -16,7 +16,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
 def cpu_has_bfloat16() -> bool | None:
     """Return whether the CPU has instructions for products of bfloat16 numbers, or None if that is unknown."""
     try:
-        lines = CPU_INFO.read_text().splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), None)

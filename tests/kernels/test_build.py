@@ -306,7 +306,7 @@ def test_concurrent_requests_build_once(
 
     def compiler(command: list[str], **_: Any) -> SimpleNamespace:
         started.append(command)
-        Path(json.loads(command[-1])["build_directory"], unbuilt.name).write_text("a library")
+        Path(json.loads(command[-1])["build_directory"], unbuilt.name).write_text("a library", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout="")
 
     def request() -> None:
@@ -320,7 +320,7 @@ def test_concurrent_requests_build_once(
     for thread in threads:
         thread.join()
     assert len(started) == 1
-    assert unbuilt.read_text() == "a library"
+    assert unbuilt.read_text(encoding="utf-8") == "a library"
     assert sorted(path.name for path in unbuilt.parent.iterdir()) == [unbuilt.name, "lock"]
     output = capfd.readouterr().err
     assert f"building the native backend in {unbuilt.parent}" in output
