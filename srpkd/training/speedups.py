@@ -30,6 +30,15 @@ def has_gpu_compiler() -> bool:
     return triton.triton is not None and triton.has_c_compiler()
 
 
+def compiler_problem(device: torch.device) -> str:
+    """Return why torch.compile cannot compile for a device, in words, or "" if it can. Compiles a small function."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of many types
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
 def fast_options(device: torch.device) -> dict[str, Any]:
     """Return what the option `fast` sets: the fastest of the combinations that ``python -m bench train`` records."""
     if device.type == "cuda":
