@@ -204,7 +204,8 @@ class Runner:
             thread.start()
         try:
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(0.5)  # on Windows, Ctrl-C takes effect only when it returns
         except BaseException:  # Ctrl-C: Python would wait for the threads
             self.stop()
             raise
