@@ -20,6 +20,8 @@ class WriteError(OSError):
 
 FULL = "make room on that disk, or write to another"
 FORBIDDEN = "write to a folder that you have permission to write to"
+if sys.platform == "win32":
+    FORBIDDEN = f"close other programs that have it open, or {FORBIDDEN}"
 NOT_A_FOLDER = "a file exists where a folder is needed: remove it, or write elsewhere"
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
