@@ -4,12 +4,12 @@ Stability: public are the names in ``srpkd.__all__``, the commands that ``srpkd 
 the files that they write. Everything else, ``srpkd.kernels`` included, may change in any release.
 """
 
-from pathlib import Path
+from importlib.util import find_spec
 
-if Path(__file__).with_name("kernels").is_file():  # raised here, since the import below would only say what is missing
+if find_spec("srpkd.kernels") is None:
     raise ImportError(
-        f"{Path(__file__).parent} is in a checkout without symbolic links, which git makes on Windows by default: run "
-        "srpkd from another folder, where it is installed, or clone it again with git clone -c core.symlinks=true"
+        f"{__file__} is in a checkout without symbolic links, which git makes on Windows by default: run srpkd from "
+        "another folder, where it is installed, or clone it again with git clone -c core.symlinks=true"
     )
 
 from .distill_loop import distill

@@ -36,6 +36,8 @@ def test_a_checkout_without_symbolic_links_says_so(tmp_path):
     (tmp_path / "srpkd").mkdir()
     (tmp_path / "srpkd/__init__.py").write_text((ROOT / "srpkd/__init__.py").read_text(encoding="utf-8"), "utf-8")
     (tmp_path / "srpkd/kernels").write_text("../kernels", "utf-8")
-    done = subprocess.run([sys.executable, "-c", "import srpkd"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-S", "-c", "import srpkd"]  # -S: without an installed srpkd
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert "is in a checkout without symbolic links, which git makes on Windows by default: run" in done.stderr
