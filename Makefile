@@ -71,8 +71,11 @@ lint: $(VENV)/installed types
 
 .PHONY: types docs dist
 
+# srpkd also with the names that the standard library has on other systems; each has its own cache
 types: $(VENV)/installed
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p srpkd
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin -p srpkd
 
 # the documentation site, in site/; it reads the sources, and needs neither torch nor the installed package
 docs: $(BIN)/python

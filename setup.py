@@ -22,6 +22,11 @@ def extension_arguments() -> dict:
     required = build.setting() == "1"
     if build.setting() == "0":
         return {}
+    if reason := build.unsupported_platform():
+        if required:
+            sys.exit(f"SRPKD_BUILD=1, but the extension cannot be built here: {reason}")
+        print(f"srpkd: installing without the native backend: {reason}")
+        return {}
     try:
         import torch  # noqa: F401
     except ImportError as error:

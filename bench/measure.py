@@ -203,7 +203,7 @@ def _peak_in_child(sender, prepare: Callable[[], Callable[[], object]], threads:
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     except OSError:
         sender.send(None)
         return
@@ -214,7 +214,7 @@ def _peak_in_child(sender, prepare: Callable[[], Callable[[], object]], threads:
 
 
 def _status(key: str) -> int:
-    for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
+    for line in Path(f"/proc/{os.getpid()}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/{os.getpid()}/status has no {key}")

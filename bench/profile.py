@@ -132,7 +132,7 @@ def profile(tool: str, case: Case, name: str, out: Path) -> str:
     with ThreadPoolExecutor() as pool:
         details, source = pool.map(ncu.output, ([*imported, "details"], [*imported, "source", "--csv"]))
     report.unlink()
-    Path(f"{to}.details.txt").write_text(details)
+    Path(f"{to}.details.txt").write_text(details, encoding="utf-8")
     Path(f"{to}.source.csv.gz").write_bytes(gzip.compress(source.encode(), compresslevel=3))
     kernels = ncu.kernels_of(details, source)
     try:
@@ -140,7 +140,7 @@ def profile(tool: str, case: Case, name: str, out: Path) -> str:
         note = ""
     except (OSError, RuntimeError) as error:
         instructions, note = [], f"no source lines: {error}"
-    Path(f"{to}.txt").write_text("\n".join(report_of(kernels, instructions, everything=True)) + "\n")
+    Path(f"{to}.txt").write_text("\n".join(report_of(kernels, instructions, everything=True)) + "\n", encoding="utf-8")
     return "\n".join(report_of(kernels, instructions)) + f"\n{note}"
 
 
@@ -239,7 +239,7 @@ def relative(file: str) -> str:
 
 @cache
 def source_lines(file: Path) -> Sequence[str]:
-    return file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ()
 
 
 def text_of(frame: Frame) -> str:

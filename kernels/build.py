@@ -28,8 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 NAME = "_native"
@@ -224,6 +222,8 @@ def jobs() -> str:
     """Return MAX_JOBS, or the number of compilers that cores and memory allow."""
     if chosen := os.environ.get("MAX_JOBS"):
         return chosen
+    if sys.platform == "win32":  # it has no sysconf; nothing is built there, see unsupported_platform
+        return str(available_cores())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return str(max(1, min(available_cores(), memory // BYTES_PER_JOB)))
 
@@ -267,13 +267,18 @@ def nvcc_flags() -> list[str]:
 # --- building on first use ------------------------------------------------------------------------------------------
 
 
+def unsupported_platform() -> str | None:
+    """Return why the extension cannot be built on this operating system, or None if it can."""
+    return "it can be built with GCC or clang on Linux or macOS only" if sys.platform == "win32" else None
+
+
 def unavailable_reason() -> str | None:
     """Return why the extension cannot be built on this machine and what to do, or None if it can."""
     compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
     if setting() == "0":
         return "SRPKD_BUILD=0 disables the build"
-    if os.name != "posix":
-        return "it can be built with GCC or clang on Linux or macOS only"
+    if reason := unsupported_platform():
+        return reason
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) found: install g++ or clang, or set CXX"
     if shutil.which("ninja", path=environment(cuda=False)["PATH"]) is None:
@@ -301,7 +306,10 @@ def build() -> Path:
         BuildError: the build failed.
     """
     library = cached_library()
-    with _locked(library.parent):
+    from filelock import FileLock  # which torch needs; the system releases its lock if the process dies
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.parent / "lock"):
         if library.exists():  # another process built it while this one waited for the lock
             return library
         print(f"srpkd: building the native backend in {library.parent} (once, about a minute)", file=sys.stderr)
@@ -310,17 +318,6 @@ def build() -> Path:
             os.replace(build_in(Path(scratch)), library)  # atomic: no process finds an incomplete file
         print(f"srpkd: built in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return library
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system releases it if the process dies."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def build_in(folder: Path) -> Path:

@@ -7,7 +7,6 @@ requested by name: see build.py. ``auto`` uses it if it is built, and never buil
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from pathlib import Path

@@ -4,6 +4,14 @@ Stability: public are the names in ``srpkd.__all__``, the commands that ``srpkd 
 the files that they write. Everything else, ``srpkd.kernels`` included, may change in any release.
 """
 
+from importlib.util import find_spec
+
+if find_spec("srpkd.kernels") is None:
+    raise ImportError(
+        f"{__file__} is in a checkout without symbolic links, which git makes on Windows by default: run srpkd from "
+        "another folder, where it is installed, or clone it again with git clone -c core.symlinks=true"
+    )
+
 from .distill_loop import distill
 from .distiller import RelationDistiller
 from .kernels import BackendUnavailable

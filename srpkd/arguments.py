@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +127,12 @@ def add_train_mode_norm(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let batch norms normalise each image by its own statistics, as pix2pix does, not by the running ones",
     )
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command as text that can be pasted into a terminal."""
+    # in cmd.exe, which has no quotes but ", a path with a backslash must not be quoted as for a POSIX shell
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import sys
@@ -38,6 +39,10 @@ From a large generator to a small one that runs without PyTorch:
 srpkd COMMAND --help lists a command's options."""
 
 
+# errors of a write to a pipe whose reader has ended
+NO_READER = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.EPIPE,)
+
+
 class _Output(io.FileIO):
     """stdout or stderr, which ignores that its reader has ended.
 
@@ -47,7 +52,9 @@ class _Output(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in NO_READER:
+                raise
             return memoryview(data).nbytes
 
 
@@ -63,7 +70,9 @@ def prepare_terminal() -> None:
     os.close(descriptor)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None or isinstance(stream, io.TextIOWrapper):
+        if sys.platform == "win32" and isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            stream.reconfigure(errors="replace")  # a console takes Unicode from Python, and bytes in its code page only
+        elif stream is None or isinstance(stream, io.TextIOWrapper):
             unbuffered = stream is not None and stream.write_through
             raw = _Output(descriptor, "w", closefd=False)
             output = io.TextIOWrapper(

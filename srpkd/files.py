@@ -4,7 +4,10 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +20,8 @@ class WriteError(OSError):
 
 FULL = "make room on that disk, or write to another"
 FORBIDDEN = "write to a folder that you have permission to write to"
+if sys.platform == "win32":
+    FORBIDDEN = f"close other programs that have it open, or {FORBIDDEN}"
 NOT_A_FOLDER = "a file exists where a folder is needed: remove it, or write elsewhere"
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
@@ -24,6 +29,8 @@ ADVICE = {
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), NOT_A_FOLDER),
     errno.EISDIR: "give the name of a file in it, or another name",
 }
+REPLACE_SECONDS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)  # before each repetition
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 @contextmanager
@@ -69,13 +76,53 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            replace_file(temporary, target)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
                 for folder in created:
                     folder.rmdir()
             raise
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a file, over another one if that exists.
+
+    Windows refuses it while another program has one of them open, such as a virus scanner, a backup or a browser: it is
+    repeated for a few seconds.
+    """
+    for seconds in REPLACE_SECONDS if sys.platform == "win32" else ():
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(source, target)
+
+
+def windows_name_problem(name: str) -> str:
+    """Return why Windows cannot have a file or folder of this name, in words, or "" if it can."""
+    if forbidden := "".join(sorted({*re.findall(r'[<>:"/\\|?*\x00-\x1f]', name)})):
+        return f"names on Windows cannot contain {forbidden!r}"
+    if name.endswith((".", " ")):
+        return "Windows removes dots and spaces at the end of names"
+    return "Windows reserves this name for a device" if WINDOWS_DEVICES.fullmatch(name) else ""
+
+
+def is_case_sensitive(folder: Path) -> bool:
+    """Return whether a folder can hold two files whose names differ only in case. It may not exist yet.
+
+    Raises:
+        WriteError: no file can be written there.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    probe = existing / f".srpkd-{secrets.token_hex(8)}.tmp"
+    with writing(folder):
+        probe.touch(exist_ok=False)
+        try:
+            return not probe.with_name(probe.name.upper()).exists()
+        finally:
+            probe.unlink()
 
 
 def write_file(path: Path, content: bytes) -> Path:

@@ -6,12 +6,12 @@ of the run is saved between stages and every `save_latest_freq` steps; ``--resum
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import traceback
 from functools import partial
 
+from .arguments import command_line
 from .cli import prepare_terminal
 from .data.folders import DataError
 from .files import WriteError
@@ -31,16 +31,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     A configuration, images or weights that cannot be used end the process with one message. Any other exception is
-    a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP stop the training after its current step: the state is
-    saved, and a line says how to resume. The exit status is then 130 for Ctrl-C, and 128 + the signal's number for the
-    others.
+    a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP, on Windows Ctrl-C and Ctrl-Break, stop the training
+    after its current step: the state is saved, and a line says how to resume. The exit status is then 130 for Ctrl-C,
+    and 128 + the signal's number for the others.
     """
     if arguments is None:
         prepare_terminal()
     config = parse_arguments(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):
-        status = run_cli(config, shlex.join(["python", "-m", "srpkd.train", *given]))
+        status = run_cli(config, command_line(["python", "-m", "srpkd.train", *given]))
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt  # Python ends the process by the signal, so that a shell script that called it ends too
     if status:

@@ -28,7 +28,7 @@ def compile_once(
     words = [str(word) for word in command]
     target = folder / (hashlib.sha256("\0".join(words).encode()).hexdigest()[:16] + suffix)
     log = target.with_suffix(".log")
-    with open(target.with_suffix(".lock"), "w") as lock:
+    with open(target.with_suffix(".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         if not target.exists():
             done = subprocess.run(

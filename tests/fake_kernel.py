@@ -8,7 +8,7 @@ from srpkd.checking import processes
 
 
 def work(kernel, everything, numbers, results, errors):
-    sys.stderr = open(errors, "w")  # noqa: SIM115
+    sys.stderr = open(errors, "w", encoding="utf-8")  # noqa: SIM115
     for number in numbers:
         results.send({"case": number})
         if number == 1:

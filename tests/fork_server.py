@@ -93,7 +93,7 @@ KILL_POINTS = {
     "step": lambda n: [setattr(kind, "step", at(n, kind.step)) for kind in (objectives.Pix2Pix, objectives.CycleGAN)],
     "evaluate": lambda n: setattr(summary, "evaluate", at(n, summary.evaluate)),
     "save": lambda n: setattr(torch, "save", at(n, torch.save, save_half)),
-    "rename": lambda n: setattr(resume, "os", type("", (), {"replace": at(n, os.replace)})),
+    "rename": lambda n: setattr(resume, "replace_file", at(n, resume.replace_file)),
 }
 
 

@@ -197,7 +197,7 @@ STRIDES = {
 def peak_memory(call: Callable[[], object]) -> int:
     """Return by how many bytes a call increases the peak memory of this process; skip the test outside of Linux."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     except OSError as reason:
         pytest.skip(f"the peak cannot be reset: {reason}")
     before = _kibibytes("VmRSS")
@@ -206,5 +206,5 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 
 def _kibibytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])

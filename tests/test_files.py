@@ -1,14 +1,18 @@
 """Atomic writes, and JSON."""
 
+import errno
 import json
 import math
 import os
 import stat
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from srpkd.files import atomic_write, write_file, write_json
+from srpkd import files
+from srpkd.files import WriteError, atomic_write, write_file, write_json
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -72,3 +76,61 @@ def test_json_has_no_numbers_that_other_programs_refuse(tmp_path):
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
         "rows": [{"value": None}, [None, 1.5, True, "inf", None]]
     }
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    monkeypatch.setattr(files, "sys", SimpleNamespace(platform="win32"))
+
+
+def test_a_file_that_another_program_has_open_is_replaced_when_it_is_closed(windows, tmp_path, monkeypatch):
+    """Windows refuses it until then."""
+    waited = []
+    replace = os.replace
+
+    def refuse_twice(source, target):
+        if len(waited) < 2:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_twice)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    write_file(tmp_path / "a.bin", b"content")
+    assert waited == [0.01, 0.05]
+    assert (tmp_path / "a.bin").read_bytes() == b"content"
+
+
+def test_a_file_that_another_program_keeps_open(windows, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(WriteError, match=r"a.bin cannot be written: Access is denied"):
+        write_file(tmp_path / "a.bin", b"content")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("h2z 12-30", ""),
+        ("console", ""),
+        ("a.nul", ""),
+        ("12:30", "names on Windows cannot contain ':'"),
+        ("a?b*", "names on Windows cannot contain '*?'"),
+        ("run.", "Windows removes dots and spaces at the end of names"),
+        ("run ", "Windows removes dots and spaces at the end of names"),
+        ("Con", "Windows reserves this name for a device"),
+        ("aux.h2z", "Windows reserves this name for a device"),
+        ("lpt1", "Windows reserves this name for a device"),
+    ],
+)
+def test_names_on_windows(name, problem):
+    assert files.windows_name_problem(name) == problem
+
+
+def test_case_sensitivity_of_a_folder(tmp_path):
+    """A temporary file tells; a folder of Linux is case-sensitive."""
+    assert files.is_case_sensitive(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []

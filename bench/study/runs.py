@@ -68,7 +68,7 @@ def train_one(config: ResolvedConfig) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     resume = str(folder) if has_state(folder) else None
     with (
-        open(folder.with_name(f"{folder.name}.log"), "a", buffering=1) as log,
+        open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8", buffering=1) as log,
         redirect_stdout(log),
         redirect_stderr(log),
     ):

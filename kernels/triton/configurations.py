@@ -177,7 +177,7 @@ def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[C
         known[case] = asdict(min(candidates(chosen), key=measure))
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")  # replaced atomically: no process reads half a file
-        temporary.write_text(json.dumps(known, indent=1))
+        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
         temporary.replace(file)
     return Configuration(**known[case])
 
@@ -186,7 +186,7 @@ def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[C
 def cached_winners(file: Path) -> dict[str, dict]:
     """Return the fastest configurations in the file, by case."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,8 @@ from .cases import PRECISIONS, Case, features, settings
 from .kernels import KERNELS, CannotRun, evaluate, poisoned_memory
 
 # Processes are forked from one that has imported torch and does not use a GPU: a process that does cannot be forked.
-if sys.platform == "win32":
-    CONTEXT = multiprocessing.get_context("spawn")
-else:
-    CONTEXT = multiprocessing.get_context("forkserver")
+# Windows cannot fork, and macOS not safely: its libraries, which torch uses, may have started threads.
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
@@ -108,10 +106,10 @@ def inputs(check: Check) -> tuple[Tensor, Tensor]:
 # --- the process of a kernel ----------------------------------------------------------------------------------------
 
 
-def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int], results: Connection, errors: str) -> None:
+def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int], results: Connection, errors: Path) -> None:
     """Run cases by their numbers, and send a dict before and after each; what is printed on stderr goes to a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the process of the command ends this one
-    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     for number in numbers:
         results.send({"case": number})
         start = time.perf_counter()
@@ -193,7 +191,8 @@ class Runner:
 
     def run(self, kernels: Sequence[str]) -> None:
         """Run all kernels at once, each in as many processes as SHARDS says."""
-        CONTEXT.set_forkserver_preload([__name__])
+        if CONTEXT.get_start_method() == "forkserver":
+            CONTEXT.set_forkserver_preload([__name__])
         threads = []
         numbers = range(len(self.everything))
         for kernel in kernels:
@@ -205,7 +204,8 @@ class Runner:
             thread.start()
         try:
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(0.5)  # on Windows, Ctrl-C takes effect only when it returns
         except BaseException:  # Ctrl-C: Python would wait for the threads
             self.stop()
             raise
@@ -222,17 +222,17 @@ class Runner:
         for _ in range(RESTARTS):
             if not numbers or time.monotonic() > self.deadline:
                 return
-            with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as errors:
-                numbers = self.run_process(kernel, numbers, errors)
+            with tempfile.TemporaryDirectory() as folder:
+                numbers = self.run_process(kernel, numbers, Path(folder, "stderr"))
 
-    def run_process(self, kernel: str, numbers: list[int], errors: IO[str]) -> list[int]:
+    def run_process(self, kernel: str, numbers: list[int], errors: Path) -> list[int]:
         """Run cases in one process, and return those that are left after it ended.
 
         Args:
-            errors: a file for what the process prints on stderr.
+            errors: a new file for what the process prints on stderr.
         """
         receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=work, args=(kernel, self.everything, numbers, sender, errors.name))
+        process = CONTEXT.Process(target=work, args=(kernel, self.everything, numbers, sender, errors))
         with self.lock:
             if self.is_stopped:
                 return []
@@ -266,7 +266,8 @@ class Runner:
         if started is None and len(left) == len(numbers):  # it ended before its first case
             started = left[0]
         if started is not None:
-            lines = " ".join(errors.readlines()[-3:])
+            printed = errors.read_text(encoding="utf-8", errors="replace") if errors.exists() else ""
+            lines = " ".join(printed.splitlines()[-3:])
             reason = reason or f"exit status {process.exitcode}: {' '.join(lines.split())[-300:]}"
             self.add(kernel, {"case": started, "status": status, "reason": reason})
             left.remove(started)

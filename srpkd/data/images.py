@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -52,14 +53,25 @@ class DataError(ValueError):
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """Return the paths of all image files in a folder and its sub-folders, sorted; empty if there is no such folder.
+    """Return the paths of all image files in a folder and its sub-folders, empty if there is no such folder.
+
+    They are sorted, in the same order on every system.
 
     Symbolic links are followed. Hidden files and folders, such as those that macOS writes next to images, are skipped.
 
     Raises:
         DataError: one of the folders cannot be listed, so that its images would be left out.
     """
-    return sorted(path for path in _visible_files(folder) if path.lower().endswith(EXTENSIONS))
+    found = (path for path in _visible_files(folder) if path.lower().endswith(EXTENSIONS))
+    return sorted(found, key=lambda path: path.replace(os.sep, "/"))
+
+
+def relative_name(path: str, folder: str | Path) -> str:
+    """Return the path of a file in a folder relative to it, with the same separators and form on every system.
+
+    macOS may write ``é`` as two characters, and zip archives of both forms exist: both are the same name.
+    """
+    return unicodedata.normalize("NFC", os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
 def _visible_files(folder: str | Path) -> Iterator[str]:
@@ -134,7 +146,7 @@ def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[st
     """
 
     def key(path: str) -> str:
-        return re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem)
+        return unicodedata.normalize("NFC", re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem))
 
     for paths in (generated, real):
         first: dict[str, str] = {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .images import DataError, image_files
+from .images import DataError, image_files, relative_name
 
 DatasetMode = Literal["unaligned", "aligned"]
 
@@ -141,10 +141,11 @@ def _pairs(folders: Sequence[Path], files: list[list[str]]) -> list[tuple[str, s
         return [(path, exact[1][name]) for name, path in exact[0].items()]
     problems = []
     stems = []
-    for folder, side in zip(folders, exact):
-        counts = Counter(os.path.splitext(name)[0] for name in side)
-        stems.append({os.path.splitext(name)[0]: path for name, path in side.items()})
-        if twice := [name for name in side if counts[os.path.splitext(name)[0]] > 1]:
+    for folder, paths in zip(folders, files):
+        names = [os.path.splitext(relative_name(path, folder))[0] for path in paths]
+        counts = Counter(names)
+        stems.append(dict(zip(names, paths)))
+        if twice := [os.path.relpath(path, folder) for name, path in zip(names, paths) if counts[name] > 1]:
             problems.append(f"{folder}: files that differ only in their suffix, {shorten(twice)}: rename or remove one")
     for folder, other, side, others in zip(folders, folders[::-1], stems, stems[::-1]):
         if alone := [os.path.relpath(path, folder) for name, path in side.items() if name not in others]:

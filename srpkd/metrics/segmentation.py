@@ -128,7 +128,7 @@ def read_palette(name: str) -> Palette:
     if name == "cityscapes":
         return _cityscapes()
     try:
-        text = Path(name).expanduser().read_text()
+        text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--palette {name}: expected synthetic, cityscapes, or a file of lines 'R G B name' ({error})"

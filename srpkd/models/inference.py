@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
-from ..data.images import EXTENSIONS, Crop, image_files, open_image
+from ..data.images import EXTENSIONS, Crop, image_files, open_image, relative_name
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
-from ..files import WriteError, write_file
+from ..files import WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
 from ..progress import ProgressBar
 from .networks import image_channels, size_multiple
@@ -128,7 +128,8 @@ def translate_folder(
         FileExistsError: results exist already; raised before anything is translated.
         FileNotFoundError: the source does not exist or has no images.
         NotADirectoryError: the target is a file.
-        ValueError: the target is the source or inside it, or the network has other than 1 or 3 channels.
+        ValueError: the target is the source or inside it, the network has other than 1 or 3 channels, or the names of
+            two images differ only in case and the file system of the target does not tell them apart.
         NonFiniteError: an output has a NaN or an infinite value; it is not written, the results before it are complete.
         WriteError: a result cannot be written; the results before it are complete.
     """
@@ -212,6 +213,13 @@ def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
     paths = image_files(source)
     if not paths:
         raise FileNotFoundError(f"{source} has no images ({' '.join(EXTENSIONS)})")
+    names = Counter(relative_name(path, source).casefold() for path in paths)
+    alike = [path for path in paths if names[relative_name(path, source).casefold()] > 1]
+    if alike and not is_case_sensitive(target):
+        raise ValueError(
+            f"{' and '.join(alike[:2])} differ only in case, and would be one file in {target}, whose file system does "
+            "not tell upper case from lower case: rename one, or write elsewhere"
+        )
     existing = [path for path in paths if (target / os.path.relpath(path, source)).exists()]
     if existing and not force:
         raise FileExistsError(

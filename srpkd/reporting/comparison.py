@@ -192,7 +192,8 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
         own = _read_config(path / "config.yaml")
         config = config or own
         for file, is_teacher in _files_of_run(path, own, direction, notes):
-            _add(found, "teacher" if is_teacher else str(file.parent.relative_to(path)).replace(".", path.name), file)
+            label = "teacher" if is_teacher else file.parent.relative_to(path).as_posix().replace(".", path.name)
+            _add(found, label, file)
     return found, config, notes
 
 

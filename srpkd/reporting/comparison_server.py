@@ -14,7 +14,9 @@ not this server are refused, so that no other web page can reach it (DNS rebindi
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import sys
 import tempfile
 import threading
 import traceback
@@ -45,6 +47,7 @@ class ComparisonServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    allow_reuse_address = sys.platform != "win32"  # where it would allow two servers at one port
 
     def __init__(self, comparison: Comparison, port: int = 0, samples: Mapping[str, Path] | None = None) -> None:
         self.comparison, self.samples = comparison, dict(samples or {})
@@ -116,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "the image")  # the name in messages
             file.write_bytes(self.rfile.read(int(length)))
-            self._answer(lambda: self.server.comparison.translate(file), hidden=f"{folder}/")
+            self._answer(lambda: self.server.comparison.translate(file), hidden=f"{folder}{os.sep}")
 
     def _answer(self, compute: Callable[[], Any], hidden: str = "") -> None:
         """Send a result, or the message of an error without the name of a temporary folder."""

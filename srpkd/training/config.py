@@ -51,7 +51,8 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     if name not in presets():
         raise ValueError(f"unknown preset {name!r}{nearest_hint(name, presets())}; presets: {', '.join(presets())}")
-    return check_keys(yaml.safe_load(resources.files("srpkd.presets").joinpath(f"{name}.yaml").read_text()), name)
+    text = resources.files("srpkd.presets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return check_keys(yaml.safe_load(text), name)
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..data.validate import validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
 from .options import ResolvedConfig
-from .stop_signals import leave_to_parent
+from .stop_signals import Stopped, leave_to_parent, received
 
 ImageDataset = FolderDataset | SyntheticDataset
 TRAIN_SEED, TEST_SEED = 0, 1_000_003  # of the generated scenes
@@ -185,7 +185,7 @@ def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # they would keep the processes
         if isinstance(error, EOFError | ConnectionError | FileNotFoundError):  # of the socket of a killed process
-            raise DataError(_LOADER_ENDED.format(error)) from error
+            raise _loader_ended(str(error)) from error
         raise
 
 
@@ -195,6 +195,7 @@ def plain_loader_errors() -> Iterator[None]:
 
     Raises:
         DataError: An image cannot be read, or such a process was killed, which torch reports at any moment.
+        Stopped: A signal that all processes get ended such a process before it could ignore it.
     """
     try:
         yield
@@ -206,14 +207,22 @@ def plain_loader_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        message = _LOADER_ENDED.format(str(error).strip(" ."))
+        raise _loader_ended(str(error).strip(" .")) from None
     raise DataError(message)
 
 
-_LOADER_ENDED = (
-    "a process that loads images ended unexpectedly ({}): if memory ran out, use fewer of them: a smaller "
-    "--num_threads, which may also change with --resume"
-)
+def _loader_ended(reason: str) -> BaseException:
+    """Return the error of a run after a process that loads images has ended.
+
+    On Windows and macOS such a process needs seconds to start, and until then Ctrl-C ends it. This is only before the
+    first step of a stage, of which the state has been saved.
+    """
+    if number := received():
+        return Stopped(number)
+    return DataError(
+        f"a process that loads images ended unexpectedly ({reason}): if memory ran out, use fewer of them: a smaller "
+        "--num_threads, which may also change with --resume"
+    )
 
 
 def has_one_size(config: ResolvedConfig) -> bool:

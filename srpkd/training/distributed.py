@@ -144,7 +144,7 @@ def is_first_failure(message: str) -> bool:
         return True
     if first and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         content = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        with suppress(OSError), open(path, "w") as file:
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": content}, file)
     return first
 

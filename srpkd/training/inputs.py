@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import os.path
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..data.images import relative_name
 from ..data.layouts import find_layout
 from .datasets import train_limit
 from .options import ResolvedConfig
@@ -56,7 +57,7 @@ def _of_files(files: list[str], folder: Path) -> str:
     """Return the number of files, and a digest of their names and sizes."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{os.path.relpath(path, folder)}\0{os.path.getsize(path)}\0".encode(errors="surrogateescape"))
+        digest.update(f"{relative_name(path, folder)}\0{os.path.getsize(path)}\0".encode(errors="surrogateescape"))
     return f"{len(files)} files, digest {digest.hexdigest()[:12]}"
 
 

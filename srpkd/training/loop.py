@@ -161,7 +161,7 @@ def fit(
         raise Diverged(f"{stage.name}: after step {steps}, {source} are not finite; {_advice(stage, run_dir, source)}")
     _save_latest(stage, run_dir, objective)
     folder = stage.folder.relative_to(run_dir.folder)
-    entries = [{"file": str(folder / f"latest_net_{name}.pth")} for name in objective.generators]
+    entries = [{"file": (folder / f"latest_net_{name}.pth").as_posix()} for name in objective.generators]
     run_dir.report["files"] += [entry for entry in entries if entry not in run_dir.report["files"]]
     if keep_final_state:
         final = training_state(objective, steps, epoch_steps, durations) if objective.can_resume() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from ..arguments import check_device
 from ..data.folders import DatasetMode
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
 from ..devices import gpu_count
+from ..files import windows_name_problem
 from ..kernels.build import available_cores
 from .distributed import launched_world_size
 from .hints import nearest_hint, public_hint
@@ -286,6 +288,8 @@ def _check_name(config: ResolvedConfig) -> None:
         raise ValueError(
             f"name={config.name!r}: expected the name of a folder inside {config.runs_dir}, without slashes"
         )
+    if sys.platform == "win32" and (problem := windows_name_problem(config.name)):
+        raise ValueError(f"name={config.name!r}: {problem}: use another name")
 
 
 def _check_processes(config: ResolvedConfig) -> None:
@@ -307,14 +311,19 @@ def _check_variants(config: ResolvedConfig) -> None:
     variants = config.variants
     if variants and not config.distils:
         raise ValueError("variants compare students of a teacher: pass --teacher or --teacher_netG")
-    if len({variant.replace(" ", "-") for variant in variants}) < len(variants):
-        raise ValueError(f"variants {list(variants)}: two of them have the same folder name; rename one")
+    # Windows and macOS do not tell upper case from lower case
+    if len({variant.replace(" ", "-").casefold() for variant in variants}) < len(variants):
+        raise ValueError(
+            f"variants {list(variants)}: two of them have the same folder name, or differ only in case; rename one"
+        )
     reserved = ("teacher", "input", "truth")  # the other labels of the report page
     for variant, options in variants.items():
-        if variant in reserved or not re.fullmatch(r"[^\s./\\][^/\\]*", variant):
+        if variant.casefold() in reserved or not re.fullmatch(r"[^\s./\\][^/\\]*", variant):
             raise ValueError(
                 f"variant {variant!r}: expected a name that can be a folder's, other than {', '.join(reserved)}"
             )
+        if sys.platform == "win32" and (problem := windows_name_problem(variant)):
+            raise ValueError(f"variant {variant!r}: {problem}, and its folder would have it: use another name")
         if fixed := [name for name in check_keys(options, f"variant {variant!r}") if name not in VARIANT_OPTIONS]:
             raise ValueError(
                 f"variant {variant!r}: {', '.join(fixed)} cannot differ between variants: set it for the whole run"

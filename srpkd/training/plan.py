@@ -32,7 +32,7 @@ from .objectives import Objective
 from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
-from .speedups import slow_precision_reason
+from .speedups import compiler_problem, slow_precision_reason
 from .summary import Row, describe_task, device_name
 from .warm_start import warm_start
 
@@ -85,6 +85,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     if config.fast:
         speedups = ", ".join(f"{name}={getattr(config, name)}" for name in ("precision", "compile", "channels_last"))
         distributed.print_rank0(f"fast: {speedups}")
+    distributed.raise_on_all_ranks(partial(check_compiler, config))
     with ExitStack() as on_error:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
@@ -98,6 +99,20 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     )
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
     return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, checked.inputs, **progress)
+
+
+def check_compiler(config: ResolvedConfig) -> None:
+    """Check that torch.compile works, if the networks will be compiled.
+
+    Raises:
+        ValueError: It does not: without this check, the first training step would raise an error of the compiler.
+    """
+    if config.compile and (problem := compiler_problem(config.torch_device)):
+        remedy = f"use --precision {config.precision} instead of --fast" if config.fast else "leave out --compile"
+        raise ValueError(
+            f"compile: torch.compile does not work here ({problem}): it needs a C++ compiler (GCC or clang, on Windows "
+            f"that of Visual Studio) or, for a GPU, Triton and a C compiler: install it, or {remedy}"
+        )
 
 
 class _Checked(NamedTuple):

@@ -5,9 +5,7 @@ A finished stage has a state as well, in its own folder, from which the stage ca
 
 from __future__ import annotations
 
-import os
 import random
-import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..arguments import command_line
 from ..devices import gpu_count
-from ..files import atomic_write
+from ..files import atomic_write, replace_file
 from ..models.checkpoints import CheckpointError
 
 # newest first; NEXT remains only if the run was stopped between two renames
@@ -36,8 +35,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     with atomic_write(folder / NEXT) as file:
         torch.save({"version": VERSION} | state, file)
     if (folder / NEWEST).exists():
-        os.replace(folder / NEWEST, folder / PREVIOUS)
-    os.replace(folder / NEXT, folder / NEWEST)
+        replace_file(folder / NEWEST, folder / PREVIOUS)
+    replace_file(folder / NEXT, folder / NEWEST)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def has_state(folder: Path) -> bool:
 def resume_command(run: str | Path | None, processes: int) -> str:
     """Return the command line that resumes a run with a number of processes."""
     launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
-    return f"{launcher} -m srpkd.train --resume {shlex.quote(str(run))}"
+    return f"{launcher} -m srpkd.train --resume {command_line([str(run)])}"
 
 
 def remove_state(folder: Path) -> None:
@@ -127,8 +126,9 @@ class _Damaged(Exception):
 def _read(path: Path) -> dict[str, Any]:
     try:
         # torch does not verify the checksums that it writes
-        if (damaged := zipfile.ZipFile(path).testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any exception
         raise _Damaged(f"{path.name} is damaged ({str(error).splitlines()[0]})") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -54,7 +55,7 @@ class RunDir:
         self._metrics: TextIO | None = None
         if distributed.rank() == 0:
             self._lock = lock or FolderLock(folder)
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._metrics = open(folder / "metrics.jsonl", "a", 1, encoding="utf-8", newline="\n")  # noqa: SIM115
             if resumed is None:
                 with atomic_write(folder / "config.yaml") as file:
                     file.write(config.encode())
@@ -78,7 +79,8 @@ class RunDir:
         Raises:
             WriteError: it was moved or deleted.
         """
-        if self._metrics is not None:
+        # Windows moves and deletes no folder with an open file
+        if self._metrics is not None and sys.platform != "win32":
             with suppress(OSError):
                 if os.path.samestat(os.stat(self.folder / "metrics.jsonl"), os.fstat(self._metrics.fileno())):
                     return

@@ -16,7 +16,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
 def cpu_has_bfloat16() -> bool | None:
     """Return whether the CPU has instructions for products of bfloat16 numbers, or None if that is unknown."""
     try:
-        lines = CPU_INFO.read_text().splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), None)
@@ -28,6 +28,15 @@ def has_gpu_compiler() -> bool:
     from ..kernels import triton  # here, since it takes time to import
 
     return triton.triton is not None and triton.has_c_compiler()
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Return why torch.compile cannot compile for a device, in words, or "" if it can. Compiles a small function."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of many types
+        return str(error).strip().splitlines()[0]
+    return ""
 
 
 def fast_options(device: torch.device) -> dict[str, Any]:

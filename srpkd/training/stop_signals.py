@@ -17,7 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# SIGBREAK is Ctrl-Break; a closed console window, which sends it too, ends the process right after the handler
+SIGNALS: tuple[signal.Signals, ...]
+if sys.platform == "win32":
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
+else:
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOADER_SECONDS = 25  # until SIGTERM ends a process that loads images; torchrun and Slurm kill all after 30
 REPEAT = 1.0  # seconds: launchers may send a signal to a process and, right after that, to its group
 NOTICE = "stopping after this step; Ctrl-C again stops at once"
@@ -72,7 +77,7 @@ def handled(last_words: Callable[[], str] | None) -> Iterator[None]:
             _end(number)  # a fork that has not replaced the handler
         elif not _received:
             _received, first = number, time.monotonic()
-            if number == signal.SIGHUP:
+            if sys.platform != "win32" and number == signal.SIGHUP:
                 _discard_output(terminals)
             if number == signal.SIGINT and last_words:  # torchrun sends SIGTERM after another process failed
                 _write(NOTICE)
@@ -110,10 +115,12 @@ def leave_to_parent(_: int = 0) -> None:
 
     The run then ends this process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # by SIGTERM, Python also ends processes that remain when it exits
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LOADER_SECONDS))
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if sys.platform != "win32":  # there, SIGTERM does not reach other processes
+        # by SIGTERM, Python also ends processes that remain when it exits
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LOADER_SECONDS))
 
 
 def _end(number: int) -> None:
@@ -135,6 +142,6 @@ def _is_terminal(descriptor: int) -> bool:
 
 def _discard_output(descriptors: list[int]) -> None:
     """Redirect output to nowhere: the terminal was closed, and every write to it would raise an OSError."""
-    with open(os.devnull, "w") as null:
+    with open(os.devnull, "wb") as null:
         for descriptor in descriptors:
             os.dup2(null.fileno(), descriptor)

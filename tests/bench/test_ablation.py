@@ -42,7 +42,7 @@ def test_patches_fit_the_sources(name, tmp_path):
 
 
 def differs(path: Path, copy: Path) -> bool:
-    return path.read_text() != (build.CSRC / "cuda" / path.relative_to(copy)).read_text()
+    return path.read_text(encoding="utf-8") != (build.CSRC / "cuda" / path.relative_to(copy)).read_text()
 
 
 def test_a_patch_that_does_not_fit_is_an_error(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,16 @@ def test_files_that_differ_only_in_their_suffix(tmp_path):
     save_plain(tmp_path / "trainB/0.bmp")
     data = open_dataset(tmp_path, "aligned", **SMALL)
     assert [Path(item["A_path"]).name for item in data] == [Path(item["B_path"]).name for item in data]
+
+
+def test_files_of_a_pair_whose_names_have_two_unicode_forms(tmp_path):
+    """macOS may write an e with an accent as two characters."""
+    for form, side in (("NFD", "trainA"), ("NFC", "trainB")):
+        for name in ("café", "zoé"):
+            save_plain(tmp_path / side / f"{unicodedata.normalize(form, name)}.png")
+    data = open_dataset(tmp_path, "aligned", **SMALL)
+    pairs = [[Path(item[side]).stem for side in ("A_path", "B_path")] for item in data]
+    assert [[unicodedata.normalize("NFC", name) for name in pair] for pair in pairs] == [["café"] * 2, ["zoé"] * 2]
 
 
 def test_images_side_by_side_come_first(aligned):

@@ -306,7 +306,7 @@ def test_concurrent_requests_build_once(
 
     def compiler(command: list[str], **_: Any) -> SimpleNamespace:
         started.append(command)
-        Path(json.loads(command[-1])["build_directory"], unbuilt.name).write_text("a library")
+        Path(json.loads(command[-1])["build_directory"], unbuilt.name).write_text("a library", encoding="utf-8")
         return SimpleNamespace(returncode=0, stdout="")
 
     def request() -> None:
@@ -320,7 +320,7 @@ def test_concurrent_requests_build_once(
     for thread in threads:
         thread.join()
     assert len(started) == 1
-    assert unbuilt.read_text() == "a library"
+    assert unbuilt.read_text(encoding="utf-8") == "a library"
     assert sorted(path.name for path in unbuilt.parent.iterdir()) == [unbuilt.name, "lock"]
     output = capfd.readouterr().err
     assert f"building the native backend in {unbuilt.parent}" in output
@@ -433,6 +433,16 @@ def test_setup_without_torch() -> None:
     assert "ext_modules" not in _setup_arguments({}, with_torch=False)
     with pytest.raises(SystemExit, match="torch cannot be imported"):
         _setup_arguments({"SRPKD_BUILD": "1"}, with_torch=False)
+
+
+def test_setup_on_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """os.sysconf, which Windows does not have, ended the installation."""
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "ext_modules" not in _setup_arguments({})
+    assert "installing without the native backend: it can be built with GCC or clang" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="SRPKD_BUILD=1, but the extension cannot be built here: it can be built with"):
+        _setup_arguments({"SRPKD_BUILD": "1"})
 
 
 def _failed_build(

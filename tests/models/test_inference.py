@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from sample_images import save_mixed
 
 from srpkd.finite import NonFiniteError
+from srpkd.models import inference
 from srpkd.models.inference import translate, translate_folder
 from srpkd.models.networks import define_generator, size_multiple
 
@@ -119,3 +122,17 @@ def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, value):
     with pytest.raises(NonFiniteError, match=r"output for \S+b\.jpg is not finite .*\. 1 of 7 images are written"):
         translate_folder(net, folder, tmp_path / "out", batch_size=8)
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.png"]
+
+
+def test_names_that_differ_only_in_case(folder, tmp_path, monkeypatch):
+    """On a file system that does not tell them apart, one result would replace the other."""
+    net = GENERATORS["resnet"]()
+    for name in ("a.png", "A.PNG"):
+        Image.new("RGB", (16, 16)).save(tmp_path / "photos" / name)
+    monkeypatch.setattr(inference, "is_case_sensitive", lambda _: False)
+    with pytest.raises(ValueError, match=r"photos/A.PNG and .*photos/a.png differ only in case, and would be one file"):
+        translate_folder(net, folder, tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    translate_folder(net, folder, tmp_path / "out")
+    assert {"a.png", "A.PNG"} <= set(os.listdir(tmp_path / "out"))

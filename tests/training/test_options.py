@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,10 +134,19 @@ def test_values_of_variants_are_converted(yaml_file):
             for name in ("teacher", "input", "truth")
         ),
         ("{a b: {}, a-b: {}}", "variants ['a b', 'a-b']: two of them have the same folder name"),
+        ("{a: {}, A: {}}", "variants ['a', 'A']: two of them have the same folder name, or differ only in case"),
+        ("{Teacher: {}}", "variant 'Teacher': expected a name that can be a folder's"),
     ],
 )
 def test_invalid_variants_are_refused(usage_error, variants, message):
     assert usage_error(HERE, LOADED_TEACHER, f"--variants={variants}").startswith(message)
+
+
+def test_names_that_windows_does_not_allow(usage_error, monkeypatch):
+    assert parse(HERE, "--name=12:30").name == "12:30"
+    monkeypatch.setattr("srpkd.training.options.sys", SimpleNamespace(platform="win32"))
+    assert usage_error(HERE, "--name=12:30") == "name='12:30': names on Windows cannot contain ':': use another name"
+    assert usage_error(HERE, LOADED_TEACHER, "--variants={aux: {}}").startswith("variant 'aux': Windows reserves this")
 
 
 def test_variant_options_are_options():

@@ -2,6 +2,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from resumable_runs import ARGUMENTS, outcome
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import CheckpointError
 from srpkd.training.config import parse_arguments
-from srpkd.training.resume import NAMES, load_state, random_state, save_state, seed_everything, set_random_state
+from srpkd.training.resume import (
+    NAMES,
+    load_state,
+    random_state,
+    resume_command,
+    save_state,
+    seed_everything,
+    set_random_state,
+)
 
 Server = Callable[..., int]
 
@@ -253,3 +262,11 @@ def test_all_random_states_are_restored(tmp_path):
     assert draw() == expected
     seed_everything(3)
     assert draw() != expected
+
+
+def test_the_command_to_resume_on_windows(monkeypatch):
+    """cmd.exe takes single quotes as part of the path."""
+    monkeypatch.setattr("srpkd.arguments.sys", SimpleNamespace(platform="win32"))
+    command = "python -m srpkd.train --resume "
+    assert resume_command(r"C:\runs\h2z", 1) == command + r"C:\runs\h2z"
+    assert resume_command(r"C:\my runs\h2z", 1) == command + r'"C:\my runs\h2z"'

@@ -1,12 +1,14 @@
 """The option `fast`, and precisions that a CPU is slow in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import SMALL
 
 from srpkd.training import speedups
 from srpkd.training.options import TrainConfig
-from srpkd.training.plan import with_usable_precision
+from srpkd.training.plan import check_compiler, with_usable_precision
 
 X86 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f{}\n\nprocessor\t: 1\nflags\t\t: fpu avx2 avx512f{}\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd{}\nCPU part\t: 0xd40\n"
@@ -140,3 +142,26 @@ def test_a_run_prints_what_fast_selects(cpu, run):
                "--synthetic_pairs=2", "--synthetic_test_pairs=1", "--netD=pixel", "--ngf=2", "--ndf=2")  # fmt: skip
     assert "precision fp32 instead of bf16" in done.output
     assert "fast: precision=fp32, compile=False, channels_last=False" in done.output
+
+
+def test_a_compiler_that_does_not_work(monkeypatch):
+    """As on Windows without that of Visual Studio."""
+
+    def broken(function):
+        def call(_):
+            raise RuntimeError("Compiler: cl is not found.\n\nSet TORCHDYNAMO_VERBOSE=1 for the internal stack trace")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    check_compiler(options())
+    message = r"^compile: torch.compile does not work here \(Compiler: cl is not found.\): it needs .*: install it, or "
+    with pytest.raises(ValueError, match=message + "leave out --compile$"):
+        check_compiler(options(compile=True))
+    with pytest.raises(ValueError, match=message + "use --precision fp32 instead of --fast$"):
+        check_compiler(replace(options(compile=True), fast=True))
+
+
+def test_a_compiler_that_works(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    check_compiler(options(compile=True))

@@ -18,7 +18,7 @@ from runs import CYCLE_GAN, PIX2PIX, TINY
 
 from srpkd import train
 from srpkd.data import batches
-from srpkd.training import objectives, stop_signals
+from srpkd.training import datasets, objectives, stop_signals
 from srpkd.training.resume import load_state
 
 
@@ -160,6 +160,19 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_ste
     in_step(2, kill)
     with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly \(.*--num_threads"):
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
+def end_as_by_ctrl_c(_: int) -> None:
+    os.kill(os.getppid(), signal.SIGINT)
+    os._exit(1)
+
+
+def test_ctrl_c_while_loader_processes_start(run, unpaired, monkeypatch, capsys):
+    """A process that is spawned takes seconds until it can ignore the signal, which all processes get."""
+    monkeypatch.setattr(datasets, "leave_to_parent", end_as_by_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=1", "--name=run")
+    assert capsys.readouterr().out.endswith("stopped; resume with: python -m srpkd.train --resume runs/run\n")
 
 
 @pytest.mark.parametrize("place", ["step", "loader"])
