@@ -71,11 +71,13 @@ lint: $(VENV)/installed types
 
 .PHONY: types docs dist
 
-# srpkd also with the names that the standard library has on other systems; each has its own cache
+# srpkd also with the names that the standard library has on other systems; without the libraries, whose names do not
+# depend on it, in 7 s instead of 40
+OTHER_SYSTEMS := --follow-imports skip --no-warn-unused-ignores --disable-error-code return --disable-error-code var-annotated
 types: $(VENV)/installed
 	$(BIN)/mypy
-	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p srpkd
-	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin -p srpkd
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 $(OTHER_SYSTEMS) -p srpkd
+	$(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin $(OTHER_SYSTEMS) -p srpkd
 
 # the documentation site, in site/; it reads the sources, and needs neither torch nor the installed package
 docs: $(BIN)/python

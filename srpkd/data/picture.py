@@ -6,6 +6,8 @@ pixels as a tensor (C, H, W): uint8 for an 8-bit image, float64 in [0, 1] for a 
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 # 8 bits per channel: Pillow's "RGB" or "L". More than 8 bits: (C, H, W) float64 in [0, 1], with C = 3 or 1.
-Picture = Image.Image | Tensor
+Picture: TypeAlias = Image.Image | Tensor
 PILLOW_MODES = {1: "L", 3: "RGB"}  # by the number of channels
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow
