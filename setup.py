@@ -35,7 +35,10 @@ def extension_arguments() -> dict:
                 f"SRPKD_BUILD=1, but torch cannot be imported ({error}): install torch and use --no-build-isolation"
             )
         return {}
-    if reason := build.cuda_unavailable_reason():
+    reason = build.cuda_unavailable_reason()
+    if reason is None and (reason := build.nvcc_problem()) and required:
+        sys.exit(f"SRPKD_BUILD=1: {reason}; or set SRPKD_BUILD_CUDA=0 to build the CPU part alone")
+    if reason:
         print(f"srpkd: building the extension without CUDA: {reason}")
     cuda = reason is None
     os.environ.update(build.environment(cuda))

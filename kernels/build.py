@@ -7,6 +7,7 @@ Environment:
     SRPKD_BUILD_CUDA       0: build without the CUDA part, which takes most of the time.
     SRPKD_CXX_FLAGS        additional flags for the C++ compiler, for example ``-O1 -fsanitize=address``.
     CXX                    the C++ compiler; ``c++`` by default.
+    CC, NVCC_CCBIN         the host's compiler for nvcc; by default CXX, or g++.
     CUDA_HOME, CUDA_PATH   folder of the CUDA toolkit, see ``cuda_home``.
     TORCH_CUDA_ARCH_LIST   GPU architectures to build for, for example ``8.0;9.0a`` or ``Ampere``; by default those of
                            the installed GPUs, or DEFAULT_ARCHITECTURES if there are none. See ``architectures``.
@@ -27,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -144,6 +146,39 @@ def cuda_unavailable_reason() -> str | None:
     return None
 
 
+def nvcc_problem() -> str | None:
+    """Return why nvcc cannot compile on this system and what to do, or None if it can or there is no nvcc.
+
+    A CUDA toolkit rejects newer compilers, and its headers can contradict those of a newer C library.
+    """
+    home = cuda_home()
+    if home is None or (error := _nvcc_error(home, compiler := _nvcc_compiler())) is None:
+        return None
+    return (
+        f"{home / 'bin' / 'nvcc'} cannot compile with {compiler or 'the default compiler'} on this system ({error}): "
+        "set CC and CXX to older compilers, such as gcc-14 and g++-14, or CUDA_HOME to a newer toolkit"
+    )
+
+
+@functools.cache
+def _nvcc_error(home: Path, compiler: str | None) -> str | None:
+    """Return what nvcc reports about an empty file, or None if it compiles. This takes about a second."""
+    options = ["-std=c++20"] + (["-ccbin", compiler] if compiler else [])
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(home / "bin" / "nvcc"), *options, "-x", "cu", "-c", os.devnull, "-o", f"{folder}/empty"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return None
+    lines = done.stdout.strip().splitlines() or [f"exit status {done.returncode}"]
+    error = next((line for line in lines if re.search("error|fatal", line)), lines[-1])
+    return textwrap.shorten(re.sub(".*error:( #error)?( --)? ", "", error), 110, placeholder=" ...")
+
+
+def _nvcc_compiler() -> str | None:
+    """Return the C++ compiler for nvcc, or None for its default. torch.utils.cpp_extension passes CC to it."""
+    return os.environ.get("CC") or os.environ.get("NVCC_CCBIN") or os.environ.get("CXX") or None
+
+
 def architectures() -> str:
     """Return the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST.
 
@@ -257,6 +292,8 @@ def nvcc_flags() -> list[str]:
     They name the architectures, so that torch.utils.cpp_extension does not: it refuses some that nvcc supports.
     """
     chosen = [*NVCC_FLAGS]
+    if "CC" not in os.environ and (compiler := _nvcc_compiler()):
+        chosen.append(f"-ccbin={compiler}")
     for match in filter(None, map(ARCHITECTURE.fullmatch, architectures().split(";"))):
         number = match[1] + match[2] + match[3]
         codes = [f"sm_{number}", f"compute_{number}"] if match[4] else [f"sm_{number}"]
@@ -285,6 +322,8 @@ def unavailable_reason() -> str | None:
         return "ninja is not installed: pip install ninja"
     if not sources(cuda=False):
         return f"{CSRC} contains no sources: install srpkd again"
+    if cuda_unavailable_reason() is None and (problem := nvcc_problem()):
+        return f"{problem}; or set SRPKD_BUILD_CUDA=0 to build the CPU part alone"
     return None
 
 

@@ -182,7 +182,10 @@ def unavailable_reason(device: torch.device) -> str | None:
     if module is None:
         return build.cuda_unavailable_reason()
     if not module.cuda_architectures:
-        remedy = build.cuda_unavailable_reason() or "install srpkd again with --no-build-isolation"
+        again = "install srpkd again with --no-build-isolation"
+        remedy = build.cuda_unavailable_reason()
+        if remedy is None:
+            remedy = f"{problem}, and {again}" if (problem := build.nvcc_problem()) else again
         return f"it was built without the CUDA part: {remedy}"
     capability = torch.cuda.get_device_capability(device)
     if build.has_code_for(module.cuda_architectures, capability):

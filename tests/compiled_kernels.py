@@ -39,7 +39,7 @@ def extension_with_cuda() -> Path:
     module, reason = native.load_existing()
     if module is not None and module.cuda_architectures:
         return Path(module.__file__)
-    if (unavailable := build.cuda_unavailable_reason()) is not None:
+    if (unavailable := build.cuda_unavailable_reason() or build.nvcc_problem()) is not None:
         pytest.skip(unavailable)
     pytest.fail(f"the extension is not built with CUDA ({reason or 'run make install'}); SRPKD_BUILD_CUDA=0 skips this")
 

@@ -24,6 +24,9 @@ pytest.register_assert_rewrite("helpers")
 # cuBLAS reads it when it starts: without it, deterministic products on a GPU warn
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# FORCE_COLOR would colour tracebacks, and from Python 3.14 on the messages of argparse, which tests compare
+os.environ["PYTHON_COLORS"] = "0"
+
 # pytest-xdist sets it in its workers. They share the machine's cores; OMP_NUM_THREADS passes the limit to subprocesses.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:

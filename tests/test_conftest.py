@@ -1,4 +1,4 @@
-"""What tests/conftest.py does without a GPU, and in the workers of pytest-xdist."""
+"""What tests/conftest.py does without a GPU, with FORCE_COLOR, and in the workers of pytest-xdist."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import sys
 import pytest
 from helpers import ROOT
 
-# copied beside the real conftest.py's rules: GPU tests, cases of which --core runs two, and what a process may use
+# copied beside the real conftest.py's rules: GPU tests, cases of which --core runs two, threads, and messages
 PROGRAM = """
+import argparse
 import os
 import pytest
 import torch
@@ -29,17 +30,21 @@ def test_of_the_core(number):
 def test_threads():
     assert torch.get_num_threads() == int(os.environ["EXPECTED_THREADS"])
     assert "PYTEST_XDIST_WORKER" not in os.environ or os.environ["OMP_NUM_THREADS"] == os.environ["EXPECTED_THREADS"]
+
+def test_messages_have_no_colours():
+    assert argparse.ArgumentParser("program").format_usage() == "usage: program [-h]\\n"
 """
 
 
 def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int = 2) -> subprocess.CompletedProcess:
     (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (folder / "test_program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", folder]
+    options = ["-q", "--color=no", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "FORCE_COLOR": "1", "OMP_NUM_THREADS": str(threads)}
     environment["EXPECTED_THREADS"] = str(expected_threads)
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", *options, folder, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -48,7 +53,7 @@ def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int 
 def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
     done = run_pytest(tmp_path, f"-n{workers}", expected_threads=1 if workers else 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b5 passed\b", done.stdout)
+    assert re.search(r"\b6 passed\b", done.stdout)
     assert done.stdout.count("3 GPU tests deselected: torch sees no CUDA device") == 1
     assert "--core" not in done.stdout
 

@@ -27,6 +27,7 @@ pytestmark = [
 LOOP = """
 #include "cpu/parallel_for.h"
 
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <thread>
@@ -108,10 +109,14 @@ long sysconf(int name) {
   return name == _SC_LEVEL2_CACHE_SIZE ? 0 : original(name);
 }
 
-FILE* fopen64(const char* path, const char* mode) {
-  FILE* (*original)(const char*, const char*) = (FILE * (*)(const char*, const char*)) dlsym(RTLD_NEXT, "fopen64");
+static FILE* open_file(const char* function, const char* path, const char* mode) {
+  FILE* (*original)(const char*, const char*) = (FILE * (*)(const char*, const char*)) dlsym(RTLD_NEXT, function);
   return original(strcmp(path, "/sys/devices/system/cpu/cpu0/cache/index2/size") ? path : CACHE_SIZE, mode);
 }
+
+// the C++ library calls one of them, since GCC 16 the first
+FILE* fopen(const char* path, const char* mode) { return open_file("fopen", path, mode); }
+FILE* fopen64(const char* path, const char* mode) { return open_file("fopen64", path, mode); }
 """
 PRINT_CACHE = 'from srpkd.kernels import native\nprint(native.extension().cpu_capability()["cache_bytes"])'
 
