@@ -63,7 +63,6 @@ SHORT_COLUMNS = [
     {"key": "x eager", "format": ".1f"},
     {"key": "x compile", "format": ".1f"},
     {"key": "eager MB", "format": ",.0f"},
-    {"key": "compile MB", "format": ",.0f"},
     {"key": "srpkd MB", "format": ",.0f"},
 ]
 SCALES = {"median_s": 1e3, "gpu_s": 1e3, "host_s": 1e3, "peak_extra_bytes": 1e-6}
