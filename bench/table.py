@@ -217,16 +217,20 @@ def short_table(rows: Sequence[Row]) -> str:
 
 def _short_line(found: dict[str, Row]) -> dict[str, Any]:
     """Return the cells of a case, given its rows by provider."""
-    backends = {name: number(found[name], "median_s") for name in OURS if name in found}
-    backend = min(backends, key=lambda name: backends[name] or math.inf, default=None)
-    line: dict[str, Any] = {"backend": backend}
-    for label, name in (("eager", "eager"), ("compile", "compile"), ("srpkd", backend)):
-        if name in found:
-            cells = _line(found[name])
-            line |= {f"{label} ms": cells["median_s"], f"{label} MB": cells["peak_extra_bytes"]}
-    if backend is not None:
-        line |= {"x eager": cells["times_faster_than_eager"], "x compile": cells["times_faster_than_compile"]}
-    return line
+    lines = {name: _line(row) for name, row in found.items()}
+    backends = [name for name in OURS if name in found]
+    backend = min(backends, key=lambda name: number(found[name], "median_s") or math.inf, default="")
+    eager, compiled, ours = (lines.get(name, {}) for name in ("eager", "compile", backend))
+    return {
+        "eager ms": eager.get("median_s"),
+        "compile ms": compiled.get("median_s"),
+        "srpkd ms": ours.get("median_s"),
+        "backend": backend or None,
+        "x eager": ours.get("times_faster_than_eager"),
+        "x compile": ours.get("times_faster_than_compile"),
+        "eager MB": eager.get("peak_extra_bytes"),
+        "srpkd MB": ours.get("peak_extra_bytes"),
+    }
 
 
 def _describe(case: Case, row: Row) -> str:
