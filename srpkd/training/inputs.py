@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os.path
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
