@@ -34,7 +34,7 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.I
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raise a `WriteError` for `path` if the operating system refuses a write in the block."""
     try:
         yield
@@ -54,7 +54,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes such that at any moment it has either all the new bytes or its previous content.
 
     The bytes are written to a temporary file in the same folder, which is renamed once they are on the disk. Missing
