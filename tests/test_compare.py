@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wrong_files import full_disk
 
 from srpkd import compare
 from srpkd.models.checkpoints import load_generator, save_weights
@@ -247,6 +248,15 @@ def test_wrong_requests(run):
             assert ask(server, "GET", "/", **headers)[0] == 403
             assert ask(server, "POST", "/translate", b"x", **headers)[0] == 403
         assert ask(server, "GET", "/", Origin=server.url[:-1])[0] == 200
+
+
+def test_full_disk_of_temporary_files(run):
+    with serving(run) as server:
+        with full_disk(10):
+            answer = ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())
+        message = "the image cannot be written: File too large; make room on that disk, or write to another"
+        assert answer == (400, {"error": message})
+        assert ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())[0] == 200
 
 
 def test_broken_requests_and_connections_print_nothing(run, capfd):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
+from ..files import write_file
 from .comparison import Comparison
 from .page import render_template
 
@@ -126,18 +127,23 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(length)
         if len(content) < length:
             raise ConnectionAbortedError("the browser closed the connection before the end of the file")
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "the image")  # the name in messages
-            file.write_bytes(content)
-            self._answer(lambda: self.server.comparison.translate(file), hidden=f"{folder}{os.sep}")
+        self._answer(lambda: self._translated(content))
 
-    def _answer(self, compute: Callable[[], Any], hidden: str = "") -> None:
-        """Send a result, or the message of an error without the name of a temporary folder."""
+    def _translated(self, content: bytes) -> dict[str, Any]:
+        """Translate the content of an image file; messages do not name the temporary folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return self.server.comparison.translate(write_file(Path(folder, "the image"), content))
+            except (ValueError, OSError) as error:
+                raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error
+
+    def _answer(self, compute: Callable[[], Any]) -> None:
+        """Send a result, or the message of an error."""
         try:
             with self.server.lock:
                 result = compute()
         except (ValueError, OSError) as error:  # of the image or the request
-            self._fail(HTTPStatus.BAD_REQUEST, str(error).replace(hidden, ""))
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
         except RuntimeError as error:  # such as memory that does not suffice
             traceback.print_exc()
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).splitlines()[0])
