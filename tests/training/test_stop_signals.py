@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -160,6 +161,20 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_ste
     in_step(2, kill)
     with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly \(.*--num_threads"):
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
+def without_shared_memory(_: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the shared memory of a forked process")
+def test_little_shared_memory_ends_the_run_with_a_message(run, unpaired, monkeypatch):
+    """As in Docker, where it has 64 MB by default. The run waited forever."""
+    monkeypatch.setattr(datasets, "leave_to_parent", without_shared_memory)
+    message = r"^error: shared memory is too small for the images of a batch \(File too large.*--num_threads 0"
+    with pytest.raises(SystemExit, match=message):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+    assert not multiprocessing.active_children()
 
 
 def end_as_by_ctrl_c(_: int) -> None:
