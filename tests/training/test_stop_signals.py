@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -175,6 +176,19 @@ def test_little_shared_memory_ends_the_run_with_a_message(run, unpaired, monkeyp
     with pytest.raises(SystemExit, match=message):
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that is half made
+def test_loader_processes_that_cannot_be_started_end_the_run_with_a_message(run, unpaired, monkeypatch):
+    """Their locks are files in /dev/shm, which may be read-only."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    message = r"^error: the processes that load images cannot be started \(Read-only file system\): .*--num_threads 0"
+    with pytest.raises(SystemExit, match=message):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
 
 
 def end_as_by_ctrl_c(_: int) -> None:
