@@ -57,7 +57,7 @@ COMPILE = "import json, sys; from torch.utils import cpp_extension; cpp_extensio
 
 
 class BuildError(RuntimeError):
-    """The build of the extension failed. The message contains the end of the compiler's output."""
+    """The extension cannot be built. After a failed build, the message contains the end of the compiler's output."""
 
 
 def setting() -> str:
@@ -328,23 +328,40 @@ def unavailable_reason() -> str | None:
 
 
 def cached_library() -> Path:
-    """Return the path of the extension that is built on first use, one for each torch, sources and flags."""
+    """Return the path of the extension that is built on first use, one for each torch, sources and flags.
+
+    Raises:
+        BuildError: the user has no home directory, and no variable names another folder.
+    """
     import torch
 
     cuda = cuda_unavailable_reason() is None
     digest = hashlib.sha256(repr((sys.version, torch.__version__, flags(cuda), NVCC_FLAGS)).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-    return root / f"srpkd_{digest.hexdigest()[:16]}" / f"{NAME}.so"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    try:
+        cache = root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
+    except RuntimeError as error:  # as in a container whose user is only a number
+        raise BuildError("this user has no home directory: set HOME, or TORCH_EXTENSIONS_DIR to a folder") from error
+    return Path(cache) / f"srpkd_{digest.hexdigest()[:16]}" / f"{NAME}.so"
 
 
 def build() -> Path:
     """Build the extension on first use and return its path. Concurrent processes build it once.
 
     Raises:
-        BuildError: the build failed.
+        BuildError: the build failed, or the folder cannot be written to.
     """
     library = cached_library()
+    try:
+        return _build_once(library)
+    except OSError as error:
+        raise BuildError(
+            f"the native backend cannot be built in {library.parent}: {error.strerror or error}; set "
+            "TORCH_EXTENSIONS_DIR to a folder on a disk with room that you have permission to write to"
+        ) from error
+
+
+def _build_once(library: Path) -> Path:
     from filelock import FileLock  # which torch needs; the system releases its lock if the process dies
 
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -354,7 +371,10 @@ def build() -> Path:
         print(f"srpkd: building the native backend in {library.parent} (once, about a minute)", file=sys.stderr)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            os.replace(build_in(Path(scratch)), library)  # atomic: no process finds an incomplete file
+            built = build_in(Path(scratch))
+            with open(built, "rb+") as file:
+                os.fsync(file.fileno())  # after a power failure it could be empty, and would not be built again
+            os.replace(built, library)  # atomic: no process finds an incomplete file
         print(f"srpkd: built in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return library
 

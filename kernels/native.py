@@ -134,8 +134,11 @@ def load_existing() -> tuple[ModuleType | None, str | None]:
     """Load the extension if it is built. Return (module, None), (None, why it cannot be used) or (None, None)."""
     name = f"{__package__}.{build.NAME}"
     spec = importlib.util.find_spec(name)
-    library = Path(spec.origin) if spec is not None and spec.origin is not None else build.cached_library()
-    if not library.exists():
+    try:
+        library = Path(spec.origin) if spec is not None and spec.origin is not None else build.cached_library()
+    except build.BuildError as error:
+        return None, str(error)
+    if not os.path.exists(library):  # False also for the home of another user, for which Path.exists() raises
         return None, None
     if reason := build.stale_reason(library):
         return None, f"{reason}: install srpkd again with --no-build-isolation"

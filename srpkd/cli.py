@@ -12,6 +12,8 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+from .files import WriteError, writing
+
 COMMANDS = {
     "train": "train a generator, or distil a small one from a large one; without options, a demo on synthetic images",
     "evaluate": "score generated images: FID, KID, PSNR, SSIM, mIoU, FCN scores",
@@ -46,16 +48,26 @@ NO_READER = (errno.EPIPE, errno.EINVAL) if sys.platform == "win32" else (errno.E
 class _Output(io.FileIO):
     """stdout or stderr, which ignores that its reader has ended.
 
-    After Ctrl-C, ``srpkd train 2>&1 | tee log`` still has to save its state when tee has ended.
+    After Ctrl-C, ``srpkd train 2>&1 | tee log`` still has to save its state when tee has ended. Other errors, such as a
+    full disk, are raised once for stdout, and ignored for stderr: no progress bar may end a training.
     """
 
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.title, self.is_lost = name, False
+
     def write(self, data: Any, /) -> int:
+        size = memoryview(data).nbytes
+        if self.is_lost:
+            return size
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in NO_READER:
+            if error.errno in NO_READER or self.title == "stderr":
+                return size
+            self.is_lost = True  # Python writes what is left when it exits, and would print a traceback
+            with writing(self.title):
                 raise
-            return memoryview(data).nbytes
 
 
 def prepare_terminal() -> None:
@@ -63,7 +75,7 @@ def prepare_terminal() -> None:
 
     After Ctrl-C, it would hide what a command printed before, as to resume. The process still ends by the signal, so
     that a shell script that called it ends too. Characters that the terminal does not have are replaced. Output that
-    has no reader, or whose descriptor was closed, is discarded.
+    has no reader, or whose descriptor was closed, is discarded. stdout on a full disk ends the process with one line.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that no file of the command gets its number
         os.set_inheritable(descriptor, True)
@@ -74,19 +86,21 @@ def prepare_terminal() -> None:
             stream.reconfigure(errors="replace")  # a console takes Unicode from Python, and bytes in its code page only
         elif stream is None or isinstance(stream, io.TextIOWrapper):
             unbuffered = stream is not None and stream.write_through
-            raw = _Output(descriptor, "w", closefd=False)
+            raw = _Output(descriptor, name)
             output = io.TextIOWrapper(
                 cast(BinaryIO, raw) if unbuffered else io.BufferedWriter(raw),
                 encoding=stream.encoding if stream else None,
                 errors="replace",
-                line_buffering=stream is None or stream.line_buffering,
+                line_buffering=True,  # errors are raised by print(), and a log shows what has happened so far
                 write_through=unbuffered,
             )
             setattr(sys, name, output)
     previous = sys.excepthook
 
     def print_others(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
+        if isinstance(error, WriteError):
+            print(f"error: {error}", file=sys.stderr)
+        elif not issubclass(kind, KeyboardInterrupt):
             previous(kind, error, traceback)
 
     sys.excepthook = print_others

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,15 @@ class RelationDistiller(nn.Module):
         ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names),
             ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
+
+    layers: dict[str, str]
+    weights: dict[str, float]
+    layouts: dict[str, tuple[Layout, Layout]]
+    student: nn.Module
+    loss: FeatureLoss
+    layer_losses: dict[str, FeatureLoss]
+    student_tap: FeatureTap
+    teacher_tap: FeatureTap
 
     def __init__(
         self,
@@ -118,6 +127,10 @@ class RelationDistiller(nn.Module):
             check_type("the teacher", value, nn.Module, "a torch.nn.Module")
             name, value = "_teacher", (value,)
         super().__setattr__(name, value)
+
+    if TYPE_CHECKING:  # the type of a module's call is Any
+
+        def __call__(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]: ...
 
     def forward(self, *inputs: Any, **keywords: Any) -> tuple[Any, Any, Tensor]:
         """Run both networks on the same input. The errors are those of ``run`` and ``compare``.

@@ -34,7 +34,7 @@ WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.I
 
 
 @contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raise a `WriteError` for `path` if the operating system refuses a write in the block."""
     try:
         yield
@@ -54,12 +54,12 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes such that at any moment it has either all the new bytes or its previous content.
 
-    The bytes are written to a temporary file in the same folder, which is renamed once they are on the disk. Missing
-    folders are created, and a symbolic link is followed. If the block raises, the temporary file and the new folders
-    are removed.
+    The bytes are written to a temporary file in the same folder, which is renamed once they are on the disk. The new
+    name then survives a power failure too. Missing folders are created, and a symbolic link is followed. If the block
+    raises, the temporary file and the new folders are removed.
 
     Raises:
         WriteError: the operating system refuses it.
@@ -77,6 +77,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             replace_file(temporary, target)
+            for folder in (target.parent, *(folder.parent for folder in created)):
+                sync_folder(folder)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -98,6 +100,16 @@ def replace_file(source: Path, target: Path) -> None:
         except PermissionError:
             time.sleep(seconds)
     os.replace(source, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, where the operating system can do that: Windows cannot."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def windows_name_problem(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -164,11 +164,12 @@ class SRPLoss(nn.Module):
     eps: float
     backend: str
     scope: Scope
+    group: dist.ProcessGroup | None
     rectify: bool
     detach_norms: bool
     columns: int | None
     generator: torch.Generator | None
-    has_warned = False  # that features look like another layout: once is enough
+    has_warned: bool = False  # that features look like another layout: once is enough
 
     def __init__(
         self,
@@ -197,6 +198,10 @@ class SRPLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         _check_option(name, value)
         super().__setattr__(name, value)
+
+    if TYPE_CHECKING:  # the type of a module's call is Any
+
+        def __call__(self, student: Tensor, teacher: Tensor) -> Tensor: ...
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or those of another ``layout``."""

@@ -8,11 +8,59 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .arguments import check_type
 from .structures import Keys, describe, element, parse_path
+
+
+class _Recorder:
+    """The part of a tap that its hooks refer to, so that the tap can be garbage-collected before the network.
+
+    The hooks then remove themselves in the next pass: ``__del__`` might run while a module iterates over them.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.features: dict[str, Tensor] = {}
+        self.is_active = self.is_closed = self.is_dropped = False
+        self.handles: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and files: without features, and idle."""
+        return {**self.__dict__, "features": {}, "is_active": False}
+
+    def record(self, name: str, keys: Keys, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Record the output of a module, or an element of it, while recording."""
+        if not self.is_active:
+            if self.is_dropped and not torch.compiler.is_compiling():
+                self.remove_hooks()
+            return
+        try:
+            feature = element(output, keys)
+        except LookupError as error:
+            raise ValueError(f"{self.role} layer {name!r}: {error}") from error
+        if not isinstance(feature, Tensor):
+            key = next(iter(feature), 0) if isinstance(feature, Mapping) else 0
+            raise TypeError(
+                f"{self.role} module {name!r} returned a {describe(feature)}: tap a module that returns a tensor, or "
+                f"name an element or field that is one, such as '{name}[{key}]'"
+            )
+        if name in self.features:
+            raise RuntimeError(
+                f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
+                "tap a module that runs once"
+            )
+        self.features[name] = feature.clone()
+
+    def remove_hooks(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.is_closed = True
 
 
 class FeatureTap:
@@ -20,7 +68,8 @@ class FeatureTap:
 
     Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
     the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
-    compiled code ignores later hooks, and ``recording()`` then raises.
+    compiled code ignores later hooks, and ``recording()`` then raises. The hooks last until ``close()``, or until the
+    first pass after the tap was garbage-collected.
 
     A copy of a tapped network, by ``copy.deepcopy`` or ``torch.save``, has an idle tap of its own, which
     ``remove_hooks`` removes. A copy of the network together with the tap, as in a copied distiller, works like the
@@ -38,13 +87,12 @@ class FeatureTap:
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
+        self._recorder = _Recorder(role)
         check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
         if isinstance(names, str):
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
-        self.names = list(names)
+        self.names: list[str] = list(names)
         self.role = role
-        self._features: dict[str, Tensor] = {}
-        self._active = self._closed = False
         modules = dict(unwrap(network).named_modules())
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
@@ -58,36 +106,14 @@ class FeatureTap:
                     f"the {role} has no module named {module_name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
-        # bound methods: a copy of the network then refers to the copy of this tap
-        self._handles = [
-            modules[module_name].register_forward_hook(partial(self._record, name, keys))
+        # bound methods: a copy of the network then refers to the copy of the recorder
+        self._recorder.handles = [
+            modules[module_name].register_forward_hook(partial(self._recorder.record, name, keys))
             for name, (module_name, keys) in paths.items()
         ]
 
-    def _record(self, name: str, keys: Keys, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Record the output of a module, or an element of it, while recording."""
-        if not self._active:
-            return
-        try:
-            feature = element(output, keys)
-        except LookupError as error:
-            raise ValueError(f"{self.role} layer {name!r}: {error}") from error
-        if not isinstance(feature, Tensor):
-            key = next(iter(feature), 0) if isinstance(feature, Mapping) else 0
-            raise TypeError(
-                f"{self.role} module {name!r} returned a {describe(feature)}: tap a module that returns a tensor, or "
-                f"name an element or field that is one, such as '{name}[{key}]'"
-            )
-        if name in self._features:
-            raise RuntimeError(
-                f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
-                "tap a module that runs once"
-            )
-        self._features[name] = feature.clone()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and files: without features, and idle."""
-        return {**self.__dict__, "_features": {}, "_active": False}
+    def __del__(self) -> None:
+        self._recorder.is_dropped = True
 
     @contextmanager
     def recording(self, enabled: bool = True) -> Iterator[dict[str, Tensor]]:
@@ -105,19 +131,20 @@ class FeatureTap:
             TypeError: a tapped module returned no tensor.
             ValueError: the output of a tapped module has no element or field of that name.
         """
-        if enabled and self._closed:
+        recorder = self._recorder
+        if enabled and recorder.is_closed:
             raise RuntimeError(f"the hooks on the {self.role} were removed by close(): create a new tap or distiller")
-        if self._active:  # in another thread, or around this one: it would record the features of both passes
+        if recorder.is_active:  # in another thread, or around this one: it would record the features of both passes
             raise RuntimeError(
                 f"the tap of the {self.role} is recording another pass: run one after the other, or give each thread "
                 "a copy by copy.deepcopy"
             )
         features: dict[str, Tensor] = {}
-        self._features, self._active = features, enabled
+        recorder.features, recorder.is_active = features, enabled
         try:
             yield features
         finally:
-            self._features, self._active = {}, False  # a reference would keep the graph of the pass alive
+            recorder.features, recorder.is_active = {}, False  # a reference would keep the graph of the pass alive
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
             raise RuntimeError(
@@ -127,9 +154,7 @@ class FeatureTap:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._closed = True
+        self._recorder.remove_hooks()
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -182,7 +182,14 @@ def test_closed_output_is_discarded(tmp_path, closed):
 
 def test_output_that_cannot_be_written_fails():
     """A full disk, unlike a reader that has seen enough, loses what the user asked for."""
-    assert run_command("print('result')", "> /dev/full").returncode != 0
+    done = run_command("print('result')\n    print('more')", "> /dev/full")
+    message = "error: stdout cannot be written: No space left on device; make room on that disk, or write to another\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+def test_progress_that_cannot_be_written_is_discarded():
+    done = run_command("print('step', file=sys.stderr, flush=True)\n    print('result')", "2> /dev/full")
+    assert (done.returncode, done.stdout) == (0, "result\n")
 
 
 def test_console_script():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
+import struct
 import threading
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wrong_files import full_disk
 
 from srpkd import compare
 from srpkd.models.checkpoints import load_generator, save_weights
@@ -245,6 +248,41 @@ def test_wrong_requests(run):
             assert ask(server, "GET", "/", **headers)[0] == 403
             assert ask(server, "POST", "/translate", b"x", **headers)[0] == 403
         assert ask(server, "GET", "/", Origin=server.url[:-1])[0] == 200
+
+
+def test_full_disk_of_temporary_files(run):
+    with serving(run) as server:
+        with full_disk(10):
+            answer = ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())
+        message = "the image cannot be written: File too large; make room on that disk, or write to another"
+        assert answer == (400, {"error": message})
+        assert ask(server, "POST", "/translate", (run / "images" / "000.png").read_bytes())[0] == 200
+
+
+def test_broken_requests_and_connections_print_nothing(run, capfd):
+    """A browser closes connections when the user leaves the page."""
+
+    def send(server, method, address, headers, body=b""):
+        lines = [f"{method} {address} HTTP/1.1", f"Host: 127.0.0.1:{server.server_port}", *headers, "", ""]
+        with socket.create_connection(server.server_address, timeout=60) as connection:
+            connection.sendall("\r\n".join(lines).encode() + body)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.makefile("rb").readline()
+
+    def disconnect(server, body):
+        with socket.create_connection(server.server_address, timeout=60) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(body)
+
+    with serving(run) as server:
+        assert send(server, "POST", "/translate", ["Content-Length: 100"], b"half") == b""
+        assert b" 400 " in send(server, "POST", "/translate", [f"Content-Length: {'9' * 5000}"])
+        assert b" 404 " in send(server, "GET", "http://[::1/", [])
+        assert b" 501 " in send(server, "HEAD", "/", [])
+        for body in (b"GET / HTTP/1.1\r\n", f"GET / HTTP/1.1\r\nHost: {server.url[7:-1]}\r\n\r\n".encode()):
+            disconnect(server, body)
+        assert ask(server, "GET", "/")[0] == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_the_command_prints_the_address(run, monkeypatch, capsys):

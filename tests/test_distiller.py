@@ -209,6 +209,13 @@ def test_close_removes_the_hooks(student: nn.Module, teacher: nn.Module, image: 
     distiller.close()  # closing twice is allowed
 
 
+def test_a_dropped_distiller_leaves_no_hooks(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    RelationDistiller(student, teacher, {"encoder": "encoder"})(image)[2].backward()
+    assert hooks(student) == hooks(teacher) == 1
+    student(image), teacher(image)
+    assert hooks(student) == hooks(teacher) == 0
+
+
 def test_two_distillers_of_one_teacher(teacher: nn.Module, image: Tensor) -> None:
     first, second = (RelationDistiller(network(4), teacher, {"encoder": "encoder"}) for _ in range(2))
     for distiller in (first, second, first):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,14 +52,22 @@ def test_interrupt_while_torch_saves(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_atomic_write_syncs_before_the_rename(tmp_path, monkeypatch):
+def test_atomic_write_syncs_the_file_then_its_name(tmp_path, monkeypatch):
     calls = []
     fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", os.fstat(fd).st_size)), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(a).parent)), rename(a, b)))
-    with atomic_write(tmp_path / "a.bin") as file:
+
+    def record_fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append(("sync folder", status.st_ino) if stat.S_ISDIR(status.st_mode) else ("sync", status.st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", Path(a).parent)), rename(a, b)))
+    folder = tmp_path.resolve() / "new"
+    with atomic_write(folder / "a.bin") as file:
         file.write(b"12345")
-    assert calls == [("fsync", 5), ("replace", tmp_path.resolve())]
+    synced = [("sync folder", path.stat().st_ino) for path in (folder, tmp_path) if sys.platform != "win32"]
+    assert calls == [("sync", 5), ("rename", folder), *synced]
 
 
 def test_atomic_write_keeps_links_and_default_permissions(tmp_path):

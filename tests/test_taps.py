@@ -80,6 +80,19 @@ def test_a_tap_keeps_no_features_alive(student: nn.Module, image: Tensor) -> Non
     assert feature() is None
 
 
+def test_hooks_of_a_dropped_tap_leave_the_network(student: nn.Module, image: Tensor) -> None:
+    """With a new tap for each of many students, the passes of their teacher would become slower and slower."""
+    for _ in range(10):
+        tap = FeatureTap(student, ["encoder", "encoder.conv", "decoder"])
+        with tap.recording() as features:
+            student(image)
+        assert set(features) == {"encoder", "encoder.conv", "decoder"}
+    assert hooks(student) == 3
+    del tap
+    assert torch.equal(student(image), student.decoder(features["encoder"]))
+    assert hooks(student) == 0
+
+
 def test_layer_that_does_not_run_raises(student: nn.Module, image: Tensor) -> None:
     tap = FeatureTap(student, ["encoder", "decoder"], "student")
     with pytest.raises(RuntimeError, match=r"student layers \['decoder'\] did not run"), tap.recording():

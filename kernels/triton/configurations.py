@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -164,21 +165,27 @@ def candidates(chosen: Configuration) -> list[Configuration]:
 def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[Configuration], float]) -> Configuration:
     """Return the fastest candidate for a case. It is measured once per machine and then read from a file.
 
+    Where the file cannot be written, each process measures.
+
     Args:
         case: the properties that the fastest candidate depends on: GPU, number format, relation, bucketed shapes.
         kernel: a hash of the kernel's source, part of the file name: a changed kernel is measured again.
         chosen: the hand-chosen configuration.
         measure: returns the time of a run with a candidate.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     file = root / "srpkd" / f"triton-{triton.__version__}-{kernel[:16]}.json"
     known = cached_winners(file)
     if case not in known:
         known[case] = asdict(min(candidates(chosen), key=measure))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")  # replaced atomically: no process reads half a file
-        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        temporary.replace(file)
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}")  # replaced atomically: no process reads half a file
+            try:
+                temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
     return Configuration(**known[case])
 
 
@@ -187,7 +194,7 @@ def cached_winners(file: Path) -> dict[str, dict]:
     """Return the fastest configurations in the file, by case."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):  # ValueError: a file that a power failure has damaged
         return {}
 
 

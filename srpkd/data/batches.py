@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from .images import DataError
 
 SeededIndex = tuple[int, int]  # an item's index, and the seed of its random crop, flip and partner
 
@@ -88,8 +90,23 @@ def _hash_seed(*numbers: int) -> int:
 
 
 def collate(items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Stack items {"A": (C, H, W), "B": (C, H, W), ...} to a batch {"A": (B, C, H, W), "B": (B, C, H, W)}."""
-    return {side: torch.stack([item[side] for item in items]) for side in ("A", "B")}
+    """Stack items {"A": (C, H, W), "B": (C, H, W), ...} to a batch {"A": (B, C, H, W), "B": (B, C, H, W)}.
+
+    Raises:
+        DataError: shared memory, through which a process that loads images hands them over, is too small.
+    """
+    batch = {side: torch.stack([item[side] for item in items]) for side in ("A", "B")}
+    if get_worker_info() is not None:
+        try:
+            for images in batch.values():
+                images.share_memory_()  # otherwise a thread would do it, drop the batch, and the run would wait forever
+        except RuntimeError as error:
+            raise DataError(
+                f"shared memory is too small for the images of a batch ({str(error).rpartition(': ')[2]}): make it "
+                "larger, in Docker by --shm-size=1g, or load the images in the main process by --num_threads 0, which "
+                "may also change with --resume"
+            ) from error
+    return batch
 
 
 def sides(direction: str) -> tuple[str, str]:

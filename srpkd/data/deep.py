@@ -70,7 +70,7 @@ class DeepPixels(NamedTuple):
         return 1 - colour if self.inverted else colour, alpha
 
 
-def bits_per_channel(image: Image.Image, path: str | os.PathLike) -> int:
+def bits_per_channel(image: Image.Image, path: str | os.PathLike[str]) -> int:
     """Return the bits per channel of an image that Pillow has opened and not decoded yet."""
     bits = 8
     match image.format:
@@ -104,7 +104,7 @@ def is_inverted(image: Image.Image) -> bool:
     return image.format == "PPM" and image.mode == "1"
 
 
-def decode_deep(path: str | os.PathLike, image: Image.Image | None, frame: int, orientation: int) -> DeepPixels:
+def decode_deep(path: str | os.PathLike[str], image: Image.Image | None, frame: int, orientation: int) -> DeepPixels:
     """Decode a frame of an image with more than 8 bits per channel, upright.
 
     Args:
@@ -156,7 +156,7 @@ class TiffHeader(NamedTuple):
     icc_profile: bytes | None
 
 
-def read_tiff_header(path: str | os.PathLike) -> TiffHeader:
+def read_tiff_header(path: str | os.PathLike[str]) -> TiffHeader:
     """Read the header of a TIFF's first page."""
     with require("tifffile", "train", "reading this TIFF").TiffFile(path) as file:
         page = file.pages[0]
@@ -170,7 +170,7 @@ def read_tiff_header(path: str | os.PathLike) -> TiffHeader:
         )
 
 
-def _decode_tiff(path: str | os.PathLike, frame: int) -> DeepPixels:
+def _decode_tiff(path: str | os.PathLike[str], frame: int) -> DeepPixels:
     with require("tifffile", "train", "reading TIFF of more than 8 bits per channel").TiffFile(path) as file:
         page: Any = file.pages[frame]
         end = os.path.getsize(path)
@@ -212,7 +212,7 @@ def _pnm_maximum(image: Image.Image) -> int:
     return 65535 if arguments == "I;16B" else 255
 
 
-def _decode_pnm(path: str | os.PathLike, image: Image.Image) -> DeepPixels:
+def _decode_pnm(path: str | os.PathLike[str], image: Image.Image) -> DeepPixels:
     if image.mode == "F":
         return DeepPixels(np.array(image)[:, :, None], 1.0, 1)
     maximum, offset = _pnm_maximum(image), image.tile[0].offset  # type: ignore[attr-defined]
@@ -232,7 +232,7 @@ def _decode_pnm(path: str | os.PathLike, image: Image.Image) -> DeepPixels:
     return DeepPixels(values.astype(np.int64).reshape(image.height, image.width, channels), float(maximum), channels)
 
 
-def _start(path: str | os.PathLike, length: int) -> bytes:
+def _start(path: str | os.PathLike[str], length: int) -> bytes:
     with open(path, "rb") as file:
         return file.read(length)
 

@@ -173,7 +173,7 @@ class ImageFile:
         image: what Pillow has opened; None for a TIFF that only tifffile reads.
     """
 
-    def __init__(self, path: str | os.PathLike, image: Image.Image | None) -> None:
+    def __init__(self, path: str | os.PathLike[str], image: Image.Image | None) -> None:
         self.path, self._image = path, image
         self._tiff = read_tiff_header(path) if image is None else None
         self._decoded: tuple[int, Image.Image | DeepPixels] | None = None
@@ -317,7 +317,7 @@ def _orientation(image: Image.Image, getexif: Callable[[Any], Any]) -> int:
 
 
 @contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[ImageFile]:
+def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
     """Open an image file; it is decoded inside the block. All of srpkd opens images through this function.
 
     Raises:

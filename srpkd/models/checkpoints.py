@@ -42,7 +42,7 @@ class CheckpointError(ValueError):
     """A file of weights cannot be used; the message says what was found, what is expected, and what to do."""
 
 
-def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
+def save_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network's state_dict to `path` atomically, as CPU tensors by name, which the public code can read.
 
     Dtypes are kept. The prefixes that DataParallel and torch.compile add to the keys are removed.
@@ -55,7 +55,7 @@ def save_weights(module: nn.Module, path: str | os.PathLike) -> None:
     save_tensors({WRAPPERS.sub("", key): value for key, value in module.state_dict().items()}, path)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write tensors by name to `path` atomically, as CPU tensors.
 
     Raises:
@@ -65,7 +65,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> None
         torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, file)
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the state_dict in a `.pth`, `.pt` or `.safetensors` file onto the CPU, without executing code in the file.
 
     The file holds the state_dict, or a dict with it as "state_dict". The prefixes `module.` and `_orig_mod.` are
@@ -89,7 +89,7 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def load_generator(
-    path: str | os.PathLike, spec: GeneratorSpec | None = None, *, train_mode_norm: bool = False
+    path: str | os.PathLike[str], spec: GeneratorSpec | None = None, *, train_mode_norm: bool = False
 ) -> ResnetGenerator | UnetGenerator:
     """Build the generator whose weights are in a file: in float32, on the CPU, in training mode.
 

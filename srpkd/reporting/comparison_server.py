@@ -25,13 +25,15 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote
 
+from ..files import write_file
 from .comparison import Comparison
 from .page import render_template
 
 HOST = "127.0.0.1"
 MAX_BYTES = 256 << 20  # of an image file
+MAX_DIGITS = 20  # of its size: int() refuses thousands of digits
 
 
 class ComparisonServer(ThreadingHTTPServer):
@@ -60,6 +62,11 @@ class ComparisonServer(ThreadingHTTPServer):
             self.lock.acquire()  # and no network runs afterwards
         super().server_close()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the traceback of a bug, but not of a connection that the browser closed early or left idle."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         """The address of the page."""
@@ -76,58 +83,67 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds without data
 
     def do_GET(self) -> None:
-        address = urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         if self._is_foreign():
             return
-        if address.path == "/":
+        if path == "/":
             nonce = secrets.token_urlsafe(16)
             page = render_page(list(self.server.comparison.networks), list(self.server.samples), nonce)
             self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", nonce)
-        elif address.path == "/relations":
-            query = parse_qs(address.query)
-            [image] = query.get("image", [""])[:1]
-            self._answer(lambda: self.server.comparison.relations(image, *(_fraction(query, name) for name in "xy")))
+        elif path == "/relations":
+            fields = parse_qs(query)
+            [image] = fields.get("image", [""])[:1]
+            self._answer(lambda: self.server.comparison.relations(image, *(_fraction(fields, name) for name in "xy")))
         else:
-            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {address.path}")
+            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {path}")
 
     def do_POST(self) -> None:
-        address = urlsplit(self.path)
+        path, _, query = self.path.partition("?")
         if self._is_foreign():
             return
-        if address.path == "/translate":
+        if path == "/translate":
             self._translate_body()
-        elif address.path == "/sample":
-            name = parse_qs(address.query).get("file", [""])[0]
+        elif path == "/sample":
+            name = parse_qs(query).get("file", [""])[0]
             if name in self.server.samples:
                 self._answer(lambda: self.server.comparison.translate(self.server.samples[name]))
             else:
                 self._fail(HTTPStatus.NOT_FOUND, f"no sample is named {name!r}")
         else:
-            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {address.path}")
+            self._fail(HTTPStatus.NOT_FOUND, f"unknown address {path}")
 
     def _translate_body(self) -> None:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or not int(length):
+        header = self.headers.get("Content-Length", "")
+        length = int(header) if header.isdecimal() and len(header) < MAX_DIGITS else 0
+        if not length:
             self._fail(HTTPStatus.BAD_REQUEST, "received no image: expected a file as the body of the request")
             return
-        if int(length) > MAX_BYTES:
+        if length > MAX_BYTES:
             self._fail(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the file has {int(length) >> 20} MB: expected at most {MAX_BYTES >> 20} MB",
+                f"the file has {length >> 20} MB: expected at most {MAX_BYTES >> 20} MB",
             )
             return
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "the image")  # the name in messages
-            file.write_bytes(self.rfile.read(int(length)))
-            self._answer(lambda: self.server.comparison.translate(file), hidden=f"{folder}{os.sep}")
+        content = self.rfile.read(length)
+        if len(content) < length:
+            raise ConnectionAbortedError("the browser closed the connection before the end of the file")
+        self._answer(lambda: self._translated(content))
 
-    def _answer(self, compute: Callable[[], Any], hidden: str = "") -> None:
-        """Send a result, or the message of an error without the name of a temporary folder."""
+    def _translated(self, content: bytes) -> dict[str, Any]:
+        """Translate the content of an image file; messages do not name the temporary folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return self.server.comparison.translate(write_file(Path(folder, "the image"), content))
+            except (ValueError, OSError) as error:
+                raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error
+
+    def _answer(self, compute: Callable[[], Any]) -> None:
+        """Send a result, or the message of an error."""
         try:
             with self.server.lock:
                 result = compute()
         except (ValueError, OSError) as error:  # of the image or the request
-            self._fail(HTTPStatus.BAD_REQUEST, str(error).replace(hidden, ""))
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
         except RuntimeError as error:  # such as memory that does not suffice
             traceback.print_exc()
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).splitlines()[0])

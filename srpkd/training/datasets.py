@@ -180,12 +180,20 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
 def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None]:
     """Yield the batches of a loader. Use this in ``plain_loader_errors``, and close it: this ends the processes."""
     loader.worker_init_fn = leave_to_parent
+    is_started = False
     try:
-        yield from loader
+        batches = iter(loader)
+        is_started = True
+        yield from batches
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # they would keep the processes
         if isinstance(error, EOFError | ConnectionError | FileNotFoundError):  # of the socket of a killed process
             raise _loader_ended(str(error)) from error
+        if isinstance(error, OSError) and not is_started:  # such as a read-only /dev/shm, or too many open files
+            raise DataError(
+                f"the processes that load images cannot be started ({error.strerror or error}): load the images in "
+                "the main process by --num_threads 0, which may also change with --resume"
+            ) from error
         raise
 
 

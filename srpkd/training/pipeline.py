@@ -78,9 +78,10 @@ def execute(plan: Plan) -> RunDir:
     except BaseException:
         # before the report, which a second Ctrl-C may interrupt
         if advice := how_to_resume(run_dir.folder):
-            distributed.print_rank0(advice)
+            with suppress(WriteError):  # a write error, of stdout too, may be what stopped the run
+                distributed.print_rank0(advice)
         run_dir.report["status"] = "stopped"
-        with suppress(WriteError):  # a write error may be what stopped the run
+        with suppress(WriteError):
             run_dir.write_report()
         raise
     finally:

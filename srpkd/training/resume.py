@@ -16,7 +16,7 @@ import torch
 
 from ..arguments import command_line
 from ..devices import gpu_count
-from ..files import atomic_write, replace_file
+from ..files import atomic_write, replace_file, sync_folder
 from ..models.checkpoints import CheckpointError
 
 # newest first; NEXT remains only if the run was stopped between two renames
@@ -37,6 +37,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     if (folder / NEWEST).exists():
         replace_file(folder / NEWEST, folder / PREVIOUS)
     replace_file(folder / NEXT, folder / NEWEST)
+    sync_folder(folder)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from helpers import distances, features, value_and_gradient
 from torch.utils.data import DataLoader, Dataset
 
-from srpkd.kernels import Relation, unavailable_reason
+from srpkd.kernels import Relation, build, native, unavailable_reason
 
 CPU = torch.device("cpu")
 BACKENDS = [name for name in ("reference", "blocked", "closed_form", "native") if unavailable_reason(name, CPU) is None]
@@ -131,3 +133,49 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "pandas",
     )
     assert [name for name in brought if name.startswith(heavy)] == []
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hide an extension that is installed."""
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+    native.load_existing.cache_clear()
+    yield
+    native.load_existing.cache_clear()
+
+
+def test_cache_that_is_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_extension: None) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    message = r"cannot be built in \S*file\S*srpkd_\w+: .*; set TORCH_EXTENSIONS_DIR to a folder"
+    with pytest.raises(build.BuildError, match=message):
+        build.build()
+
+
+def test_home_of_another_user(monkeypatch: pytest.MonkeyPatch, no_extension: None) -> None:
+    """As in a container that runs as another user than root, and has root's home."""
+
+    def refuse(path: Path) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(build, "cached_library", lambda: Path("/root/.cache/_native.so"))
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(os, "stat", refuse)
+    assert native.load_existing() == (None, None)
+    assert not native.is_built(CPU)
+
+
+def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch, no_extension: None) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    reason = "this user has no home directory: set HOME, or TORCH_EXTENSIONS_DIR to a folder"
+    assert native.load_existing() == (None, reason)
+    assert not native.is_built(CPU)
+    with pytest.raises(RuntimeError, match=f"not available: {reason}"):
+        native.extension()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    assert build.cached_library().parent.parent == Path("/elsewhere")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -159,6 +161,33 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_ste
 
     in_step(2, kill)
     with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly \(.*--num_threads"):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
+def without_shared_memory(_: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the shared memory of a forked process")
+def test_little_shared_memory_ends_the_run_with_a_message(run, unpaired, monkeypatch):
+    """As in Docker, where it has 64 MB by default. The run waited forever."""
+    monkeypatch.setattr(datasets, "leave_to_parent", without_shared_memory)
+    message = r"^error: shared memory is too small for the images of a batch \(File too large.*--num_threads 0"
+    with pytest.raises(SystemExit, match=message):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that is half made
+def test_loader_processes_that_cannot_be_started_end_the_run_with_a_message(run, unpaired, monkeypatch):
+    """Their locks are files in /dev/shm, which may be read-only."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    message = r"^error: the processes that load images cannot be started \(Read-only file system\): .*--num_threads 0"
+    with pytest.raises(SystemExit, match=message):
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
 
 

@@ -122,6 +122,25 @@ def test_autotuning_measures_once(tmp_path, monkeypatch):
     assert len(json.loads(file.read_text())) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\xff", None], ids=["empty", "zeros", "no text", "not a folder"])
+def test_autotuning_without_a_usable_file(tmp_path, monkeypatch, content):
+    """A power failure has damaged the file, or it cannot be written: each process measures."""
+    chosen = configuration((9, 0), "bfloat16", 64, 256)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    autotune("case", "hash", chosen, lambda candidate: 1.0)
+    (file,) = tmp_path.rglob("*.json")
+    if content is None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    else:
+        file.write_bytes(content)
+    configurations.cached_winners.cache_clear()
+    measured = []
+    for _ in range(2):
+        autotune("case", "hash", chosen, lambda candidate: float(not measured.append(candidate)))
+    assert len(set(measured)) == len(measured) > 4
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
 # -- availability ----------------------------------------------------------------------------------------------------
 
 
