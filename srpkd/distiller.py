@@ -56,7 +56,7 @@ class RelationDistiller(nn.Module):
             both need must be part of the input.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or a layer is part of a TorchScript module.
         ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names),
             ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
@@ -104,7 +104,7 @@ class RelationDistiller(nn.Module):
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
-        except ValueError:
+        except Exception:
             self.student_tap.close()
             raise
 

@@ -163,10 +163,13 @@ def test_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image
     assert loss.isfinite()
 
 
-def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+def test_wrong_teacher_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
         RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
-    assert hooks(teacher) == 0
+    assert hooks(teacher) == hooks(student) == 0
+    with pytest.raises(TypeError, match="the teacher: expected a"):
+        RelationDistiller(student, None, {"encoder": "encoder"})
+    assert hooks(student) == 0
 
 
 @pytest.mark.parametrize(
