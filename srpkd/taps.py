@@ -6,8 +6,10 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -30,10 +32,11 @@ class FeatureTap:
         network: any module; one that torch.compile or DataParallel wraps is unwrapped.
         names: names of its submodules, as in ``named_modules()``. Where a module returns a tuple, a dict or an object
             with fields, a name ends in the index or field of a tensor: ``"down_blocks.0[0]"``, ``"encoder[sample]"``.
+            Without the name of a module, it is an element of the network's own output: ``"[hidden_states][2]"``.
         role: how error messages call the network.
 
     Raises:
-        TypeError: ``network`` is not a module, or ``names`` is a string.
+        TypeError: ``network`` is not a module, a module is part of a TorchScript module, or ``names`` is a string.
         ValueError: a name is not that of a submodule; the message lists the nearest names.
     """
 
@@ -45,12 +48,14 @@ class FeatureTap:
         self.role = role
         self._features: dict[str, Tensor] = {}
         self._active = self._closed = False
-        modules = dict(unwrap(network).named_modules())
+        modules = dict(unwrap(network).named_modules(remove_duplicate=False))  # a shared module has several names
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
             paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
             module_name = paths[name][0]
-            if module_name not in modules or not module_name:
+            if isinstance(module_name, str):
+                _check_takes_hooks(modules, module_name, role)
+            if module_name not in modules or not (module_name or paths[name][1]):
                 nearest = difflib.get_close_matches(
                     str(module_name), [other for other in modules if other], 5, cutoff=0
                 )
@@ -58,6 +63,8 @@ class FeatureTap:
                     f"the {role} has no module named {module_name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
+        # why a tapped module may not run, for the error
+        self._hints = {name: hint for name, (module_name, _) in paths.items() if (hint := _hint(modules, module_name))}
         # bound methods: a copy of the network then refers to the copy of this tap
         self._handles = [
             modules[module_name].register_forward_hook(partial(self._record, name, keys))
@@ -81,7 +88,7 @@ class FeatureTap:
         if name in self._features:
             raise RuntimeError(
                 f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
-                "tap a module that runs once"
+                "tap a module that runs once, such as an nn.Identity() behind one of the calls"
             )
         self._features[name] = feature.clone()
 
@@ -120,9 +127,14 @@ class FeatureTap:
             self._features, self._active = {}, False  # a reference would keep the graph of the pass alive
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
+            hints = dict.fromkeys(self._hints[name] for name in missing if name in self._hints)
             raise RuntimeError(
-                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
-                "layers that its forward uses, and create the tap before torch.compile"
+                f"{self.role} layers {missing} did not run in this pass: "
+                + (
+                    "; ".join(hints)
+                    or "run the network inside the recording, tap layers that its forward uses, and create the tap "
+                    "before torch.compile"
+                )
             )
 
     def close(self) -> None:
@@ -130,6 +142,33 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._closed = True
+
+
+def _check_takes_hooks(modules: Mapping[str, nn.Module], name: str, role: str) -> None:
+    """Raise a TypeError for a module of a TorchScript network, whose compiled code runs without Python's hooks."""
+    parents = ["", *accumulate(name.split("."), "{}.{}".format)] if name else [""]
+    scripted = [parent for parent in parents if isinstance(modules.get(parent), torch.jit.ScriptModule)]
+    # a traced module as a whole has hooks
+    if scripted and (scripted[0] != name or isinstance(modules[name], torch.jit.RecursiveScriptModule)):
+        whole = f"module {scripted[0]!r} of the {role}" if scripted[0] else f"the {role}"
+        raise TypeError(
+            f"{whole} is a TorchScript module, whose layers cannot be tapped: expected the nn.Module that it was made "
+            "from. Without it, compute the features in your own code and pass them to SRPLoss"
+        )
+
+
+def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
+    """Return why a module of this name never runs as a module and what to do, or ""."""
+    module = modules[name]
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+        entries = [f"{name}.{key}" for key, _ in module.named_children()]
+        return f"{name!r} is a {type(module).__name__}, which only holds modules: tap one of {entries[:5]}"
+    if isinstance(modules[""], torch.fx.GraphModule):
+        return (
+            "a traced or exported network calls only the modules that are nodes of its graph: tap the original "
+            "network, or for an exported one that of torch.export.unflatten"
+        )
+    return ""
 
 
 def unwrap(network: nn.Module) -> nn.Module:
