@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_number, check_type
-from .layouts import LAYOUTS, Layout, check_dense, check_ndim, convert, warn_if_unlikely
+from .layouts import (
+    LAYOUTS,
+    SHAPES,
+    Layout,
+    check_dense,
+    check_ndim,
+    convert,
+    warn_if_unlikely,
+)
 from .loss import SRPLoss
+from .structures import find_images
 from .taps import FeatureTap
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
@@ -50,7 +59,7 @@ class RelationDistiller(nn.Module):
         layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
             the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
             the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
-            default. Without a stated layout, ``loss`` receives them as they are.
+            default for features with four dimensions. Without a stated layout, a function receives them as they are.
         forward: how a network processes an input, ``forward(network, *inputs, **keywords)``; by default
             ``network(*inputs, **keywords)``. It is called for the teacher, then for the student, so random numbers that
             both need must be part of the input.
@@ -101,6 +110,7 @@ class RelationDistiller(nn.Module):
         self.layer_losses = losses
         self._loss_modules = nn.ModuleList(module for module in losses.values() if isinstance(module, nn.Module))
         self._warned_layers: set[str] = set()
+        self._image_shape: torch.Size | None = None  # of the last pass, to recognise layouts
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
@@ -141,6 +151,9 @@ class RelationDistiller(nn.Module):
             TypeError: a tapped layer returned no tensor.
             ValueError: the output of a tapped layer has no element or field of that name.
         """
+        if not torch.compiler.is_compiling():
+            images = find_images((inputs, keywords))
+            self._image_shape = None if images is None else images.shape
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self._run_network(self.teacher, *inputs, **keywords)
         with self.student_tap.recording(record_features) as student_features:
@@ -157,8 +170,8 @@ class RelationDistiller(nn.Module):
             teacher: features by module name.
 
         Raises:
-            ValueError: a pair of features differs in more than channels (the message names the layers), or
-                ``self.weights`` names a layer that is not tapped.
+            ValueError: a pair of features differs in more than channels (the message names the layers), or has three
+                dimensions without a stated layout; or ``self.weights`` names a layer that is not tapped.
             TypeError, BackendUnavailable: as the loss of the layer raises.
         """
         self._check_names("weights", self.weights)  # a schedule may have changed them
@@ -190,11 +203,15 @@ class RelationDistiller(nn.Module):
         if is_stated and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             check_dense("student", student)  # a nested tensor has no shape
             check_dense("teacher", teacher)
+            if name not in self.layouts and expected != "nlc" and 3 in (student.ndim, teacher.ndim):
+                raise ValueError(_missing_layout(student, teacher, expected))
             where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
-            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where):
+            images = None if torch.compiler.is_compiling() else self._image_shape
+            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where, images):
                 self._warned_layers.add(name)
-                if isinstance(loss, SRPLoss):
-                    loss.has_warned = True  # it would give the same warning without the names
+            if isinstance(loss, SRPLoss):
+                if images is not None or name in self._warned_layers:
+                    loss.has_warned = True  # it would judge by the shape alone, and warn without the names
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
@@ -233,6 +250,16 @@ def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
     for name in pair:
         check_choice("layout", name, LAYOUTS)
     return pair
+
+
+def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
+    """Return the error for features with three dimensions, tokens or a map without a batch, and no stated layout."""
+    error = f"features of shape {tuple(student.shape)} and {tuple(teacher.shape)} need a layout: "
+    if student.ndim == teacher.ndim:
+        single = SHAPES[layout][1]
+        return f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch"
+    pair = tuple("nlc" if features.ndim == 3 else layout for features in (student, teacher))
+    return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

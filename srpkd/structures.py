@@ -52,6 +52,19 @@ def _element(value: Any, key: int | str) -> Any:
     raise LookupError(f"no element [{key}] in a {describe(value)}")
 
 
+def find_images(value: Any) -> Tensor | None:
+    """Return the first tensor with four dimensions, (B, C, H, W), in a nested structure, or None."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 4 else None
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, tuple | list):
+        parts = list(value)
+    else:
+        parts = [getattr(value, field.name) for field in _fields(value)]
+    return next((found for part in parts if (found := find_images(part)) is not None), None)
+
+
 def describe(value: Any) -> str:
     """Return the type and the content of a structure in a few words: "tuple (Tensor, NoneType)"."""
     kind = type(value).__name__
