@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from .arguments import check_choice, check_number, check_type
 from .layouts import (
     LAYOUTS,
+    NDIM,
     SHAPES,
     Layout,
     check_dense,
     check_ndim,
     convert,
+    pixel_count,
     warn_if_unlikely,
 )
 from .loss import SRPLoss
@@ -170,8 +172,9 @@ class RelationDistiller(nn.Module):
             teacher: features by module name.
 
         Raises:
-            ValueError: a pair of features differs in more than channels (the message names the layers), or has three
-                dimensions without a stated layout; or ``self.weights`` names a layer that is not tapped.
+            ValueError: a pair of features differs in more than channels (the message names the layers), has three
+                dimensions without a stated layout, or one pixel, for which the loss is a constant; or ``self.weights``
+                names a layer that is not tapped.
             TypeError, BackendUnavailable: as the loss of the layer raises.
         """
         self._check_names("weights", self.weights)  # a schedule may have changed them
@@ -212,6 +215,7 @@ class RelationDistiller(nn.Module):
             if isinstance(loss, SRPLoss):
                 if images is not None or name in self._warned_layers:
                     loss.has_warned = True  # it would judge by the shape alone, and warn without the names
+                _check_has_relations(loss, student, ours)
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
@@ -260,6 +264,23 @@ def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
         return f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch"
     pair = tuple("nlc" if features.ndim == 3 else layout for features in (student, teacher))
     return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"
+
+
+def _check_has_relations(loss: SRPLoss, student: Tensor, layout: Layout) -> None:
+    """Raise a ValueError if the loss is a constant because images have one pixel, related only to itself."""
+    if (
+        student.requires_grad
+        and torch.is_grad_enabled()
+        and loss.scope == "image"
+        and loss.normalize != "none"
+        and student.ndim >= NDIM[layout] - 1
+        and pixel_count(student.shape, layout) == 1
+    ):
+        raise ValueError(
+            f"student features of shape {tuple(student.shape)} have one pixel for each image, which has no relations: "
+            "the loss would be 0 and train nothing. Tap a layer before they are pooled, or relate the images of the "
+            "batch by SRPLoss(scope='batch')"
+        )
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

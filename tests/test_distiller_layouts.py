@@ -173,6 +173,18 @@ def test_images_tell_that_a_layout_is_likely() -> None:
             RelationDistiller(*networks, {"0": "0"}, SRPLoss(layout=layout))(torch.randn(2, 3, height, width))
 
 
+def test_one_pixel_has_no_relations(image: Tensor) -> None:
+    networks = [nn.Sequential(nn.Conv2d(3, width, 1), nn.AdaptiveAvgPool2d(1)) for width in (4, 6)]
+    layers = {"1": "1"}
+    with pytest.raises(ValueError, match=r"student layer '1' .* \(2, 4, 1, 1\) have one pixel .*scope='batch'"):
+        RelationDistiller(*networks, layers)(image)
+    with torch.no_grad():  # a validation
+        assert RelationDistiller(*networks, layers)(image)[2] == 0
+    for loss_fn in (SRPLoss(scope="batch"), SRPLoss("none"), F.mse_loss):
+        distiller = RelationDistiller(*networks[:1] * 2, layers, loss_fn)
+        assert distiller.compare({"1": networks[0](image)}, {"1": torch.ones(2, 4, 1, 1)}) > 0
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", ["nlc", None])
 def test_nested_features_name_the_layer(layout: str | None) -> None:
