@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
@@ -212,10 +212,10 @@ class RelationDistiller(nn.Module):
             images = None if torch.compiler.is_compiling() else self._image_shape
             if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where, images):
                 self._warned_layers.add(name)
-            if isinstance(loss, SRPLoss):
-                if images is not None or name in self._warned_layers:
-                    loss.has_warned = True  # it would judge by the shape alone, and warn without the names
-                _check_has_relations(loss, student, ours)
+            if isinstance(loss, SRPLoss) and (images is not None or name in self._warned_layers):
+                loss.has_warned = True  # it would judge by the shape alone, and warn without the names
+            if student.requires_grad and torch.is_grad_enabled():
+                check_has_relations(loss, student.shape, ours)
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
@@ -266,20 +266,20 @@ def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
     return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"
 
 
-def _check_has_relations(loss: SRPLoss, student: Tensor, layout: Layout) -> None:
-    """Raise a ValueError if the loss is a constant because images have one pixel, related only to itself."""
-    if (
-        student.requires_grad
-        and torch.is_grad_enabled()
-        and loss.scope == "image"
-        and loss.normalize != "none"
-        and student.ndim >= NDIM[layout] - 1
-        and pixel_count(student.shape, layout) == 1
-    ):
+def check_has_relations(loss: Any, shape: Sequence[int], layout: Layout = "nchw") -> None:
+    """Raise a ValueError if a relation loss is a constant because images have one pixel, related only to itself.
+
+    Args:
+        loss: loss of two features; anything but an ``SRPLoss`` is accepted.
+        shape: shape of the student's features.
+        layout: layout of the features.
+    """
+    is_constant = isinstance(loss, SRPLoss) and loss.scope == "image" and loss.normalize != "none"
+    if is_constant and len(shape) >= NDIM[layout] - 1 and pixel_count(shape, layout) == 1:
         raise ValueError(
-            f"student features of shape {tuple(student.shape)} have one pixel for each image, which has no relations: "
-            "the loss would be 0 and train nothing. Tap a layer before they are pooled, or relate the images of the "
-            "batch by SRPLoss(scope='batch')"
+            f"student features of shape {tuple(shape)} have one pixel for each image, which has no relations: the "
+            "loss would be 0 and train nothing. Tap a layer before the pixels are pooled, or relate the images of the "
+            "batch by scope='batch'"
         )
 
 
