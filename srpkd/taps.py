@@ -37,7 +37,7 @@ class FeatureTap:
 
     Raises:
         TypeError: ``network`` is not a module, a module is part of a TorchScript module, or ``names`` is a string.
-        ValueError: a name is not that of a submodule; the message lists the nearest names.
+        ValueError: a name is not that of a submodule (the message lists the nearest names), or a submodule never runs.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
@@ -54,7 +54,7 @@ class FeatureTap:
             paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
             module_name = paths[name][0]
             if isinstance(module_name, str):
-                _check_takes_hooks(modules, module_name, role)
+                _check_not_scripted(modules, module_name, role)
             if module_name not in modules or not (module_name or paths[name][1]):
                 nearest = difflib.get_close_matches(
                     str(module_name), [other for other in modules if other], 5, cutoff=0
@@ -63,8 +63,8 @@ class FeatureTap:
                     f"the {role} has no module named {module_name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
-        # why a tapped module may not run, for the error
-        self._hints = {name: hint for name, (module_name, _) in paths.items() if (hint := _hint(modules, module_name))}
+            if reason := _never_runs(modules, module_name):
+                raise ValueError(f"{role} layer {name!r} would not run: {reason}")
         # bound methods: a copy of the network then refers to the copy of this tap
         self._handles = [
             modules[module_name].register_forward_hook(partial(self._record, name, keys))
@@ -127,14 +127,9 @@ class FeatureTap:
             self._features, self._active = {}, False  # a reference would keep the graph of the pass alive
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
-            hints = dict.fromkeys(self._hints[name] for name in missing if name in self._hints)
             raise RuntimeError(
-                f"{self.role} layers {missing} did not run in this pass: "
-                + (
-                    "; ".join(hints)
-                    or "run the network inside the recording, tap layers that its forward uses, and create the tap "
-                    "before torch.compile"
-                )
+                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
+                "layers that its forward uses, and create the tap before torch.compile"
             )
 
     def close(self) -> None:
@@ -144,10 +139,9 @@ class FeatureTap:
         self._closed = True
 
 
-def _check_takes_hooks(modules: Mapping[str, nn.Module], name: str, role: str) -> None:
+def _check_not_scripted(modules: Mapping[str, nn.Module], name: str, role: str) -> None:
     """Raise a TypeError for a module of a TorchScript network, whose compiled code runs without Python's hooks."""
-    parents = ["", *accumulate(name.split("."), "{}.{}".format)] if name else [""]
-    scripted = [parent for parent in parents if isinstance(modules.get(parent), torch.jit.ScriptModule)]
+    scripted = [outer for outer in _outer_names(name) if isinstance(modules.get(outer), torch.jit.ScriptModule)]
     # a traced module as a whole has hooks
     if scripted and (scripted[0] != name or isinstance(modules[name], torch.jit.RecursiveScriptModule)):
         whole = f"module {scripted[0]!r} of the {role}" if scripted[0] else f"the {role}"
@@ -157,18 +151,25 @@ def _check_takes_hooks(modules: Mapping[str, nn.Module], name: str, role: str) -
         )
 
 
-def _hint(modules: Mapping[str, nn.Module], name: str) -> str:
-    """Return why a module of this name never runs as a module and what to do, or ""."""
-    module = modules[name]
+def _never_runs(modules: Mapping[str, nn.Module], name: str) -> str:
+    """Return why a network never calls its module of this name and what to tap instead, or ""."""
+    module, network = modules[name], modules[""]
     if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
         entries = [f"{name}.{key}" for key, _ in module.named_children()]
-        return f"{name!r} is a {type(module).__name__}, which only holds modules: tap one of {entries[:5]}"
-    if isinstance(modules[""], torch.fx.GraphModule):
-        return (
-            "a traced or exported network calls only the modules that are nodes of its graph: tap the original "
-            "network, or for an exported one that of torch.export.unflatten"
-        )
+        return f"it is a {type(module).__name__}, which only holds modules: tap one of {entries[:5]}"
+    if name and isinstance(network, torch.fx.GraphModule):
+        called = [node.target for node in network.graph.nodes if node.op == "call_module"]
+        if not any(outer in called for outer in _outer_names(name)):
+            return (
+                "a traced or exported network calls only the modules that are nodes of its graph: tap the original "
+                "network, or for an exported one that of torch.export.unflatten"
+            )
     return ""
+
+
+def _outer_names(name: str) -> list[str]:
+    """Return the names of the modules that contain a module, from the network to the module itself."""
+    return ["", *accumulate(name.split("."), "{}.{}".format)] if name else [""]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
