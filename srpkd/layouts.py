@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ SHAPES: dict[Layout, tuple[str, str]] = {
     "nhwc": ("(B, H, W, C)", "(H, W, C)"),
 }
 NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
+
+# tokens of a vision transformer that are no patches: one class token, two (DeiT), four registers, or both (DINOv2)
+EXTRA_TOKENS = (0, 1, 2, 4, 5)
 
 
 def channel_dim(layout: Layout) -> int:
@@ -169,7 +173,19 @@ def _likely_shape(features: Tensor, layout: Layout, images: Sequence[int] | None
         return "(B, C), a vector for each image: if they are, tap a layer before the pixels are pooled"
     if features.ndim == 3 and features.shape[0] != images[0] == features.shape[1]:
         return "(N, B, C): if they are, pass a loss that transposes them, as by features.transpose(0, 1)"
+    if features.ndim == 3 and (extra := _extra_tokens(features.shape[1], *images[-2:])):
+        return (
+            f"{features.shape[1] - extra} patches behind {extra} class or register tokens: if they are, pass a loss "
+            f"that leaves these out, as by features[:, {extra}:]"
+        )
     return None
+
+
+@functools.lru_cache
+def _extra_tokens(tokens: int, height: int, width: int) -> int:
+    """Return the number of tokens before the patches of an image, if there are as many patches as fit into it, or 0."""
+    grids = {(height // patch) * (width // patch) for patch in range(1, min(height, width) + 1)}
+    return next((extra for extra in EXTRA_TOKENS if tokens - extra in grids), 0)
 
 
 def _has_aspect(features: Tensor, layout: Layout, images: Sequence[int]) -> bool:
@@ -183,5 +199,4 @@ def _is_usual_width(channels: int) -> bool:
 
 
 def _is_token_count(count: int) -> bool:
-    # without class tokens, with one or two (DeiT), and with four registers (DINOv2)
-    return count >= 49 and any(math.isqrt(count - extra) ** 2 == count - extra for extra in (0, 1, 2, 4, 5))
+    return count >= 49 and any(math.isqrt(count - extra) ** 2 == count - extra for extra in EXTRA_TOKENS)
