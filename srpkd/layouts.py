@@ -123,6 +123,8 @@ def likely_layout(features: Tensor, layout: Layout, images: Sequence[int] | None
             return None
         if _has_aspect(features, other, images):
             return other if _is_usual_width(features.shape[channel_dim(other)]) else None
+    if images is not None and features.ndim == 3 and features.shape[0] == images[0]:
+        return "nlc"  # they have the batch of the images
     first, second, third = features.shape[-3:]
     if layout == "nchw" and first == second != third and _is_usual_width(third):
         return "nhwc"

@@ -90,6 +90,8 @@ def test_likely_layout(shape: tuple[int, ...], layout: Layout, likely: Layout | 
         ((2, 512, 1, 26), "nchw", (32, 100), None),  # neither: pooled in one direction
         ((2, 16, 16, 96), "nchw", (64, 3), "nhwc"),  # neither: images (B, H, W, 3); the map is square
         ((8, 196, 384), "nchw", (224, 224), "nlc"),
+        ((2, 128, 128), "nchw", (64, 128), "nlc"),  # the batch of the images
+        ((32, 128, 128), "nchw", (64, 128), None),
     ],
 )
 def test_likely_layout_of_images_that_are_known(
