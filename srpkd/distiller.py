@@ -24,7 +24,7 @@ from .layouts import (
     warn_if_unlikely,
 )
 from .loss import SRPLoss
-from .structures import find_images
+from .structures import tensors_in
 from .taps import FeatureTap
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
@@ -148,16 +148,23 @@ class RelationDistiller(nn.Module):
             record_features: if False, both dicts of features stay empty.
 
         Raises:
-            RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, or a feature of a
-                student in training requires no gradient.
+            RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, the teacher changed
+                its input in place, or a feature of a student in training requires no gradient.
             TypeError: a tapped layer returned no tensor.
             ValueError: the output of a tapped layer has no element or field of that name.
         """
+        # versions count the changes in place; the compiler cannot trace them
+        tensors = [] if torch.compiler.is_compiling() else list(tensors_in((inputs, keywords)))
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         if not torch.compiler.is_compiling():
-            images = find_images((inputs, keywords))
-            self._image_shape = None if images is None else images.shape
+            self._image_shape = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+        if versions != [0 if tensor.is_inference() else tensor._version for tensor in tensors]:
+            raise RuntimeError(
+                "the teacher changed its input in place, so the student would get other values: give each network a "
+                "copy, for example by forward=lambda network, images: network(images.clone())"
+            )
         with self.student_tap.recording(record_features) as student_features:
             student_output = self._run_network(self.student, *inputs, **keywords)
         for name, feature in student_features.items():

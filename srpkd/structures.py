@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,17 +52,16 @@ def _element(value: Any, key: int | str) -> Any:
     raise LookupError(f"no element [{key}] in a {describe(value)}")
 
 
-def find_images(value: Any) -> Tensor | None:
-    """Return the first tensor with four dimensions, (B, C, H, W), in a nested structure, or None."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nested structure of tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, Tensor):
-        return value if value.ndim == 4 else None
-    if isinstance(value, Mapping):
-        parts = list(value.values())
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for part in value.values() for tensor in tensors_in(part))
     elif isinstance(value, tuple | list):
-        parts = list(value)
+        yield from (tensor for part in value for tensor in tensors_in(part))
     else:
-        parts = [getattr(value, field.name) for field in _fields(value)]
-    return next((found for part in parts if (found := find_images(part)) is not None), None)
+        yield from (tensor for field in _fields(value) for tensor in tensors_in(getattr(value, field.name)))
 
 
 def describe(value: Any) -> str:

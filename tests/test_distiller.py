@@ -223,6 +223,22 @@ def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
 
 
+def test_teacher_that_changes_its_input_raises(student: nn.Module, image: Tensor) -> None:
+    """The student would get other images, without a word."""
+    teacher = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 6, 3, stride=2, padding=1))
+    layers, original = {"encoder": "1"}, image.clone()
+    with pytest.raises(RuntimeError, match=r"the teacher changed its input in place, .* network\(images.clone"):
+        RelationDistiller(student, teacher, layers)(image)
+    image = original.clone()
+    distiller = RelationDistiller(student, teacher, layers, forward=lambda network, batch: network(batch["x"].clone()))
+    loss = distiller({"x": image})[2]
+    torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher(image.clone()).detach()))
+    with torch.inference_mode():
+        copied = original.clone()  # has no version
+    with torch.no_grad():
+        assert torch.equal(distiller({"x": copied})[2], loss)
+
+
 # --- copies ---
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srpkd.distill_loop import _images_and_target
-from srpkd.structures import describe, element, find_images, parse_path, to_device
+from srpkd.structures import describe, element, parse_path, tensors_in, to_device
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -87,11 +87,10 @@ def test_missing_element(value, key, message):
         element(value, (key,))
 
 
-def test_find_images():
-    labels, images = torch.ones(2), torch.ones(2, 3, 4, 4)
-    assert find_images(((labels, {"images": [images, images + 1]}), {})) is images
-    assert find_images(((), {"sample": Sample(images), "labels": labels})) is images
-    assert find_images(((labels, "text", None, images[0]), {"batch": UserDict(image=labels)})) is None
+def test_tensors_in_order():
+    a, b, c, d = (torch.ones(size) for size in range(1, 5))
+    found = list(tensors_in(((a, {"images": [b, "text", None]}), {"sample": Sample(c), "batch": UserDict(d=d)})))
+    assert [id(tensor) for tensor in found] == [id(tensor) for tensor in (a, b, c, d)]
 
 
 def test_every_tensor_moves():
