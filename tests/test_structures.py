@@ -85,6 +85,8 @@ def test_element(value, keys, expected):
 def test_missing_element(value, key, message):
     with pytest.raises(LookupError, match=message):
         element(value, (key,))
+    with pytest.raises(LookupError, match=rf"no element \[{key}\] in \[0\]\[outer\], a {type(value).__name__}"):
+        element(({"outer": value},), (0, "outer", key))
 
 
 def test_tensors_in_order():
