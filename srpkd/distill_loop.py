@@ -56,7 +56,8 @@ def distill(
         teacher: any network that maps images (B, C, H, W) to images (B, C', H', W'), or what ``forward`` runs. It runs
             in eval mode without gradients, on the student's device, to which it is moved; its modes and weights are
             unchanged afterwards.
-        student: network to train, on its device; in eval mode afterwards.
+        student: network to train, on its device; in eval mode afterwards. It is trained in train mode, but a module
+            in eval mode whose parameters are frozen, such as a batch norm with fixed statistics, stays in eval mode.
         data: image batches (B, C, H, W), or pairs (images, targets (B, C', H', W')); with ``forward``, batches of any
             structure. Each epoch iterates over it once, so pass a DataLoader, a list, or anything else that can be
             iterated again.
@@ -116,7 +117,7 @@ def distill(
     step = 0
     with preserved_modes(teacher):
         teacher.eval()
-        student.train()
+        _train_unless_frozen(student)
         try:
             for epoch in range(1, epochs + 1):
                 collected: dict[str, list[float]] = {}
@@ -178,6 +179,18 @@ def _check_networks(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError("no parameter of the student requires a gradient: nothing to train; student.requires_grad_()")
     if not torch.is_grad_enabled():
         raise RuntimeError("gradients are disabled: call distill outside torch.no_grad() and torch.inference_mode()")
+
+
+def _train_unless_frozen(student: nn.Module) -> None:
+    """Set a student to train mode, except the modules in eval mode whose own parameters are all frozen."""
+    frozen = []
+    for module in student.modules():
+        parameters = list(module.parameters(recurse=False))
+        if not module.training and parameters and not any(parameter.requires_grad for parameter in parameters):
+            frozen.append(module)
+    student.train()
+    for module in frozen:
+        module.training = False
 
 
 def _student_optimizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_number, check_type
-from .layouts import LAYOUTS, Layout, check_dense, check_ndim, convert, warn_if_unlikely
+from .layouts import (
+    LAYOUTS,
+    NDIM,
+    SHAPES,
+    Layout,
+    check_dense,
+    check_ndim,
+    convert,
+    pixel_count,
+    warn_if_unlikely,
+)
 from .loss import SRPLoss
+from .structures import tensors_in
 from .taps import FeatureTap
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
@@ -50,13 +61,13 @@ class RelationDistiller(nn.Module):
         layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
             the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
             the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
-            default. Without a stated layout, ``loss`` receives them as they are.
+            default for features with four dimensions. Without a stated layout, a function receives them as they are.
         forward: how a network processes an input, ``forward(network, *inputs, **keywords)``; by default
             ``network(*inputs, **keywords)``. It is called for the teacher, then for the student, so random numbers that
             both need must be part of the input.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or a layer is part of a TorchScript module.
         ValueError: ``layers`` is empty, a name is not that of a module (the message lists the nearest names),
             ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
@@ -110,10 +121,11 @@ class RelationDistiller(nn.Module):
         self.layer_losses = losses
         self._loss_modules = nn.ModuleList(module for module in losses.values() if isinstance(module, nn.Module))
         self._warned_layers: set[str] = set()
+        self._image_shape: torch.Size | None = None  # of the last pass, to recognise layouts
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
-        except ValueError:
+        except Exception:
             self.student_tap.close()
             raise
 
@@ -149,13 +161,23 @@ class RelationDistiller(nn.Module):
             record_features: if False, both dicts of features stay empty.
 
         Raises:
-            RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, or a feature of a
-                student in training requires no gradient.
+            RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, the teacher changed
+                its input in place, or a feature of a student in training requires no gradient.
             TypeError: a tapped layer returned no tensor.
             ValueError: the output of a tapped layer has no element or field of that name.
         """
+        # versions count the changes in place; the compiler cannot trace them
+        tensors = [] if torch.compiler.is_compiling() else list(tensors_in((inputs, keywords)))
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        if not torch.compiler.is_compiling():
+            self._image_shape = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
             teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+        if versions != [0 if tensor.is_inference() else tensor._version for tensor in tensors]:
+            raise RuntimeError(
+                "the teacher changed its input in place, so the student would get other values: give each network a "
+                "copy, for example by forward=lambda network, images: network(images.clone())"
+            )
         with self.student_tap.recording(record_features) as student_features:
             student_output = self._run_network(self.student, *inputs, **keywords)
         for name, feature in student_features.items():
@@ -170,8 +192,9 @@ class RelationDistiller(nn.Module):
             teacher: features by module name.
 
         Raises:
-            ValueError: a pair of features differs in more than channels (the message names the layers), or
-                ``self.weights`` names a layer that is not tapped.
+            ValueError: a pair of features differs in more than channels (the message names the layers), has three
+                dimensions without a stated layout, or one pixel, for which the loss is a constant; or ``self.weights``
+                names a layer that is not tapped.
             TypeError, BackendUnavailable: as the loss of the layer raises.
         """
         self._check_names("weights", self.weights)  # a schedule may have changed them
@@ -203,11 +226,16 @@ class RelationDistiller(nn.Module):
         if is_stated and isinstance(student, Tensor) and isinstance(teacher, Tensor):
             check_dense("student", student)  # a nested tensor has no shape
             check_dense("teacher", teacher)
+            if name not in self.layouts and expected != "nlc" and 3 in (student.ndim, teacher.ndim):
+                raise ValueError(_missing_layout(student, teacher, expected))
             where = f"student layer {name!r} with teacher layer {self.layers[name]!r}: "
-            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where):
+            images = None if torch.compiler.is_compiling() else self._image_shape
+            if name not in self._warned_layers and warn_if_unlikely(student, teacher, (ours, theirs), where, images):
                 self._warned_layers.add(name)
-                if isinstance(loss, SRPLoss):
-                    loss.has_warned = True  # it would give the same warning without the names
+            if isinstance(loss, SRPLoss) and (images is not None or name in self._warned_layers):
+                loss.has_warned = True  # it would judge by the shape alone, and warn without the names
+            if student.requires_grad and torch.is_grad_enabled():
+                check_has_relations(loss, student.shape, ours)
         if (ours, theirs) != (expected, expected):
             check_ndim("student", student, ours)
             check_ndim("teacher", teacher, theirs)
@@ -246,6 +274,33 @@ def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
     for name in pair:
         check_choice("layout", name, LAYOUTS)
     return pair
+
+
+def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
+    """Return the error for features with three dimensions, tokens or a map without a batch, and no stated layout."""
+    error = f"features of shape {tuple(student.shape)} and {tuple(teacher.shape)} need a layout: "
+    if student.ndim == teacher.ndim:
+        single = SHAPES[layout][1]
+        return f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch"
+    pair = tuple("nlc" if features.ndim == 3 else layout for features in (student, teacher))
+    return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"
+
+
+def check_has_relations(loss: Any, shape: Sequence[int], layout: Layout = "nchw") -> None:
+    """Raise a ValueError if a relation loss is a constant because images have one pixel, related only to itself.
+
+    Args:
+        loss: loss of two features; anything but an ``SRPLoss`` is accepted.
+        shape: shape of the student's features.
+        layout: layout of the features.
+    """
+    is_constant = isinstance(loss, SRPLoss) and loss.scope == "image" and loss.normalize != "none"
+    if is_constant and len(shape) >= NDIM[layout] - 1 and pixel_count(shape, layout) == 1:
+        raise ValueError(
+            f"student features of shape {tuple(shape)} have one pixel for each image, which has no relations: the "
+            "loss would be 0 and train nothing. Tap a layer before the pixels are pooled, or relate the images of the "
+            "batch by scope='batch'"
+        )
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

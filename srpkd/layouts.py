@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,10 +21,18 @@ SHAPES: dict[Layout, tuple[str, str]] = {
 }
 NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
 
+# tokens of a vision transformer that are no patches: one class token, two (DeiT), four registers, or both (DINOv2)
+EXTRA_TOKENS = (0, 1, 2, 4, 5)
+
 
 def channel_dim(layout: Layout) -> int:
     """Return the dimension of the channels, counted from the end."""
     return -3 if layout == "nchw" else -1
+
+
+def pixel_count(shape: Sequence[int], layout: Layout) -> int:
+    """Return N, the number of pixels or tokens of an image."""
+    return shape[-2] if layout == "nlc" else shape[-1] * shape[-2] if layout == "nchw" else shape[-2] * shape[-3]
 
 
 def check_dense(name: str, features: Tensor) -> None:
@@ -95,46 +105,95 @@ def convert(features: Tensor, layout: Layout, target: Layout, partner: Tensor, p
     return features if target == "nchw" else features.flatten(-2).transpose(-1, -2)
 
 
-def likely_layout(features: Tensor, layout: Layout) -> Layout | None:
+def likely_layout(features: Tensor, layout: Layout, images: Sequence[int] | None = None) -> Layout | None:
     """Return another layout that the shape of features suggests, or None.
 
-    A map is taken to be square, and a number of channels to be a multiple of 4 and at least 16. Tokens are as many as
-    the pixels of a square map, with or without a class token.
+    A map has the aspect ratio of the images, or is taken to be square if these are not known. A number of channels is
+    taken to be a multiple of 4 and at least 16. Tokens are as many as the pixels of a square map, with or without class
+    and register tokens, or belong to a batch whose size is no usual number of channels.
+
+    Args:
+        images: shape (B, C, H, W) of the images from which a network computed the features.
     """
     if layout == "nlc" or features.ndim not in (3, 4):
         return None
+    if images is not None and features.ndim == 4:
+        other: Layout = "nhwc" if layout == "nchw" else "nchw"
+        if _has_aspect(features, layout, images):
+            return None
+        if _has_aspect(features, other, images):
+            return other if _is_usual_width(features.shape[channel_dim(other)]) else None
+    if images is not None and features.ndim == 3 and features.shape[0] == images[0]:
+        return "nlc"  # they have the batch of the images
     first, second, third = features.shape[-3:]
     if layout == "nchw" and first == second != third and _is_usual_width(third):
         return "nhwc"
     if layout == "nhwc" and second == third != first and _is_usual_width(first):
         return "nchw"
-    if features.ndim == 3 and first != second != third and _is_usual_width(third) and _is_token_count(second):
-        return "nlc"
-    return None
+    if features.ndim == 4 or first == second or second == third or not _is_usual_width(third):
+        return None
+    return "nlc" if _is_token_count(second) or (layout == "nchw" and not _is_usual_width(first)) else None
 
 
 def warn_if_unlikely(
-    student: Tensor, teacher: Tensor, layouts: tuple[Layout, Layout], where: str = "", stacklevel: int = 2
+    student: Tensor,
+    teacher: Tensor,
+    layouts: tuple[Layout, Layout],
+    where: str = "",
+    images: Sequence[int] | None = None,
+    stacklevel: int = 2,
 ) -> bool:
     """Warn if the features of both networks look like another layout than the one that is stated.
 
     Args:
         layouts: stated layouts of student and teacher.
         where: start of the warning, such as the names of the layers.
+        images: shape (B, C, H, W) of the images from which the networks computed the features, if it is known.
 
     Returns:
         Whether it warned.
     """
-    likely = likely_layout(student, layouts[0])
-    if likely is None or likely_layout(teacher, layouts[1]) != likely:
+    likely, *others = {_likely_shape(features, layout, images) for features, layout in zip((student, teacher), layouts)}
+    if likely is None or others:
         return False
     stated = " and ".join(dict.fromkeys(SHAPES[layout][NDIM[layout] - student.ndim] for layout in layouts))
     warnings.warn(
         f"{where}features of shape {tuple(student.shape)} and {tuple(teacher.shape)} are read as {stated}, but look "
-        f"like {SHAPES[likely][NDIM[likely] - student.ndim]}: if they are, pass layout={likely!r}",
+        f"like {likely}",
         stacklevel=stacklevel + 1,
     )
     return True
+
+
+def _likely_shape(features: Tensor, layout: Layout, images: Sequence[int] | None) -> str | None:
+    """Return what features look like, if it is not the stated layout, and what to do."""
+    if likely := likely_layout(features, layout, images):
+        return f"{SHAPES[likely][NDIM[likely] - features.ndim]}: if they are, pass layout={likely!r}"
+    if layout != "nlc" or images is None:
+        return None
+    if features.ndim == 2 and features.shape[0] == images[0]:
+        return "(B, C), a vector for each image: if they are, tap a layer before the pixels are pooled"
+    if features.ndim == 3 and features.shape[0] != images[0] == features.shape[1]:
+        return "(N, B, C): if they are, pass a loss that transposes them, as by features.transpose(0, 1)"
+    if features.ndim == 3 and (extra := _extra_tokens(features.shape[1], *images[-2:])):
+        return (
+            f"{features.shape[1] - extra} patches behind {extra} class or register tokens: if they are, pass a loss "
+            f"that leaves these out, as by features[:, {extra}:]"
+        )
+    return None
+
+
+@functools.lru_cache
+def _extra_tokens(tokens: int, height: int, width: int) -> int:
+    """Return the number of tokens before the patches of an image, if there are as many patches as fit into it, or 0."""
+    grids = {(height // patch) * (width // patch) for patch in range(1, min(height, width) + 1)}
+    return next((extra for extra in EXTRA_TOKENS if tokens - extra in grids), 0)
+
+
+def _has_aspect(features: Tensor, layout: Layout, images: Sequence[int]) -> bool:
+    """Return whether a map (B, C, H, W) or (B, H, W, C) has the images' aspect ratio, up to one pixel per side."""
+    height, width = features.shape[2:] if layout == "nchw" else features.shape[1:3]
+    return abs(height * images[-1] - width * images[-2]) <= images[-1] + images[-2]
 
 
 def _is_usual_width(channels: int) -> bool:
@@ -142,4 +201,4 @@ def _is_usual_width(channels: int) -> bool:
 
 
 def _is_token_count(count: int) -> bool:
-    return count >= 49 and any(math.isqrt(number) ** 2 == number for number in (count, count - 1))
+    return count >= 49 and any(math.isqrt(count - extra) ** 2 == count - extra for extra in EXTRA_TOKENS)

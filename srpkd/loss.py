@@ -22,6 +22,7 @@ from .layouts import (
     check_dense,
     check_ndim,
     likely_layout,
+    pixel_count,
     warn_if_unlikely,
 )
 
@@ -309,7 +310,7 @@ def _native_method(
 def _sizes(student: Tensor, teacher: Tensor, layout: Layout, scope: Scope) -> tuple[int, int, tuple[int, int]]:
     """Return B, N, and C_s and C_t; B is 1 unless ``scope`` is "image"."""
     ours, channel = student.shape, channel_dim(layout)
-    pixels = ours[-1] * ours[-2] if layout == "nchw" else ours[-2] if layout == "nlc" else ours[-2] * ours[-3]
+    pixels = pixel_count(ours, layout)
     batch = ours[0] if len(ours) == NDIM[layout] else 1
     if scope != "image":
         pixels, batch = pixels * batch, 1

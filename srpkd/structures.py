@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,12 +34,17 @@ def element(value: Any, keys: Keys) -> Any:
     Raises:
         LookupError: there is no such element; the message describes what is there.
     """
-    for key in keys:
-        value = _element(value, key)
+    for count, key in enumerate(keys):
+        try:
+            value = _element(value, key)
+        except LookupError as error:
+            outer = "".join(f"[{other}]" for other in keys[:count])
+            raise LookupError(f"no element [{key}] in {outer and outer + ', '}a {describe(value)}") from error
     return value
 
 
 def _element(value: Any, key: int | str) -> Any:
+    """Return the element of one key; raise a LookupError if there is none."""
     if not isinstance(value, Tensor | str):
         # a dict may have the key "0"; transformers' ModelOutput has fields as keys, but indices too
         for candidate in (str(key), key) if isinstance(value, Mapping) else (key,):
@@ -49,7 +54,19 @@ def _element(value: Any, key: int | str) -> Any:
                 pass
         if isinstance(key, str) and not key.startswith("_") and hasattr(value, key):
             return getattr(value, key)
-    raise LookupError(f"no element [{key}] in a {describe(value)}")
+    raise LookupError
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nested structure of tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for part in value.values() for tensor in tensors_in(part))
+    elif isinstance(value, tuple | list):
+        yield from (tensor for part in value for tensor in tensors_in(part))
+    else:
+        yield from (tensor for field in _fields(value) for tensor in tensors_in(getattr(value, field.name, None)))
 
 
 def describe(value: Any) -> str:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class _Recorder:
         if name in self.features:
             raise RuntimeError(
                 f"{self.role} module {name!r} ran more than once in one pass, so its features are ambiguous: "
-                "tap a module that runs once"
+                "tap a module that runs once, such as an nn.Identity() behind one of the calls"
             )
         self.features[name] = feature.clone()
 
@@ -79,11 +80,12 @@ class FeatureTap:
         network: any module; one that torch.compile or DataParallel wraps is unwrapped.
         names: names of its submodules, as in ``named_modules()``. Where a module returns a tuple, a dict or an object
             with fields, a name ends in the index or field of a tensor: ``"down_blocks.0[0]"``, ``"encoder[sample]"``.
+            Without the name of a module, it is an element of the network's own output: ``"[hidden_states][2]"``.
         role: how error messages call the network.
 
     Raises:
-        TypeError: ``network`` is not a module, or ``names`` is a string.
-        ValueError: a name is not that of a submodule; the message lists the nearest names.
+        TypeError: ``network`` is not a module, a module is part of a TorchScript module, or ``names`` is a string.
+        ValueError: a name is not that of a submodule (the message lists the nearest names), or a submodule never runs.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
@@ -93,12 +95,14 @@ class FeatureTap:
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
         self.names: list[str] = list(names)
         self.role = role
-        modules = dict(unwrap(network).named_modules())
+        modules = dict(unwrap(network).named_modules(remove_duplicate=False))  # a shared module has several names
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
             paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
             module_name = paths[name][0]
-            if module_name not in modules or not module_name:
+            if isinstance(module_name, str):
+                _check_not_scripted(modules, module_name, role)
+            if module_name not in modules or not (module_name or paths[name][1]):
                 nearest = difflib.get_close_matches(
                     str(module_name), [other for other in modules if other], 5, cutoff=0
                 )
@@ -106,6 +110,8 @@ class FeatureTap:
                     f"the {role} has no module named {module_name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
                 )
+            if reason := _never_runs(modules, module_name):
+                raise ValueError(f"{role} layer {name!r} would not run: {reason}")
         # bound methods: a copy of the network then refers to the copy of the recorder
         self._recorder.handles = [
             modules[module_name].register_forward_hook(partial(self._recorder.record, name, keys))
@@ -155,6 +161,39 @@ class FeatureTap:
     def close(self) -> None:
         """Remove the hooks."""
         self._recorder.remove_hooks()
+
+
+def _check_not_scripted(modules: Mapping[str, nn.Module], name: str, role: str) -> None:
+    """Raise a TypeError for a module of a TorchScript network, whose compiled code runs without Python's hooks."""
+    scripted = [outer for outer in _outer_names(name) if isinstance(modules.get(outer), torch.jit.ScriptModule)]
+    # a traced module as a whole has hooks
+    if scripted and (scripted[0] != name or isinstance(modules[name], torch.jit.RecursiveScriptModule)):
+        whole = f"module {scripted[0]!r} of the {role}" if scripted[0] else f"the {role}"
+        raise TypeError(
+            f"{whole} is a TorchScript module, whose layers cannot be tapped: expected the nn.Module that it was made "
+            "from. Without it, compute the features in your own code and pass them to SRPLoss"
+        )
+
+
+def _never_runs(modules: Mapping[str, nn.Module], name: str) -> str:
+    """Return why a network never calls its module of this name and what to tap instead, or ""."""
+    module, network = modules[name], modules[""]
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
+        entries = [f"{name}.{key}" for key, _ in module.named_children()]
+        return f"it is a {type(module).__name__}, which only holds modules: tap one of {entries[:5]}"
+    if name and isinstance(network, torch.fx.GraphModule):
+        called = [node.target for node in network.graph.nodes if node.op == "call_module"]
+        if not any(outer in called for outer in _outer_names(name)):
+            return (
+                "a traced or exported network calls only the modules that are nodes of its graph: tap the original "
+                "network, or for an exported one that of torch.export.unflatten"
+            )
+    return ""
+
+
+def _outer_names(name: str) -> list[str]:
+    """Return the names of the modules that contain a module, from the network to the module itself."""
+    return ["", *accumulate(name.split("."), "{}.{}".format)] if name else [""]
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -67,6 +67,20 @@ def test_losses_decrease_and_the_teacher_is_unchanged(networks):
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
+def test_frozen_modules_in_eval_mode_keep_their_statistics(networks):
+    """Others are trained in train mode, as those of a pretrained network that was loaded in eval mode."""
+    teacher, student = networks
+    student.encoder[1], student.middle[1] = nn.BatchNorm2d(5), nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5))
+    frozen, trained = student.encoder[1].requires_grad_(False), student.middle[1][1]
+    student.eval()
+    modes = []
+    student.head[1].register_forward_hook(lambda module, *_: modes.append(module.training))
+    distill(teacher, student, [IMAGES], LAYERS, progress=False)
+    assert not frozen.running_mean.any() and frozen.num_batches_tracked == 0
+    assert trained.running_mean.any() and trained.num_batches_tracked == 1 and modes == [True]
+    assert not any(module.training for module in student.modules())
+
+
 def test_steps_minimise_the_weighted_sum(networks):
     teacher, student = networks
     student.head[1] = nn.Identity()  # with dropout two passes would differ

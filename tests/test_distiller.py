@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import torch
@@ -163,10 +161,13 @@ def test_mismatch_names_the_layers(student: nn.Module, teacher: nn.Module, image
     assert loss.isfinite()
 
 
-def test_one_unknown_name_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
+def test_wrong_teacher_leaves_no_hooks(student: nn.Module, teacher: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"teacher has no module named 'encoder\.none'"):
         RelationDistiller(student, teacher, {"encoder": "encoder", "decoder": "encoder.none"})
-    assert hooks(teacher) == 0
+    assert hooks(teacher) == hooks(student) == 0
+    with pytest.raises(TypeError, match="the teacher: expected a"):
+        RelationDistiller(student, None, {"encoder": "encoder"})
+    assert hooks(student) == 0
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,22 @@ def test_repr_shows_layers_and_weights(student: nn.Module, teacher: nn.Module) -
     assert "layers={'encoder': 'encoder.act'}, weights={'encoder': 2.0}" in text
 
 
+def test_teacher_that_changes_its_input_raises(student: nn.Module, image: Tensor) -> None:
+    """The student would get other images, without a word."""
+    teacher = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 6, 3, stride=2, padding=1))
+    layers, original = {"encoder": "1"}, image.clone()
+    with pytest.raises(RuntimeError, match=r"the teacher changed its input in place, .* network\(images.clone"):
+        RelationDistiller(student, teacher, layers)(image)
+    image = original.clone()
+    distiller = RelationDistiller(student, teacher, layers, forward=lambda network, batch: network(batch["x"].clone()))
+    loss = distiller({"x": image})[2]
+    torch.testing.assert_close(loss, relation_loss(student.encoder(image), teacher(image.clone()).detach()))
+    with torch.inference_mode():
+        copied = original.clone()  # has no version
+    with torch.no_grad():
+        assert torch.equal(distiller({"x": copied})[2], loss)
+
+
 # --- copies ---
 
 
@@ -255,133 +272,6 @@ def test_copies_of_both_networks_can_be_distilled(student: nn.Module, teacher: n
     second = RelationDistiller(copy.deepcopy(student), copy.deepcopy(teacher), {"encoder": "encoder"})
     torch.testing.assert_close(second(image)[2], loss)
     torch.testing.assert_close(first(image)[2], loss)
-
-
-# --- losses and layouts of layers ---
-
-
-class ChannelsLast(nn.Module):
-    """Return a layer's map (B, C, H, W) as (B, H, W, C), or as tokens (B, N, C)."""
-
-    def __init__(self, module: nn.Module, tokens: bool = False) -> None:
-        super().__init__()
-        self.module, self.tokens = module, tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.module(x).permute(0, 2, 3, 1)
-        return x.flatten(1, 2) if self.tokens else x
-
-
-@pytest.mark.parametrize("loss_fn", [SRPLoss("row", "l1"), SRPLoss(layout="nhwc"), SRPLoss(layout="nlc"), F.mse_loss])
-def test_layouts_of_both_networks(loss_fn: nn.Module, image: Tensor) -> None:
-    """The loss is that of the maps (B, C, H, W), whatever the layouts of the features and that of the loss."""
-    convolutions = [nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4 if loss_fn is F.mse_loss else 6, 1)]
-    wrapped = {
-        "nchw": lambda module: module,
-        "nhwc": ChannelsLast,
-        "nlc": lambda module: ChannelsLast(module, tokens=True),
-    }
-    losses = []
-    for ours in wrapped:
-        for theirs in wrapped:
-            networks = [
-                nn.Sequential(wrapped[name](conv)) for name, conv in zip((ours, theirs), convolutions, strict=True)
-            ]
-            *_, loss = RelationDistiller(*networks, {"0": "0"}, loss_fn, layout={"0": (ours, theirs)})(image)
-            losses.append(loss)
-            assert torch.autograd.grad(loss, convolutions[0].weight)[0].any()
-            if ours == theirs:
-                *_, same = RelationDistiller(*networks, {"0": "0"}, loss_fn, layout=ours)(image)
-                assert torch.equal(same, loss)
-    torch.testing.assert_close(losses, losses[:1] * 9)
-
-
-def test_a_loss_and_a_layout_per_layer(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
-    student.decoder, teacher.decoder = ChannelsLast(student.decoder), ChannelsLast(teacher.decoder)
-    layers = {"encoder.conv": "encoder.conv", "encoder": "encoder", "decoder": "decoder"}
-    losses = {"encoder": SRPLoss("row", "l1"), "decoder": lambda ours, theirs: (ours - theirs).square().mean()}
-    distiller = RelationDistiller(student, teacher, layers, losses, {"encoder": 2.0}, {"decoder": "nhwc"})
-    passes = distiller.run(image)
-    pairs = [(passes.student_features[name], passes.teacher_features[name]) for name in layers]
-    expected = SRPLoss()(*pairs[0]) + 2 * losses["encoder"](*pairs[1]) + losses["decoder"](*pairs[2])
-    torch.testing.assert_close(distiller.compare(passes.student_features, passes.teacher_features), expected)
-    assert "layout={'decoder': ('nhwc', 'nhwc')}" in repr(distiller)
-
-
-def test_parameters_of_a_layers_loss_are_trained(student: nn.Module, teacher: nn.Module) -> None:
-    class Learned(nn.Conv2d):
-        def forward(self, ours: Tensor, theirs: Tensor) -> Tensor:
-            return F.mse_loss(super().forward(ours), theirs)
-
-    loss_fn = Learned(4, 6, 1)
-    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": loss_fn})
-    assert [*distiller.parameters()] == [*student.parameters(), *loss_fn.parameters()]
-
-
-def test_unlikely_layout_warns_once_for_each_layer() -> None:
-    networks = [nn.Sequential(ChannelsLast(nn.Conv2d(3, 32, 1)), nn.Identity()) for _ in range(2)]
-    layers = {"0": "0", "1": "1"}
-    distiller, image = RelationDistiller(*networks, layers), torch.randn(2, 3, 8, 8)
-    with pytest.warns(UserWarning) as caught:
-        distiller(image)
-    assert [str(warning.message)[:36] for warning in caught] == [
-        f"student layer '{name}' with teacher layer" for name in layers
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        distiller(image)
-        RelationDistiller(*networks, layers, layout="nhwc")(image)
-        # a function reads the features in a layout of its own
-        RelationDistiller(*networks, layers, loss=partial(relation_loss, layout="nhwc"))(image)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", ["nlc", None])
-def test_nested_features_name_the_layer(layout: str | None) -> None:
-    """Such as nn.TransformerEncoder makes in a teacher, for tokens with a padding mask."""
-    networks = []
-    for width in (4, 8):
-        block = nn.TransformerEncoderLayer(width, 2, width, dropout=0.0, batch_first=True)
-        networks.append(nn.ModuleDict({"embed": nn.Linear(6, width), "blocks": nn.TransformerEncoder(block, 2)}))
-    student, teacher = networks
-
-    def forward(network: nn.Module, tokens: Tensor) -> Tensor:
-        padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-        return network["blocks"](network["embed"](tokens), src_key_padding_mask=padding)
-
-    layers = {"blocks.layers.1": "blocks.layers.1"}
-    distiller = RelationDistiller(student, teacher.eval(), layers, layout=layout, forward=forward)
-    with pytest.raises(TypeError, match=r"student layer 'blocks.layers.1' .*teacher features are nested"):
-        distiller(torch.randn(2, 5, 6))
-
-
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        ("NHWC", "layout='NHWC' is not one of 'nchw', 'nlc', 'nhwc'"),
-        ({"encoder": ("nchw", "nchw", "nhwc")}, "expected a layout, or a pair"),
-        ({"decoder": "nhwc"}, r"layout names layers \['decoder'\] that are not tapped"),
-    ],
-)
-def test_invalid_layouts(layout: object, message: str, student: nn.Module, teacher: nn.Module) -> None:
-    with pytest.raises(ValueError, match=message):
-        RelationDistiller(student, teacher, {"encoder": "encoder"}, layout=layout)
-
-
-def test_layouts_that_do_not_fit_the_features(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
-    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout=("nchw", "nlc"))
-    with pytest.raises(
-        ValueError, match=r"'encoder'.*: teacher features have shape .* layout='nlc' expects \(B, N, C\)"
-    ):
-        distiller(image)
-    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout="nhwc")
-    shapes = r"\(2, 3, 4, 4\).* features \(2, 4, 4, 3\), layout='nhwc'.* after the conversion to layout='nchw'"
-    with pytest.raises(ValueError, match=shapes):
-        distiller.compare({"encoder": torch.ones(2, 4, 4, 3)}, {"encoder": torch.ones(2, 8, 8, 5)})
-    with pytest.raises(TypeError, match=r"loss\['encoder'\]: expected a module such as"):
-        RelationDistiller(student, teacher, {"encoder": "encoder"}, {"encoder": "l1"})
-    with pytest.raises(ValueError, match=r"loss names layers \['decoder'\] that are not tapped"):
-        RelationDistiller(student, teacher, {"encoder": "encoder"}, {"decoder": SRPLoss()})
 
 
 # --- features without a gradient ------------------------------------------------------------------------------------

@@ -65,10 +65,39 @@ def test_tokens_that_are_not_the_pixels_of_the_map_raise() -> None:
         ((8, 100, 100), "nchw", None),
         ((8, 196, 384), "nlc", None),
         ((196, 384), "nlc", None),
+        ((32, 198, 384), "nchw", "nlc"),  # DeiT with its distillation token
+        ((32, 261, 384), "nchw", "nlc"),  # DINOv2 with four registers
+        ((6, 129, 64), "nchw", "nlc"),  # of a wide image; maps with 6 channels are rare
+        ((32, 128, 384), "nchw", None),
     ],
 )
 def test_likely_layout(shape: tuple[int, ...], layout: Layout, likely: Layout | None) -> None:
     assert likely_layout(torch.empty(shape), layout) == likely
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "image", "likely"),
+    [
+        ((2, 64, 128, 192), "nchw", (512, 1024), "nhwc"),  # stage 2 of Swin for Cityscapes
+        ((2, 16, 32, 768), "nchw", (512, 1024), "nhwc"),
+        ((2, 192, 64, 128), "nchw", (512, 1024), None),
+        ((2, 16, 32, 32), "nhwc", (64, 128), None),  # without the image: 16 channels of 32 x 32
+        ((2, 16, 32, 32), "nhwc", None, "nchw"),
+        ((2, 192, 65, 127), "nchw", (512, 1024), None),  # by a convolution without padding
+        ((2, 65, 127, 192), "nchw", (512, 1024), "nhwc"),
+        ((2, 32, 64, 128), "nchw", (512, 1024), None),  # either
+        ((2, 16, 16, 19), "nchw", (64, 64), None),  # 19 classes are no usual width
+        ((2, 512, 1, 26), "nchw", (32, 100), None),  # neither: pooled in one direction
+        ((2, 16, 16, 96), "nchw", (64, 3), "nhwc"),  # neither: images (B, H, W, 3); the map is square
+        ((8, 196, 384), "nchw", (224, 224), "nlc"),
+        ((2, 128, 128), "nchw", (64, 128), "nlc"),  # the batch of the images
+        ((32, 128, 128), "nchw", (64, 128), None),
+    ],
+)
+def test_likely_layout_of_images_that_are_known(
+    shape: tuple[int, ...], layout: Layout, image: tuple[int, int] | None, likely: Layout | None
+) -> None:
+    assert likely_layout(torch.empty(shape), layout, image and (2, 3, *image)) == likely
 
 
 def test_one_of_two_features_is_not_enough_for_a_warning() -> None:

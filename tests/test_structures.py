@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srpkd.distill_loop import _images_and_target
-from srpkd.structures import describe, element, parse_path, to_device
+from srpkd.structures import describe, element, parse_path, tensors_in, to_device
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -85,6 +85,14 @@ def test_element(value, keys, expected):
 def test_missing_element(value, key, message):
     with pytest.raises(LookupError, match=message):
         element(value, (key,))
+    with pytest.raises(LookupError, match=rf"no element \[{key}\] in \[0\]\[outer\], a {type(value).__name__}"):
+        element(({"outer": value},), (0, "outer", key))
+
+
+def test_tensors_in_order():
+    a, b, c, d = (torch.ones(size) for size in range(1, 5))
+    found = list(tensors_in(((a, {"images": [b, "text", None]}), {"sample": Sample(c), "batch": UserDict(d=d)})))
+    assert [id(tensor) for tensor in found] == [id(tensor) for tensor in (a, b, c, d)]
 
 
 def test_every_tensor_moves():

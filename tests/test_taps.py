@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +121,76 @@ def test_module_that_returns_no_tensor_raises(kind: Callable, key: str, image: T
     message = rf"teacher module 'pair' returned a (tuple|dict).* such as 'pair\[{key}\]'"
     with pytest.raises(TypeError, match=message), tap.recording():
         network["pair"](image)
+
+
+class Holders(nn.Module):
+    """A network whose encoder has two names, and whose blocks are held by a ModuleList and a ModuleDict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = self.backbone = nn.Conv2d(3, 4, 1)
+        self.blocks = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+        self.heads = nn.ModuleDict({"image": nn.Conv2d(4, 3, 1)})
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        x = self.blocks[0](self.encoder(x))
+        return {"features": [x, -x], "image": self.heads["image"](x)}
+
+
+def test_shared_module_has_several_names(image: Tensor) -> None:
+    network = Holders()
+    tap = FeatureTap(network, ["encoder", "backbone"])
+    with tap.recording() as features:
+        network(image)
+    assert torch.equal(features["encoder"], network.encoder(image))
+    assert torch.equal(features["backbone"], features["encoder"])
+
+
+def test_elements_of_the_networks_own_output(image: Tensor) -> None:
+    network = Holders()
+    tap = FeatureTap(network, ["[features][1]", "[image]"])
+    with tap.recording() as features:
+        output = network(image)
+    assert torch.equal(features["[features][1]"], output["features"][1])
+    assert torch.equal(features["[image]"], output["image"])
+    message = r"layer '\[last\]': no element \[last\] in a dict with the keys 'features'"
+    with pytest.raises(ValueError, match=message), FeatureTap(network, ["[last]"]).recording():
+        network(image)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("blocks", "blocks.0"), ("heads[image]", "heads.image")])
+def test_module_that_only_holds_modules_names_its_entries(name: str, entry: str) -> None:
+    message = (
+        rf"network layer '{re.escape(name)}' would not run: it is a Module(List|Dict), .* tap one of \['{entry}'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        FeatureTap(Holders(), [name])
+
+
+def test_network_without_python_modules(student: nn.Module, image: Tensor) -> None:
+    """TorchScript, and a graph of torch.fx or torch.export that does not call the module."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        traced, scripted = torch.jit.trace(student, image), torch.jit.script(student)
+        frozen = torch.jit.freeze(torch.jit.script(network(4).eval()))
+    for whole in (traced, scripted, frozen):
+        with pytest.raises(TypeError, match=r"the teacher is a TorchScript module, .* expected the nn.Module"):
+            FeatureTap(whole, ["encoder"], "teacher")
+    with pytest.raises(TypeError, match="module '0' of the teacher is a TorchScript module"):
+        FeatureTap(nn.Sequential(scripted), ["0"], "teacher")
+    outer = nn.Sequential(traced, nn.Identity())
+    tap = FeatureTap(outer, ["0", "1"])
+    with tap.recording() as features:
+        outer(image)
+    assert torch.equal(features["0"], features["1"])  # a traced module as a whole has hooks
+    graph = torch.fx.symbolic_trace(student)
+    for module in (graph, torch.export.export(student, (image,)).module()):
+        with pytest.raises(ValueError, match=r"layer 'encoder' would not run: .* nodes of its graph: tap the original"):
+            FeatureTap(module, ["encoder"])
+    tap = FeatureTap(graph, ["encoder.conv"])
+    with tap.recording() as features:
+        graph(image)
+    assert torch.equal(features["encoder.conv"], student.encoder.conv(image))
 
 
 def test_error_in_a_pass_propagates_and_keeps_the_tap_usable(student: nn.Module, image: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distiller import RelationDistiller, preserved_modes, total
+from ..distiller import RelationDistiller, check_has_relations, preserved_modes, total
 from ..finite import first_nonfinite
 from ..taps import FeatureTap, unwrap
 from .distributed import wrap
@@ -70,6 +70,11 @@ class StudentTeacher(nn.Module):
                     f"{teacher_name!r} {tuple(teacher_shape)} (C, H, W) for an image of the training size: tap layers "
                     "of the same height and width"
                 )
+            if lambda_srp:
+                try:
+                    check_has_relations(loss, student_shape)
+                except ValueError as error:
+                    raise ValueError(f"student layer {student_name!r}: {error}") from error
             if lambda_feature:
                 self.adapters.append(wrap(nn.Conv2d(student_shape[0], teacher_shape[0], 1).to(images.device)))
 

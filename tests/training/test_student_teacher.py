@@ -194,6 +194,15 @@ def test_features_of_different_sizes_raise_before_the_first_step(weights):
         make_pair(generator(), frozen(generator(ngf=3)), {"model.4": "model.9"}, **weights)
 
 
+def test_layer_of_one_pixel_raises_before_the_first_step():
+    """The deepest level of a U-Net."""
+    student, teacher = generator("unet_64"), frozen(generator("unet_64"))
+    deepest = "model.model.1" + 4 * ".model.3" + ".model.1"
+    with pytest.raises(ValueError, match=rf"student layer '{deepest}': .*\(16, 1, 1\) have one pixel"):
+        make_pair(student, teacher, {deepest: deepest}, size=64, lambda_srp=1)
+    make_pair(student, teacher, {deepest: deepest}, size=64, lambda_feature=1)
+
+
 class Idle(nn.Module):
     """A network with a layer that its forward does not use."""
 
