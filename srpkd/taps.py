@@ -27,7 +27,7 @@ class FeatureTap:
     original.
 
     Args:
-        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
+        network: any module, or one that a wrapper contains: see ``named_layers``.
         names: names of its submodules, as in ``named_modules()``. Where a module returns a tuple, a dict or an object
             with fields, a name ends in the index or field of a tensor: ``"down_blocks.0[0]"``, ``"encoder[sample]"``.
         role: how error messages call the network.
@@ -45,7 +45,7 @@ class FeatureTap:
         self.role = role
         self._features: dict[str, Tensor] = {}
         self._active = self._closed = False
-        modules = dict(unwrap(network).named_modules())
+        modules = named_layers(network)
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
             paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
@@ -130,6 +130,25 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._closed = True
+
+
+# where torch.compile, FullyShardedDataParallel and checkpoint_wrapper keep the module that they wrap
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a network by name, including the names that they have without wrappers.
+
+    Wrappers are those of torch.compile, data-parallel training and activation checkpointing, around the network or
+    around its layers, and others that have the network as ``module``: AveragedModel, DeepSpeed, Lightning Fabric. A
+    name that a layer shares with its wrapper is that of the wrapper.
+    """
+    network = unwrap(network)
+    modules = dict(network.named_modules())
+    for name, module in list(modules.items()):
+        modules.setdefault(".".join(part for part in name.split(".") if part not in WRAPPED), module)
+    inner = getattr(network, "module", None)
+    return {**named_layers(inner), **modules} if isinstance(inner, nn.Module) else modules
 
 
 def unwrap(network: nn.Module) -> nn.Module:
