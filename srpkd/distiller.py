@@ -104,7 +104,7 @@ class RelationDistiller(nn.Module):
         self.student_tap = FeatureTap(student, list(self.layers), "student")
         try:
             self.teacher_tap = FeatureTap(teacher, list(self.layers.values()), "teacher")
-        except ValueError:
+        except (TypeError, ValueError):
             self.student_tap.close()
             raise
 

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.jit import RecursiveScriptModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .arguments import check_type
@@ -33,7 +35,7 @@ class FeatureTap:
         role: how error messages call the network.
 
     Raises:
-        TypeError: ``network`` is not a module, or ``names`` is a string.
+        TypeError: ``network`` is not a module, a layer is compiled to TorchScript, or ``names`` is a string.
         ValueError: a name is not that of a submodule; the message lists the nearest names.
     """
 
@@ -57,6 +59,11 @@ class FeatureTap:
                 raise ValueError(
                     f"the {role} has no module named {module_name!r}; "
                     + (f"the nearest names are {', '.join(map(repr, nearest))}" if nearest else "it has no modules")
+                )
+            if isinstance(network, torch.jit.ScriptModule) or isinstance(modules[module_name], RecursiveScriptModule):
+                raise TypeError(
+                    f"the {role}'s layer {module_name!r} is compiled to TorchScript, which records no features: pass "
+                    "the Python network, or one that returns its features, and compare them by relation_loss"
                 )
         # bound methods: a copy of the network then refers to the copy of this tap
         self._handles = [
@@ -122,7 +129,8 @@ class FeatureTap:
         if enabled and missing:
             raise RuntimeError(
                 f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
-                "layers that its forward uses, and create the tap before torch.compile"
+                "layers that its forward uses, and create the tap before torch.compile, but after layers are replaced, "
+                "as by convert_sync_batchnorm. A network from torch.export or torch.jit runs no layers"
             )
 
     def close(self) -> None:

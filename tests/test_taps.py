@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
+from srpkd import RelationDistiller
 from srpkd.taps import FeatureTap, remove_hooks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -261,6 +262,28 @@ def test_own_layer_takes_precedence_over_that_of_module(image: Tensor) -> None:
     with tap.recording() as features:
         output = network(image)
     assert torch.equal(features["head"], output)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "convert", [torch.jit.script, lambda network: torch.jit.trace(network, torch.ones(1, 3, 8, 8))]
+)
+def test_torchscript_raises_and_leaves_no_hooks(convert: Callable, student: nn.Module) -> None:
+    teacher = convert(network(6))
+    with pytest.raises(TypeError, match=r"the teacher's layer 'encoder' is compiled to TorchScript.*relation_loss"):
+        RelationDistiller(student, teacher, {"encoder": "encoder"})
+    assert hooks(student) == 0
+
+
+def test_layer_that_was_replaced_raises(image: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    tap = FeatureTap(network, ["1"], "student")
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    with (
+        pytest.raises(RuntimeError, match=r"student layers \['1'\] did not run.*after layers are replaced"),
+        tap.recording(),
+    ):
+        network(image)
 
 
 # --- copies ---
