@@ -142,7 +142,12 @@ class RelationDistiller(nn.Module):
             ValueError: the output of a tapped layer has no element or field of that name.
         """
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
-            teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+            try:
+                teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+            except RuntimeError as error:
+                if note := _different_placement(self.student, self.teacher):
+                    error.add_note(note)
+                raise
         with self.student_tap.recording(record_features) as student_features:
             student_output = self._run_network(self.student, *inputs, **keywords)
         for name, feature in student_features.items():
@@ -223,6 +228,18 @@ class RelationDistiller(nn.Module):
 
 def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
     return network(*inputs, **keywords)
+
+
+def _different_placement(student: nn.Module, teacher: nn.Module) -> str:
+    """Return a note for errors of a teacher that has another device or dtype than the student, or ''."""
+    theirs, ours = (next(network.parameters(), None) for network in (teacher, student))
+    if theirs is None or ours is None or (theirs.device, theirs.dtype) == (ours.device, ours.dtype):
+        return ""
+    return (
+        f"The teacher is {theirs.dtype} on {theirs.device} and the student {ours.dtype} on {ours.device}: what moves "
+        "or converts a RelationDistiller, such as .to() or a framework, leaves its teacher as it is. Use "
+        f"distiller.teacher.to({str(ours.device)!r}, {ours.dtype})"
+    )
 
 
 def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:
