@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,8 @@ class FeatureTap:
     Features are cloned, because an in-place activation after the tapped module may overwrite them (the LeakyReLU of
     the public U-Net's next block does). Create the tap before the first pass of a network that torch.compile wraps:
     compiled code ignores later hooks, and ``recording()`` then raises.
+
+    A recording ignores the passes of other threads, which may run the same network, such as a shared teacher.
 
     A copy of a tapped network, by ``copy.deepcopy`` or ``torch.save``, has an idle tap of its own, which
     ``remove_hooks`` removes. A copy of the network together with the tap, as in a copied distiller, works like the
@@ -47,6 +50,7 @@ class FeatureTap:
         self.role = role
         self._features: dict[str, Tensor] = {}
         self._active = self._closed = False
+        self._thread = 0  # that of the recording
         modules = named_layers(network)
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
@@ -75,6 +79,8 @@ class FeatureTap:
         """Record the output of a module, or an element of it, while recording."""
         if not self._active:
             return
+        if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            return  # a pass of the same network in another thread
         try:
             feature = element(output, keys)
         except LookupError as error:
@@ -121,6 +127,8 @@ class FeatureTap:
             )
         features: dict[str, Tensor] = {}
         self._features, self._active = features, enabled
+        if not torch.compiler.is_compiling():
+            self._thread = threading.get_ident()
         try:
             yield features
         finally:

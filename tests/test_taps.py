@@ -136,6 +136,23 @@ def test_overlapping_recordings_raise(student: nn.Module, image: Tensor) -> None
     assert torch.equal(features["encoder"], student.encoder(image))
 
 
+def test_passes_of_other_threads_are_not_recorded(student: nn.Module, image: Tensor) -> None:
+    """Threads may share a teacher, or evaluate a student that is being trained."""
+    own, other = (FeatureTap(student, ["encoder"]) for _ in range(2))
+
+    def pass_of_another_thread() -> Tensor:
+        with other.recording() as features:
+            student(-image)
+        return features["encoder"]
+
+    with ThreadPoolExecutor(1) as pool, own.recording() as features:
+        before = pool.submit(pass_of_another_thread).result()
+        student(image)
+        after = pool.submit(pass_of_another_thread).result()
+    assert torch.equal(features["encoder"], student.encoder(image))
+    assert torch.equal(before, student.encoder(-image)) and torch.equal(before, after)
+
+
 class Several(nn.Module):
     """A module whose output contains two features: in a tuple, a dict, an object with fields, or nested."""
 
