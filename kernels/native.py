@@ -87,7 +87,7 @@ def sampled_tiles(
 
 def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
     """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank, on the CPU."""
-    every_column = torch.arange(columns.student.shape[1]).view(1, 1, -1)
+    every_column = torch.arange(columns.student.shape[1], device=columns.student.device).view(1, 1, -1)
     of_rows, of_columns = ([x for x in pixels if x is not None] for pixels in (rows, columns))
     return _indexed_tiles(of_rows, of_columns, every_column, relation, need_grad, mirrored=False)
 

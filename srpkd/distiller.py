@@ -172,7 +172,12 @@ class RelationDistiller(nn.Module):
         if not torch.compiler.is_compiling():
             self._image_shape = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
-            teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+            try:
+                teacher_output = self._run_network(self.teacher, *inputs, **keywords)
+            except RuntimeError as error:
+                if note := _different_placement(self.student, self.teacher):
+                    error.add_note(note)
+                raise
         if versions != [0 if tensor.is_inference() else tensor._version for tensor in tensors]:
             raise RuntimeError(
                 "the teacher changed its input in place, so the student would get other values: give each network a "
@@ -264,6 +269,18 @@ class RelationDistiller(nn.Module):
 
 def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
     return network(*inputs, **keywords)
+
+
+def _different_placement(student: nn.Module, teacher: nn.Module) -> str:
+    """Return a note for errors of a teacher that has another device or dtype than the student, or ''."""
+    theirs, ours = (next(network.parameters(), None) for network in (teacher, student))
+    if theirs is None or ours is None or (theirs.device, theirs.dtype) == (ours.device, ours.dtype):
+        return ""
+    return (
+        f"The teacher is {theirs.dtype} on {theirs.device} and the student {ours.dtype} on {ours.device}: what moves "
+        "or converts a RelationDistiller, such as .to() or a framework, leaves its teacher as it is. Use "
+        f"distiller.teacher.to({str(ours.device)!r}, {ours.dtype})"
+    )
 
 
 def _layout_pair(layout: LayerLayout) -> tuple[Layout, Layout]:

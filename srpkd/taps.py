@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ class _Recorder:
         self.role = role
         self.features: dict[str, Tensor] = {}
         self.is_active = self.is_closed = self.is_dropped = False
+        self.thread = 0  # that of the recording
         self.handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -40,6 +42,8 @@ class _Recorder:
             if self.is_dropped and not torch.compiler.is_compiling():
                 self.remove_hooks()
             return
+        if not torch.compiler.is_compiling() and threading.get_ident() != self.thread:
+            return  # a pass of the same network in another thread
         try:
             feature = element(output, keys)
         except LookupError as error:
@@ -72,12 +76,14 @@ class FeatureTap:
     compiled code ignores later hooks, and ``recording()`` then raises. The hooks last until ``close()``, or until the
     first pass after the tap was garbage-collected.
 
+    A recording ignores the passes of other threads, which may run the same network, such as a shared teacher.
+
     A copy of a tapped network, by ``copy.deepcopy`` or ``torch.save``, has an idle tap of its own, which
     ``remove_hooks`` removes. A copy of the network together with the tap, as in a copied distiller, works like the
     original.
 
     Args:
-        network: any module; one that torch.compile or DataParallel wraps is unwrapped.
+        network: any module, or one that a wrapper contains: see ``named_layers``.
         names: names of its submodules, as in ``named_modules()``. Where a module returns a tuple, a dict or an object
             with fields, a name ends in the index or field of a tensor: ``"down_blocks.0[0]"``, ``"encoder[sample]"``.
             Without the name of a module, it is an element of the network's own output: ``"[hidden_states][2]"``.
@@ -95,7 +101,7 @@ class FeatureTap:
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
         self.names: list[str] = list(names)
         self.role = role
-        modules = dict(unwrap(network).named_modules(remove_duplicate=False))  # a shared module has several names
+        modules = named_layers(network)
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
             paths[name] = (name, ()) if name in modules or not isinstance(name, str) else parse_path(name)
@@ -147,6 +153,8 @@ class FeatureTap:
             )
         features: dict[str, Tensor] = {}
         recorder.features, recorder.is_active = features, enabled
+        if not torch.compiler.is_compiling():
+            recorder.thread = threading.get_ident()
         try:
             yield features
         finally:
@@ -155,7 +163,8 @@ class FeatureTap:
         if enabled and missing:
             raise RuntimeError(
                 f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
-                "layers that its forward uses, and create the tap before torch.compile"
+                "layers that its forward uses, and create the tap before torch.compile, but after layers are replaced, "
+                "as by convert_sync_batchnorm"
             )
 
     def close(self) -> None:
@@ -194,6 +203,25 @@ def _never_runs(modules: Mapping[str, nn.Module], name: str) -> str:
 def _outer_names(name: str) -> list[str]:
     """Return the names of the modules that contain a module, from the network to the module itself."""
     return ["", *accumulate(name.split("."), "{}.{}".format)] if name else [""]
+
+
+# where torch.compile, FullyShardedDataParallel and checkpoint_wrapper keep the module that they wrap
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a network by name, including the names that they have without wrappers.
+
+    Wrappers are those of torch.compile, data-parallel training and activation checkpointing, around the network or
+    around its layers, and others that have the network as ``module``: AveragedModel, DeepSpeed, Lightning Fabric. A
+    name that a layer shares with its wrapper is that of the wrapper.
+    """
+    network = unwrap(network)
+    modules = dict(network.named_modules(remove_duplicate=False))  # a shared module has several names
+    for name, module in list(modules.items()):
+        modules.setdefault(".".join(part for part in name.split(".") if part not in WRAPPED), module)
+    inner = getattr(network, "module", None)
+    return {**named_layers(inner), **modules} if isinstance(inner, nn.Module) else modules
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -183,6 +184,20 @@ def test_invalid_layers_and_weights(given: dict, message: str, student: nn.Modul
     with pytest.raises(ValueError, match=message):
         RelationDistiller(student, teacher, **given)
     assert hooks(student) == hooks(teacher) == 0
+
+
+def test_error_of_a_teacher_that_was_not_converted(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Frameworks convert and move the distiller, and with it only the student."""
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}).double()
+    with pytest.raises(RuntimeError) as caught:
+        distiller(image.double())
+    note = "The teacher is torch.float32 on cpu and the student torch.float64 on cpu.*distiller.teacher.to"
+    assert re.match(note, caught.value.__notes__[0])
+    distiller.teacher.double()
+    assert distiller(image.double())[2].dtype == torch.float64
+    with pytest.raises(RuntimeError, match="channels") as caught:  # of another cause
+        distiller(image[:, :2].double())
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_teacher_can_be_replaced_like_the_student(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:

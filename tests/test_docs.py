@@ -95,7 +95,7 @@ def marks(page):
 )
 def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
-    for package in ("diffusers", "skimage", "sklearn", "timm"):
+    for package in ("accelerate", "diffusers", "lightning", "skimage", "sklearn", "timm"):
         if re.search(rf"^(from|import) {package}\b", page.read_text(), re.MULTILINE):
             pytest.importorskip(package, reason=f"{package} is not installed")
     if "onnxruntime" in page.read_text():

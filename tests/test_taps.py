@@ -6,6 +6,7 @@ import re
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 from tapped import COPIES, hooks, network
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from srpkd.taps import FeatureTap, remove_hooks
 
@@ -217,6 +220,23 @@ def test_overlapping_recordings_raise(student: nn.Module, image: Tensor) -> None
     assert torch.equal(features["encoder"], student.encoder(image))
 
 
+def test_passes_of_other_threads_are_not_recorded(student: nn.Module, image: Tensor) -> None:
+    """Threads may share a teacher, or evaluate a student that is being trained."""
+    own, other = (FeatureTap(student, ["encoder"]) for _ in range(2))
+
+    def pass_of_another_thread() -> Tensor:
+        with other.recording() as features:
+            student(-image)
+        return features["encoder"]
+
+    with ThreadPoolExecutor(1) as pool, own.recording() as features:
+        before = pool.submit(pass_of_another_thread).result()
+        student(image)
+        after = pool.submit(pass_of_another_thread).result()
+    assert torch.equal(features["encoder"], student.encoder(image))
+    assert torch.equal(before, student.encoder(-image)) and torch.equal(before, after)
+
+
 class Several(nn.Module):
     """A module whose output contains two features: in a tuple, a dict, an object with fields, or nested."""
 
@@ -275,6 +295,85 @@ def test_elements_that_do_not_exist(kind: str, name: str, message: str, image: T
 def test_unknown_module_of_an_element_lists_the_nearest(student: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"no module named 'encodr'; the nearest names are 'encoder'"):
         FeatureTap(student, ["encodr[0]"])
+
+
+# --- wrappers and networks without Python layers ---
+
+
+class Engine(nn.Module):
+    """A wrapper as that of Lightning Fabric, which has the network as ``module`` and registers it by another name."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = network
+
+    @property
+    def module(self) -> nn.Module:
+        return self._forward_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_module(x)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    return torch.compile(network, backend="eager")
+
+
+def with_encoder(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Return a function that wraps the encoder of a network in place."""
+
+    def replace(network: nn.Module) -> nn.Module:
+        network.encoder = wrap(network.encoder)
+        return network
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Engine,
+        AveragedModel,
+        checkpoint_wrapper,
+        lambda network: Engine(AveragedModel(compiled(network))),
+        *map(with_encoder, (compiled, checkpoint_wrapper)),
+    ],
+    ids=["engine", "averaged", "checkpoint", "several", "compiled encoder", "checkpointed encoder"],
+)
+def test_layers_keep_their_names_in_a_wrapper(wrap: Callable, student: nn.Module, image: Tensor) -> None:
+    names = ["encoder", "encoder.conv", "encoder.norm", "decoder"]
+    tap = FeatureTap(student, names)
+    with tap.recording() as expected:
+        student(image)
+    tap.close()
+    wrapped = wrap(student)
+    tap = FeatureTap(wrapped, names)
+    with tap.recording() as features:
+        wrapped(image)
+    torch.testing.assert_close(features, expected)
+    own = next(name for name, module in wrapped.named_modules() if isinstance(module, nn.Conv2d))
+    FeatureTap(wrapped, [own])  # the names of named_modules() remain valid
+
+
+def test_own_layer_takes_precedence_over_that_of_module(image: Tensor) -> None:
+    """A network may have a submodule ``module`` without being a wrapper."""
+    network = nn.Sequential(OrderedDict(module=nn.Sequential(nn.Conv2d(3, 4, 1)), head=nn.Conv2d(4, 2, 1)))
+    network.module.add_module("head", nn.Identity())
+    tap = FeatureTap(network, ["head"])
+    with tap.recording() as features:
+        output = network(image)
+    assert torch.equal(features["head"], output)
+
+
+def test_layer_that_was_replaced_raises(image: Tensor) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    tap = FeatureTap(network, ["1"], "student")
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    with (
+        pytest.raises(RuntimeError, match=r"student layers \['1'\] did not run.*after layers are replaced"),
+        tap.recording(),
+    ):
+        network(image)
 
 
 # --- copies ---

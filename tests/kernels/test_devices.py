@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from srpkd import relation_loss
 from srpkd.kernels import (
+    BACKENDS,
     DISTANCES,
     NORMALIZATIONS,
     Relation,
@@ -25,6 +27,7 @@ from srpkd.kernels import (
     unavailable_reason,
 )
 
+CPU = torch.device("cpu")
 META = torch.device("meta")  # stands for a device that this machine does not have
 GPU = torch.device("cuda", 0)
 
@@ -86,6 +89,35 @@ def test_float64_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
             assert formulas.has_float64(arc) != lacking
             assert (unavailable_reason("closed_form", arc) is not None) == lacking
             assert auto_backend(arc, Relation("cosine", "l2")) == ("blocked" if lacking else "closed_form")
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if unavailable_reason(name, CPU) is None])
+def test_default_device_and_dtype_do_not_matter(name: str) -> None:
+    """Tensors are made on the device of the features, whatever torch.set_default_device and _dtype say."""
+    student, teacher = (torch.randn(1, 40, channels) for channels in (5, 7))
+    options: dict[str, Any] = {"backend": name, "layout": "nlc", "distance": "l2" if name == "closed_form" else "l1"}
+    columns = [None, 8] if name in dispatch.partial_backends(CPU) else [None]
+
+    def results() -> list[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = []
+        for count in columns:
+            own = student.clone().requires_grad_()
+            generator = None if count is None else torch.Generator("cpu").manual_seed(0)
+            loss = relation_loss(own, teacher, columns=count, generator=generator, **options)
+            found += [loss.detach(), *torch.autograd.grad(loss, own)]
+        if len(columns) > 1:
+            pixels = formulas.Pixels(student, teacher, None, None)
+            found += dispatch.backend_module(name).remote_tiles(pixels, pixels, Relation("none", "l1"), True)
+        return found
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with META:
+            found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -246,8 +247,8 @@ def check_ddp(rank: int, ranks: int) -> None:
 
 
 def check_distiller(rank: int, ranks: int) -> None:
-    """A student of a distiller may be wrapped by DistributedDataParallel, or sharded by fully_shard."""
-    from torch.distributed.fsdp import fully_shard  # here, since it takes time
+    """A student of a distiller may be wrapped by DistributedDataParallel, or sharded by either FSDP."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # here, since it takes time
 
     student, large = (nn.Sequential(nn.Conv2d(7, width, 1), nn.Conv2d(width, 3, 1)).double() for width in (5, 6))
     _, batch = images(4)
@@ -256,12 +257,21 @@ def check_distiller(rank: int, ranks: int) -> None:
     expected = torch.autograd.grad(
         RelationDistiller(student, large, layers, SRPLoss(scope="batch"))(batch)[2], list(student.parameters())
     )
-    for wrap in (DistributedDataParallel, fully_shard):
+
+    def fsdp(network: nn.Module) -> FullyShardedDataParallel:
+        network[0] = FullyShardedDataParallel(network[0], device_id=CPU, use_orig_params=True)
+        return FullyShardedDataParallel(network, device_id=CPU, use_orig_params=True)
+
+    for wrap in (DistributedDataParallel, fully_shard, fsdp):
         wrapped = wrap(copy.deepcopy(student))
         RelationDistiller(wrapped, large, layers, loss_fn)(own)[2].backward()
-        for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
-            found = parameter.grad if wrap is DistributedDataParallel else parameter.grad.full_tensor()
-            assert error(found, gradient, least=1e-6) < 1e-10
+        full = (
+            nullcontext() if wrap is not fsdp else FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True)
+        )
+        with full:
+            for parameter, gradient in zip(wrapped.parameters(), expected, strict=True):
+                found = parameter.grad.full_tensor() if wrap is fully_shard else parameter.grad
+                assert error(found, gradient, least=1e-6) < 1e-10
 
 
 def check_twice(rank: int, ranks: int) -> None:
