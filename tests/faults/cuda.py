@@ -242,7 +242,7 @@ BACKENDS = {
                 "  fence_device();\n  sync_block();\n  if",
                 "  fence_device();\n  if",
             ),
-            Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false)"),
+            Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false) + 0 * dot"),
             Fault(
                 "norms: blocks beside the diagonal count once", CUDA_NORMS, "total[m][j][i] *= 2", "total[m][j][i] *= 1"
             ),
