@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from srpkd.checking.processes import exit_with_parent
+
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
 GRAPH_REPLAYS = 20
@@ -190,6 +192,7 @@ def peak_on_cpu(prepare: Callable[[], Callable[[], object]], threads: int, warm:
 
 
 def _peak_in_child(sender, prepare: Callable[[], Callable[[], object]], threads: int, warm: bool) -> None:
+    exit_with_parent()
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         # glibc: return freed arrays to the system, instead of keeping a reserve of unknown size

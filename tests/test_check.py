@@ -282,3 +282,27 @@ def test_results_of_a_device_without_float64_are_compared_on_the_cpu(check, monk
     monkeypatch.setattr(processes, "to_device", lambda value, device: moved.append(device) or to_device(value, device))
     assert processes.outcome("blocked", check)["status"] == "ok"
     assert moved == [torch.device("cpu")]
+
+
+def test_processes_end_with_a_command_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        """
+import time
+from srpkd.checking import processes
+
+def child():
+    processes.exit_with_parent()
+    print("started", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    processes.CONTEXT.Process(target=child).start()
+    time.sleep(600)
+"""
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "started\n"
+    parent.kill()
+    output, _ = parent.communicate(timeout=60)  # the child has the same stdout: it ends when the child ends
+    assert output == ""

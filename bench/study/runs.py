@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import platform
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -15,6 +14,7 @@ from dataclasses import replace
 import torch
 import yaml
 
+from srpkd.checking.processes import exit_with_parent
 from srpkd.progress import ProgressBar
 from srpkd.training.config import read_config, to_yaml
 from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
@@ -53,13 +53,7 @@ def train(study: Study, setting: str, configs: Sequence[ResolvedConfig]) -> list
 def _initialize_worker(threads: int) -> None:
     """Set the number of threads, and end this process when the study's process ends for any reason."""
     torch.set_num_threads(threads)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    exit_with_parent()
 
 
 def train_one(config: ResolvedConfig) -> None:

@@ -106,9 +106,21 @@ def inputs(check: Check) -> tuple[Tensor, Tensor]:
 # --- the process of a kernel ----------------------------------------------------------------------------------------
 
 
+def exit_with_parent() -> None:
+    """End this process when its parent process ends for any reason: one that is killed leaves its processes running."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
 def work(kernel: str, everything: Sequence[Check], numbers: Iterable[int], results: Connection, errors: Path) -> None:
     """Run cases by their numbers, and send a dict before and after each; what is printed on stderr goes to a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the process of the command ends this one
+    exit_with_parent()
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     for number in numbers:
         results.send({"case": number})
