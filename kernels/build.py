@@ -337,12 +337,25 @@ def cached_library() -> Path:
 
     cuda = cuda_unavailable_reason() is None
     digest = hashlib.sha256(repr((sys.version, torch.__version__, flags(cuda), NVCC_FLAGS)).encode())
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = f"srpkd_{digest.hexdigest()[:16]}"
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root, folder, f"{NAME}.so")
+    if (cache := user_cache()) is None:
+        raise BuildError("this user has no home directory: set HOME, or TORCH_EXTENSIONS_DIR to a folder")
+    return cache / "torch_extensions" / folder / f"{NAME}.so"
+
+
+def user_cache() -> Path | None:
+    """Return the folder for the user's caches, or None for a user without a home directory.
+
+    Such a user is only a number, as in some containers.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder)
     try:
-        cache = root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "torch_extensions")
-    except RuntimeError as error:  # as in a container whose user is only a number
-        raise BuildError("this user has no home directory: set HOME, or TORCH_EXTENSIONS_DIR to a folder") from error
-    return Path(cache) / f"srpkd_{digest.hexdigest()[:16]}" / f"{NAME}.so"
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None
 
 
 def build() -> Path:

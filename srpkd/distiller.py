@@ -166,9 +166,9 @@ class RelationDistiller(nn.Module):
             TypeError: a tapped layer returned no tensor.
             ValueError: the output of a tapped layer has no element or field of that name.
         """
-        # versions count the changes in place; the compiler cannot trace them
+        # the compiler cannot trace versions
         tensors = [] if torch.compiler.is_compiling() else list(tensors_in((inputs, keywords)))
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        versions = _versions(tensors)
         if not torch.compiler.is_compiling():
             self._image_shape = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
         with self.teacher_tap.recording(record_features) as teacher_features, torch.no_grad():
@@ -178,7 +178,7 @@ class RelationDistiller(nn.Module):
                 if note := _different_placement(self.student, self.teacher):
                     error.add_note(note)
                 raise
-        if versions != [0 if tensor.is_inference() else tensor._version for tensor in tensors]:
+        if _versions(tensors) != versions:
             raise RuntimeError(
                 "the teacher changed its input in place, so the student would get other values: give each network a "
                 "copy, for example by forward=lambda network, images: network(images.clone())"
@@ -269,6 +269,11 @@ class RelationDistiller(nn.Module):
 
 def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
     return network(*inputs, **keywords)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return the number of changes in place of each tensor; those of inference tensors are not counted."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _different_placement(student: nn.Module, teacher: nn.Module) -> str:

@@ -100,7 +100,6 @@ class FeatureTap:
         if isinstance(names, str):
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
         self.names: list[str] = list(names)
-        self.role = role
         modules = named_layers(network)
         paths: dict[str, tuple[str, Keys]] = {}
         for name in names:
@@ -145,11 +144,13 @@ class FeatureTap:
         """
         recorder = self._recorder
         if enabled and recorder.is_closed:
-            raise RuntimeError(f"the hooks on the {self.role} were removed by close(): create a new tap or distiller")
+            raise RuntimeError(
+                f"the hooks on the {recorder.role} were removed by close(): create a new tap or distiller"
+            )
         if recorder.is_active:  # in another thread, or around this one: it would record the features of both passes
             raise RuntimeError(
-                f"the tap of the {self.role} is recording another pass: run one after the other, or give each thread "
-                "a copy by copy.deepcopy"
+                f"the tap of the {recorder.role} is recording another pass: run one after the other, or give each "
+                "thread a copy by copy.deepcopy"
             )
         features: dict[str, Tensor] = {}
         recorder.features, recorder.is_active = features, enabled
@@ -162,7 +163,7 @@ class FeatureTap:
         missing = [name for name in self.names if name not in features]
         if enabled and missing:
             raise RuntimeError(
-                f"{self.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
+                f"{recorder.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
                 "layers that its forward uses, and create the tap before torch.compile, but after layers are replaced, "
                 "as by convert_sync_batchnorm"
             )

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from tapped import network
+from torch import Tensor, nn
 
 from srpkd.kernels import dispatch, formulas, native, op, unavailable_reason
 
@@ -184,6 +186,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def student() -> nn.Sequential:
+    """A network with layers to tap."""
+    return network(4)
+
+
+@pytest.fixture
+def teacher() -> nn.Sequential:
+    """A wider network with the same layers."""
+    return network(6)
+
+
+@pytest.fixture
+def image() -> Tensor:
+    """Two images for ``student`` and ``teacher``."""
+    return torch.randn(2, 3, 8, 8)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -19,21 +19,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def student() -> nn.Sequential:
-    return network(4)
-
-
-@pytest.fixture
-def teacher() -> nn.Sequential:
-    return network(6)
-
-
-@pytest.fixture
-def image() -> Tensor:
-    return torch.randn(2, 3, 8, 8)
-
-
-@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield

@@ -8,28 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from tapped import network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from srpkd import RelationDistiller, SRPLoss, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def student() -> nn.Sequential:
-    return network(4)
-
-
-@pytest.fixture
-def teacher() -> nn.Sequential:
-    return network(6)
-
-
-@pytest.fixture
-def image() -> Tensor:
-    return torch.randn(2, 3, 8, 8)
 
 
 class ChannelsLast(nn.Module):

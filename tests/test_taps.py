@@ -23,16 +23,6 @@ from srpkd.taps import FeatureTap, remove_hooks
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def student() -> nn.Sequential:
-    return network(4)
-
-
-@pytest.fixture
-def image() -> Tensor:
-    return torch.randn(2, 3, 8, 8)
-
-
 def test_tap_records_the_output_before_in_place_changes(student: nn.Module, image: Tensor) -> None:
     """The in-place activation after encoder.norm overwrites its output."""
     tap = FeatureTap(student, ["encoder.conv", "encoder.norm", "encoder.act"])

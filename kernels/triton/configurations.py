@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..build import user_cache
 from ..formulas import matmul_precision
 from .primitives import triton
 
@@ -173,7 +174,7 @@ def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[C
         chosen: the hand-chosen configuration.
         measure: returns the time of a run with a candidate.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    root = user_cache() or Path(os.devnull)  # which cannot contain a file
     file = root / "srpkd" / f"triton-{triton.__version__}-{kernel[:16]}.json"
     known = cached_winners(file)
     if case not in known:

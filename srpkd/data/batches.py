@@ -13,6 +13,9 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from .images import DataError
 
+# advice for errors of the processes that load images
+IN_MAIN_PROCESS = "load the images in the main process by --num_threads 0, which may also change with --resume"
+
 SeededIndex = tuple[int, int]  # an item's index, and the seed of its random crop, flip and partner
 
 
@@ -103,8 +106,7 @@ def collate(items: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         except RuntimeError as error:
             raise DataError(
                 f"shared memory is too small for the images of a batch ({str(error).rpartition(': ')[2]}): make it "
-                "larger, in Docker by --shm-size=1g, or load the images in the main process by --num_threads 0, which "
-                "may also change with --resume"
+                f"larger, in Docker by --shm-size=1g, or {IN_MAIN_PROCESS}"
             ) from error
     return batch
 

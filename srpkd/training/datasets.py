@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.batches import ResumableBatchSampler, SeededDataset, collate, sides
+from ..data.batches import IN_MAIN_PROCESS, ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
 from ..data.layout_hints import subfolders
@@ -191,8 +191,7 @@ def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None
             raise _loader_ended(str(error)) from error
         if isinstance(error, OSError) and not is_started:  # such as a read-only /dev/shm, or too many open files
             raise DataError(
-                f"the processes that load images cannot be started ({error.strerror or error}): load the images in "
-                "the main process by --num_threads 0, which may also change with --resume"
+                f"the processes that load images cannot be started ({error.strerror or error}): {IN_MAIN_PROCESS}"
             ) from error
         raise
 

@@ -141,6 +141,14 @@ def test_autotuning_without_a_usable_file(tmp_path, monkeypatch, content):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
+def test_autotuning_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a folder of the name "~" would be
+    monkeypatch.setattr(configurations, "user_cache", lambda: None)
+    chosen = configuration((9, 0), "bfloat16", 64, 256)
+    assert autotune("case", "hash", chosen, lambda candidate: 1.0) in configurations.candidates(chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- availability ----------------------------------------------------------------------------------------------------
 
 
