@@ -155,5 +155,6 @@ def test_measures_on_a_gpu():
 @pytest.mark.core(2)
 def test_usual_code_stores_what_the_catalogue_says(case):
     case = replace(case, student=(1, *case.student[1:]), teacher=(1, *case.teacher[1:]), image_copies=1)
-    peak = measure.peak_on_cpu(functools.partial(recipes.prepare_call, case, "usual"), threads=1, warm=False)
-    assert case.needed_bytes("usual") <= peak <= 1.6 * case.needed_bytes("usual")
+    # warm: the code and the buffers that torch loads at a first call take 10 to 20 MB, which depends on the processor
+    peak = measure.peak_on_cpu(functools.partial(recipes.prepare_call, case, "usual"), threads=1)
+    assert 0.95 * case.needed_bytes("usual") <= peak <= 1.6 * case.needed_bytes("usual")
