@@ -20,6 +20,14 @@ __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const in
                                   const int*);
 }
 
+// Of FBGEMM, which torch contains for most processors. Weak, as above.
+namespace fbgemm {
+template <typename T>
+void transpose_simd(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride);
+template <>
+__attribute__((weak)) void transpose_simd(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+}  // namespace fbgemm
+
 namespace srpkd::cpu {
 namespace {
 
@@ -126,6 +134,12 @@ void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix
                                 reinterpret_cast<const c10::BFloat16*>(right.data + done / 2 * right.row_stride),
                                 result.data, true);
   }
+}
+
+bool transpose(Matrix<const float> from, Matrix<float> to) {
+  if (fbgemm::transpose_simd<float> == nullptr) return false;
+  fbgemm::transpose_simd(from.rows, from.columns, from.data, from.row_stride, to.data, to.row_stride);
+  return true;
 }
 
 void release_microkernels() { at::native::cpublas::brgemm_release(); }

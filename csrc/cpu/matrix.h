@@ -107,8 +107,15 @@ void sum_squares(const Matrix<const T>& rows, double* sums) {
   }
 }
 
+// to = from^T, both row-major, in vectors. Returns false, and writes nothing, if torch has no function for that.
+bool transpose(Matrix<const float> from, Matrix<float> to);
+
 template <typename From, typename To>
 void copy(const Matrix<From>& from, const Matrix<To>& to) {
+  if constexpr (std::is_same_v<std::remove_const_t<From>, float> && std::is_same_v<To, float>) {
+    if (from.t().row_major() && to.row_major() && transpose(from.t(), to)) return;
+    if (from.row_major() && to.t().row_major() && transpose(from, to.t())) return;
+  }
   for_each_pair(from, to, [](const From& source, To& target) { target = static_cast<To>(source); });
 }
 

@@ -120,11 +120,12 @@ class Image {
 
  private:
   void mirror(Block rows, T* matrix) {
-    const int64_t pixels = pixels_, stride = space_.stride, end = rows.begin + rows.size;
-    for (int64_t left = end; left < pixels; left += LINE)  // LINE columns at a time: their rows stay in the cache
-      for (int64_t i = rows.begin; i < end; ++i)
-        for (int64_t j = left; j < std::min(left + LINE, pixels); ++j) matrix[i * stride + j] = matrix[j * stride + i];
-    for (int64_t i = rows.begin; i < end; ++i) std::fill(matrix + i * stride + pixels, matrix + (i + 1) * stride, T(0));
+    const int64_t stride = space_.stride, end = rows.begin + rows.size;
+    const Matrix<T> whole = {matrix, pixels_, pixels_, stride, 1};
+    const auto right = whole.row_range(rows.begin, rows.size).column_range(end, pixels_ - end);
+    copy(whole.row_range(end, pixels_ - end).column_range(rows.begin, rows.size).t(), right);
+    for (int64_t i = rows.begin; i < end; ++i)
+      std::fill(matrix + i * stride + pixels_, matrix + (i + 1) * stride, T(0));
   }
 
   void scale(Block rows, const T* matrix, const Matrix<const S>& features, T* alpha) {
