@@ -52,10 +52,6 @@ template <int THREADS>
 SRPKD_DEVICE void sync_threads(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
-template <int THREADS>
-SRPKD_DEVICE void arrive_threads(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
 
 // --- the asynchronous proxy: TMA, bulk copies and the operands of wgmma
 // --------------------------------------------------
@@ -111,23 +107,12 @@ SRPKD_DEVICE void wait_for_bulk() {
 // --- global memory that several blocks update
 // ----------------------------------------------------------------------------
 
-SRPKD_DEVICE void add_global(float* to, float a) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(a) : "memory");
-}
-// Four adjacent floats, aligned to 16 bytes.
-SRPKD_DEVICE void add_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
-}
 SRPKD_DEVICE void add_global(int64_t* to, int64_t a) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(a) : "memory");
 }
 // Adds to a counter; whoever waits for it sees what this thread has done and seen before.
 SRPKD_DEVICE void add_release(uint32_t* counter, uint32_t a) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(a) : "memory");
-}
-SRPKD_DEVICE void store_release(uint32_t* counter, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 SRPKD_DEVICE uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
