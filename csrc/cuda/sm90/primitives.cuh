@@ -18,10 +18,9 @@
 
 namespace srpkd::cuda::sm90 {
 
-// --- barriers in shared memory (mbarrier)
-// ------------------------------------------------------------------------------ A phase ends when `arrivals` threads
-// have arrived and all expected bytes have been written. Threads tell phases apart by their parity only, so nobody may
-// be more than one phase late.
+// --- barriers in shared memory (mbarrier) ----------------------------------------------------------------------------
+// A phase ends when `arrivals` threads have arrived and all expected bytes have been written. Threads tell phases apart
+// by their parity only, so none may be more than one phase late.
 
 SRPKD_DEVICE void initialize_barrier(Address barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -53,8 +52,7 @@ SRPKD_DEVICE void sync_threads(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
-// --- the asynchronous proxy: TMA, bulk copies and the operands of wgmma
-// --------------------------------------------------
+// --- the asynchronous proxy: TMA, bulk copies and the operands of wgmma ----------------------------------------------
 
 // Orders the calling thread's accesses to shared memory before asynchronous ones that follow. Then a barrier must tell
 // the thread that starts those.
@@ -104,8 +102,7 @@ SRPKD_DEVICE void wait_for_bulk() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// --- global memory that several blocks update
-// ----------------------------------------------------------------------------
+// --- global memory that several blocks update ------------------------------------------------------------------------
 
 SRPKD_DEVICE void add_global(int64_t* to, int64_t a) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(a) : "memory");
@@ -127,8 +124,7 @@ SRPKD_DEVICE void fence_gpu() { __threadfence(); }
 // Waits for all threads of the grid, and sees what they have written. Needs a cooperative launch.
 SRPKD_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// --- threads and registers
-// -----------------------------------------------------------------------------------------------
+// --- threads and registers -------------------------------------------------------------------------------------------
 
 // The registers of each thread of a warpgroup from now on: a multiple of 8. All its warps call it.
 template <int REGISTERS>
@@ -182,10 +178,9 @@ SRPKD_DEVICE void store_matrices(Address row, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
-// --- wgmma
-// --------------------------------------------------------------------------------------------------------------- A
-// warpgroup multiplies asynchronously. Until wait_for_products it may neither read nor write the registers of sums and
-// of a, and shared memory with operands must not change.
+// --- wgmma -----------------------------------------------------------------------------------------------------------
+// A warpgroup multiplies asynchronously. Until wait_for_products it may neither read nor write the registers of sums
+// and of a, and shared memory with operands must not change.
 
 // Before the first product of a group: orders accesses to its registers before it.
 SRPKD_DEVICE void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
