@@ -122,7 +122,7 @@ const char* fastest_cuda_kernel(std::string_view dtype, std::string_view precisi
                                     static_cast<float>(delta),
                                     rectify,
                                     relation.differentiates_norms()};
-  const cuda::sm80::Device device{multiprocessors, shared_of_block, 0, 0, major};
+  const cuda::Device device{multiprocessors, shared_of_block, 0, 0, major};
   const cuda::Kernel kernel = cuda::fastest_kernel(problem, wide ? 4 : 2, device, architectures);
   return kernel == cuda::Kernel::sm90 ? "sm90" : "sm80";
 }

@@ -89,7 +89,7 @@ inline int resident_blocks(const sm80::Features (&features)[2], int feature_byte
   return resident;
 }
 
-inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   ScalesPlan plan{};
@@ -128,7 +128,7 @@ inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device
 
 template <class Sums>
 GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
-                                 const sm80::Device& device, Workspace& workspace) {
+                                 const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images;
   const algebra::MomentResults& moments = scales.moments.results;
@@ -157,7 +157,7 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
 }
 
 // The whole loss with the tiles of sm80.
-inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+inline LossPlan make_plan(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;

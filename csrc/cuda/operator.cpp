@@ -116,7 +116,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
         [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, launches)); });
     return {loss, gradient};
   }
-  const sm80::Device device = device_of(student.get_device());
+  const Device device = device_of(student.get_device());
   const auto run = [&](auto make) {
     const auto planned_loss = planned(student, [&](Workspace& workspace) { return make(a, device, workspace); });
     check_grid(student, planned_loss.first.largest_grid);

@@ -28,7 +28,7 @@ inline sm90::Problem problem_of(const LossArguments& a) {
           a.relation.differentiates_norms()};
 }
 
-inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
   Sm90LossPlan plan{};
   plan.scales = plan_scales(a, device, workspace);
