@@ -126,6 +126,16 @@ inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Work
   return plan;
 }
 
+// Sets where a kernel writes the loss and the gradient, and the scale of both.
+template <class Arguments>
+void set_results(Arguments& p, const LossArguments& a) {
+  p.gradient = a.gradient;
+  for (int i = 0; i < 3; ++i) p.gradient_strides[i] = a.gradient_strides[i];
+  p.per_image = a.reduction == Reduction::none, p.loss_blocks = p.per_image ? a.images : 1, p.loss = a.loss;
+  const double pixels = a.pixels, images = a.reduction == Reduction::mean ? a.images : 1;
+  p.scale = 1 / (pixels * pixels * images);
+}
+
 template <class Sums>
 GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
                                  const Device& device, Workspace& workspace) {
@@ -138,11 +148,7 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels;
   g.normalize = a.relation.differentiates_norms() ? a.relation.normalize : Normalize::none, g.sums = sums;
   g.alpha = scales.norms.alpha[STUDENT], g.size = moments.size, g.moment = moments.whole;
-  g.gradient = a.gradient;
-  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
-  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
-  const double count = a.pixels;
-  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+  set_results(g, a);
   if (g.normalize != Normalize::row || !a.need_grad) return plan;
 
   WeightedMomentArguments<Sums>& w = plan.weighted;
@@ -156,11 +162,19 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   return plan;
 }
 
+// Returns at least the thread blocks of any kernel, of which the tiles have `tile_blocks` for a block of pixels.
+inline int64_t largest_grid(const LossArguments& a, int tile_blocks) {
+  using namespace algebra;
+  const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
+  const int64_t most = tile_blocks > 2 ? tile_blocks : 2;  // the norms have two, for two networks
+  return a.images *
+         (ceil_div(a.pixels, BLOCK) * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
+}
+
 // The whole loss with the tiles of sm80.
 inline LossPlan make_plan(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
-  const int64_t images = a.images, pixels = a.pixels;
-  const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
+  const int64_t images = a.images, pixels = a.pixels, channels = a.features[STUDENT].channels;
   LossPlan plan{};
   plan.scales = plan_scales(a, device, workspace);
 
@@ -173,10 +187,10 @@ inline LossPlan make_plan(const LossArguments& a, const Device& device, Workspac
   plan.u_channels = sm80::plan(t, a.precision, a.need_grad, device);
   t.loss = workspace.take<double>(images * t.splits * t.blocks);
   if (a.need_grad) {
-    const int64_t image = pixels * channels_s;
+    const int64_t image = pixels * channels;
     t.U = workspace.take<float>(t.splits * images * image);
     t.U_strides[0] = images * image, t.U_strides[1] = image;
-    t.U_strides[2] = a.pixels_adjacent ? 1 : channels_s, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
+    t.U_strides[2] = a.pixels_adjacent ? 1 : channels, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
     if (a.relation.differentiates_norms()) t.h = workspace.take<float>(t.splits * images * pixels);
   }
 
@@ -185,10 +199,7 @@ inline LossPlan make_plan(const LossArguments& a, const Device& device, Workspac
   for (int i = 0; i < 4; ++i) sums.U_strides[i] = t.U_strides[i];
   sums.h_strides[0] = images * pixels, sums.h_strides[1] = pixels;
   plan.gradient = plan_gradient(a, plan.scales, sums, device, workspace);
-
-  const int64_t row_blocks = ceil_div(pixels, BLOCK), most = t.channel_splits > 2 ? t.channel_splits : 2;
-  plan.largest_grid =
-      images * (row_blocks * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
+  plan.largest_grid = largest_grid(a, t.channel_splits);
   return plan;
 }
 
