@@ -174,7 +174,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_size", srpkd::cpu::tile_size, "images"_a, "pixels"_a, "element_bytes"_a, "threads"_a);
 
   // the index arithmetic of common/index.h, for tests
-  m.def("tile_count", srpkd::tile_count, "blocks"_a);
+  m.def("tile_count", srpkd::tile_count<int64_t>, "blocks"_a);
   m.def(
       "tile_at",
       [](int64_t index, int64_t blocks) {

@@ -19,7 +19,7 @@ SRPKD_HOST_DEVICE constexpr int blocks_of(int channels) { return static_cast<int
 SRPKD_HOST_DEVICE constexpr int padded(int channels) { return blocks_of(channels) * BLOCK; }
 
 // A moment is symmetric: only its tiles of BLOCK x BLOCK channels on and above the diagonal are computed, row by row.
-SRPKD_HOST_DEVICE constexpr int tiles_of(int channels) { return blocks_of(channels) * (blocks_of(channels) + 1) / 2; }
+SRPKD_HOST_DEVICE constexpr int tiles_of(int channels) { return tile_count(blocks_of(channels)); }
 
 struct TileOfMoment {
   int row, column;
