@@ -30,11 +30,12 @@ struct ScalesPlan {
   bool wide;  // whether a block of the row norms and of the gradient computes 128 pixels instead of 64
 };
 
-// From the sums of the tiles to the loss and the gradient. Sums: how these tiles store them, see algebra/sums.cuh.
-template <class Sums>
+// From the sums of the tiles to the loss and the gradient. SumsOfTiles: how the tiles store them, SumsOfSplits (sm80)
+// or sm90::SumsOfSegments.
+template <class SumsOfTiles>
 struct GradientPlan {
-  algebra::WeightedMomentArguments<Sums> weighted;  // only for "row", with a gradient
-  algebra::GradientArguments<Sums> gradient;
+  algebra::WeightedMomentArguments<SumsOfTiles> weighted;  // only for "row", with a gradient
+  algebra::GradientArguments<SumsOfTiles> gradient;
   bool wide;
 };
 
@@ -136,22 +137,22 @@ void set_results(Arguments& p, const LossArguments& a) {
   p.scale = 1 / (pixels * pixels * images);
 }
 
-template <class Sums>
-GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
-                                 const Device& device, Workspace& workspace) {
+template <class SumsOfTiles>
+GradientPlan<SumsOfTiles> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const SumsOfTiles& sums,
+                                        const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images;
   const algebra::MomentResults& moments = scales.moments.results;
-  GradientPlan<Sums> plan{};
+  GradientPlan<SumsOfTiles> plan{};
   plan.wide = scales.wide;
-  GradientArguments<Sums>& g = plan.gradient;
+  GradientArguments<SumsOfTiles>& g = plan.gradient;
   g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels;
   g.normalize = a.relation.differentiates_norms() ? a.relation.normalize : Normalize::none, g.sums = sums;
   g.alpha = scales.norms.alpha[STUDENT], g.size = moments.size, g.moment = moments.whole;
   set_results(g, a);
   if (g.normalize != Normalize::row || !a.need_grad) return plan;
 
-  WeightedMomentArguments<Sums>& w = plan.weighted;
+  WeightedMomentArguments<SumsOfTiles>& w = plan.weighted;
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
   w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;

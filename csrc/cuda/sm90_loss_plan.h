@@ -10,7 +10,7 @@ namespace srpkd::cuda {
 struct Sm90LossPlan {
   ScalesPlan scales;
   sm90::TilePlan tiles;
-  GradientPlan<sm90::SumsOfTiles> gradient;
+  GradientPlan<sm90::SumsOfSegments> gradient;
   int64_t largest_grid;  // thread blocks
 };
 
