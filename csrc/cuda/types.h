@@ -15,7 +15,7 @@ struct Half {
   uint16_t bits;
 };
 
-// The networks, in the order of all arrays of both.
+// The networks, in the order of arrays of both. In sm90/ the student comes first.
 enum Network { TEACHER, STUDENT };
 
 SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
