@@ -91,9 +91,16 @@ inline const Device& device_of(c10::DeviceIndex index) {
   return device;
 }
 
+// Checks that 32 bits count images, pixels and channels, with room for the padding of a block.
+inline void check_sizes(const Tensor& features) {
+  for (const int64_t size : features.sizes())
+    TORCH_CHECK_VALUE(size <= 1 << 30, "expected features with sizes of at most 2^30, received ", features.sizes(),
+                      ": use fewer pixels, or split the batch");
+}
+
 inline void check_grid(const Tensor& student, int64_t blocks) {
-  TORCH_CHECK_VALUE(student.size(1) <= (1 << 30) && blocks <= INT32_MAX,
-                    "expected features that fit into one launch, received ", student.sizes(), ": split the batch");
+  TORCH_CHECK_VALUE(blocks <= INT32_MAX, "expected features that fit into one launch, received ", student.sizes(),
+                    ": split the batch");
 }
 
 }  // namespace srpkd::cuda

@@ -88,6 +88,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
       "method=\"closed_form\" does not support normalize=\"row\" with detach_norms on a GPU: use method=\"tiles\", or "
       "backend='closed_form'");
   check_features(student, teacher);
+  check_sizes(student), check_sizes(teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   auto [loss, gradient] = empty_loss_and_gradient(student, a.reduction, need_grad);
@@ -144,6 +145,7 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
   p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
   p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine, p.rectify = rectify;
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
+  check_sizes(student), check_sizes(teacher);
   const Precision precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   if (!student.numel() || !teacher.numel()) return zero_outputs(student, normalize, need_grad);
