@@ -386,8 +386,7 @@ def plan_moments(plan: Plan, student: Array, teacher: Array) -> tuple[Moments, M
         BLOCK_C=BLOCK_TERMS,
         **OPTIONS,
     )
-    for array in partial:
-        plan.free(array)
+    plan.free(*partial)
     return moments[0]._replace(counters=counters), moments[1]
 
 
