@@ -198,8 +198,8 @@ BACKENDS = {
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
-                "scales, relation, total, pixels**2)",
-                "scales, relation, formulas.identity, pixels**2)",
+                "scales, total, pixels**2)",
+                "scales, formulas.identity, pixels**2)",
             ),
         ],
         environment={"SRPKD_BUILD": "0"},  # blocked, whose faults these are
