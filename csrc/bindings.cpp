@@ -28,6 +28,9 @@ namespace {
 
 using at::Tensor;
 
+// Turns an output that is not computed, which is empty, into an undefined tensor.
+Tensor if_nonempty(const Tensor& output) { return output.numel() ? output : Tensor(); }
+
 Outputs relation_tiles_meta(const Tensor& student, const Tensor&, const std::optional<Tensor>&,
                             const std::optional<Tensor>&, std::string_view normalize, std::string_view, double, bool,
                             bool need_grad, int64_t) {
@@ -41,7 +44,6 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
   auto [loss, U, h] = zero_outputs(student, normalize, need_grad);
   if (student.numel() == 0 || teacher.numel() == 0) return {loss, U, h};
-  const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::relation_tiles(cpu::widened(student), cpu::widened(teacher), alpha_s.value_or(Tensor()),
                       alpha_t.value_or(Tensor()), relation, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};
@@ -75,7 +77,6 @@ Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Ten
                     " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ", j.teacher.sizes());
   auto [loss, U, h] = zero_outputs(i.student, normalize, need_grad);
   if (i.student.numel() == 0 || i.teacher.numel() == 0) return {loss, U, h};
-  const auto if_nonempty = [](const Tensor& tensor) { return tensor.numel() ? tensor : Tensor(); };
   cpu::indexed_tiles(i, j, index.contiguous(), relation, mirrored, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};
 }
@@ -122,7 +123,7 @@ const char* fastest_cuda_kernel(std::string_view dtype, std::string_view precisi
                                     static_cast<float>(delta),
                                     rectify,
                                     relation.differentiates_norms()};
-  const cuda::sm80::Device device{multiprocessors, shared_of_block, 0, 0, major};
+  const cuda::Device device{multiprocessors, shared_of_block, 0, 0, major};
   const cuda::Kernel kernel = cuda::fastest_kernel(problem, wide ? 4 : 2, device, architectures);
   return kernel == cuda::Kernel::sm90 ? "sm90" : "sm80";
 }
@@ -174,7 +175,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("tile_size", srpkd::cpu::tile_size, "images"_a, "pixels"_a, "element_bytes"_a, "threads"_a);
 
   // the index arithmetic of common/index.h, for tests
-  m.def("tile_count", srpkd::tile_count, "blocks"_a);
+  m.def("tile_count", srpkd::tile_count<int64_t>, "blocks"_a);
   m.def(
       "tile_at",
       [](int64_t index, int64_t blocks) {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
-from .strips import STRIP_ELEMENTS, Alphas, gradient_terms, relate, strip_rows
+from .strips import Alphas, gradient_terms, relate, strip_elements, strip_rows
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
@@ -21,7 +21,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     dtype = accumulator(student.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
     alphas = Alphas(scales.student, scales.teacher)
-    loss = student.new_zeros(batch, dtype=torch.float64 if student.device.type == "cpu" else dtype)
+    loss = zero_losses(student, batch)
     U = torch.zeros_like(student) if need_grad else None
     h = student.new_zeros(batch, pixels) if need_grad and relation.differentiates_norms else None
 
@@ -31,7 +31,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         block, columns, rest = slice(start, start + own), slice(start, None), slice(start + own, None)
         gram_s = student[:, block] @ student[:, columns].mT
         gram_t = teacher[:, block] @ teacher[:, columns].mT
-        strip = relate(gram_s, gram_t, alphas.at(block), alphas.at(columns), relation, diagonal=0)
+        strip = relate(gram_s, gram_t, alphas.at(block), alphas.at(columns), relation, on_diagonal=True)
         value = distance_value(strip.difference, relation)
         if strip.mirrored_difference is None:
             loss += value[..., :own].sum((1, 2)) + 2 * value[..., own:].sum((1, 2))
@@ -61,13 +61,13 @@ def sampled_tiles(
     dtype, device = accumulator(student.dtype), student.device
     student, teacher = student.to(dtype).flatten(0, 1), teacher.to(dtype).flatten(0, 1)  # (B N, C)
     alphas = Alphas(*(None if alpha is None else alpha.flatten() for alpha in scales[:2]))
-    loss = student.new_zeros(batch, dtype=torch.float64 if device.type == "cpu" else dtype)
+    loss = zero_losses(student, batch)
     U = torch.zeros_like(student) if need_grad else None
     h = student.new_zeros(batch * pixels) if need_grad and relation.differentiates_norms else None
 
     first = torch.arange(0, batch * pixels, pixels, device=device).view(-1, 1, 1)  # pixel of each image
     for start, rows, sets_with_rows in ((0, pixels // sets, sets), (pixels // sets * sets, 1, pixels % sets)):
-        size = max(1, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * rows * per_set))
+        size = max(1, strip_elements(device) // (batch * rows * per_set))
         for chunk in disjoint_sets(sets_with_rows, pixels // per_set, size):
             of_sets = torch.arange(chunk.start, chunk.stop, device=device).unsqueeze(1)
             i = (first + start + of_sets + torch.arange(0, rows * sets, sets, device=device)).flatten(0, 1)
@@ -77,7 +77,7 @@ def sampled_tiles(
             if relation.normalize == "cosine":  # a pixel's relation to itself: a tie, kept exact; NaN stays
                 for gram in (gram_s, gram_t):
                     gram.mul_(i.unsqueeze(2) != j.unsqueeze(1))
-            strip = relate(gram_s, gram_t, alphas.at(i), alphas.at(j), relation, diagonal=None)
+            strip = relate(gram_s, gram_t, alphas.at(i), alphas.at(j), relation, on_diagonal=False)
             value = distance_value(strip.difference, relation)
             mirrored = strip.mirrored_difference
             value += value if mirrored is None else distance_value(mirrored, relation)
@@ -102,14 +102,14 @@ def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: b
     dtype, device = accumulator(rows.student.dtype), rows.student.device
     student, teacher = columns.student.to(dtype), columns.teacher.to(dtype)
     row_alphas, column_alphas = Alphas(rows.alpha_s, rows.alpha_t), Alphas(columns.alpha_s, columns.alpha_t)
-    loss = student.new_zeros(1, dtype=torch.float64 if device.type == "cpu" else dtype)
+    loss = zero_losses(student, 1)
     U, h = [], []
     size = strip_rows(1, max(rows.student.shape[1], student.shape[1]), device)
     for start in range(0, rows.student.shape[1], size):
         block = slice(start, start + size)
         gram_s = rows.student[:, block].to(dtype) @ student.mT
         gram_t = rows.teacher[:, block].to(dtype) @ teacher.mT
-        strip = relate(gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=None)
+        strip = relate(gram_s, gram_t, row_alphas.at(block), column_alphas, relation, on_diagonal=False)
         loss += distance_value(strip.difference, relation).sum((1, 2))
         if not need_grad:
             continue
@@ -118,6 +118,11 @@ def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: b
         if terms.h is not None:
             h.append(terms.h.sum(2))
     return TileSums(loss, torch.cat(U, 1) if U else None, torch.cat(h, 1) if h else None)
+
+
+def zero_losses(features: Tensor, images: int) -> Tensor:
+    """Return zeros (B,) to which the losses of strips are added: in float64 on a CPU, else in the features' dtype."""
+    return features.new_zeros(images, dtype=torch.float64 if features.device.type == "cpu" else None)
 
 
 def disjoint_sets(sets: int, disjoint: int, size: int) -> Iterator[slice]:

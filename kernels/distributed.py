@@ -114,7 +114,7 @@ def ring_loss_and_gradient(
         scales = formulas.scales_of(student, teacher, relation, dtype, total, pixels)
         tiles = ring_tiles(student, teacher, scales, relation, need_grad, counts, group, backend)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, relation, total, pixels**2) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, total, pixels**2) if need_grad else None
 
 
 def pixels_of_ranks(

@@ -243,12 +243,7 @@ def scales_of(
 
 
 def gradient_of(
-    student: Tensor,
-    tiles: TileSums,
-    scales: Scales,
-    relation: Relation,
-    total: Total = identity,
-    pairs: int | None = None,
+    student: Tensor, tiles: TileSums, scales: Scales, total: Total = identity, pairs: int | None = None
 ) -> Tensor:
     """Return dL/dQ (B, N, C) of the mean over all pairs, with the student's strides, in ``gradient_dtype``.
 
@@ -311,4 +306,4 @@ def loss_and_gradient(
     scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
     tiles = relation_tiles(student, teacher, scales, relation, need_grad)
     loss = (tiles.loss / (pairs or student.shape[1] ** 2)).to(dtype)
-    return loss, gradient_of(student, tiles, scales, relation, pairs=pairs) if need_grad else None
+    return loss, gradient_of(student, tiles, scales, pairs=pairs) if need_grad else None

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .formulas import Relation, distance_grad
 
-# Elements of a strip's matrices that are held at a time: on a CPU they should fit into the cache, on a GPU one launch
-# should fill the device.
+# On a CPU the elements should fit into the cache, on a GPU one launch should fill the device.
 STRIP_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 
 
@@ -53,9 +52,14 @@ class GradientTerms(NamedTuple):
     mirrored_h: Tensor | None
 
 
+def strip_elements(device: torch.device) -> int:
+    """Return how many elements of a strip's matrices are held at a time."""
+    return STRIP_ELEMENTS.get(device.type, 2**22)
+
+
 def strip_rows(batch: int, pixels: int, device: torch.device) -> int:
     """Return how many rows of (batch, rows, pixels) a strip has."""
-    return max(16, min(pixels, STRIP_ELEMENTS.get(device.type, 2**22) // (batch * pixels)))
+    return max(16, min(pixels, strip_elements(device) // (batch * pixels)))
 
 
 def relate(
@@ -64,21 +68,21 @@ def relate(
     rows: Alphas,
     columns: Alphas,
     relation: Relation,
-    diagonal: int | None,
+    on_diagonal: bool,
 ) -> Strip:
     """Return the relations of a strip and their differences. Overwrites the Gram matrices.
 
     Args:
         gram_s, gram_t: G_ij (B, rows, columns) of the student and of the teacher.
         rows, columns: the scales of the pixels i and of the pixels j.
-        diagonal: the offset of the diagonal i = j, as of ``torch.diagonal``; None where the strip does not meet it.
+        on_diagonal: whether the first rows and columns are the same pixels, so that the diagonal is i = j.
     """
     if relation.rectify:  # scales are not negative: A_ij has the sign of G_ij
         gram_s.relu_(), gram_t.relu_()
     relations = scaled(gram_s, rows.student, columns.student, relation)
     difference = relations - scaled(gram_t, rows.teacher, columns.teacher, relation)
-    if relation.normalize == "cosine" and diagonal is not None:
-        difference.diagonal(diagonal, 1, 2).mul_(0)  # a pixel's relation to itself: a tie, kept exact; NaN stays
+    if relation.normalize == "cosine" and on_diagonal:
+        difference.diagonal(0, 1, 2).mul_(0)  # a pixel's relation to itself: a tie, kept exact; NaN stays
     if relation.symmetric or columns.student is None or columns.teacher is None:
         return Strip(relations, difference, None, None)
     mirrored = gram_s.mul_(columns.student.unsqueeze(1))

@@ -36,7 +36,11 @@ struct Tile {
   SRPKD_HOST_DEVICE constexpr bool mirrored() const { return row != column; }
 };
 
-SRPKD_HOST_DEVICE constexpr int64_t tile_count(int64_t blocks) { return blocks * (blocks + 1) / 2; }
+// The number of tiles of a symmetric matrix that are computed: on the diagonal and on one side of it.
+template <typename Integer>
+SRPKD_HOST_DEVICE constexpr Integer tile_count(Integer blocks) {
+  return blocks * (blocks + 1) / 2;
+}
 
 // Maps an index in [0, tile_count(blocks)) to a tile of the lower triangle, each pair of blocks once.
 //

@@ -57,8 +57,6 @@ struct Kernels {
 
 SRPKD_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
-#define SRPKD_HAS_AVX2
-#define SRPKD_HAS_AVX512
 SRPKD_DECLARE_KERNELS(avx2)
 SRPKD_DECLARE_KERNELS(avx512)
 #endif

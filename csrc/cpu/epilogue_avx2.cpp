@@ -1,7 +1,7 @@
 // The epilogue for processors with AVX2, selected at run time, so that the binary stays portable.
 #include "epilogue.h"
 
-#if defined(SRPKD_HAS_AVX2)
+#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else

@@ -1,7 +1,7 @@
 // The epilogue for processors with AVX-512, selected at run time, so that the binary stays portable.
 #include "epilogue.h"
 
-#if defined(SRPKD_HAS_AVX512)
+#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else

@@ -8,7 +8,7 @@ namespace srpkd::cpu {
 
 template <typename T>
 const Kernels<T>& select_kernels() {
-#if defined(SRPKD_HAS_AVX512)
+#if defined(__x86_64__)
   static const bool has_avx512 = has_instructions("AVX512"), has_avx2 = has_instructions("AVX2");
   if (has_avx512) return avx512::kernels<T>;
   if (has_avx2) return avx2::kernels<T>;

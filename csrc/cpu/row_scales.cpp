@@ -15,7 +15,6 @@
 #include <numeric>
 #include <vector>
 
-#include "../common/arguments.h"
 #include "../common/index.h"
 #include "matrix.h"
 #include "packed_features.h"

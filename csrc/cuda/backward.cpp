@@ -6,7 +6,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../common/arguments.h"
 #include "algebra/launch.h"
 
 namespace srpkd::cuda {

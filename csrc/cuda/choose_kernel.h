@@ -12,7 +12,7 @@
 namespace srpkd::cuda {
 
 // Returns the kernel that SRPKD_CUDA_KERNEL asks for, or by default the fastest that is verified on a GPU.
-inline Kernel choose_kernel(const LossArguments& arguments, const sm80::Device& device) {
+inline Kernel choose_kernel(const LossArguments& arguments, const Device& device) {
   const char* value = std::getenv("SRPKD_CUDA_KERNEL");
   const std::string_view setting = value ? value : "auto";
   TORCH_CHECK_VALUE(setting == "auto" || setting == "sm80" || setting == "sm90", "SRPKD_CUDA_KERNEL=\"", setting,

@@ -4,7 +4,6 @@
 
 #include <string_view>
 
-#include "sm80/plan.h"
 #include "sm90/coverage.h"
 #include "verified.h"
 
@@ -14,17 +13,17 @@ enum class Kernel { sm80, sm90 };
 
 // Returns why the wgmma kernel cannot compute a loss on a GPU with an extension that is built for `architectures`, or
 // null if it can.
-inline const char* sm90_unavailable_reason(const sm90::Problem& problem, const sm80::Device& device,
+inline const char* sm90_unavailable_reason(const sm90::Problem& problem, const Device& device,
                                            std::string_view architectures) {
   if (device.major != 9) return "a GPU without compute capability 9.0";
   if (architectures.find("9.0a") == std::string_view::npos)
     return "an extension that is built without architecture 9.0a";
-  return sm90::uncovered_reason(problem, {device.multiprocessors, device.shared_of_block});
+  return sm90::uncovered_reason(problem, device);
 }
 
 // Returns the fastest kernel that can compute a loss and is verified on real hardware: what SRPKD_CUDA_KERNEL=auto
 // selects. kernels/native.py calls it to compare `native` with other backends.
-inline Kernel fastest_kernel(const sm90::Problem& problem, int element_bytes, const sm80::Device& device,
+inline Kernel fastest_kernel(const sm90::Problem& problem, int element_bytes, const Device& device,
                              std::string_view architectures) {
   const bool verified = sm90_verified(problem.precision, element_bytes, problem.normalize, problem.distance,
                                       problem.grad, problem.student_channels, problem.teacher_channels);

@@ -67,11 +67,11 @@ inline sm80::Features features_of(const Tensor& x, const Tensor& alpha, bool pix
 }
 
 // Returns the properties of a GPU, which are read once: a call of the loss asks for them on the host's critical path.
-inline const sm80::Device& device_of(c10::DeviceIndex index) {
-  static const std::vector<sm80::Device> devices = [] {
+inline const Device& device_of(c10::DeviceIndex index) {
+  static const std::vector<Device> devices = [] {
     int count = 0;
     C10_CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<sm80::Device> all;
+    std::vector<Device> all;
     for (int device = 0; device < count; ++device) {
       const auto attribute = [&](cudaDeviceAttr name) {
         int value = 0;
@@ -84,16 +84,23 @@ inline const sm80::Device& device_of(c10::DeviceIndex index) {
     }
     return all;
   }();
-  const sm80::Device& device = devices.at(index);
+  const Device& device = devices.at(index);
   TORCH_CHECK_NOT_IMPLEMENTED(device.major >= 8,
                               "the native backend needs a GPU of compute capability 8.0 or newer, received ",
                               device.major, ".x: use backend='blocked'");
   return device;
 }
 
+// Checks that 32 bits count images, pixels and channels, with room for the padding of a block.
+inline void check_sizes(const Tensor& features) {
+  for (const int64_t size : features.sizes())
+    TORCH_CHECK_VALUE(size <= 1 << 30, "expected features with sizes of at most 2^30, received ", features.sizes(),
+                      ": use fewer pixels, or split the batch");
+}
+
 inline void check_grid(const Tensor& student, int64_t blocks) {
-  TORCH_CHECK_VALUE(student.size(1) <= (1 << 30) && blocks <= INT32_MAX,
-                    "expected features that fit into one launch, received ", student.sizes(), ": split the batch");
+  TORCH_CHECK_VALUE(blocks <= INT32_MAX, "expected features that fit into one launch, received ", student.sizes(),
+                    ": split the batch");
 }
 
 }  // namespace srpkd::cuda

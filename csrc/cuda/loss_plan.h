@@ -30,11 +30,12 @@ struct ScalesPlan {
   bool wide;  // whether a block of the row norms and of the gradient computes 128 pixels instead of 64
 };
 
-// From the sums of the tiles to the loss and the gradient. Sums: how these tiles store them, see algebra/sums.cuh.
-template <class Sums>
+// From the sums of the tiles to the loss and the gradient. SumsOfTiles: how the tiles store them, SumsOfSplits (sm80)
+// or sm90::SumsOfSegments.
+template <class SumsOfTiles>
 struct GradientPlan {
-  algebra::WeightedMomentArguments<Sums> weighted;  // only for "row", with a gradient
-  algebra::GradientArguments<Sums> gradient;
+  algebra::WeightedMomentArguments<SumsOfTiles> weighted;  // only for "row", with a gradient
+  algebra::GradientArguments<SumsOfTiles> gradient;
   bool wide;
 };
 
@@ -89,7 +90,7 @@ inline int resident_blocks(const sm80::Features (&features)[2], int feature_byte
   return resident;
 }
 
-inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   ScalesPlan plan{};
@@ -126,26 +127,32 @@ inline ScalesPlan plan_scales(const LossArguments& a, const sm80::Device& device
   return plan;
 }
 
-template <class Sums>
-GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const Sums& sums,
-                                 const sm80::Device& device, Workspace& workspace) {
+// Sets where a kernel writes the loss and the gradient, and the scale of both.
+template <class Arguments>
+void set_results(Arguments& p, const LossArguments& a) {
+  p.gradient = a.gradient;
+  for (int i = 0; i < 3; ++i) p.gradient_strides[i] = a.gradient_strides[i];
+  p.per_image = a.reduction == Reduction::none, p.loss_blocks = p.per_image ? a.images : 1, p.loss = a.loss;
+  const double pixels = a.pixels, images = a.reduction == Reduction::mean ? a.images : 1;
+  p.scale = 1 / (pixels * pixels * images);
+}
+
+template <class SumsOfTiles>
+GradientPlan<SumsOfTiles> plan_gradient(const LossArguments& a, const ScalesPlan& scales, const SumsOfTiles& sums,
+                                        const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images;
   const algebra::MomentResults& moments = scales.moments.results;
-  GradientPlan<Sums> plan{};
+  GradientPlan<SumsOfTiles> plan{};
   plan.wide = scales.wide;
-  GradientArguments<Sums>& g = plan.gradient;
+  GradientArguments<SumsOfTiles>& g = plan.gradient;
   g.features = a.features[STUDENT], g.images = a.images, g.pixels = a.pixels;
   g.normalize = a.relation.differentiates_norms() ? a.relation.normalize : Normalize::none, g.sums = sums;
   g.alpha = scales.norms.alpha[STUDENT], g.size = moments.size, g.moment = moments.whole;
-  g.gradient = a.gradient;
-  for (int i = 0; i < 3; ++i) g.gradient_strides[i] = a.gradient_strides[i];
-  g.per_image = a.reduction == Reduction::none, g.loss_blocks = g.per_image ? a.images : 1, g.loss = a.loss;
-  const double count = a.pixels;
-  g.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
+  set_results(g, a);
   if (g.normalize != Normalize::row || !a.need_grad) return plan;
 
-  WeightedMomentArguments<Sums>& w = plan.weighted;
+  WeightedMomentArguments<SumsOfTiles>& w = plan.weighted;
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
   w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
@@ -156,11 +163,19 @@ GradientPlan<Sums> plan_gradient(const LossArguments& a, const ScalesPlan& scale
   return plan;
 }
 
-// The whole loss with the tiles of sm80.
-inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
+// Returns at least the thread blocks of any kernel, of which the tiles have `tile_blocks` for a block of pixels.
+inline int64_t largest_grid(const LossArguments& a, int tile_blocks) {
   using namespace algebra;
-  const int64_t images = a.images, pixels = a.pixels;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
+  const int64_t most = tile_blocks > 2 ? tile_blocks : 2;  // the norms have two, for two networks
+  return a.images *
+         (ceil_div(a.pixels, BLOCK) * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
+}
+
+// The whole loss with the tiles of sm80.
+inline LossPlan make_plan(const LossArguments& a, const Device& device, Workspace& workspace) {
+  using namespace algebra;
+  const int64_t images = a.images, pixels = a.pixels, channels = a.features[STUDENT].channels;
   LossPlan plan{};
   plan.scales = plan_scales(a, device, workspace);
 
@@ -173,10 +188,10 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   plan.u_channels = sm80::plan(t, a.precision, a.need_grad, device);
   t.loss = workspace.take<double>(images * t.splits * t.blocks);
   if (a.need_grad) {
-    const int64_t image = pixels * channels_s;
+    const int64_t image = pixels * channels;
     t.U = workspace.take<float>(t.splits * images * image);
     t.U_strides[0] = images * image, t.U_strides[1] = image;
-    t.U_strides[2] = a.pixels_adjacent ? 1 : channels_s, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
+    t.U_strides[2] = a.pixels_adjacent ? 1 : channels, t.U_strides[3] = a.pixels_adjacent ? pixels : 1;
     if (a.relation.differentiates_norms()) t.h = workspace.take<float>(t.splits * images * pixels);
   }
 
@@ -185,10 +200,7 @@ inline LossPlan make_plan(const LossArguments& a, const sm80::Device& device, Wo
   for (int i = 0; i < 4; ++i) sums.U_strides[i] = t.U_strides[i];
   sums.h_strides[0] = images * pixels, sums.h_strides[1] = pixels;
   plan.gradient = plan_gradient(a, plan.scales, sums, device, workspace);
-
-  const int64_t row_blocks = ceil_div(pixels, BLOCK), most = t.channel_splits > 2 ? t.channel_splits : 2;
-  plan.largest_grid =
-      images * (row_blocks * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
+  plan.largest_grid = largest_grid(a, t.channel_splits);
   return plan;
 }
 

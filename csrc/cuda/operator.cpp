@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -13,7 +12,6 @@
 #include <cstdlib>
 #include <optional>
 #include <string_view>
-#include <utility>
 
 #include "../common/arguments.h"
 #include "algebra/launch.h"
@@ -61,14 +59,20 @@ void launch_loss(const Plan& plan, const LossArguments& a, Launches& launches) {
   C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, launches));
 }
 
-// Returns the plan of a function of a workspace, and the memory of the workspace.
-template <class MakePlan>
-auto planned(const Tensor& like, MakePlan make_plan) {
+// Plans a loss by make(workspace), and calls launch(plan, a value of the features' element type).
+template <class MakePlan, class LaunchPlan>
+void plan_and_launch(const Tensor& student, MakePlan make, LaunchPlan launch) {
   Workspace size{nullptr};
-  make_plan(size);
-  Tensor memory = at::empty({size.bytes}, like.options().dtype(at::kByte));
+  check_grid(student, make(size).largest_grid);
+  const Tensor memory = at::empty({size.bytes}, student.options().dtype(at::kByte));
   Workspace workspace{static_cast<char*>(memory.mutable_data_ptr())};
-  return std::make_pair(make_plan(workspace), std::move(memory));
+  const auto plan = make(workspace);
+  if (student.scalar_type() == at::kBFloat16)
+    launch(plan, BFloat16{});
+  else if (student.scalar_type() == at::kHalf)
+    launch(plan, Half{});
+  else
+    launch(plan, 0.f);
 }
 
 LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teacher, std::string_view normalize,
@@ -84,6 +88,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
       "method=\"closed_form\" does not support normalize=\"row\" with detach_norms on a GPU: use method=\"tiles\", or "
       "backend='closed_form'");
   check_features(student, teacher);
+  check_sizes(student), check_sizes(teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   auto [loss, gradient] = empty_loss_and_gradient(student, a.reduction, need_grad);
@@ -101,29 +106,22 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
   }
   Launches launches{c10::cuda::getCurrentCUDAStream(), overlap_requested()};
-  const auto with_element = [&](auto launch) {
-    if (student.scalar_type() == at::kBFloat16) return launch(BFloat16{});
-    if (student.scalar_type() == at::kHalf) return launch(Half{});
-    return launch(0.f);
-  };
+  const Device& device = device_of(student.get_device());
   if (chosen == Method::closed_form) {
-    const int multiprocessors = device_of(student.get_device()).multiprocessors;
-    const auto plan_in = [&](Workspace& workspace) { return closed_form::make_plan(a, multiprocessors, workspace); };
-    const auto planned_loss = planned(student, plan_in);
-    const closed_form::Plan& plan = planned_loss.first;
-    check_grid(student, plan.largest_grid);
-    with_element(
-        [&](auto element) { C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, launches)); });
+    plan_and_launch(
+        student, [&](Workspace& workspace) { return closed_form::make_plan(a, device.multiprocessors, workspace); },
+        [&](const auto& plan, auto element) {
+          C10_CUDA_CHECK(closed_form::loss<decltype(element)>(plan, a.pixels_adjacent, launches));
+        });
     return {loss, gradient};
   }
-  const sm80::Device device = device_of(student.get_device());
-  const auto run = [&](auto make) {
-    const auto planned_loss = planned(student, [&](Workspace& workspace) { return make(a, device, workspace); });
-    check_grid(student, planned_loss.first.largest_grid);
-    with_element([&](auto element) { launch_loss<decltype(element)>(planned_loss.first, a, launches); });
+  const auto run_tiles = [&](auto make) {
+    plan_and_launch(
+        student, [&](Workspace& workspace) { return make(a, device, workspace); },
+        [&](const auto& plan, auto element) { launch_loss<decltype(element)>(plan, a, launches); });
   };
   if (choose_kernel(a, device) == Kernel::sm90) {
-    run(make_sm90_plan);
+    run_tiles(make_sm90_plan);
     return {loss, gradient};
   }
   Tensor tiles_s = q_s, tiles_t = q_t;
@@ -133,7 +131,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
   }
   a.tile_features[TEACHER] = features_of(tiles_t, {}, a.pixels_adjacent);
   a.tile_features[STUDENT] = features_of(tiles_s, {}, a.pixels_adjacent);
-  run(make_plan);
+  run_tiles(make_plan);
   return {loss, gradient};
 }
 
@@ -147,6 +145,7 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
   p.distance = parse_distance(distance), p.delta = static_cast<float>(delta);
   p.row = kind == Normalize::row, p.zero_diagonal = kind == Normalize::cosine, p.rectify = rectify;
   check_tensors(student, teacher, alpha_s, alpha_t, normalize);
+  check_sizes(student), check_sizes(teacher);
   const Precision precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   if (!student.numel() || !teacher.numel()) return zero_outputs(student, normalize, need_grad);

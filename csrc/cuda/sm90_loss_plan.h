@@ -10,7 +10,7 @@ namespace srpkd::cuda {
 struct Sm90LossPlan {
   ScalesPlan scales;
   sm90::TilePlan tiles;
-  GradientPlan<sm90::SumsOfTiles> gradient;
+  GradientPlan<sm90::SumsOfSegments> gradient;
   int64_t largest_grid;  // thread blocks
 };
 
@@ -28,8 +28,7 @@ inline sm90::Problem problem_of(const LossArguments& a) {
           a.relation.differentiates_norms()};
 }
 
-inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& device, Workspace& workspace) {
-  using namespace algebra;
+inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const Device& device, Workspace& workspace) {
   Sm90LossPlan plan{};
   plan.scales = plan_scales(a, device, workspace);
   const auto features = [&](const sm80::Features& x) {
@@ -41,9 +40,7 @@ inline Sm90LossPlan make_sm90_plan(const LossArguments& a, const sm80::Device& d
   sm90::Params& t = plan.tiles.params;
   t.alpha_student = plan.scales.norms.alpha[STUDENT], t.alpha_teacher = plan.scales.norms.alpha[TEACHER];
   plan.gradient = plan_gradient(a, plan.scales, sm90::sums_of(t, plan.tiles.variant.symmetric), device, workspace);
-  const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
-  plan.largest_grid = a.images * (ceil_div(a.pixels, BLOCK) * (2 + blocks_of(channels_s)) + tiles_of(channels_t) +
-                                  tiles_of(channels_s));
+  plan.largest_grid = largest_grid(a, 1);
   return plan;
 }
 

@@ -15,10 +15,17 @@ struct Half {
   uint16_t bits;
 };
 
-// The networks, in the order of all arrays of both.
+// The networks, in the order of arrays of both. In sm90/ the student comes first.
 enum Network { TEACHER, STUDENT };
 
 SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
+
+// The properties of a GPU that the plans depend on. Memory in bytes; reserved: for each thread block.
+struct Device {
+  int multiprocessors, shared_of_block;
+  int shared_of_multiprocessor = 0, shared_reserved = 0;
+  int major = 8;  // of the compute capability
+};
 
 // How features are multiplied. tf32x3: three products of floats split into two tf32.
 enum class Precision : int { bf16, fp16, tf32, tf32x3 };

@@ -25,7 +25,7 @@ namespace srpkd::cuda {
 // Returns whether the wgmma kernel may compute such a loss without being asked for: at any N and B.
 constexpr bool sm90_verified(Precision precision, int element_bytes, Normalize normalize, Distance distance,
                              bool need_grad, int student_channels, int teacher_channels) {
-  const int student_panels = (student_channels + 63) / 64, teacher_panels = (teacher_channels + 63) / 64;
+  const int64_t student_panels = ceil_div(student_channels, 64), teacher_panels = ceil_div(teacher_channels, 64);
   for (const VerifiedKind& kind : VERIFIED_SM90) {
     if (kind.precision == precision && kind.element_bytes == element_bytes && kind.normalize == normalize &&
         kind.distance == distance && kind.need_grad == need_grad && kind.student_panels == student_panels &&

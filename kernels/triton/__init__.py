@@ -87,9 +87,7 @@ def run_loss(
         if result is None:
             plan_loss(plan, partials, losses, weight)
         else:
-            for vector in scales.vectors[1:]:  # only the tile kernel reads them
-                if vector is not None:
-                    plan.free(vector)
+            plan.free(*scales.vectors[1:])  # only the tile kernel reads them
             plan_gradient(plan, features[0], partials, scales, relation, losses, result, weight)
         return plan, partials
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .configurations import BLOCK_PRODUCT, DTYPES, OPTIONS
+from .configurations import BLOCK_BACKWARD, DTYPES, OPTIONS
 from .plans import Plan, planned
 from .primitives import jit, load_vector, store_vector, tl, to_bfloat16, triton
 
@@ -65,7 +65,7 @@ def scaled_gradient(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, wei
             return None
         plan = Plan(gradient.device)
         elements = gradient.numel() // images
-        blocks = triton.cdiv(elements, BLOCK_PRODUCT)
+        blocks = triton.cdiv(elements, BLOCK_BACKWARD)
         plan.launch(
             backward_kernel,
             (images * blocks,),
@@ -76,7 +76,7 @@ def scaled_gradient(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, wei
             blocks,
             upstream.stride(0),
             weight,
-            BLOCK=BLOCK_PRODUCT,
+            BLOCK=BLOCK_BACKWARD,
             **OPTIONS,
         )
         return plan

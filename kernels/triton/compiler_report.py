@@ -28,8 +28,8 @@ from .closed_form.moments import moments_kernel, term_counts
 from .closed_form.row import gains_kernel, row_scale_blocks, row_scales_kernel
 from .closed_form.sums import finish_kernel
 from .configurations import (
+    BLOCK_BACKWARD,
     BLOCK_CHANNELS,
-    BLOCK_PRODUCT,
     BLOCK_TERMS,
     BLOCK_WEIGHTED,
     OPTIONS,
@@ -140,7 +140,7 @@ def compile_arguments(case: Case) -> tuple[dict, dict]:
         return closed_form_arguments(case, dtype)
     known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
     if case.kernel in ("loss", "backward"):
-        return {"BLOCK": BLOCK_PRODUCT}, OPTIONS
+        return {"BLOCK": BLOCK_BACKWARD}, OPTIONS
     if case.kernel == "terms":
         return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
     if case.kernel in ("scale", "gradient"):

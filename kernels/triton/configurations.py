@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_TERMS, BLOCK_CHANNELS = 32, 64
 MOST_SPLITS = 16  # programs that share the columns of a row block: parts of h that are read at once
 MOST_WEIGHTED, BLOCK_WEIGHTED = 12, 4  # partial sums of a tile of M_w, and how many its last program reads at once
-BLOCK_PRODUCT = 2048  # elements of the gradient that a program of the product in backward multiplies: 16 per thread
+BLOCK_BACKWARD = 2048  # elements of the gradient that a program of backward multiplies: 16 per thread
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 

@@ -16,6 +16,7 @@ from .primitives import (
     contiguous,
     feature_terms,
     jit,
+    kernel_constant,
     load_tile,
     load_vector,
     moved,
@@ -27,7 +28,7 @@ from .primitives import (
 from .scales import PlannedScales
 from .tiles import Partials
 
-BLOCK_PARTIALS = triton is not None and tl.constexpr(1024)  # partial losses that are added at a time
+BLOCK_PARTIALS = kernel_constant(1024)  # partial losses that are added at a time
 
 # -- kernel ----------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from .primitives import (
     feature_terms,
     features_product,
     jit,
+    kernel_constant,
     load_terms,
     load_tile,
     load_vector,
@@ -45,9 +46,9 @@ from .primitives import (
     triton,
 )
 
-BLOCK_LARGEST = triton is not None and tl.constexpr(64)  # elements of ``largest`` that are read at a time
-BLOCK_SPLITS = triton is not None and tl.constexpr(8)  # partial sums that are read at a time
-BLOCK_H = triton is not None and tl.constexpr(MOST_SPLITS)  # partial sums of h that are read at a time
+BLOCK_LARGEST = kernel_constant(64)  # elements of ``largest`` that are read at a time
+BLOCK_SPLITS = kernel_constant(8)  # partial sums that are read at a time
+BLOCK_H = kernel_constant(MOST_SPLITS)  # partial sums of h that are read at a time
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -385,8 +386,7 @@ def plan_moments(plan: Plan, student: Array, teacher: Array) -> tuple[Moments, M
         BLOCK_C=BLOCK_TERMS,
         **OPTIONS,
     )
-    for array in partial:
-        plan.free(array)
+    plan.free(*partial)
     return moments[0]._replace(counters=counters), moments[1]
 
 

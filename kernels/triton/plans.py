@@ -115,17 +115,18 @@ class Plan:
         self.scratch_bytes = max(self.scratch_bytes, start + size)
         return Array(SCRATCH, start, shape, strides, dtype)
 
-    def free(self, array: Array) -> None:
-        """Let arrays of later launches share the memory of an array in scratch memory."""
-        del self._live[array.offset]
+    def free(self, *arrays: Array | None) -> None:
+        """Let arrays of later launches share the memory of these arrays in scratch memory; None is ignored."""
+        for array in arrays:
+            if array is not None:
+                del self._live[array.offset]
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], *arguments: Array | int | float | None, **constants: Any
     ) -> None:
         """Add a launch. The positional arguments precede the constexpr arguments of the kernel."""
-        self.launches.append(
-            Launch(kernel, (*grid, 1, 1)[:3], arguments, constants)
-        )  # compiled kernels take three axes
+        three_axes = (*grid, 1, 1)[:3]  # compiled kernels take no fewer
+        self.launches.append(Launch(kernel, three_axes, arguments, constants))
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Launch the kernels on tensors, on the current stream. Return scratch memory and tensors, for ``Array.of``."""

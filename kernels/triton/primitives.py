@@ -20,9 +20,14 @@ try:
 except ImportError:  # the backend's unavailable_reason reports this, and nothing below is called
     triton = tl = None
 
-# jit functions can read globals only if they are constexpr; under the interpreter a constexpr is a plain value
-INTERPRET = triton is not None and tl.constexpr(triton.knobs.runtime.interpret)
-FULL = triton is not None and tl.constexpr(3)  # number of bfloat16 terms that represent a float32 exactly
+
+def kernel_constant(value: Any) -> Any:
+    """Return a global that kernels can read: a constexpr; under the interpreter, and without Triton, a plain value."""
+    return value if triton is None else tl.constexpr(value)
+
+
+INTERPRET = kernel_constant(triton is not None and triton.knobs.runtime.interpret)
+FULL = kernel_constant(3)  # number of bfloat16 terms that represent a float32 exactly
 
 
 # Arguments whose value gives no better code: without this, Triton would compile a kernel again if one becomes 1, or a

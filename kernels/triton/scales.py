@@ -197,8 +197,7 @@ def plan_scales(
         **options,
     )
     if moments_t is not None:
-        for array in (moments_t.terms, moments_t.size, moments_t.largest):
-            plan.free(array)
+        plan.free(moments_t.terms, moments_t.size, moments_t.largest)
     return PlannedScales(vectors, moments_s)
 
 

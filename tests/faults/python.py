@@ -41,8 +41,8 @@ BACKENDS = {
             Fault(
                 "cosine: the diagonal is not a tie",
                 STRIPS,
-                "difference.diagonal(diagonal, 1, 2).mul_(0)",
-                "difference.diagonal(diagonal, 1, 2)",
+                "difference.diagonal(0, 1, 2).mul_(0)",
+                "difference.diagonal(0, 1, 2)",
             ),
             Fault(
                 "row: K is not symmetric",
@@ -170,8 +170,8 @@ BACKENDS = {
             Fault(
                 "ties between pixels of different ranks",
                 BLOCKED,
-                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=None",
-                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, diagonal=start",
+                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, on_diagonal=False",
+                "gram_s, gram_t, row_alphas.at(block), column_alphas, relation, on_diagonal=True",
             ),
             Fault("h of the own columns only", DISTRIBUTED, "            h += part.h\n", "            pass\n"),
             Fault("the loss is that of the last hop", DISTRIBUTED, "loss = loss + part.loss", "loss = part.loss"),
@@ -198,8 +198,8 @@ BACKENDS = {
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
-                "scales, relation, total, pixels**2)",
-                "scales, relation, formulas.identity, pixels**2)",
+                "scales, total, pixels**2)",
+                "scales, formulas.identity, pixels**2)",
             ),
         ],
         environment={"SRPKD_BUILD": "0"},  # blocked, whose faults these are

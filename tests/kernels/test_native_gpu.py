@@ -103,6 +103,13 @@ def test_memory_of_a_large_map() -> None:
     assert error(loss, expected[0]) < 1e-5 and error(gradient, expected[1]) < 5e-3
 
 
+def test_sizes_beyond_32_bits_are_an_error() -> None:
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16, device="cuda")
+    for shape in ((1, 2**32, 1), (2**32, 1, 1)):
+        with pytest.raises(ValueError, match="expected features with sizes of at most 2\\^30"):
+            native.loss_and_gradient(one.expand(shape), one.expand(shape), Relation("row", "l1"), need_grad=False)
+
+
 def test_float64_is_an_error() -> None:
     with pytest.raises((NotImplementedError, ValueError), match=r"float64.*backend=|Double.*backend="):
         value_and_gradient(*draw(10, (2, 2), torch.float64), ROW_L1, "native")

@@ -11,7 +11,7 @@ from helpers import DELTA, error, features, options, peak_memory
 from torch import Tensor
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, sampling, unavailable_reason
+from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, sampling, strips, unavailable_reason
 from srpkd.kernels.formulas import accumulator, distance_value
 from srpkd.kernels.op import relation_loss_op
 from srpkd.kernels.reference import relation_matrix
@@ -93,7 +93,7 @@ def test_several_blocks_of_columns(backend: str, relation: Relation, monkeypatch
     student[0, 100:130] = teacher[0, 120:150] = 0  # ties in later blocks of rows
     index = sampling.draw_columns(1, 170, 70, CPU)
     monkeypatch.setattr(native, "TILE", 16)
-    monkeypatch.setitem(dispatch.backend_module("blocked").STRIP_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(strips.STRIP_ELEMENTS, "cpu", 1)
     found = dispatch.compute_loss(student, teacher, relation, backend, True, index)
     for one, other in zip(found, expected_estimate(student, teacher, relation, index), strict=True):
         assert error(one, other) < 1e-12

@@ -19,7 +19,7 @@ SRPKD_HOST_DEVICE constexpr int blocks_of(int channels) { return static_cast<int
 SRPKD_HOST_DEVICE constexpr int padded(int channels) { return blocks_of(channels) * BLOCK; }
 
 // A moment is symmetric: only its tiles of BLOCK x BLOCK channels on and above the diagonal are computed, row by row.
-SRPKD_HOST_DEVICE constexpr int tiles_of(int channels) { return blocks_of(channels) * (blocks_of(channels) + 1) / 2; }
+SRPKD_HOST_DEVICE constexpr int tiles_of(int channels) { return tile_count(blocks_of(channels)); }
 
 struct TileOfMoment {
   int row, column;
@@ -92,12 +92,12 @@ struct SumsOfSplits {
 };
 
 // M_w = Q^T diag(w) Q of the student, with w_i = h_i alpha_i^2.
-template <class Sums>
+template <class SumsOfTiles>
 struct WeightedMomentArguments {
   Features features;
   int images, pixels;
   Ranges ranges;
-  Sums sums;
+  SumsOfTiles sums;
   const float* alpha;
   const float* size;   // MomentResults::size
   float* partial;      // (images, tiles, splits, BLOCK, BLOCK)
@@ -105,12 +105,12 @@ struct WeightedMomentArguments {
   int* counters;       // (images, tiles): zero; how many ranges are done
 };
 
-template <class Sums>
+template <class SumsOfTiles>
 struct GradientArguments {
   Features features;
   int images, pixels;
   Normalize normalize;  // whose norms have a gradient
-  Sums sums;
+  SumsOfTiles sums;
   const float* alpha;
   const float* size;         // this and the next two only for "row": MomentResults::size
   const uint16_t* moment;    // MomentResults::whole

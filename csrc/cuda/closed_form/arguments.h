@@ -174,12 +174,8 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   p.tiles = {blocks_of(a.features[STUDENT].channels), blocks_of(a.features[TEACHER].channels), BB + 1};
   p.difference = a.features[STUDENT].channels == a.features[TEACHER].channels;
   for (int i = 0; i < 2; ++i) p.features[i] = a.features[i];
-  p.per_image = a.reduction == Reduction::none, p.loss_blocks = p.per_image ? a.images : 1, p.loss = a.loss;
-  p.gradient = a.gradient;
-  for (int i = 0; i < 3; ++i) p.gradient_strides[i] = a.gradient_strides[i];
+  set_results(p, a);
   p.factor_scale = a.relation.normalize == Normalize::cosine ? 0x1p13f : 1.f;
-  const double count = static_cast<double>(pixels);
-  p.scale = 1 / (count * count * (a.reduction == Reduction::mean ? static_cast<double>(images) : 1));
   if (a.relation.normalize == Normalize::cosine) {
     // an element of a factor is at most 4 N; 2^15 fits into float16
     for (int64_t largest = 1; largest < pixels; largest *= 2) p.factor_scale /= 2;

@@ -71,12 +71,6 @@ int best_splits(const Params& p, int concurrent) {
   return static_cast<int>(best);
 }
 
-// The properties of a GPU that the plan depends on.
-struct Device {
-  int multiprocessors, shared_of_block, shared_of_multiprocessor, shared_reserved;  // bytes; reserved: per thread block
-  int major = 8;                                                                    // of the compute capability
-};
-
 // Sets all parameters that follow from the features, and returns the number of channels of U that a thread block
 // computes: 64, or 128 if the student has more than 64 and the ring fits. Further channels are computed by further
 // thread blocks, each of which computes K again.

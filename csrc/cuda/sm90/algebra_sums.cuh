@@ -7,9 +7,9 @@
 
 namespace srpkd::cuda::sm90 {
 
-SRPKD_DEVICE double loss_of(const SumsOfTiles& sums, int64_t part) { return load_global(sums.losses + part); }
+SRPKD_DEVICE double loss_of(const SumsOfSegments& sums, int64_t part) { return load_global(sums.losses + part); }
 
-SRPKD_DEVICE float h_of(const SumsOfTiles& sums, int image, int pixel) {
+SRPKD_DEVICE float h_of(const SumsOfSegments& sums, int image, int pixel) {
   const int64_t at = int64_t{image} * sums.work.blocks * TILE + pixel;
   return static_cast<float>(static_cast<double>(load_global(sums.h + at)) / sums.h_scale);
 }
@@ -18,8 +18,8 @@ SRPKD_DEVICE float h_of(const SumsOfTiles& sums, int image, int pixel) {
 // Each thread reads 16 bytes of the order in the workspace, beside those of its neighbours; all of a part are under way
 // together.
 template <int THREADS, int PIXELS, class F>
-SRPKD_DEVICE void for_each_U(algebra::Constant<THREADS>, algebra::Constant<PIXELS>, const SumsOfTiles& sums, int image,
-                             int pixel, int channel, F f) {
+SRPKD_DEVICE void for_each_U(algebra::Constant<THREADS>, algebra::Constant<PIXELS>, const SumsOfSegments& sums,
+                             int image, int pixel, int channel, F f) {
   constexpr int COUNT = PIXELS * GROUP / 4 / THREADS;
   float sum[COUNT][4] = {};
   const int first = position_in_U(0, pixel % TILE) + thread_index() * 4;

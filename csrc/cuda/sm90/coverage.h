@@ -10,11 +10,6 @@ constexpr int TILE = 128;                // pixels in a block
 constexpr int GROUP = 64;                // channels in a group
 constexpr int SHARED_LIMIT = 227 << 10;  // bytes of a thread block
 
-// The properties of a GPU that the plan depends on.
-struct Device {
-  int multiprocessors, shared_of_block;
-};
-
 struct Problem {
   int images, pixels, student_channels, teacher_channels;
   Precision precision;

@@ -1,5 +1,5 @@
-// What host and device share: the kernels' arguments and configurations, what the kernels cover, and the use of shared
-// memory. Compiles without nvcc.
+// What host and device share: the kernels' arguments and configurations, and the use of shared memory. Compiles without
+// nvcc.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ constexpr int CONSUMERS = 2;               // warpgroups, each with half of the 
 constexpr int LOSS_TERMS = 4 * CONSUMERS;  // one of each warp
 
 // The scales of a pixel: D_ij = alpha_i (G_s,ij - ratio_i G_t,ij), with one fused multiply-add that is exactly 0 for
-// equal features. alpha is the student's times ImageScales::power; ratio is the teacher's alpha divided by the
+// equal features. alpha is the student's times Params::powers; ratio is the teacher's alpha divided by the
 // student's. See prepare.cuh for zero-norm pixels.
 struct alignas(8) PixelScale {
   float alpha, ratio;
@@ -43,7 +43,7 @@ struct Source {
 
 struct Params {
   TensorMap student, teacher;
-  Source sources[2];
+  Source sources[2];  // of the student and the teacher
   int images, pixels;
   Work work;
   int channel_splits;                  // groups of U's channels, which count as images of `work`; 1 without gradient

@@ -18,10 +18,9 @@
 
 namespace srpkd::cuda::sm90 {
 
-// --- barriers in shared memory (mbarrier)
-// ------------------------------------------------------------------------------ A phase ends when `arrivals` threads
-// have arrived and all expected bytes have been written. Threads tell phases apart by their parity only, so nobody may
-// be more than one phase late.
+// --- barriers in shared memory (mbarrier) ----------------------------------------------------------------------------
+// A phase ends when `arrivals` threads have arrived and all expected bytes have been written. Threads tell phases apart
+// by their parity only, so none may be more than one phase late.
 
 SRPKD_DEVICE void initialize_barrier(Address barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -52,13 +51,8 @@ template <int THREADS>
 SRPKD_DEVICE void sync_threads(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
-template <int THREADS>
-SRPKD_DEVICE void arrive_threads(int barrier) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
-}
 
-// --- the asynchronous proxy: TMA, bulk copies and the operands of wgmma
-// --------------------------------------------------
+// --- the asynchronous proxy: TMA, bulk copies and the operands of wgmma ----------------------------------------------
 
 // Orders the calling thread's accesses to shared memory before asynchronous ones that follow. Then a barrier must tell
 // the thread that starts those.
@@ -108,26 +102,14 @@ SRPKD_DEVICE void wait_for_bulk() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// --- global memory that several blocks update
-// ----------------------------------------------------------------------------
+// --- global memory that several blocks update ------------------------------------------------------------------------
 
-SRPKD_DEVICE void add_global(float* to, float a) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(a) : "memory");
-}
-// Four adjacent floats, aligned to 16 bytes.
-SRPKD_DEVICE void add_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
-}
 SRPKD_DEVICE void add_global(int64_t* to, int64_t a) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(a) : "memory");
 }
 // Adds to a counter; whoever waits for it sees what this thread has done and seen before.
 SRPKD_DEVICE void add_release(uint32_t* counter, uint32_t a) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(a) : "memory");
-}
-SRPKD_DEVICE void store_release(uint32_t* counter, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 SRPKD_DEVICE uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
@@ -142,8 +124,7 @@ SRPKD_DEVICE void fence_gpu() { __threadfence(); }
 // Waits for all threads of the grid, and sees what they have written. Needs a cooperative launch.
 SRPKD_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// --- threads and registers
-// -----------------------------------------------------------------------------------------------
+// --- threads and registers -------------------------------------------------------------------------------------------
 
 // The registers of each thread of a warpgroup from now on: a multiple of 8. All its warps call it.
 template <int REGISTERS>
@@ -197,10 +178,9 @@ SRPKD_DEVICE void store_matrices(Address row, const uint32_t (&r)[4]) {
                  : "memory");
 }
 
-// --- wgmma
-// --------------------------------------------------------------------------------------------------------------- A
-// warpgroup multiplies asynchronously. Until wait_for_products it may neither read nor write the registers of sums and
-// of a, and shared memory with operands must not change.
+// --- wgmma -----------------------------------------------------------------------------------------------------------
+// A warpgroup multiplies asynchronously. Until wait_for_products it may neither read nor write the registers of sums
+// and of a, and shared memory with operands must not change.
 
 // Before the first product of a group: orders accesses to its registers before it.
 SRPKD_DEVICE void fence_registers() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

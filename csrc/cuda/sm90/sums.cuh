@@ -6,7 +6,7 @@
 namespace srpkd::cuda::sm90 {
 
 // What the tiles leave in the workspace.
-struct SumsOfTiles {
+struct SumsOfSegments {
   static constexpr bool PERMUTED = true;  // U is in the order of position_in_U, see for_each_U
   Work work;
   int images, pixels, channel_splits;
@@ -22,7 +22,7 @@ struct SumsOfTiles {
   const float* alpha;  // of the student, null if it is 1
 };
 
-inline SumsOfTiles sums_of(const Params& p, bool symmetric) {
+inline SumsOfSegments sums_of(const Params& p, bool symmetric) {
   return {p.work,    p.images,     p.pixels,       p.channel_splits,
           symmetric, p.sum_factor, p.h_scale,      p.work.blocks * p.work.parts * LOSS_TERMS,
           p.loss,    p.h,          p.U_columns,    p.U_rows,
@@ -49,7 +49,7 @@ SRPKD_HOST_DEVICE constexpr ChannelAndPixel place_in_U(int position) {
 // Calls f with each place in the workspace that has a part of U of one block and group of channels, always in the same
 // order.
 template <class F>
-SRPKD_HOST_DEVICE void for_each_part(const SumsOfTiles& sums, int image_of_work, int block, F f) {
+SRPKD_HOST_DEVICE void for_each_part(const SumsOfSegments& sums, int image_of_work, int block, F f) {
   const Work& work = sums.work;
   const int64_t stride = int64_t{work.images} * work.blocks, at = int64_t{image_of_work} * work.blocks + block;
   const int additions = additions_to(work.blocks, block);

@@ -162,7 +162,7 @@ SRPKD_HOST_DEVICE constexpr Owners owners_of(const Work& work, int image, int ro
 // Returns whether `divide` can represent a problem.
 inline bool is_divisible(int64_t images, int64_t pixels, int tile, int multiprocessors) {
   const int64_t blocks = ceil_div(pixels, tile);
-  return images < 1 << 16 && blocks <= 1 << 12 && blocks * (blocks + 1) / 2 * multiprocessors < int64_t{1} << 31;
+  return images < 1 << 16 && blocks <= 1 << 12 && tile_count(blocks) * multiprocessors < int64_t{1} << 31;
 }
 
 // Divides the work among the multiprocessors, one thread block on each.

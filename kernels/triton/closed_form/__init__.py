@@ -71,9 +71,7 @@ def _plan_symmetric(
     batch, pixels, channels_s = student.shape
     alpha_t = plan.scratch(batch, pixels) if relation.normalize == "cosine" else None
     alpha_s, *others = plan_scales(plan, student, teacher, relation, alpha_t).vectors
-    for vector in others:  # only the tile kernel reads them
-        if vector is not None:
-            plan.free(vector)
+    plan.free(*others)  # only the tile kernel reads them
     alphas = alpha_s, alpha_t
     moments = plan_moments(plan, student, teacher, alphas)
     channels = channels_s, teacher.shape[2]

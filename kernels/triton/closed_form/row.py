@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..plans import Array, Plan
-from ..primitives import Matrix, contiguous, feature_terms, jit, load_tile, store_vector, tl, triton
+from ..primitives import Matrix, contiguous, feature_terms, jit, kernel_constant, load_tile, store_vector, tl, triton
 from .gradient import by_factor, gradient_blocks
 from .options import BLOCK_PIXELS, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
 
-SAMPLE = triton is not None and tl.constexpr(64)  # pixels and channels that determine the gains
-LARGEST_GAIN = triton is not None and tl.constexpr(2.0**60)
+SAMPLE = kernel_constant(64)  # pixels and channels that determine the gains
+LARGEST_GAIN = kernel_constant(2.0**60)
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 

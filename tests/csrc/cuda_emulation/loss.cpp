@@ -150,7 +150,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   local.allow(loss, a.reduction == Reduction::none ? images * 4 : 4);
   local.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
 
-  const sm80::Device properties{device[0], device[1], device[2], device[3]};
+  const Device properties{device[0], device[1], device[2], device[3]};
   std::vector<char> memory;
   const auto planned = [&](auto make_plan) {
     Workspace size{nullptr};

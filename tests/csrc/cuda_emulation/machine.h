@@ -208,8 +208,8 @@ class Machine {
   }
 
   // Barrier 0 of all threads of the block, or another of some.
-  void barrier() { arrive_named(0, static_cast<int>(block_->threads.size()), true); }
-  void arrive_named(int index, int threads, bool wait_too);
+  void barrier() { sync_named(0, static_cast<int>(block_->threads.size())); }
+  void sync_named(int index, int threads);
 
   // All threads of the grid, of which all blocks must be resident.
   void grid_barrier();

@@ -193,7 +193,7 @@ inline std::string Machine::report() const {
   return text;
 }
 
-inline void Machine::arrive_named(int index, int threads, bool wait_too) {
+inline void Machine::sync_named(int index, int threads) {
   if (index < 0 || index > 15 || threads % WARP) fail("invalid named barrier " + std::to_string(index));
   NamedBarrier& named = block_->named[index];
   if (!named.arrived) named.threads = threads, named.clock.reset(block_->participants.count());
@@ -201,13 +201,13 @@ inline void Machine::arrive_named(int index, int threads, bool wait_too) {
     fail("named barrier " + std::to_string(index) + " with " + std::to_string(threads) + " threads, others have " +
          std::to_string(named.threads));
   named.clock.join(publish());
-  if (wait_too) named.waiting.push_back(thread_);
+  named.waiting.push_back(thread_);
   const bool last = ++named.arrived == threads;
   if (last) {
     for (const int waiting : named.waiting)
       block_->threads[waiting].clock.join(named.clock), block_->threads[waiting].waiting = false;
     named.waiting.clear(), named.arrived = 0;
-  } else if (wait_too) {
+  } else {
     wait_until_woken([&named, index] {
       return "named barrier " + std::to_string(index) + ", at which " + std::to_string(named.arrived) + " of " +
              std::to_string(named.threads) + " threads have arrived";

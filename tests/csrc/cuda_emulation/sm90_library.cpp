@@ -91,7 +91,7 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
   message = local.error;
   if (!message.empty()) return message.c_str();
 
-  const SumsOfTiles sums = sums_of(p, plan.variant.symmetric);
+  const SumsOfSegments sums = sums_of(p, plan.variant.symmetric);
   for (int image = 0; image < problem.images; ++image) {
     loss[image] = 0;
     for (int i = 0; i < sums.loss_parts; ++i) loss[image] += sums.losses[int64_t{image} * sums.loss_parts + i];

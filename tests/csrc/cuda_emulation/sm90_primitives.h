@@ -26,11 +26,7 @@ inline void wait(Address barrier, uint32_t parity) { emulation::wait(*machine, b
 
 template <int THREADS>
 void sync_threads(int barrier) {
-  machine->arrive_named(barrier, THREADS, true);
-}
-template <int THREADS>
-void arrive_threads(int barrier) {
-  machine->arrive_named(barrier, THREADS, false);
+  machine->sync_named(barrier, THREADS);
 }
 
 // --- the asynchronous proxy ------------------------------------------------------------------------------------------
@@ -68,16 +64,6 @@ void wait_for_bulk() {
 // --- global memory that several blocks update ------------------------------------------------------------------------
 // Additions happen in the order in which the threads execute them.
 
-inline void add_global(float* to, float a) {
-  machine->check_global(to, 4, 4, "add_global");
-  *to += a;
-  machine->yield();
-}
-inline void add_global(float* to, float a, float b, float c, float d) {
-  machine->check_global(to, 16, 16, "add_global");
-  to[0] += a, to[1] += b, to[2] += c, to[3] += d;
-  machine->yield();
-}
 inline void add_global(int64_t* to, int64_t a) {
   machine->check_global(to, 8, 8, "add_global");
   *to = static_cast<int64_t>(static_cast<uint64_t>(*to) + static_cast<uint64_t>(a));
@@ -86,11 +72,6 @@ inline void add_global(int64_t* to, int64_t a) {
 inline void add_release(uint32_t* counter, uint32_t a) {
   machine->check_global(counter, 4, 4, "add_release");
   *counter += a;
-  machine->yield();
-}
-inline void store_release(uint32_t* counter, uint32_t value) {
-  machine->check_global(counter, 4, 4, "store_release");
-  *counter = value;
   machine->yield();
 }
 inline uint32_t load_acquire(const uint32_t* counter) {
