@@ -1,6 +1,6 @@
 """Score generated images: ``python -m srpkd.evaluate generated real``.
 
-FID and KID are computed by torch-fidelity, SSIM by torchmetrics (``pip install 'srpkd[metrics]'``). The scores that a
+FID and KID are computed by torch-fidelity, SSIM by torchmetrics (``pip install "srpkd[metrics]"``). The scores that a
 training run reports are computed in ``srpkd.training.validation``.
 """
 
