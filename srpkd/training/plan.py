@@ -24,8 +24,8 @@ from . import distributed
 from .config import run_folder, to_yaml, update_yaml
 from .datasets import channels_of, input_size, validate_data
 from .extension import check_processes, extend, starting_variants
+from .fingerprints import check_unchanged, fingerprints
 from .folder_lock import FolderLock
-from .inputs import check_unchanged, fingerprints
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import Objective
