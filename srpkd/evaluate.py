@@ -165,10 +165,10 @@ def _segmentation(options: argparse.Namespace, generated: list[str]) -> dict[str
 def table(result: Mapping[str, Any]) -> str:
     """Format the result of `evaluate` as a table."""
     columns = [
-        {"key": "metric", "label": "metric", "format": ""},
-        {"key": "value", "label": "value", "format": ".4f"},
-        {"key": "against", "label": "against", "format": ""},
-        {"key": "images", "label": "images", "format": ","},
+        {"key": "metric"},
+        {"key": "value", "format": ".4f"},
+        {"key": "against"},
+        {"key": "images", "format": ","},
     ]
     return format_table({"columns": columns, "rows": result["rows"], "notes": result["notes"]})
 
