@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from ..arguments import check_choice, check_whole
 from . import Direction
-from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
+from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
 from .layout_hints import missing_folders
-from .layouts import FolderLayout, find_layout, known_layouts, shorten
+from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
 
 Size = tuple[int, int]  # (width, height)
 
