@@ -16,20 +16,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from srpkd.checking.processes import exit_with_parent
+from srpkd.devices import synchronize
 
 SAMPLE_SECONDS = 5e-3  # minimum duration of a sample on the CPU, far above the cost of reading the clock
 ROUNDS = (3, 50)  # minimum and maximum
 GRAPH_REPLAYS = 20
 HOST_SAMPLES, HOST_CALLS = 9, 5
-
-
-def synchronize(device: str) -> None:
-    """Wait until a GPU is idle."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of(function: Callable[[], object], device: str, repeats: int = 1) -> float:
@@ -147,8 +143,7 @@ def ratio(samples: Sequence[float], baseline: Sequence[float]) -> float:
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Return the median and the 20th and 80th percentiles, in seconds, as columns."""
-    values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return dict(zip(("median_s", "p20_s", "p80_s"), values.tolist()))
+    return dict(zip(("median_s", "p20_s", "p80_s"), np.quantile(samples, [0.5, 0.2, 0.8]).tolist()))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

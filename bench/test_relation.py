@@ -12,8 +12,9 @@ import torch
 from srpkd.checking import gate
 from srpkd.checking.cases import Case, features
 from srpkd.checking.kernels import CannotRun, evaluate
+from srpkd.devices import synchronize
 
-from . import cases, machine, measure
+from . import cases, machine
 from .providers import PROVIDERS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,6 +42,6 @@ def test_relation(benchmark, case: Case, name: str) -> None:
 
     def call() -> None:
         evaluate(loss, student, teacher, case)
-        measure.synchronize(case.device)
+        synchronize(case.device)
 
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)

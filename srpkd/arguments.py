@@ -88,7 +88,7 @@ def device(text: str) -> str:
 
 def positive(text: str) -> int:
     """Return an integer >= 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
 

@@ -62,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
         devices = [checked_device(name) for name in options.device] if options.device else all_devices()
+        if options.out and len(devices) > 1:
+            raise ValueError(f"--out takes the results of one device, received {', '.join(devices)}: add --device")
+        broken = [device for device in devices if not check_device(device, options)]
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if options.out and len(devices) > 1:
-        sys.exit(f"error: --out takes the results of one device, received {', '.join(devices)}: add --device")
-    broken = [device for device in devices if not check_device(device, options)]
     if broken:
         print(f"FAILED on {', '.join(broken)}. Please report it, with this output and that of srpkd info: {ISSUES}")
         sys.exit(1)
@@ -91,7 +91,7 @@ def checked_device(name: str) -> str:
 
 
 def check_device(device: str, options: argparse.Namespace) -> bool:
-    """Check the backends on a device and print the table; return whether all are right."""
+    """Check the backends on a device and print the table; return whether all are right. Raises as ``Runner``."""
     name = device_name(torch.device(device))
     everything = checks(device, options.full)
     names = options.backend or (BACKENDS if device == "cpu" else KERNELS)

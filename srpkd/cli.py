@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         module = import_module(f"srpkd.{command}")
     except ModuleNotFoundError as error:
-        sys.exit(f"error: srpkd {command} needs {error.name}: pip install 'srpkd[train]'")
+        sys.exit(f'error: srpkd {command} needs {error.name}: pip install "srpkd[train]"')
     module.main(rest)
 
 

@@ -30,8 +30,9 @@ def device_name(device: torch.device) -> str:
     return device.type if name_of is None else name_of(device)
 
 
-def synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device | str) -> None:
     """Wait for what runs on a device."""
+    device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type != "cpu":

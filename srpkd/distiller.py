@@ -97,7 +97,6 @@ class RelationDistiller(nn.Module):
             raise TypeError(f"layers={layers!r}: expected {names}, received a {type(layers).__name__}")
         if not layers:
             raise ValueError(f"layers is empty: expected {names}")
-        check_type("the student", student, nn.Module, "a torch.nn.Module")
         weights = {} if weights is None else weights
         check_type("weights", weights, Mapping, "{student module name: factor, ...}")
         for name, weight in weights.items():

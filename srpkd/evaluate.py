@@ -1,6 +1,6 @@
 """Score generated images: ``python -m srpkd.evaluate generated real``.
 
-FID and KID are computed by torch-fidelity, SSIM by torchmetrics (``pip install 'srpkd[metrics]'``). The scores that a
+FID and KID are computed by torch-fidelity, SSIM by torchmetrics (``pip install "srpkd[metrics]"``). The scores that a
 training run reports are computed in ``srpkd.training.validation``.
 """
 
@@ -165,10 +165,10 @@ def _segmentation(options: argparse.Namespace, generated: list[str]) -> dict[str
 def table(result: Mapping[str, Any]) -> str:
     """Format the result of `evaluate` as a table."""
     columns = [
-        {"key": "metric", "label": "metric", "format": ""},
-        {"key": "value", "label": "value", "format": ".4f"},
-        {"key": "against", "label": "against", "format": ""},
-        {"key": "images", "label": "images", "format": ","},
+        {"key": "metric"},
+        {"key": "value", "format": ".4f"},
+        {"key": "against"},
+        {"key": "images", "format": ","},
     ]
     return format_table({"columns": columns, "rows": result["rows"], "notes": result["notes"]})
 

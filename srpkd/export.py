@@ -1,6 +1,6 @@
 """Export a generator: ``python -m srpkd.export student.pth`` writes ONNX, and an 8-bit model on request.
 
-Needs ``pip install 'srpkd[export]'``: onnx, onnxscript and onnxruntime.
+Needs ``pip install "srpkd[export]"``: onnx, onnxscript and onnxruntime.
 """
 
 from __future__ import annotations

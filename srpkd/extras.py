@@ -20,4 +20,5 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs {module} ({error}): pip install 'srpkd[{extra}]'") from error
+        # in double quotes, which cmd.exe knows too
+        raise ImportError(f'{purpose} needs {module} ({error}): pip install "srpkd[{extra}]"') from error

@@ -141,7 +141,6 @@ def warn_if_unlikely(
     layouts: tuple[Layout, Layout],
     where: str = "",
     images: Sequence[int] | None = None,
-    stacklevel: int = 2,
 ) -> bool:
     """Warn if the features of both networks look like another layout than the one that is stated.
 
@@ -160,7 +159,7 @@ def warn_if_unlikely(
     warnings.warn(
         f"{where}features of shape {tuple(student.shape)} and {tuple(teacher.shape)} are read as {stated}, but look "
         f"like {likely}",
-        stacklevel=stacklevel + 1,
+        stacklevel=3,
     )
     return True
 

@@ -14,60 +14,56 @@ from .reporting.table import format_table
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Format the result of `profile_generators` as two tables: counts, and latencies."""
+    """Format the result of `profile_generators` as two tables: counts, and latencies if any were measured."""
     names = _short_names([network["weights"] for network in result["networks"]])
-    counted: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    unavailable: list[str] = []
-    for name, network in zip(names, result["networks"]):
-        counted.append(
-            {
-                "name": name,
-                "parameters": network["parameters"],
-                "MB": network["bytes"] / 1e6,
-                "output": network["macs"] / 1e9,
-                "input": network["macs_input_grid"] / 1e9,
-            }
-        )
-        for entry in network["latency"]:
-            measured.append({"name": name, **entry})
-            if reason := entry.get("unavailable_reason"):
-                unavailable.append(f"{entry['mode']} {entry['dtype']}: {reason}")
-    image = f"{result['size']} x {result['size']}"
-    text = format_table(
+    latencies = [
+        {"name": name, **entry} for name, network in zip(names, result["networks"]) for entry in network["latency"]
+    ]
+    counts = _counts_table(result, names)
+    return f"{counts}\n\n{_latency_table(result, latencies)}" if latencies else counts
+
+
+def _counts_table(result: dict[str, Any], names: Sequence[str]) -> str:
+    columns = [
+        {"key": "name", "label": "network"},
+        {"key": "parameters", "format": ","},
+        {"key": "MB", "label": "MB on disk", "format": ",.2f"},
+        {"key": "output", "label": "GMACs", "format": ",.2f"},
+        {"key": "input", "label": "GMACs (input grid)", "format": ",.2f"},
+    ]
+    rows = [
         {
-            "columns": [
-                {"key": "name", "label": "network", "format": ""},
-                {"key": "parameters", "label": "parameters", "format": ","},
-                {"key": "MB", "label": "MB on disk", "format": ",.2f"},
-                {"key": "output", "label": "GMACs", "format": ",.2f"},
-                {"key": "input", "label": "GMACs (input grid)", "format": ",.2f"},
-            ],
-            "rows": counted,
-            "notes": [
-                f"GMACs of one {image} image. Published numbers count a transposed convolution on its output grid; "
-                "the operations that are executed are those on its input grid."
-            ],
+            "name": name,
+            "parameters": network["parameters"],
+            "MB": network["bytes"] / 1e6,
+            "output": network["macs"] / 1e9,
+            "input": network["macs_input_grid"] / 1e9,
         }
+        for name, network in zip(names, result["networks"])
+    ]
+    note = (
+        f"GMACs of one {result['size']} x {result['size']} image. Published numbers count a transposed convolution on "
+        "its output grid; the operations that are executed are those on its input grid."
     )
-    if not measured:
-        return text
+    return format_table({"columns": columns, "rows": rows, "notes": [note]})
+
+
+def _latency_table(result: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    columns = [
+        {"key": "name", "label": "network"},
+        {"key": "mode"},
+        {"key": "device"},
+        {"key": "dtype"},
+        {"key": "p50_ms", "label": "p50 ms", "format": ",.2f"},
+        {"key": "p95_ms", "label": "p95 ms", "format": ",.2f"},
+        {"key": "images_per_second", "label": "images/s", "format": ",.1f"},
+    ]
     where = f"{result['device']}, {result['threads']} CPU threads, torch {result['torch']}"
-    return f"{text}\n\n" + format_table(
-        {
-            "columns": [
-                {"key": "name", "label": "network", "format": ""},
-                {"key": "mode", "label": "mode", "format": ""},
-                {"key": "device", "label": "device", "format": ""},
-                {"key": "dtype", "label": "dtype", "format": ""},
-                {"key": "p50_ms", "label": "p50 ms", "format": ",.2f"},
-                {"key": "p95_ms", "label": "p95 ms", "format": ",.2f"},
-                {"key": "images_per_second", "label": "images/s", "format": ",.1f"},
-            ],
-            "rows": measured,
-            "notes": [f"Batches of {result['batch_size']}, {image}; {where}.", *dict.fromkeys(unavailable)],
-        }
-    )
+    note = f"Batches of {result['batch_size']}, {result['size']} x {result['size']}; {where}."
+    unavailable = [
+        f"{row['mode']} {row['dtype']}: {row['unavailable_reason']}" for row in rows if "unavailable_reason" in row
+    ]
+    return format_table({"columns": columns, "rows": rows, "notes": [note, *dict.fromkeys(unavailable)]})
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from functools import partial
 
 from .arguments import command_line
 from .cli import prepare_terminal
-from .data.folders import DataError
+from .data.images import DataError
 from .files import WriteError
 from .finite import NonFiniteError
 from .models.checkpoints import CheckpointError

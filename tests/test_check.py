@@ -143,7 +143,7 @@ def test_missing_cases_are_run_again(fake):
     assert not first.results
     (fake / "smoke.jsonl").write_text(
         "".join(
-            json.dumps({"kernel": "native", "case": number, "status": status}) + "\n"
+            json.dumps({"kernel": "native", "case": number, "check": CHECKS[number].identity, "status": status}) + "\n"
             for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
         )
     )
@@ -152,6 +152,19 @@ def test_missing_cases_are_run_again(fake):
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
     assert processes.failed(second.results, ["native"], 5)
     assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
+
+
+def test_results_of_other_cases_are_refused(tmp_path):
+    """Such as those of another device, or of another version: their numbers would be taken for these cases."""
+    file = tmp_path / "results.jsonl"
+    runner = processes.Runner(CHECKS, 60, 15, file)
+    runner.add("blocked", {"case": 0, "status": "ok"})
+    assert processes.Runner(processes.checks("cpu", full=True), 60, 15, file).results == runner.results
+    with pytest.raises(ValueError, match=r"results.jsonl has results of other cases, such as N=200 .*cpu"):
+        processes.Runner(processes.checks("cuda:0"), 60, 15, file)
+    file.write_text(json.dumps({"kernel": "blocked", "case": 0, "status": "ok"}) + "\n")
+    with pytest.raises(SystemExit, match=r"error: .*results.jsonl has results of other cases.*use another file"):
+        command.main(["--device", "cpu", "--backend", "blocked", "--out", str(file)])
 
 
 @pytest.mark.core(0)

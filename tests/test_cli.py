@@ -92,7 +92,7 @@ def test_message_for_a_missing_package_names_the_extra():
     # in another process: importing the modules a second time here would break tests that patch them
     code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['train', '--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "srpkd train needs tqdm: pip install 'srpkd[train]'" in done.stderr
+    assert done.returncode == 1 and 'srpkd train needs tqdm: pip install "srpkd[train]"' in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_names(monkeypatch: pytest.MonkeyPatch, waited: list[str]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     assert devices.device_name(torch.device("cpu")) == platform.machine()
-    assert devices.device_name(MPS) == summary.device_name(MPS) == "mps"
+    assert devices.device_name(MPS) == summary.describe_device(MPS) == "mps"
     monkeypatch.undo()
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Arc")
-    assert devices.device_name(torch.device("xpu")) == summary.device_name(torch.device("xpu")) == "Arc"
-    assert summary.device_name(torch.device("cpu")).startswith("cpu, ")
+    assert devices.device_name(torch.device("xpu")) == summary.describe_device(torch.device("xpu")) == "Arc"
+    assert summary.describe_device(torch.device("cpu")).startswith("cpu, ")
 
 
 def test_a_timed_call_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, waited: list[str]) -> None:

@@ -367,6 +367,6 @@ def test_non_finite_loss_stops_before_the_update(networks):
 
 def test_without_tqdm(networks, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with pytest.raises(ImportError, match=r"pass progress=False.*pip install 'srpkd\[train\]'"):
+    with pytest.raises(ImportError, match=r"pass progress=False.*pip install \"srpkd\[train\]\""):
         distill(*networks, [IMAGES], LAYERS)
     assert len(distill(*networks, [IMAGES], LAYERS, progress=False)) == 1

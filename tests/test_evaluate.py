@@ -67,7 +67,7 @@ def test_fid_and_kid_with_inception(folders, tmp_path, monkeypatch, capsys, one_
 @pytest.mark.parametrize(("package", "metric"), [("torch_fidelity", "fid"), ("torchmetrics.functional.image", "ssim")])
 def test_missing_packages(folders, monkeypatch, package, metric):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=r"error: .* needs torch.*: pip install 'srpkd\[metrics\]'"):
+    with pytest.raises(SystemExit, match=r"error: .* needs torch.*: pip install \"srpkd\[metrics\]\""):
         main([str(folders["generated"]), str(folders["generated"]), "--metrics", metric])
 
 

@@ -119,5 +119,5 @@ def test_contradictory_options(weights, arguments, message):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_packages(weights, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"needs {package} .*: pip install 'srpkd\[export\]'"):
+    with pytest.raises(SystemExit, match=rf"needs {package} .*: pip install \"srpkd\[export\]\""):
         main([str(weights)])

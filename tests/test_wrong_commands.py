@@ -184,9 +184,10 @@ WRONG = {
     ),
     "python -m srpkd.data.synthetic new --size 8 --train 1 --test 1": (
         1,
-        "count=2, size=8: expected count >= 1 and size >= 16",
+        "size=8: expected an integer >= 16",
     ),
     "python -m srpkd.data.synthetic new --train 0": (2, "--train: '0': expected an integer >= 1"),
+    "python -m srpkd.data.synthetic new --train ²": (2, "--train: '²': expected an integer >= 1"),
     "python -m srpkd.data.synthetic new --layout pairs": (2, "invalid choice: 'pairs'"),
     f"python -m srpkd.data.synthetic new --size 16 --train 1 --test 1 --seed {10**30}": (
         1,

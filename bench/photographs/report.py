@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.study.comparison import describe_difference, draw_differences, mean_and_deviation, paired_difference
-from srpkd.files import write_file
+from srpkd.files import write_file, write_json
 from srpkd.reporting.figures import to_png
 
 from .images import PHOTOGRAPHS, TASKS, TESTED
@@ -139,7 +138,7 @@ def write(result: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Tensor]], 
     Returns:
         The path of photographs.md.
     """
-    write_file(folder / "photographs.json", json.dumps(result, indent=1).encode())
+    write_json(folder / "photographs.json", result)
     write_file(folder / "photographs.png", draw(result))
     write_file(folder / "photographs-examples.png", draw_examples(tasks))
     return write_file(folder / "photographs.md", render(result).encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from srpkd.files import write_file
+from srpkd.files import write_file, write_json
 from srpkd.reporting.figures import to_png
 
 from .comparison import describe_difference, draw_differences, mean_and_deviation, paired_difference
@@ -132,6 +131,6 @@ def _draw_setting(axes: Axes, entry: Mapping[str, Any], variants: Sequence[str])
 
 def write(result: Mapping[str, Any], folder: Path) -> Path:
     """Write study.json, study.png and study.md, and return the path of study.md."""
-    write_file(folder / "study.json", json.dumps(result, indent=1).encode())
+    write_json(folder / "study.json", result)
     write_file(folder / "study.png", draw(result))
     return write_file(folder / "study.md", render(result).encode())

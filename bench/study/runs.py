@@ -20,7 +20,7 @@ from srpkd.training.config import read_config, to_yaml
 from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
 from srpkd.training.pipeline import run
 from srpkd.training.resume import has_state
-from srpkd.training.summary import device_name
+from srpkd.training.summary import describe_device
 
 from .plan import SETTINGS, Study, run_folder
 
@@ -95,7 +95,7 @@ def is_finished(config: ResolvedConfig) -> bool:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Return the versions and the hardware that a report names."""
-    return {"torch": torch.__version__, "python": platform.python_version(), "device": device_name(device)}
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": describe_device(device)}
 
 
 def scores(config: ResolvedConfig, metric: str) -> list[float]:

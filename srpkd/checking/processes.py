@@ -53,6 +53,11 @@ class Check(NamedTuple):
     def describe(self) -> str:
         return self.case.describe().partition(",")[0] + ("" if self.kind == "random" else f", {self.kind}")
 
+    @property
+    def identity(self) -> str:
+        """What tells a check from all others in a file of results, those of other devices and versions too."""
+        return f"{self.case.describe()}, {self.kind}"
+
 
 def checks(device: str, full: bool = False) -> list[Check]:
     """Return some thirty cases, or with ``full`` some fifty, the most telling first."""
@@ -191,6 +196,9 @@ class Runner:
         silence: seconds without a result after which a process counts as hung. The first includes importing torch, and
             compiling for Triton and from PTX.
         file: where to write the results as they arrive, and from where to read those of an earlier run.
+
+    Raises:
+        ValueError: the file has results of other cases.
     """
 
     def __init__(self, everything: Sequence[Check], seconds: float, silence: float, file: Path | None = None) -> None:
@@ -200,6 +208,10 @@ class Runner:
         self.running: list[BaseProcess] = []
         self.is_stopped = False
         self.results = recorded(file) if file else {}
+        for (_, number), entry in self.results.items():
+            found = entry.get("check", "unknown ones")
+            if number < len(everything) and found != everything[number].identity:
+                raise ValueError(f"{file} has results of other cases, such as {found}: use another file, or remove it")
 
     def run(self, kernels: Sequence[str]) -> None:
         """Run all kernels at once, each in as many processes as SHARDS says."""
@@ -287,6 +299,7 @@ class Runner:
 
     def add(self, kernel: str, entry: dict[str, Any]) -> None:
         """Record a result."""
+        entry = {"check": self.everything[entry["case"]].identity} | entry
         with self.lock:
             self.results[kernel, entry["case"]] = entry
             if self.file:

@@ -118,12 +118,12 @@ def generate_scenes(count: int, size: int = 64, seed: int = 0, variant: int = 0)
         ValueError: count < 1, size < 16, or a seed or variant of more than 40 bits.
         TypeError: an argument is not an integer.
     """
-    for name, value in (("count", count), ("size", size), ("seed", seed), ("variant", variant)):
-        check_whole(name, value)
+    check_whole("count", count, least=1)
+    check_whole("size", size, least=16)
+    check_whole("seed", seed)
+    check_whole("variant", variant)
     if max(abs(seed), abs(variant)) >= 2**40:
         raise ValueError(f"seed={seed}, variant={variant}: expected integers of at most 40 bits")
-    if count < 1 or size < 16:
-        raise ValueError(f"count={count}, size={size}: expected count >= 1 and size >= 16")
     rng = torch.Generator().manual_seed(seed + 1_000_003 * variant)
     pixel = torch.arange(size, dtype=torch.float32)
     # (P, 2, H, W): a smooth random displacement, with a length scale of one cell of the 4 x 4 grid

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from ..arguments import check_choice, check_whole
 from . import Direction
-from .folders import CHOICES, DatasetMode, Preprocess, effective_load_size, scaled_size
+from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
 from .layout_hints import missing_folders
-from .layouts import FolderLayout, find_layout, known_layouts, shorten
+from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
 
 Size = tuple[int, int]  # (width, height)
 
@@ -337,9 +337,7 @@ def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]
 
 
 def _no_images(folder: Path) -> str:
-    others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
-    instead = shorten([f"{count:,} {suffix}" for suffix, count in others.most_common()], 3)
-    return f"{folder}: no images ({' '.join(EXTENSIONS)}); " + (f"it has {instead}" if others else "it is empty")
+    return f"{folder}: no images ({' '.join(EXTENSIONS)}); it has {count_other_files(folder) or 'no files'}"
 
 
 def _format_size(size: Size) -> str:

@@ -54,7 +54,7 @@ def fidelity(
         ImportError: torch-fidelity is not installed.
         FileNotFoundError: the Inception weights are missing; the message says where to download and put them.
         CheckpointError: the file of weights cannot be used.
-        ValueError, TypeError: an invalid argument, or fewer than two images.
+        ValueError, TypeError: an invalid argument, or fewer images than two or than a subset.
     """
     check_type("generated", generated, ImageFiles, "ImageFiles(paths)")
     check_type("real", real, Mapping, "{name: [ImageFiles(paths), ...], ...}")
@@ -65,6 +65,12 @@ def fidelity(
     if not (fid or kid):
         raise ValueError("fid and kid are both False, expected at least one of them to be True")
     check_whole("batch_size", batch_size, least=1)
+    counts = {name: sum(map(len, parts)) for name, parts in real.items()}
+    fewest = min(len(generated), *counts.values())
+    if fewest < 2:
+        raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {min(counts.values())}")
+    if kid_subset_size is not None and not 2 <= kid_subset_size <= fewest:
+        raise ValueError(f"--kid_subset_size {kid_subset_size}: expected 2 to {fewest}, the number of images")
     library = require("torch_fidelity", "metrics", "FID and KID")
     weights = None if feature_extractor else _inception_file(inception_weights)
     if not all(images.have_same_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
@@ -76,10 +82,7 @@ def fidelity(
         torch.cuda.device(device) if on_gpu else nullcontext(),  # torch-fidelity uses the current GPU
     ):
         for name, parts in real.items():
-            count = sum(map(len, parts))
-            if min(len(generated), count) < 2:
-                raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {count}")
-            subset = kid_subset_size or min(1000, len(generated), count)
+            subset = kid_subset_size or min(1000, len(generated), counts[name])
             found: Mapping[str, Any] = library.calculate_metrics(
                 input1=_Bytes(generated),
                 input2=_Bytes(parts[0]) if len(parts) == 1 else ConcatDataset([_Bytes(part) for part in parts]),

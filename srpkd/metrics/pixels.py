@@ -29,8 +29,7 @@ def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
         ValueError: different shapes, or a class outside 0..classes-1.
         TypeError: maps that are not integers.
     """
-    if pred.shape != true.shape:
-        raise ValueError(f"pred has shape {tuple(pred.shape)} and true {tuple(true.shape)}: expected the same shape")
+    _check_shapes(pred, true, "true")
     for name, given in (("pred", pred), ("true", true)):
         if given.is_floating_point() or given.is_complex():
             raise TypeError(f"{name} is {given.dtype}: expected integers, the number of each pixel's class")
@@ -114,10 +113,10 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     return at_pixels[..., edge:-edge, edge:-edge].mean().item()
 
 
-def _check_shapes(pred: Tensor, target: Tensor) -> None:
+def _check_shapes(pred: Tensor, target: Tensor, name: str = "target") -> None:
     if pred.shape != target.shape:
         raise ValueError(
-            f"pred has shape {tuple(pred.shape)} and target {tuple(target.shape)}: expected the same shape"
+            f"pred has shape {tuple(pred.shape)} and {name} {tuple(target.shape)}: expected the same shape"
         )
 
 

@@ -144,7 +144,7 @@ def translate_folder(
     lacking: defaultdict[str, list[str]] = defaultdict(list)
     advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
 
-    def images(paths: Iterable[str]) -> Iterator[tuple[_File, Tensor]]:
+    def files(paths: Iterable[str]) -> Iterator[_File]:
         for path in paths:
             try:
                 file = _read_file(path, channels, size, crop, all_frames)
@@ -153,31 +153,25 @@ def translate_folder(
                 continue
             if len(file.inputs) < file.frames:
                 lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
-            yield from ((file, image) for image in file.inputs)
+            yield file
 
     was_training = net.training
     net.eval()
     try:
         with ProgressBar(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
-            for files, batch in _batches_of_one_size(images(progress), batch_size):
-                for file, output in zip(files, translate(net, batch)):
-                    file.outputs.append(output)
-                    result = target / os.path.relpath(file.path, source)
-                    if lossless and image_format(suffix := result.suffix) in LOSSY:
-                        result = target / f"from_{suffix[1:]}" / result.relative_to(target).with_suffix(".png")
-                    format = image_format(result.suffix)
-                    try:
-                        check_output(output, file.path)
-                        if len(file.outputs) < len(file.inputs):
-                            continue
-                        write_file(result, encode(file.outputs, file.source, format))
-                    except (NonFiniteError, WriteError) as error:
-                        if not written:
-                            raise
-                        raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
-                    written.append(str(result))
-                    for lost in lost_properties(file.outputs, file.source, format):
-                        lacking[f"without {lost}"].append(str(result))
+            for file in _translated(net, files(progress), batch_size):
+                name = Path(os.path.relpath(file.path, source))
+                if lossless and image_format(name.suffix) in LOSSY:
+                    name = f"from_{name.suffix[1:]}" / name.with_suffix(".png")
+                result, format = target / name, image_format(name.suffix)
+                write_file(result, encode(file.outputs, file.source, format))
+                written.append(str(result))
+                for lost in lost_properties(file.outputs, file.source, format):
+                    lacking[f"without {lost}"].append(str(result))
+    except (NonFiniteError, WriteError) as error:
+        if not written:
+            raise
+        raise type(error)(f"{error}. {len(written)} of {len(paths)} images are written") from error
     finally:
         net.train(was_training)
     notes = [
@@ -227,6 +221,17 @@ def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
             "use --force to replace them, or give another folder"
         )
     return paths
+
+
+def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:
+    """Yield the files in order, each when it has all its outputs; raises as ``check_output``."""
+    images = ((file, image) for file in files for image in file.inputs)
+    for owners, batch in _batches_of_one_size(images, batch_size):
+        for file, output in zip(owners, translate(net, batch)):
+            check_output(output, file.path)
+            file.outputs.append(output)
+            if len(file.outputs) == len(file.inputs):
+                yield file
 
 
 def _batches_of_one_size(

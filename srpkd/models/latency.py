@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,8 +189,7 @@ def measure_latency(
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    quantiles = torch.tensor([0.5, 0.95], dtype=torch.float64)
-    p50, p95 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
+    p50, p95 = np.quantile(times, [0.5, 0.95]).tolist()
     return {
         "p50_ms": 1000 * p50,
         "p95_ms": 1000 * p95,

@@ -30,6 +30,7 @@ from .figures import to_png
 from .table import layout_table
 
 PAGE_WIDTH = 1240  # of the page's content, in CSS pixels; also passed to index.html.j2
+OVERVIEW_SAMPLES, OVERVIEW_RELATIONS = 3, 2  # rows
 SMALL_IMAGE = 200  # narrower pictures are enlarged by whole multiples, without interpolation
 
 
@@ -164,14 +165,12 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations: int = 2) -> Path:
+def overview(run_dir: str | Path, path: str | Path) -> Path:
     """Write the first rows of a run's samples and relations into one PNG, for a README or a slide.
 
     Args:
         run_dir: folder of the run.
         path: path of the PNG.
-        samples: maximum number of sample rows.
-        relations: maximum number of relation rows.
 
     Returns:
         The path of the PNG.
@@ -181,8 +180,8 @@ def overview(run_dir: str | Path, path: str | Path, samples: int = 3, relations:
     """
     run = Path(run_dir)
     report, _ = read_report(run / "report.json")
-    rows = [entry["images"] for entry in report.get("samples", [])[:samples]]
-    rows += [entry["panels"] for entry in report.get("relations", [])[:relations]]
+    rows = [entry["images"] for entry in report.get("samples", [])[:OVERVIEW_SAMPLES]]
+    rows += [entry["panels"] for entry in report.get("relations", [])[:OVERVIEW_RELATIONS]]
     if not rows:
         raise ValueError(f"{run}: report.json names no pictures yet, expected samples or relations")
     columns = max(map(len, rows))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from ..extras import require
 from .options import ResolvedConfig
 
 
@@ -64,16 +64,7 @@ def import_loggers(config: ResolvedConfig) -> dict[str, ModuleType]:
         "wandb": (config.wandb, "wandb"),
         "trackio": (config.trackio, "trackio"),
     }
-    packages = {}
-    for name, (selected, module) in options.items():
-        if selected:
-            try:
-                packages[name] = import_module(module)
-            except ImportError as error:
-                raise ImportError(
-                    f'--{name} needs the package {name}: pip install "srpkd[{name}]", or remove the option'
-                ) from error
-    return packages
+    return {name: require(module, name, f"--{name}") for name, (selected, module) in options.items() if selected}
 
 
 def open_loggers(packages: Mapping[str, ModuleType], folder: Path, config: ResolvedConfig) -> list[Logger]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..data import Direction
-from ..data.folders import DatasetMode, Preprocess
+from ..data.folders import Preprocess
+from ..data.layouts import DatasetMode
 from ..kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, Distance, Normalize
 from ..loss import Scope
 from ..models.antialias import Antialias

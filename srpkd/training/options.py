@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ..arguments import check_device
-from ..data.folders import DatasetMode
+from ..data.layouts import DatasetMode
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
 from ..devices import gpu_count
 from ..files import windows_name_problem

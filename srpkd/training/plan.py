@@ -24,8 +24,8 @@ from . import distributed
 from .config import run_folder, to_yaml, update_yaml
 from .datasets import channels_of, input_size, validate_data
 from .extension import check_processes, extend, starting_variants
+from .fingerprints import check_unchanged, fingerprints
 from .folder_lock import FolderLock
-from .inputs import check_unchanged, fingerprints
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
 from .objectives import Objective
@@ -33,7 +33,7 @@ from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import compiler_problem, slow_precision_reason
-from .summary import Row, describe_task, device_name
+from .summary import Row, describe_device, describe_task
 from .warm_start import warm_start
 
 
@@ -187,7 +187,7 @@ def _open_run_dir(folder: Path, config: ResolvedConfig, command: str, checked: _
         "environment": {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": device_name(config.torch_device),
+            "device": describe_device(config.torch_device),
             "data": checked.data_summary.replace("\n", "; "),
         },
     }

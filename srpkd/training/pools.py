@@ -54,7 +54,7 @@ class ImagePool(ABC):
         """The stored images, each (C, H, W)."""
 
     @abstractmethod
-    def restore(self, images: Sequence[Tensor] | Tensor) -> None:
+    def restore(self, images: list[Tensor]) -> None:
         """Replace the stored images; they are on the device of the run."""
 
 
@@ -87,8 +87,8 @@ class FixedSizePool(ImagePool):
     def images(self) -> Tensor:
         return self._buffer[: int(self._filled)]
 
-    def restore(self, images: Sequence[Tensor] | Tensor) -> None:
-        stored = images if isinstance(images, Tensor) else torch.stack(list(images))
+    def restore(self, images: list[Tensor]) -> None:
+        stored = torch.stack(images)
         self._allocate(stored)
         self._buffer[: len(stored)] = stored
         self._filled.fill_(len(stored))
@@ -122,5 +122,5 @@ class AnySizePool(ImagePool):
     def images(self) -> list[Tensor]:
         return self._images
 
-    def restore(self, images: Sequence[Tensor] | Tensor) -> None:
-        self._images = list(images)
+    def restore(self, images: list[Tensor]) -> None:
+        self._images = images

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import devices
+from ..devices import device_name
 from ..models.complexity import count_macs, count_parameters
 from . import distributed
 from .datasets import ImageDataset, channels_of, has_one_size, input_size
@@ -148,6 +148,6 @@ def describe_task(config: ResolvedConfig) -> str:
     return f"{task}: {student}, without a teacher"
 
 
-def device_name(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """Return the name of a GPU, or the number of threads of the CPU."""
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else devices.device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device_name(device)

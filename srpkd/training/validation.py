@@ -79,10 +79,7 @@ def evaluate(
                 sums["teacher_psnr"] = sums.get("teacher_psnr", 0) + len(images) * psnr_to_teacher
         values = {name: total / len(dataset) for name, total in sums.items()}
         if confusion.any():
-            values = {
-                "mIoU": 100 * float(mean_iou(confusion)),
-                "accuracy": 100 * float(pixel_accuracy(confusion)),
-            } | values
+            values = {"mIoU": 100 * mean_iou(confusion), "accuracy": 100 * pixel_accuracy(confusion)} | values
         metrics |= {f"{name} {DIRECTION_NAMES[direction]}".strip(): value for name, value in values.items()}
     return metrics
 

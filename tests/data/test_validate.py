@@ -292,8 +292,8 @@ def test_empty_folder(tmp_path):
     for name in ("a.heic", "b.heic", "deep/c.npy"):
         (tmp_path / "trainB" / name).write_bytes(b"")
     first, second = problems(tmp_path, "unaligned")
-    assert "trainA: no images (.jpg" in first and "it is empty" in first
-    assert "trainB: no images" in second and "it has 2 .heic, 1 .npy" in second
+    assert "trainA: no images (.jpg" in first and "it has no files" in first
+    assert "trainB: no images" in second and "it has 3 other files (2 .heic, 1 .npy)" in second
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

@@ -109,6 +109,16 @@ def test_one_image_is_not_enough(folders):
         fidelity(one, {"test": [images(folders["real"])]}, feature_extractor="test-means")
 
 
+@pytest.mark.parametrize("size", [1, 7])
+def test_subsets_of_kid_fit_the_images(folders, monkeypatch, size):
+    """Of one image, KID would be NaN; that there are too few images would show after hours."""
+    monkeypatch.setattr(fidelity_library, "calculate_metrics", None)
+    message = f"--kid_subset_size {size}: expected 2 to 6, the number of images"
+    both = images(folders["generated"]), {"train + test": [images(folders["train"]), images(folders["real"])]}
+    with pytest.raises(ValueError, match=message):
+        fidelity(*both, feature_extractor="test-means", kid_subset_size=size)
+
+
 def test_missing_and_wrong_inception_weights(folders, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     name = "weights-inception-2015-12-05-6726825d.pth"

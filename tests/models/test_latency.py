@@ -61,7 +61,7 @@ def test_reasons_why_a_mode_is_unavailable(monkeypatch):
         "latency"
     ]
     assert found[0] == {"mode": "compiled", "dtype": "fp32", "device": "cpu", "unavailable_reason": "no C++ compiler"}
-    assert "pip install 'srpkd[export]'" in found[2]["unavailable_reason"]
+    assert 'pip install "srpkd[export]"' in found[2]["unavailable_reason"]
 
 
 def test_profiles_of_files(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from srpkd.data.folders import DataError
+from srpkd.data.images import DataError
 from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.models.checkpoints import load_weights
 from srpkd.training.config import parse_arguments

@@ -17,8 +17,7 @@ from PIL import Image
 from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
 
 from srpkd import train
-from srpkd.data.folders import DataError
-from srpkd.data.images import image_files, left_half, right_half
+from srpkd.data.images import DataError, image_files, left_half, right_half
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import load_generator, load_weights
 from srpkd.models.complexity import count_macs, count_parameters

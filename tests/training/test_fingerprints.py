@@ -9,7 +9,7 @@ import pytest
 from runs import CYCLE_GAN, TINY, config_of, teacher_of
 
 from srpkd.training.config import parse_arguments
-from srpkd.training.inputs import check_unchanged, fingerprints
+from srpkd.training.fingerprints import check_unchanged, fingerprints
 
 
 @pytest.fixture
