@@ -35,8 +35,6 @@ def test_the_folder_is_required(tmp_path):
 
 
 def test_wrong_arguments_print_the_usage(tmp_path, capsys):
-    done = run_script(tmp_path, "--only", "nothing")
-    assert done.returncode == 2 and "usage: bench/gpu_check.sh" in done.stdout
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main([str(tmp_path), "tests"])
     assert "usage: bench/gpu_check.sh" in capsys.readouterr().err
@@ -44,7 +42,21 @@ def test_wrong_arguments_print_the_usage(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_rehearsal_of_some_parts(tmp_path):
+    """Those whose commands no other test runs: the next test, of all parts, takes a minute and a half."""
+    done = run_script(tmp_path, "--only", "table", "tests", "sanitize")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "this is a rehearsal on the CPU" in done.stdout and "success; the results are in" in done.stdout
+    assert "us: call / GPU / host" in part_output(done.stdout, "table")
+    assert "tests/test_finite.py: 15 passed" in part_output(done.stdout, "tests")
+    assert re.search(r"(16|32) cases ran, 0 were wrong", part_output(done.stdout, "sanitize"))
+    done = run_script(tmp_path, "--only", "nothing")
+    assert done.returncode == 2 and "usage: bench/gpu_check.sh" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.core(0)
 def test_rehearsal_on_the_cpu(tmp_path):
     """Every part runs to its end and prints its table last; a second call has nothing left to do."""
     done = run_script(tmp_path)
