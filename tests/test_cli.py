@@ -200,6 +200,6 @@ def test_console_script():
 
 
 def test_help_needs_no_extra():
-    code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['--help'])"
+    code = f"{WITHOUT_TORCH}sys.modules['tqdm'] = None; cli.main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage: srpkd COMMAND" in done.stdout, done.stderr
