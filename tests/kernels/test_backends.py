@@ -474,7 +474,7 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
 def test_peak_memory(backend: str, relation: Relation) -> None:
     """Forward and backward, C++ included, increase the peak memory of the process by less than an N x N array.
 
-    Strips take a fixed size, almost half of it; what the process has kept from earlier tests is not counted.
+    Strips take a fixed size, almost half of it.
     """
     if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
         backend, torch.device("cpu")
