@@ -242,6 +242,7 @@ def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("backend", "relation"), cases(list(BACKENDS)) + few_cases(flags=FLAG_SETS))
+@pytest.mark.core(60)
 def test_two_runs_are_bit_equal(backend: str, relation: Relation, threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)  # put back by one_thread
     student, teacher = features(pixels=300, channels=(16, 16), dtype=torch.float32, device=device)
