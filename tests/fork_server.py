@@ -3,8 +3,8 @@
     with serving() as server:
         code = server(arguments, cwd, kill=("step", 3), processes=2)
 
-The server imports srpkd once, which takes longer than a run. It creates no tensor itself: torch's threads do not
-survive a fork.
+The server imports srpkd and what a run imports once, which takes longer than a run. It creates no tensor itself:
+torch's threads do not survive a fork.
 """
 
 import json
@@ -19,7 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jsonargparse  # noqa: F401
 import torch
+import torch._dynamo  # noqa: F401  # of optimizers
+import torchvision.transforms.v2  # noqa: F401
 
 from srpkd import train
 from srpkd.data.images import DataError

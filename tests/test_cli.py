@@ -20,6 +20,13 @@ from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+# The start of a program that imports srpkd.cli without srpkd/__init__.py, which imports torch and so takes seconds
+WITHOUT_TORCH = f"""
+import os, sys, types
+sys.modules["srpkd"] = types.ModuleType("srpkd")
+sys.modules["srpkd"].__path__ = {[*srpkd.__path__]!r}
+from srpkd import cli
+"""
 
 
 def test_help_lists_every_command(capsys):
@@ -105,9 +112,7 @@ def test_message_for_a_missing_package_names_the_extra():
 @pytest.mark.core(1)
 def test_interrupt_shows_no_traceback(error, status, message):
     """It would scroll away what the command printed before, and other errors still show theirs."""
-    code = f"""
-import sys, types
-from srpkd import cli
+    code = f"""{WITHOUT_TORCH}
 def main(arguments):
     print("resume with: --resume", file=sys.stderr)
     raise {error}
@@ -124,9 +129,7 @@ cli.main()
 
 def test_characters_that_the_terminal_does_not_have():
     """The table at the end of a training run contains a dash."""
-    code = """
-import sys, types
-from srpkd import cli
+    code = f"""{WITHOUT_TORCH}
 sys.modules["srpkd.show"] = types.SimpleNamespace(main=lambda _: print("–"))
 cli.COMMANDS["show"] = "it prints a dash"
 sys.argv = ["srpkd", "show"]
@@ -140,9 +143,7 @@ cli.main()
 
 def run_command(body: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
     """Run `srpkd show`, a command with this body, in a shell that redirects its output."""
-    code = f"""
-import os, sys, types
-from srpkd import cli
+    code = f"""{WITHOUT_TORCH}
 def show(_):
     {body}
 sys.modules["srpkd.show"] = types.SimpleNamespace(main=show)
@@ -199,6 +200,6 @@ def test_console_script():
 
 
 def test_help_needs_no_extra():
-    code = "import sys; sys.modules['tqdm'] = None; from srpkd import cli; cli.main(['--help'])"
+    code = f"{WITHOUT_TORCH}sys.modules['tqdm'] = None; cli.main(['--help'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage: srpkd COMMAND" in done.stdout, done.stderr

@@ -69,7 +69,7 @@ def test_int8(weights, tmp_path, capsys, count, images):
 
 
 @pytest.mark.parametrize("opset", [18, 21])
-@pytest.mark.core(1)
+@pytest.mark.core(0)
 def test_opset(weights, tmp_path, capsys, opset):
     """The written file has this opset; the comparison with PyTorch is part of every export."""
     photos = save_all(tmp_path / "photos", noise(2, (17, 21, 3)))

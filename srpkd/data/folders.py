@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from ..arguments import check_choice, check_whole
 from . import Direction
 from .images import DataError, read_image, split_pair
 from .layouts import DatasetMode, find_layout
 from .picture import Picture, picture_size, resize_picture, with_channels
+
+if TYPE_CHECKING:  # functions import torchvision: it takes two seconds, and other data sets do without it
+    from torchvision.transforms import v2
 
 Preprocess = Literal["resize_and_crop", "crop", "scale_width", "scale_width_and_crop", "none"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -176,6 +177,8 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
 
 def make_transform(preprocess: Preprocess, load_size: int, crop_size: int, flip: bool, train: bool) -> v2.Transform:
     """Return the transform of `open_dataset`. Images of one call share their crop and flip."""
+    from torchvision.transforms import v2
+
     load_size = effective_load_size(preprocess, load_size, crop_size, train)
     steps = [v2.Lambda(partial(_scale, preprocess=preprocess, load_size=load_size, crop_size=crop_size))]
     if "crop" in preprocess:
@@ -217,4 +220,6 @@ def _scale(image: Picture, preprocess: Preprocess, load_size: int, crop_size: in
 
 def _marked(picture: Picture) -> Picture:
     """Mark a tensor as an image: of several plain tensors torchvision transforms only the first."""
+    from torchvision import tv_tensors
+
     return tv_tensors.Image(picture) if isinstance(picture, Tensor) else picture

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from inspect import signature
 from typing import Any, TypeVar, cast
 
@@ -49,6 +50,10 @@ def process_group(device: torch.device) -> Iterator[None]:
     if launched_world_size() == 1:
         yield
         return
+    # optimizers import it at their first call: with the group, which some of its functions have as a default argument,
+    # it would keep gloo's threads alive too
+    import_module("torch._dynamo")
+
     global _failures
     store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
     _failures = dist.PrefixStore("srpkd", store)

@@ -73,14 +73,15 @@ def test_times_on_a_gpu():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux")
 def test_peak_memory_matches_the_matrices():
-    case = Case(pixels=1024, channels=(8, 8))
+    # so large that the megabytes by which Linux miscounts on processors with many cores, and huge pages, do not matter
+    case = Case(pixels=2048, channels=(8, 8))
     predicted = PROVIDERS["eager"].bytes_needed(case)
-    assert predicted == 6 * 1024**2 * 4
+    assert predicted == 6 * 2048**2 * 4
     peak = measure.peak_on_cpu(functools.partial(prepare_call, "eager", case), threads=1)
-    assert 0.95 * predicted <= peak <= 1.3 * predicted
+    assert 0.9 * predicted <= peak <= 1.3 * predicted
     # blocked stores strips of a fixed size and the gradient
     larger = Case(pixels=4096, channels=(8, 8))
-    assert measure.peak_on_cpu(functools.partial(prepare_call, "blocked", larger), threads=1) < 0.5 * 4096**2 * 4
+    assert measure.peak_on_cpu(functools.partial(prepare_call, "blocked", larger), threads=1) < 0.75 * 4096**2 * 4
 
 
 def test_a_cpu_is_named_with_its_instructions(monkeypatch):

@@ -114,6 +114,7 @@ def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.core(0)
 def test_pytest_benchmark_runs_the_same_cases():
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
     # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be

@@ -128,7 +128,8 @@ def test_near_convergence(library: ctypes.CDLL, relation: Relation, case: str, n
     result = run(library, student, teacher, relation, case)
     loss, gradient = expected_of(student, teacher, relation, "mean")
     assert error(result.loss, loss) < 2e-6 + 1e-8 / noise
-    assert error(result.gradient, gradient) < max(TOLERANCE[case], 3e-7 / noise)
+    # at most 2.9e-7 on the instruction sets that were tried, whose random numbers differ in the last bit
+    assert error(result.gradient, gradient) < max(TOLERANCE[case], 5e-7 / noise)
 
 
 @pytest.mark.parametrize("factor", [1 / 3, 1.0, 10.0, 2.0**40])
@@ -139,7 +140,7 @@ def test_rows_of_another_magnitude_near_convergence(library: ctypes.CDLL, factor
     result = run(library, student, teacher, ROW, "highest")
     loss, gradient = expected_of(student, teacher, ROW, "mean")
     assert error(result.loss, loss) < 1e-5
-    assert error(result.gradient, gradient) < 3e-4
+    assert error(result.gradient, gradient) < 5e-4
 
 
 @every_layout

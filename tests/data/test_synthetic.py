@@ -271,7 +271,8 @@ def test_command_line(tmp_path, capsys):
     np.testing.assert_allclose(pixels[:, :16] / 127.5 - 1, expected.photos[2].permute(1, 2, 0), atol=0.004)
 
 
-def test_command_line_needs_no_torchvision_and_gives_no_warning():
+def test_commands_with_synthetic_images_need_no_torchvision_and_give_no_warning():
+    """To import it takes as long as to import torch."""
     code = """
 import runpy, sys, warnings
 sys.modules.update(torchvision=None)
@@ -283,6 +284,7 @@ except SystemExit as end:
     print("exit", end.code)
 from srpkd.data.synthetic import generate_scenes
 print(len(generate_scenes(1, size=16)))
+import srpkd.train
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--layout" in out

@@ -242,6 +242,7 @@ def test_closed_form_is_an_oracle_for_tiles(backend: str, normalize: str, device
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("backend", "relation"), cases(list(BACKENDS)) + few_cases(flags=FLAG_SETS))
+@pytest.mark.core(60)
 def test_two_runs_are_bit_equal(backend: str, relation: Relation, threads: int, device: torch.device) -> None:
     torch.set_num_threads(threads)  # put back by one_thread
     student, teacher = features(pixels=300, channels=(16, 16), dtype=torch.float32, device=device)
@@ -472,7 +473,10 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
 
 @pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
 def test_peak_memory(backend: str, relation: Relation) -> None:
-    """Forward and backward, C++ included, increase the peak memory of the process by less than half an N x N array."""
+    """Forward and backward, C++ included, increase the peak memory of the process by less than an N x N array.
+
+    Strips take a fixed size, almost half of it.
+    """
     if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
         backend, torch.device("cpu")
     ):
@@ -481,7 +485,7 @@ def test_peak_memory(backend: str, relation: Relation) -> None:
     student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
     value_and_gradient(student[:, :256], teacher[:, :256], relation, backend)  # what is allocated once
     peak = peak_memory(lambda: value_and_gradient(student, teacher, relation, backend))
-    assert peak < pixels**2 * 4 / 2
+    assert peak < 0.9 * pixels**2 * 4
 
 
 def test_tiles_of_closed_form_are_float64() -> None:

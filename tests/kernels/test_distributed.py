@@ -75,9 +75,9 @@ def test_wrong_scope() -> None:
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def spawn(case: str, ranks: int, folder: Path) -> None:
-    """Run ``case`` of this file in ``ranks`` gloo processes."""
-    command = [sys.executable, __file__, case]
+def spawn(names: str, ranks: int, folder: Path) -> None:
+    """Run cases of this file, separated by commas, in ``ranks`` gloo processes."""
+    command = [sys.executable, __file__, names]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     processes = [
         subprocess.Popen(
@@ -94,10 +94,15 @@ def spawn(case: str, ranks: int, folder: Path) -> None:
         assert process.returncode == 0, failure
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.core(1)
-def test_every_relation_over_ranks(ranks: int, tmp_path: Path) -> None:
-    spawn("relations", ranks, tmp_path)
+def test_every_relation_and_parameters_under_ddp(tmp_path: Path) -> None:
+    """In the same two processes: to start them takes as long as either test."""
+    spawn("relations,ddp", 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.core(0)
+def test_every_relation_over_three_ranks(tmp_path: Path) -> None:
+    spawn("relations", 3, tmp_path)
 
 
 @pytest.mark.slow
@@ -112,11 +117,6 @@ def test_ranks_with_equal_pixels_and_several_strips(tmp_path: Path) -> None:
 def test_bytes_that_are_exchanged(tmp_path: Path) -> None:
     """Those of docs/several-gpus.md."""
     spawn("traffic", 3, tmp_path)
-
-
-@pytest.mark.slow
-def test_parameters_under_ddp(tmp_path: Path) -> None:
-    spawn("ddp", 2, tmp_path)
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def check_refusal(rank: int, ranks: int) -> None:
 
 
 def main() -> None:
-    case, rank, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    names, rank, ranks, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
@@ -365,7 +365,8 @@ def main() -> None:
             "misfit": check_misfit,
             "refusal": check_refusal,
         }
-        cases[case](rank, ranks)
+        for name in names.split(","):
+            cases[name](rank, ranks)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -106,6 +106,7 @@ def unet_keys(num_downs, norm):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("norm", ["instance", "batch", "none"])
 @pytest.mark.parametrize("blocks", [1, 6, 9, 12])
+@pytest.mark.core(40)
 def test_resnet_keys_are_those_of_the_public_code(blocks, norm, dropout, antialias):
     net = on_meta(netG=f"resnet_{blocks}blocks", norm=norm, dropout=dropout, ngf=2, antialias=antialias)
     assert set(net.state_dict()) == resnet_keys(blocks, norm, dropout, antialias)
@@ -261,6 +262,7 @@ ANTI_ALIASED = [
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *ANTI_ALIASED], ids=str)
+@pytest.mark.core(70)
 def test_infer_generator(spec):
     state = on_meta(**asdict(spec)).state_dict()
     visible = not spec.netG.startswith("unet")  # a U-Net's dropout does not show in the keys

@@ -20,7 +20,7 @@ from srpkd.training.run_dir import RunDir, new_folder
 VARIANTS = "{alone: {lambda_kd: 0, lambda_srp: 0}, output: {lambda_srp: 0}, output + SRP: {}}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[Callable[..., int]]:
     """A server of training runs in forks; see ``fork_server``."""
     with serving() as server:

@@ -100,7 +100,7 @@ def test_constant_norms(dtype, channels):
 @pytest.mark.parametrize("noise", [1e-1, 1e-4])
 @every_dtype
 @every_relation
-@pytest.mark.core(4)
+@pytest.mark.core(3)
 def test_errors_near_convergence(relation, dtype, noise):
     """The relative error of the loss grows as the rounding errors of features relative to their difference."""
     student, teacher = converged(1, 100, 40, noise, dtype)
@@ -117,7 +117,7 @@ def test_rows_of_another_magnitude_near_convergence(factor):
     loss, gradient = run(student, teacher, ROW)
     expected = value_and_gradient(student.double(), teacher.double(), ROW, "reference", 100**2)
     assert error(loss, expected[0]) < 1e-5
-    assert error(gradient, expected[1]) < 3e-4
+    assert error(gradient, expected[1]) < 5e-4
 
 
 @every_relation
@@ -162,6 +162,7 @@ def test_zero_norm_pixels(relation, channels):
 
 
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
+@pytest.mark.core(1)
 def test_row_norms_below_eps(channels):
     """The rows are 0, but not the columns: these pixels have a gradient."""
     student, teacher = draw(2, 70, channels, torch.float32)
