@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -78,8 +80,24 @@ def open_test_data(config: ResolvedConfig) -> ImageDataset | None:
     return open_data(config, "test") if has_test_images(config) else None
 
 
-def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]) -> str:
-    """Check the images of all stages and return a summary: one line for the training and one for the test images.
+class DataSummary(NamedTuple):
+    """What is known of valid images.
+
+    Attributes:
+        text: one line for the training and one for the test images.
+        train_sizes: (H, W) of the smallest training images, as the networks get them.
+        test_sizes: (H, W) of the smallest test images; [] if there are none.
+    """
+
+    text: str
+    train_sizes: list[tuple[int, int]]
+    test_sizes: list[tuple[int, int]]
+
+
+def validate_data(
+    config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]
+) -> DataSummary:
+    """Check the images of all stages.
 
     Args:
         config: options of the run.
@@ -98,11 +116,13 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
             raise DataError(
                 f"synthetic_size={config.synthetic_size}: expected a multiple of {multiple} for these generators"
             )
-        return (
+        text = (
             f"generated scenes of {config.synthetic_size} x {config.synthetic_size} pixels: "
             f"{config.synthetic_pairs} for training, {config.synthetic_test_pairs} for testing"
         )
-    summaries: list[object] = [
+        size = config.synthetic_size, config.synthetic_size
+        return DataSummary(text, [size], [size])
+    reports = [
         validate_dataset(
             config.dataroot,
             config.dataset_mode,
@@ -117,9 +137,15 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
         )
         for phase in (("train", "test") if has_test_images(config) else ("train",))
     ]
-    if len(summaries) == 1:
-        summaries.append(_no_test_images(config))
-    return "\n".join(map(str, summaries))
+    lines = [*map(str, reports), *([_no_test_images(config)] if len(reports) == 1 else [])]
+    train_sizes, test_sizes = [*(_smallest(report.network_sizes) for report in reports), []][:2]
+    return DataSummary("\n".join(lines), train_sizes, test_sizes)
+
+
+def _smallest(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (H, W) of the smallest, the lowest and the narrowest image, of (W, H) of all."""
+    swapped = [(height, width) for width, height in sizes]
+    return list(dict.fromkeys((min(swapped, key=math.prod), min(swapped), min(swapped, key=lambda size: size[::-1]))))
 
 
 def train_limit(stages: Iterable[ResolvedConfig]) -> int | None:
