@@ -162,15 +162,8 @@ def _no_test_images(config: ResolvedConfig) -> str:
     )
 
 
-def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:
-    """Return a loader of endless batches {"A": (B, C, H, W), "B": (B, C, H, W)}.
-
-    Batch `number` depends only on the seed and its number. ``len(loader.batch_sampler)`` is the number of batches in
-    one pass over the images.
-
-    Args:
-        seed: determines the order of the images and their random crops and flips.
-        start: number of the first batch.
+def batch_sampler(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> ResumableBatchSampler:
+    """Return the sampler of the training images of this process; see ``make_loader``.
 
     Raises:
         DataError: The images are fewer than a batch and cannot be divided evenly among the processes.
@@ -189,10 +182,40 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
             f"{batches.batch_size} images cannot be divided evenly among {distributed.world_size()} processes: use "
             "fewer processes"
         )
+    return batches
+
+
+def check_batches(stages: Iterable[ResolvedConfig]) -> list[str]:
+    """Return a line for each batch size that is larger than the number of training images.
+
+    Raises:
+        DataError: as ``batch_sampler`` raises.
+    """
+    found = {}
+    for config in stages:
+        size = batch_sampler(open_data(config, "train"), config, 0).batch_size
+        if size < config.batch_size:
+            found[config.batch_size, size] = f"batch_size={config.batch_size}: batches have all {size} training images"
+    return list(found.values())
+
+
+def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:
+    """Return a loader of endless batches {"A": (B, C, H, W), "B": (B, C, H, W)}.
+
+    Batch `number` depends only on the seed and its number. ``len(loader.batch_sampler)`` is the number of batches in
+    one pass over the images.
+
+    Args:
+        seed: determines the order of the images and their random crops and flips.
+        start: number of the first batch.
+
+    Raises:
+        DataError: as ``batch_sampler`` raises.
+    """
     workers = 0 if config.is_synthetic else config.num_threads
     return DataLoader(
         SeededDataset(dataset),
-        batch_sampler=batches,
+        batch_sampler=batch_sampler(dataset, config, seed, start),
         num_workers=workers,
         # Python 3.14 by default starts processes through a server: each would import torch, and all would end with the
         # server, which does not ignore the signals that all processes of a group get

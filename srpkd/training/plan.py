@@ -21,7 +21,7 @@ from ..models.checkpoints import CheckpointError, load_generator, teacher_files
 from ..models.networks import define_generator, image_channels
 from . import distributed
 from .config import run_folder, to_yaml, update_yaml
-from .datasets import DataSummary, channels_of, validate_data
+from .datasets import DataSummary, channels_of, check_batches, validate_data
 from .extension import check_processes, extend, starting_variants
 from .folder_lock import FolderLock
 from .inputs import check_unchanged, fingerprints
@@ -33,6 +33,7 @@ from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import compiler_problem, slow_precision_reason
 from .summary import Row, describe_task, device_name
+from .unused_options import unused_options
 from .warm_start import generator_spec, warm_start
 
 
@@ -89,10 +90,16 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
         dry_run(config, checked, starting)  # on all ranks the same
+        stages = [*checked.variants.values(), *([checked.teacher] if checked.teacher else [])]
+        notes = distributed.raise_on_all_ranks(partial(check_batches, stages))
         folder = distributed.broadcast_object(distributed.raise_on_all_ranks(partial(_folder, config)))
         run_dir = distributed.raise_on_all_ranks(partial(_open_run_dir, folder, config, command, checked))
         on_error.pop_all()
     state = checked.state
+    if not state:
+        notes += unused_options(config, checked.teacher, checked.variants, checked.teachers)
+        for line in notes:
+            distributed.print_rank0(f"note: {line}")
     distributed.print_rank0(
         f"{describe_task(config)}\n{checked.data.text}\n{'resuming' if state else 'writing to'} {folder}"
     )
