@@ -186,17 +186,21 @@ def batch_sampler(dataset: ImageDataset, config: ResolvedConfig, seed: int, star
 
 
 def check_batches(stages: Iterable[ResolvedConfig]) -> list[str]:
-    """Return a line for each batch size that is larger than the number of training images.
+    """Return a line for each batch size with which a pass over the training images has other batches than expected.
 
     Raises:
         DataError: as ``batch_sampler`` raises.
     """
-    found = {}
+    found = []
     for config in stages:
-        size = batch_sampler(open_data(config, "train"), config, 0).batch_size
+        sampler = batch_sampler(open_data(config, "train"), config, 0)
+        size, length = sampler.batch_size, sampler.length
         if size < config.batch_size:
-            found[config.batch_size, size] = f"batch_size={config.batch_size}: batches have all {size} training images"
-    return list(found.values())
+            found.append(f"batch_size={config.batch_size}: batches have all {size} training images")
+        if config.serial_batches and length % size:
+            left_out = f"the last {length % size} of {length} training images are never read"
+            found.append(f"serial_batches=True with batch_size={size}: {left_out}")
+    return list(dict.fromkeys(found))
 
 
 def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:

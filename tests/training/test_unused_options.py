@@ -8,6 +8,7 @@ from torch import nn
 
 from srpkd.models.networks import define_generator, normalize_per_image
 from srpkd.training.config import presets, read_preset
+from srpkd.training.datasets import check_batches
 from srpkd.training.options import TrainConfig, teacher_config, variant_config
 from srpkd.training.unused_options import unused_options
 
@@ -106,9 +107,11 @@ def test_options_of_variants():
 
 
 def test_a_run_names_them_and_a_batch_larger_than_the_data(run):
-    done = run(*PIX2PIX, *TEACHER, "--pool_size=3", "--delta=2", "--batch_size=9", "--max_dataset_size=5")
+    limits = ["--batch_size=9", "--max_dataset_size=5", "--teacher_max_dataset_size=8"]
+    done = run(*PIX2PIX, *TEACHER, "--pool_size=3", "--delta=2", *limits)
     assert [line for line in done.output.splitlines() if line.startswith("note")] == [
         "note: batch_size=9: batches have all 5 training images",
+        "note: batch_size=9: batches have all 8 training images",
         "note: pool_size=3 has no effect on training: model is pix2pix, and only cycle_gan uses it",
         "note: delta=2.0 has no effect on training: distance is l2, and only huber has a threshold",
     ]
@@ -119,3 +122,11 @@ def test_batches_that_processes_cannot_share_are_refused_before_the_run(refusal,
     monkeypatch.setattr("srpkd.training.plan.distributed.raise_on_all_ranks", lambda function: function())
     arguments = [f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--batch_size=4", "--max_dataset_size=3"]
     assert refusal(*arguments) == "3 images cannot be divided evenly among 2 processes: use fewer processes"
+
+
+@pytest.mark.parametrize(("batch_size", "left_out"), [(1, 0), (2, 1), (3, 2), (5, 0)])
+def test_images_that_are_never_read_in_order_are_counted(unpaired, batch_size, left_out):
+    options = {"dataroot": str(unpaired), "batch_size": batch_size}  # five images
+    line = f"serial_batches=True with batch_size={batch_size}: the last {left_out} of 5 training images are never read"
+    assert check_batches([TrainConfig(**options, serial_batches=True).resolved()]) == ([line] if left_out else [])
+    assert check_batches([TrainConfig(**options).resolved()]) == []
