@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.networks import define_generator
+from ..models.networks import ResnetGenerator, define_generator
 from .distributed import launched_world_size
 from .option_groups import OPTIONS
 from .options import ResolvedConfig
@@ -36,7 +36,11 @@ def unused_options(
     if teacher:
         stages.append(replace(teacher, teacher_netG=None))  # its losses have no teacher
     lines = []
-    rules: dict[tuple[str, ...], Reason] = {**RULES, ("train_mode_norm",): partial(_no_batch_norm, teachers)}
+    rules: dict[tuple[str, ...], Reason] = {
+        **RULES,
+        ("rectify",): partial(_no_negative_relations, teachers),
+        ("train_mode_norm",): partial(_no_batch_norm, teachers),
+    }
     if not teacher:
         rules[OF_TRAINED_TEACHER] = lambda _: "the run trains no teacher"
     for names, reason in rules.items():
@@ -93,6 +97,15 @@ def _no_dropout_layer(config: ResolvedConfig) -> str:
     return "" if has_dropout else f"netG {config.netG} is too small for dropout"
 
 
+def _no_negative_relations(teachers: Mapping[str, nn.Module], config: ResolvedConfig) -> str:
+    is_resnet = [config.netG.startswith("resnet"), *(isinstance(net, ResnetGenerator) for net in teachers.values())]
+    if config.teacher_netG:
+        is_resnet.append(config.teacher_netG.startswith("resnet"))
+    ends_in_relu = config.layers is None and all(is_resnet)
+    reason = "the default layer of a ResNet ends in a ReLU, so no relation is negative" if ends_in_relu else ""
+    return _no_relation_loss(config) or reason
+
+
 def _no_batch_norm(teachers: Mapping[str, nn.Module], config: ResolvedConfig) -> str:
     # batch norms that normalise each image are affine, too
     has_weights = any(getattr(module, "affine", False) for teacher in teachers.values() for module in teacher.modules())
@@ -124,7 +137,7 @@ RULES: dict[tuple[str, ...], Reason] = {
     ),
     ("lambda_L1",): _if(lambda config: config.model != "pix2pix", "model is {model}, and only pix2pix uses it"),
     ("layers",): _no_taps,
-    ("normalize", "distance", "backend", "rectify"): _no_relation_loss,
+    ("normalize", "distance", "backend"): _no_relation_loss,
     ("delta",): _no_threshold,
     ("scope",): _one_image,
     ("detach_norms",): _no_norms,

@@ -94,6 +94,24 @@ def test_the_norm_of_a_teacher_from_a_file():
     assert len(unused(options, {"G_A": define_generator("resnet_1blocks")})) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "teacher", "is_unused"),
+    [
+        ({"teacher_netG": "resnet_1blocks"}, None, True),
+        ({"teacher_netG": "unet_32"}, None, False),  # its layer ends in a LeakyReLU
+        ({"teacher_netG": "resnet_1blocks", "netG": "unet_32"}, None, False),
+        ({"teacher_netG": "resnet_1blocks", "layers": {"model.10": "model.10"}}, None, False),
+        (FILE, "resnet_1blocks", True),
+        (FILE, "unet_32", False),
+    ],
+    ids=str,
+)
+def test_relations_that_are_never_negative(options, teacher, is_unused):
+    reason = "the default layer of a ResNet ends in a ReLU, so no relation is negative"
+    found = unused({**options, "rectify": True}, {"G_A": define_generator(teacher, ngf=1)} if teacher else {})
+    assert found == ([f"rectify=True has no effect on training: {reason}"] if is_unused else [])
+
+
 def test_options_of_variants():
     layers = {"a": {"netD": "n_layers", "n_layers_D": 2}, "b": {"n_layers_D": 4, "lambda_srp": 0, "distance": "l1"}}
     assert unused(FILE | {"variants": layers, "normalize": "row"}) == [
