@@ -192,8 +192,11 @@ def check_batches(stages: Iterable[ResolvedConfig]) -> list[str]:
         DataError: as ``batch_sampler`` raises.
     """
     found = []
+    datasets: dict[int | None, ImageDataset] = {}  # by what stages may differ in, as a folder takes time to list
     for config in stages:
-        sampler = batch_sampler(open_data(config, "train"), config, 0)
+        limit = config.max_dataset_size
+        datasets[limit] = datasets.get(limit) or open_data(config, "train")
+        sampler = batch_sampler(datasets[limit], config, 0)
         size, length = sampler.batch_size, sampler.length
         if size < config.batch_size:
             found.append(f"batch_size={config.batch_size}: batches have all {size} training images")
