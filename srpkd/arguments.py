@@ -120,12 +120,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_train_mode_norm(parser: argparse.ArgumentParser) -> None:
-    """Add the flag --train_mode_norm of commands that run a generator."""
+def add_train_mode_norm(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """Add the flag --train_mode_norm of commands that run a generator; ``default`` is the end of its help text."""
     parser.add_argument(
         "--train_mode_norm",
         action="store_true",
-        help="let batch norms normalise each image by its own statistics, as pix2pix does, not by the running ones",
+        help="let batch norms normalise each image by its own statistics, as pix2pix does, not by the running ones"
+        + default,
     )
 
 

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import add_device, exit_on_error, positive
+from .arguments import add_device, add_train_mode_norm, exit_on_error, positive
 from .kernels.formulas import DEFAULT_NORMALIZE, NORMALIZATIONS
 from .reporting.comparison import Comparison, layers_of, networks_of, samples_of
 from .reporting.comparison_server import ComparisonServer
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=0, help="of 127.0.0.1 (default: any free port)")
     add("--no_browser", action="store_true", help="only print the address")
     add_device(result)
+    add_train_mode_norm(result, " (default: as in the run)")
     return result
 
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size=options.size,
             normalize=normalize if normalize in NORMALIZATIONS else DEFAULT_NORMALIZE,
             layers=layers_of(config, weights),
+            train_mode_norm=options.train_mode_norm or config.get("train_mode_norm") is True,
         )
         server = ComparisonServer(comparison, options.port, samples_of(map(Path, options.paths), options.direction))
     with server:

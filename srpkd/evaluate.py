@@ -32,18 +32,35 @@ from .data.images import (
 from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity
-from .metrics.segmentation import label_scores, load_segmenter, read_label_map, read_palette, segmentation_scores
+from .metrics.segmentation import (
+    Palette,
+    label_scores,
+    load_segmenter,
+    read_label_map,
+    read_palette,
+    segmentation_scores,
+)
 from .models.checkpoints import SUFFIXES, load_generator
 from .models.inference import translate_folder
 from .progress import ProgressBar
 from .reporting.table import format_table
 
 METRICS = ("fid", "kid", *PIXEL_METRICS, "miou", "segmentation")
+# option -> the metrics that use it
+METRICS_OF = {
+    "real_train": ("fid", "kid"),
+    "inception_weights": ("fid", "kid"),
+    "kid_subset_size": ("kid",),
+    "palette": ("miou", "segmentation"),
+    "segmenter": ("segmentation",),
+    "labels": ("segmentation",),
+}
 FID_FEATURES = 2048  # of fewer images the covariance is singular
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Compute the metrics of a command line: {"rows": [{"metric", "value", "against", "images"}], "notes": [str]}."""
+    _check_combination(options)
     source_crop: Crop | None = None
     target_crop: Crop | None = None
     if options.aligned:
@@ -75,6 +92,23 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _check_combination(options: argparse.Namespace) -> None:
+    """Raise a ValueError if a metric needs another option, or an option has no effect without another."""
+    metrics = set(options.metrics)
+    if "miou" in metrics and not options.palette:
+        raise ValueError("miou needs --palette: synthetic, cityscapes, or a file of lines 'R G B name'")
+    if "segmentation" in metrics and not (options.segmenter and options.labels):
+        raise ValueError("segmentation needs --segmenter, the file of a network, and --labels, the true classes")
+    for name, users in METRICS_OF.items():
+        if getattr(options, name) is not None and not metrics.intersection(users):
+            raise ValueError(
+                f"--{name} has no effect on {', '.join(options.metrics)}: add {' or '.join(users)} to --metrics, or "
+                f"leave out --{name}"
+            )
+    if options.direction == "BtoA" and not options.aligned:
+        raise ValueError("--direction BtoA is that of pairs side by side: add --aligned, or leave out --direction")
+
+
 def _notes(options: argparse.Namespace) -> list[str]:
     """Return sentences on what is left out: further frames, and files that are no images."""
     notes = []
@@ -95,6 +129,10 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
     def add(scores: Mapping[str, float], against: str, count: int) -> None:
         rows.extend({"metric": n, "value": v, "against": against, "images": count} for n, v in scores.items())
 
+    # before the scores: an error would end them, and they would be lost
+    palette = read_palette(options.palette) if options.palette else None
+    pairs = pair_by_name(generated, real) if {*PIXEL_METRICS, "miou"} & metrics else []
+
     if {"fid", "kid"} & metrics:
         for name, scores in _fidelity(options, generated, real, crop).items():
             if subset := scores.pop("KID subset", None):
@@ -105,8 +143,7 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
                 f"FID of {len(generated)} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare "
                 "it only with that of as many images. KID is unbiased."
             )
-    if {*PIXEL_METRICS, "miou"} & metrics:
-        pairs = pair_by_name(generated, real)
+    if pairs:
 
         @contextmanager
         def images(resample: Image.Resampling) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
@@ -122,13 +159,11 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
             with images(Image.Resampling.BICUBIC) as compared:
                 add(similarity(compared, pixel_metrics), "test", len(pairs))
         if "miou" in metrics:
-            if not options.palette:
-                raise ValueError("miou needs --palette: synthetic, cityscapes, or a file of lines 'R G B name'")
-            palette = read_palette(options.palette)
+            assert palette is not None  # checked before
             with images(Image.Resampling.NEAREST) as compared:
                 add(label_scores(compared, palette), "test", len(pairs))
     if "segmentation" in metrics:
-        add(_segmentation(options, generated), "labels", len(generated))
+        add(_segmentation(options, generated, palette), "labels", len(generated))
     return {"rows": rows, "notes": notes}
 
 
@@ -151,10 +186,7 @@ def _fidelity(
     )
 
 
-def _segmentation(options: argparse.Namespace, generated: list[str]) -> dict[str, float]:
-    if not (options.segmenter and options.labels):
-        raise ValueError("segmentation needs --segmenter, the file of a network, and --labels, the true classes")
-    palette = read_palette(options.palette) if options.palette else None
+def _segmentation(options: argparse.Namespace, generated: list[str], palette: Palette | None) -> dict[str, float]:
     photos, label_files = zip(*pair_by_name(generated, find_images(options.labels)))
     segmenter = load_segmenter(options.segmenter, options.device)
     with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error is printed

@@ -79,6 +79,9 @@ def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
     assert networks_of([str(only)])[0] == {"teacher": teacher, "h2z": only / "latest_net_G_A.pth"}
     weights, _, [note] = networks_of([str(only)], "B")
     assert weights == {"h2z": only / "latest_net_G_B.pth"} and "gone.pth does not exist" in note
+    assert networks_of([str(teacher)], "B")[2] == [
+        "--direction B has no effect: it selects generators of a CycleGAN run"
+    ]
     assert list(networks_of([str(teacher), str(only)])[0]) == ["teacher/latest_net_G.pth", "teacher", "h2z"]
     assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
 
@@ -283,6 +286,25 @@ def test_broken_requests_and_connections_print_nothing(run, capfd):
             disconnect(server, body)
         assert ask(server, "GET", "/")[0] == 200
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "flags", "expected"), [("false", [], False), ("true", [], True), ("false", ["--train_mode_norm"], True)]
+)
+def test_batch_norms_normalise_as_in_the_run(tmp_path, monkeypatch, option, flags, expected):
+    network = define_generator("resnet_1blocks", ngf=2, norm="batch", **NET)
+    save_weights(network, tmp_path / "run" / "latest_net_G.pth")
+    (tmp_path / "run" / "config.yaml").write_text(f"train_mode_norm: {option}\n")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in.png")
+    found = []
+    monkeypatch.setattr(ComparisonServer, "serve_forever", lambda server: found.append(server.comparison))
+    compare.main([str(tmp_path / "run"), "--device=cpu", "--no_browser", *flags])
+    [shown] = found[0].translate(tmp_path / "in.png")["networks"]
+    image = torch.from_numpy(noise).permute(2, 0, 1)[None] / 127.5 - 1
+    outputs = [network.train(mode)(image)[0].permute(1, 2, 0).detach().numpy() for mode in (False, True)]
+    differences = [np.abs(pixels(shown["image"]) - 127.5 * (1 + output)).max() for output in outputs]
+    assert differences[expected] < 0.51 < 2 < differences[not expected]
 
 
 def test_the_command_prints_the_address(run, monkeypatch, capsys):

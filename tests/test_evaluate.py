@@ -223,6 +223,23 @@ def test_fcn_scores(tmp_path, kind, recwarn):
         run(*arguments, "--segmenter", path, "--labels", tmp_path / "colours")
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("miou", "miou needs --palette"),
+        ("segmentation", "segmentation needs --segmenter"),
+        ("psnr", "1 of 6 generated images have no real image"),
+    ],
+)
+def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch, metric, message):
+    def fidelity(*_, **__):
+        raise AssertionError("the distances, which take long, were computed")
+
+    monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
+    with pytest.raises(ValueError, match=message):
+        run(folders["generated"], folders["train"], "--metrics", "fid", metric)
+
+
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])
 def test_errors_are_on_a_line_of_their_own(folders, monkeypatch, capsys, metric, function):
     """The progress bar ends its line before an error is printed."""
@@ -233,5 +250,11 @@ def test_errors_are_on_a_line_of_their_own(folders, monkeypatch, capsys, metric,
 
     monkeypatch.setattr(f"srpkd.evaluate.{function}", fail)
     with pytest.raises(ValueError, match="expected") as caught:  # `caught` keeps the frames, as a traceback does
-        run(folders["real"], folders["real"], "--metrics", metric, "--palette", "synthetic")
+        run(
+            folders["real"],
+            folders["real"],
+            "--metrics",
+            metric,
+            *(["--palette=synthetic"] if metric == "miou" else []),
+        )
     assert capsys.readouterr().err.endswith("\n"), caught

@@ -42,6 +42,7 @@ class Comparison:
         size: the longer side of a larger image is scaled down to this many pixels.
         normalize: the relation matrix whose rows the maps show, as in ``relation_row``.
         layers: label -> name of the layer whose relations are shown; by default ``default_tap``.
+        train_mode_norm: batch norms normalise each image by its own statistics, as in a run with this option.
 
     Raises:
         CheckpointError: a file does not hold a generator.
@@ -56,10 +57,13 @@ class Comparison:
         size: int = 512,
         normalize: Normalize = DEFAULT_NORMALIZE,
         layers: Mapping[str, str] | None = None,
+        train_mode_norm: bool = False,
     ) -> None:
         check_whole("size", size, least=MIN_SIZE)
         self.size, self.normalize, self.device = size, normalize, torch.device(device)
-        self.networks = {label: load_generator(path) for label, path in weights.items()}
+        self.networks = {
+            label: load_generator(path, train_mode_norm=train_mode_norm) for label, path in weights.items()
+        }
         channels = {label: input_channels(network) for label, network in self.networks.items()}
         if len(set(channels.values())) > 1:
             raise ValueError(f"the generators take images with different numbers of channels: {channels}")
@@ -194,6 +198,8 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
         for file, is_teacher in _files_of_run(path, own, direction, notes):
             label = "teacher" if is_teacher else file.parent.relative_to(path).as_posix().replace(".", path.name)
             _add(found, label, file)
+    if direction == "B" and not any(file.stem.endswith("G_B") for file in found.values()):
+        notes.append("--direction B has no effect: it selects generators of a CycleGAN run")
     return found, config, notes
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -78,8 +80,24 @@ def open_test_data(config: ResolvedConfig) -> ImageDataset | None:
     return open_data(config, "test") if has_test_images(config) else None
 
 
-def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]) -> str:
-    """Check the images of all stages and return a summary: one line for the training and one for the test images.
+class DataSummary(NamedTuple):
+    """What is known of valid images.
+
+    Attributes:
+        text: one line for the training and one for the test images.
+        train_sizes: (H, W) of the smallest training images, as the networks get them.
+        test_sizes: (H, W) of the smallest test images; [] if there are none.
+    """
+
+    text: str
+    train_sizes: list[tuple[int, int]]
+    test_sizes: list[tuple[int, int]]
+
+
+def validate_data(
+    config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]
+) -> DataSummary:
+    """Check the images of all stages.
 
     Args:
         config: options of the run.
@@ -98,11 +116,13 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
             raise DataError(
                 f"synthetic_size={config.synthetic_size}: expected a multiple of {multiple} for these generators"
             )
-        return (
+        text = (
             f"generated scenes of {config.synthetic_size} x {config.synthetic_size} pixels: "
             f"{config.synthetic_pairs} for training, {config.synthetic_test_pairs} for testing"
         )
-    summaries: list[object] = [
+        size = config.synthetic_size, config.synthetic_size
+        return DataSummary(text, [size], [size])
+    reports = [
         validate_dataset(
             config.dataroot,
             config.dataset_mode,
@@ -117,9 +137,15 @@ def validate_data(config: ResolvedConfig, stages: Iterable[ResolvedConfig], teac
         )
         for phase in (("train", "test") if has_test_images(config) else ("train",))
     ]
-    if len(summaries) == 1:
-        summaries.append(_no_test_images(config))
-    return "\n".join(map(str, summaries))
+    lines = [*map(str, reports), *([_no_test_images(config)] if len(reports) == 1 else [])]
+    train_sizes, test_sizes = [*(_smallest(report.network_sizes) for report in reports), []][:2]
+    return DataSummary("\n".join(lines), train_sizes, test_sizes)
+
+
+def _smallest(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (H, W) of the smallest, the lowest and the narrowest image, of (W, H) of all."""
+    swapped = [(height, width) for width, height in sizes]
+    return list(dict.fromkeys((min(swapped, key=math.prod), min(swapped), min(swapped, key=lambda size: size[::-1]))))
 
 
 def train_limit(stages: Iterable[ResolvedConfig]) -> int | None:
@@ -136,15 +162,8 @@ def _no_test_images(config: ResolvedConfig) -> str:
     )
 
 
-def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:
-    """Return a loader of endless batches {"A": (B, C, H, W), "B": (B, C, H, W)}.
-
-    Batch `number` depends only on the seed and its number. ``len(loader.batch_sampler)`` is the number of batches in
-    one pass over the images.
-
-    Args:
-        seed: determines the order of the images and their random crops and flips.
-        start: number of the first batch.
+def batch_sampler(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> ResumableBatchSampler:
+    """Return the sampler of the training images of this process; see ``make_loader``.
 
     Raises:
         DataError: The images are fewer than a batch and cannot be divided evenly among the processes.
@@ -163,10 +182,47 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
             f"{batches.batch_size} images cannot be divided evenly among {distributed.world_size()} processes: use "
             "fewer processes"
         )
+    return batches
+
+
+def check_batches(stages: Iterable[ResolvedConfig]) -> list[str]:
+    """Return a line for each batch size with which a pass over the training images has other batches than expected.
+
+    Raises:
+        DataError: as ``batch_sampler`` raises.
+    """
+    found = []
+    datasets: dict[int | None, ImageDataset] = {}  # by what stages may differ in, as a folder takes time to list
+    for config in stages:
+        limit = config.max_dataset_size
+        datasets[limit] = datasets.get(limit) or open_data(config, "train")
+        sampler = batch_sampler(datasets[limit], config, 0)
+        size, length = sampler.batch_size, sampler.length
+        if size < config.batch_size:
+            found.append(f"batch_size={config.batch_size}: batches have all {size} training images")
+        if config.serial_batches and length % size:
+            left_out = f"the last {length % size} of {length} training images are never read"
+            found.append(f"serial_batches=True with batch_size={size}: {left_out}")
+    return list(dict.fromkeys(found))
+
+
+def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start: int = 0) -> DataLoader:
+    """Return a loader of endless batches {"A": (B, C, H, W), "B": (B, C, H, W)}.
+
+    Batch `number` depends only on the seed and its number. ``len(loader.batch_sampler)`` is the number of batches in
+    one pass over the images.
+
+    Args:
+        seed: determines the order of the images and their random crops and flips.
+        start: number of the first batch.
+
+    Raises:
+        DataError: as ``batch_sampler`` raises.
+    """
     workers = 0 if config.is_synthetic else config.num_threads
     return DataLoader(
         SeededDataset(dataset),
-        batch_sampler=batches,
+        batch_sampler=batch_sampler(dataset, config, seed, start),
         num_workers=workers,
         # Python 3.14 by default starts processes through a server: each would import torch, and all would end with the
         # server, which does not ignore the signals that all processes of a group get

@@ -100,6 +100,13 @@ def broadcast_object(value: T) -> T:
     return values[0]
 
 
+def broadcast_buffers(network: nn.Module) -> None:
+    """Replace the buffers of a network, such as running statistics of batch norms, by those of rank 0."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def all_gather_object(value: T) -> list[T]:
     """Return the values of all ranks, in order of rank, on every rank."""
     values = [value] * world_size()

@@ -167,7 +167,10 @@ def fit(
         final = training_state(objective, steps, epoch_steps, durations) if objective.can_resume() else None
         run_dir.save_final_state(stage.folder, final)
     objective.close()
-    generators = {name: freeze_for_inference(network, config) for name, network in objective.ema_or_live().items()}
+    generators = objective.ema_or_live()
+    for network in generators.values():
+        distributed.broadcast_buffers(network)  # a student learns on all ranks from the teacher that was saved
+    generators = {name: freeze_for_inference(network, config) for name, network in generators.items()}
     return Trained(generators, steps, statistics.median(durations[1:] or durations))
 
 

@@ -209,7 +209,7 @@ class RunOptions:
         clip_grad_norm: maximum gradient norm of all generators, and of all discriminators; default: no clipping.
         train_mode_norm: evaluate generators with batch norms that use the statistics of each image, as pix2pix does,
             and not the running ones; dropout is disabled either way. Saved weights support both: evaluate, translate
-            and export have the same flag.
+            and export have the same flag, and compare follows that of the run.
         fast: set the options among precision, compile and channels_last that make training fastest on the device;
             options that you set to another value than their default remain.
         precision: fp32, bf16 or fp16; the last two enable autocast. A CPU or GPU without bfloat16 instructions trains

@@ -102,20 +102,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
                 f"dataroot is not set: pass --dataroot with the folder of your images, or --dataroot {SYNTHETIC} "
                 "for generated images"
             )
-        paired = self.model == "pix2pix"
-        defaults: dict[str, Any] = {
-            "dataset_mode": "aligned" if paired else "unaligned",
-            "netG": "unet_256" if paired else "resnet_9blocks",
-            "norm": "batch" if paired else "instance",
-            "no_dropout": not paired,
-            "gan_mode": "vanilla" if paired else "lsgan",
-            "num_threads": min(4, available_cores()),  # torch warns about more
-            "lambda_kd": KD_WEIGHT[self.model],
-            "lambda_srp": SRP_WEIGHT[self.model],
-            "teacher_n_epochs": self.n_epochs,
-            "teacher_n_epochs_decay": self.n_epochs_decay,
-            "teacher_max_dataset_size": self.max_dataset_size,
-        }
+        defaults = self.dependent_defaults()
         options: dict[str, Any] = {
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()
         }
@@ -135,6 +122,23 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         config = ResolvedConfig(**options)
         _check(config)
         return config
+
+    def dependent_defaults(self) -> dict[str, Any]:
+        """Return the defaults that depend on other options."""
+        paired = self.model == "pix2pix"
+        return {
+            "dataset_mode": "aligned" if paired else "unaligned",
+            "netG": "unet_256" if paired else "resnet_9blocks",
+            "norm": "batch" if paired else "instance",
+            "no_dropout": not paired,
+            "gan_mode": "vanilla" if paired else "lsgan",
+            "num_threads": min(4, available_cores()),  # torch warns about more
+            "lambda_kd": KD_WEIGHT[self.model],
+            "lambda_srp": SRP_WEIGHT[self.model],
+            "teacher_n_epochs": self.n_epochs,
+            "teacher_n_epochs_decay": self.n_epochs_decay,
+            "teacher_max_dataset_size": self.max_dataset_size,
+        }
 
     def _is_default(self, name: str) -> bool:
         return getattr(self, name) == OPTIONS[name].default

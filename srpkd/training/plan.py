@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import platform
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,22 +18,23 @@ from torch import nn
 
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
 from ..models.checkpoints import CheckpointError, load_generator, teacher_files
-from ..models.networks import image_channels
+from ..models.networks import define_generator, image_channels
 from . import distributed
 from .config import run_folder, to_yaml, update_yaml
-from .datasets import channels_of, input_size, validate_data
+from .datasets import DataSummary, channels_of, check_batches, validate_data
 from .extension import check_processes, extend, starting_variants
 from .fingerprints import check_unchanged, fingerprints
 from .folder_lock import FolderLock
 from .loggers import import_loggers, open_loggers
 from .loop import Generators, freeze_for_inference, make_objective, make_relation_loss
-from .objectives import Objective
+from .objectives import OBJECTIVES, Objective
 from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import compiler_problem, slow_precision_reason
 from .summary import Row, describe_device, describe_task
-from .warm_start import warm_start
+from .unused_options import unused_options
+from .warm_start import generator_spec, warm_start
 
 
 @dataclass
@@ -89,13 +89,19 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     with ExitStack() as on_error:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
-        dry_run(config, checked.teacher, checked.variants, checked.teachers, starting)  # on all ranks the same
+        dry_run(config, checked, starting)  # on all ranks the same
+        stages = [*checked.variants.values(), *([checked.teacher] if checked.teacher else [])]
+        notes = distributed.raise_on_all_ranks(partial(check_batches, stages))
         folder = distributed.broadcast_object(distributed.raise_on_all_ranks(partial(_folder, config)))
         run_dir = distributed.raise_on_all_ranks(partial(_open_run_dir, folder, config, command, checked))
         on_error.pop_all()
     state = checked.state
+    if not state:
+        notes += unused_options(config, checked.teacher, checked.variants, checked.teachers)
+        for line in notes:
+            distributed.print_rank0(f"note: {line}")
     distributed.print_rank0(
-        f"{describe_task(config)}\n{checked.data_summary}\n{'resuming' if state else 'writing to'} {folder}"
+        f"{describe_task(config)}\n{checked.data.text}\n{'resuming' if state else 'writing to'} {folder}"
     )
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
     return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, checked.inputs, **progress)
@@ -122,7 +128,7 @@ class _Checked(NamedTuple):
     teacher: ResolvedConfig | None
     variants: dict[str, ResolvedConfig]
     teachers: Generators
-    data_summary: str
+    data: DataSummary
     inputs: dict[str, str]
     lock: FolderLock | None
     state: dict[str, Any]
@@ -135,7 +141,7 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
     teachers = load_teachers(config)
     stages = [*variants.values(), *([teacher] if teacher else [])]
-    data_summary = validate_data(config, stages, teachers)
+    data = validate_data(config, stages, teachers)
     inputs = fingerprints(config, stages, teachers)
     state: dict[str, Any] = {}
     lock: FolderLock | None = None
@@ -148,7 +154,7 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
         check_resumed(config, state)
         check_unchanged(config.resume, inputs, state.get("inputs", {}))
         state = extend(config, variants, folder, state)
-    return _Checked(packages, teacher, variants, teachers, data_summary, inputs, lock, state)
+    return _Checked(packages, teacher, variants, teachers, data, inputs, lock, state)
 
 
 def _folder(config: ResolvedConfig) -> Path:
@@ -188,7 +194,7 @@ def _open_run_dir(folder: Path, config: ResolvedConfig, command: str, checked: _
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": describe_device(config.torch_device),
-            "data": checked.data_summary.replace("\n", "; "),
+            "data": checked.data.text.replace("\n", "; "),
         },
     }
     try:
@@ -219,24 +225,17 @@ def check_resumed(config: ResolvedConfig, state: Mapping[str, Any]) -> None:
         check_processes(config, state["training"][1])
 
 
-def dry_run(
-    config: ResolvedConfig,
-    teacher: ResolvedConfig | None,
-    variants: Mapping[str, ResolvedConfig],
-    teachers: Mapping[str, nn.Module],
-    starting: Collection[str],
-) -> None:
+def dry_run(config: ResolvedConfig, checked: _Checked, starting: Collection[str]) -> None:
     """Build the networks and losses of every stage on the "meta" device, which allocates no memory.
 
     Args:
-        teacher: options of the teacher that the run trains, or None.
-        variants: name -> options of a student.
-        teachers: teachers that were loaded from files, by direction.
+        checked: options of all stages, teachers that were loaded from files, and sizes of the images.
         starting: names of the variants whose training has yet to start: the files that they start from are read.
 
     Raises:
         ValueError: Options do not fit together, which would otherwise show only when the student's training starts.
     """
+    variants = checked.variants
     if config.distils and not any(options.learns_from_teacher for options in variants.values()):
         raise ValueError(
             "lambda_kd, lambda_srp and lambda_feature are all 0, so the student does not learn from the teacher: give "
@@ -250,25 +249,30 @@ def dry_run(
                 f"{given[0]}={getattr(config, given[0])} is the weight of a loss that needs a teacher: pass --teacher "
                 f"or --teacher_netG, or leave out --{given[0]}"
             )
-    if teacher:
-        meta_teachers: Mapping[str, nn.Module] = build_on_meta(teacher, {}).generators
+    if checked.teacher:
+        meta_teachers: Mapping[str, nn.Module] = build_on_meta(checked.teacher, {}, checked.data).generators
     else:
-        meta_teachers = {direction: copy.deepcopy(network).to("meta") for direction, network in teachers.items()}
+        meta_teachers = {name: copy.deepcopy(network).to("meta") for name, network in checked.teachers.items()}
     for name, options in variants.items():
         try:
-            objective = build_on_meta(options, meta_teachers)
+            objective = build_on_meta(options, meta_teachers, checked.data)
             if name in starting:
                 warm_start(objective, options)
         except ValueError as error:
             raise ValueError(f"variant {name!r}: {error}" if config.variants else str(error)) from error
 
 
-def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module]) -> Objective:
-    """Build the objective of a stage on the "meta" device, and try its relation loss and discriminators.
+def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module], data: DataSummary) -> Objective:
+    """Build the objective of a stage on the "meta" device, and try its networks and its relation loss.
 
     Raises:
         ValueError: Options do not fit the networks or the image size.
     """
+    for direction in OBJECTIVES[config.model].directions:
+        with torch.device("meta"):
+            generator = define_generator(**asdict(generator_spec(config, direction)))
+        sizes = dict.fromkeys([*data.train_sizes, *data.test_sizes])
+        _try_sizes(generator, f"netG {config.netG}", sizes, "use a larger --crop_size or larger images")
     try:
         with torch.device("meta"):
             objective = make_objective(replace(config, device="meta"), 0, teachers)
@@ -276,18 +280,22 @@ def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module]) -> 
         make_relation_loss(config)(feature, feature)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    # outputs, which the discriminators see, are as large as inputs
-    sizes = dict.fromkeys(input_size(config, direction) for direction in objective.generators)
-    for network, (height, width) in itertools.product(objective.discriminators.values(), sizes):
+    advice = "use larger images, or --netD n_layers with fewer --n_layers_D"
+    for network in objective.discriminators.values():  # they see outputs, which are as large as inputs
+        _try_sizes(network, f"netD {config.netD}", data.train_sizes, advice)
+    return objective
+
+
+def _try_sizes(network: nn.Module, name: str, sizes: Iterable[tuple[int, int]], advice: str) -> None:
+    """Run a network on "meta" images of several sizes (H, W), and raise a ValueError if it cannot process one."""
+    for height, width in sizes:
         images = torch.empty(1, next(network.parameters()).shape[1], height, width, device="meta")
         try:
             network(images)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
-                f"images of {height} x {width} pixels are too small for netD {config.netD}: use larger images, "
-                f"or --netD n_layers with fewer --n_layers_D ({error})"
+                f"images of {height} x {width} pixels are too small for {name}: {advice} ({error})"
             ) from error
-    return objective
 
 
 def load_teachers(config: ResolvedConfig) -> Generators:

@@ -27,7 +27,7 @@ def test_all_images_of_all_stages_are_validated(refusal, unpaired, tmp_path):
     ]
     assert "00004.png" in refusal(*arguments)
     config = parse_arguments([argument.replace("=5", "=4") for argument in arguments])
-    assert "4 images in trainA" in datasets.validate_data(config, [config, teacher_config(config)], {})
+    assert "4 images in trainA" in datasets.validate_data(config, [config, teacher_config(config)], {}).text
 
 
 def test_a_refusal_of_pix2pix_on_unpaired_images_names_options_that_work(refusal, run, unpaired, tmp_path):

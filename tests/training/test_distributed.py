@@ -120,6 +120,20 @@ def test_an_error_of_one_rank_is_raised_on_all(server, runs):
     assert "Traceback" not in output
 
 
+def test_all_ranks_distil_from_the_teacher_that_was_saved(server, tmp_path):
+    """Its batch norms have other running statistics on each rank; a resumed run reads the file of rank 0."""
+    arguments = [*ARGUMENTS["pix2pix"], *TINY, "--norm=batch", "--epoch_steps=1"]
+    in_first_step_of_student = "interrupt step", 3
+    for given, stop, code in (
+        ([*arguments, "--name=whole"], None, 0),
+        ([*arguments, "--name=resumed"], in_first_step_of_student, 128 + signal.SIGINT),
+        (["--resume=resumed"], None, 0),
+    ):
+        assert server(given, tmp_path, stop, processes=2) == code, (tmp_path / "log").read_text()
+    whole, resumed = (lines(tmp_path / "runs" / name) for name in ("whole", "resumed"))
+    assert [line | {"seconds": 0} for line in resumed] == [line | {"seconds": 0} for line in whole]
+
+
 @pytest.mark.slow
 @pytest.mark.core(1)
 def test_torchrun(runs):

@@ -1,10 +1,12 @@
 """What is checked and loaded before training starts."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, config_of
+from sample_images import save_plain
 
 from srpkd.models.checkpoints import save_weights, teacher_files
 from srpkd.models.networks import define_discriminator, define_generator
@@ -138,6 +140,10 @@ def test_a_loaded_teacher_is_frozen_and_in_eval_mode(tmp_path, dropout):
         ([*TEACHER, "--backend=closed_form", "--distance=l1"], "backend='closed_form' supports distance 'l2'"),
         ([*TEACHER, "--backend=closed_form", "--rectify"], "backend='closed_form' does not support rectify=True"),
         (["--n_layers_D=5"], "images of 16 x 16 pixels are too small for netD n_layers: use larger images, or --n"),
+        (
+            ["--load_size=4", "--crop_size=4", "--netD=pixel"],
+            "images of 4 x 4 pixels are too small for netG resnet_1blocks: use a larger --crop_size or larger images (",
+        ),
         (["--input_nc=1"], "lambda_identity=0.5 needs images of equal channels on both sides"),
         (["--runs_dir=text.pth"], "runs_dir text.pth: this folder cannot be made: File exists"),
         (["--runs_dir=text.pth/runs"], "runs_dir text.pth/runs: this folder cannot be made"),
@@ -166,7 +172,30 @@ def test_generated_images_must_fit_the_generators(refusal):
     assert refusal(*PIX2PIX, "--synthetic_size=20", "--netG=unet_16").startswith(message)
 
 
-@pytest.mark.parametrize(("direction", "size"), [("AtoB", "40 x 24"), ("BtoA", "36 x 48")])
-def test_images_too_small_for_the_discriminator_are_refused(refusal, oblong, direction, size):
-    arguments = [f"--dataroot={oblong}", *TINY, "--preprocess=none", f"--direction={direction}", "--n_layers_D=5"]
-    assert f"images of {size} pixels are too small for netD n_layers" in refusal(*arguments)
+@pytest.mark.parametrize(
+    ("folder", "netD", "network"),
+    [
+        ("trainA", "n_layers", "netD n_layers"),
+        ("trainB", "n_layers", "netD n_layers"),
+        ("testA", "pixel", "netG resnet_1blocks"),
+        ("trainA", "pixel", ""),
+    ],
+)
+def test_images_that_are_smaller_than_the_first_one(refusal, run, oblong, tmp_path, folder, netD, network):
+    """Of 40 x 24 and 36 x 48 pixels (H x W), one has 8 x 8, or in the test folder 4 x 4."""
+    shutil.copytree(oblong, tmp_path / "images")
+    side = 4 if "test" in folder else 8
+    save_plain(tmp_path / "images" / folder / "2.png", (side, side))
+    arguments = [
+        "--dataroot=images",
+        "--model=cycle_gan",
+        *TINY,
+        "--preprocess=none",
+        f"--netD={netD}",
+        "--n_layers_D=3",
+    ]
+    if network:
+        message = refusal(*arguments)
+        assert message.startswith(f"images of {side} x {side} pixels are too small for {network}: use ")
+    else:
+        run(*arguments)
