@@ -65,14 +65,14 @@ def fidelity(
     if not (fid or kid):
         raise ValueError("fid and kid are both False, expected at least one of them to be True")
     check_whole("batch_size", batch_size, least=1)
+    library = require("torch_fidelity", "metrics", "FID and KID")
+    weights = None if feature_extractor else _inception_file(inception_weights)
     counts = {name: sum(map(len, parts)) for name, parts in real.items()}
     fewest = min(len(generated), *counts.values())
     if fewest < 2:
         raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {min(counts.values())}")
     if kid_subset_size is not None and not 2 <= kid_subset_size <= fewest:
         raise ValueError(f"--kid_subset_size {kid_subset_size}: expected 2 to {fewest}, the number of images")
-    library = require("torch_fidelity", "metrics", "FID and KID")
-    weights = None if feature_extractor else _inception_file(inception_weights)
     if not all(images.have_same_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
         batch_size = 1
     results: dict[str, dict[str, float]] = {}

@@ -77,7 +77,7 @@ WRONG = {
         DataError,
         r"--dataset_mode=\['aligned'\] is not one of",
     ),
-    "scenes as a text": (lambda: generate_scenes("3"), TypeError, "count='3': expected an integer, received str"),
+    "scenes as a text": (lambda: generate_scenes("3"), TypeError, "count='3': expected an integer >= 1, received str"),
     "half a pixel": (lambda: generate_scenes(1, 16.5), TypeError, "size=16.5: expected an integer"),
     "a seed too long": (
         lambda: generate_scenes(1, 16, 2**70),

@@ -49,8 +49,8 @@ BACKENDS = {
             Fault(
                 "rows are not completed by symmetry",
                 CPU_MATRICES,
-                "for (int64_t left = end; left < pixels",
-                "for (int64_t left = end + LINE; left < pixels",
+                "copy(whole.row_range(end, pixels_ - end).column_range(rows.begin, rows.size).t(), right);",
+                "copy(right, right);",
             ),
             Fault(
                 "cosine: wrong sign of the correction",
