@@ -122,7 +122,7 @@ def validate_data(
         )
         size = config.synthetic_size, config.synthetic_size
         return DataSummary(text, [size], [size])
-    reports = [
+    train, *test = [
         validate_dataset(
             config.dataroot,
             config.dataset_mode,
@@ -137,9 +137,9 @@ def validate_data(
         )
         for phase in (("train", "test") if has_test_images(config) else ("train",))
     ]
-    lines = [*map(str, reports), *([_no_test_images(config)] if len(reports) == 1 else [])]
-    train_sizes, test_sizes = [*(_smallest(report.network_sizes) for report in reports), []][:2]
-    return DataSummary("\n".join(lines), train_sizes, test_sizes)
+    test_text = str(test[0]) if test else _no_test_images(config)
+    test_sizes = _smallest(test[0].network_sizes) if test else []
+    return DataSummary(f"{train}\n{test_text}", _smallest(train.network_sizes), test_sizes)
 
 
 def _smallest(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -90,8 +90,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
         dry_run(config, checked, starting)  # on all ranks the same
-        stages = [*checked.variants.values(), *([checked.teacher] if checked.teacher else [])]
-        notes = distributed.raise_on_all_ranks(partial(check_batches, stages))
+        notes = distributed.raise_on_all_ranks(partial(check_batches, checked.stages))
         folder = distributed.broadcast_object(distributed.raise_on_all_ranks(partial(_folder, config)))
         run_dir = distributed.raise_on_all_ranks(partial(_open_run_dir, folder, config, command, checked))
         on_error.pop_all()
@@ -127,6 +126,7 @@ class _Checked(NamedTuple):
     packages: Mapping[str, ModuleType]
     teacher: ResolvedConfig | None
     variants: dict[str, ResolvedConfig]
+    stages: list[ResolvedConfig]  # the variants and the teacher
     teachers: Generators
     data: DataSummary
     inputs: dict[str, str]
@@ -154,7 +154,7 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
         check_resumed(config, state)
         check_unchanged(config.resume, inputs, state.get("inputs", {}))
         state = extend(config, variants, folder, state)
-    return _Checked(packages, teacher, variants, teachers, data, inputs, lock, state)
+    return _Checked(packages, teacher, variants, stages, teachers, data, inputs, lock, state)
 
 
 def _folder(config: ResolvedConfig) -> Path:
@@ -268,7 +268,7 @@ def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module], dat
     Raises:
         ValueError: Options do not fit the networks or the image size.
     """
-    for direction in OBJECTIVES[config.model].directions:
+    for direction in OBJECTIVES[config.model].directions:  # before the objective, whose taps run the generators
         with torch.device("meta"):
             generator = define_generator(**asdict(generator_spec(config, direction)))
         sizes = dict.fromkeys([*data.train_sizes, *data.test_sizes])
