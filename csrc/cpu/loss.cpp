@@ -9,6 +9,7 @@
 
 #include "../common/arguments.h"
 #include "../common/index.h"
+#include "instructions.h"
 #include "matrix.h"
 #include "packed_features.h"
 #include "parallel_for.h"
@@ -93,7 +94,8 @@ bool prefer_matrices(const Tensor& student, const Tensor& teacher, const Relatio
   const int64_t cache = cache_bytes() / static_cast<int64_t>(elementSize(accumulator(student.scalar_type())));
   if (relation.normalize != Normalize::row) return elements <= 2 * cache;
   const int64_t channels_s = student.size(2), channels_t = teacher.size(2);
-  return elements <= cache / 2 + 32 * (channels_s * channels_s + channels_t * channels_t);
+  static const int64_t gain = has_instructions("AVX512") ? 128 : 32;  // of an element of the moments
+  return elements <= cache / 2 + gain * (channels_s * channels_s + channels_t * channels_t);
 }
 
 template <typename T>

@@ -14,7 +14,6 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/arguments.h"
 #include "../common/index.h"
 #include "kernels.h"
 #include "packed_features.h"
