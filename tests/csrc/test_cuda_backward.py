@@ -16,7 +16,7 @@ RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("backward.cpp", "-O1")
+    result = compile_emulation("backward.cpp")
     result.backward.restype = ctypes.c_char_p
     return result
 

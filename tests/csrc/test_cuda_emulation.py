@@ -59,7 +59,7 @@ class Features(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("library.cpp", "-O1")
+    result = compile_emulation("sm80_library.cpp", "sm80_tiles.cpp")
     result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p
     return result
 

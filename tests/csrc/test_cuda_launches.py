@@ -17,12 +17,12 @@ devices = itertools.count()  # what a GPU can do is asked once: every test has i
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return compile_emulation("launches.cpp", RUNTIME)
+    return compile_emulation("launches.cpp", further=(RUNTIME,))
 
 
 @pytest.fixture(scope="session")
 def tensor_maps(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return compile_emulation("tensor_maps.cpp", RUNTIME)
+    return compile_emulation("tensor_maps.cpp", further=(RUNTIME,))
 
 
 def launch(

@@ -53,7 +53,7 @@ class Features(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("sm90_library.cpp", "-O1")
+    result = compile_emulation("sm90_library.cpp", "sm90_tiles.cpp")
     result.relation_tiles.restype = ctypes.c_char_p
     return result
 

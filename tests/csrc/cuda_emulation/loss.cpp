@@ -4,14 +4,13 @@
 #include <string>
 #include <vector>
 
-#include "sm90_primitives.h"
+#include "emulation.h"
 // after the primitives
 #include "../../../csrc/cuda/algebra/sequence.cuh"
 #include "../../../csrc/cuda/closed_form/sequence.cuh"
-#include "../../../csrc/cuda/sm80/relation_tiles.cuh"
 #include "../../../csrc/cuda/sm90/algebra_sums.cuh"
-#include "../../../csrc/cuda/sm90/relation_tiles.cuh"
 #include "../../../csrc/cuda/sm90_loss_plan.h"
+#include "tiles.h"
 
 namespace {
 
@@ -49,30 +48,16 @@ struct Launch {
 
 void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
   const sm80::Params& p = plan.tiles;
-  const auto run = [&](auto config) {
-    using C = decltype(config);
-    launch.run(p.images * p.blocks * p.channel_splits, p.splits, C::THREADS, sm80::shared_bytes<C>(p),
-               [&] { run_in_order<sm80::RelationTiles<C>>(p); });
-  };
-  sm80::with_precision(precision, [&](auto chosen) {
-    if (p.rectify)
-      sm80::with_config<true>(chosen, pixels_adjacent, plan.u_channels, run);
-    else
-      sm80::with_config<false>(chosen, pixels_adjacent, plan.u_channels, run);
-  });
+  const TilesKernel kernel = sm80_tiles(p, precision, pixels_adjacent, plan.u_channels);
+  launch.run(p.images * p.blocks * p.channel_splits, p.splits, kernel.threads, kernel.bytes, kernel.run);
 }
 
 // A cooperative launch: all thread blocks are resident, and it does not start early.
 void launch_tiles(Sm90LossPlan& plan, Precision, bool, Launch& launch) {
   sm90::Params& p = plan.tiles.params;
   p.student = plan.tiles.student, p.teacher = plan.tiles.teacher;
-  sm90::with_precision(plan.tiles.precision, [&](auto chosen) {
-    sm90::with_config(chosen, plan.tiles.variant, [&](auto config) {
-      using C = decltype(config);
-      launch.run(
-          p.work.grid, 1, C::THREADS, C::bytes(p), [&] { sm90::relation_tiles_of_block<C>(p); }, false, p.work.grid);
-    });
-  });
+  const TilesKernel kernel = sm90_tiles(p, plan.tiles.precision, plan.tiles.variant);
+  launch.run(p.work.grid, 1, kernel.threads, kernel.bytes, kernel.run, false, p.work.grid);
 }
 
 // Calls f with the element type and the layout of the features.

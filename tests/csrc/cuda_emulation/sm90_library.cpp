@@ -6,9 +6,9 @@
 
 #include "sm90_primitives.h"
 // after the primitives
-#include "../../../csrc/cuda/sm90/relation_tiles.cuh"
 #include "../../../csrc/cuda/sm90/sums.cuh"
 #include "../../../csrc/cuda/sm90/tile_plan.h"
+#include "tiles.h"
 
 namespace {
 
@@ -81,12 +81,8 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
   p.alpha_student = student->alpha, p.alpha_teacher = teacher->alpha;
 
   emulation::machine = &local;
-  with_precision(plan.precision, [&](auto chosen) {
-    with_config(chosen, plan.variant, [&](auto config) {
-      using C = decltype(config);
-      local.run(p.work.grid, 1, C::THREADS, C::bytes(p), {seed, p.work.grid}, [&] { relation_tiles_of_block<C>(p); });
-    });
-  });
+  const TilesKernel kernel = sm90_tiles(p, plan.precision, plan.variant);
+  local.run(p.work.grid, 1, kernel.threads, kernel.bytes, {seed, p.work.grid}, kernel.run);
   emulation::machine = nullptr;
   message = local.error;
   if (!message.empty()) return message.c_str();

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <string>
 
-#include "../../../csrc/cuda/sm80/plan.h"
-#include "../../../csrc/cuda/sm80/relation_tiles.cuh"
+#include "emulation.h"
+#include "tiles.h"
 
 namespace {
 
@@ -69,15 +69,8 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   local.allow(loss, int64_t{images} * splits * p.blocks * 8);
   local.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
   local.allow(h, int64_t{splits} * images * pixels * 4);
-  const auto run_config = [&](auto config) {
-    using C = decltype(config);
-    return run(local, images * p.blocks * p.channel_splits, splits, C::THREADS, shared_bytes<C>(p), seed,
-               [&] { RelationTiles<C>(p).run(); });
-  };
-  return with_precision(static_cast<Precision>(precision), [&](auto chosen) {
-    return rectify ? with_config<true>(chosen, pixels_adjacent, u_channels, run_config)
-                   : with_config<false>(chosen, pixels_adjacent, u_channels, run_config);
-  });
+  const TilesKernel kernel = sm80_tiles(p, static_cast<Precision>(precision), pixels_adjacent, u_channels);
+  return run(local, images * p.blocks * p.channel_splits, splits, kernel.threads, kernel.bytes, seed, kernel.run);
 }
 
 // Runs a kernel with the named mistake and returns the error message of the emulation.
