@@ -26,6 +26,8 @@ template <typename T>
 void transpose_simd(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride);
 template <>
 __attribute__((weak)) void transpose_simd(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+template <>
+__attribute__((weak)) void transpose_simd(int64_t, int64_t, const uint16_t*, int64_t, uint16_t*, int64_t);
 }  // namespace fbgemm
 
 namespace srpkd::cpu {
@@ -63,6 +65,13 @@ void run(Gemm* gemm, const Matrix<const T>& left, const Matrix<const T>& right, 
   const T one = 1, beta = add ? 1 : 0;
   gemm(right_rows ? "N" : "T", left_rows ? "N" : "T", &m, &n, &k, &one, right.data, &lda, left.data, &ldb, &beta,
        result.data, &ldc);
+}
+
+template <typename T>
+bool transpose_in_vectors(const Matrix<const T>& from, const Matrix<T>& to) {
+  if (fbgemm::transpose_simd<T> == nullptr) return false;
+  fbgemm::transpose_simd(from.rows, from.columns, from.data, from.row_stride, to.data, to.row_stride);
+  return true;
 }
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
@@ -136,11 +145,8 @@ void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix
   }
 }
 
-bool transpose(Matrix<const float> from, Matrix<float> to) {
-  if (fbgemm::transpose_simd<float> == nullptr) return false;
-  fbgemm::transpose_simd(from.rows, from.columns, from.data, from.row_stride, to.data, to.row_stride);
-  return true;
-}
+bool transpose(Matrix<const float> from, Matrix<float> to) { return transpose_in_vectors(from, to); }
+bool transpose(Matrix<const uint16_t> from, Matrix<uint16_t> to) { return transpose_in_vectors(from, to); }
 
 void release_microkernels() { at::native::cpublas::brgemm_release(); }
 

@@ -30,6 +30,13 @@ struct Matrix {
   // Whether multiply() can read or write it in place.
   bool is_blas() const { return row_major() || t().row_major(); }
 
+  // The same bits as elements of another type of the same size.
+  template <typename U>
+  Matrix<U> reinterpreted() const {
+    static_assert(sizeof(U) == sizeof(T));
+    return {reinterpret_cast<U*>(data), rows, columns, row_stride, column_stride};
+  }
+
   template <typename U, typename = std::enable_if_t<std::is_same_v<U, const T>>>
   operator Matrix<U>() const {
     return {data, rows, columns, row_stride, column_stride};
@@ -107,14 +114,19 @@ void sum_squares(const Matrix<const T>& rows, double* sums) {
   }
 }
 
-// to = from^T, both row-major, in vectors. Returns false, and writes nothing, if torch has no function for that.
+// to = from^T, both row-major, in vectors. Returns false, and writes nothing, if torch has no function for that. Only
+// the bits matter: elements of other types of the same size are passed as these.
 bool transpose(Matrix<const float> from, Matrix<float> to);
+bool transpose(Matrix<const uint16_t> from, Matrix<uint16_t> to);
 
 template <typename From, typename To>
 void copy(const Matrix<From>& from, const Matrix<To>& to) {
-  if constexpr (std::is_same_v<std::remove_const_t<From>, float> && std::is_same_v<To, float>) {
-    if (from.t().row_major() && to.row_major() && transpose(from.t(), to)) return;
-    if (from.row_major() && to.t().row_major() && transpose(from, to.t())) return;
+  if constexpr (std::is_same_v<std::remove_const_t<From>, To> && (sizeof(To) == 2 || sizeof(To) == 4)) {
+    using Bits = std::conditional_t<sizeof(To) == 2, uint16_t, float>;
+    const auto source = from.template reinterpreted<const Bits>();
+    const auto target = to.template reinterpreted<Bits>();
+    if (source.t().row_major() && target.row_major() && transpose(source.t(), target)) return;
+    if (source.row_major() && target.t().row_major() && transpose(source, target.t())) return;
   }
   for_each_pair(from, to, [](const From& source, To& target) { target = static_cast<To>(source); });
 }

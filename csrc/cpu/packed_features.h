@@ -93,16 +93,18 @@ class PackedFeatures {
   // Copies a block of pixels, whose first one is a multiple of PANEL.
   void pack(Block block) const {
     for_each_panel(block, [&](Block panel) {
-      const Matrix<const S> from = features_.row_range(panel.begin, panel.size);
-      if (by_pixel_.defined() && !in_place_) copy_filled_up(from, rows<T>(by_pixel_, channels_, panel));
+      Matrix<const S> from = features_.row_range(panel.begin, panel.size);
       if (by_channel_.defined()) copy_filled_up(from.t(), columns<T>(by_channel_, channels_, panel));
       if constexpr (IS_BFLOAT16) {
-        if (!left_.defined()) return;
-        const Matrix<c10::BFloat16> left = left_rows(panel);
-        copy_filled_up(from, left);
-        const Matrix<const Pair> pairs = {reinterpret_cast<const Pair*>(left.data), left.rows, pairs_, pairs_, 1};
-        if (right_.defined()) copy(pairs.t(), right_columns(panel));
+        if (left_.defined()) {
+          const Matrix<c10::BFloat16> left = left_rows(panel);
+          copy_filled_up(from, left);
+          const Matrix<const Pair> pairs = {reinterpret_cast<const Pair*>(left.data), left.rows, pairs_, pairs_, 1};
+          if (right_.defined()) copy(pairs.t(), right_columns(panel));
+          from = left.row_range(0, panel.size).column_range(0, channels_);  // adjacent channels, which widen faster
+        }
       }
+      if (by_pixel_.defined() && !in_place_) copy_filled_up(from, rows<T>(by_pixel_, channels_, panel));
     });
   }
 
