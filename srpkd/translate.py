@@ -29,7 +29,11 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=positive, default=1, help="images per batch, at most (default: %(default)s)")
     add("--size", type=positive, help="scale images to SIZE x SIZE first (default: keep their sizes)")
     add("--all_frames", action="store_true", help="translate all pages or frames of a file (default: only the first)")
-    add("--force", action="store_true", help="replace files that exist")
+    existing = result.add_mutually_exclusive_group()
+    existing.add_argument("--force", action="store_true", help="replace files that exist")
+    existing.add_argument(
+        "--skip_existing", action="store_true", help="translate only images without a result, after an interruption"
+    )
     add_device(result)
     add_train_mode_norm(result)
     return result
@@ -47,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_size=options.batch_size,
             size=options.size,
             force=options.force,
+            skip_existing=options.skip_existing,
             all_frames=options.all_frames,
         )
         others = count_other_files(Path(options.in_folder).expanduser())

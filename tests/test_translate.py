@@ -10,6 +10,7 @@ from sample_images import save_deep, save_mixed
 from torch import nn
 
 from srpkd.data.images import open_image
+from srpkd.models import inference
 from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 from srpkd.translate import main
@@ -61,7 +62,7 @@ def test_results_are_overwritten_only_with_force(folder, tmp_path, capsys):
     (tmp_path / "out" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "deep" / "a.webp").write_bytes(b"mine")
     arguments = [str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu"]
-    with pytest.raises(SystemExit, match=r"1 of the results exist already, such as .*a\.webp: use --force"):
+    with pytest.raises(SystemExit, match=r"1 of the results exist already, such as .*a\.webp: use --skip_existing"):
         main(arguments)
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.webp"]
     assert (tmp_path / "out" / "deep" / "a.webp").read_bytes() == b"mine"
@@ -79,6 +80,31 @@ def run(tmp_path, folder, *options):
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu", *options])
     return caught.value.code
+
+
+def test_an_interrupted_translation_continues_with_skip_existing(folder, tmp_path, monkeypatch, capsys):
+    save_weights(define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
+    arguments = [str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu", "--skip_existing"]
+    write, written = inference.write_file, []
+
+    def interrupted(path, content):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(write(path, content))
+
+    monkeypatch.setattr(inference, "write_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    first = written.copy()
+    written.clear()
+    monkeypatch.setattr(inference, "write_file", lambda path, content: written.append(write(path, content)))
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert len(written) == 4 and not set(written) & set(first)
+    assert "note: 3 results exist already: their images were left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert capsys.readouterr().out.startswith("0 images written")
 
 
 @pytest.fixture

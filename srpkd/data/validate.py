@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..arguments import check_choice, check_whole
+from ..progress import ProgressBar
 from . import Direction
 from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
 from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
@@ -22,6 +23,7 @@ Size = tuple[int, int]  # (width, height)
 # about a second for small photos. In a larger folder these files are evenly spaced; of the others only the header is
 # read (and the checksums of PNG).
 DECODED = 500
+BAR_DELAY = 3  # seconds before a progress bar appears: headers of many files on a network drive can take minutes
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,17 @@ def validate_dataset(
     max_dataset_size: int | None = None,
     size_multiple: int = 1,
     batch_size: int = 1,
+    progress: bool = False,
 ) -> DatasetReport:
     """Check all images that `open_dataset` would read with the same arguments.
 
-    Writes nothing and draws no random numbers.
+    Writes no file and draws no random numbers.
 
     Args:
         size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
             U-Net.
         batch_size: images per batch; more than one must have the same size.
+        progress: show a progress bar if it takes longer than a few seconds.
 
     Raises:
         DataError: lists *all* problems: options that contradict each other; a dataroot or folder that does not exist,
@@ -138,7 +142,7 @@ def validate_dataset(
     geometry = _Geometry(preprocess, effective, crop_size, load_size, size_multiple)
 
     def inspect(layout: FolderLayout) -> tuple[list[str], DatasetReport]:
-        return _inspect(layout, geometry, max_dataset_size, batch_size)
+        return _inspect(layout, geometry, max_dataset_size, batch_size, progress)
 
     layout = find_layout(root, dataset_mode, phase)
     problems = _size_problems(geometry)
@@ -171,7 +175,7 @@ def _other_layout(layout: FolderLayout, is_usable: Callable[[FolderLayout], bool
 
 
 def _inspect(
-    layout: FolderLayout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int
+    layout: FolderLayout, geometry: _Geometry, max_dataset_size: int | None, batch_size: int, progress: bool
 ) -> tuple[list[str], DatasetReport]:
     """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
     geometry = replace(geometry, side_by_side=layout.is_side_by_side)
@@ -188,7 +192,17 @@ def _inspect(
     except DataError as error:
         return error.problems, DatasetReport(layout, counts, file_sizes, [], 0)
     for folder, name, files in zip(layout.folders, layout.names, files_of_folders):
-        headers, unreadable, complete = _read_headers(files)
+        bar = ProgressBar(
+            files,
+            desc=f"validating {name}",
+            unit="image",
+            delay=BAR_DELAY,
+            mininterval=1,  # keeps log files short
+            leave=False,
+            disable=not progress,
+        )
+        with bar:
+            headers, unreadable, complete = _read_headers(bar, len(files))
         if not files:
             problems.append(_no_images(folder))
         for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
@@ -319,12 +333,12 @@ def _unusable_images(headers: list[_Header], geometry: _Geometry) -> dict[str, l
     return found
 
 
-def _read_headers(files: list[str]) -> tuple[list[_Header], list[tuple[str, str]], int]:
+def _read_headers(files: Iterable[str], count: int) -> tuple[list[_Header], list[tuple[str, str]], int]:
     """Return the headers of the readable files, (path, reason) of the others, and how many were decoded completely."""
     headers, unreadable, decoded = [], [], 0
     for i, path in enumerate(files):
         # true for all files of a small folder, and for DECODED evenly spaced ones of a large folder
-        decode = i * DECODED % len(files) < DECODED
+        decode = i * DECODED % count < DECODED
         decoded += decode
         try:
             with open_image(path) as image:

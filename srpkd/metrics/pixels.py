@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +16,7 @@ from ..extras import require
 PixelMetric = Literal["psnr", "ssim"]
 PIXEL_METRICS: tuple[PixelMetric, ...] = get_args(PixelMetric)
 WINDOW = 11  # side of SSIM's window in pixels
+TILE = 32  # SSIM's windows per side that are computed at once: torch copies the pixels of each, here into the cache
 
 
 def confusion_matrix(pred: Tensor, true: Tensor, classes: int) -> Tensor:
@@ -105,12 +108,17 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     if min(pred.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels; received {tuple(pred.shape[2:])}")
     library = require("torchmetrics.functional.image", "metrics", "SSIM")
-    _, at_pixels = library.structural_similarity_index_measure(
-        pred.double(), target.double(), sigma=1.5, data_range=data_range, return_full_image=True
-    )
     # since version 1.5 the library's own average counts windows across mirrored edges too
     edge = WINDOW // 2
-    return at_pixels[..., edge:-edge, edge:-edge].mean().item()
+    overlap = 2 * edge
+    total = 0.0
+    for top, left in product(range(0, pred.shape[2] - overlap, TILE), range(0, pred.shape[3] - overlap, TILE)):
+        tile = (..., slice(top, top + TILE + overlap), slice(left, left + TILE + overlap))
+        _, at_pixels = library.structural_similarity_index_measure(
+            pred[tile].double(), target[tile].double(), sigma=1.5, data_range=data_range, return_full_image=True
+        )
+        total += at_pixels[..., edge:-edge, edge:-edge].sum().item()
+    return total / (math.prod(pred.shape[:2]) * math.prod(side - overlap for side in pred.shape[2:]))
 
 
 def _check_shapes(pred: Tensor, target: Tensor, name: str = "target") -> None:

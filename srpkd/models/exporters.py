@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 
 from ..arguments import check_choice, check_number, check_whole
-from ..data.images import DataError, image_files, read_image
+from ..data.images import DataError, image_files, open_image, read_image
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file
@@ -128,7 +128,7 @@ def export_generator(
         change = f"use --format {others[0]}, or " if others else ""
         raise ValueError(f"{target} with format={format!r}: {change}give a name that ends in {SUFFIXES[format]}")
     net = load_generator(weights, train_mode_norm=train_mode_norm)
-    images = _calibration_images(Path(calibration), net) if calibration else []
+    images = _calibration_images(Path(calibration), net) if calibration else None
     model = to_onnx(net, opset) if format == "onnx" else to_pt2(net)
     difference = max_difference(net, {"onnx": onnx_runner, "pt2": pt2_runner}[format](model))
     if not difference <= tolerance:
@@ -140,8 +140,9 @@ def export_generator(
     contents = {target: model}
     exported = [ExportedFile(target, len(model), multiple, smallest, difference)]
     if images:
-        contents[int8_target] = quantized = quantize(model, images[::2])
-        scores = quantization_psnr(model, quantized, images[1::2] or images)
+        contents[int8_target] = quantized = quantize(model, replace(images, paths=images.paths[::2]))
+        held_out = replace(images, paths=images.paths[1::2] or images.paths)
+        scores = quantization_psnr(model, quantized, held_out)
         psnr_to_float = QuantizedPsnr(sum(scores) / len(scores), min(scores), len(scores), held_out=len(images) > 1)
         exported.append(ExportedFile(int8_target, len(quantized), multiple, smallest, quantization=psnr_to_float))
     for path, content in contents.items():
@@ -163,8 +164,25 @@ def _check_target(path: Path, weights: str | Path, force: bool) -> None:
         raise FileExistsError(f"{path} exists: use --force to replace it, or give another --output")
 
 
-def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
-    """Return at most `CALIBRATION_IMAGES` of the folder's images, evenly spaced, as (1, C, H, W) in [-1, 1].
+@dataclass(frozen=True)
+class _CalibrationImages:
+    """Image files as (1, C, H, W) in [-1, 1], for a generator. Each is read when it is its turn: photos are large."""
+
+    paths: list[str]
+    channels: int
+    multiple: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for path in self.paths:
+            picture = with_channels(read_image(path), self.channels)
+            yield pad_images(image_to_tensor(picture)[None], self.multiple)
+
+
+def _calibration_images(folder: Path, net: nn.Module) -> _CalibrationImages:
+    """Return at most `CALIBRATION_IMAGES` of the folder's images, evenly spaced.
 
     Raises:
         DataError: lists all of them that cannot be read.
@@ -178,18 +196,18 @@ def _calibration_images(folder: Path, net: nn.Module) -> list[Tensor]:
             f"found {len(paths)} images and {channels} channels"
         )
     count = min(CALIBRATION_IMAGES, len(paths))
-    images, unreadable = [], []
-    for path in (paths[index * len(paths) // count] for index in range(count)):
+    paths = [paths[index * len(paths) // count] for index in range(count)]
+    unreadable = []
+    for path in paths:
         try:
-            picture = with_channels(read_image(path), channels)
+            with open_image(path) as image:
+                image.check(decode=True)
         except DataError as error:
             unreadable.append(str(error))
-        else:
-            images.append(pad_images(image_to_tensor(picture)[None], size_multiple(net)))
     if unreadable:
         heading = f"--calibration {folder}: {len(unreadable)} of {count} images cannot be read: fix or remove them"
         raise DataError(heading, unreadable)
-    return images
+    return _CalibrationImages(paths, channels, size_multiple(net))
 
 
 def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:

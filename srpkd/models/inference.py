@@ -75,7 +75,7 @@ class Translated(NamedTuple):
     Attributes:
         written: paths of the results.
         skipped: "path: reason" for each image that could not be read.
-        notes: sentences on what the results lack: further frames, alpha channels, ...
+        notes: sentences on what the results lack (further frames, alpha channels, ...), and on images left out.
     """
 
     written: list[str]
@@ -102,6 +102,7 @@ def translate_folder(
     batch_size: int = 1,
     size: int | None = None,
     force: bool = False,
+    skip_existing: bool = False,
     crop: Crop | None = None,
     all_frames: bool = False,
     lossless: bool = False,
@@ -119,6 +120,7 @@ def translate_folder(
         batch_size: images per batch, at most.
         size: scale every image to size x size first; by default it keeps its own size.
         force: replace files that exist.
+        skip_existing: leave out the images whose results exist, for example after an interruption.
         crop: (image, path) -> the part of it to translate.
         all_frames: translate all pages or frames of a file, not only the first.
         lossless: write PNG in place of formats that change the pixels: ``a.jpg`` becomes ``from_jpg/a.png``, which is
@@ -138,7 +140,10 @@ def translate_folder(
         check_whole("size", size, least=1)
     source, target = Path(source).expanduser(), Path(target).expanduser()
     channels = input_channels(net)
-    paths = _images_to_translate(source, target, force)
+    paths, existing = _images_to_translate(source, target, force or skip_existing)
+    if skip_existing:
+        existing_images = set(existing)
+        paths = [path for path in paths if path not in existing_images]
     written: list[str] = []
     skipped: list[str] = []
     lacking: defaultdict[str, list[str]] = defaultdict(list)
@@ -178,6 +183,8 @@ def translate_folder(
         f"{len(where)} image{'s' if len(where) > 1 else ''}: {what}, such as {where[0]}"
         for what, where in lacking.items()
     ]
+    if skip_existing and existing:
+        notes.append(f"{len(existing):,} results exist already: their images were left out")
     return Translated(written, skipped, notes)
 
 
@@ -196,8 +203,11 @@ def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, al
     return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
 
 
-def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
-    """Return the images of the source; check both folders, and that no result exists unless `force`."""
+def _images_to_translate(source: Path, target: Path, may_exist: bool) -> tuple[list[str], list[str]]:
+    """Return the images of the source, and those whose results exist; check both folders.
+
+    Results that exist are an error unless `may_exist`.
+    """
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder of the images to translate")
     if target.exists() and not target.is_dir():
@@ -215,12 +225,12 @@ def _images_to_translate(source: Path, target: Path, force: bool) -> list[str]:
             "not tell upper case from lower case: rename one, or write elsewhere"
         )
     existing = [path for path in paths if (target / os.path.relpath(path, source)).exists()]
-    if existing and not force:
+    if existing and not may_exist:
         raise FileExistsError(
             f"{len(existing)} of the results exist already, such as {target / os.path.relpath(existing[0], source)}: "
-            "use --force to replace them, or give another folder"
+            "use --skip_existing to translate only the other images, --force to replace them, or give another folder"
         )
-    return paths
+    return paths, existing
 
 
 def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Metrics(NamedTuple):
 
 def read_metrics(path: Path) -> Metrics:
     """Read metrics.jsonl; lines that cannot be parsed and values that are not finite become remarks."""
-    collected: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    collected: dict[str, dict[str, array[float]]] = {}  # step, value, step, value, ...
     lines: Counter[str] = Counter()
     last, unreadable = None, 0
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -53,12 +54,12 @@ def read_metrics(path: Path) -> Metrics:
                 continue
             lines[stage] += 1
             for name, value in values.items():
-                collected.setdefault(name, {}).setdefault(stage, []).append((step, value))
+                collected.setdefault(name, {}).setdefault(stage, array("d")).extend((step, value))
     remarks = [f"Invalid lines in {path.name}: {unreadable:,}."] if unreadable else []
     series: dict[str, dict[str, np.ndarray]] = {}
     for name, stages in collected.items():
         for stage, pairs in stages.items():
-            points = np.array(pairs, dtype=np.float64).T
+            points = np.frombuffer(pairs).reshape(-1, 2).T
             points = points[:, np.argsort(points[0], kind="stable")]  # a resumed run repeats steps
             finite = np.isfinite(points[0]) & np.isfinite(points[1])
             if not finite.all():

@@ -134,6 +134,7 @@ def validate_data(
             max_dataset_size=train_limit(stages) if phase == "train" else None,
             batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
             size_multiple=multiple,
+            progress=distributed.rank() == 0,
         )
         for phase in (("train", "test") if has_test_images(config) else ("train",))
     ]

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from srpkd.metrics.pixels import (
+    TILE,
+    WINDOW,
     class_accuracy,
     confusion_matrix,
     mean_iou,
@@ -142,6 +144,25 @@ def test_ssim_agrees_with_its_definition(shape):
                 luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
                 found.append(luminance * (2 * covariance + c2) / (variance_a + variance_b + c2))
     assert ssim(torch.from_numpy(pred), torch.from_numpy(target), 255.0) == pytest.approx(np.mean(found), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (TILE, TILE), (TILE + 1, 2 * TILE - 1), (2 * TILE + 10, 20)])
+def test_ssim_of_a_large_image_is_computed_in_tiles(size, monkeypatch):
+    """torch's convolution in float64 takes 5 kB per window: a photo of 6000 x 4000 pixels would need 116 GB."""
+    library = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
+    whole, tiles = library.structural_similarity_index_measure, []
+
+    def recorded(pred, target, **options):
+        tiles.append(pred.shape)
+        return whole(pred, target, **options)
+
+    monkeypatch.setattr(library, "structural_similarity_index_measure", recorded)
+    generator = torch.Generator().manual_seed(0)
+    pred, noise = torch.rand(2, 2, 3, *(side + WINDOW - 1 for side in size), generator=generator)
+    target = 0.7 * pred + 0.3 * noise
+    _, at_pixels = whole(pred.double(), target.double(), sigma=1.5, data_range=1.0, return_full_image=True)
+    assert ssim(pred, target, 1.0) == pytest.approx(at_pixels[..., 5:-5, 5:-5].mean().item(), rel=1e-12)
+    assert max(max(shape[2:]) for shape in tiles) <= TILE + WINDOW - 1
 
 
 def test_ssim_agrees_with_scikit_image():

@@ -157,6 +157,16 @@ def test_calibration_images_of_16_bits(tmp_path):
     np.testing.assert_allclose(images[0].permute(1, 2, 0), np.repeat(ramp, 3, 2) / 32767.5 - 1, atol=2e-7)
 
 
+def test_calibration_images_are_read_one_at_a_time(photos, monkeypatch):
+    """64 photos of 6000 x 4000 pixels would take 18 GB."""
+    found = _calibration_images(photos, define_generator("resnet_1blocks", ngf=1))
+    read, opened = exporters.read_image, []
+    monkeypatch.setattr(exporters, "read_image", lambda path: opened.append(path) or read(path))
+    for number, _ in enumerate(found, 1):
+        assert len(opened) == number
+    assert number == len(found) > 1
+
+
 def test_calibration_images_that_cannot_be_read(weights, photos):
     """All of them in one message, before the model is exported."""
     names = ("a.png", "b.png", "c.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_smoothing_averages_bins() -> None:
     assert abs(values - at / 20_000)[inner].max() < 0.2
     at, values = curves._smooth(np.array([[5.0], [2.0]]), share=0.05)
     assert (at, values) == ([5.0], [2.0])
+
+
+def test_metrics_of_a_long_run_take_a_few_bytes_per_value(tmp_path: Path) -> None:
+    """A run may log a million steps, and draws its curves while it trains."""
+    names, steps = [f"loss_{number}" for number in range(10)], 4000
+    lines = (metrics_line("srp", step, **dict.fromkeys(names, 1 / step)) for step in range(1, steps + 1))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(lines))
+    tracemalloc.start()
+    try:
+        metrics = curves.read_metrics(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert metrics.series["loss_9"]["srp"].shape == (2, steps)
+    assert peak < 60 * steps * len(names)  # a tuple of two floats takes 112
 
 
 def test_long_run_is_drawn_quickly(tmp_path: Path) -> None:
