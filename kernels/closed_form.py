@@ -20,6 +20,7 @@ from .formulas import Relation, Scales, TileSums, Total, identity
 DISTANCES = ("l2",)
 UNSUPPORTED = ("rectify",)  # max(A, 0) does not factor
 SCALE_DTYPE = torch.float64
+GROUP_ELEMENTS = 2**18  # of the features of the images that are computed together on a CPU: see bench/NOTES.md
 
 
 def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:
@@ -46,7 +47,25 @@ def loss_and_gradient(
         from .triton import closed_form
 
         return closed_form.loss_and_gradient(student, teacher, relation, need_grad)
-    return formulas.loss_and_gradient(relation_tiles, student, teacher, relation, need_grad, SCALE_DTYPE)
+    at_once = images_at_once(student, teacher)
+    groups = [
+        formulas.loss_and_gradient(relation_tiles, *group, relation, need_grad, SCALE_DTYPE)
+        for group in zip(student.split(at_once), teacher.split(at_once))
+    ]
+    if len(groups) == 1:
+        return groups[0]
+    losses, gradients = zip(*groups)
+    if not need_grad:
+        return torch.cat(losses), None
+    gradient = torch.empty_like(student, dtype=gradients[0].dtype)  # with the strides of the student's features
+    return torch.cat(losses), torch.cat(gradients, out=gradient)
+
+
+def images_at_once(student: Tensor, teacher: Tensor) -> int:
+    """Return how many images are computed together: on a CPU, as many as its caches hold, and at least one."""
+    if student.device.type != "cpu":
+        return max(1, len(student))
+    return max(1, GROUP_ELEMENTS // max(1, student[:1].numel() + teacher[:1].numel()))
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
