@@ -14,6 +14,15 @@ from torch import Tensor
 from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
 from .strips import Alphas, gradient_terms, relate, strip_elements, strip_rows
 
+STRIP_ROWS = 64  # of several images on a CPU, at least: products with few rows are slow, see bench/NOTES.md
+
+
+def images_at_once(student: Tensor, teacher: Tensor) -> int | None:
+    """Return how many images to compute together: on a CPU, as many as fit into a strip; else None, all."""
+    if student.device.type != "cpu":
+        return None
+    return max(1, strip_elements(student.device) // (STRIP_ROWS * student.shape[1]))
+
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,), U (B, N, C_s), h (B, N). See ``TileSums``."""

@@ -48,24 +48,16 @@ def loss_and_gradient(
 
         return closed_form.loss_and_gradient(student, teacher, relation, need_grad)
     at_once = images_at_once(student, teacher)
-    groups = [
-        formulas.loss_and_gradient(relation_tiles, *group, relation, need_grad, SCALE_DTYPE)
-        for group in zip(student.split(at_once), teacher.split(at_once))
-    ]
-    if len(groups) == 1:
-        return groups[0]
-    losses, gradients = zip(*groups)
-    if not need_grad:
-        return torch.cat(losses), None
-    gradient = torch.empty_like(student, dtype=gradients[0].dtype)  # with the strides of the student's features
-    return torch.cat(losses), torch.cat(gradients, out=gradient)
+    return formulas.loss_and_gradient(
+        relation_tiles, student, teacher, relation, need_grad, SCALE_DTYPE, images_at_once=at_once
+    )
 
 
-def images_at_once(student: Tensor, teacher: Tensor) -> int:
-    """Return how many images are computed together: on a CPU, as many as its caches hold, and at least one."""
+def images_at_once(student: Tensor, teacher: Tensor) -> int | None:
+    """Return how many images to compute together: on a CPU, no more than its caches hold; else None, all."""
     if student.device.type != "cpu":
-        return max(1, len(student))
-    return max(1, GROUP_ELEMENTS // max(1, student[:1].numel() + teacher[:1].numel()))
+        return None
+    return max(1, GROUP_ELEMENTS // (student[0].numel() + teacher[0].numel()))
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:

@@ -13,6 +13,8 @@ A backend is a line in BACKENDS and a module of this package that defines
     loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
                                         optional: replaces ``formulas.loss_and_gradient`` for a backend that also
                                         computes the formulas around the tiles
+    images_at_once(student, teacher) -> int or None
+                                        optional: how many images to compute together, at most; all by default
     REDUCES                             optional: whether it takes the reduction of the loss as a further argument
     is_built(device) -> bool            optional: whether it can run without a build, which ``auto`` does not start
 
@@ -271,7 +273,10 @@ def compute_loss(
         loss, gradient = module.loss_and_gradient(student, teacher, relation, need_grad)
     else:
         tiles, scale_dtype = module.relation_tiles, getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
-        loss, gradient = formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, scale_dtype)
+        at_once = module.images_at_once(student, teacher) if hasattr(module, "images_at_once") else None
+        loss, gradient = formulas.loss_and_gradient(
+            tiles, student, teacher, relation, need_grad, scale_dtype, images_at_once=at_once
+        )
     return formulas.reduced(loss, reduction), gradient
 
 

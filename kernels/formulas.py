@@ -293,6 +293,7 @@ def loss_and_gradient(
     need_grad: bool,
     scale_dtype: torch.dtype,
     pairs: int | None = None,
+    images_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s).
 
@@ -301,7 +302,18 @@ def loss_and_gradient(
         student, teacher: raw features (B, N, C_s), (B, N, C_t).
         scale_dtype: the lowest precision of the scales.
         pairs: the number of pairs that the primitive sums over, if it is not N^2.
+        images_at_once: how many images to compute together, at most; None: all.
     """
+    if images_at_once is not None and images_at_once < len(student):
+        results = [
+            loss_and_gradient(relation_tiles, *group, relation, need_grad, scale_dtype, pairs)
+            for group in zip(student.split(images_at_once), teacher.split(images_at_once))
+        ]
+        losses, gradients = zip(*results)
+        if not need_grad:
+            return torch.cat(losses), None
+        gradient = torch.empty_like(student, dtype=gradients[0].dtype)  # with the strides of the student's features
+        return torch.cat(losses), torch.cat(gradients, out=gradient)
     dtype = accumulator(student.dtype)
     scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
     tiles = relation_tiles(student, teacher, scales, relation, need_grad)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from srpkd.kernels import Relation, TileSums, build, closed_form, native, triton
+from srpkd.kernels import Relation, build, closed_form, native, triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COSINE = Relation("cosine", "l2")
@@ -54,30 +54,6 @@ def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -
     assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")
     options = {"method": "closed_form"} if kernels == "native" else {}
     assert called == [(student, teacher, COSINE, True, options)]
-
-
-@pytest.mark.parametrize(("at_once", "groups"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5])])
-@pytest.mark.parametrize("need_grad", [True, False])
-def test_images_on_a_cpu_are_computed_in_groups(
-    need_grad: bool, at_once: int, groups: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The float64 copies of a large batch would not fit into the cache."""
-    student, teacher = torch.randn(5, 3, 7).mT, torch.randn(5, 4, 7).mT
-    loss, gradient = closed_form.loss_and_gradient(student, teacher, COSINE, need_grad)
-    tiles, found = closed_form.relation_tiles, []
-
-    def record(student: Tensor, *others: object) -> TileSums:
-        found.append(len(student))
-        return tiles(student, *others)
-
-    monkeypatch.setattr(closed_form, "relation_tiles", record)
-    monkeypatch.setattr(closed_form, "GROUP_ELEMENTS", at_once * 7 * (3 + 4))
-    loss_of_groups, gradient_of_groups = closed_form.loss_and_gradient(student, teacher, COSINE, need_grad)
-    assert found == groups
-    torch.testing.assert_close(loss_of_groups, loss)
-    torch.testing.assert_close(gradient_of_groups, gradient)
-    if need_grad:
-        assert gradient_of_groups.stride() == gradient.stride() == student.stride()
 
 
 @pytest.mark.skipif(build.unavailable_reason() is not None, reason="the extension cannot be built")
