@@ -14,14 +14,14 @@ from torch import Tensor
 from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
 from .strips import Alphas, gradient_terms, relate, strip_elements, strip_rows
 
-STRIP_ROWS = 64  # of several images on a CPU, at least: products with few rows are slow, see bench/NOTES.md
+LEAST_ROWS = 64  # of a strip of several images on a CPU: products with few rows are slow, see bench/NOTES.md
 
 
 def images_at_once(student: Tensor, teacher: Tensor) -> int | None:
     """Return how many images to compute together: on a CPU, as many as fit into a strip; else None, all."""
     if student.device.type != "cpu":
         return None
-    return max(1, strip_elements(student.device) // (STRIP_ROWS * student.shape[1]))
+    return max(1, strip_elements(student.device) // (LEAST_ROWS * student.shape[1]))
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
