@@ -120,7 +120,7 @@ def translate_folder(
         batch_size: images per batch, at most.
         size: scale every image to size x size first; by default it keeps its own size.
         force: replace files that exist.
-        skip_existing: leave out the images whose results exist, for example after an interruption.
+        skip_existing: leave out the images whose results exist, for example after an interruption; before ``force``.
         crop: (image, path) -> the part of it to translate.
         all_frames: translate all pages or frames of a file, not only the first.
         lossless: write PNG in place of formats that change the pixels: ``a.jpg`` becomes ``from_jpg/a.png``, which is
@@ -140,10 +140,23 @@ def translate_folder(
         check_whole("size", size, least=1)
     source, target = Path(source).expanduser(), Path(target).expanduser()
     channels = input_channels(net)
-    paths, existing = _images_to_translate(source, target, force or skip_existing)
+
+    def result_of(path: str) -> Path:
+        name = Path(os.path.relpath(path, source))
+        if lossless and image_format(name.suffix) in LOSSY:
+            name = f"from_{name.suffix[1:]}" / name.with_suffix(".png")
+        return target / name
+
+    paths = _images_to_translate(source, target)
+    existing = {path for path in paths if result_of(path).exists()}
     if skip_existing:
-        existing_images = set(existing)
-        paths = [path for path in paths if path not in existing_images]
+        paths = [path for path in paths if path not in existing]
+    elif existing and not force:
+        first = next(result_of(path) for path in paths if path in existing)
+        raise FileExistsError(
+            f"{len(existing)} of the results exist already, such as {first}: "
+            "use --skip_existing to translate only the other images, --force to replace them, or give another folder"
+        )
     written: list[str] = []
     skipped: list[str] = []
     lacking: defaultdict[str, list[str]] = defaultdict(list)
@@ -165,10 +178,8 @@ def translate_folder(
     try:
         with ProgressBar(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
             for file in _translated(net, files(progress), batch_size):
-                name = Path(os.path.relpath(file.path, source))
-                if lossless and image_format(name.suffix) in LOSSY:
-                    name = f"from_{name.suffix[1:]}" / name.with_suffix(".png")
-                result, format = target / name, image_format(name.suffix)
+                result = result_of(file.path)
+                format = image_format(result.suffix)
                 write_file(result, encode(file.outputs, file.source, format))
                 written.append(str(result))
                 for lost in lost_properties(file.outputs, file.source, format):
@@ -203,11 +214,8 @@ def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, al
     return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
 
 
-def _images_to_translate(source: Path, target: Path, may_exist: bool) -> tuple[list[str], list[str]]:
-    """Return the images of the source, and those whose results exist; check both folders.
-
-    Results that exist are an error unless `may_exist`.
-    """
+def _images_to_translate(source: Path, target: Path) -> list[str]:
+    """Return the images of the source; check both folders."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder of the images to translate")
     if target.exists() and not target.is_dir():
@@ -224,13 +232,7 @@ def _images_to_translate(source: Path, target: Path, may_exist: bool) -> tuple[l
             f"{' and '.join(alike[:2])} differ only in case, and would be one file in {target}, whose file system does "
             "not tell upper case from lower case: rename one, or write elsewhere"
         )
-    existing = [path for path in paths if (target / os.path.relpath(path, source)).exists()]
-    if existing and not may_exist:
-        raise FileExistsError(
-            f"{len(existing)} of the results exist already, such as {target / os.path.relpath(existing[0], source)}: "
-            "use --skip_existing to translate only the other images, --force to replace them, or give another folder"
-        )
-    return paths, existing
+    return paths
 
 
 def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:
