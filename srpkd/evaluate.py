@@ -33,7 +33,6 @@ from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity
 from .metrics.segmentation import (
-    Palette,
     label_scores,
     load_segmenter,
     read_label_map,
@@ -132,6 +131,10 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
     # before the scores: an error would end them, and they would be lost
     palette = read_palette(options.palette) if options.palette else None
     pairs = pair_by_name(generated, real) if {*PIXEL_METRICS, "miou"} & metrics else []
+    segmenter = None
+    if "segmentation" in metrics:
+        labelled = pair_by_name(generated, find_images(options.labels), "label map")
+        segmenter = load_segmenter(options.segmenter, options.device)
 
     if {"fid", "kid"} & metrics:
         for name, scores in _fidelity(options, generated, real, crop).items():
@@ -162,8 +165,12 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
             assert palette is not None  # checked before
             with images(Image.Resampling.NEAREST) as compared:
                 add(label_scores(compared, palette), "test", len(pairs))
-    if "segmentation" in metrics:
-        add(_segmentation(options, generated, palette), "labels", len(generated))
+    if segmenter is not None:
+        photos, label_files = zip(*labelled)
+        with ProgressBar(label_files, unit="image", desc="segmenting") as progress:
+            labels = (read_label_map(path, palette) for path in progress)
+            found = segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
+        add(found, "labels", len(labelled))
     return {"rows": rows, "notes": notes}
 
 
@@ -184,14 +191,6 @@ def _fidelity(
         batch_size=options.batch_size,
         device=options.device,
     )
-
-
-def _segmentation(options: argparse.Namespace, generated: list[str], palette: Palette | None) -> dict[str, float]:
-    photos, label_files = zip(*pair_by_name(generated, find_images(options.labels)))
-    segmenter = load_segmenter(options.segmenter, options.device)
-    with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error is printed
-        labels = (read_label_map(path, palette) for path in progress)
-        return segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
 
 
 def table(result: Mapping[str, Any]) -> str:

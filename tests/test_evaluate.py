@@ -224,20 +224,23 @@ def test_fcn_scores(tmp_path, kind, recwarn):
 
 
 @pytest.mark.parametrize(
-    ("metric", "message"),
+    ("options", "message"),
     [
         ("miou", "miou needs --palette"),
+        ("miou --palette none.txt", "--palette none.txt: expected synthetic"),
         ("segmentation", "segmentation needs --segmenter"),
+        ("segmentation --segmenter none.pt --labels {generated}", "--segmenter none.pt: no such file"),
+        ("segmentation --segmenter none.pt --labels {train}", "1 of 6 generated images have no label map"),
         ("psnr", "1 of 6 generated images have no real image"),
     ],
 )
-def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch, metric, message):
+def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch, options, message):
     def fidelity(*_, **__):
         raise AssertionError("the distances, which take long, were computed")
 
     monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
     with pytest.raises(ValueError, match=message):
-        run(folders["generated"], folders["train"], "--metrics", "fid", metric)
+        run(folders["generated"], folders["train"], "--metrics", "fid", *options.format(**folders).split())
 
 
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])

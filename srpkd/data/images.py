@@ -136,19 +136,19 @@ def _check_folders_of(pattern: str) -> None:
                 _raise_unless_missing(error)
 
 
-def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[str, str]]:
-    """Pair generated with real images by file name.
+def pair_by_name(generated: Sequence[str], others: Sequence[str], kind: str = "real image") -> list[tuple[str, str]]:
+    """Pair generated images with real ones, or with files of another ``kind``, by file name.
 
     Suffixes are ignored, and so are the endings that the public CycleGAN code writes (_fake_B, _real_B, _rec_A, ...).
 
     Raises:
-        ValueError: a generated image has no real one, or two images of one side have the same name.
+        ValueError: a generated image has no partner, or two images of one side have the same name.
     """
 
     def key(path: str) -> str:
         return unicodedata.normalize("NFC", re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem))
 
-    for paths in (generated, real):
+    for paths in (generated, others):
         first: dict[str, str] = {}
         for path in paths:
             if (other := first.get(key(path))) is not None:
@@ -156,11 +156,11 @@ def pair_by_name(generated: Sequence[str], real: Sequence[str]) -> list[tuple[st
                     f"{other} and {path} have the same name: to pair images by name, give each a unique name"
                 )
             first[key(path)] = path
-    partner = {key(path): path for path in real}
+    partner = {key(path): path for path in others}
     if unpaired := [path for path in generated if key(path) not in partner]:
         raise ValueError(
-            f"{len(unpaired)} of {len(generated)} generated images have no real image of the same name, such as "
-            f"{unpaired[0]}; the real images are named like {real[0]}"
+            f"{len(unpaired)} of {len(generated)} generated images have no {kind} of the same name, such as "
+            f"{unpaired[0]}; the {kind}s are named like {others[0]}"
         )
     return [(path, partner[key(path)]) for path in generated]
 
