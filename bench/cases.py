@@ -41,6 +41,7 @@ SWEEPS: dict[str, list[dict[str, tuple]]] = {
         {"pixels": (65536,), "dtype": ("bfloat16",)},
         {"pixels": (1024,), "channels": CHANNELS},
         {"pixels": (1024,), "batch": (1, 4, 16)},
+        {"pixels": PIXELS[:3], "batch": (4, 16), "normalize": ("cosine",), "distance": ("l2",)},
         # around the sizes from which on the O(N C^2) algorithm of l2 is faster
         {"pixels": PIXELS[:3], "channels": CHANNELS, "normalize": ("row", "cosine"), "distance": ("l2",)},
     ],
