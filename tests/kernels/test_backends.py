@@ -473,19 +473,19 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
 
 @pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
 def test_peak_memory(backend: str, relation: Relation) -> None:
-    """Forward and backward, C++ included, increase the peak memory of the process by less than an N x N array.
+    """Forward and backward, C++ included, increase the peak memory of the process by less than half an N x N array.
 
-    Strips take a fixed size, almost half of it.
+    Strips take a fixed size, a seventh of that array. The rest is room for code that the call loads.
     """
     if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
         backend, torch.device("cpu")
     ):
         pytest.skip(f"{backend}: {reason or 'in the interpreter'}")
-    pixels = 4096
+    pixels = 8192
     student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
     value_and_gradient(student[:, :256], teacher[:, :256], relation, backend)  # what is allocated once
     peak = peak_memory(lambda: value_and_gradient(student, teacher, relation, backend))
-    assert peak < 0.9 * pixels**2 * 4
+    assert peak < 0.5 * pixels**2 * 4
 
 
 def test_tiles_of_closed_form_are_float64() -> None:
