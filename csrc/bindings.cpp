@@ -2,6 +2,7 @@
 // for, the CPU's capabilities and the index arithmetic.
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -49,7 +50,7 @@ Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const s
   return {loss, U, h};
 }
 
-// Converts [student, teacher], followed by alpha of both unless normalize is none, for indexed_tiles().
+// Converts [student, teacher], followed by alpha of both unless normalize is none, for remote_tiles.
 cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view normalize) {
   const size_t expected = normalize == "none" ? 2 : 4;
   TORCH_CHECK_VALUE(tensors.size() == expected, "expected ", expected, " tensors of the ", name, " with normalize=\"",
@@ -61,24 +62,31 @@ cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view
   return {cpu::by_pixel(tensors[0], sums), cpu::by_pixel(tensors[1], sums), alpha(2), alpha(3)};
 }
 
-Outputs indexed_tiles_cpu(at::TensorList rows, at::TensorList columns, const Tensor& index, std::string_view normalize,
-                          std::string_view distance, double delta, bool rectify, bool need_grad, bool mirrored,
-                          int64_t tile) {
+Outputs remote_tiles_cpu(at::TensorList rows, at::TensorList columns, std::string_view normalize,
+                         std::string_view distance, double delta, bool rectify, bool need_grad, int64_t tile) {
   const Relation relation = parse_relation(normalize, distance, delta, 0, rectify, false);
-  const cpu::Pixels i = pixels_of("rows", rows, normalize);
-  const cpu::Pixels j = mirrored ? i : pixels_of("columns", columns, normalize);
-  TORCH_CHECK_VALUE(
-      index.dim() == 3 && index.scalar_type() == at::kLong && index.size(0) == i.student.size(0) && index.numel() > 0,
-      "expected an index (B, sets, m) of int64 with B = ", i.student.size(0), ", received ", index.sizes(), " of ",
-      index.scalar_type());
+  const cpu::Pixels i = pixels_of("rows", rows, normalize), j = pixels_of("columns", columns, normalize);
   TORCH_CHECK_VALUE(i.student.scalar_type() == j.student.scalar_type() && i.student.size(0) == j.student.size(0) &&
                         i.student.size(2) == j.student.size(2) && i.teacher.size(2) == j.teacher.size(2),
                     "expected rows and columns that differ in their pixels only, received student ", rows[0].sizes(),
                     " and ", j.student.sizes(), ", teacher ", rows[1].sizes(), " and ", j.teacher.sizes());
   auto [loss, U, h] = zero_outputs(i.student, normalize, need_grad);
-  if (i.student.numel() == 0 || i.teacher.numel() == 0) return {loss, U, h};
-  cpu::indexed_tiles(i, j, index.contiguous(), relation, mirrored, tile, loss, if_nonempty(U), if_nonempty(h));
+  if (i.student.numel() == 0 || i.teacher.numel() == 0 || j.student.numel() == 0) return {loss, U, h};
+  const Tensor every_column = at::arange(j.student.size(1)).expand({i.student.size(0), 1, -1}).contiguous();
+  cpu::indexed_tiles(i, j, every_column, relation, false, tile, loss, if_nonempty(U), if_nonempty(h));
   return {loss, U, h};
+}
+
+LossAndGradient sampled_loss_cpu(const Tensor& student, const Tensor& teacher, const Tensor& columns,
+                                 std::string_view normalize, std::string_view distance, double delta, double eps,
+                                 bool rectify, bool detach_norms, bool need_grad, int64_t tile) {
+  const Relation relation = parse_relation(normalize, distance, delta, eps, rectify, detach_norms);
+  check_features(student, teacher);
+  TORCH_CHECK_VALUE(columns.dim() == 3 && columns.scalar_type() == at::kLong && columns.size(0) == student.size(0) &&
+                        columns.size(1) > 0 && columns.size(2) > 0,
+                    "expected columns (B, sets, m) of int64 with B = ", student.size(0), ", received ", columns.sizes(),
+                    " of ", columns.scalar_type());
+  return cpu::sampled_loss(student, teacher, columns.contiguous(), relation, need_grad, tile);
 }
 
 LossAndGradient relation_loss_forward_meta(const Tensor& student, const Tensor& teacher, std::string_view,
@@ -137,8 +145,11 @@ TORCH_LIBRARY_FRAGMENT(srpkd, m) {
       "relation_tiles(Tensor student, Tensor teacher, Tensor? alpha_student, Tensor? alpha_teacher, str normalize, "
       "str distance, float delta, bool rectify, bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
   m.def(
-      "indexed_tiles(Tensor[] rows, Tensor[] columns, Tensor index, str normalize, str distance, float delta, "
-      "bool rectify, bool need_grad, bool mirrored, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
+      "remote_tiles(Tensor[] rows, Tensor[] columns, str normalize, str distance, float delta, bool rectify, "
+      "bool need_grad, int tile=0) -> (Tensor loss, Tensor U, Tensor h)");
+  m.def(
+      "sampled_loss(Tensor student, Tensor teacher, Tensor columns, str normalize, str distance, float delta, "
+      "float eps, bool rectify, bool detach_norms, bool need_grad, int tile=0) -> (Tensor loss, Tensor gradient)");
   m.def(
       "relation_loss(Tensor student, Tensor teacher, str normalize, str distance, float delta, float eps, "
       "bool rectify, bool detach_norms, str reduction, str layout, str scope, str method) -> Tensor");
@@ -149,7 +160,8 @@ TORCH_LIBRARY_FRAGMENT(srpkd, m) {
 }
 TORCH_LIBRARY_IMPL(srpkd, CPU, m) {
   m.impl("relation_tiles", relation_tiles_cpu);
-  m.impl("indexed_tiles", indexed_tiles_cpu);
+  m.impl("remote_tiles", remote_tiles_cpu);
+  m.impl("sampled_loss", sampled_loss_cpu);
   m.impl("relation_loss_forward", relation_loss_forward_cpu);
 }
 TORCH_LIBRARY_IMPL(srpkd, Meta, m) {

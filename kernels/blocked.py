@@ -6,11 +6,13 @@ stands for the mirrored part below the diagonal.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from . import formulas
 from .formulas import Pixels, Relation, Scales, TileSums, accumulator, distance_value
 from .strips import Alphas, gradient_terms, relate, strip_elements, strip_rows
 
@@ -58,13 +60,22 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     return TileSums(loss.to(dtype), U, h)
 
 
-def sampled_tiles(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
-) -> TileSums:
-    """Return ``TileSums`` over the sampled pairs, each as (i, j) and as (j, i).
+def sampled_loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, columns: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,) over the sampled pairs, and its gradient (B, N, C_s).
 
     ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
     """
+    tiles, dtype = functools.partial(sampled_tiles, columns=columns), accumulator(student.dtype)
+    pairs = 2 * student.shape[1] * columns.shape[2]
+    return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
+
+
+def sampled_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
+) -> TileSums:
+    """Return ``TileSums`` over the sampled pairs, each as (i, j) and as (j, i)."""
     batch, pixels, _ = student.shape
     sets, per_set = columns.shape[1:]
     dtype, device = accumulator(student.dtype), student.device

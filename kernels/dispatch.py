@@ -18,10 +18,10 @@ A backend is a line in BACKENDS and a module of this package that defines
     REDUCES                             optional: whether it takes the reduction of the loss as a further argument
     is_built(device) -> bool            optional: whether it can run without a build, which ``auto`` does not start
 
-    sampled_tiles(student, teacher, scales, relation, need_grad, columns) -> TileSums
+    sampled_loss_and_gradient(student, teacher, relation, need_grad, columns) -> (loss, gradient or None)
     remote_tiles(rows, columns, relation, need_grad) -> TileSums
-                                        optional: the sums over sampled columns, and over those of another rank, for
-                                        ``partial_backends``
+                                        optional: the loss over sampled columns, and the sums over those of another
+                                        rank, for ``partial_backends``
 
 The exceptions: ``reference`` defines ``relation_loss``, which autograd differentiates, and ``native`` defines
 ``relation_loss``, a C++ operator that also converts layouts, reduces over the batch and is differentiable.
@@ -259,11 +259,8 @@ def compute_loss(
     """
     batch, pixels, channels = student.shape
     if columns is not None:
-        tiles = functools.partial(
-            backend_module(partial_backend(backend, student.device)).sampled_tiles, columns=columns
-        )
-        dtype, pairs = formulas.accumulator(student.dtype), 2 * pixels * columns.shape[2]
-        loss, gradient = formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
+        module = backend_module(partial_backend(backend, student.device))
+        loss, gradient = module.sampled_loss_and_gradient(student, teacher, relation, need_grad, columns)
         return formulas.reduced(loss, reduction), gradient
     sizes = pixels, (channels, teacher.shape[2]), batch
     module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))

@@ -74,38 +74,28 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
     return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
 
 
-def sampled_tiles(
-    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool, columns: Tensor
-) -> TileSums:
-    """Return ``TileSums`` over the sampled pairs on the CPU, each as (i, j) and as (j, i).
+def sampled_loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, columns: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,) over the sampled pairs and its gradient (B, N, C_s), on the CPU.
 
     ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
     """
-    pixels = [x for x in (student, teacher, scales.student, scales.teacher) if x is not None]
-    return _indexed_tiles(pixels, pixels, columns, relation, need_grad, mirrored=True)
+    extension()
+    loss, gradient = torch.ops.srpkd.sampled_loss(student, teacher, columns, *relation.arguments, need_grad, TILE)
+    return loss, gradient if need_grad else None
 
 
 def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
     """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank, on the CPU."""
-    every_column = torch.arange(columns.student.shape[1], device=columns.student.device).view(1, 1, -1)
-    of_rows, of_columns = ([x for x in pixels if x is not None] for pixels in (rows, columns))
-    return _indexed_tiles(of_rows, of_columns, every_column, relation, need_grad, mirrored=False)
-
-
-def _indexed_tiles(
-    rows: list[Tensor], columns: list[Tensor], index: Tensor, relation: Relation, need_grad: bool, mirrored: bool
-) -> TileSums:
     extension()
-    loss, U, h = torch.ops.srpkd.indexed_tiles(
-        rows,
-        columns,
-        index,
+    loss, U, h = torch.ops.srpkd.remote_tiles(
+        *([x for x in pixels if x is not None] for pixels in (rows, columns)),
         relation.normalize,
         relation.distance,
         relation.delta,
         relation.rectify,
         need_grad,
-        mirrored,
         TILE,
     )
     return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)

@@ -9,6 +9,7 @@
 
 #include "../common/arguments.h"
 #include "../common/index.h"
+#include "indexed_tiles.h"
 #include "instructions.h"
 #include "matrix.h"
 #include "packed_features.h"
@@ -21,6 +22,10 @@ namespace srpkd::cpu {
 namespace {
 
 using at::Tensor;
+
+// Autograd would record the formulas, and autocast would round their products.
+constexpr c10::DispatchKeySet AROUND_KERNELS =
+    c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
 
 // --- the formulas around the tiles ----------------------------------------------------------------------------------
 
@@ -67,8 +72,10 @@ void correct(const Tensor& U, const Tensor& h, const Tensor& features, const Row
 }
 
 // Writes the loss of each image (B,) in double, and `gradient_scale` times its gradient if that is defined.
-void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& relation, double gradient_scale,
-                const Tensor& losses, const Tensor& gradient) {
+// `add_tiles(alpha_s, alpha_t, losses, U, h)` adds the sums over `pairs` pairs of an image.
+template <typename AddTiles>
+void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& relation, const AddTiles& add_tiles,
+                double pairs, double gradient_scale, const Tensor& losses, const Tensor& gradient) {
   const int64_t images = student.size(0), pixels = student.size(1);
   const RowScales scale = scales_of(student, relation);
   const Tensor alpha_t = scales_of(teacher, relation).alpha;
@@ -77,8 +84,8 @@ void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& re
   const Tensor U = need_grad ? at::zeros_like(student, sums) : Tensor();
   const Tensor h = need_grad && relation.differentiates_norms() ? at::zeros({images, pixels}, sums) : Tensor();
   losses.zero_();
-  relation_tiles(student, teacher, scale.alpha, alpha_t, relation, 0, losses, U, h);
-  losses.div_(static_cast<double>(pixels) * static_cast<double>(pixels));
+  add_tiles(scale.alpha, alpha_t, losses, U, h);
+  losses.div_(pairs);
   if (!need_grad) return;
   correct(U, h, student.to(U.scalar_type()), scale);
   Tensor result = gradient;
@@ -112,27 +119,47 @@ void reduce(const double* losses, int64_t images, Reduction reduction, T* loss) 
 
 std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& teacher, const Relation& relation,
                                          Reduction reduction, bool need_grad) {
-  // autocast would round the products of the formulas
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const c10::impl::ExcludeDispatchKeyGuard guard(AROUND_KERNELS);
   auto [loss, gradient] = empty_loss_and_gradient(student, reduction, need_grad);
   if (student.numel() == 0 || teacher.numel() == 0) return {loss.zero_(), gradient.zero_()};
   const int64_t images = student.size(0), pixels = student.size(1);
-  double gradient_scale = 1 / (static_cast<double>(pixels) * static_cast<double>(pixels));
+  const double pairs = static_cast<double>(pixels) * static_cast<double>(pixels);
+  double gradient_scale = 1 / pairs;
   if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(images);
 
   const Tensor q_s = widened(student), q_t = widened(teacher);
   const Tensor losses = at::empty({images}, student.options().dtype(at::kDouble));
   const Tensor written = need_grad ? gradient : Tensor();
+  const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
+    relation_tiles(q_s, q_t, alpha_s, alpha_t, relation, 0, sums...);
+  };
   if (prefer_matrices(q_s, q_t, relation))
     relation_matrices(q_s, q_t, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
   else
-    tiled_loss(q_s, q_t, relation, gradient_scale, losses, written);
+    tiled_loss(q_s, q_t, relation, add_tiles, pairs, gradient_scale, losses, written);
 
   if (loss.scalar_type() == at::kDouble)
     reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<double>());
   else
     reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<float>());
   return {loss, gradient};
+}
+
+std::tuple<Tensor, Tensor> sampled_loss(const Tensor& student, const Tensor& teacher, const Tensor& columns,
+                                        const Relation& relation, bool need_grad, int64_t tile) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(AROUND_KERNELS);
+  auto [loss, gradient] = empty_loss_and_gradient(student, Reduction::none, need_grad);
+  if (student.numel() == 0 || teacher.numel() == 0) return {loss.zero_(), gradient.zero_()};
+  const double pairs = 2 * static_cast<double>(student.size(1)) * static_cast<double>(columns.size(2));
+  const at::ScalarType sums = accumulator(student.scalar_type());
+  const Tensor q_s = by_pixel(student, sums), q_t = by_pixel(teacher, sums);
+  const Tensor losses = at::empty({student.size(0)}, student.options().dtype(at::kDouble));
+  const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
+    const Pixels pixels = {q_s, q_t, alpha_s, alpha_t};
+    indexed_tiles(pixels, pixels, columns, relation, true, tile, sums...);
+  };
+  tiled_loss(q_s, q_t, relation, add_tiles, pairs, 1 / pairs, losses, need_grad ? gradient : Tensor());
+  return {loss.copy_(losses), gradient};
 }
 
 }  // namespace srpkd::cpu

@@ -14,4 +14,10 @@ namespace srpkd::cpu {
 std::tuple<at::Tensor, at::Tensor> relation_loss(const at::Tensor& student, const at::Tensor& teacher,
                                                  const Relation& relation, Reduction reduction, bool need_grad);
 
+// The same over sampled pairs: the loss of each image (B,), and its gradient. For `columns` (B, sets, m) and `tile` see
+// indexed_tiles(); every pair counts as (i, j) and as (j, i).
+std::tuple<at::Tensor, at::Tensor> sampled_loss(const at::Tensor& student, const at::Tensor& teacher,
+                                                const at::Tensor& columns, const Relation& relation, bool need_grad,
+                                                int64_t tile);
+
 }  // namespace srpkd::cpu

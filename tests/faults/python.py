@@ -87,7 +87,10 @@ BACKENDS = {
             Fault("a column twice in a slice of sets", BLOCKED, "end = min(group + disjoint, sets)", "end = sets"),
             Fault("the last row of the first sets is skipped", BLOCKED, "1, pixels % sets)", "1, 0)"),
             Fault(
-                "pairs count once", "kernels/dispatch.py", "2 * pixels * columns.shape[2]", "pixels * columns.shape[2]"
+                "pairs count once",
+                BLOCKED,
+                "2 * student.shape[1] * columns.shape[2]",
+                "student.shape[1] * columns.shape[2]",
             ),
             Fault(
                 "the exact loss by a backend without rectify",

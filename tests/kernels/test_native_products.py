@@ -63,11 +63,30 @@ def test_empty_features_in_tiles(shape: tuple[int, int, int], swapped: bool) -> 
         student, teacher = teacher, student
     results = [torch.ops.srpkd.relation_tiles(student, teacher, None, None, "none", "l1", 1.0, False, True)]
     if shape[0] and shape[1]:
-        pixels, index = [student, teacher], torch.arange(9).expand(2, 1, 9)
-        results.append(torch.ops.srpkd.indexed_tiles(pixels, pixels, index, "none", "l1", 1.0, False, True, True))
+        pixels = [student, teacher]
+        results.append(torch.ops.srpkd.remote_tiles(pixels, pixels, "none", "l1", 1.0, False, True))
     for loss, U, _ in results:
         assert torch.equal(loss, torch.zeros(shape[0], dtype=torch.float64))
         assert torch.equal(U, torch.zeros_like(student))
+    columns = torch.zeros(shape[0], 1, 1, dtype=torch.int64)
+    loss, gradient = torch.ops.srpkd.sampled_loss(student, teacher, columns, *Relation().arguments, True)
+    assert torch.equal(loss, torch.zeros(shape[0]))
+    assert torch.equal(gradient, torch.zeros_like(student))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [torch.ones(1, 4, 3)]}, "expected 2 tensors of the rows with normalize"),
+        ({"columns": [torch.ones(1, 4, 5)] * 2}, "differ in their pixels only"),
+    ],
+    ids=["a missing tensor", "other channels"],
+)
+def test_wrong_arguments_of_remote_tiles(change: dict, message: str) -> None:
+    pixels = [torch.ones(1, 4, 3), torch.ones(1, 4, 5)]
+    arguments = {"rows": pixels, "columns": pixels} | change
+    with pytest.raises(ValueError, match=message):
+        torch.ops.srpkd.remote_tiles(*arguments.values(), "none", "l1", 1.0, False, True)
 
 
 def test_memory_of_many_channels() -> None:

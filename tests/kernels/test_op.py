@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import native, op, unavailable_reason
+from srpkd.kernels import Relation, native, op, unavailable_reason
 from srpkd.kernels.op import relation_loss_backward_op, relation_loss_op
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -105,6 +105,16 @@ def test_opcheck_forward(dtype: torch.dtype, need_grad: bool) -> None:
     for reduction in ("mean", "sum", "none"):
         inputs = student, teacher, "cosine", "huber", 0.5, 1e-12, True, need_grad, reduction, "tiles", need_grad
         torch.library.opcheck(cpp("relation_loss_forward"), inputs)
+
+
+@needs_native
+def test_forward_records_no_graph() -> None:
+    """Called by itself, with a student that requires a gradient: the formulas write into the outputs."""
+    student, teacher = torch.randn(1, 1100, 3), torch.randn(1, 1100, 4)  # too many pixels for whole matrices
+    inputs = teacher, *Relation("row", "l1").arguments, "none", "tiles", True
+    found = cpp("relation_loss_forward")(student.clone().requires_grad_(), *inputs)
+    for one, other in zip(found, cpp("relation_loss_forward")(student, *inputs), strict=True):
+        assert torch.equal(one, other)
 
 
 @needs_native

@@ -123,8 +123,7 @@ def test_several_threads_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         for count in (4, 4, 3, 4, 1):
             torch.set_num_threads(count)
-            scales = dispatch.formulas.scales_of(student, teacher, RELATIONS[0], torch.float32)
-            results.append(native.sampled_tiles(student, teacher, scales, RELATIONS[0], True, index))
+            results.append(native.sampled_loss_and_gradient(student, teacher, RELATIONS[0], True, index))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -135,21 +134,25 @@ def test_several_threads_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"rows": [torch.ones(1, 4, 3)]}, ValueError, "expected 2 tensors of the rows with normalize"),
-        ({"columns": [torch.ones(1, 4, 5)] * 2}, ValueError, "differ in their pixels only"),
-        ({"index": torch.zeros(1, 4).long()}, ValueError, r"expected an index \(B, sets, m\) of int64"),
-        ({"index": torch.zeros(2, 1, 1).long()}, ValueError, "with B = 1"),
-        ({"index": torch.full((1, 1, 1), 4)}, IndexError, "pixels from 0 to 3, received 4"),
-        ({"index": torch.full((1, 1, 1), -1)}, IndexError, "pixels from 0 to 3, received -1"),
+        ({"teacher": torch.ones(1, 5, 5)}, ValueError, r"student \(B, N, C_s\) and teacher \(B, N, C_t\)"),
+        ({"teacher": torch.ones(1, 4, 5).double()}, TypeError, "of one floating-point dtype"),
+        ({"columns": torch.zeros(1, 4).long()}, ValueError, r"expected columns \(B, sets, m\) of int64"),
+        ({"columns": torch.zeros(1, 1, 1).int()}, ValueError, "of int64"),
+        ({"columns": torch.zeros(2, 1, 1).long()}, ValueError, "with B = 1"),
+        ({"columns": torch.full((1, 1, 1), 4)}, IndexError, "pixels from 0 to 3, received 4"),
+        ({"columns": torch.full((1, 1, 1), -1)}, IndexError, "pixels from 0 to 3, received -1"),
     ],
     ids=str,
 )
 def test_wrong_arguments_of_the_operator(change: dict, kind: type[Exception], message: str) -> None:
     native.extension()
-    pixels = [torch.ones(1, 4, 3), torch.ones(1, 4, 5)]
-    arguments = {"rows": pixels, "columns": pixels, "index": torch.zeros(1, 1, 1).long()} | change
+    arguments = {
+        "student": torch.ones(1, 4, 3),
+        "teacher": torch.ones(1, 4, 5),
+        "columns": torch.zeros(1, 1, 1).long(),
+    } | change
     with pytest.raises(kind, match=message):
-        torch.ops.srpkd.indexed_tiles(*arguments.values(), "none", "l1", 1.0, False, True, False)
+        torch.ops.srpkd.sampled_loss(*arguments.values(), *Relation().arguments, True)
 
 
 # --- the draw -------------------------------------------------------------------------------------------------------
