@@ -35,8 +35,9 @@ every_relation = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several sets of rows in small images, the last ones with a row less."""
+    """Several sets of rows in small images, the last ones with a row less, and estimates of these images."""
     monkeypatch.setattr(sampling, "ROWS", 8)
+    monkeypatch.setattr(sampling, "EXACT_PIXELS", 0)
 
 
 def definition(student: Tensor, teacher: Tensor, relation: Relation, columns: Tensor) -> Tensor:
@@ -285,8 +286,9 @@ def test_features_without_a_batch() -> None:
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("columns", [18, 36, 1000])
-def test_exact_from_half_of_the_pixels_on(columns: int) -> None:
+@pytest.mark.parametrize(("columns", "exact_pixels"), [(12, 0), (18, 0), (36, 0), (1000, 0), (1, 36)])
+def test_exact_where_it_takes_no_longer(columns: int, exact_pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "EXACT_PIXELS", exact_pixels)
     student, teacher = maps()
     state = torch.get_rng_state()
     for chosen in ({"distance": "l1"}, {"normalize": "row"}, {"distance": "huber", "backend": "blocked"}):
@@ -396,7 +398,7 @@ def test_compiled(fresh_compiler: None) -> None:
         torch.manual_seed(0)
         found.append(function(student, teacher))
     assert error(found[1], found[0]) < 1e-6
-    exact = torch.compile(SRPLoss(distance="l1", columns=18), fullgraph=True, backend="aot_eager")
+    exact = torch.compile(SRPLoss(distance="l1", columns=12), fullgraph=True, backend="aot_eager")
     assert error(exact(student, teacher), relation_loss(student, teacher, distance="l1")) < 1e-6
 
 
