@@ -237,13 +237,14 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
 def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None]:
     """Yield the batches of a loader. Use this in ``plain_loader_errors``, and close it: this ends the processes."""
     loader.worker_init_fn = leave_to_parent
-    is_started = False
+    batches = None
     try:
         batches = iter(loader)
-        is_started = True
         yield from batches
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they would keep the processes
+        is_started = batches is not None
+        batches = None  # as the frames of the traceback, it would keep the processes
+        traceback.clear_frames(error.__traceback__)
         if isinstance(error, EOFError | ConnectionError | FileNotFoundError):  # of the socket of a killed process
             raise _loader_ended(str(error)) from error
         if isinstance(error, OSError) and not is_started:  # such as a read-only /dev/shm, or too many open files
