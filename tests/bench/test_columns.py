@@ -15,7 +15,7 @@ def test_rows_and_table_are_written(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"<!-- {columns.NAME}: begin -->\n<!-- {columns.NAME}: end -->\n")
     out = tmp_path / "columns.csv"
-    small = ("--sizes", 16, "--columns", 8, 32, "--channels", "4/6", "--draws", 12, "--repeats", 1)
+    small = ("--sizes", 20, "--columns", 8, 32, "--channels", "4/6", "--draws", 12, "--repeats", 1)
     run("columns", *small, "--device", "cpu", "--out", out, "--page", page)
     rows = results.read(out)
     assert [(row["normalize"], row["columns"]) for row in rows] == [
