@@ -72,50 +72,66 @@ def tiles_over(
     total: Total, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool
 ) -> TileSums:
     """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
-    student, teacher = student.double(), teacher.double()
-    ones = student.new_ones(student.shape[:2])
-    alpha_s, alpha_t = (ones if alpha is None else alpha for alpha in (scales.student, scales.teacher))
-    row_s, row_t, row_st = alpha_s.square(), alpha_t.square(), alpha_s * alpha_t
-    column_s, column_st = (row_s, row_st) if relation.symmetric else (ones, ones)
+    alpha_s, alpha_t = scales.student, scales.teacher
+    scaled_s, scaled_t = _scaled(student, alpha_s), _scaled(teacher, alpha_t)
+    # A_ij is the product of row i of the scaled features and row j of these, which are scaled by beta
+    columns_s, columns_t = (scaled_s, scaled_t) if relation.symmetric else (student.double(), teacher.double())
 
-    # sum_j G_s,ij (beta_j^2) q_j and sum_j G_t,ij (beta_s,j beta_t,j) q_j
-    moment = total(_moment(student, student, column_s)) if scales.moment is None else scales.moment
-    by_column_s = student @ moment
-    by_column_st = teacher @ total(_moment(teacher, student, column_st))
-    forward = row_s.unsqueeze(-1) * by_column_s - row_st.unsqueeze(-1) * by_column_st
-    energy_s = row_s * (student * by_column_s).sum(-1)
-    energy_st = row_st * (student * by_column_st).sum(-1)
-    if relation.symmetric:
-        energy_t = total(_moment(teacher, teacher, row_t)).square().sum((1, 2))
+    moment_s = total(columns_s.mT @ columns_s) if scales.moment is None else scales.moment
+    moment_ts = total(columns_t.mT @ columns_s)
+    forward = torch.empty_like(scaled_s)  # sum_j D_ij beta_s,j q_j
+    _add_product(forward, scaled_s, moment_s, beta=0)
+    if alpha_t is None or relation.symmetric:
+        _add_product(forward, scaled_t, moment_ts, factor=-1)
+        moment_t = total(scaled_t.mT @ scaled_t)
+        loss = _sum_squares(moment_s) - 2 * _sum_squares(moment_ts) + _sum_squares(moment_t)
     else:
-        energy_t = total((alpha_t > 0).sum(1))  # rows have norm 1, or 0
-    loss = total((energy_s - 2 * energy_st).sum(1)) + energy_t
-    excess = None
+        energy_s = _dots(scaled_s, forward)  # sum_j A_s,ij^2
+        _add_product(forward, scaled_t, moment_ts, factor=-1)
+        energy_t = (alpha_t > 0).sum(1)  # rows have norm 1, or 0
+        loss = total((2 * _dots(scaled_s, forward) - energy_s).sum(1) + energy_t)
     if relation.normalize == "cosine":
+        assert alpha_s is not None and alpha_t is not None
         # D_ii counts as 0, but these sums include it where only one of student and teacher has norm 0 at pixel i
-        diagonal_s = row_s * student.square().sum(-1)
-        excess = diagonal_s - row_t * teacher.square().sum(-1)
-        loss = loss - total(excess.square().sum(1))
+        diagonal = (alpha_s > 0).double() - (alpha_t > 0).double()
+        loss = loss - total(diagonal.square().sum(1))
+        forward.addcmul_(diagonal.unsqueeze(-1), scaled_s, value=-1)
     loss = loss.clamp_min(0)  # a sum of squares up to rounding
     if not need_grad:
         return TileSums(loss, None, None)
 
+    h = (2 + 2 * relation.symmetric) * _dots(scaled_s, forward) if relation.differentiates_norms else None
+    U = forward.mul_(2 if alpha_s is None else 2 * alpha_s.unsqueeze(-1))
     if relation.symmetric:
-        U = 4 * forward
-    else:
-        by_row_s = student @ total(_moment(student, student, row_s))
-        by_row_st = teacher @ total(_moment(teacher, student, row_st))
-        U = 2 * (forward + by_row_s - by_row_st)
-    h = 2 * (energy_s - energy_st) if relation.differentiates_norms else None
-    if excess is not None:
-        U = U - (4 * excess * row_s).unsqueeze(-1) * student
-        h = None if h is None else 2 * (h - 2 * excess * diagonal_s)
+        U.mul_(2)
+    else:  # sum_j D_ji alpha_s,j q_j
+        _add_product(U, columns_s, total(scaled_s.mT @ scaled_s), factor=2)
+        _add_product(U, columns_t, total(scaled_t.mT @ scaled_s), factor=-2)
     return TileSums(loss, U, h)
 
 
-def _moment(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """Return Q_l^T diag(weight) Q_r: (B, N, C_l), (B, N, C_r), (B, N) -> (B, C_l, C_r)."""
-    return left.mT @ (weight.unsqueeze(-1) * right)
+def _scaled(features: Tensor, alpha: Tensor | None) -> Tensor:
+    """Return alpha_i q_i in float64, in the layout of the features (B, N, C)."""
+    return features.double() if alpha is None else features.to(torch.float64, copy=True).mul_(alpha.unsqueeze(-1))
+
+
+def _add_product(result: Tensor, features: Tensor, matrix: Tensor, beta: float = 1, factor: float = 1) -> None:
+    """Overwrite a result (B, N, C) with beta times itself plus factor Q M."""
+    # a product in another layout than the result's takes as long again to add
+    if result.stride(-1) > result.stride(-2):
+        result.mT.baddbmm_(matrix.mT, features.mT, beta=beta, alpha=factor)
+    else:
+        result.baddbmm_(features, matrix, beta=beta, alpha=factor)
+
+
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Return the dot products of the pixels (B, N) of two tensors (B, N, C)."""
+    return (left * right).sum(-1)
+
+
+def _sum_squares(matrices: Tensor) -> Tensor:
+    """Return the squared Frobenius norms (B,) of matrices (B, C, C')."""
+    return matrices.square().sum((1, 2))
 
 
 def unavailable_reason(device: torch.device) -> str | None:

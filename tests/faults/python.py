@@ -138,26 +138,36 @@ BACKENDS = {
     "closed_form": Backend(
         "tests/kernels/test_backends.py tests/test_loss.py -k closed_form",
         [
-            Fault("the loss includes the diagonal", CLOSED_FORM, "loss = loss - total(excess.square().sum(1))", "pass"),
-            Fault("h includes the diagonal", CLOSED_FORM, "2 * (h - 2 * excess * diagonal_s)", "2 * h"),
             Fault(
-                "U includes the diagonal",
+                "the loss includes the diagonal",
                 CLOSED_FORM,
-                "U = U - (4 * excess * row_s).unsqueeze(-1) * student",
+                "loss = loss - total(diagonal.square().sum(1))",
                 "pass",
             ),
-            Fault("zero rows of the teacher count", CLOSED_FORM, "total((alpha_t > 0).sum(1))", "total(ones.sum(1))"),
             Fault(
-                "the teacher's weights in the mixed moment",
+                "the gradient includes the diagonal",
                 CLOSED_FORM,
-                "total(_moment(teacher, student, row_st))",
-                "total(_moment(teacher, student, row_t))",
+                "forward.addcmul_(diagonal.unsqueeze(-1), scaled_s, value=-1)",
+                "pass",
+            ),
+            Fault("zero rows of the teacher count", CLOSED_FORM, "(alpha_t > 0).sum(1)", "(alpha_t >= 0).sum(1)"),
+            Fault(
+                "energies of the student count twice",
+                CLOSED_FORM,
+                "2 * _dots(scaled_s, forward) - energy_s",
+                "2 * _dots(scaled_s, forward)",
+            ),
+            Fault(
+                "the student's scales are missing in the mixed moment",
+                CLOSED_FORM,
+                "total(scaled_t.mT @ scaled_s), factor=-2",
+                "total(scaled_t.mT @ columns_s), factor=-2",
             ),
             Fault(
                 "U lacks the mirrored part",
                 CLOSED_FORM,
-                "U = 2 * (forward + by_row_s - by_row_st)",
-                "U = 4 * forward",
+                "_add_product(U, columns_s, total(scaled_s.mT @ scaled_s), factor=2)",
+                "pass",
             ),
             Fault(
                 "sums in the dtype of the features",
