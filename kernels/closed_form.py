@@ -20,7 +20,7 @@ from .formulas import Relation, Scales, TileSums, Total, identity
 DISTANCES = ("l2",)
 UNSUPPORTED = ("rectify",)  # max(A, 0) does not factor
 SCALE_DTYPE = torch.float64
-GROUP_ELEMENTS = 2**18  # of the features of the images that are computed together on a CPU: see bench/NOTES.md
+GROUP_ELEMENTS = 2**19  # of the features of the images that are computed together on a CPU: see bench/NOTES.md
 
 
 def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:

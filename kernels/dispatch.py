@@ -106,7 +106,7 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 # in float64, by measurement (bench/NOTES.md); on a GPU by a wide margin. There the recorded GPU does not decide between
 # the two: one image takes as long as the host, with either, and slower GPUs would get the tiles.
 CLOSED_FORM_FROM = {
-    "AVX512": {"row": (2400, 16), "cosine": (1200, 10), "none": (1200, 10)},
+    "AVX512": {"row": (1600, 16), "cosine": (1200, 8), "none": (1200, 8)},
     "cpu": {"row": (2400, 7), "cosine": (1200, 6), "none": (1200, 6)},
     "cuda": {"row": (0, 7), "cosine": (0, 4), "none": (0, 4)},
 }
