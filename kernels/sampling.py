@@ -17,10 +17,9 @@ from .formulas import Relation, has_float64
 ROWS = 128
 # Random numbers that are sorted at a time: sorting holds 24 bytes for each.
 SORTED_KEYS = 2**20
-# The exact loss takes no longer than an estimate up to so many pixels, and from this ratio of m to N on, because it
+# The exact loss takes no longer than an estimate up to so many pixels, and up to this ratio of N to m, because it
 # computes each Gram matrix up to the diagonal only.
-EXACT_PIXELS = 256
-EXACT_RATIO = 1 / 3
+EXACT_PIXELS, EXACT_RATIO = 256, 3
 # From this ratio of m (3 C_s + C_t) to (C_s + C_t)^2 on, the exact l2 loss of closed_form takes no longer on a CPU.
 CLOSED_FORM_OPERATIONS = 5
 
@@ -72,7 +71,7 @@ def exact_backend(
         pixels, channels: N, (C_s, C_t).
         columns: m.
     """
-    if pixels <= EXACT_PIXELS or columns >= EXACT_RATIO * pixels:
+    if pixels <= EXACT_PIXELS or EXACT_RATIO * columns >= pixels:
         return backend
     if backend != "auto" or relation.distance != "l2" or relation.rectify or not has_float64(device):
         return None
