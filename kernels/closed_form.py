@@ -74,7 +74,7 @@ def tiles_over(
     """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
     alpha_s, alpha_t = scales.student, scales.teacher
     scaled_s, scaled_t = _scaled(student, alpha_s), _scaled(teacher, alpha_t)
-    # A_ij is the product of row i of the scaled features and row j of these, which are scaled by beta
+    # A_ij is the product of row i of the scaled features and row j of these: beta_j q_j
     columns_s, columns_t = (scaled_s, scaled_t) if relation.symmetric else (student.double(), teacher.double())
 
     moment_s = total(columns_s.mT @ columns_s) if scales.moment is None else scales.moment
@@ -100,11 +100,10 @@ def tiles_over(
     if not need_grad:
         return TileSums(loss, None, None)
 
-    h = (2 + 2 * relation.symmetric) * _dots(scaled_s, forward) if relation.differentiates_norms else None
-    U = forward.mul_(2 if alpha_s is None else 2 * alpha_s.unsqueeze(-1))
-    if relation.symmetric:
-        U.mul_(2)
-    else:  # sum_j D_ji alpha_s,j q_j
+    slope = 4 if relation.symmetric else 2  # P = 2 D of the pair (i, j), and of (j, i) if D is symmetric
+    h = slope * _dots(scaled_s, forward) if relation.differentiates_norms else None
+    U = forward.mul_(slope if alpha_s is None else slope * alpha_s.unsqueeze(-1))
+    if not relation.symmetric:  # sum_j P_ji alpha_s,j q_j
         _add_product(U, columns_s, total(scaled_s.mT @ scaled_s), factor=2)
         _add_product(U, columns_t, total(scaled_t.mT @ scaled_s), factor=-2)
     return TileSums(loss, U, h)
