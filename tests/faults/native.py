@@ -190,6 +190,18 @@ BACKENDS = {
                 "block_at(0, PANEL,",
             ),
             Fault(
+                "sampled pairs count once",
+                CPU_LOSS,
+                "2 * static_cast<double>(student.size(1)) * static_cast<double>(columns.size(2))",
+                "static_cast<double>(student.size(1)) * static_cast<double>(columns.size(2))",
+            ),
+            Fault(
+                "autograd records the formulas",
+                CPU_LOSS,
+                "c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset",
+                "c10::autocast_dispatch_keyset",
+            ),
+            Fault(
                 "sets with a row less repeat a row",
                 INDEXED,
                 "if (set + k * sets < pixels) space.rows.pixels.push_back(set + k * sets);",
