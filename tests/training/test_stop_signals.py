@@ -173,9 +173,9 @@ def test_little_shared_memory_ends_the_run_with_a_message(run, unpaired, monkeyp
     """As in Docker, where it has 64 MB by default. The run waited forever."""
     monkeypatch.setattr(datasets, "leave_to_parent", without_shared_memory)
     message = r"^error: shared memory is too small for the images of a batch \(File too large.*--num_threads 0"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as caught:  # `caught` keeps the frames, as a traceback does
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
-    assert not multiprocessing.active_children()
+    assert not multiprocessing.active_children(), caught
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that is half made
@@ -215,9 +215,9 @@ def test_a_bug_ends_the_loader_processes(run, in_step, unpaired, monkeypatch, pl
         in_step(2, crash)
     else:
         monkeypatch.setattr(batches.SeededDataset, "__getitem__", crash)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as caught:
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
-    assert not multiprocessing.active_children()
+    assert not multiprocessing.active_children(), caught
 
 
 def test_a_run_whose_folder_was_moved_stops(run, in_step, tmp_path):
