@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,18 +198,33 @@ STRIDES = {
 }
 
 
-def peak_memory(call: Callable[[], object]) -> int:
-    """Return by how many bytes a call increases the peak memory of this process; skip the test outside of Linux."""
-    peak = Path("/proc/self/clear_refs")
-    if not peak.exists():
+def peaks_in_new_process(program: str) -> list[int]:
+    """Return by how many bytes each of a program's functions ``calls`` increases the peak memory of a new process.
+
+    In this process they would use memory that earlier tests have freed, which seems to cost nothing, and of which they
+    touch more than they need at a time, since it is in pieces. Skips the test outside of Linux.
+
+    Args:
+        program: Python source that defines ``calls``, a list of functions without arguments.
+    """
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process needs Linux")
-    library = ctypes.CDLL(None)  # not on Windows
+    program += "\nfrom helpers import peak_memory\nprint(*map(peak_memory, calls))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    if "PermissionError" in done.stderr:
+        pytest.skip(f"the peak cannot be reset: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return [int(peak) for peak in done.stdout.split()]
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Return by how many bytes a call increases the peak memory of this process, on Linux."""
+    call()  # what is allocated or loaded once
+    library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)  # glibc: the call would use what earlier tests have freed, and seem to need nothing
-    try:
-        peak.write_text("5", encoding="utf-8")  # forget the peak so far
-    except OSError as reason:
-        pytest.skip(f"the peak cannot be reset: {reason}")
+        library.malloc_trim(0)  # glibc keeps what was freed
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
     before = _kibibytes("VmRSS")
     call()
     return (_kibibytes("VmHWM") - before) * 1024

@@ -25,7 +25,7 @@ from helpers import (
     features,
     few_cases,
     options,
-    peak_memory,
+    peaks_in_new_process,
     rounding,
     value_and_gradient,
     widest,
@@ -471,21 +471,28 @@ def test_no_n_by_n_tensor(backend: str, relation: Relation, device: torch.device
     assert 0 < seen.largest < pixels**2 / 4
 
 
-@pytest.mark.parametrize(("backend", "relation"), [case for case in cases() if case.values[1].normalize == "row"])
-def test_peak_memory(backend: str, relation: Relation) -> None:
-    """Forward and backward, C++ included, increase the peak memory of the process by less than half an N x N array.
+def test_peak_memory() -> None:
+    """Forward and backward, C++ included, increase the peak memory of a process by less than an N x N array.
 
-    Strips take a fixed size, a seventh of that array. The rest is room for code that the call loads.
+    Strips take a fixed size, almost half of it.
     """
-    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None or interpreted(
-        backend, torch.device("cpu")
-    ):
-        pytest.skip(f"{backend}: {reason or 'in the interpreter'}")
-    pixels = 8192
-    student, teacher = features(batch=1, pixels=pixels, dtype=torch.float32)
-    value_and_gradient(student[:, :256], teacher[:, :256], relation, backend)  # what is allocated once
-    peak = peak_memory(lambda: value_and_gradient(student, teacher, relation, backend))
-    assert peak < 0.5 * pixels**2 * 4
+    pixels, cpu = 4096, torch.device("cpu")
+    chosen = [
+        (backend, relation)
+        for backend, relation in (case.values for case in cases())
+        if relation.normalize == "row" and dispatch.unavailable_reason(backend, cpu) is None
+        if not interpreted(backend, cpu)
+    ]
+    peaks = peaks_in_new_process(f"""
+import functools, torch
+from helpers import features, value_and_gradient
+from srpkd.kernels import Relation
+student, teacher = features(batch=1, pixels={pixels}, dtype=torch.float32)
+calls = [functools.partial(value_and_gradient, student, teacher, relation, name) for name, relation in {chosen}]
+""")
+    assert len(peaks) == len(chosen) >= 3
+    found = dict(zip(chosen, peaks))
+    assert max(peaks) < 0.9 * pixels**2 * 4, found
 
 
 def test_tiles_of_closed_form_are_float64() -> None:

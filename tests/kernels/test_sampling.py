@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DELTA, error, features, options, peak_memory
+from helpers import DELTA, error, features, options, peaks_in_new_process
 from torch import Tensor
 
 from srpkd import SRPLoss, relation_loss
@@ -180,13 +180,15 @@ def test_parts_draw_the_same_columns(sorted_keys: int, monkeypatch: pytest.Monke
     assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
 
-def test_peak_memory_of_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_of_a_draw() -> None:
     """Little more than the result, although its random numbers and permutations have the same size."""
-    monkeypatch.setattr(sampling, "ROWS", 64)
-    monkeypatch.setattr(sampling, "SORTED_KEYS", 2**16)
     pixels, columns = 2**14, 2**13 - 1
-    sampling.draw_columns(1, 1000, 30, CPU)  # what is allocated once
-    peak = peak_memory(lambda: sampling.draw_columns(1, pixels, columns, CPU))
+    (peak,) = peaks_in_new_process(f"""
+import torch
+from srpkd.kernels import sampling
+sampling.ROWS, sampling.SORTED_KEYS = 64, 2**16
+calls = [lambda: sampling.draw_columns(1, {pixels}, {columns}, torch.device("cpu"))]
+""")
     result = pixels // 64 * columns * 8
     assert peak < 1.8 * result
 
