@@ -167,7 +167,7 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
                 add(label_scores(compared, palette), "test", len(pairs))
     if segmenter is not None:
         photos, label_files = zip(*labelled)
-        with ProgressBar(label_files, unit="image", desc="segmenting") as progress:
+        with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error
             labels = (read_label_map(path, palette) for path in progress)
             found = segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
         add(found, "labels", len(labelled))
