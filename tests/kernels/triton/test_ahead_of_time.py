@@ -48,8 +48,8 @@ def test_compiled_ahead_of_time(case):
     """Kernels spill few registers, fit into shared memory, and use the matrix instructions of the architecture."""
     report = compile_case(case)
     assert report.shared <= SHARED_LIMIT[case.capability]
-    # with Triton 3.6, the exact norms of float32 spill 96 bytes on sm_80 and 72 on sm_86; from 3.9 on, moments of features
-    # of which neither channels nor pixels are adjacent spill 320 on sm_90
+    # with Triton 3.6, the exact norms of float32 spill 96 bytes on sm_80 and 72 on sm_86; from 3.9 on, moments of
+    # features of which neither channels nor pixels are adjacent spill 320 on sm_90
     exact_norms = case.kernel == "scale" and case.numbers == "highest"
     apart = TRITON >= (3, 9) and case.kernel == "moment" and case.layout == "odd"
     assert report.spilled <= (96 if exact_norms else 320 if apart else MAX_SPILLED)
