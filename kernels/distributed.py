@@ -1,8 +1,9 @@
 """Relations between the pixels of all ranks of a process group: the same formulas, with sums taken over the group.
 
 A rank owns the rows of its own pixels. For l2 the ranks exchange only C x C matrices, whose size does not depend on N.
-For l1 and huber the features travel around the ring of ranks, one rank's pixels at a time: a rank sends and receives
-each of them once and holds two at a time beside its own.
+For l1 and huber, and where there are few pixels, the features travel around the ring of ranks, one rank's pixels at a
+time: a rank sends and receives each of them once and holds two at a time beside its own. With ``"row"`` they do so once
+more for the row norms and once more for the gradient, or the ranks exchange C x C matrices where these are smaller.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import closed_form, dispatch, formulas
-from .formulas import Pixels, Relation, Scales, TileSums
+from .formulas import Pixels, Ranks, Relation, Scales, TileSums
 from .op import differentiable_loss
 
 Result = TypeVar("Result")
+# From this number of pixels per channel (C_s + C_t) on, the matrices of closed_form are no larger than the features.
+# Not the measured rule of ``auto`` in one process: it must be the same on all ranks, whatever their processors.
+CLOSED_FORM_FROM = 4
 
 
 def backend_choices(relation: Relation, device: torch.device) -> tuple[str, ...]:
     """Return the backends that can be named."""
-    return ("auto", "closed_form") if _has_closed_form(relation) else ("auto", *dispatch.partial_backends(device))
+    closed = ("closed_form",) if _has_closed_form(relation) else ()
+    return ("auto", *closed, *dispatch.partial_backends(device))
 
 
 def check_backend(backend: str, relation: Relation, device: torch.device) -> None:
@@ -35,7 +40,7 @@ def check_backend(backend: str, relation: Relation, device: torch.device) -> Non
         backend,
         backend_choices(relation, device),
     )
-    if not _has_closed_form(relation):
+    if backend != "closed_form":
         dispatch.partial_backend(backend, device)
 
 
@@ -104,21 +109,29 @@ def ring_loss_and_gradient(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss (1,), and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
-    counts = pixels_of_ranks(student, teacher, relation, need_grad, group)
-    pixels, total = sum(counts), partial(sum_over_ranks, group=group)
-    dtype = formulas.accumulator(student.dtype)
-    if _has_closed_form(relation):
-        scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, total, pixels)
-        tiles = closed_form.tiles_over(total, student, teacher, scales, relation, need_grad)
+    counts = pixels_of_ranks(student, teacher, relation, need_grad, backend, group)
+    ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), sum(counts))
+    pixels, dtype = sum(counts), formulas.accumulator(student.dtype)
+    if backend == "auto" and _has_closed_form(relation):
+        enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
+        backend = "closed_form" if enough else "auto"
+    if backend == "closed_form":
+        scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, ranks)
+        tiles = closed_form.tiles_over(ranks.total, student, teacher, scales, relation, need_grad)
     else:
-        scales = formulas.scales_of(student, teacher, relation, dtype, total, pixels)
-        tiles = ring_tiles(student, teacher, scales, relation, need_grad, counts, group, backend)
+        scales = formulas.scales_of(student, teacher, relation, dtype, ranks)
+        tiles = ring_tiles(student, teacher, scales, relation, need_grad, ranks, backend)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, total, pixels**2) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation, ranks, pixels**2) if need_grad else None
 
 
 def pixels_of_ranks(
-    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, group: dist.ProcessGroup | None
+    student: Tensor,
+    teacher: Tensor,
+    relation: Relation,
+    need_grad: bool,
+    backend: str,
+    group: dist.ProcessGroup | None,
 ) -> list[int]:
     """Return the number of pixels of each rank.
 
@@ -135,6 +148,8 @@ def pixels_of_ranks(
         **asdict(relation),
         "student.requires_grad": need_grad,
     }
+    if _has_closed_form(relation):  # with other backends, each rank may have its own
+        mine["backend"] = backend
     everyone = _exchange((student.shape[1], mine), group)
     for rank, theirs in enumerate(everyone):
         if isinstance(theirs, Exception):
@@ -164,45 +179,47 @@ def ring_tiles(
     scales: Scales,
     relation: Relation,
     need_grad: bool,
-    counts: list[int],
-    group: dist.ProcessGroup | None,
+    ranks: Ranks,
     backend: str,
 ) -> TileSums:
     """Return ``TileSums`` of this rank's rows and every rank's columns; the loss is that of all rows."""
     module = dispatch.backend_module(dispatch.partial_backend(backend, student.device))
     own = Pixels(student, teacher, scales.student, scales.teacher)
-    ring = around_the_ring(own, counts, group)
+    ring = ranks.each(*(x for x in own if x is not None))
     next(ring)  # the own pixels, while the first remote ones are received
     loss, U, h = module.relation_tiles(student, teacher, scales, relation, need_grad)
-    for columns in ring:
+    for student_columns, teacher_columns, *alphas in ring:
+        columns = Pixels(student_columns, teacher_columns, *(alphas or (None, None)))
         part = module.remote_tiles(own, columns, relation, need_grad)
         loss = loss + part.loss
         if U is not None:
             U += part.U
         if h is not None:
             h += part.h
-    return TileSums(sum_over_ranks(loss, group), U, h)
+    return TileSums(ranks.total(loss), U, h)
 
 
-def around_the_ring(own: Pixels, counts: list[int], group: dist.ProcessGroup | None) -> Iterator[Pixels]:
-    """Yield every rank's pixels, this rank's first; the next ones are received while the caller computes."""
+def around_the_ring(counts: list[int], group: dist.ProcessGroup | None, *own: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield every rank's tensors (1, N_r, ...), this rank's first; the next are received while the caller computes.
+
+    ``counts`` are the pixels N_r of the ranks.
+    """
     ranks, rank = len(counts), dist.get_rank(group)
     following, preceding = ((rank + step) % ranks for step in (1, -1))
     if group is not None:
         following, preceding = (dist.get_global_rank(group, peer) for peer in (following, preceding))
-    pixels = own
+    tensors = own
     for step in range(1, ranks + 1):
         if step == ranks:
-            yield pixels
+            yield tensors
             return
-        sent = [x.contiguous() for x in pixels if x is not None]
+        sent = [x.contiguous() for x in tensors]
         received = [x.new_empty((1, counts[rank - step], *x.shape[2:])) for x in sent]
         transfers = [dist.P2POp(dist.isend, x, following, group) for x in sent]
         transfers += [dist.P2POp(dist.irecv, x, preceding, group) for x in received]
-        # `sent` and `pixels` must stay alive until the transfers are done: contiguous tensors are sent in place
+        # `sent` and `tensors` must stay alive until the transfers are done: contiguous tensors are sent in place
         pending = dist.batch_isend_irecv(transfers)
-        yield pixels
+        yield tensors
         for transfer in pending:
             transfer.wait()
-        student, teacher, *alphas = received
-        pixels = Pixels(student, teacher, *(alphas or (None, None)))
+        tensors = tuple(received)

@@ -14,7 +14,7 @@ so one vector of N scales defines a normalisation. The loss of an image is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -70,7 +70,10 @@ class Relation:
 
 
 class Scales(NamedTuple):
-    """alpha of both relation matrices (B, N), None for ``"none"``; the student's M = Q^T Q (B, C, C) for ``"row"``."""
+    """alpha of both relation matrices (B, N), None for ``"none"``; the student's M = Q^T Q (B, C, C) for ``"row"``.
+
+    M is None where there are no more pixels than channels: then ``gradient_of`` takes the smaller G instead.
+    """
 
     student: Tensor | None
     teacher: Tensor | None
@@ -109,6 +112,27 @@ Total = Callable[[Tensor], Tensor]
 def identity(total: Tensor) -> Tensor:
     """The ``Total`` of a single process."""
     return total
+
+
+def alone(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The ``Ranks.each`` of a single process."""
+    yield tensors
+
+
+class Ranks(NamedTuple):
+    """How the formulas reach the pixels of all ranks. By default, this process has all of them.
+
+    total: turns a sum over this process's pixels into the sum over all pixels.
+    each: yields the given tensors (B, n, ...) of every rank, this process's first.
+    pixels: N, if it is not that of the given features.
+    """
+
+    total: Total = identity
+    each: Callable[..., Iterator[tuple[Tensor, ...]]] = alone
+    pixels: int | None = None
+
+
+ALONE = Ranks()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -188,16 +212,22 @@ def inverse(norm: Tensor, relation: Relation) -> Tensor:
     return torch.where(norm <= relation.eps, 0, norm.reciprocal() + 0 * norm)
 
 
-def row_scales(
-    features: Tensor, relation: Relation, total: Total = identity, pixels: int | None = None
-) -> tuple[Tensor, Tensor]:
+def row_scales(features: Tensor, relation: Relation, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
     """Return alpha (B, N) for ``"row"`` and M = Q^T Q (B, C, C) of features (B, N, C), in the features' dtype.
 
     The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i. With the mean m of the features this equals
     q_i^T M' q_i + N (m . q_i)^2, where M' is the moment of q - m. Both terms are non-negative, so pixels that do not
     share a large common mean keep the digits that would cancel in q_i^T M q_i.
+
+    With no more pixels than channels, G is no larger than M: the norms are those of its rows, and M is None.
     """
-    count = pixels or features.shape[1]
+    count, total = ranks.pixels or features.shape[1], ranks.total
+    if count <= features.shape[2]:
+        features, size = _of_magnitude_one(features, ranks)
+        square = features.new_zeros(features.shape[:2])
+        for (columns,) in ranks.each(features):
+            square += (features @ columns.mT).square().sum(-1)
+        return inverse(square.sqrt() * size.view(-1, 1).square(), relation), None
     mean = total(features.sum(1, keepdim=True)) / count
     centred = features - mean
     moment = total(centred.mT @ centred)
@@ -213,18 +243,24 @@ def row_scales(
     return inverse(square.clamp_min_(0).sqrt_() * size.squeeze(-1), relation), whole
 
 
+def _of_magnitude_one(features: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return features (B, N, C) divided by a power of two (B, 1, 1), which is returned too.
+
+    It is about the largest element: the sums over G_ij neither overflow nor underflow.
+    """
+    largest = ranks.total(features.abs().amax((1, 2), keepdim=True)).clamp_min(torch.finfo(features.dtype).tiny)
+    size = largest.log2().floor().exp2()
+    return features / size, size
+
+
 def scales_of(
     student: Tensor,
     teacher: Tensor,
     relation: Relation,
     dtype: torch.dtype,
-    total: Total = identity,
-    pixels: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scales:
-    """Return the scales of both relation matrices of raw features (B, N, C_s), (B, N, C_t), in ``dtype``.
-
-    ``pixels`` is N if it differs from that of the given features.
-    """
+    """Return the scales of both relation matrices of raw features (B, N, C_s), (B, N, C_t), in ``dtype``."""
     if relation.normalize == "none":
         return Scales(None, None, None)
     # TF32 and bfloat16 products are too coarse for scales: use float64 where torch would use them for float32
@@ -234,7 +270,7 @@ def scales_of(
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:
         features = features.to(exact)
         if relation.normalize == "row":
-            return row_scales(features, relation, total, pixels)
+            return row_scales(features, relation, ranks)
         return inverse(features.square().sum(-1).sqrt(), relation), None
 
     alpha_s, moment = scale_and_moment(student)
@@ -243,7 +279,12 @@ def scales_of(
 
 
 def gradient_of(
-    student: Tensor, tiles: TileSums, scales: Scales, total: Total = identity, pairs: int | None = None
+    student: Tensor,
+    tiles: TileSums,
+    scales: Scales,
+    relation: Relation,
+    ranks: Ranks = ALONE,
+    pairs: int | None = None,
 ) -> Tensor:
     """Return dL/dQ (B, N, C) of the mean over all pairs, with the student's strides, in ``gradient_dtype``.
 
@@ -255,6 +296,7 @@ def gradient_of(
         none      U_i
         cosine    U_i - w_i q_i
         row       U_i - w_i M q_i - M_w q_i,  M = Q^T Q,  M_w = Q^T diag(w) Q
+                  = U_i - sum_j (w_i + w_j) G_ij q_j
 
     and just U_i if the norms are constants (``Relation.detach_norms``).
     A zero-norm pixel has alpha = 0, hence w = 0: no gradient flows through its normalisation.
@@ -266,12 +308,18 @@ def gradient_of(
         result.mul_(scale)
     else:
         features = student.to(result.dtype)
-        if moment is None:  # cosine
+        if relation.normalize == "cosine":
             result.sub_((h * alpha.square()).unsqueeze(-1) * features).mul_(scale)
+        elif moment is None:  # w_i is multiplied by the square of the features' scale, G divided by it
+            scaled, size = _of_magnitude_one(features, ranks)
+            w = (h * (alpha * size.squeeze(-1)).square()).unsqueeze(-1)
+            for columns, column_w in ranks.each(scaled, w):
+                result.baddbmm_((scaled @ columns.mT).mul_(w + column_w.mT), columns * size, alpha=-1)
+            result.mul_(scale)
         else:  # w_i is multiplied by the square of M's scale, M divided by it
             size = power_of_two_scale(moment)
             weighted = (h * (alpha * size.squeeze(-1)).square()).unsqueeze(-1) * features
-            moment, weighted_moment = (x / size.square() for x in (moment, total(weighted.mT @ features)))
+            moment, weighted_moment = (x / size.square() for x in (moment, ranks.total(weighted.mT @ features)))
             result.mT.baddbmm_(moment.to(result.dtype), weighted.mT, beta=scale, alpha=-scale)
             result.mT.baddbmm_(weighted_moment, features.mT, alpha=-scale)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
@@ -318,4 +366,4 @@ def loss_and_gradient(
     scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
     tiles = relation_tiles(student, teacher, scales, relation, need_grad)
     loss = (tiles.loss / (pairs or student.shape[1] ** 2)).to(dtype)
-    return loss, gradient_of(student, tiles, scales, pairs=pairs) if need_grad else None
+    return loss, gradient_of(student, tiles, scales, relation, pairs=pairs) if need_grad else None

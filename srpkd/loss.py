@@ -95,8 +95,8 @@ def relation_loss(
         scope: which pixels are related: those of each ``"image"``; those of all images of the ``"batch"``, as if they
             were one image of B N pixels; or ``"global"``, those of the batches of all ranks of a process group (the
             batch of this process if torch.distributed is not initialised). For ``distance="l2"`` the ranks exchange
-            only C x C matrices, otherwise their features, around the ring of ranks. The loss is the same on every rank.
-            Its gradient is exact under DistributedDataParallel, which averages over the ranks.
+            only C x C matrices, otherwise, and for few pixels, their features, around the ring of ranks. The loss is
+            the same on every rank. Its gradient is exact under DistributedDataParallel, which averages over the ranks.
         group: the process group of ``scope="global"``, to which this process belongs; the default group if None.
         rectify: negative entries of both relation matrices count as 0: max(A, 0) replaces A before the distance, as in
             Gram anchoring (DINOv3). The gradient is 0 where A_student <= 0, as through ``torch.relu``.

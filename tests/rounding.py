@@ -108,7 +108,7 @@ def predicted_errors(student: Tensor, teacher: Tensor, relation: Relation, preci
             rounded(K @ rounded(student, product), sums),
             rounded(h, sums) if relation.differentiates_norms else None,
         )
-        gradient = rounded(gradient_of(student, tiles, scales), UNITS[dtype])
+        gradient = rounded(gradient_of(student, tiles, scales, relation), UNITS[dtype])
         return error_norms((tiles.loss, gradient), exact)
 
     exact_scales = scales_of(student, teacher, relation, torch.float64)

@@ -232,7 +232,7 @@ def test_error_is_as_small_as_that_of_eager(
     eager_loss, expected = eager(student, teacher)
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
-    loss, gradient = tiles.loss / student.shape[1] ** 2, gradient_of(student, tiles, scales)
+    loss, gradient = tiles.loss / student.shape[1] ** 2, gradient_of(student, tiles, scales, relation)
     assert error(gradient, exact) < 3 * error(expected, exact) + 1e-7
     assert error(loss, exact_loss) < 3 * error(eager_loss, exact_loss) + 5e-7
 

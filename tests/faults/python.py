@@ -33,6 +33,18 @@ BACKENDS = {
                 "",
             ),
             Fault(
+                "row: the correction by G has w of one pixel",
+                FORMULAS,
+                "mul_(w + column_w.mT)",
+                "mul_(2 * w)",
+            ),
+            Fault(
+                "row: norms by G without the scale of the features",
+                FORMULAS,
+                "size.view(-1, 1).square()",
+                "size.view(-1, 1)",
+            ),
+            Fault(
                 "cosine: correction dropped",
                 FORMULAS,
                 "result.sub_((h * alpha.square()).unsqueeze(-1) * features).mul_(scale)",
@@ -206,13 +218,13 @@ BACKENDS = {
                 "addcmul_(mirrored_slope, alpha_columns.unsqueeze(1))",
                 "addcmul_(mirrored_slope, alpha_rows.unsqueeze(2))",
             ),
-            Fault("the loss covers one rank's rows", DISTRIBUTED, "sum_over_ranks(loss, group)", "loss"),
-            Fault("scales cover one rank's pixels", DISTRIBUTED, "relation, dtype, total, pixels)", "relation, dtype)"),
+            Fault("the loss covers one rank's rows", DISTRIBUTED, "ranks.total(loss)", "loss"),
+            Fault("scales cover one rank's pixels", DISTRIBUTED, "relation, dtype, ranks)", "relation, dtype)"),
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
-                "scales, total, pixels**2)",
-                "scales, formulas.identity, pixels**2)",
+                "scales, relation, ranks, pixels**2)",
+                "scales, relation, pairs=pixels**2)",
             ),
         ],
         environment={"SRPKD_BUILD": "0"},  # blocked, whose faults these are

@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 SHARES = (3, 1, 2)  # images of each rank: not the same number, as in the last batch of an epoch
 
 
-def images(count: int) -> tuple[Tensor, Tensor]:
-    """(B, 5, 4, 6) and (B, 7, 4, 6) in float64, with a zero-norm pixel in each."""
+def images(count: int, channels: tuple[int, int] = (5, 7)) -> tuple[Tensor, Tensor]:
+    """(B, C_s, 4, 6) and (B, C_t, 4, 6) in float64, with a zero-norm pixel in each."""
     generator = torch.Generator().manual_seed(count)
     student, teacher = (
-        torch.randn(count, channels, 4, 6, generator=generator, dtype=torch.float64) + 0.5 for channels in (5, 7)
+        torch.randn(count, some, 4, 6, generator=generator, dtype=torch.float64) + 0.5 for some in channels
     )
     student[0, :, 1, 2] = teacher[-1, :, 3, 3] = 0
     return student, teacher
@@ -96,7 +96,7 @@ def spawn(names: str, ranks: int, folder: Path) -> None:
 
 def test_every_relation_and_parameters_under_ddp(tmp_path: Path) -> None:
     """In the same two processes: to start them takes as long as either test."""
-    spawn("relations,ddp", 2, tmp_path)
+    spawn("relations,channels,ddp", 2, tmp_path)
 
 
 @pytest.mark.slow
@@ -177,6 +177,28 @@ def check_relations(rank: int, ranks: int) -> None:
             loss_fn(student[own], teacher[own])
 
 
+def check_channels(rank: int, ranks: int) -> None:
+    """With more channels than pixels, no rank computes or sends C x C matrices."""
+    first = sum(SHARES[:rank])
+    own = slice(first, first + SHARES[rank])
+    distributed.dist.all_reduce, all_reduce = reduced_vectors, distributed.dist.all_reduce
+    for channels in ((200, 20), (20, 200), (200, 150)):
+        student, teacher = images(sum(SHARES[:ranks]), channels)
+        for normalize, distance in itertools.product(NORMALIZATIONS, DISTANCES):
+            options = {"normalize": normalize, "distance": distance, "delta": DELTA[normalize]}
+            expected_loss, expected = loss_and_gradient(student, teacher, scope="batch", backend="reference", **options)
+            loss, gradient = loss_and_gradient(student[own], teacher[own], scope="global", **options)
+            assert error(loss, expected_loss) < 1e-12, options
+            assert error(gradient / ranks, expected[own]) < 1e-12, options
+    distributed.dist.all_reduce = all_reduce
+
+
+def reduced_vectors(tensor: Tensor, **options) -> None:
+    """``all_reduce`` of as many elements as a matrix of 20 channels has, at most."""
+    assert tensor.numel() <= 20 * 20
+    torch.distributed.distributed_c10d.all_reduce(tensor, **options)
+
+
 def backends(distance: str, *flags: str) -> list[str]:
     """The backends that can be named for several ranks, "auto" among them."""
     choices = distributed.backend_choices(Relation(distance=distance, **dict.fromkeys(flags, True)), CPU)
@@ -212,22 +234,22 @@ def check_traffic(rank: int, ranks: int) -> None:
         return batch_isend_irecv(transfers)
 
     distributed.dist.all_reduce, distributed.dist.batch_isend_irecv = counting_all_reduce, counting_transfers
-    C_s, C_t, pixels = 5, 7, 24
-    elements = {
-        ("l2", "cosine"): C_s**2 + C_s * C_t + C_t**2,
-        ("l2", "none"): C_s**2 + C_s * C_t + C_t**2,
-        ("l2", "row"): 3 * C_s**2 + 2 * C_s * C_t + C_t**2,
-        ("l1", "row"): 2 * C_s**2 + C_t**2,
-    }
-    for distance in ("l1", "l2"):
-        for normalize in NORMALIZATIONS:
-            reduced.clear(), sent.clear()
-            student, teacher = (x.bfloat16() for x in images(1))
-            loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global")
-            assert sum(x.numel() for x in reduced) == elements.get((distance, normalize), 0)
-            assert {x.dtype for x in reduced} <= {torch.float64 if distance == "l2" else torch.float32}
-            expected = pixels * (2 * (C_s + C_t) + (0 if normalize == "none" else 8)) * (ranks - 1)
-            assert sum(x.nbytes for x in sent) == (expected if distance == "l1" else 0)
+    pixels, total = 24, 24 * ranks
+    for (C_s, C_t), distance, normalize in itertools.product(((5, 7), (80, 5), (5, 80)), ("l1", "l2"), NORMALIZATIONS):
+        reduced.clear(), sent.clear()
+        student, teacher = (x.bfloat16() for x in images(1, (C_s, C_t)))
+        loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global")
+        elements = bytes_of_pixel = 0
+        if distance == "l2" and total >= 4 * (C_s + C_t):
+            elements = C_s**2 + C_s * C_t + C_t**2 + (2 * C_s**2 + C_s * C_t if normalize == "row" else 0)
+        else:
+            bytes_of_pixel = 2 * (C_s + C_t) + (0 if normalize == "none" else 8)
+            if normalize == "row":
+                elements = (2 * C_s**2 if total > C_s else 0) + (C_t**2 if total > C_t else 0)
+                bytes_of_pixel += (0 if total > C_s else 8 * C_s + 4) + (0 if total > C_t else 4 * C_t)
+        assert sum(x.numel() for x in reduced) == elements
+        assert {x.dtype for x in reduced} <= {torch.float32 if bytes_of_pixel else torch.float64}
+        assert sum(x.nbytes for x in sent) == pixels * bytes_of_pixel * (ranks - 1)
 
 
 def check_ddp(rank: int, ranks: int) -> None:
@@ -296,11 +318,13 @@ def check_misfit(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=r"on rank 0 student.requires_grad=True; on rank 1 student.requires_grad=Fal"):
         relation_loss(student.requires_grad_(rank == 0), teacher, scope="global", normalize="row")
     student.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"received on rank 0 backend='auto'; on rank 1 backend='blocked'$"):
+        relation_loss(student, teacher, scope="global", backend=("auto", "blocked")[rank])
     strips = "'native', 'blocked'"
     for distance, rectify, wrong, right in (
         ("l1", False, "reference", strips),
         ("l1", False, "closed_form", strips),
-        ("l2", False, "blocked", "'closed_form'"),
+        ("l2", False, "reference", f"'closed_form', {strips}"),
         ("l2", True, "closed_form", strips),
     ):
         with pytest.raises(
@@ -321,7 +345,7 @@ def check_refusal(rank: int, ranks: int) -> None:
     sharded = DTensor.from_local(teacher, init_device_mesh("cpu", (ranks,)), [Shard(0)])
     cases: list[tuple[type[Exception], str, Tensor, Tensor, dict]] = [
         (ValueError, "backend='triton' is not one of", student, teacher, l1 | {"backend": "triton"}),
-        (ValueError, "backend='blocked' is not one of", student, teacher, {"backend": "blocked"}),
+        (ValueError, "backend='reference' is not one of", student, teacher, {"backend": "reference"}),
         (ValueError, "columns=4 .* works in one process only", student, teacher, l1 | {"columns": 4}),
         (ValueError, "student features are empty", student[:0], teacher[:0], {}),
         (ValueError, "may differ only in C, but differ in the batch", student[:1], teacher, {}),
@@ -357,6 +381,7 @@ def main() -> None:
     try:
         cases = {
             "relations": check_relations,
+            "channels": check_channels,
             "strips": check_strips,
             "traffic": check_traffic,
             "ddp": check_ddp,

@@ -59,7 +59,7 @@ def through_tiles(student: Tensor, teacher: Tensor, relation: Relation, upstream
     """Each image's loss and gradient from the primitive and the formulas in Python, for tiles of any size."""
     scales = formulas.scales_of(student, teacher, relation, formulas.accumulator(student.dtype))
     sums = native.relation_tiles(student, teacher, scales, relation, True)
-    gradient = formulas.gradient_of(student, sums, scales)
+    gradient = formulas.gradient_of(student, sums, scales, relation)
     loss = (sums.loss / student.shape[1] ** 2).to(formulas.accumulator(student.dtype))
     return loss, (gradient * upstream).to(student.dtype)
 

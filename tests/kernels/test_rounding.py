@@ -37,7 +37,7 @@ def rounded_products(student: Tensor, teacher: Tensor, relation: Relation, round
     scales = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
     pair = rounded(student).double(), rounded(teacher).double()
     tiles = blocked.relation_tiles(*pair, scales, relation, need_grad=True)
-    gradient = formulas.gradient_of(student.double(), tiles, scales)
+    gradient = formulas.gradient_of(student.double(), tiles, scales, relation)
     return tiles.loss / student.shape[1] ** 2, gradient
 
 
