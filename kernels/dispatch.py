@@ -110,6 +110,10 @@ CLOSED_FORM_FROM = {
     "cpu": {"row": (2400, 7), "cosine": (1200, 6), "none": (1200, 6)},
     "cuda": {"row": (0, 7), "cosine": (0, 4), "none": (0, 4)},
 }
+# On GPUs, native and triton compute row norms from C x C matrices, and ``blocked`` from N x N ones where these are
+# smaller. It is faster, by estimate, where the first have so many elements, and up to this ratio of N^2 to C, since its
+# products are in float32. This was not measured.
+LARGE_MOMENTS, GRAM_RATIO = 2**25, 64
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -136,6 +140,9 @@ def auto_backend(
     if device.type == "cpu":
         names = ("closed_form", "native") if enough else ("native",)
         return next((name for name in names if _auto_can_run(name, device, relation, dtype)), "blocked")
+    moments = batch * sum(count**2 for count in channels)
+    if relation.normalize == "row" and moments >= LARGE_MOMENTS and pixels**2 <= GRAM_RATIO * max(channels):
+        return "blocked"
     runnable = [name for name in GPU_BACKENDS if _auto_can_run(name, device, relation, dtype)]
     # the recorded times are those of its kernels; where there are none, few pixels take less time in strips
     may_replace_it = len(runnable) > 1 or not enough

@@ -116,6 +116,22 @@ def test_backends_that_cannot_run_are_passed_over(gpu: torch.device, monkeypatch
     assert auto_backend(gpu, row_l1, torch.bfloat16, 4096, (64, 256), 16) == "blocked"
 
 
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+@pytest.mark.parametrize("name", ["h100", "rtx 3060"])
+def test_gpus_avoid_large_moments(name: str, distance: str, use_gpu) -> None:
+    """With row normalisation of few pixels with many channels, such as the flattened images of a batch."""
+    gpu = use_gpu(name)
+
+    def found(normalize: str, pixels: int, channels: tuple[int, int], batch: int = 1) -> str:
+        return auto_backend(gpu, Relation(normalize, distance), torch.bfloat16, pixels, channels, batch)
+
+    assert found("row", 64, (4096, 16384)) == "blocked"
+    assert found("row", 64, (320, 1280), 32) == "blocked"
+    assert found("row", 64, (320, 1280)) != "blocked"  # small matrices
+    assert found("row", 4096, (4096, 16384)) != "blocked"
+    assert found("cosine", 64, (4096, 16384)) != "blocked"  # no matrices
+
+
 def test_gpus_without_records_take_those_of_the_nearest_capability(recorded) -> None:
     a100, h200, other = ("A100", (8, 0)), ("H200", (9, 0)), ("H100", (9, 0))
     recorded({a100: [(CASE, {"native": 1.0})], h200: [(CASE, {"triton": 1.0})], other: [(CASE, {"closed_form": 1.0})]})
