@@ -71,7 +71,8 @@ def exact_backend(
         pixels, channels: N, (C_s, C_t).
         columns: m.
     """
-    if pixels <= EXACT_PIXELS or EXACT_RATIO * columns >= pixels:
+    norms_take_as_long = relation.normalize == "row" and pixels <= max(channels)  # those of rows
+    if pixels <= EXACT_PIXELS or EXACT_RATIO * columns >= pixels or norms_take_as_long:
         return backend
     if backend != "auto" or relation.distance != "l2" or relation.rectify or not has_float64(device):
         return None

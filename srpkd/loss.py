@@ -105,8 +105,9 @@ def relation_loss(
             no norms and ignores it.
         columns: m, to relate every pixel to m random pixels instead of all N, in O(N m C) time: an unbiased estimate
             of the loss and of its gradient. Each call draws other pixels. The loss is exact if that takes no longer:
-            for up to 256 pixels, from m = N/3 on, and for ``distance="l2"`` with many channels or columns. Needs
-            backend "auto", "blocked" or, on a CPU, "native", and one process if scope is "global".
+            for up to 256 pixels, from m = N/3 on, for ``distance="l2"`` with many channels or columns, and for
+            ``normalize="row"`` with no more pixels than channels. Needs backend "auto", "blocked" or, on a CPU,
+            "native", and one process if scope is "global".
         generator: the random generator of the columns, on the device of the features; torch's default generator if
             None.
 

@@ -97,10 +97,12 @@ void tiled_loss(const Tensor& student, const Tensor& teacher, const Relation& re
 bool prefer_matrices(const Tensor& student, const Tensor& teacher, const Relation& relation) {
   constexpr int64_t MAX_PIXELS = 1024;  // memory grows with its square
   const int64_t pixels = student.size(1), elements = pixels * pixels;
-  if (pixels > MAX_PIXELS) return false;
-  const int64_t cache = cache_bytes() / static_cast<int64_t>(elementSize(accumulator(student.scalar_type())));
-  if (relation.normalize != Normalize::row) return elements <= 2 * cache;
   const int64_t channels_s = student.size(2), channels_t = teacher.size(2);
+  const bool row = relation.normalize == Normalize::row;
+  // the moments of as many channels are no smaller
+  if (pixels > (row ? std::max({MAX_PIXELS, channels_s, channels_t}) : MAX_PIXELS)) return false;
+  const int64_t cache = cache_bytes() / static_cast<int64_t>(elementSize(accumulator(student.scalar_type())));
+  if (!row) return elements <= 2 * cache;
   static const int64_t gain = has_instructions("AVX512") ? 128 : 32;  // of an element of the moments
   return elements <= cache / 2 + gain * (channels_s * channels_s + channels_t * channels_t);
 }

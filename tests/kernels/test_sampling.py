@@ -299,6 +299,20 @@ def test_exact_where_it_takes_no_longer(columns: int, exact_pixels: int, monkeyp
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn
 
 
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_exact_where_the_row_norms_take_as_long(distance: str) -> None:
+    """With no more pixels than channels in one of the networks."""
+    few, many = torch.randn(1, 4, 17, 17), torch.randn(1, 17 * 17, 17, 17)
+    for student, teacher in ((few, many), (many, few)):
+        exact, estimate, cosine = (
+            relation_loss(student, teacher, normalize=normalize, distance=distance, columns=columns)
+            for normalize, columns in (("row", None), ("row", 8), ("cosine", 8))
+        )
+        assert torch.equal(estimate, exact)
+        assert error(cosine, relation_loss(student, teacher, distance=distance)) > 1e-6
+    assert error(relation_loss(few, many[:, :-1], normalize="row", distance=distance, columns=8), exact) > 1e-6
+
+
 def test_exact_l2_by_closed_form_where_it_takes_no_longer() -> None:
     student, teacher = torch.randn(1, 2, 32, 32), torch.randn(1, 2, 32, 32)
     few, many = (relation_loss(student, teacher, columns=columns) for columns in (4, 100))
