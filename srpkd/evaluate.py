@@ -21,11 +21,11 @@ from .data import Direction
 from .data.images import (
     Crop,
     ImageFiles,
-    count_other_files,
     find_images,
     further_frames,
     image_pairs,
     left_half,
+    list_images,
     pair_by_name,
     right_half,
 )
@@ -115,7 +115,7 @@ def _notes(options: argparse.Namespace) -> list[str]:
     for folder in filter(None, dict.fromkeys(folders)):
         if several := further_frames(find_images(folder)):
             notes.append(f"{several}.")
-        if others := count_other_files(os.path.expanduser(folder)):
+        if others := list_images(os.path.expanduser(folder)).others:
             notes.append(f"{folder}: {others} left out.")
     return notes
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, positive
-from .data.images import count_other_files
 from .models.checkpoints import load_generator
 from .models.inference import translate_folder
 
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     with exit_on_error():
         net = load_generator(options.weights, train_mode_norm=options.train_mode_norm).to(options.device)
-        written, skipped, notes = translate_folder(
+        written, skipped, notes, others = translate_folder(
             net,
             options.in_folder,
             options.out_folder,
@@ -54,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             skip_existing=options.skip_existing,
             all_frames=options.all_frames,
         )
-        others = count_other_files(Path(options.in_folder).expanduser())
     for reason in skipped:
         print(f"skipped {reason}", file=sys.stderr)
     for note in notes:

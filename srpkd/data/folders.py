@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from ..arguments import check_choice, check_whole
 from . import Direction
 from .images import DataError, read_image, split_pair
-from .layouts import DatasetMode, find_layout
+from .layouts import DatasetMode, FolderLayout, find_layout
 from .picture import Picture, picture_size, resize_picture, with_channels
 
 if TYPE_CHECKING:  # functions import torchvision: it takes two seconds, and other data sets do without it
@@ -51,6 +51,7 @@ def open_dataset(
     max_dataset_size: int | None = None,
     input_nc: int = 3,
     output_nc: int = 3,
+    layout: FolderLayout | None = None,
 ) -> FolderDataset:
     """Open the images under `dataroot` as a dataset of
     {"A": (input_nc, H, W), "B": (output_nc, H, W), "A_path": str, "B_path": str}, float32 in [-1, 1].
@@ -81,6 +82,7 @@ def open_dataset(
             drawn at random unless this is set.
         max_dataset_size: use only so many files (or pairs) of each folder, the first ones in sorted order.
         input_nc, output_nc: channels of "A" and "B", 1 or 3.
+        layout: what `find_layout` returned for these arguments; by default it is called here.
 
     All random numbers come from torch's default generator, which a DataLoader seeds in each worker.
 
@@ -101,7 +103,7 @@ def open_dataset(
     for name, channels in (("input_nc", input_nc), ("output_nc", output_nc)):
         if channels not in (1, 3):
             raise ValueError(f"{name}={channels!r}: expected 1 (grey) or 3 (RGB) channels")
-    layout = find_layout(dataroot, dataset_mode, phase)
+    layout = layout or find_layout(dataroot, dataset_mode, phase)
     files = layout.files(max_dataset_size)
     for source, found in zip(layout.folders, files):
         if not found:

@@ -8,10 +8,10 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -52,18 +52,56 @@ class DataError(ValueError):
         super().__init__("\n".join([heading, *(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))]))
 
 
-def image_files(folder: str | Path) -> list[str]:
-    """Return the paths of all image files in a folder and its sub-folders, empty if there is no such folder.
+class Listing(NamedTuple):
+    """The files in a folder and its sub-folders, without hidden ones.
 
-    They are sorted, in the same order on every system.
+    images: paths of the image files, sorted, in the same order on every system
+    others: how many other files there are, as "3 other files (2 .heic, 1 .txt)"; empty if there are none
+    """
+
+    images: list[str]
+    others: str
+
+
+def list_images(folder: str | Path) -> Listing:
+    """List a folder and its sub-folders, each once; empty if there is no such folder.
 
     Symbolic links are followed. Hidden files and folders, such as those that macOS writes next to images, are skipped.
 
     Raises:
         DataError: one of the folders cannot be listed, so that its images would be left out.
     """
-    found = (path for path in _visible_files(folder) if path.lower().endswith(EXTENSIONS))
-    return sorted(found, key=lambda path: path.replace(os.sep, "/"))
+    images: list[str] = []
+    suffixes: Counter[str] = Counter()
+    for path in _visible_files(folder):
+        if _is_image(path):
+            images.append(path)
+        else:
+            suffixes[Path(path).suffix.lower() or os.path.basename(path)] += 1
+    return Listing(sorted(images, key=lambda path: path.replace(os.sep, "/")), _describe_others(suffixes))
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """Return the images of ``list_images``."""
+    return list_images(folder).images
+
+
+def has_images_outside(folder: str | Path, subfolders: Collection[str]) -> bool:
+    """Return whether a folder has images that are not in these sub-folders, which are not listed."""
+    return any(_is_image(path) for path in _visible_files(folder, subfolders))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS)
+
+
+def _describe_others(suffixes: Counter[str]) -> str:
+    if not suffixes:
+        return ""
+    count = suffixes.total()
+    kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(5)]
+    kinds += ["..."] if len(suffixes) > 5 else []
+    return f"{count:,} other file{'s' if count > 1 else ''} ({', '.join(kinds)})"
 
 
 def relative_name(path: str, folder: str | Path) -> str:
@@ -74,12 +112,15 @@ def relative_name(path: str, folder: str | Path) -> str:
     return unicodedata.normalize("NFC", os.path.relpath(path, folder).replace(os.sep, "/"))
 
 
-def _visible_files(folder: str | Path) -> Iterator[str]:
+def _visible_files(folder: str | Path, left_out: Collection[str] = ()) -> Iterator[str]:
+    """Yield the paths of the files in a folder and its sub-folders, without the direct sub-folders `left_out`."""
     seen = {os.path.realpath(folder)}
     for root, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_unless_missing):
         real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(subfolders) if name[0] != "."}
-        subfolders[:] = [name for name, target in real.items() if target not in seen]  # a link may point to a parent
+        # a link may point to a parent
+        subfolders[:] = [name for name, target in real.items() if target not in seen and name not in left_out]
         seen.update(real.values())
+        left_out = ()
         yield from (os.path.join(root, name) for name in names if name[0] != ".")
 
 
@@ -87,21 +128,6 @@ def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         reason = f"this folder cannot be listed ({error.strerror}): change its permissions, or move it to another place"
         raise DataError(f"{error.filename}: {reason}") from error
-
-
-def count_other_files(folder: str | Path) -> str:
-    """Return how many files of a folder `image_files` leaves out, as "3 other files (2 .heic, 1 .txt)".
-
-    Hidden files are not counted. Empty if there are none.
-    """
-    others = [Path(path) for path in _visible_files(folder) if not path.lower().endswith(EXTENSIONS)]
-    suffixes = Counter(path.suffix.lower() or path.name for path in others)
-    if not suffixes:
-        return ""
-    count = len(others)
-    kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(5)]
-    kinds += ["..."] if len(suffixes) > 5 else []
-    return f"{count:,} other file{'s' if count > 1 else ''} ({', '.join(kinds)})"
 
 
 def find_images(where: str) -> list[str]:
@@ -171,10 +197,11 @@ class ImageFile:
     Args:
         path: the file.
         image: what Pillow has opened; None for a TIFF that only tifffile reads.
+        file_size: in bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], image: Image.Image | None) -> None:
-        self.path, self._image = path, image
+    def __init__(self, path: str | os.PathLike[str], image: Image.Image | None, file_size: int) -> None:
+        self.path, self._image, self.file_size = path, image, file_size
         self._tiff = read_tiff_header(path) if image is None else None
         self._decoded: tuple[int, Image.Image | DeepPixels] | None = None
         self._first_bits = 16 if image is None else bits_per_channel(image, path)
@@ -326,7 +353,8 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
     """
     try:
         with ExitStack() as stack:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for a writer
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for a writer
                 raise UnsupportedImage("a folder, a pipe or a device; expected a file")
             try:
                 image = stack.enter_context(Image.open(path, formats=FORMATS))
@@ -335,7 +363,7 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
                     if file.read(4) not in TIFF_MAGIC:
                         raise
                 image = None
-            yield ImageFile(path, image)
+            yield ImageFile(path, image, status.st_size)
     except (DataError, ImportError):
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on damaged files

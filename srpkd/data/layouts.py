@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
-from .images import DataError, image_files, relative_name
+from .images import DataError, Listing, has_images_outside, list_images, relative_name
 
 DatasetMode = Literal["unaligned", "aligned"]
+ListFolder = Callable[[Path], Listing]
 
 # phase -> the folder names that are read for it, in this order
 PHASES = {"test": ("test", "val")}
@@ -27,12 +29,16 @@ _TWO_FOLDERS = {
 class FolderLayout:
     """The folders of one phase of a dataset, existing or not.
 
+    A folder is listed when its files are first asked for, and only then: on a network drive this takes seconds. So hand
+    a layout on, and do not find it again.
+
     Attributes:
         root: the data root.
         mode: how the images are read.
         phase: the phase that was asked for.
         found: the name that the folders have for it: "val" if these images serve as "test".
         folders: one folder, or the folders of A and B.
+        list_folder: lists a folder, and returns the same list when it is called again.
     """
 
     root: Path
@@ -40,6 +46,7 @@ class FolderLayout:
     phase: str
     found: str
     folders: tuple[Path, ...]
+    list_folder: ListFolder = field(default_factory=lambda: cache(list_images), repr=False, compare=False)
 
     @property
     def is_side_by_side(self) -> bool:
@@ -66,7 +73,7 @@ class FolderLayout:
     @property
     def has_images(self) -> bool:
         """Whether there is an image in every folder."""
-        return all(image_files(folder) for folder in self.folders)
+        return all(self.list_folder(folder).images for folder in self.folders)
 
     def __str__(self) -> str:
         """Describe how the images are read."""
@@ -83,10 +90,14 @@ class FolderLayout:
         Raises:
             DataError: files in the two folders of a paired dataset cannot be paired by name.
         """
-        found = [image_files(folder) for folder in self.folders]
+        return [files[:max_dataset_size] for files in self._files]
+
+    @cached_property
+    def _files(self) -> list[list[str]]:
+        found = [self.list_folder(folder).images for folder in self.folders]
         if self.is_paired_by_name and all(found):
             found = [list(side) for side in zip(*_pairs(self.folders, found))]
-        return [files[:max_dataset_size] for files in found]
+        return found
 
 
 def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> FolderLayout:
@@ -94,10 +105,11 @@ def find_layout(dataroot: str | Path, mode: DatasetMode, phase: str) -> FolderLa
 
     If none has images, the first one whose folders exist; if there is none either, the standard one.
     """
-    known = list(known_layouts(Path(dataroot), mode, phase))
-    for layout in known:
+    known = []
+    for layout in known_layouts(Path(dataroot), mode, phase):
         if layout.has_images:
             return layout
+        known.append(layout)
     return next((layout for layout in known if layout.exists), known[0])
 
 
@@ -116,18 +128,21 @@ def shorten(names: Sequence[str], limit: int = 10) -> str:
 
 def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[FolderLayout]:
     """Yield all layouts in which the images of a phase may be, in the order in which they are tried."""
-    names = PHASES.get(phase, (phase,))
+    names, list_folder = PHASES.get(phase, (phase,)), cache(list_images)
     for name in names:
-        if mode == "aligned" and not _holds_sides(root / name):
-            yield FolderLayout(root, mode, phase, name, (root / name,))
+        if mode == "aligned" and not _holds_sides(root / name, list_folder):
+            yield FolderLayout(root, mode, phase, name, (root / name,), list_folder)
         for form in _TWO_FOLDERS[mode]:
-            yield FolderLayout(root, mode, phase, name, tuple(root / side.format(name) for side in form))
+            folders = tuple(root / side.format(name) for side in form)
+            yield FolderLayout(root, mode, phase, name, folders, list_folder)
 
 
-def _holds_sides(folder: Path) -> bool:
+def _holds_sides(folder: Path, list_folder: ListFolder) -> bool:
     """Return whether all images in a folder are in its sub-folders A and B, or in one of the two."""
-    inside = {Path(path).relative_to(folder).parts[0] for path in image_files(folder)}
-    return bool(inside) and inside <= {"A", "B"}
+    sides = [folder / side for side in "AB" if (folder / side).is_dir()]
+    if not sides or has_images_outside(folder, ("A", "B")):
+        return False
+    return any(list_folder(side).images for side in sides)
 
 
 def _pairs(folders: Sequence[Path], files: list[list[str]]) -> list[tuple[str, str]]:

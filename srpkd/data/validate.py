@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..arguments import check_choice, check_whole
 from ..progress import ProgressBar
 from . import Direction
 from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
-from .images import EXTENSIONS, DataError, count_other_files, describe_further_frames, open_image
+from .images import EXTENSIONS, DataError, describe_further_frames, open_image
 from .layout_hints import missing_folders
 from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
 
@@ -37,6 +37,7 @@ class DatasetReport:
     decoded: how many files were decoded completely
     others: for each folder with files that are no images, how many, in words
     further_frames: how many images have more than one page or frame, in words
+    file_bytes: for each folder, path -> size of the file
     """
 
     layout: FolderLayout
@@ -46,6 +47,7 @@ class DatasetReport:
     decoded: int
     others: dict[str, str] = field(default_factory=dict)
     further_frames: str = ""
+    file_bytes: list[dict[str, int]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         counts = " and ".join(f"{count:,} images in {name}" for name, count in self.counts.items())
@@ -65,6 +67,8 @@ class _Header(NamedTuple):
     path: str
     size: Size  # upright
     frames: int
+    file_size: int  # in bytes
+    decoded: bool
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def validate_dataset(
     max_dataset_size: int | None = None,
     size_multiple: int = 1,
     batch_size: int = 1,
+    layout: FolderLayout | None = None,
     progress: bool = False,
 ) -> DatasetReport:
     """Check all images that `open_dataset` would read with the same arguments.
@@ -123,6 +128,7 @@ def validate_dataset(
         size_multiple: both sides of the network's input must be multiples of it: 4 for a ResNet, 2 ** downs for a
             U-Net.
         batch_size: images per batch; more than one must have the same size.
+        layout: what `find_layout` returned for these arguments; by default it is called here.
         progress: show a progress bar if it takes longer than a few seconds.
 
     Raises:
@@ -144,7 +150,7 @@ def validate_dataset(
     def inspect(layout: FolderLayout) -> tuple[list[str], DatasetReport]:
         return _inspect(layout, geometry, max_dataset_size, batch_size, progress)
 
-    layout = find_layout(root, dataset_mode, phase)
+    layout = layout or find_layout(root, dataset_mode, phase)
     problems = _size_problems(geometry)
     if not layout.exists:
         hint = missing_folders(root, dataset_mode, phase, lambda other: inspect(other)[0])
@@ -185,6 +191,7 @@ def _inspect(
     others: dict[str, str] = {}
     several: list[str] = []
     decoded = 0
+    file_bytes: list[dict[str, int]] = []
     readable: dict[str, _Header] = {}
     problems: list[str] = []
     try:
@@ -193,7 +200,8 @@ def _inspect(
         return error.problems, DatasetReport(layout, counts, file_sizes, [], 0)
     for folder, name, files in zip(layout.folders, layout.names, files_of_folders):
         bar = ProgressBar(
-            files,
+            _read_headers(files),
+            total=len(files),
             desc=f"validating {name}",
             unit="image",
             delay=BAR_DELAY,
@@ -202,9 +210,11 @@ def _inspect(
             disable=not progress,
         )
         with bar:
-            headers, unreadable, complete = _read_headers(bar, len(files))
+            found = list(bar)
+        headers = [header for header in found if isinstance(header, _Header)]
+        unreadable = [problem for problem in found if not isinstance(problem, _Header)]
         if not files:
-            problems.append(_no_images(folder))
+            problems.append(_no_images(folder, layout.list_folder(folder).others))
         for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
             if details:
                 names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
@@ -216,13 +226,14 @@ def _inspect(
                 f"{_size_range(folder_sizes)}: use {geometry.flags('resize_and_crop')} or --batch_size 1"
             )
         counts[name] = len(files)
-        if left_out := count_other_files(folder):
+        if left_out := layout.list_folder(folder).others:
             others[name] = left_out
         several += [header.path for header in headers if header.frames > 1]
         file_sizes.update(header.size for header in headers)
         network_sizes |= folder_sizes
-        decoded += complete
+        decoded += sum(header.decoded for header in headers)
         readable |= {header.path: header for header in headers}
+        file_bytes.append({header.path: header.file_size for header in headers})
     if layout.is_paired_by_name:
         problems += _pair_problems(layout, geometry, files_of_folders, readable)
     return problems, DatasetReport(
@@ -233,6 +244,7 @@ def _inspect(
         decoded,
         others,
         describe_further_frames(several),
+        file_bytes,
     )
 
 
@@ -333,25 +345,26 @@ def _unusable_images(headers: list[_Header], geometry: _Geometry) -> dict[str, l
     return found
 
 
-def _read_headers(files: Iterable[str], count: int) -> tuple[list[_Header], list[tuple[str, str]], int]:
-    """Return the headers of the readable files, (path, reason) of the others, and how many were decoded completely."""
-    headers, unreadable, decoded = [], [], 0
-    for i, path in enumerate(files):
+def _read_headers(files: Sequence[str]) -> Iterator[_Header | tuple[str, str]]:
+    """Yield the header of each readable file, and (path, reason) of each other one, in order."""
+
+    def read(number: int) -> _Header | tuple[str, str]:
+        path = files[number]
         # true for all files of a small folder, and for DECODED evenly spaced ones of a large folder
-        decode = i * DECODED % count < DECODED
-        decoded += decode
+        decode = number * DECODED % len(files) < DECODED
         try:
             with open_image(path) as image:
-                header = _Header(path, image.size, image.frames)
+                header = _Header(path, image.size, image.frames, image.file_size, decode)
                 image.check(decode)
-            headers.append(header)
+            return header
         except DataError as error:
-            unreadable.append((path, str(error).removeprefix(f"{path}: ")))
-    return headers, unreadable, decoded
+            return path, str(error).removeprefix(f"{path}: ")
+
+    return map(read, range(len(files)))
 
 
-def _no_images(folder: Path) -> str:
-    return f"{folder}: no images ({' '.join(EXTENSIONS)}); it has {count_other_files(folder) or 'no files'}"
+def _no_images(folder: Path, others: str) -> str:
+    return f"{folder}: no images ({' '.join(EXTENSIONS)}); it has {others or 'no files'}"
 
 
 def _format_size(size: Size) -> str:

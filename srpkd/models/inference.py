@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
-from ..data.images import EXTENSIONS, Crop, image_files, open_image, relative_name
+from ..data.images import EXTENSIONS, Crop, Listing, list_images, open_image, relative_name
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
@@ -76,11 +76,13 @@ class Translated(NamedTuple):
         written: paths of the results.
         skipped: "path: reason" for each image that could not be read.
         notes: sentences on what the results lack (further frames, alpha channels, ...), and on images left out.
+        others: how many files of the source are no images, as in ``Listing``.
     """
 
     written: list[str]
     skipped: list[str]
     notes: list[str]
+    others: str
 
 
 @dataclass
@@ -147,7 +149,7 @@ def translate_folder(
             name = f"from_{name.suffix[1:]}" / name.with_suffix(".png")
         return target / name
 
-    paths = _images_to_translate(source, target)
+    paths, others = _images_to_translate(source, target)
     existing = {path for path in paths if result_of(path).exists()}
     if skip_existing:
         paths = [path for path in paths if path not in existing]
@@ -196,7 +198,7 @@ def translate_folder(
     ]
     if skip_existing and existing:
         notes.append(f"{len(existing):,} results exist already: their images were left out")
-    return Translated(written, skipped, notes)
+    return Translated(written, skipped, notes, others)
 
 
 def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, all_frames: bool) -> _File:
@@ -214,7 +216,7 @@ def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, al
     return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
 
 
-def _images_to_translate(source: Path, target: Path) -> list[str]:
+def _images_to_translate(source: Path, target: Path) -> Listing:
     """Return the images of the source; check both folders."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not a folder: give the folder of the images to translate")
@@ -222,17 +224,18 @@ def _images_to_translate(source: Path, target: Path) -> list[str]:
         raise NotADirectoryError(f"{target} is a file: give a folder for the results")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} is inside {source}: give a folder for the results outside that of the images")
-    paths = image_files(source)
-    if not paths:
+    found = list_images(source)
+    if not found.images:
         raise FileNotFoundError(f"{source} has no images ({' '.join(EXTENSIONS)})")
-    names = Counter(relative_name(path, source).casefold() for path in paths)
-    alike = [path for path in paths if names[relative_name(path, source).casefold()] > 1]
+    names = [relative_name(path, source).casefold() for path in found.images]
+    counts = Counter(names)
+    alike = [path for path, name in zip(found.images, names) if counts[name] > 1]
     if alike and not is_case_sensitive(target):
         raise ValueError(
             f"{' and '.join(alike[:2])} differ only in case, and would be one file in {target}, whose file system does "
             "not tell upper case from lower case: rename one, or write elsewhere"
         )
-    return paths
+    return found
 
 
 def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:

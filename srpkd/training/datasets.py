@@ -19,9 +19,9 @@ from ..data.batches import IN_MAIN_PROCESS, ResumableBatchSampler, SeededDataset
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
 from ..data.layout_hints import subfolders
-from ..data.layouts import expected_folders, find_layout, shorten
+from ..data.layouts import FolderLayout, expected_folders, find_layout, shorten
 from ..data.synthetic import SyntheticDataset, generate_scenes
-from ..data.validate import validate_dataset
+from ..data.validate import DatasetReport, validate_dataset
 from ..models.networks import define_generator, size_multiple
 from . import distributed
 from .options import ResolvedConfig
@@ -33,8 +33,12 @@ TRAIN_SEED, TEST_SEED = 0, 1_000_003  # of the generated scenes
 cached_scenes = functools.cache(generate_scenes)
 
 
-def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
-    """Open the images of a phase, "train" or "test". Generated test images are always pairs."""
+def open_data(config: ResolvedConfig, phase: str, layout: FolderLayout | None = None) -> ImageDataset:
+    """Open the images of a phase, "train" or "test". Generated test images are always pairs.
+
+    Args:
+        layout: the folders of the phase; by default they are found and listed here.
+    """
     testing = phase == "test"
     limit = None if testing else config.max_dataset_size
     if config.is_synthetic:
@@ -67,17 +71,8 @@ def open_data(config: ResolvedConfig, phase: str) -> ImageDataset:
         max_dataset_size=limit,
         input_nc=config.input_nc,
         output_nc=config.output_nc,
+        layout=layout,
     )
-
-
-def has_test_images(config: ResolvedConfig) -> bool:
-    """Return whether there are images to validate with. Training does not need any."""
-    return config.is_synthetic or find_layout(config.dataroot, config.dataset_mode, "test").has_images
-
-
-def open_test_data(config: ResolvedConfig) -> ImageDataset | None:
-    """Open the test images; None if there are none."""
-    return open_data(config, "test") if has_test_images(config) else None
 
 
 class DataSummary(NamedTuple):
@@ -87,11 +82,25 @@ class DataSummary(NamedTuple):
         text: one line for the training and one for the test images.
         train_sizes: (H, W) of the smallest training images, as the networks get them.
         test_sizes: (H, W) of the smallest test images; [] if there are none.
+        train, test: reports on the image files; None if the images are generated or, for test, if there are none.
     """
 
     text: str
     train_sizes: list[tuple[int, int]]
     test_sizes: list[tuple[int, int]]
+    train: DatasetReport | None = None
+    test: DatasetReport | None = None
+
+    @property
+    def train_layout(self) -> FolderLayout | None:
+        """The folders of the training images, for ``open_data``: they are listed once in a run."""
+        return self.train.layout if self.train else None
+
+    def open_test_data(self, config: ResolvedConfig) -> ImageDataset | None:
+        """Open the test images; None if there are none, since training does not need any."""
+        if not self.test_sizes:
+            return None
+        return open_data(config, "test", self.test.layout if self.test else None)
 
 
 def validate_data(
@@ -122,25 +131,28 @@ def validate_data(
         )
         size = config.synthetic_size, config.synthetic_size
         return DataSummary(text, [size], [size])
-    train, *test = [
+    layouts = [find_layout(config.dataroot, config.dataset_mode, phase) for phase in ("train", "test")]
+    train, *tests = [
         validate_dataset(
             config.dataroot,
             config.dataset_mode,
-            phase,
+            layout.phase,
             preprocess=config.preprocess,
             load_size=config.load_size,
             crop_size=config.crop_size,
             direction=config.direction,
-            max_dataset_size=train_limit(stages) if phase == "train" else None,
-            batch_size=max(stage.batch_size for stage in stages) if phase == "train" else 1,
+            max_dataset_size=train_limit(stages) if layout.phase == "train" else None,
+            batch_size=max(stage.batch_size for stage in stages) if layout.phase == "train" else 1,
             size_multiple=multiple,
+            layout=layout,
             progress=distributed.rank() == 0,
         )
-        for phase in (("train", "test") if has_test_images(config) else ("train",))
+        for layout in (layouts if layouts[1].has_images else layouts[:1])
     ]
-    test_text = str(test[0]) if test else _no_test_images(config)
-    test_sizes = _smallest(test[0].network_sizes) if test else []
-    return DataSummary(f"{train}\n{test_text}", _smallest(train.network_sizes), test_sizes)
+    test = tests[0] if tests else None
+    test_text = str(test) if test else _no_test_images(config)
+    test_sizes = _smallest(test.network_sizes) if test else []
+    return DataSummary(f"{train}\n{test_text}", _smallest(train.network_sizes), test_sizes, train, test)
 
 
 def _smallest(sizes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -186,18 +198,19 @@ def batch_sampler(dataset: ImageDataset, config: ResolvedConfig, seed: int, star
     return batches
 
 
-def check_batches(stages: Iterable[ResolvedConfig]) -> list[str]:
+def check_batches(stages: Iterable[ResolvedConfig], layout: FolderLayout | None = None) -> list[str]:
     """Return a line for each batch size with which a pass over the training images has other batches than expected.
+
+    Args:
+        stages: options of every stage.
+        layout: as for ``open_data``.
 
     Raises:
         DataError: as ``batch_sampler`` raises.
     """
     found = []
-    datasets: dict[int | None, ImageDataset] = {}  # by what stages may differ in, as a folder takes time to list
     for config in stages:
-        limit = config.max_dataset_size
-        datasets[limit] = datasets.get(limit) or open_data(config, "train")
-        sampler = batch_sampler(datasets[limit], config, 0)
+        sampler = batch_sampler(open_data(config, "train", layout), config, 0)
         size, length = sampler.batch_size, sampler.length
         if size < config.batch_size:
             found.append(f"batch_size={config.batch_size}: batches have all {size} training images")
@@ -300,16 +313,19 @@ def has_targets(config: ResolvedConfig) -> bool:
     return config.is_synthetic or config.dataset_mode == "aligned"
 
 
-def input_size(config: ResolvedConfig, direction: str = "G_A") -> tuple[int, int]:
+def input_size(config: ResolvedConfig, direction: str = "G_A", layout: FolderLayout | None = None) -> tuple[int, int]:
     """Return (H, W) of the inputs that a direction's generator is trained on.
 
     If images keep their own sizes, it is the size of the first one.
+
+    Args:
+        layout: as for ``open_data``.
     """
     if has_one_size(config):
         side = config.synthetic_size if config.is_synthetic else config.crop_size
         return side, side
     with torch.device("cpu"):  # also inside a "meta" device context
-        first = SeededDataset(open_data(config, "train"))[0, 0]  # does not draw from torch's default generator
+        first = SeededDataset(open_data(config, "train", layout))[0, 0]  # does not draw from torch's default generator
     height, width = first[sides(direction)[0]].shape[1:]
     return height, width
 

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..data.images import relative_name
-from ..data.layouts import find_layout
-from .datasets import train_limit
-from .options import ResolvedConfig
+from .datasets import DataSummary
 
 
-def fingerprints(
-    config: ResolvedConfig, stages: Iterable[ResolvedConfig], teachers: Mapping[str, nn.Module]
-) -> dict[str, str]:
+def fingerprints(data: DataSummary, teachers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return what a run reads, in words -> its fingerprint.
 
     Args:
-        config: options of the run.
-        stages: options of every stage.
+        data: what is known of the images; generated images have no fingerprint.
         teachers: teachers that were loaded from files, by direction.
     """
     found = {f"weights of the teacher {direction}": _of_weights(network) for direction, network in teachers.items()}
-    if not config.is_synthetic:
-        layout = find_layout(config.dataroot, config.dataset_mode, "train")
-        for folder, files in zip(layout.folders, layout.files(train_limit(stages))):
-            found[f"images in {folder}"] = _of_files(files, folder)
+    if data.train:
+        for folder, sizes in zip(data.train.layout.folders, data.train.file_bytes):
+            found[f"images in {folder}"] = _of_files(sizes, folder)
     return found
 
 
@@ -53,12 +46,12 @@ def check_unchanged(resume: str, now: Mapping[str, str], then: Mapping[str, str]
         )
 
 
-def _of_files(files: list[str], folder: Path) -> str:
-    """Return the number of files, and a digest of their names and sizes."""
+def _of_files(sizes: Mapping[str, int], folder: Path) -> str:
+    """Return the number of files, and a digest of their names and sizes in bytes."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{relative_name(path, folder)}\0{os.path.getsize(path)}\0".encode(errors="surrogateescape"))
-    return f"{len(files)} files, digest {digest.hexdigest()[:12]}"
+    for path, size in sizes.items():
+        digest.update(f"{relative_name(path, folder)}\0{size}\0".encode(errors="surrogateescape"))
+    return f"{len(sizes)} files, digest {digest.hexdigest()[:12]}"
 
 
 def _of_weights(network: nn.Module) -> str:

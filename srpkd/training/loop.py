@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..data.layouts import FolderLayout
 from ..devices import may_copy_ahead
 from ..loss import SRPLoss
 from ..models.networks import default_tap, define_generator, normalize_per_image
@@ -41,12 +42,18 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One network (for cycle_gan a pair of networks) to train: its name, options, seed and folder."""
+    """One network (for cycle_gan a pair of networks) to train.
+
+    Attributes:
+        name, config, seed, folder: those of the stage.
+        layout: folders of the training images, as for ``open_data``.
+    """
 
     name: str
     config: ResolvedConfig
     seed: int
     folder: Path
+    layout: FolderLayout | None = None
 
 
 class Trained(NamedTuple):
@@ -91,12 +98,12 @@ def fit(
         Stopped: A signal asked a rank to stop; the state has been saved.
     """
     config = stage.config
-    objective = make_objective(config, stage.seed, teachers)
+    objective = make_objective(config, stage.seed, teachers, stage.layout)
     if not state:
         for line in warm_start(objective, config):
             distributed.print_rank0(f"{stage.name}: {line}")
     first = state["step"] + 1 if state else 1
-    loader = make_loader(open_data(config, "train"), config, stage.seed, start=first - 1)
+    loader = make_loader(open_data(config, "train", stage.layout), config, stage.seed, start=first - 1)
     epoch_steps = config.epoch_steps or len(loader)
     steps = (config.n_epochs + config.n_epochs_decay) * epoch_steps
 
@@ -174,13 +181,16 @@ def fit(
     return Trained(generators, steps, statistics.median(durations[1:] or durations))
 
 
-def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.Module]) -> Objective:
+def make_objective(
+    config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.Module], layout: FolderLayout | None = None
+) -> Objective:
     """Return the task's networks, optimizers and losses, on the device and in training mode.
 
     Args:
         config: options of the stage.
         seed: determines the initial weights.
         teachers: direction -> frozen generator; {} trains without a teacher.
+        layout: folders of the training images, as for ``open_data``.
     """
     kind = OBJECTIVES[config.model]
     seed_everything(seed)
@@ -204,7 +214,7 @@ def make_objective(config: ResolvedConfig, seed: int, teachers: Mapping[str, nn.
             lambda_kd=config.lambda_kd,
             lambda_srp=config.lambda_srp,
             lambda_feature=config.lambda_feature,
-            input_shape=(channels_of(config, direction)[0], *input_size(config, direction)),
+            input_shape=(channels_of(config, direction)[0], *input_size(config, direction, layout)),
         )
         if dtype != torch.float32:
             cast_convolutions(teacher, dtype)

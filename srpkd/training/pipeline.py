@@ -14,7 +14,7 @@ import torch
 from ..files import WriteError
 from ..models.checkpoints import load_generator
 from . import distributed
-from .datasets import ImageDataset, has_one_size, open_test_data
+from .datasets import ImageDataset, has_one_size
 from .extension import stage_folder, stage_name
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
@@ -44,31 +44,34 @@ def run(config: TrainConfig, command: str = "") -> RunDir:
 def execute(plan: Plan) -> RunDir:
     """Run all stages of a plan that are not done, and return the folder of the run."""
     config, run_dir = plan.config, plan.run_dir
-    test_set = open_test_data(config)
+    layout = plan.data.train_layout
+    test_set = plan.data.open_test_data(config)
     shown: dict[str, Generators] = {}
     try:
         if plan.teacher:
-            stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher")
+            stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher", layout)
             plan.teachers = run_stage(plan, stage, "teacher", {}, test_set, shown)
         elif plan.teachers and "teacher" not in plan.rows:
-            plan.rows["teacher"] = [stop_together(partial(evaluate_teachers, config, plan.teachers, test_set))]
+            evaluation = partial(evaluate_teachers, config, plan.teachers, test_set, layout)
+            plan.rows["teacher"] = [stop_together(evaluation)]
         if plan.teachers:
             shown["teacher"] = plan.teachers
         if not plan.done or plan.done == ["teacher"]:
-            publish(run_dir, config, plan.variants, plan.rows, shown, test_set)
+            publish(run_dir, config, plan.variants, plan.rows, shown, test_set, layout)
         if plan.students_began is None:
             plan.students_began = run_dir.elapsed
 
         for number in range(config.seeds):
             for name, options in plan.variants.items():
                 label = stage_name(config, name, number)
-                stage = Stage(label, options, config.seed + number, stage_folder(run_dir.folder, config, name, number))
+                folder = stage_folder(run_dir.folder, config, name, number)
+                stage = Stage(label, options, config.seed + number, folder, layout)
                 generators = run_stage(plan, stage, name, plan.teachers, test_set, shown)
                 shown.setdefault(name, generators)
             last = number + 1 == config.seeds or is_over_budget(plan, number + 1, plan.students_began)
             if last:
                 run_dir.report["status"] = "finished"
-            publish(run_dir, config, plan.variants, plan.rows, shown, test_set)
+            publish(run_dir, config, plan.variants, plan.rows, shown, test_set, layout)
             if last:
                 break
         if not config.no_keep_state:
@@ -124,7 +127,8 @@ def run_stage(
         save_progress(plan, (stage.name, state))
 
     def show(generators: Generators) -> None:
-        publish(plan.run_dir, plan.config, plan.variants, plan.rows, {name: generators} | shown, test_set)
+        current = {name: generators} | shown
+        publish(plan.run_dir, plan.config, plan.variants, plan.rows, current, test_set, stage.layout)
 
     interrupted = plan.training[1] if plan.training and plan.training[0] == stage.name else None
     if interrupted is None and stage.name in plan.extended:

@@ -47,6 +47,7 @@ class Plan:
         variants: name -> options of a student.
         teachers: direction -> teacher that was loaded or trained, frozen and in eval mode.
         run_dir: folder of the run.
+        data: what is known of the images.
         inputs: fingerprints of what the run reads.
         rows: name -> rows of the table, one per seed.
         done: names of the finished stages.
@@ -60,6 +61,7 @@ class Plan:
     variants: dict[str, ResolvedConfig]
     teachers: Generators
     run_dir: RunDir
+    data: DataSummary
     inputs: dict[str, str] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
@@ -90,7 +92,7 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
         dry_run(config, checked, starting)  # on all ranks the same
-        notes = distributed.raise_on_all_ranks(partial(check_batches, checked.stages))
+        notes = distributed.raise_on_all_ranks(partial(check_batches, checked.stages, checked.data.train_layout))
         folder = distributed.broadcast_object(distributed.raise_on_all_ranks(partial(_folder, config)))
         run_dir = distributed.raise_on_all_ranks(partial(_open_run_dir, folder, config, command, checked))
         on_error.pop_all()
@@ -103,7 +105,9 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
         f"{describe_task(config)}\n{checked.data.text}\n{'resuming' if state else 'writing to'} {folder}"
     )
     progress = {key: state[key] for key in ("rows", "done", "training", "extended", "students_began") if key in state}
-    return Plan(config, checked.teacher, checked.variants, checked.teachers, run_dir, checked.inputs, **progress)
+    return Plan(
+        config, checked.teacher, checked.variants, checked.teachers, run_dir, checked.data, checked.inputs, **progress
+    )
 
 
 def check_compiler(config: ResolvedConfig) -> None:
@@ -142,7 +146,7 @@ def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
     teachers = load_teachers(config)
     stages = [*variants.values(), *([teacher] if teacher else [])]
     data = validate_data(config, stages, teachers)
-    inputs = fingerprints(config, stages, teachers)
+    inputs = fingerprints(data, teachers)
     state: dict[str, Any] = {}
     lock: FolderLock | None = None
     if config.resume:
@@ -275,7 +279,7 @@ def build_on_meta(config: ResolvedConfig, teachers: Mapping[str, nn.Module], dat
         _try_sizes(generator, f"netG {config.netG}", sizes, "use a larger --crop_size or larger images")
     try:
         with torch.device("meta"):
-            objective = make_objective(replace(config, device="meta"), 0, teachers)
+            objective = make_objective(replace(config, device="meta"), 0, teachers, data.train_layout)
         feature = torch.ones(1, 1, 2, 2, device=config.torch_device)
         make_relation_loss(config)(feature, feature)
     except RuntimeError as error:

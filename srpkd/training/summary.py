@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..data.layouts import FolderLayout
 from ..devices import device_name
 from ..models.complexity import count_macs, count_parameters
 from . import distributed
@@ -34,20 +35,26 @@ def evaluate_stage(
     metrics = evaluate(trained.generators, test_set, stage.config, teachers, stage.name)
     if metrics:
         run_dir.log(stage.name, trained.steps, **metrics)
-    return complexity(stage.config, trained.generators) | metrics | {"seconds_per_step": trained.seconds_per_step}
+    cost = complexity(stage.config, trained.generators, stage.layout)
+    return cost | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
-def evaluate_teachers(config: ResolvedConfig, teachers: Generators, test_set: ImageDataset | None) -> Row:
+def evaluate_teachers(
+    config: ResolvedConfig,
+    teachers: Generators,
+    test_set: ImageDataset | None,
+    layout: FolderLayout | None = None,
+) -> Row:
     """Return the row of teachers that were loaded from files, on rank 0; {} on the others."""
     if distributed.rank() > 0:
         return {}
-    return complexity(config, teachers) | evaluate(teachers, test_set, config, {}, "teacher")
+    return complexity(config, teachers, layout) | evaluate(teachers, test_set, config, {}, "teacher")
 
 
-def complexity(config: ResolvedConfig, generators: Generators) -> Row:
-    """Return parameters and MACs of one generator."""
+def complexity(config: ResolvedConfig, generators: Generators, layout: FolderLayout | None = None) -> Row:
+    """Return parameters and MACs of one generator, for the size of the training images in ``layout``."""
     direction, generator = next(iter(generators.items()))
-    shape = (1, channels_of(config, direction)[0], *input_size(config, direction))
+    shape = (1, channels_of(config, direction)[0], *input_size(config, direction, layout))
     return {"parameters": count_parameters(generator), "macs": count_macs(generator, shape)}
 
 
@@ -58,6 +65,7 @@ def publish(
     rows: Mapping[str, list[Row]],
     shown: Mapping[str, Generators],
     test_set: ImageDataset | None,
+    layout: FolderLayout | None = None,
 ) -> None:
     """Update the table, the images and the page on rank 0.
 
@@ -66,11 +74,13 @@ def publish(
         rows: name -> rows of the table, one per seed.
         shown: label -> direction -> generator in eval mode.
         test_set: test images; None publishes no images.
+        layout: folders of the training images, as for ``open_data``.
     """
     if distributed.rank() > 0:
         return
     run_dir.check_folder()  # before images are written
-    pixels = "{} x {} pixels".format(*input_size(config)) + ("" if has_one_size(config) else ", the first image's size")
+    pixels = "{} x {} pixels".format(*input_size(config, layout=layout))
+    pixels += "" if has_one_size(config) else ", the first image's size"
     columns = [
         {"key": "name", "label": "network", "format": ""},
         {"key": "parameters", "label": "parameters", "format": ",", "help": "of one generator"},

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from srpkd.data.folders import CHOICES, open_dataset
 from srpkd.data.images import DataError
+from srpkd.data.layouts import find_layout
 from srpkd.data.validate import validate_dataset
 
 SMALL = {"load_size": 32, "crop_size": 32, "no_flip": True}
@@ -158,6 +159,16 @@ def test_images_side_by_side_come_first(aligned):
         save_plain(aligned / "train" / folder / "0.png", size=(64, 32))
     assert len(open_dataset(aligned, "aligned")) == 7
     assert len(open_dataset(aligned, "unaligned")) == 1
+
+
+@pytest.mark.parametrize("other", ["AB", "C", "."])
+def test_folders_of_sides_are_read_if_they_have_all_images(tmp_path, other):
+    for folder in ("A", "B"):
+        save_plain(tmp_path / "train" / folder / "0.png")
+    (tmp_path / "train/loop").symlink_to(tmp_path / "train")
+    assert find_layout(tmp_path, "aligned", "train").names == ["train/A", "train/B"]
+    save_plain(tmp_path / "train" / other / "0.png")
+    assert find_layout(tmp_path, "aligned", "train").names == ["train"]
 
 
 def test_val_is_read_if_there_are_no_test_images(tmp_path):

@@ -31,7 +31,7 @@ GENERATORS = {
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_names_sizes_and_formats_are_kept(folder, tmp_path, kind):
     net = GENERATORS[kind]()
-    written, skipped, _ = translate_folder(net, folder, tmp_path / "out")
+    written, skipped, *_ = translate_folder(net, folder, tmp_path / "out")
     assert not skipped and net.training
     names = {path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix != ".txt"}
     assert {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")} == names
@@ -92,7 +92,7 @@ def test_size_and_crop(folder, tmp_path):
             raise ValueError(f"{path}: odd")
         return image.crop((0, 0, 8, 8))
 
-    written, skipped, _ = translate_folder(net, folder, tmp_path / "out", size=12, crop=left)
+    written, skipped, *_ = translate_folder(net, folder, tmp_path / "out", size=12, crop=left)
     assert {Image.open(path).size for path in written} == {(12, 12)}
     assert skipped == [f"{folder / 'd.bmp'}: odd"]
 

@@ -9,6 +9,7 @@ import pytest
 from runs import CYCLE_GAN, TINY, config_of, teacher_of
 
 from srpkd.training.config import parse_arguments
+from srpkd.training.datasets import validate_data
 from srpkd.training.fingerprints import check_unchanged, fingerprints
 
 
@@ -20,7 +21,7 @@ def images(unpaired, tmp_path) -> Path:
 def test_images(images):
     def found(*arguments: str) -> dict[str, str]:
         config = parse_arguments([f"--dataroot={images}", *CYCLE_GAN, *TINY, *arguments])
-        return fingerprints(config, [config], {})
+        return fingerprints(validate_data(config, [config], {}), {})
 
     def changed(before: dict[str, str]) -> list[str]:
         return [name for name, value in found().items() if before[name] != value]
@@ -43,11 +44,12 @@ def test_images(images):
 
 def test_teachers():
     config = config_of()
-    before, same = (fingerprints(config, [config], teacher_of()) for _ in range(2))
+    data = validate_data(config, [config], {})
+    before, same = (fingerprints(data, teacher_of()) for _ in range(2))
     assert before == same and list(before) == ["weights of the teacher G"]
     teacher = teacher_of()
     teacher["G"].get_parameter("model.1.weight").data[0, 0, 0, 0] += 1e-3
-    assert fingerprints(config, [config], teacher) != before
+    assert fingerprints(data, teacher) != before
 
 
 def test_a_resumed_run_refuses_other_images(run, images):

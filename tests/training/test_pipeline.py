@@ -1,10 +1,12 @@
 """Whole runs: what they write, their stages, and how they end."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import statistics
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
+from sample_images import save_plain
 
 from srpkd import train
 from srpkd.data.images import DataError, image_files, left_half, right_half
@@ -273,6 +276,38 @@ def test_macs_are_of_the_image_size(run, oblong):
 # Folders
 
 
+@pytest.mark.parametrize(
+    "flags", [CYCLE_GAN, ["--model=cycle_gan", "--preprocess=none"], ["--dataset_mode=aligned", *CYCLE_GAN]]
+)
+def test_a_run_lists_each_folder_of_images_once(run, tmp_path, monkeypatch, flags):
+    """On a network drive, this takes seconds for many files."""
+    folders = [f"images/{phase}/{side}" for phase in ("train", "test") for side in "AB"]
+    for folder in folders:
+        for name in ("0.png", "inner/1.png"):
+            save_plain(tmp_path / folder / name, (24, 24))
+        (tmp_path / folder / "notes.txt").touch()
+    scandir, listed = os.scandir, Counter()
+
+    def counting(path="."):
+        listed[os.path.relpath(path)] += 1
+        return scandir(path)
+
+    def of_images() -> dict[str, int]:
+        return {path: count for path, count in listed.items() if path.startswith("images") and os.path.isdir(path)}
+
+    monkeypatch.setattr(os, "scandir", counting)
+    arguments = ["--dataroot=images", *flags, *TINY, *TEACHER, "--epoch_steps=1", "--update_html_freq=1", "--name=run"]
+    done = run(*arguments)
+    assert "1 other file (1 .txt) in train/A left out" in done.output
+    once = dict.fromkeys([*folders, *(f"{folder}/inner" for folder in folders)], 1)
+    if "--dataset_mode=aligned" in flags:
+        once |= {"images/train": 1, "images/test": 1}  # which may have had pairs side by side
+    assert of_images() == once
+    listed.clear()
+    run("--resume=run", "--n_epochs=2")
+    assert of_images() == once
+
+
 def test_a_second_run_of_the_same_name_gets_a_numbered_folder(run):
     first = run(*PIX2PIX, "--name=same")
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
@@ -342,10 +377,10 @@ def test_an_image_that_cannot_be_read_during_training_ends_the_run_with_a_messag
     shutil.copytree(unpaired, tmp_path / "images")
     open_data = datasets.open_data
 
-    def broken(config: TrainConfig, phase: str) -> Any:
+    def broken(config: TrainConfig, phase: str, layout: Any) -> Any:
         for path in (tmp_path / "images/trainA").iterdir() if phase == "train" else ():
             path.write_bytes(b"broken")
-        return open_data(config, phase)
+        return open_data(config, phase, layout)
 
     monkeypatch.setattr(loop, "open_data", broken)
     with pytest.raises(SystemExit, match=r"^error: images/trainA/0000\d\.png: not an image"):

@@ -1,6 +1,8 @@
 """What is checked and loaded before training starts."""
 
+import os
 import shutil
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -165,6 +167,21 @@ def test_options_that_cannot_work_are_refused_before_training(
     monkeypatch.setattr(pipeline, "fit", fit)
     assert message in refusal("--dataroot", str(unpaired), *CYCLE_GAN, *TINY, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_each_image_file_is_looked_at_once(unpaired, tmp_path, monkeypatch):
+    """On a network drive, each look takes milliseconds, and a resumed run repeats it."""
+    stat, seen = os.stat, Counter()
+
+    def counting(path, **others):
+        if str(path).endswith(".png"):
+            seen[path] += 1
+        return stat(path, **others)
+
+    config = parse_arguments([f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, f"--runs_dir={tmp_path}"])
+    monkeypatch.setattr(os, "stat", counting)
+    plan.prepare(config).run_dir.close()
+    assert len(seen) == 14 and set(seen.values()) == {1}
 
 
 def test_generated_images_must_fit_the_generators(refusal):
