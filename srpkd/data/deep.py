@@ -70,20 +70,20 @@ class DeepPixels(NamedTuple):
         return 1 - colour if self.inverted else colour, alpha
 
 
-def bits_per_channel(image: Image.Image, path: str | os.PathLike[str]) -> int:
+def bits_per_channel(image: Image.Image) -> int:
     """Return the bits per channel of an image that Pillow has opened and not decoded yet."""
     bits = 8
     match image.format:
         case "PNG":
-            bits = _start(path, 25)[24]
+            bits = _start(image, 25)[24]
         case "TIFF":
             bits = max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]
         case "PPM":
             bits = _pnm_maximum(image).bit_length()
         case "JPEG2000":
-            bits = _jpeg2000_bits(_start(path, 1 << 16))
+            bits = _jpeg2000_bits(_start(image, 1 << 16))
         case "AVIF":
-            bits = _avif_bits(_start(path, 1 << 16))
+            bits = _avif_bits(_start(image, 1 << 16))
     return max(bits, 16) if image.mode[0] in "IF" else bits
 
 
@@ -232,9 +232,15 @@ def _decode_pnm(path: str | os.PathLike[str], image: Image.Image) -> DeepPixels:
     return DeepPixels(values.astype(np.int64).reshape(image.height, image.width, channels), float(maximum), channels)
 
 
-def _start(path: str | os.PathLike[str], length: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(length)
+def _start(image: Image.Image, length: int) -> bytes:
+    """Return the first bytes of the file that Pillow has open."""
+    file = image.fp  # type: ignore[attr-defined]
+    position = file.tell()
+    file.seek(0)
+    try:
+        return bytes(file.read(length))
+    finally:
+        file.seek(position)
 
 
 def _jpeg2000_bits(start: bytes) -> int:

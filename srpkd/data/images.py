@@ -204,7 +204,7 @@ class ImageFile:
         self.path, self._image, self.file_size = path, image, file_size
         self._tiff = read_tiff_header(path) if image is None else None
         self._decoded: tuple[int, Image.Image | DeepPixels] | None = None
-        self._first_bits = 16 if image is None else bits_per_channel(image, path)
+        self._first_bits = 16 if image is None else bits_per_channel(image)
         self._white = white_level(image, self._first_bits) if image else 0
         if self._tiff and self._tiff.size[0] * self._tiff.size[1] > 2 * (Image.MAX_IMAGE_PIXELS or float("inf")):
             raise Image.DecompressionBombError(f"{self._tiff.size[0]} x {self._tiff.size[1]} pixels")
@@ -313,7 +313,7 @@ class ImageFile:
                     raise
                 return decode_deep(self.path, None, frame, 1)
         if frame and image.format == "TIFF":
-            bits = bits_per_channel(image, self.path)
+            bits = bits_per_channel(image)
         if bits > 8:
             if image.format == "PNG" and "exif" not in image.info and b"eXIf" in Path(self.path).read_bytes():
                 image.load()  # the orientation is stored behind the pixels

@@ -1,5 +1,6 @@
 """Image files: search, pairing by name, and safe decoding."""
 
+import builtins
 import errno
 import os
 import pickle
@@ -20,6 +21,7 @@ from srpkd.data.images import (
     left_half,
     open_image,
     pair_by_name,
+    read_image,
     right_half,
 )
 
@@ -125,6 +127,25 @@ def test_pipes_and_folders_are_not_opened(tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path):
         with pytest.raises(DataError, match="a folder, a pipe or a device; expected a file"), open_image(path):
             pass
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jp2", ".jpg", ".png", ".ppm", ".tif", ".webp"])
+def test_a_file_is_opened_once(tmp_path, monkeypatch, suffix):
+    """On a network drive, opening a file takes milliseconds."""
+    path = save_plain(tmp_path / f"0{suffix}")
+    open_file, opened = builtins.open, []
+
+    def counting(file, *arguments, **others):
+        opened.append(file)
+        return open_file(file, *arguments, **others)
+
+    monkeypatch.setattr(builtins, "open", counting)
+    with open_image(path) as image:
+        assert image.frames == 1
+        image.check(decode=False)
+    assert opened == [path]
+    read_image(path)
+    assert opened == [path] * 2
 
 
 def test_palette_with_transparency(tmp_path, recwarn):
