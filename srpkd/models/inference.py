@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +152,7 @@ def translate_folder(
         return target / name
 
     paths, others = _images_to_translate(source, target)
-    existing = {path for path in paths if result_of(path).exists()}
+    existing = _with_results(paths, result_of)
     if skip_existing:
         paths = [path for path in paths if path not in existing]
     elif existing and not force:
@@ -214,6 +216,27 @@ def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, al
         pictures, source = read_source(image, frames if keeps_frames else 1)
     source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
     return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
+
+
+def _with_results(paths: Iterable[str], result_of: Callable[[str], Path]) -> set[str]:
+    """Return the images whose results exist. Lists the folders of the results: a look at each takes much longer."""
+
+    @cache
+    def listing(folder: Path) -> tuple[set[str], set[str]]:
+        """Return the names in a folder, as they are and as a file system may compare them."""
+        names = set(os.listdir(folder)) if folder.is_dir() else set()
+        return names, set(map(_comparable, names))
+
+    def exists(path: Path) -> bool:
+        names, comparable = listing(path.parent)
+        return path.name in names or (_comparable(path.name) in comparable and path.exists())
+
+    return {path for path in paths if exists(result_of(path))}
+
+
+def _comparable(name: str) -> str:
+    """Return the same string for all names that a file system may take for equal: é has two forms, and two cases."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _images_to_translate(source: Path, target: Path) -> Listing:

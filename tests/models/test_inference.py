@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, value):
     with pytest.raises(NonFiniteError, match=r"output for \S+b\.jpg is not finite .*\. 1 of 7 images are written"):
         translate_folder(net, folder, tmp_path / "out", batch_size=8)
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.png"]
+
+
+def test_results_that_exist_are_found_by_listing_their_folders(folder, tmp_path, monkeypatch):
+    """On a network drive, a look at each takes much longer. A name in another form may be that of the same file."""
+    net = GENERATORS["resnet"]()
+    translate_folder(net, folder, tmp_path / "out")
+    (tmp_path / "out/b.jpg").rename(tmp_path / "out/B.JPG")
+    (tmp_path / "out/d.bmp").unlink()
+    exists, looked_at = Path.exists, []
+
+    def counting(path, **others):
+        looked_at.append(path.name)
+        return path.name == "b.jpg" or exists(path, **others)  # as if the file system did not tell the cases apart
+
+    monkeypatch.setattr(Path, "exists", counting)
+    with pytest.raises(FileExistsError, match="6 of the results exist already"):
+        translate_folder(net, folder, tmp_path / "out")
+    assert [name for name in looked_at if name != "out"] == ["b.jpg"]
 
 
 def test_names_that_differ_only_in_case(folder, tmp_path, monkeypatch):
