@@ -7,11 +7,12 @@ import os
 import re
 import stat
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -36,6 +37,11 @@ EXTENSIONS = (
 )  # fmt: skip
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+# On a network drive, opening a file takes milliseconds in which the processor is idle.
+THREADS = 16
+
+T = TypeVar("T")
+R = TypeVar("R")
 Crop = Callable[[Picture, str], Picture]  # (image, its path) -> the part to use
 
 
@@ -282,6 +288,11 @@ class ImageFile:
             return self._white - numbers if is_inverted(self._image) else numbers
         return numbers if pixels.mode == "P" else None
 
+    @property
+    def needs_decoding(self) -> bool:
+        """Whether ``check`` decodes in any case."""
+        return self._image is None
+
     def check(self, decode: bool) -> None:
         """Check that the first frame can be decoded, or only what its header (and the checksums of PNG) tell."""
         if self._image is None or (decode and self._first_bits > 8):
@@ -381,6 +392,22 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"damaged or truncated ({error})"
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function` of each item in order; `THREADS` threads call it. Use it for files whose headers are read."""
+    Image.init()  # registers Pillow's formats: two threads that do it at the same time miss some
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 4 * THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_image(path: str) -> Picture:

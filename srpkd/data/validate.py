@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from ..arguments import check_choice, check_whole
 from ..progress import ProgressBar
 from . import Direction
 from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
-from .images import EXTENSIONS, DataError, describe_further_frames, open_image
+from .images import EXTENSIONS, DataError, describe_further_frames, in_threads, open_image
 from .layout_hints import missing_folders
 from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
 
@@ -347,6 +349,7 @@ def _unusable_images(headers: list[_Header], geometry: _Geometry) -> dict[str, l
 
 def _read_headers(files: Sequence[str]) -> Iterator[_Header | tuple[str, str]]:
     """Yield the header of each readable file, and (path, reason) of each other one, in order."""
+    one_at_a_time = Lock()  # large images would fill the memory
 
     def read(number: int) -> _Header | tuple[str, str]:
         path = files[number]
@@ -355,12 +358,13 @@ def _read_headers(files: Sequence[str]) -> Iterator[_Header | tuple[str, str]]:
         try:
             with open_image(path) as image:
                 header = _Header(path, image.size, image.frames, image.file_size, decode)
-                image.check(decode)
+                with one_at_a_time if decode or image.needs_decoding else nullcontext():
+                    image.check(decode)
             return header
         except DataError as error:
             return path, str(error).removeprefix(f"{path}: ")
 
-    return map(read, range(len(files)))
+    return in_threads(read, range(len(files)))
 
 
 def _no_images(folder: Path, others: str) -> str:

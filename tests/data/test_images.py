@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import unicodedata
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from srpkd.data.images import (
     find_images,
     image_files,
     image_pairs,
+    in_threads,
     left_half,
     open_image,
     pair_by_name,
@@ -146,6 +148,30 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch, suffix):
     assert opened == [path]
     read_image(path)
     assert opened == [path] * 2
+
+
+def test_calls_in_threads():
+    """Several run at once, their results are in order, and few items are taken before they are needed."""
+    both, taken = Barrier(2), []
+
+    def items():
+        for item in range(1000):
+            taken.append(item)
+            yield item
+
+    def double(item):
+        if item < 2:
+            both.wait(timeout=60)
+        if item == 990:
+            raise DataError("990")
+        return 2 * item
+
+    results = in_threads(double, items())
+    assert next(results) == 0 and len(taken) < 100
+    with pytest.raises(DataError, match="990"):
+        for number, result in enumerate(results, 1):
+            assert result == 2 * number
+    assert number == 989
 
 
 def test_palette_with_transparency(tmp_path, recwarn):
