@@ -18,17 +18,8 @@ from torch import Tensor
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import (
-    Crop,
-    ImageFiles,
-    find_images,
-    further_frames,
-    image_pairs,
-    left_half,
-    list_images,
-    pair_by_name,
-    right_half,
-)
+from .data.images import Crop, ImageFiles, further_frames, image_pairs, left_half, right_half
+from .data.listing import find_images, list_images, pair_by_name
 from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity

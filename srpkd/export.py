@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import add_train_mode_norm, exit_on_error, number, positive
-from .data.images import list_images
+from .data.listing import list_images
 from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generator
 
 

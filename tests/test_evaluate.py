@@ -13,7 +13,8 @@ from PIL import Image
 from sample_images import noise, save_all, save_deep
 from torch import nn
 
-from srpkd.data.images import DataError, find_images
+from srpkd.data.images import DataError
+from srpkd.data.listing import find_images
 from srpkd.data.synthetic import generate_scenes
 from srpkd.evaluate import evaluate, main, parser
 from srpkd.models.checkpoints import save_weights

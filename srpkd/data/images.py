@@ -1,18 +1,15 @@
-"""Image files: find them, pair them by name, and decode them safely."""
+"""Image files: decode them safely."""
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 import stat
-import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -32,9 +29,6 @@ from .picture import Picture, crop_picture, picture_size, picture_to_levels, res
 
 # The formats that Pillow may decode, by content and not by suffix: for EPS it would start another program.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif", ".jp2", ".j2k",
-)  # fmt: skip
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # On a network drive, opening a file takes milliseconds in which the processor is idle.
@@ -56,145 +50,6 @@ class DataError(ValueError):
     def __init__(self, heading: str, problems: Sequence[str] = ()) -> None:
         self.problems = list(problems)
         super().__init__("\n".join([heading, *(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))]))
-
-
-class Listing(NamedTuple):
-    """The files in a folder and its sub-folders, without hidden ones.
-
-    images: paths of the image files, sorted, in the same order on every system
-    others: how many other files there are, as "3 other files (2 .heic, 1 .txt)"; empty if there are none
-    """
-
-    images: list[str]
-    others: str
-
-
-def list_images(folder: str | Path) -> Listing:
-    """List a folder and its sub-folders, each once; empty if there is no such folder.
-
-    Symbolic links are followed. Hidden files and folders, such as those that macOS writes next to images, are skipped.
-
-    Raises:
-        DataError: one of the folders cannot be listed, so that its images would be left out.
-    """
-    images: list[str] = []
-    suffixes: Counter[str] = Counter()
-    for path in _visible_files(folder):
-        if _is_image(path):
-            images.append(path)
-        else:
-            suffixes[Path(path).suffix.lower() or os.path.basename(path)] += 1
-    return Listing(sorted(images, key=lambda path: path.replace(os.sep, "/")), _describe_others(suffixes))
-
-
-def image_files(folder: str | Path) -> list[str]:
-    """Return the images of ``list_images``."""
-    return list_images(folder).images
-
-
-def has_images_outside(folder: str | Path, subfolders: Collection[str]) -> bool:
-    """Return whether a folder has images that are not in these sub-folders, which are not listed."""
-    return any(_is_image(path) for path in _visible_files(folder, subfolders))
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS)
-
-
-def _describe_others(suffixes: Counter[str]) -> str:
-    if not suffixes:
-        return ""
-    count = suffixes.total()
-    kinds = [f"{number:,} {suffix}" for suffix, number in suffixes.most_common(5)]
-    kinds += ["..."] if len(suffixes) > 5 else []
-    return f"{count:,} other file{'s' if count > 1 else ''} ({', '.join(kinds)})"
-
-
-def relative_name(path: str, folder: str | Path) -> str:
-    """Return the path of a file in a folder relative to it, with the same separators and form on every system.
-
-    macOS may write ``é`` as two characters, and zip archives of both forms exist: both are the same name.
-    """
-    return unicodedata.normalize("NFC", os.path.relpath(path, folder).replace(os.sep, "/"))
-
-
-def _visible_files(folder: str | Path, left_out: Collection[str] = ()) -> Iterator[str]:
-    """Yield the paths of the files in a folder and its sub-folders, without the direct sub-folders `left_out`."""
-    seen = {os.path.realpath(folder)}
-    for root, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_unless_missing):
-        real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(subfolders) if name[0] != "."}
-        # a link may point to a parent
-        subfolders[:] = [name for name, target in real.items() if target not in seen and name not in left_out]
-        seen.update(real.values())
-        left_out = ()
-        yield from (os.path.join(root, name) for name in names if name[0] != ".")
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        reason = f"this folder cannot be listed ({error.strerror}): change its permissions, or move it to another place"
-        raise DataError(f"{error.filename}: {reason}") from error
-
-
-def find_images(where: str) -> list[str]:
-    """Return the image files in a folder, or the files that match a pattern such as ``results/*_fake_B.png``.
-
-    Raises:
-        ValueError: no image was found.
-        DataError: a folder cannot be listed, so that its images would be left out.
-    """
-    path = os.path.expanduser(where)
-    if os.path.isdir(path):
-        found = image_files(path)
-    else:
-        _check_folders_of(path)
-        found = sorted(glob.glob(path, recursive=True))
-    if not found:
-        raise ValueError(f"{where}: no images found; expected a folder of images or a pattern like 'out/*_fake_B.png'")
-    return found
-
-
-def _check_folders_of(pattern: str) -> None:
-    """Raise a DataError if a folder whose files a pattern may name cannot be listed: glob passes over such folders."""
-    if os.path.basename(pattern) == "**":  # which names the files of all sub-folders
-        pattern = os.path.join(pattern, "*")
-    while glob.has_magic(pattern):
-        pattern = os.path.dirname(pattern)
-        for folder in glob.glob(os.path.join(pattern, ""), recursive=True) if pattern else ["./"]:
-            try:
-                os.scandir(os.path.join(folder, ".")).close()  # the dot: its files must be accessible too
-            except OSError as error:
-                error.filename = os.path.dirname(folder)
-                _raise_unless_missing(error)
-
-
-def pair_by_name(generated: Sequence[str], others: Sequence[str], kind: str = "real image") -> list[tuple[str, str]]:
-    """Pair generated images with real ones, or with files of another ``kind``, by file name.
-
-    Suffixes are ignored, and so are the endings that the public CycleGAN code writes (_fake_B, _real_B, _rec_A, ...).
-
-    Raises:
-        ValueError: a generated image has no partner, or two images of one side have the same name.
-    """
-
-    def key(path: str) -> str:
-        return unicodedata.normalize("NFC", re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem))
-
-    for paths in (generated, others):
-        first: dict[str, str] = {}
-        for path in paths:
-            if (other := first.get(key(path))) is not None:
-                raise ValueError(
-                    f"{other} and {path} have the same name: to pair images by name, give each a unique name"
-                )
-            first[key(path)] = path
-    partner = {key(path): path for path in others}
-    if unpaired := [path for path in generated if key(path) not in partner]:
-        raise ValueError(
-            f"{len(unpaired)} of {len(generated)} generated images have no {kind} of the same name, such as "
-            f"{unpaired[0]}; the {kind}s are named like {others[0]}"
-        )
-    return [(path, partner[key(path)]) for path in generated]
 
 
 class ImageFile:

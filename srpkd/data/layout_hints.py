@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .images import image_files
 from .layouts import DatasetMode, FolderLayout, expected_folders, find_layout, shorten
+from .listing import image_files
 
 Check = Callable[[FolderLayout], list[str]]
 

@@ -10,7 +10,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
-from .images import DataError, Listing, has_images_outside, list_images, relative_name
+from .images import DataError
+from .listing import Listing, has_images_outside, list_images, relative_name
 
 DatasetMode = Literal["unaligned", "aligned"]
 ListFolder = Callable[[Path], Listing]

@@ -15,9 +15,10 @@ from ..arguments import check_choice, check_whole
 from ..progress import ProgressBar
 from . import Direction
 from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
-from .images import EXTENSIONS, DataError, describe_further_frames, in_threads, open_image
+from .images import DataError, describe_further_frames, in_threads, open_image
 from .layout_hints import missing_folders
 from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
+from .listing import EXTENSIONS
 
 Size = tuple[int, int]  # (width, height)
 

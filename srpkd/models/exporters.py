@@ -20,7 +20,8 @@ from torch.export import Dim
 from torch.fx.experimental import _config as experimental
 
 from ..arguments import check_choice, check_number, check_whole
-from ..data.images import DataError, image_files, open_image, read_image
+from ..data.images import DataError, open_image, read_image
+from ..data.listing import image_files
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
 from ..files import write_file

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
-from ..data.images import EXTENSIONS, Crop, Listing, list_images, open_image, relative_name
+from ..data.images import Crop, open_image
+from ..data.listing import EXTENSIONS, Listing, list_images, relative_name
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite

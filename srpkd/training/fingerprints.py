@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..data.images import relative_name
+from ..data.listing import relative_name
 from .datasets import DataSummary
 
 

@@ -6,7 +6,8 @@ import pytest
 from wrong_files import assert_rejected
 
 from srpkd.data.folders import open_dataset
-from srpkd.data.images import DataError, ImageFiles, find_images
+from srpkd.data.images import DataError, ImageFiles
+from srpkd.data.listing import find_images
 from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.data.validate import validate_dataset
 from srpkd.files import WriteError

@@ -12,7 +12,8 @@ from PIL import Image
 from sample_images import noise, save_all, save_deep
 from torch import nn
 
-from srpkd.data.images import ImageFiles, find_images
+from srpkd.data.images import ImageFiles
+from srpkd.data.listing import find_images
 from srpkd.metrics.fidelity import fidelity
 from srpkd.models.checkpoints import CheckpointError, save_weights
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from sample_images import noise, save, save_all
 from torch import nn
 
-from srpkd.data.images import DataError, ImageFiles, find_images
+from srpkd.data.images import DataError, ImageFiles
+from srpkd.data.listing import find_images
 from srpkd.data.synthetic import PALETTE
 from srpkd.finite import NonFiniteError
 from srpkd.metrics.segmentation import label_scores, load_segmenter, read_label_map, read_palette, segmentation_scores

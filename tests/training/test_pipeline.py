@@ -20,7 +20,8 @@ from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
 from sample_images import save_plain
 
 from srpkd import train
-from srpkd.data.images import DataError, image_files, left_half, right_half
+from srpkd.data.images import DataError, left_half, right_half
+from srpkd.data.listing import image_files
 from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import load_generator, load_weights
 from srpkd.models.complexity import count_macs, count_parameters
