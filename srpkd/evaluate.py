@@ -7,19 +7,18 @@ training run reports are computed in ``srpkd.training.validation``.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 from torch import Tensor
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import Crop, ImageFiles, further_frames, image_pairs, left_half, right_half
-from .data.listing import find_images, list_images, pair_by_name
+from .data.images import Crop, Headers, ImageFiles, image_pairs, left_half, read_headers, right_half
+from .data.listing import find_images, pair_by_name
 from .files import write_json
 from .metrics.fidelity import fidelity
 from .metrics.pixels import PIXEL_METRICS, similarity
@@ -76,10 +75,33 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             )
         elif options.train_mode_norm:
             raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
-        notes = _notes(options)  # before the scores: an image that cannot be opened ends it, and they would be lost
-        result = _scores(options, find_images(source), find_images(options.real), target_crop)
-    result["notes"] += notes
+        # before the scores: an image that cannot be opened ends it, and they would be lost
+        folders = (options.input or options.generated, options.real, options.real_train)
+        found = {folder: _find(folder) for folder in dict.fromkeys(filter(None, folders))}
+        generated = _Images(find_images(source).images) if options.input else found[source]
+        result = _scores(options, generated, found[options.real], found.get(options.real_train), target_crop)
+    for folder, images in found.items():
+        if images.headers and images.headers.further_frames:
+            result["notes"].append(f"{images.headers.further_frames}.")
+        if images.others:
+            result["notes"].append(f"{folder}: {images.others} left out.")
     return result
+
+
+class _Images(NamedTuple):
+    """Images, what their headers tell if they were read, and how many other files are next to them, in words."""
+
+    paths: list[str]
+    headers: Headers | None = None
+    others: str = ""
+
+    def dataset(self, size: int | None, crop: Crop | None = None) -> ImageFiles:
+        return ImageFiles(self.paths, size, crop, headers=self.headers)
+
+
+def _find(where: str) -> _Images:
+    paths, others = find_images(where)
+    return _Images(paths, read_headers(paths), others)
 
 
 def _check_combination(options: argparse.Namespace) -> None:
@@ -99,19 +121,9 @@ def _check_combination(options: argparse.Namespace) -> None:
         raise ValueError("--direction BtoA is that of pairs side by side: add --aligned, or leave out --direction")
 
 
-def _notes(options: argparse.Namespace) -> list[str]:
-    """Return sentences on what is left out: further frames, and files that are no images."""
-    notes = []
-    folders = (options.input or options.generated, options.real, options.real_train)
-    for folder in filter(None, dict.fromkeys(folders)):
-        if several := further_frames(find_images(folder)):
-            notes.append(f"{several}.")
-        if others := list_images(os.path.expanduser(folder)).others:
-            notes.append(f"{folder}: {others} left out.")
-    return notes
-
-
-def _scores(options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None) -> dict[str, Any]:
+def _scores(
+    options: argparse.Namespace, generated: _Images, real: _Images, real_train: _Images | None, crop: Crop | None
+) -> dict[str, Any]:
     metrics = set(options.metrics)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -121,20 +133,20 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
 
     # before the scores: an error would end them, and they would be lost
     palette = read_palette(options.palette) if options.palette else None
-    pairs = pair_by_name(generated, real) if {*PIXEL_METRICS, "miou"} & metrics else []
+    pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
     segmenter = None
     if "segmentation" in metrics:
-        labelled = pair_by_name(generated, find_images(options.labels), "label map")
+        labelled = pair_by_name(generated.paths, find_images(options.labels).images, "label map")
         segmenter = load_segmenter(options.segmenter, options.device)
 
     if {"fid", "kid"} & metrics:
-        for name, scores in _fidelity(options, generated, real, crop).items():
+        for name, scores in _fidelity(options, generated, real, real_train, crop).items():
             if subset := scores.pop("KID subset", None):
                 notes.append(f"KID against {name}: mean and standard deviation of 100 subsets of {subset} images.")
-            add(scores, name, len(generated))
-        if "fid" in metrics and len(generated) < FID_FEATURES:
+            add(scores, name, len(generated.paths))
+        if "fid" in metrics and (count := len(generated.paths)) < FID_FEATURES:
             notes.append(
-                f"FID of {len(generated)} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare "
+                f"FID of {count} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare "
                 "it only with that of as many images. KID is unbiased."
             )
     if pairs:
@@ -166,14 +178,14 @@ def _scores(options: argparse.Namespace, generated: list[str], real: list[str], 
 
 
 def _fidelity(
-    options: argparse.Namespace, generated: list[str], real: list[str], crop: Crop | None
+    options: argparse.Namespace, generated: _Images, real: _Images, real_train: _Images | None, crop: Crop | None
 ) -> dict[str, dict[str, float]]:
-    test = ImageFiles(real, options.size, crop)
+    test = real.dataset(options.size, crop)
     references = {"test": [test]}
-    if options.real_train:
-        references["train + test"] = [ImageFiles(find_images(options.real_train), options.size, crop), test]
+    if real_train:
+        references["train + test"] = [real_train.dataset(options.size, crop), test]
     return fidelity(
-        ImageFiles(generated, options.size),
+        generated.dataset(options.size),
         references,
         fid="fid" in options.metrics,
         kid="kid" in options.metrics,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from sample_images import noise, save_all, save_deep
 from torch import nn
 
 from srpkd.data.images import DataError
-from srpkd.data.listing import find_images
+from srpkd.data.listing import image_files
 from srpkd.data.synthetic import generate_scenes
 from srpkd.evaluate import evaluate, main, parser
 from srpkd.models.checkpoints import save_weights
@@ -113,6 +115,25 @@ def test_other_files_are_counted(folders, capsys):
     assert out.count("1 image has further pages or frames, which are not used, such as") == 1
 
 
+def test_folders_are_listed_once_and_headers_read_once(folders, monkeypatch):
+    """On a network drive, each takes milliseconds."""
+    scandir, open_image, listed, opened = os.scandir, Image.open, Counter(), Counter()
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.update([path]), scandir(path))[1])
+    monkeypatch.setattr(Image, "open", lambda path, **others: (opened.update([path]), open_image(path, **others))[1])
+
+    def fidelity(generated, real, **_):
+        assert all(images.have_same_size() for images in [generated, *real["train + test"]])
+        return {}
+
+    monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
+    options = ["--real_train", folders["train"], "--metrics", "fid", "psnr"]
+    save_all(folders["generated"], noise(7, seed=1))
+    run(folders["generated"], folders["real"], *options)
+    assert [listed[str(folder)] for folder in folders.values()] == [1, 1, 1]
+    assert set(opened.values()) == {1, 2}  # the pixels of pairs are read too
+    assert opened[str(folders["train"] / "00.png")] == 1
+
+
 def test_unreadable_images_end_it_before_the_scores_are_computed(folders, monkeypatch):
     """Also an image that no score needs: what a long computation found would be lost."""
     (folders["real"] / "unpaired.png").touch()
@@ -132,7 +153,7 @@ def test_generator_on_aligned_pairs(tmp_path, direction, train_mode_norm):
     options += ["--train_mode_norm"] if train_mode_norm else []
     found = run(tmp_path / "net.pth", pairs, *options)
     scores = []
-    for path in find_images(str(pairs)):
+    for path in image_files(pairs):
         halves = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).float().split(16, dim=2)
         source, target = halves if direction == "AtoB" else halves[::-1]
         with torch.no_grad():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -271,14 +271,23 @@ def read_image(path: str) -> Picture:
         return image.read()
 
 
-def further_frames(paths: Sequence[str]) -> str:
-    """Return how many images have further pages or frames, in words; '' if none has. Reads only headers."""
-    several = []
-    for path in paths:
+class Headers(NamedTuple):
+    """What the headers of images tell: their different sizes, and which have further pages or frames, in words."""
+
+    sizes: set[tuple[int, int]]
+    further_frames: str
+
+
+def read_headers(paths: Sequence[str]) -> Headers:
+    """Open all images; raises the errors of `open_image`."""
+
+    def read(path: str) -> tuple[tuple[int, int], int]:
         with open_image(path) as image:
-            if image.frames > 1:
-                several.append(path)
-    return describe_further_frames(several)
+            return image.size, image.frames
+
+    found = list(in_threads(read, paths))
+    several = [path for path, (_, frames) in zip(paths, found) if frames > 1]
+    return Headers({size for size, _ in found}, describe_further_frames(several))
 
 
 def describe_further_frames(paths: Sequence[str]) -> str:
@@ -321,6 +330,7 @@ class ImageFiles(Dataset[Tensor]):
         size: scale every image to size x size; None keeps its own size.
         crop: (image, path) -> the part of the image to use, before scaling.
         resample: Pillow's filter for scaling; use NEAREST to keep the colours of label maps.
+        headers: what `read_headers` returned for these files, if it was called.
     """
 
     def __init__(
@@ -329,8 +339,10 @@ class ImageFiles(Dataset[Tensor]):
         size: int | None = None,
         crop: Crop | None = None,
         resample: Image.Resampling = Image.Resampling.BICUBIC,
+        headers: Headers | None = None,
     ) -> None:
         self.paths, self.size, self.crop, self.resample = list(paths), size, crop, resample
+        self.headers = headers
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -348,13 +360,7 @@ class ImageFiles(Dataset[Tensor]):
 
     def have_same_size(self) -> bool:
         """Return whether all images have the same size; reads only their headers."""
-        if self.size:
-            return True
-        sizes = set()
-        for path in self.paths:
-            with open_image(path) as image:
-                sizes.add(image.size)
-        return len(sizes) == 1
+        return bool(self.size) or len((self.headers or read_headers(self.paths)).sizes) == 1
 
 
 def image_pairs(generated: ImageFiles, real: ImageFiles) -> Iterator[tuple[Tensor, Tensor]]:

@@ -96,8 +96,8 @@ def _raise_unless_missing(error: OSError) -> None:
         raise DataError(f"{error.filename}: {reason}") from error
 
 
-def find_images(where: str) -> list[str]:
-    """Return the image files in a folder, or the files that match a pattern such as ``results/*_fake_B.png``.
+def find_images(where: str) -> Listing:
+    """List the image files in a folder, or the files that match a pattern such as ``results/*_fake_B.png``.
 
     Raises:
         ValueError: no image was found.
@@ -105,11 +105,11 @@ def find_images(where: str) -> list[str]:
     """
     path = os.path.expanduser(where)
     if os.path.isdir(path):
-        found = image_files(path)
+        found = list_images(path)
     else:
         _check_folders_of(path)
-        found = sorted(glob.glob(path, recursive=True))
-    if not found:
+        found = Listing(sorted(glob.glob(path, recursive=True)), "")
+    if not found.images:
         raise ValueError(f"{where}: no images found; expected a folder of images or a pattern like 'out/*_fake_B.png'")
     return found
 

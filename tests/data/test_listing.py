@@ -67,10 +67,10 @@ def test_patterns_with_other_folders(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "x.png").symlink_to("a")
     monkeypatch.chdir(tmp_path)
-    assert find_images("[0].png") == ["0.png"]
-    assert find_images("*/*.png") == ["a/0.png", "x.png/0.png"]
-    assert find_images(f"{tmp_path}/a/**/*.png") == paths[1:]
-    assert find_images("a/**/0.png") == ["a/0.png", "a/b/0.png"]
+    assert find_images("[0].png").images == ["0.png"]
+    assert find_images("*/*.png").images == ["a/0.png", "x.png/0.png"]
+    assert find_images(f"{tmp_path}/a/**/*.png").images == paths[1:]
+    assert find_images("a/**/0.png").images == ["a/0.png", "a/b/0.png"]
     for pattern in ("nowhere/*.png", "link/*.png", "0.png/*.png", "*/c/*.png"):
         with pytest.raises(ValueError, match="no images found"):
             find_images(pattern)
@@ -109,8 +109,8 @@ def as_nobody(folder, call):
 
 def test_find_images_in_a_folder_or_by_pattern(tmp_path):
     paths = [save_plain(tmp_path / name) for name in ("0_fake_B.png", "0_real_B.png", "1_fake_B.png")]
-    assert find_images(str(tmp_path)) == paths
-    assert find_images(str(tmp_path / "*_fake_B.png")) == paths[::2]
+    assert find_images(str(tmp_path)).images == paths
+    assert find_images(str(tmp_path / "*_fake_B.png")).images == paths[::2]
     with pytest.raises(ValueError, match="no images found; expected a folder of images or a pattern"):
         find_images(str(tmp_path / "*.gif"))
 

@@ -13,7 +13,7 @@ from sample_images import noise, save_all, save_deep
 from torch import nn
 
 from srpkd.data.images import ImageFiles
-from srpkd.data.listing import find_images
+from srpkd.data.listing import image_files
 from srpkd.metrics.fidelity import fidelity
 from srpkd.models.checkpoints import CheckpointError, save_weights
 
@@ -53,7 +53,7 @@ def folders(tmp_path):
 
 
 def images(folder):
-    return ImageFiles(find_images(str(folder)))
+    return ImageFiles(image_files(folder))
 
 
 def frechet(a, b):

@@ -14,7 +14,7 @@ from sample_images import noise, save, save_all
 from torch import nn
 
 from srpkd.data.images import DataError, ImageFiles
-from srpkd.data.listing import find_images
+from srpkd.data.listing import image_files
 from srpkd.data.synthetic import PALETTE
 from srpkd.finite import NonFiniteError
 from srpkd.metrics.segmentation import label_scores, load_segmenter, read_label_map, read_palette, segmentation_scores
@@ -68,7 +68,7 @@ class Segmenter(nn.Module):
 
 
 def test_outputs_of_segmenters(tmp_path):
-    photos = ImageFiles(find_images(str(save_all(tmp_path, noise(3)))))
+    photos = ImageFiles(image_files(save_all(tmp_path, noise(3))))
     labels = [torch.zeros(12, 12, dtype=torch.int64)] * len(photos)
     plain = segmentation_scores(photos, labels, Segmenter())
     assert plain == segmentation_scores(photos, labels, lambda x: {"out": Segmenter()(x), "aux": None})
@@ -79,7 +79,7 @@ def test_outputs_of_segmenters(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite(tmp_path, value):
     """Interpolation makes them NaN, which would win every comparison."""
-    photos = ImageFiles(find_images(str(save_all(tmp_path, noise(1)))))
+    photos = ImageFiles(image_files(save_all(tmp_path, noise(1))))
 
     def segmenter(photos):
         return torch.stack([photos[:, 0], torch.full_like(photos[:, 1], value)], 1)
