@@ -63,7 +63,14 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 raise ValueError(f"{source} is a generator: give the folder of the images to translate, --input")
             net = load_generator(source, train_mode_norm=options.train_mode_norm).to(options.device)
             done = translate_folder(
-                net, options.input, scratch, size=options.size, crop=source_crop, force=True, lossless=True
+                net,
+                options.input,
+                scratch,
+                size=options.size,
+                crop=source_crop,
+                force=True,
+                lossless=True,
+                sync="nothing",
             )
             if done.skipped:
                 raise ValueError(f"images that cannot be read: {'; '.join(done.skipped)}")

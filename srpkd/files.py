@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
+
+Sync = Literal["name", "content", "nothing"]  # see atomic_write
 
 
 class WriteError(OSError):
@@ -54,37 +56,55 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], sync: Sync = "name") -> Iterator[BinaryIO]:
     """Open `path` for writing bytes such that at any moment it has either all the new bytes or its previous content.
 
-    The bytes are written to a temporary file in the same folder, which is renamed once they are on the disk. The new
-    name then survives a power failure too. Missing folders are created, and a symbolic link is followed. If the block
-    raises, the temporary file and the new folders are removed.
+    The bytes are written to a temporary file in the same folder, which is then renamed. Missing folders are created,
+    and a symbolic link is followed. If the block raises, the temporary file and the new folders are removed.
+
+    Args:
+        path: the file.
+        sync: what survives a power failure:
+            "name"     the new content, once this returns;
+            "content"  the new content or the previous one, but not an empty file: use it for many files, and for what
+                       can be written again, since each wait for the disk takes milliseconds;
+            "nothing"  use it in a temporary folder.
 
     Raises:
         WriteError: the operating system refuses it.
     """
-    target = Path(path).expanduser().resolve()
+    target = Path(path).expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()
     # without the name of the file, which may be as long as names can be
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     created: list[Path] = []
     with writing(path):
         try:
-            created += [folder for folder in target.parents if not folder.exists()]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
+            with _open_new(temporary, created) as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync != "nothing":
+                    os.fsync(file.fileno())  # otherwise the new name may be on the disk before the new bytes
             replace_file(temporary, target)
-            for folder in (target.parent, *(folder.parent for folder in created)):
-                sync_folder(folder)
+            if sync == "name":
+                for folder in (target.parent, *(folder.parent for folder in created)):
+                    sync_folder(folder)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
                 for folder in created:
                     folder.rmdir()
             raise
+
+
+def _open_new(path: Path, created: list[Path]) -> BinaryIO:
+    """Open a new file for writing, and add the folders that are created for it to a list."""
+    with suppress(FileNotFoundError):
+        return open(path, "xb")
+    created += [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "xb")
 
 
 def replace_file(source: Path, target: Path) -> None:
@@ -137,9 +157,9 @@ def is_case_sensitive(folder: Path) -> bool:
             probe.unlink()
 
 
-def write_file(path: Path, content: bytes) -> Path:
-    """Write a file atomically and return its path. Raises the errors of `atomic_write`."""
-    with atomic_write(path) as file:
+def write_file(path: Path, content: bytes, sync: Sync = "name") -> Path:
+    """Write a file as `atomic_write` does, and return its path."""
+    with atomic_write(path, sync) as file:
         file.write(content)
     return path
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
@@ -52,7 +53,8 @@ def test_interrupt_while_torch_saves(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_atomic_write_syncs_the_file_then_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sync", get_args(files.Sync))
+def test_atomic_write_syncs_the_file_then_its_name(tmp_path, monkeypatch, sync):
     calls = []
     fsync, rename = os.fsync, os.replace
 
@@ -64,10 +66,11 @@ def test_atomic_write_syncs_the_file_then_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("rename", Path(a).parent)), rename(a, b)))
     folder = tmp_path.resolve() / "new"
-    with atomic_write(folder / "a.bin") as file:
+    with atomic_write(folder / "a.bin", sync) as file:
         file.write(b"12345")
     synced = [("sync folder", path.stat().st_ino) for path in (folder, tmp_path) if sys.platform != "win32"]
-    assert calls == [("sync", 5), ("rename", folder), *synced]
+    expected = [("sync", 5), ("rename", folder), *synced]
+    assert calls == {"name": expected, "content": expected[:2], "nothing": expected[1:2]}[sync]
 
 
 def test_atomic_write_keeps_links_and_default_permissions(tmp_path):

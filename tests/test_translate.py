@@ -87,17 +87,17 @@ def test_an_interrupted_translation_continues_with_skip_existing(folder, tmp_pat
     arguments = [str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu", "--skip_existing"]
     write, written = inference.write_file, []
 
-    def interrupted(path, content):
+    def interrupted(*arguments):
         if len(written) == 3:
             raise KeyboardInterrupt
-        written.append(write(path, content))
+        written.append(write(*arguments))
 
     monkeypatch.setattr(inference, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
     first = written.copy()
     written.clear()
-    monkeypatch.setattr(inference, "write_file", lambda path, content: written.append(write(path, content)))
+    monkeypatch.setattr(inference, "write_file", lambda *arguments: written.append(write(*arguments)))
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
     assert len(written) == 4 and not set(written) & set(first)

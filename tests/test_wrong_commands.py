@@ -334,9 +334,9 @@ def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys)
 def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
     save, saved = inference.write_file, []
 
-    def at_most_one(path, content):
+    def at_most_one(*arguments):
         with full_disk(500 if saved else 10**6):
-            saved.append(save(path, content))
+            saved.append(save(*arguments))
         return saved[-1]
 
     monkeypatch.setattr(inference, "write_file", at_most_one)

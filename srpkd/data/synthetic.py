@@ -301,7 +301,7 @@ def write_synthetic(
     def save(images: Tensor, name: str) -> None:
         pixels = tensor_to_bytes(images).permute(0, 2, 3, 1).numpy()
         for i, image in enumerate(pixels):
-            with atomic_write(root / name / f"{i:05d}.png") as file:
+            with atomic_write(root / name / f"{i:05d}.png", "content") as file:
                 Image.fromarray(image).save(file, "PNG")
 
     for phase, photos, labels in (("train", train.photos, other.labels), ("test", test.photos, test.labels)):

@@ -20,7 +20,7 @@ from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost
 from ..data.images import Crop, open_image
 from ..data.listing import EXTENSIONS, Listing, list_images, relative_name
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
-from ..files import WriteError, is_case_sensitive, write_file
+from ..files import Sync, WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
 from ..progress import ProgressBar
 from .networks import image_channels, size_multiple
@@ -111,6 +111,7 @@ def translate_folder(
     crop: Crop | None = None,
     all_frames: bool = False,
     lossless: bool = False,
+    sync: Sync = "content",
 ) -> Translated:
     """Translate the images in a folder and its sub-folders; the results keep their names, sizes and formats.
 
@@ -130,6 +131,7 @@ def translate_folder(
         all_frames: translate all pages or frames of a file, not only the first.
         lossless: write PNG in place of formats that change the pixels: ``a.jpg`` becomes ``from_jpg/a.png``, which is
             not the name of another result.
+        sync: what survives a power failure, as for `atomic_write`. "content": ``skip_existing`` finds no empty file.
 
     Raises:
         FileExistsError: results exist already; raised before anything is translated.
@@ -185,7 +187,7 @@ def translate_folder(
             for file in _translated(net, files(progress), batch_size):
                 result = result_of(file.path)
                 format = image_format(result.suffix)
-                write_file(result, encode(file.outputs, file.source, format))
+                write_file(result, encode(file.outputs, file.source, format), sync)
                 written.append(str(result))
                 for lost in lost_properties(file.outputs, file.source, format):
                     lacking[f"without {lost}"].append(str(result))

@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Translate the content of an image file; messages do not name the temporary folder."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return self.server.comparison.translate(write_file(Path(folder, "the image"), content))
+                return self.server.comparison.translate(write_file(Path(folder, "the image"), content, "nothing"))
             except (ValueError, OSError) as error:
                 raise ValueError(str(error).replace(f"{folder}{os.sep}", "")) from error
 

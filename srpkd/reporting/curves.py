@@ -89,7 +89,7 @@ def draw_curves(metrics: Metrics, folder: Path) -> list[tuple[str, Path]]:
     for name, stages in sorted(series.items(), key=lambda item: not is_sparse(item[1])):
         path = folder / f"curves_{re.sub(r'[^A-Za-z0-9_.+-]+', '-', name)}.png"
         figure = _curve(name, stages, colours, is_sparse(stages))
-        drawn.append((name, write_file(path, to_png(figure, dpi=160))))
+        drawn.append((name, write_file(path, to_png(figure, dpi=160), "content")))
     return drawn
 
 

@@ -90,7 +90,7 @@ def write_report(run_dir: str | Path) -> Path:
         page_width=PAGE_WIDTH,
         **content,
     )
-    return write_file(run / "index.html", page.encode("utf-8", errors="replace"))
+    return write_file(run / "index.html", page.encode("utf-8", errors="replace"), "content")
 
 
 def render_template(name: str, **values: Any) -> str:

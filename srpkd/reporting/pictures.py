@@ -29,7 +29,7 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     pixels = image if isinstance(image, np.ndarray) else to_pixels(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image: expected a uint8 array (H, W, 3), received {pixels.dtype} {pixels.shape}")
-    return write_file(Path(path), encode_png(pixels))
+    return write_file(Path(path), encode_png(pixels), "content")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -32,8 +32,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         folder: folder of the run.
         state: tensors, numbers, strings and None in dicts, lists and tuples, which ``load_state`` reads.
     """
-    with atomic_write(folder / NEXT) as file:
+    with atomic_write(folder / NEXT, "content") as file:
         torch.save({"version": VERSION} | state, file)
+    # renames reach the disk in this order, and at the latest with the folder: each of the names is that of a complete
+    # state at any moment
     if (folder / NEWEST).exists():
         replace_file(folder / NEWEST, folder / PREVIOUS)
     replace_file(folder / NEXT, folder / NEWEST)

@@ -117,6 +117,7 @@ class RunDir:
             self.check_folder()
             with writing(self.folder / "metrics.jsonl"):
                 self._metrics.flush()
+                # a resumed run keeps these bytes: without them, steps would be missing
                 os.fsync(self._metrics.fileno())
             size = os.fstat(self._metrics.fileno()).st_size
             own = {"metrics_bytes": size, "report": json.dumps(self.report), "elapsed": self.elapsed}
@@ -135,7 +136,7 @@ class RunDir:
         if self._metrics is not None:
             self.check_folder()
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
-            with atomic_write(self.folder / "report.json") as file:
+            with atomic_write(self.folder / "report.json", "content") as file:
                 file.write(json.dumps(self.report, indent=1).encode())
             write_report(self.folder)
 
