@@ -125,7 +125,7 @@ def serving() -> Iterator[Callable[..., int]]:
 
 def main() -> None:
     # writing the page takes longer than the training
-    run_dir.write_report = lambda folder: folder / "index.html"
+    run_dir.write_report = lambda folder, _: folder / "index.html"
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as free:

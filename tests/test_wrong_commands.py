@@ -355,7 +355,7 @@ def test_training_on_a_full_disk_can_be_resumed(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(RunDir, "save_resume_state", at_most_two)
-    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder, _: folder / "index.html")
     line = TRAIN.replace(
         "--dataroot unpaired", "--dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 4 --synthetic_test_pairs 1"
     )

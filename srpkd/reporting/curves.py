@@ -35,41 +35,63 @@ class Metrics(NamedTuple):
     remarks: list[str]
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Read metrics.jsonl; lines that cannot be parsed and values that are not finite become remarks."""
-    collected: dict[str, dict[str, array[float]]] = {}  # step, value, step, value, ...
-    lines: Counter[str] = Counter()
-    last, unreadable = None, 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-                last = stage, step = str(entry["stage"]), float(entry["step"])
-                values = {
-                    n: float(v) for n, v in entry.items() if n not in PROGRESS_KEYS and isinstance(v, int | float)
-                }
-            except (ValueError, KeyError, TypeError, OverflowError):
-                # only the last line can lack a newline: it is being written, or the run was killed
-                unreadable += line.endswith("\n") and not line.isspace()
-                continue
-            lines[stage] += 1
-            for name, value in values.items():
-                collected.setdefault(name, {}).setdefault(stage, array("d")).extend((step, value))
-    remarks = [f"Invalid lines in {path.name}: {unreadable:,}."] if unreadable else []
-    series: dict[str, dict[str, np.ndarray]] = {}
-    for name, stages in collected.items():
-        for stage, pairs in stages.items():
-            points = np.frombuffer(pairs).reshape(-1, 2).T
-            points = points[:, np.argsort(points[0], kind="stable")]  # a resumed run repeats steps
-            finite = np.isfinite(points[0]) & np.isfinite(points[1])
-            if not finite.all():
-                remarks.append(
-                    f"{name} of {stage} is not finite at {(~finite).sum():,} of {len(finite):,} points, first at"
-                    f" step {points[0, ~finite][0]:,.0f}; the curve omits these points."
-                )
-            if finite.any():
-                series.setdefault(name, {})[stage] = points[:, finite]
-    return Metrics(series, lines, last, remarks)
+class MetricsReader:
+    """Reads metrics.jsonl while a run writes it: each line once, however often the page is written.
+
+    Args:
+        path: the file, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0  # in the file, in bytes
+        self._collected: dict[str, dict[str, array[float]]] = {}  # step, value, step, value, ...
+        self._lines: Counter[str] = Counter()
+        self._last: tuple[str, float] | None = None
+        self._unreadable = 0
+
+    def read(self) -> Metrics:
+        """Return the metrics so far; lines that cannot be parsed and values that are not finite become remarks."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                file.seek(self._position)
+                for line in file:
+                    self._read_line(line)
+        return self._metrics()
+
+    def _read_line(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line.decode("utf-8", errors="replace"))
+            last = stage, step = str(entry["stage"]), float(entry["step"])
+            values = {n: float(v) for n, v in entry.items() if n not in PROGRESS_KEYS and isinstance(v, int | float)}
+        except (ValueError, KeyError, TypeError, OverflowError):
+            # only the last line can lack a newline: it is being written, or the run was killed
+            if line.endswith(b"\n"):
+                self._position += len(line)
+                self._unreadable += not line.isspace()
+            return
+        self._position += len(line)
+        self._last = last
+        self._lines[stage] += 1
+        for name, value in values.items():
+            self._collected.setdefault(name, {}).setdefault(stage, array("d")).extend((step, value))
+
+    def _metrics(self) -> Metrics:
+        remarks = [f"Invalid lines in {self.path.name}: {self._unreadable:,}."] if self._unreadable else []
+        series: dict[str, dict[str, np.ndarray]] = {}
+        for name, stages in self._collected.items():
+            for stage, pairs in stages.items():
+                points = np.array(pairs).reshape(-1, 2).T  # a copy: an array that shares its memory cannot grow
+                points = points[:, np.argsort(points[0], kind="stable")]  # a resumed run repeats steps
+                finite = np.isfinite(points[0]) & np.isfinite(points[1])
+                if not finite.all():
+                    remarks.append(
+                        f"{name} of {stage} is not finite at {(~finite).sum():,} of {len(finite):,} points, first at"
+                        f" step {points[0, ~finite][0]:,.0f}; the curve omits these points."
+                    )
+                if finite.any():
+                    series.setdefault(name, {})[stage] = points[:, finite]
+        return Metrics(series, self._lines.copy(), self._last, remarks)
 
 
 def draw_curves(metrics: Metrics, folder: Path) -> list[tuple[str, Path]]:

@@ -14,7 +14,6 @@ or on another machine. It reads these files, all of which are optional:
 """
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +24,7 @@ from matplotlib.figure import Figure
 
 from ..data.images import DataError, open_image, read_image
 from ..files import write_file
-from .curves import Metrics, draw_curves, read_metrics
+from .curves import MetricsReader, draw_curves
 from .figures import to_png
 from .table import layout_table
 
@@ -34,7 +33,7 @@ OVERVIEW_SAMPLES, OVERVIEW_RELATIONS = 3, 2  # rows
 SMALL_IMAGE = 200  # narrower pictures are enlarged by whole multiples, without interpolation
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, metrics_reader: MetricsReader | None = None) -> Path:
     """Draw a run's curves and write its page, `index.html`, from the files that exist so far.
 
     The page is self-contained: it loads only pictures of the run's folder, by relative links, and names the parts that
@@ -42,6 +41,7 @@ def write_report(run_dir: str | Path) -> Path:
 
     Args:
         run_dir: folder of a run, such as `runs/demo`; see the module's docstring.
+        metrics_reader: has read metrics.jsonl up to an earlier line; by default the whole file is read.
 
     Returns:
         The path of the page.
@@ -60,7 +60,7 @@ def write_report(run_dir: str | Path) -> Path:
             " config.yaml, metrics.jsonl, report.json or images/*.png; pass a folder that"
             " python -m srpkd.train wrote, runs/<name>"
         )
-    config, metrics_file = (path if path.is_file() else None for path in known[:2])
+    config = known[0] if known[0].is_file() else None
     report, problem = read_report(known[2])
     try:
         content = {
@@ -76,7 +76,7 @@ def write_report(run_dir: str | Path) -> Path:
             f"{known[2]} has an invalid structure ({type(error).__name__}: {error}): fix or remove it; without it, the "
             "page is written from the other files"
         ) from error
-    metrics = read_metrics(metrics_file) if metrics_file else Metrics({}, Counter(), None, [])
+    metrics = (metrics_reader or MetricsReader(known[1])).read()
     curves = draw_curves(metrics, run / "images")
     page = render_template(
         "index.html.j2",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..files import WriteError, atomic_write, writing
 from ..models.checkpoints import save_tensors, save_weights
+from ..reporting.curves import MetricsReader
 from ..reporting.page import write_report
 from . import distributed
 from .folder_lock import FolderLock
@@ -53,6 +54,7 @@ class RunDir:
         self.report: dict[str, Any] = {"samples": [], "relations": [], "files": [], **(report or {})}
         elapsed = 0.0
         self._metrics: TextIO | None = None
+        self._metrics_reader = MetricsReader(folder / "metrics.jsonl")
         if distributed.rank() == 0:
             self._lock = lock or FolderLock(folder)
             self._metrics = open(folder / "metrics.jsonl", "a", 1, encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -138,7 +140,7 @@ class RunDir:
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
             with atomic_write(self.folder / "report.json", "content") as file:
                 file.write(json.dumps(self.report, indent=1).encode())
-            write_report(self.folder)
+            write_report(self.folder, self._metrics_reader)
 
     def close(self) -> None:
         """Close ``metrics.jsonl`` and the loggers."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from example_run import Page, metrics_line
 
 from srpkd.reporting import curves
+from srpkd.reporting.curves import MetricsReader
 from srpkd.reporting.page import write_report
 
 
@@ -84,12 +88,33 @@ def test_metrics_of_a_long_run_take_a_few_bytes_per_value(tmp_path: Path) -> Non
     path.write_text("".join(lines))
     tracemalloc.start()
     try:
-        metrics = curves.read_metrics(path)
+        metrics = MetricsReader(path).read()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert metrics.series["loss_9"]["srp"].shape == (2, steps)
     assert peak < 60 * steps * len(names)  # a tuple of two floats takes 112
+
+
+def test_a_growing_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run writes its page a thousand times; the last line may be incomplete each time."""
+    path = tmp_path / "metrics.jsonl"
+    reader, parsed, loads = MetricsReader(path), [], json.loads
+    assert reader.read() == MetricsReader(path).read() and not reader.read().lines
+    monkeypatch.setattr(json, "loads", lambda text: (parsed.append(text), loads(text))[1])
+    lines = [metrics_line("srp", step, D=1 / step if step != 6 else float("inf")) for step in range(1, 9)]
+    lines[3:3] = ["no json\n", "\n"]
+    content = "".join(lines).encode() + "{\N{SNOWMAN}".encode()
+    for end in range(len(content) + 1):
+        with path.open("ab") as file:
+            file.write(content[end - 1 : end] if end else b"")
+        reader.read()
+    counts = Counter(text.rstrip() for text in parsed)
+    assert [counts[line.rstrip()] for line in lines if "srp" in line] == [1] * 8  # complete, also without its newline
+    found, expected = reader.read(), MetricsReader(path).read()
+    np.testing.assert_array_equal(found.series["D"]["srp"], expected.series["D"]["srp"])
+    assert found._replace(series={}) == expected._replace(series={})
+    assert found.lines == {"srp": 8} and found.last == ("srp", 8) and len(found.remarks) == 2
 
 
 def test_long_run_is_drawn_quickly(tmp_path: Path) -> None:

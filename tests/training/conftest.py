@@ -31,7 +31,7 @@ def server() -> Iterator[Callable[..., int]]:
 def run(tmp_path, capsys, monkeypatch, one_thread) -> Callable[..., Run]:
     """A run in this process and in an empty folder, without its page: drawing the curves takes most of the time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder, _: folder / "index.html")
 
     def main(*arguments: str) -> Run:
         train.main(list(arguments))

@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch) -> Callable[..., Path]:
     monkeypatch.chdir(tmp_path)
 
     def main(*arguments: str, name: str = "run", page: Callable[[dict[str, Any]], None] = lambda report: None) -> Path:
-        monkeypatch.setattr(PAGES, lambda folder: page(json.loads((folder / "report.json").read_text())))
+        monkeypatch.setattr(PAGES, lambda folder, _: page(json.loads((folder / "report.json").read_text())))
         train.main([*ARGUMENTS, *arguments, f"--name={name}"])
         return tmp_path / "runs" / name
 

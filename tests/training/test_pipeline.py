@@ -329,7 +329,7 @@ def test_every_page_is_written_once(monkeypatch, tmp_path):
     pages = []
     monkeypatch.setattr(
         "srpkd.training.run_dir.write_report",
-        lambda folder: pages.append(json.loads((folder / "report.json").read_text())),
+        lambda folder, _: pages.append(json.loads((folder / "report.json").read_text())),
     )
     train.main([*PIX2PIX, *TEACHER, "--seeds=2", f"--runs_dir={tmp_path}"])
     shown = [(page["status"], len(page["table"]["rows"])) for page in pages]

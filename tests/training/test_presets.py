@@ -160,7 +160,7 @@ TWO_STEPS = shlex.split(
 @pytest.fixture
 def run(tmp_path, monkeypatch, one_thread):
     """Train the networks of presets for two steps on a few images; return the run's folder and options."""
-    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("srpkd.training.run_dir.write_report", lambda folder, _: folder / "index.html")
 
     def main(*names: str, size: int = 32, flags: tuple[str, ...] = ()) -> tuple[Path, ResolvedConfig]:
         config = parse(*names, flags=("--dataroot=x",))
