@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..data.picture import tensor_to_bytes
 from ..files import write_file
 from ..kernels.formulas import Normalize
+
+PREVIEW_SIDE = 1280  # pixels: a little wider than the page. A photo of 24 megapixels would have about 40 MB as PNG
 
 
 def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
@@ -30,6 +33,19 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image: expected a uint8 array (H, W, 3), received {pixels.dtype} {pixels.shape}")
     return write_file(Path(path), encode_png(pixels), "content")
+
+
+def preview(image: Tensor) -> Tensor:
+    """Return an image (C, H, W) scaled down such that its longer side has at most `PREVIEW_SIDE` pixels."""
+    size = preview_size(image.shape[1:])
+    return image if size == image.shape[1:] else F.adaptive_avg_pool2d(image, size)
+
+
+def preview_size(size: Sequence[int]) -> tuple[int, int]:
+    """Return (H, W) of the preview of an image of this size (H, W)."""
+    height, width = size
+    scale = min(1.0, PREVIEW_SIDE / max(size))
+    return max(1, round(scale * height)), max(1, round(scale * width))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -85,7 +101,8 @@ def relation_picture(
     Args:
         feature: feature map (C, h, w).
         pixel: (y, x) in the feature map.
-        size: (H, W) of the picture, usually that of the input image; upsampling is by the nearest neighbour.
+        size: (H, W) of the picture, usually that of the input image; upsampling is by the nearest neighbour, and
+            downsampling by averaging.
         normalize: as in `relation_row`.
 
     Returns:
@@ -94,10 +111,12 @@ def relation_picture(
     Raises:
         ValueError: As `relation_row`.
     """
-    row = relation_row(feature, pixel, normalize).nan_to_num(0.0, 0.0, 0.0).numpy()
-    limit = np.quantile(abs(row), 0.99) or abs(row).max() or 1.0
-    (h, w), (height, width) = row.shape, size
-    cells = row[np.arange(height)[:, None] * h // height, np.arange(width) * w // width]
+    row = relation_row(feature, pixel, normalize).nan_to_num(0.0, 0.0, 0.0)
+    limit = np.quantile(row.abs().numpy(), 0.99) or row.abs().max().item() or 1.0
+    height, width = size
+    averages = F.adaptive_avg_pool2d(row[None], (min(height, row.shape[0]), min(width, row.shape[1])))[0].numpy()
+    h, w = averages.shape
+    cells = averages[np.arange(height)[:, None] * h // height, np.arange(width) * w // width]
     picture = colormaps["RdBu_r"](0.5 + 0.5 * cells / limit, bytes=True)[..., :3]
     return _mark(picture, pixel, row.shape)
 
@@ -140,8 +159,10 @@ def _mark(picture: np.ndarray, pixel: tuple[int, int], shape: Sequence[int]) -> 
     height, width = picture.shape[:2]
 
     def cell(i: int, cells: int, length: int) -> tuple[int, int]:
+        if cells > length:
+            return i * length // cells, i * length // cells + 1
         start = -(-i * length // cells)  # rounded up: the first index that nearest-neighbour upsampling maps to i
-        return start, max(start + 1, -(-(i + 1) * length // cells))
+        return start, -(-(i + 1) * length // cells)
 
     (top, bottom), (left, right) = cell(y, shape[0], height), cell(x, shape[1], width)
     line = max(1, min(height, width) // 128)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ class RunDir:
     Attributes:
         folder: the folder.
         report: content of ``report.json``.
+        drawn: what the pictures show, which have been written by this process; see ``write_samples``.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class RunDir:
         self.folder, self._loggers = folder, loggers
         self._lock: FolderLock | None = None
         self.report: dict[str, Any] = {"samples": [], "relations": [], "files": [], **(report or {})}
+        # weak: networks whose training continues are copied for a picture, and the copies need memory
+        self.drawn: WeakValueDictionary[str, Any] = WeakValueDictionary()
         elapsed = 0.0
         self._metrics: TextIO | None = None
         self._metrics_reader = MetricsReader(folder / "metrics.jsonl")

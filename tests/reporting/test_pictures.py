@@ -46,6 +46,31 @@ def test_relation_picture_colours(normalize: str, dtype: torch.dtype) -> None:
     assert (picture[5, 10] == red).all() and not picture[10, 5].any()  # the cell is visible and framed
 
 
+def test_relation_picture_that_is_smaller_than_the_map_shows_averages() -> None:
+    # columns of the map: similar and opposite in turn, then similar; the last one is the pixel
+    feature = torch.tensor([1.0, -1.0] * 100 + [1.0] * 200).expand(1, 300, 400)
+    picture = relation_picture(feature, (0, 399), (75, 100), "none").astype(int)
+    assert picture.shape == (75, 100, 3) and (picture[5:, :50].min(-1) > 240).all()
+    assert (picture[5:, 50:95, 0] > picture[5:, 50:95, 2] + 50).all()
+    assert not picture[1, 98:].any() and picture[0, 99].any()  # its frame, and its cell
+
+
+@pytest.mark.parametrize("size", [(4000, 6000), (6000, 4000), (1280, 1280), (1281, 1280), (40, 24), (1, 9000)])
+def test_size_of_a_preview(size: tuple[int, int]) -> None:
+    height, width = pictures.preview_size(size)
+    assert max(height, width) == min(1280, max(size))
+    assert abs(height - width * size[0] / size[1]) <= 0.5 or height == 1
+    if max(size) <= 1280:
+        assert (height, width) == size
+
+
+def test_a_preview_is_an_average() -> None:
+    image = torch.rand(3, 2, 2560)
+    torch.testing.assert_close(pictures.preview(image), image.unflatten(2, (1280, 2)).mean((1, 3))[:, None])
+    small = image[:, :, :1280]
+    assert pictures.preview(small) is small
+
+
 def test_relation_picture_of_zero_features_is_white() -> None:
     picture = relation_picture(torch.zeros(3, 4, 4), (0, 0), (16, 16), "row")
     assert (picture[8:, 8:] > 240).all()

@@ -1,15 +1,18 @@
 """Sample images and relation maps of networks whose outputs are known."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from known_outputs import PHOTO_TO_LABEL, SCENES, folder, options, scenes
 from PIL import Image
 from torch import Tensor, nn
 
 from srpkd.models.networks import define_generator
+from srpkd.reporting import pictures
 from srpkd.reporting.pictures import relation_picture
 from srpkd.training.samples import tapped_feature, write_relation_maps, write_samples
 
@@ -46,6 +49,58 @@ def test_samples_show_every_direction_of_any_network(tmp_path):
         "test image 0 B to A": ["input", "student"],
     }
     assert len({entry["file"] for sample in samples for entry in sample["images"]}) == 5
+
+
+def test_pictures_of_large_images_are_previews(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "PREVIEW_SIDE", 16)
+    dataset = [{"A": torch.rand(3, 32, 64), "B": torch.rand(3, 32, 64)}]
+    net = define_generator("resnet_1blocks", ngf=2).eval()  # its map has 8 x 16 pixels
+    config = options(dataroot="x", dataset_mode="aligned", model="pix2pix")
+    shown = {"student": {"G": net}}
+    [sample] = write_samples(tmp_path, shown, dataset, config)
+    [relation] = write_relation_maps(tmp_path, shown, dataset, config, places=[(0.5, 0.75)])
+    files = {entry["label"]: pixels(tmp_path / entry["file"]) for entry in [*sample["images"], *relation["panels"]]}
+    assert {tuple(picture.shape) for picture in files.values()} == {(3, 8, 16)}
+    expected = {"input": dataset[0]["A"], "truth": dataset[0]["B"]}
+    for label, image in expected.items():
+        assert (files[label] - as_pixels(F.avg_pool2d(image, 4))).abs().max() <= 1
+    framed = (files["the chosen pixel"] != files["input"]).any(0)
+    assert framed[3:6, 11:14].tolist() == [[True] * 3, [True, False, True], [True] * 3]
+
+
+def test_what_has_not_changed_is_not_drawn_again(tmp_path):
+    """A page is written a thousand times in a run; only the network that learns changes."""
+    calls = []
+
+    def network(name: str) -> nn.Module:
+        net = define_generator("resnet_1blocks", ngf=2).eval()
+        net.register_forward_hook(lambda *_: calls.append(name))
+        return net
+
+    class Counted(list):
+        def __getitem__(self, index):
+            calls.append("read")
+            return super().__getitem__(index)
+
+    dataset, config = Counted(folder([16, 16])), options(dataroot="x", dataset_mode="aligned", model="pix2pix")
+    shown, drawn = {"teacher": {"G": network("teacher")}, "student": {"G": network("old")}}, {}
+
+    def write() -> tuple[Any, dict[Path, bytes], list[str]]:
+        calls.clear()
+        entries = [
+            function(tmp_path, shown, dataset, config, drawn=drawn) for function in (write_samples, write_relation_maps)
+        ]
+        return entries, {path: path.read_bytes() for path in tmp_path.rglob("*.png")}, sorted(calls)
+
+    first, files, called = write()
+    assert called == ["old"] * 4 + ["read"] * 4 + ["teacher"] * 4
+    assert write() == (first, files, [])
+    shown["student"] = {"G": network("new")}
+    entries, changed, called = write()
+    assert entries == first and called == ["new"] * 4 + ["read"] * 4
+    assert {path.name for path in files if files[path] != changed[path]} == {
+        f"{prefix}_2.png" for prefix in ("000G", "001G", "relation000", "relation001")
+    }
 
 
 @pytest.mark.parametrize(("samples", "count"), [(0, 0), (5, 2)])
