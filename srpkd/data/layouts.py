@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from .images import DataError
-from .listing import Listing, has_images_outside, list_images, relative_name
+from .listing import Listing, has_images_outside, list_images, relative_name, relative_path
 
 DatasetMode = Literal["unaligned", "aligned"]
 ListFolder = Callable[[Path], Listing]
@@ -152,7 +152,7 @@ def _pairs(folders: Sequence[Path], files: list[list[str]]) -> list[tuple[str, s
     Raises:
         DataError: a file has no partner, or more than one.
     """
-    exact = [{os.path.relpath(path, folder): path for path in side} for folder, side in zip(folders, files)]
+    exact = [{relative_path(path, folder): path for path in side} for folder, side in zip(folders, files)]
     if exact[0].keys() == exact[1].keys():
         return [(path, exact[1][name]) for name, path in exact[0].items()]
     problems = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..arguments import check_whole
 from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
 from ..data.images import Crop, open_image
-from ..data.listing import EXTENSIONS, Listing, list_images, relative_name
+from ..data.listing import EXTENSIONS, Listing, list_images, relative_name, relative_path
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import Sync, WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
@@ -149,7 +149,7 @@ def translate_folder(
     channels = input_channels(net)
 
     def result_of(path: str) -> Path:
-        name = Path(os.path.relpath(path, source))
+        name = Path(relative_path(path, source))
         if lossless and image_format(name.suffix) in LOSSY:
             name = f"from_{name.suffix[1:]}" / name.with_suffix(".png")
         return target / name

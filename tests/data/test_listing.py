@@ -4,12 +4,13 @@ import errno
 import os
 import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 from sample_images import save_plain
 
 from srpkd.data.images import DataError
-from srpkd.data.listing import find_images, image_files, pair_by_name
+from srpkd.data.listing import find_images, image_files, pair_by_name, relative_path
 
 
 def test_image_files_are_sorted_and_found_in_subfolders(tmp_path):
@@ -113,6 +114,16 @@ def test_find_images_in_a_folder_or_by_pattern(tmp_path):
     assert find_images(str(tmp_path / "*_fake_B.png")).images == paths[::2]
     with pytest.raises(ValueError, match="no images found; expected a folder of images or a pattern"):
         find_images(str(tmp_path / "*.gif"))
+
+
+@pytest.mark.parametrize("folder", ["data", "data/", "./data", ".", "data/../data", "data/b"])
+def test_relative_paths_are_those_of_the_standard_library(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    save_plain(tmp_path / "data/b/0.png")
+    for given in (folder, Path(folder), tmp_path / folder):
+        [path] = image_files(given)
+        assert relative_path(path, given) == os.path.relpath(path, given)
+        assert relative_path(path, Path(given)) == os.path.relpath(path, given)
 
 
 def test_images_are_paired_by_name():
