@@ -119,7 +119,9 @@ def test_folders_are_listed_once_and_headers_read_once(folders, monkeypatch):
     """On a network drive, each takes milliseconds."""
     scandir, open_image, listed, opened = os.scandir, Image.open, Counter(), Counter()
     monkeypatch.setattr(os, "scandir", lambda path: (listed.update([path]), scandir(path))[1])
-    monkeypatch.setattr(Image, "open", lambda path, **others: (opened.update([path]), open_image(path, **others))[1])
+    monkeypatch.setattr(
+        Image, "open", lambda file, **others: (opened.update([file.name]), open_image(file, **others))[1]
+    )
 
     def fidelity(generated, real, **_):
         assert all(images.have_same_size() for images in [generated, *real["train + test"]])

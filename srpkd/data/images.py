@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -219,21 +219,41 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[ImageFile]:
     """
     try:
         with ExitStack() as stack:
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for a writer
-                raise UnsupportedImage("a folder, a pipe or a device; expected a file")
+            file = stack.enter_context(_open_regular(path))
             try:
-                image = stack.enter_context(Image.open(path, formats=FORMATS))
+                image = stack.enter_context(Image.open(file, formats=FORMATS))
             except UnidentifiedImageError:
-                with open(path, "rb") as file:
-                    if file.read(4) not in TIFF_MAGIC:
-                        raise
+                file.seek(0)
+                if file.read(4) not in TIFF_MAGIC:
+                    raise
                 image = None
-            yield ImageFile(path, image, status.st_size)
+            yield ImageFile(path, image, os.fstat(file.fileno()).st_size)
     except (DataError, ImportError):
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         raise DataError(f"{path}: {_reason(error)}") from error
+
+
+def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Its kind is checked once it is open: on a network drive, os.stat takes as long as opening it.
+
+    Raises:
+        UnsupportedImage: the path is that of something else.
+        OSError: the file cannot be opened.
+    """
+    without_waiting = getattr(os, "O_NONBLOCK", 0)  # for a process that writes to a named pipe
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | without_waiting))  # noqa: SIM115
+    except OSError:
+        if not os.path.exists(path) or os.path.isfile(path):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+    raise UnsupportedImage("a folder, a pipe or a device; expected a file")
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,8 @@
 import builtins
 import os
 import pickle
+import socket
+from contextlib import chdir, closing
 from threading import Barrier
 
 import numpy as np
@@ -25,7 +27,9 @@ from srpkd.data.images import (
 def test_pipes_and_folders_are_not_opened(tmp_path):
     """To open a named pipe takes until another process writes to it."""
     os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "pipe.png", tmp_path):
+    with closing(socket.socket(socket.AF_UNIX)) as server, chdir(tmp_path):
+        server.bind("socket.png")  # whose path may not be as long as that of the folder
+    for path in (tmp_path / "pipe.png", tmp_path, tmp_path / "socket.png"):
         with pytest.raises(DataError, match="a folder, a pipe or a device; expected a file"), open_image(path):
             pass
 

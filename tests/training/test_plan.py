@@ -1,5 +1,6 @@
 """What is checked and loaded before training starts."""
 
+import builtins
 import os
 import shutil
 from collections import Counter
@@ -171,15 +172,19 @@ def test_options_that_cannot_work_are_refused_before_training(
 
 def test_each_image_file_is_looked_at_once(unpaired, tmp_path, monkeypatch):
     """On a network drive, each look takes milliseconds, and a resumed run repeats it."""
-    stat, seen = os.stat, Counter()
+    seen = Counter()
 
-    def counting(path, **others):
-        if str(path).endswith(".png"):
-            seen[path] += 1
-        return stat(path, **others)
+    def counting(function):
+        def counted(path, *arguments, **others):
+            if str(path).endswith(".png"):
+                seen[path] += 1
+            return function(path, *arguments, **others)
+
+        return counted
 
     config = parse_arguments([f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, f"--runs_dir={tmp_path}"])
-    monkeypatch.setattr(os, "stat", counting)
+    for module, name in ((os, "stat"), (os, "lstat"), (builtins, "open")):
+        monkeypatch.setattr(module, name, counting(getattr(module, name)))
     plan.prepare(config).run_dir.close()
     assert len(seen) == 14 and set(seen.values()) == {1}
 
