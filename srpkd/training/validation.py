@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -59,25 +60,25 @@ def evaluate(
     metrics: dict[str, float] = {}
     if dataset is None:
         return metrics
-    for direction, generator in generators.items():
-        source, target = sides(direction)
-        confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-        sums: dict[str, float] = {}
-        for batch in test_loader(dataset, config):
+    confusions = {direction: torch.zeros(CLASSES, CLASSES, dtype=torch.int64) for direction in generators}
+    sums: dict[str, defaultdict[str, float]] = {direction: defaultdict(float) for direction in generators}
+    for batch in test_loader(dataset, config):
+        for direction, generator in generators.items():  # in this loop, so that the images are read once
             raise_if_received()
+            source, target = sides(direction)
             images = batch[source].to(config.torch_device)
             output = generator(images).cpu()
             check_finite(output, f"{name}: the output of {direction} for a test image", "use an earlier checkpoint")
             if _target_is_labels(config, direction):
-                confusion += confusion_matrix(classes_of(output), classes_of(batch[target]), CLASSES)
+                confusions[direction] += confusion_matrix(classes_of(output), classes_of(batch[target]), CLASSES)
             elif has_targets(config):
-                sums["psnr"] = sums.get("psnr", 0) + len(images) * psnr(output, batch[target])
+                sums[direction]["psnr"] += len(images) * psnr(output, batch[target])
             if direction in teachers:
                 teacher_output = teachers[direction](images).cpu()
                 check_finite(teacher_output, "the teacher's output for a test image", "use another --teacher")
-                psnr_to_teacher = psnr(output, teacher_output)
-                sums["teacher_psnr"] = sums.get("teacher_psnr", 0) + len(images) * psnr_to_teacher
-        values = {name: total / len(dataset) for name, total in sums.items()}
+                sums[direction]["teacher_psnr"] += len(images) * psnr(output, teacher_output)
+    for direction, confusion in confusions.items():
+        values = {name: total / len(dataset) for name, total in sums[direction].items()}
         if confusion.any():
             values = {"mIoU": 100 * mean_iou(confusion), "accuracy": 100 * pixel_accuracy(confusion)} | values
         metrics |= {f"{name} {DIRECTION_NAMES[direction]}".strip(): value for name, value in values.items()}

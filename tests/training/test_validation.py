@@ -63,6 +63,18 @@ def test_both_directions_of_cycle_gan(direction, labels, photos):
     }
 
 
+def test_images_are_read_once_for_both_directions():
+    class Counted(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    config = options(dataroot="x", model="cycle_gan", dataset_mode="unaligned")
+    evaluate({"G_A": nn.Identity(), "G_B": nn.Identity()}, Counted(folder([8, 9, 8])), config, {})
+    assert read == [0, 1, 2]
+
+
 def test_psnr_to_the_teacher():
     teacher = Lookup(SCENES.photos, SCENES.labels + OFFSETS.view(-1, 1, 1, 1))
     generators = {"G_A": PHOTO_TO_LABEL, "G_B": LABEL_TO_PHOTO}
