@@ -2,7 +2,8 @@
 
     SRPKD_GPU_TESTS=FOLDER python -m pytest -p bench.gpu_tests ...
 
-With SRPKD_CUDA_KERNEL, a test of a case that the selected kernel declares as not covered is skipped.
+With -m gpu, files without such tests are not imported. With SRPKD_CUDA_KERNEL, a test of a case that the selected
+kernel declares as not covered is skipped.
 
 Every result is a line of FOLDER/tests.jsonl as soon as it is known. Tests that are listed in FOLDER/passed.txt are
 deselected: ``start`` writes that file from the results so far, once, so that all workers of pytest-xdist read the same.
@@ -15,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Generator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,11 @@ from srpkd.checking.processes import read_lines
 
 VARIABLE = "SRPKD_GPU_TESTS"
 NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # csrc/cuda/choose_kernel.h
+# a test that needs a GPU: it has the mark, or the fixture `device`, whose values have it
+GPU_TEST = re.compile(r"\bmark\.gpu\b|^def \w+\([^)]*\bdevice\b", re.MULTILINE)
 # parts of test names; a test belongs to the first that its name contains
 ORDER = (
-    "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "test_properties.py",
+    "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "tests/training",
     "test_overlap_gpu.py",
 )  # fmt: skip
 BACKENDS = ("native", "triton", "closed_form", "blocked", "reference")
@@ -72,6 +76,13 @@ def summary(folder: Path) -> str:
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file without GPU tests: most need packages that a GPU machine may lack, and together half a minute."""
+    if config.option.markexpr != "gpu" or not fnmatch(collection_path.name, "test_*.py"):
+        return None
+    return True if GPU_TEST.search(collection_path.read_text(encoding="utf-8")) is None else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,10 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jsonargparse  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401  # of optimizers
-import torchvision.transforms.v2  # noqa: F401
 
 from srpkd import train
 from srpkd.data.images import DataError
@@ -124,6 +121,11 @@ def serving() -> Iterator[Callable[..., int]]:
 
 
 def main() -> None:
+    # here, as the GPU tests of the trainer import this module too, on machines that may lack jsonargparse
+    import jsonargparse  # noqa: F401
+    import torch._dynamo  # noqa: F401  # of optimizers
+    import torchvision.transforms.v2  # noqa: F401
+
     # writing the page takes longer than the training
     run_dir.write_report = lambda folder, _: folder / "index.html"
     for line in sys.stdin:

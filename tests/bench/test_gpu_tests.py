@@ -65,6 +65,21 @@ def test_tests_that_passed_are_not_repeated(tmp_path, arguments):
     assert "FAILED 1 x AssertionError: a tolerance" in text and "No module named 'no_such_module'" in text
 
 
+def test_files_without_gpu_tests_are_not_imported(tmp_path):
+    """They may import packages that the machine lacks. A test has the mark itself, or by the fixture ``device``."""
+    (tmp_path / "test_marked.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_marked():\n    pass\n")
+    (tmp_path / "conftest.py").write_text("""
+import pytest
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+""")
+    (tmp_path / "test_device.py").write_text("def test_device(\n    device: str,\n):\n    pass\n")
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n\ndef test_broken(tmp_path):\n    device = 0\n")
+    assert sorted(run_pytest(tmp_path, "-m", "gpu")) == ["test_device[cuda]", "test_marked"]
+
+
 def test_summary_is_short(tmp_path):
     assert gpu_tests.summary(tmp_path) == "no test has run"
     entries = [{"test": f"a.py::test[{i}]", "outcome": "failed", "message": f"message {i % 30}"} for i in range(90)]
