@@ -230,7 +230,7 @@ def train(check: Check) -> None:
 
 def sanitize(check: Check) -> None:
     if not check.on_gpu:
-        check.python("sanitize", "-m", "bench.sanitize", "native", "blocked")
+        check.python("sanitize", "-m", "bench.sanitize", "native", "blocked", "closed_form")
         return
     tool = shutil.which("compute-sanitizer")
     if tool is None:
