@@ -105,7 +105,10 @@ def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
         raise ValueError(f"--segmenter {path}: no such file")
     try:
         if path.suffix == ".pt2":
-            return torch.export.load(path).module().to(device)
+            from torch.export.passes import move_to_device_pass  # here, since it takes time to import
+
+            # the program itself names the device on which it was exported, for example in casts
+            return move_to_device_pass(torch.export.load(path), device).module()
         return torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # both loaders raise all kinds of exceptions on other files
         raise ValueError(

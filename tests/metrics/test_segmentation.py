@@ -11,7 +11,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from sample_images import noise, save, save_all
-from torch import nn
+from torch import Tensor, nn
 
 from srpkd.data.images import DataError, ImageFiles
 from srpkd.data.listing import image_files
@@ -96,6 +96,19 @@ def test_invalid_segmenter_files(tmp_path):
         torch.save({}, tmp_path / name)
         with pytest.raises(ValueError, match=r"expected TorchScript .* or as .pt2 an exported program"):
             load_segmenter(tmp_path / name)
+
+
+def test_an_exported_program_moves_to_the_device(tmp_path):
+    """Of its casts, factories and constants too. "meta" stands for a GPU: the program was exported on the CPU."""
+
+    class Segmenter(nn.Module):
+        def forward(self, photos: Tensor) -> Tensor:
+            photos = photos.double().float() - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+            return photos + torch.arange(photos.shape[-1], device=photos.device)
+
+    torch.export.save(torch.export.export(Segmenter(), (torch.rand(1, 3, 8, 8),)), tmp_path / "net.pt2")
+    segmenter = load_segmenter(tmp_path / "net.pt2", "meta")
+    assert segmenter(torch.rand(1, 3, 8, 8, device="meta")).is_meta
 
 
 def test_label_maps(tmp_path):
