@@ -208,15 +208,19 @@ def image() -> Tensor:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device; a test that also has a parameter ``backend`` is skipped where that backend cannot run."""
+    """Every device; a test that also has a parameter ``backend`` is skipped where that backend cannot run.
+
+    So is a test with the mark ``gpu`` and the parameter ``backend``.
+    """
     return torch.device(request.param)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # not in the fixture: from here, pytest folds all skips with the same reason into one line of the summary
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    if {"backend", "device"} <= parameters.keys():
-        backend, device = parameters["backend"], torch.device(parameters["device"])
+    device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else None)
+    if "backend" in parameters and device is not None:
+        backend, device = parameters["backend"], torch.device(device)
         if (reason := unavailable_reason(backend, device)) is not None:
             pytest.skip(f"{backend} on {device.type}: {reason}")
 

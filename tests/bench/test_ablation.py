@@ -187,6 +187,8 @@ def test_rows_as_text():
 def test_variants_on_a_gpu(tmp_path, capsys):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the tiles use wgmma")
+    if build.cuda_home() is None:
+        pytest.skip("nvcc is not installed")
     chosen = ["as is", "no turns"]
     out = tmp_path / "ablation.csv"
     ablation.run(parse(ablation, "--batch", "1", "--pixels", "1024", "--out", str(out), "--variants", *chosen))

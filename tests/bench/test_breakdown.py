@@ -8,6 +8,7 @@ from bench_helpers import parse
 
 from bench import breakdown
 from srpkd.checking.cases import Case
+from srpkd.kernels import unavailable_reason
 
 NAMES = {
     "void srpkd::cuda::(anonymous namespace)::moments<(int)3, float>(Inputs<int>)": "moments",
@@ -62,6 +63,8 @@ def test_what_pytorch_needs_of_a_gpus_host():
 
 @pytest.mark.gpu
 def test_kernels_of_a_call():
+    if (reason := unavailable_reason("native", torch.device("cuda"))) is not None:
+        pytest.skip(reason)
     case = Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1)
     title, overlapped, *kernels = breakdown.lines("native", case, "cuda")
     assert title.startswith("native: GPU ") and "host " in title

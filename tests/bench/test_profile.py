@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from bench_helpers import parse
 
 from bench import machine_code, ncu, profile
 from bench.machine_code import Frame, Instruction
 from srpkd.checking.cases import Case
+from srpkd.kernels import unavailable_reason
 
 PAGES = Path(__file__).parent / "ncu_pages"
 FAKE = """#!{python}
@@ -175,6 +177,8 @@ __global__ void second() {}
 
 @pytest.mark.gpu
 def test_profile_of_a_call(tmp_path):
+    if (reason := unavailable_reason("native", torch.device("cuda"))) is not None:
+        pytest.skip(reason)
     try:
         tool = ncu.find()
     except OSError as error:
