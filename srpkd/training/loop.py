@@ -118,7 +118,7 @@ def fit(
         if reason := uncapturable_reason(config):
             distributed.print_rank0(f"{stage.name}: cuda_graph has no effect: {reason}")
         else:
-            objective.run_step = StaticStep(objective.take_step, config.torch_device)
+            objective.run_step = StaticStep(objective.take_step, config.torch_device, objective.references)
     objective.optimizers.set_lr(lr_of((first - 1) // epoch_steps + 1))
 
     timer, ahead = _StepTimer(first - 1), may_copy_ahead(config.torch_device)

@@ -139,6 +139,18 @@ class Objective(ABC):
         self._update_averages()
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def references(self) -> Callable[[], None]:
+        """Return a function that assigns again what the last step assigned for ``find_nonfinite``."""
+        inputs, outputs, losses = self._inputs, dict(self._outputs), self.optimizers.losses
+        passes = [(pair, pair.last_pass) for pair in self.student_teachers.values()]
+
+        def assign() -> None:
+            self._inputs, self._outputs, self.optimizers.losses = inputs, dict(outputs), losses
+            for pair, last_pass in passes:
+                pair.last_pass = last_pass
+
+        return assign
+
     def find_nonfinite(self) -> None:
         """If the last step was skipped, find its first non-finite loss, and what was not finite before it.
 

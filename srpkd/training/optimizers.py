@@ -37,6 +37,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
         finite: whether the losses of the training step so far are finite on all ranks, bool of shape ().
         nonfinite_loss: name of the first non-finite loss since the last complete step, as ``find_nonfinite_loss``
             found it, or "".
+        losses: the losses of each group in the last training step.
     """
 
     def __init__(self, config: ResolvedConfig, groups: Mapping[str, Iterable[nn.Module]]) -> None:
@@ -63,7 +64,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
         self.clip_grad_norm = config.clip_grad_norm
         self.finite = torch.ones((), dtype=torch.bool, device=scalars)
         self.nonfinite_loss = ""
-        self._losses: dict[str, Losses] = {}  # of each group in the last training step
+        self.losses: dict[str, Losses] = {}
         self._counts = torch.zeros(2, dtype=torch.int64, device=scalars)  # skipped, consecutive_skips
         self._batch_norms = [
             module
@@ -103,14 +104,14 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
     def begin(self) -> None:
         """Start a training step."""
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._losses = {}
+        self.losses = {}
 
     def step(self, name: str, losses: Losses) -> None:
         """Step a group's optimizer on the sum of the losses, unless ``finite`` is or becomes False."""
         optimizer = self[name]
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack(list(losses.values())).sum()
-        self._losses[name] = {key: value.detach() for key, value in losses.items()}
+        self.losses[name] = {key: value.detach() for key, value in losses.items()}
         self.finite = self.finite & distributed.all_reduce_and(loss.detach().isfinite())
         self.scaler.scale(loss).backward()
         if not self._is_fused and not self.finite:
@@ -182,7 +183,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
     def _first_nonfinite(self) -> list[str]:
         """Return, for each group of the last step in order, the first non-finite loss on this rank or ""."""
         names = []
-        for losses in self._losses.values():
+        for losses in self.losses.values():
             values = torch.stack(list(losses.values()))
             bad = [name for name, is_finite in zip(losses, values.isfinite().tolist()) if not is_finite]
             overflow = "" if values.sum().isfinite() else f"the sum of {', '.join(losses)}"

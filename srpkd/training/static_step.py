@@ -25,10 +25,18 @@ class StaticStep:
         step: function of tensors by name that returns tensors by name. It must not wait for the device, and must change
             what it keeps from step to step in place.
         device: where the inputs are.
+        references: function that returns a function which assigns again what the last step assigned. A replay assigns
+            nothing: after a step without the graph, what it computes would not be found.
     """
 
-    def __init__(self, step: Callable[[Tensors], dict[str, Tensor]], device: torch.device) -> None:
-        self._step, self._device = step, device
+    def __init__(
+        self,
+        step: Callable[[Tensors], dict[str, Tensor]],
+        device: torch.device,
+        references: Callable[[], Callable[[], None]] | None = None,
+    ) -> None:
+        self._step, self._device, self._references = step, device, references
+        self._assign: Callable[[], None] | None = None  # what the capture assigned
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -59,6 +67,8 @@ class StaticStep:
             self._capture()
         assert self._graph
         self._graph.replay()
+        if self._assign:
+            self._assign()
         return self._outputs
 
     def _warm_up(self) -> dict[str, Tensor]:
@@ -81,6 +91,7 @@ class StaticStep:
                 f"the training step cannot be captured as a CUDA graph: {error}\nResume the run without --cuda_graph"
             ) from error
         self._graph = graph
+        self._assign = self._references() if self._references else None
 
 
 def uncapturable_reason(config: ResolvedConfig) -> str:

@@ -56,7 +56,7 @@ class StudentTeacher(nn.Module):
         self.layers = self.relations.layers
         self.lambda_kd, self.lambda_srp, self.lambda_feature = lambda_kd, lambda_srp, lambda_feature
         self.adapters = nn.ModuleList()
-        self._last: dict[str, Tensor] = {}  # outputs and features of the last pass, in the order of computation
+        self.last_pass: dict[str, Tensor] = {}  # outputs and features of the last pass, in the order of computation
         if not self.compares_features:
             return
         images = torch.zeros(1, *input_shape, device=next(student.parameters()).device)
@@ -106,14 +106,14 @@ class StudentTeacher(nn.Module):
         """
         if not (self.lambda_kd or self.compares_features):
             return _run(self.teacher, self.student, images, others), {}
-        self._last = {}  # frees the memory
+        self.last_pass = {}  # frees the memory
         passes, losses = self.relations.run(images, others, record_features=self.compares_features), {}
         features = passes.student_features
         output = passes.student_output
         if others is not None:
             features = {name: feature[: len(images)] for name, feature in features.items()}
             output = output[: len(images)]
-        self._last = {
+        self.last_pass = {
             **{f"the teacher's feature {name}": value.detach() for name, value in passes.teacher_features.items()},
             "the teacher's output": passes.teacher_output,
             **{f"the student's feature {name}": value.detach() for name, value in features.items()},
@@ -132,7 +132,7 @@ class StudentTeacher(nn.Module):
 
     def nonfinite_source(self) -> str:
         """Return what was not finite first in the last forward pass, a feature or an output in words, or ""."""
-        return first_nonfinite(self._last)
+        return first_nonfinite(self.last_pass)
 
     def adapters_by_layer(self) -> dict[str, nn.Module]:
         """Return student module name -> adapter, without wrappers; {} if lambda_feature is 0."""

@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -192,6 +193,28 @@ def test_images_of_another_size_run_without_the_graph(capsys):
     assert [float(step({"A": images})["loss"]) for images in (small, large, 2 * small, large)] == [12, 48, 24, 48]
     assert seen[1]["A"] is large and seen[0]["A"] is seen[2]["A"] is not small
     assert capsys.readouterr().out.count("another size") == 1
+
+
+def test_replays_after_a_step_without_the_graph(monkeypatch):
+    """What is not finite is looked for in the tensors of the graph, not in those of the step without it."""
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    objective = make({"lambda_feature": 1.0})
+    objective.run_step = StaticStep(objective.take_step, torch.device("cuda"), objective.references)
+    batch = batches(objective)[0]
+
+    def tensors() -> list[Tensor]:
+        [pair] = objective.student_teachers.values()
+        found = [objective._inputs, objective._outputs, *objective.optimizers.losses.values(), pair.last_pass]
+        return [value for part in found for value in part.values()]
+
+    for _ in range(5):  # the last one replays
+        objective.step(batch)
+    expected = tensors()
+    objective.step({side: images[:1] for side, images in batch.items()})
+    assert not {*map(id, expected)} & {*map(id, tensors())}
+    objective.step(batch)
+    assert [*map(id, tensors())] == [*map(id, expected)]
 
 
 def test_a_step_that_cannot_be_captured_is_an_error(monkeypatch):
