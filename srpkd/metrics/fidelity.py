@@ -85,7 +85,7 @@ def fidelity(
             subset = kid_subset_size or min(1000, len(generated), counts[name])
             found: Mapping[str, Any] = library.calculate_metrics(
                 input1=_Bytes(generated),
-                input2=_Bytes(parts[0]) if len(parts) == 1 else ConcatDataset([_Bytes(part) for part in parts]),
+                input2=ConcatDataset([_Bytes(part) for part in parts]),
                 input1_cache_name="generated",
                 cache_root=cache,
                 fid=fid,

@@ -140,6 +140,21 @@ def test_missing_and_wrong_inception_weights(folders, monkeypatch, tmp_path):
         fidelity(*both)
 
 
+def test_given_inception_weights_are_used(folders, monkeypatch, tmp_path):
+    """Otherwise torch-fidelity would download its own."""
+    torch.save({"Mixed_7c.branch_pool.conv.weight": torch.zeros(1)}, tmp_path / "mine.pth")
+    asked = {}
+    monkeypatch.setattr(
+        fidelity_library,
+        "calculate_metrics",
+        lambda **options: asked.update(options) or {"frechet_inception_distance": 1.0},
+    )
+    both = images(folders["generated"]), {"test": [images(folders["real"])]}
+    fidelity(*both, kid=False, inception_weights=tmp_path / "mine.pth")
+    assert asked["feature_extractor"] == "inception-v3-compat"
+    assert asked["feature_extractor_weights_path"] == str(tmp_path / "mine.pth")
+
+
 def test_deep_images_are_rounded_to_8_bits(folders, tmp_path):
     for kind in ("generated", "real"):
         for path in images(folders[kind]).paths:
