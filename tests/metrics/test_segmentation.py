@@ -21,12 +21,14 @@ from srpkd.metrics.segmentation import label_scores, load_segmenter, read_label_
 
 
 def test_ignored_colours(tmp_path):
-    (tmp_path / "palette.txt").write_text("# a comment\n255 0 0 red\n0, 255, 0, green\n0 0 255\n0 0 0 void\n")
+    (tmp_path / "palette.txt").write_text(
+        "# a comment\n255 0 0 red\n0, 255, 0, green\n0 0 255\n0 0 0 void\n9 9 9 ignore\n"
+    )
     palette = read_palette(str(tmp_path / "palette.txt"))
     assert palette.classes == 3 and palette.colours.tolist()[3] == [0, 0, 0]
-    red, green, blue, void = palette.colours.tolist()
+    red, green, blue, void, grey = palette.colours.tolist()
     true = torch.tensor([[red, red, green, void]], dtype=torch.uint8).permute(2, 0, 1)
-    pred = torch.tensor([[red, void, green, blue]], dtype=torch.uint8).permute(2, 0, 1)
+    pred = torch.tensor([[red, grey, green, blue]], dtype=torch.uint8).permute(2, 0, 1)
     # 1 of 2 red pixels is found, and all green ones; blue has no true pixels; the last pixel is ignored
     assert label_scores([(pred, true)], palette) == {
         "mIoU": pytest.approx(100 * (1 / 2 + 1) / 2),
@@ -65,6 +67,21 @@ class Segmenter(nn.Module):
 
     def forward(self, photos):
         return F.avg_pool2d(photos, 2) * 10
+
+
+def test_fcn_scores_by_hand(tmp_path):
+    save(tmp_path / "a.png", np.full((2, 4, 3), [[[64], [64], [192], [192]]]))
+    labels = torch.tensor([[0, 0, 1, 0], [-1, 255, 2, 3]])
+
+    def segmenter(photos):  # dark is 0, bright is 1
+        dark = 0.5 - photos[:, 0]
+        return torch.stack([dark, -dark, torch.full_like(dark, -1)], 1)
+
+    assert segmentation_scores(ImageFiles([str(tmp_path / "a.png")]), [labels], segmenter) == {
+        "mIoU": pytest.approx(100 * (2 / 3 + 1 / 3 + 0) / 3),
+        "pixel accuracy": pytest.approx(100 * 3 / 5),
+        "class accuracy": pytest.approx(100 * (2 / 3 + 1 + 0) / 3),
+    }
 
 
 def test_outputs_of_segmenters(tmp_path):
