@@ -148,6 +148,15 @@ def test_a_step_changes_every_network_and_adapter(model):
         assert all(torch.equal(value, entry.teacher.state_dict()[key]) for key, value in old.items())
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_initial_weights_follow_the_options(model):
+    objective = make_small(options(model, init_type="orthogonal", init_gain=0.5))
+    weights = [p for p in parameters(objective.generators) + parameters(objective.discriminators) if p.ndim == 4]
+    for weight in weights:
+        values = torch.linalg.svdvals(weight.flatten(1))
+        torch.testing.assert_close(values, torch.full_like(values, 0.5))
+
+
 # The losses, computed again from their definitions
 
 
