@@ -1,4 +1,5 @@
 import copy
+import math
 import random
 from dataclasses import replace
 
@@ -285,8 +286,11 @@ def test_states_are_restored(model):
     """A restored objective takes the same step: networks, adapters, averages, optimizers and image pools."""
     config = options(model, pool_size=3, ema=0.9)
     first, second = (make_small(config, distilled=True) for _ in range(2))
-    for _ in range(2):
-        first.step(images())
+    for value in (math.nan, 0, 0):  # the first step is skipped, and counted
+        batch = images()
+        batch["A"][0] += value
+        first.step(batch)
+    assert first.optimizers.skipped == 1
     assert {len(pool.images) for pool in first.pools.values()} == ({3} if model == "cycle_gan" else set())
     state, rank_state = copy.deepcopy((first.state_dict(), first.rank_state_dict()))
     second.load_state_dict(state)

@@ -203,6 +203,17 @@ def test_optimizers_that_are_not_fused_skip_on_the_host():
     assert changed(before, objective) == objective.networks.keys()
 
 
+def test_the_loss_scale_does_not_change_if_the_loss_itself_is_not_finite():
+    objective = loop.make_objective(options(precision="fp16"), 0, {})
+    for _ in range(12):  # the loss scale adapts first
+        objective.step(images())
+    scale, batch = objective.optimizers.scaler.get_scale(), images()
+    batch["A"][:] = math.nan
+    objective.step(batch)
+    assert objective.optimizers.skipped == 1
+    assert objective.optimizers.scaler.get_scale() == scale
+
+
 def test_batch_norms_reset_non_finite_statistics():
     objective = loop.make_objective(options(norm="batch"), 0, {})
     objective.step(images())
@@ -211,6 +222,9 @@ def test_batch_norms_reset_non_finite_statistics():
     objective.step(batch)
     assert objective.optimizers.skipped == 1
     assert all(value.isfinite().all() for value in weights(objective).values())
+    for module in objective.generators["G"].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.running_mean == 0).all() and (module.running_var == 1).all()
     objective.generators["G"].eval()
     assert objective.generators["G"](images()["A"]).isfinite().all()
 
