@@ -81,3 +81,10 @@ def test_the_input_size_of_each_direction(oblong, flags, size_A, size_B):
 def test_data_loading_does_not_import_plotting(module):
     program = f"import sys, {module}; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), datasets.DataError("a.png: damaged")], ids=repr)
+def test_errors_that_are_not_of_loader_processes_pass(error):
+    with pytest.raises(type(error)) as caught, datasets.plain_loader_errors():
+        raise error
+    assert caught.value is error
