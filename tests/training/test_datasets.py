@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from runs import CYCLE_GAN, TEACHER, TINY
+from runs import CYCLE_GAN, PIX2PIX, SIZE, TEACHER, TINY
 from sample_images import save_plain
 
 from srpkd.training import datasets
@@ -48,6 +48,27 @@ def test_a_refusal_of_pix2pix_on_pairs_names_a_folder_that_works(refusal, run, t
     arguments = ["--model=pix2pix", "--load_size=18", "--crop_size=16", *TINY]
     assert refusal("--dataroot=D", *arguments).endswith("use --dataroot D/inner")
     run("--dataroot=D/inner", *arguments)
+
+
+def test_only_the_training_images_of_a_batch_need_one_size(unpaired, tmp_path):
+    shutil.copytree(unpaired, tmp_path / "images")
+    arguments = [f"--dataroot={tmp_path}/images", *CYCLE_GAN, *TINY, "--preprocess=none", "--batch_size=2"]
+    config = parse_arguments(arguments)
+    save_plain(tmp_path / "images/testA/small.png", (16, 16))
+    datasets.validate_data(config, [config], {})
+    save_plain(tmp_path / "images/trainA/small.png", (16, 16))
+    with pytest.raises(datasets.DataError, match="a batch of 2 needs images of one size"):
+        datasets.validate_data(config, [config], {})
+
+
+def test_generated_test_images_have_the_style_of_those_for_training_and_other_seeds():
+    config = parse_arguments([*PIX2PIX, "--synthetic_variant=2", "--no_flip"])
+    train, test = (datasets.open_data(config, phase) for phase in ("train", "test"))
+    for data, count, seed in ((train, 8, datasets.TRAIN_SEED), (test, 3, datasets.TEST_SEED)):
+        assert torch.equal(data.sides[0], datasets.generate_scenes(count, SIZE, seed, 2).photos)
+    assert not any(torch.equal(a["B"], b["B"]) for a in train for b in test)
+    unpaired = parse_arguments([*PIX2PIX, "--model=cycle_gan"])
+    assert [datasets.open_data(unpaired, phase).aligned for phase in ("train", "test")] == [False, True]
 
 
 def test_damaged_test_images_are_refused(refusal, unpaired, tmp_path):
