@@ -114,20 +114,21 @@ def test_relation_maps_are_those_of_the_tapped_layer(tmp_path):
     teacher, student = (define_generator("resnet_1blocks", ngf=ngf).eval() for ngf in (3, 2))
     config = options(model="pix2pix", normalize="cosine", layers={"model.10": "model.9"})
     shown = {"teacher": {"G": teacher}, "student": {"G": student}}
-    relations = write_relation_maps(tmp_path, shown, scenes(), config, places=[(0.5, 0.25)])
+    image = SCENES.photos[0][:, :, :8]
+    relations = write_relation_maps(tmp_path, shown, [{"A": image, "B": image}], config, places=[(0.5, 0.5)])
+    assert all(not module._forward_hooks for net in (teacher, student) for module in net.modules())
     [relation] = relations
     files = {entry["label"]: tmp_path / entry["file"] for entry in relation["panels"]}
     assert list(files) == ["the chosen pixel", "teacher", "student"]
     with torch.no_grad():
         features = {
-            "teacher": teacher.model[:10](SCENES.photos[:1])[0],
-            "student": student.model[:11](SCENES.photos[:1])[0],
+            "teacher": teacher.model[:10](image[None])[0],
+            "student": student.model[:11](image[None])[0],
         }
     for name, feature in features.items():
-        expected = relation_picture(feature, (2, 1), (16, 16), "cosine")  # of a map of 4 x 4
+        expected = relation_picture(feature, (2, 1), (16, 8), "cosine")  # of a map of 4 x 2
         assert torch.equal(pixels(files[name]), torch.tensor(expected).permute(2, 0, 1).long())
     assert write_relation_maps(tmp_path, {}, scenes(), config) == []
-    assert all(not module._forward_hooks for net in (teacher, student) for module in net.modules())
 
 
 @pytest.mark.parametrize(("is_teacher", "layer"), [(True, "model.6"), (False, "model.3")])

@@ -68,6 +68,7 @@ def test_a_file_without_a_second_direction(tmp_path):
     assert warm_start_files(f"{tmp_path}", ["G_A", "G_B"]) == {"G_A": tmp_path / "latest_net_G_A.pth"}
     (tmp_path / "latest_net_G_B.pth").touch()
     assert warm_start_files(f"{tmp_path}/latest_net_G_A.pth", ["G_A", "G_B"]).keys() == {"G_A", "G_B"}
+    (tmp_path / "other.pth").touch()
     assert warm_start_files(f"{tmp_path}/other.pth", ["G_A", "G_B"]) == {"G_A": tmp_path / "other.pth"}
 
 
