@@ -153,7 +153,7 @@ class FolderDataset(Dataset[dict[str, Tensor | str]]):
         if self.random_b:
             paths[1] = self.files[1][int(torch.randint(len(self.files[1]), ()))]
         images = [read_image(path) for path in paths]
-        if self.aligned and len(images) == 1:
+        if len(images) == 1:
             left, right = split_pair(images[0], paths[0])
             paths, images = paths * 2, [right, left] if self.swap else [left, right]
         images = [with_channels(image, 1) if nc == 1 else image for image, nc in zip(images, self.channels)]

@@ -156,7 +156,7 @@ def test_orientation_is_applied_once(tmp_path, kind, orientation):
         7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
         8: lambda a: np.rot90(a),
     }.get(orientation, lambda a: a)
-    late, _, kind = kind.rpartition("late ")
+    _, late, kind = kind.rpartition("late ")
     suffix, depth = kind.split()
     stored = np.zeros((16, 32, 3), np.uint8)
     stored[:8, :16], stored[8:, :16], stored[8:, 16:] = 255, 85, 170

@@ -93,10 +93,10 @@ def test_data_error_without_problems():
 
 
 def test_halves_of_a_pair(tmp_path):
-    path = save(tmp_path / "0.png", np.concatenate([ramps(blue=0), ramps(blue=255)], 1))
+    path = save(tmp_path / "0.png", np.concatenate([ramps(height=20), ramps(height=20, blue=255)], 1))
     for crop, blue in ((left_half, 0), (right_half, 255)):
         (image,) = ImageFiles([path], crop=crop)
-        np.testing.assert_array_equal(image.permute(1, 2, 0), ramps(blue=blue))
+        np.testing.assert_array_equal(image.permute(1, 2, 0), ramps(height=20, blue=blue))
 
 
 def test_image_files_are_scaled(tmp_path):
