@@ -15,6 +15,8 @@ from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 from srpkd.translate import main
 
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -117,16 +119,17 @@ def test_depth_is_kept_end_to_end(tmp_path, identity, capsys, name):
     """A generator that returns its input gives a file of the same depth and the same numbers."""
     ramp = np.linspace(2000, 40000, 16 * 16).reshape(16, 16, 1).astype(np.uint16)
     pixels = ramp if name == "grey.png" else np.concatenate([ramp, ramp[::-1], 65535 - ramp], 2)
-    pixels = (pixels / 65535).astype(np.float32) if name == "float.tif" else pixels
+    pixels = (0.7 * pixels / 65535).astype(np.float32) if name == "float.tif" else pixels
     path = tmp_path / "photos" / name
     if name == "0.ppm":
         path.parent.mkdir()
         path.write_bytes(b"P6 16 16 65535\n" + pixels.astype(">u2").tobytes())
     else:
-        save_deep(path, pixels)
+        save_deep(path, pixels, **({"iccprofile": PROFILE} if name.endswith("tif") else {}))
     assert run(tmp_path, path.parent) == 0
     with open_image(path) as before, open_image(tmp_path / "out" / name) as after:
         torch.testing.assert_close(after.read(), before.read(), atol=1e-7 if name == "float.tif" else 0, rtol=0)
+        assert before.icc_profile == after.icc_profile == (PROFILE if name.endswith("tif") else None)
     assert capsys.readouterr().out == f"1 images written to {tmp_path / 'out'}\n"
 
 
@@ -142,10 +145,9 @@ def test_phone_photos(tmp_path, identity, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8))
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(photos / "phone.jpg", exif=exif, icc_profile=profile, quality=95)
+    image.save(photos / "phone.jpg", exif=exif, icc_profile=PROFILE, quality=95)
     alpha = Image.fromarray(np.arange(240, dtype=np.uint8).reshape(12, 20))
     cut = image.copy()
     cut.putalpha(alpha)
@@ -159,7 +161,7 @@ def test_phone_photos(tmp_path, identity, capsys):
     assert "note: 1 image: without the alpha channel (JPEG has none), such as" in err
     assert "note: 1 image: only the first page or frame of an image with several (use --all_frames" in err
     with Image.open(tmp_path / "out" / "phone.jpg") as result:
-        assert result.size == (12, 20) and result.info["icc_profile"] == profile and not result.getexif().get(0x0112)
+        assert result.size == (12, 20) and result.info["icc_profile"] == PROFILE and not result.getexif().get(0x0112)
         upright = np.array(Image.open(photos / "phone.jpg").transpose(Image.Transpose.ROTATE_270)).astype(int)
         assert np.abs(np.array(result) - upright).mean() < 12
     with Image.open(tmp_path / "out" / "alpha.png") as result:
@@ -175,11 +177,13 @@ def test_all_frames(tmp_path, identity, capsys, name):
     arrays = np.random.default_rng(0).integers(0, 256, (3, 12, 20, 3), dtype=np.uint8)
     first, *others = map(Image.fromarray, arrays)
     options = {"lossless": True} if name == "0.webp" else {}
-    first.save(tmp_path / "photos" / name, save_all=True, append_images=others, duration=[90, 50, 70], **options)
+    options |= {"save_all": True, "append_images": others, "duration": [90, 50, 70], "loop": 3}
+    first.save(tmp_path / "photos" / name, **options)
     assert run(tmp_path, tmp_path / "photos", "--all_frames", "--batch_size", "2") == 0
     assert not capsys.readouterr().err.count("note:")
     with Image.open(tmp_path / "photos" / name) as before, Image.open(tmp_path / "out" / name) as after:
         assert after.n_frames == 3
+        assert before.info.get("loop") == after.info.get("loop") == (None if name == "0.tif" else 3)
         for frame in range(3):
             before.seek(frame)
             after.seek(frame)

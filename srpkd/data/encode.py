@@ -63,7 +63,7 @@ def read_source(image: ImageFile, frames: int) -> tuple[list[Picture], Source]:
             source.loop = image.info.get("loop")
         source.bits = max(source.bits, 32 if image.is_float(frame) else 16 if isinstance(pictures[-1], Tensor) else 8)
         source.durations.append(image.info.get("duration", 0))
-    if frames == 1 or not any(source.durations):
+    if not any(source.durations):
         source.durations = []
     return pictures, source
 

@@ -69,6 +69,8 @@ def test_deep_alpha_and_profile(format, channels):
     source = Source(16, [alpha], PROFILE)
     content = encode([OUTPUT[:channels]], source, format)
     pixels = imagecodecs.png_decode(content) if format == "PNG" else tifffile.imread(io.BytesIO(content))
+    if format == "TIFF":
+        assert tifffile.TiffFile(io.BytesIO(content)).pages[0].extrasamples == (tifffile.EXTRASAMPLE.UNASSALPHA,)
     np.testing.assert_array_equal(pixels[:, :, channels], np.arange(48).reshape(6, 8) * 1000)
     np.testing.assert_array_equal(pixels[:, :, :channels], np.rint(UNIT[:, :, :channels] * 65535))
     lost = lost_properties([OUTPUT[:channels]], source, format)
@@ -103,6 +105,15 @@ def test_frames(format):
         if format in ("PNG", "TIFF", "WEBP"):
             expected = ((output + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0)
             np.testing.assert_array_equal(np.array(image.convert("RGB")), expected)
+
+
+def test_a_gif_frame_does_not_show_through_the_next():
+    opaque = np.repeat([[255, 0]], 4, 1).repeat(6, 0).astype(np.uint8)  # the left half
+    alphas = [Image.fromarray(np.ascontiguousarray(mask)) for mask in (opaque, opaque[:, ::-1])]
+    image = opened(encode([OUTPUT] * 2, Source(alpha=alphas), "GIF"))
+    for index, alpha in enumerate(alphas):
+        image.seek(index)
+        assert image.convert("RGBA").getchannel("A").tobytes() == alpha.tobytes()
 
 
 def test_deep_pages():
