@@ -25,7 +25,7 @@ from .deep import (
     read_tiff_header,
     white_level,
 )
-from .picture import Picture, crop_picture, picture_size, picture_to_levels, resize_picture, with_channels
+from .picture import Picture, crop_columns, picture_size, picture_to_levels, resize_picture, with_channels
 
 # The formats that Pillow may decode, by content and not by suffix: for EPS it would start another program.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
@@ -324,10 +324,10 @@ def split_pair(image: Picture, path: str) -> tuple[Picture, Picture]:
     Raises:
         DataError: the width is odd.
     """
-    width, height = picture_size(image)
+    width, _ = picture_size(image)
     if width % 2:
         raise DataError(f"{path}: {width} pixels wide; expected an even width: A and B of the same size side by side")
-    return crop_picture(image, 0, 0, width // 2, height), crop_picture(image, width // 2, 0, width, height)
+    return crop_columns(image, 0, width // 2), crop_columns(image, width // 2, width)
 
 
 def left_half(image: Picture, path: str) -> Picture:

@@ -27,11 +27,11 @@ def picture_size(picture: Picture) -> tuple[int, int]:
     return (picture.shape[2], picture.shape[1]) if isinstance(picture, Tensor) else picture.size
 
 
-def crop_picture(picture: Picture, left: int, top: int, right: int, bottom: int) -> Picture:
-    """Return the part of a picture inside a box, in pixels."""
+def crop_columns(picture: Picture, left: int, right: int) -> Picture:
+    """Return the pixels of a picture in columns left to right - 1."""
     if isinstance(picture, Tensor):
-        return picture[:, top:bottom, left:right]
-    return picture.crop((left, top, right, bottom))
+        return picture[:, :, left:right]
+    return picture.crop((left, 0, right, picture.height))
 
 
 def resize_picture(

@@ -1,8 +1,11 @@
 """Levels of 8-bit and deeper images on common scales, and the nearest colour of a palette."""
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from srpkd.data.picture import byte_levels, levels_to_255, nearest_colour, unit_levels
+from srpkd.data.picture import byte_levels, levels_to_255, nearest_colour, resize_picture, unit_levels
 from srpkd.data.synthetic import PALETTE, classes_of
 
 BYTES = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
@@ -13,6 +16,15 @@ def test_scales():
     assert torch.equal(unit_levels(BYTES), BYTES.double() / 255) and torch.equal(unit_levels(deep), deep)
     assert levels_to_255(BYTES) is BYTES and torch.allclose(levels_to_255(deep), BYTES.double())
     assert byte_levels(BYTES) is BYTES and torch.equal(byte_levels(deep), BYTES)
+    assert byte_levels(torch.tensor([0.4, 0.6]) / 255).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.NEAREST, Image.Resampling.BICUBIC])
+def test_deep_pictures_are_scaled_like_those_of_8_bits(resample):
+    pixels = torch.randint(256, (9, 14, 3), dtype=torch.uint8)
+    expected = np.array(resize_picture(Image.fromarray(pixels.numpy()), 7, 6, resample)) / 255
+    found = resize_picture(pixels.permute(2, 0, 1).double() / 255, 7, 6, resample)
+    np.testing.assert_allclose(found.permute(1, 2, 0), expected, atol=1.01 / 255)
 
 
 def test_nearest_colour():
