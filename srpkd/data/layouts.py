@@ -52,7 +52,7 @@ class FolderLayout:
     @property
     def is_side_by_side(self) -> bool:
         """Whether each file holds A in its left half and B in its right half."""
-        return self.mode == "aligned" and len(self.folders) == 1
+        return len(self.folders) == 1
 
     @property
     def is_paired_by_name(self) -> bool:
