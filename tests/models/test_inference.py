@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sample_images import save_mixed
 
 from srpkd.finite import NonFiniteError
 from srpkd.models import inference
-from srpkd.models.inference import translate, translate_folder
+from srpkd.models.inference import pad_images, translate, translate_folder
 from srpkd.models.networks import define_generator, size_multiple
 
 
@@ -26,6 +27,7 @@ GENERATORS = {
     "resnet": lambda: define_generator("resnet_1blocks", ngf=2, init_gain=0.2),
     "unet": lambda: define_generator("unet_16", ngf=2, dropout=True, init_gain=0.2),
     "grey": lambda: define_generator("resnet_1blocks", 1, 1, ngf=2, norm="batch", init_gain=0.2),
+    "grey to RGB": lambda: define_generator("resnet_1blocks", 1, 3, ngf=2, init_gain=0.2),
 }
 
 
@@ -59,8 +61,8 @@ def test_results_do_not_depend_on_the_batch_size(folder, tmp_path):
     translate_folder(net, folder, tmp_path / "one")
     sizes = []
     net.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
-    translate_folder(net, folder, tmp_path / "many", batch_size=8)
-    assert sizes == [3, 1, 1, 1, 1]  # a, b and c have the same size
+    translate_folder(net, folder, tmp_path / "many", batch_size=2)
+    assert sizes == [2, 1, 1, 1, 1, 1]  # a, b and c have the same size
     for path in (tmp_path / "one").rglob("*.*"):
         other = tmp_path / "many" / path.relative_to(tmp_path / "one")
         np.testing.assert_allclose(*(np.array(Image.open(p)).astype(int) for p in (path, other)), atol=1)
@@ -73,9 +75,15 @@ def test_any_size(kind, shape):
     images = torch.rand(2, 3, *shape) * 2 - 1
     output = translate(net, images)
     assert output.shape == images.shape and output.isfinite().all()
-    if not any(length % size_multiple(net) or length < 8 for length in shape):
+    bottom, right = (max(8, -(-length // size_multiple(net)) * size_multiple(net)) - length for length in shape)
+    if bottom < shape[0] and right < shape[1]:
         with torch.no_grad():
-            assert torch.equal(output, net(images))
+            expected = net(F.pad(images, (0, right, 0, bottom), mode="reflect"))
+        assert torch.equal(output, expected[:, :, : shape[0], : shape[1]])
+
+
+def test_the_padding_of_small_images_is_reflected_again():
+    assert pad_images(torch.arange(3).view(1, 1, 1, 3), 4)[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
 
 
 @pytest.mark.parametrize("target", [".", "results"])
@@ -87,6 +95,7 @@ def test_target_inside_the_source(folder, target):
 
 def test_size_and_crop(folder, tmp_path):
     net = GENERATORS["resnet"]()
+    Image.new("RGBA", (20, 12), (90, 90, 90, 9)).save(folder / "alpha.png")
 
     def left(image, path):
         if path.endswith("d.bmp"):
@@ -95,6 +104,7 @@ def test_size_and_crop(folder, tmp_path):
 
     written, skipped, *_ = translate_folder(net, folder, tmp_path / "out", size=12, crop=left)
     assert {Image.open(path).size for path in written} == {(12, 12)}
+    assert Image.open(tmp_path / "out/alpha.png").getchannel("A").getextrema() == (9, 9)
     assert skipped == [f"{folder / 'd.bmp'}: odd"]
 
 
