@@ -38,12 +38,15 @@ def test_relation_row_is_a_row_of_the_matrix(normalize: str) -> None:
 def test_relation_picture_colours(normalize: str, dtype: torch.dtype) -> None:
     # columns of the map: similar, unrelated, opposite
     feature = torch.tensor([[1.0, 0.0, -1.0], [0.0, 1.0, 0.0]], dtype=dtype, requires_grad=True)
-    picture = relation_picture(feature[:, None].expand(2, 3, 3), (0, 0), (30, 60), normalize).astype(int)
+    feature = feature[:, None].expand(2, 3, 3)
+    picture = relation_picture(feature, (0, 0), (30, 60), normalize).astype(int)
     assert picture.shape == (30, 60, 3)
     red, white, blue = picture[25, 5], picture[25, 30], picture[25, 55]
     assert red[0] > red[2] + 50 and blue[2] > blue[0] + 50 and white.min() > 240
     assert (picture[20:, :20] == red).all() and (picture[20:, 40:] == blue).all()  # nearest neighbour
     assert (picture[5, 10] == red).all() and not picture[10, 5].any()  # the cell is visible and framed
+    turned = relation_picture(feature.mT, (0, 0), (60, 30), normalize)
+    np.testing.assert_array_equal(turned, picture.swapaxes(0, 1))
 
 
 def test_relation_picture_that_is_smaller_than_the_map_shows_averages() -> None:
