@@ -18,7 +18,9 @@ import torch
 from bench_helpers import incorrect_loss
 
 from srpkd import check as command
+from srpkd import relation_loss
 from srpkd.checking import gate, processes
+from srpkd.checking.cases import Case
 from srpkd.checking.kernels import KERNELS, CannotRun, Provider
 from srpkd.checking.processes import Check
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, native
@@ -27,6 +29,33 @@ from srpkd.structures import to_device
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKS = processes.checks("cpu")
 RANDOM = next(check for check in CHECKS if check.kind == "random" and check.case.need_grad)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_expected_results_are_those_of_the_definition_in_strips_of_rows(monkeypatch, normalize, distance):
+    monkeypatch.setattr(gate, "MIN_ROWS", 3)
+    monkeypatch.setattr(gate, "STRIP_ELEMENTS", {"cpu": 1})
+    case = Case(pixels=8, channels=(2, 3), batch=2, normalize=normalize, distance=distance)
+    student, teacher = torch.randn(2, 8, 2, dtype=torch.float64), torch.randn(2, 8, 3, dtype=torch.float64)
+    assert [rows.stop - rows.start for rows, _ in gate.strips(student)] == [3, 3, 2]
+    found = gate.float64_result(student, teacher, case)
+    leaf = student.clone().requires_grad_()
+    options = {"normalize": normalize, "distance": distance, "delta": case.relation.delta, "backend": "reference"}
+    loss = relation_loss(leaf.mT[..., None], teacher.mT[..., None], **options)
+    torch.testing.assert_close(found.loss, loss.detach())
+    torch.testing.assert_close(found.gradient, torch.autograd.grad(loss, leaf)[0])
+
+
+def test_a_missing_row_of_the_gradient_is_an_error():
+    """It hardly changes the error of the whole gradient."""
+    loss, gradient = torch.tensor(2.0, dtype=torch.float64), torch.ones(2, 10000, 3, dtype=torch.float64)
+    spoiled = gradient.clone()
+    spoiled[1, 7] = 0
+    errors = gate.relative_errors(gate.Result(1.001 * loss, spoiled), gate.Result(loss, gradient))
+    assert errors == pytest.approx((1e-3, 20000**-0.5, 1.0))
+    reason = gate.failure_reason(errors._replace(loss=0.0), Case())
+    assert reason == "the relative error of one pixel's gradient against float64 is 1, expected at most 0.5"
 
 
 def test_cases_cover_every_relation_and_format():
