@@ -127,9 +127,9 @@ class Reshaped(nn.Conv2d):
         (lambda x: x.permute(0, 2, 3, 1), "nchw", r"\(B, H, W, C\): if they are, pass layout='nhwc'"),
         (lambda x: x.flatten(2).permute(2, 0, 1), "nlc", r"\(N, B, C\): if they are, pass a loss that transposes"),
         (
-            lambda x: F.pad(x.flatten(2), (5, 0)).mT,
+            lambda x: F.pad(F.avg_pool2d(x, 2).flatten(2), (5, 0)).mT,
             "nlc",
-            r"48 patches behind 5 class or register tokens: if they are, .* as by features\[:, 5:\]",
+            r"12 patches behind 5 class or register tokens: if they are, .* as by features\[:, 5:\]",
         ),
         (lambda x: x.mean((2, 3)), "nlc", r"\(B, C\), a vector for each image: if they are, tap a layer before"),
     ],
@@ -162,10 +162,16 @@ def test_images_tell_that_a_layout_is_likely() -> None:
             RelationDistiller(*networks, {"0": "0"}, SRPLoss(layout=layout))(torch.randn(2, 3, height, width))
 
 
-@pytest.mark.parametrize("tokens", [16, 36, 12, 77])
-def test_tokens_that_may_be_patches_give_no_warning(tokens: int) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda x, tokens=tokens: x.flatten(2)[..., :tokens].mT for tokens in (16, 36, 12, 77)),
+        lambda x: x[0].flatten(1).mT,  # without a batch; an image could have 17 tokens, but these are channels
+    ],
+)
+def test_tokens_that_may_be_patches_give_no_warning(change: Callable) -> None:
     """As many as fit into an image of 32 x 32, or not as many with some class tokens: of a text, for example."""
-    networks = [nn.Sequential(Reshaped(16, lambda x: x.flatten(2)[..., :tokens].mT)) for _ in range(2)]
+    networks = [nn.Sequential(Reshaped(17, change)) for _ in range(2)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RelationDistiller(*networks, {"0": "0"}, layout="nlc")(torch.randn(2, 3, 32, 32))

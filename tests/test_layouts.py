@@ -54,7 +54,8 @@ def test_tokens_that_are_not_the_pixels_of_the_map_raise() -> None:
         ((2, 96, 16, 16), "nchw", None),
         ((2, 64, 64, 64), "nchw", None),
         ((2, 64, 32, 64), "nchw", None),
-        ((2, 3, 3, 5), "nchw", None),
+        ((2, 8, 8, 12), "nchw", None),
+        ((2, 12, 16, 16), "nhwc", None),
         ((96, 16, 16), "nchw", None),
         ((2, 96, 16, 16), "nhwc", "nchw"),
         ((2, 16, 16, 96), "nhwc", None),
@@ -63,6 +64,7 @@ def test_tokens_that_are_not_the_pixels_of_the_map_raise() -> None:
         ((8, 197, 384), "nchw", "nlc"),
         ((8, 196, 384), "nhwc", "nlc"),
         ((8, 100, 100), "nchw", None),
+        ((16, 36, 384), "nchw", None),
         ((8, 196, 384), "nlc", None),
         ((196, 384), "nlc", None),
         ((32, 198, 384), "nchw", "nlc"),  # DeiT with its distillation token
@@ -87,7 +89,7 @@ def test_likely_layout(shape: tuple[int, ...], layout: Layout, likely: Layout | 
         ((2, 65, 127, 192), "nchw", (512, 1024), "nhwc"),
         ((2, 32, 64, 128), "nchw", (512, 1024), None),  # either
         ((2, 16, 16, 19), "nchw", (64, 64), None),  # 19 classes are no usual width
-        ((2, 512, 1, 26), "nchw", (32, 100), None),  # neither: pooled in one direction
+        ((2, 512, 1, 28), "nchw", (32, 112), None),  # neither: pooled in one direction
         ((2, 16, 16, 96), "nchw", (64, 3), "nhwc"),  # neither: images (B, H, W, 3); the map is square
         ((8, 196, 384), "nchw", (224, 224), "nlc"),
         ((2, 128, 128), "nchw", (64, 128), "nlc"),  # the batch of the images

@@ -87,13 +87,15 @@ def test_auto_takes_the_closed_form_for_l2(normalize: str, dtype: torch.dtype, u
 
 
 def test_the_recorded_times_decide(gpu: torch.device, recorded) -> None:
-    l2 = CASE._replace(distance="l2")
+    l2, single = CASE._replace(distance="l2"), CASE._replace(dtype="float32")
     recorded(
         {
             H100: [
                 (CASE, {"native": 1.0, "triton": 2.0}),
                 (CASE._replace(batch=1), {"native": 2.0, "triton": 1.0}),
                 (l2, {"closed_form": 1.0, "native": 2.0, "triton": 3.0}),
+                (single._replace(precision="high"), {"native": 2.0, "triton": 1.0}),
+                (single._replace(precision="highest"), {"native": 1.0, "triton": 2.0}),
             ]
         }
     )
@@ -104,6 +106,8 @@ def test_the_recorded_times_decide(gpu: torch.device, recorded) -> None:
     assert auto_backend(gpu, row_l1, dtype, 4096, (64, 256), 5) == "native"
     assert auto_backend(gpu, Relation("cosine", "huber"), dtype, 3000, (32, 300), 20, need_grad=False) == "native"
     assert auto_backend(gpu, Relation("row", "l2"), dtype, 4096, (64, 256), 1) == "closed_form"
+    assert auto_backend(gpu, row_l1, torch.float32, 4096, (64, 256), 16, "high") == "triton"
+    assert auto_backend(gpu, row_l1, torch.float32, 4096, (64, 256), 16, "highest") == "native"
 
 
 def test_backends_that_cannot_run_are_passed_over(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, recorded) -> None:
