@@ -414,6 +414,11 @@ REFUSED = {
         ValueError,
         ["(2, 3, 4, 4)", "(2, 3, 4, 2)", "their pixels", "interpolate"],
     ),
+    "pixels of single images": (
+        {"student": torch.ones(3, 4, 4), "teacher": torch.ones(5, 4, 2)},
+        ValueError,
+        ["(3, 4, 4)", "(5, 4, 2)", "their pixels"],
+    ),
     "as many pixels, otherwise": ({"teacher": IMAGE.reshape(2, 3, 2, 8)}, ValueError, ["their pixels"]),
     "tokens differ": (
         {"student": torch.ones(2, 5, 3), "teacher": torch.ones(2, 6, 3), "layout": "nlc"},

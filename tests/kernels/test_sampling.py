@@ -313,6 +313,15 @@ def test_exact_where_the_row_norms_take_as_long(distance: str) -> None:
     assert error(relation_loss(few, many[:, :-1], normalize="row", distance=distance, columns=8), exact) > 1e-6
 
 
+def test_the_pixels_of_a_batch_decide_whether_it_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "EXACT_PIXELS", 0)
+    student, teacher = maps()
+    exact = relation_loss(student, teacher, distance="l1", scope="batch")
+    estimate, many = (relation_loss(student, teacher, distance="l1", scope="batch", columns=m) for m in (23, 24))
+    assert error(estimate, exact) > 1e-6
+    assert torch.equal(many, exact)
+
+
 def test_exact_l2_by_closed_form_where_it_takes_no_longer() -> None:
     student, teacher = torch.randn(1, 2, 32, 32), torch.randn(1, 2, 32, 32)
     few, many = (relation_loss(student, teacher, columns=columns) for columns in (4, 100))
