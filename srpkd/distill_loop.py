@@ -57,7 +57,8 @@ def distill(
             in eval mode without gradients, on the student's device, to which it is moved; its modes and weights are
             unchanged afterwards.
         student: network to train, on its device; in eval mode afterwards. It is trained in train mode, but a module
-            in eval mode whose parameters are frozen, such as a batch norm with fixed statistics, stays in eval mode.
+            in eval mode whose parameters are all frozen, such as a batch norm with fixed statistics or a pretrained
+            encoder, stays as it is.
         data: image batches (B, C, H, W), or pairs (images, targets (B, C', H', W')); with ``forward``, batches of any
             structure. Each epoch iterates over it once, so pass a DataLoader, a list, or anything else that can be
             iterated again.
@@ -139,7 +140,7 @@ def distill(
                             f"step {step}: the loss is not finite ({nonfinite}); the student keeps the weights from "
                             "before this step. Check the images of this step, or use a lower lr or weight"
                         )
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                     total(losses.values()).backward()
                     optimizer.step()
                     for name, value in values.items():
@@ -182,15 +183,18 @@ def _check_networks(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def _train_unless_frozen(student: nn.Module) -> None:
-    """Set a student to train mode, except the modules in eval mode whose own parameters are all frozen."""
-    frozen = []
+    """Set a student to train mode, except the modules in eval mode whose parameters are all frozen.
+
+    What these contain keeps its mode too, such as dropout and norms without parameters.
+    """
+    modes: dict[nn.Module, bool] = {}
     for module in student.modules():
-        parameters = list(module.parameters(recurse=False))
+        parameters = list(module.parameters())
         if not module.training and parameters and not any(parameter.requires_grad for parameter in parameters):
-            frozen.append(module)
+            modes |= {inner: inner.training for inner in module.modules()}
     student.train()
-    for module in frozen:
-        module.training = False
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _student_optimizer(

@@ -70,14 +70,16 @@ def test_losses_decrease_and_the_teacher_is_unchanged(networks):
 def test_frozen_modules_in_eval_mode_keep_their_statistics(networks):
     """Others are trained in train mode, as those of a pretrained network that was loaded in eval mode."""
     teacher, student = networks
-    student.encoder[1], student.middle[1] = nn.BatchNorm2d(5), nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5))
-    frozen, trained = student.encoder[1].requires_grad_(False), student.middle[1][1]
+    frozen = nn.Sequential(nn.BatchNorm2d(5), nn.BatchNorm2d(5, affine=False)).requires_grad_(False)
+    trained = nn.Sequential(nn.BatchNorm2d(5), nn.BatchNorm2d(5))
+    student.encoder[1], student.middle[1] = frozen, trained
     student.eval()
+    trained[1].train().requires_grad_(False)
     modes = []
     student.head[1].register_forward_hook(lambda module, *_: modes.append(module.training))
     distill(teacher, student, [IMAGES], LAYERS, progress=False)
-    assert not frozen.running_mean.any() and frozen.num_batches_tracked == 0
-    assert trained.running_mean.any() and trained.num_batches_tracked == 1 and modes == [True]
+    assert all(not norm.running_mean.any() and norm.num_batches_tracked == 0 for norm in frozen)
+    assert all(norm.num_batches_tracked == 1 for norm in trained) and modes == [True]
     assert not any(module.training for module in student.modules())
 
 
@@ -154,6 +156,12 @@ def test_no_relation_loss_is_computed_at_weight_0(networks, lambda_srp, calls):
     history = distill(*networks, IMAGES.split(2), LAYERS, lambda_srp=lambda_srp, loss=loss, progress=False)
     assert loss.calls == calls
     assert history[0].keys() == ({"kd", "srp"} if lambda_srp else {"kd"})
+
+
+@pytest.mark.parametrize(("weight", "terms"), [("lambda_kd", {"srp", "target"}), ("lambda_target", {"kd", "srp"})])
+def test_other_terms_at_weight_0_are_not_computed(networks, weight, terms):
+    (means,) = distill(*networks, [(IMAGES, IMAGES)], LAYERS, progress=False, **{weight: 0})
+    assert means.keys() == terms
 
 
 def test_features_are_not_tapped_at_weight_0(networks):

@@ -42,7 +42,7 @@ BACKENDS = {
             Fault(
                 "distill: gradients add up over steps",
                 "srpkd/distill_loop.py",
-                "                    optimizer.zero_grad(set_to_none=True)\n",
+                "                    optimizer.zero_grad()\n",
                 "",
                 "tests/test_distill_loop.py",
             ),
