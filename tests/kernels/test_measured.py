@@ -137,11 +137,13 @@ def test_gpus_avoid_large_moments(name: str, distance: str, use_gpu) -> None:
 
 
 def test_gpus_without_records_take_those_of_the_nearest_capability(recorded) -> None:
-    a100, h200, other = ("A100", (8, 0)), ("H200", (9, 0)), ("H100", (9, 0))
-    recorded({a100: [(CASE, {"native": 1.0})], h200: [(CASE, {"triton": 1.0})], other: [(CASE, {"closed_form": 1.0})]})
+    a100, l4, h200, other = ("A100", (8, 0)), ("L4", (8, 9)), ("H200", (9, 0)), ("H100", (9, 0))
+    fastest = {a100: "native", l4: "triton", h200: "triton", other: "closed_form"}
+    recorded({gpu: [(CASE, {backend: 1.0})] for gpu, backend in fastest.items()})
     expected = {
         ("A100", (8, 0)): "native", ("H100", (9, 0)): "closed_form", ("GH200", (9, 0)): "triton",
-        ("RTX 4090", (8, 9)): "native", ("B200", (10, 0)): "triton", ("RTX 5090", (12, 0)): "triton",
+        ("A30", (8, 0)): "native", ("RTX 3060", (8, 6)): "triton", ("RTX 4090", (8, 9)): "triton",
+        ("B200", (10, 0)): "triton", ("RTX 5090", (12, 0)): "triton",
     }  # fmt: skip
     assert {gpu: ranking(*gpu, CASE, "sm80")[0] for gpu in expected} == expected
     recorded({})
@@ -192,6 +194,7 @@ def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorde
 def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "RECORDED", tuple(entries(native_sm80=2.0, native_sm90=1.0)))
     assert sm90_verified(CASE)
+    assert verified_kinds(entries(native=0.9, native_sm80=2.0, native_sm90=1.0)), "native was the same kernel"
     assert sm90_verified(CASE._replace(pixels=100, batch=1, student=33, teacher=250))  # as many panels
     for other in (
         {"student": 65}, {"teacher": 192}, {"dtype": "float16"}, {"dtype": "float32"}, {"normalize": "cosine"},
