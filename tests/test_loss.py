@@ -221,9 +221,10 @@ def test_options_are_validated_when_they_are_set_and_not_again(monkeypatch: pyte
     assert torch.equal(module(student, teacher), expected)
 
 
+@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("layout", ["nchw", "nlc", "nhwc"])
-def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str) -> None:
+def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str, backend: str) -> None:
     student, teacher = pair(batch=1)
     student = student.detach()
     if layout == "nlc":
@@ -233,9 +234,10 @@ def test_features_without_a_batch_are_a_batch_of_one(layout: str, scope: str) ->
     single = student[0].clone().requires_grad_()
     student.requires_grad_()
     for reduction in ("mean", "sum", "none"):
-        options = {"layout": layout, "scope": scope, "reduction": reduction}
+        options = {"layout": layout, "scope": scope, "reduction": reduction, "backend": backend}
         loss, expected = relation_loss(single, teacher[0], **options), relation_loss(student, teacher, **options)
-        assert loss.shape == () and torch.equal(loss, expected.squeeze())
+        assert loss.shape == () and expected.shape == ((1,) if reduction == "none" else ())
+        assert torch.equal(loss, expected.squeeze())
     assert torch.equal(torch.autograd.grad(loss, single)[0], torch.autograd.grad(expected, student)[0][0])
 
 
