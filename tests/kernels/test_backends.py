@@ -329,6 +329,7 @@ DEAD = {
     "the same pixel of both": (lambda s, t: (s[:, 3].zero_(), t[:, 3].zero_())),
     "different pixels": (lambda s, t: (s[:, 0].zero_(), t[:, 34].zero_())),
     "many pixels": (lambda s, t: (s[:, ::2].zero_(), t[:, ::3].zero_())),
+    "a channel": (lambda s, t: (s[..., 1].zero_(), t[..., 2].zero_())),
     "student's map": (lambda s, t: s.zero_()),
     "teacher's map": (lambda s, t: t.zero_()),
     "both maps": (lambda s, t: (s.zero_(), t.zero_())),

@@ -191,6 +191,16 @@ def test_relations_do_not_depend_on_the_scale_of_features(
     assert (gradient - expected_gradient).norm() <= 1e-4 * expected_gradient.norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_norms_that_overflow_are_not_those_of_dead_pixels(backend: str) -> None:
+    """G is finite. The loss is not, unless the backend computes it in float64."""
+    relation = Relation("row", distances(backend)[0])
+    student, teacher = torch.full((1, 6, 4, 5), 4e18), torch.randn(1, 6, 4, 5)
+    loss, _ = measure(student, teacher, relation, backend)
+    expected, _ = measure(student.double(), teacher.double(), relation, "reference")
+    assert not loss.isfinite() or (loss - expected).abs() <= 1e-5 * expected
+
+
 @pytest.mark.parametrize("mean", [1, 10, 100])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_without_the_common_mean_keep_their_digits(backend: str, mean: float) -> None:
