@@ -310,6 +310,7 @@ def test_every_gpu_is_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert command.all_devices() == ["cpu", "cuda:0", "cuda:1"]
     assert command.checked_device("cuda") == "cuda:0"
+    assert command.checked_device("cuda:1") == "cuda:1"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)

@@ -66,10 +66,9 @@ def test_one_process_uses_its_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.visible_devices() == [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)]
     assert check_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="device='cuda:2': torch sees 2 GPUs; or use --device cpu"):
         check_device("cuda:2")
