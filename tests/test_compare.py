@@ -307,6 +307,16 @@ def test_batch_norms_normalise_as_in_the_run(tmp_path, monkeypatch, option, flag
     assert differences[expected] < 0.51 < 2 < differences[not expected]
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], "row"), (["--normalize=none"], "none")])
+def test_relations_are_those_of_the_run_by_default(run, monkeypatch, flags, expected):
+    (run / "config.yaml").write_text("normalize: row\nlayers: {model.5: model.5}\n")
+    found = []
+    monkeypatch.setattr(ComparisonServer, "serve_forever", lambda server: found.append(server.comparison))
+    compare.main([str(run), "--device=cpu", "--no_browser", *flags])
+    assert found[0].normalize == expected
+    assert found[0].taps["kd"].names == ["model.5"]
+
+
 def test_the_command_prints_the_address(run, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(compare.webbrowser, "open", opened.append)

@@ -57,6 +57,9 @@ def test_counts_without_timing(weights, capsys):
     main([str(weights["teacher"]), "--modes"])
     out = capsys.readouterr().out
     assert "teacher.pth" in out and "GMACs" in out and "p50 ms" not in out
+    net = define_generator("resnet_2blocks", ngf=4)
+    for grid in ("output", "input"):
+        assert f"{count_macs(net, (1, 3, 256, 256), grid) / 1e9:,.2f}" in out.split()
 
 
 def test_invalid_sizes_and_files(tmp_path):
