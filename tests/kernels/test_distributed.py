@@ -167,14 +167,22 @@ def check_relations(rank: int, ranks: int) -> None:
             assert error(loss, expected_loss) < 0.05
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
-    alone = torch.distributed.new_group([ranks - 1])  # a group of one rank has its batch alone
-    loss_fn = copy.deepcopy(SRPLoss(scope="global", group=alone))
-    if rank == ranks - 1:
-        expected = relation_loss(student[own], teacher[own], scope="batch")
-        assert error(loss_fn(student[own], teacher[own]), expected) < 1e-12
-    else:
-        with pytest.raises(ValueError, match="group does not contain this process"):
-            loss_fn(student[own], teacher[own])
+    group = torch.distributed.new_group([*range(1, ranks)])  # one of a single rank has its batch alone
+    for distance in ("l1", "l2"):
+        loss_fn = copy.deepcopy(SRPLoss(distance=distance, scope="global", group=group))
+        if rank == 0:
+            with pytest.raises(ValueError, match="group does not contain this process"):
+                loss_fn(student[own], teacher[own])
+        else:
+            others = slice(SHARES[0], None)
+            expected_loss, expected = loss_and_gradient(
+                student[others], teacher[others], distance=distance, scope="batch"
+            )
+            mine = student[own].clone().requires_grad_()
+            loss = loss_fn(mine, teacher[own])
+            assert error(loss, expected_loss) < 1e-12
+            (gradient,) = torch.autograd.grad(loss, mine)
+            assert error(gradient / (ranks - 1), expected[own.start - SHARES[0] : own.stop - SHARES[0]]) < 1e-12
 
 
 def check_channels(rank: int, ranks: int) -> None:
