@@ -79,6 +79,7 @@ def test_configurations():
     assert configuration((9, 0), "bfloat16", 48, 1).block_s == 64
     assert configuration((9, 0), "bfloat16", 3, 1).block_t == 32
     assert configuration((9, 0), "bfloat16", 300, 1000).block_s == 64  # several blocks
+    assert configuration((9, 0), "bfloat16", 64, 300).block_t == 64
     for unknown in ((8, 7), (8, 9), (12, 0), (12, 1), (99, 0)):
         assert configurations.architecture(unknown) == "sm_86"
 
