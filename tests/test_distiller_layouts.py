@@ -182,11 +182,21 @@ def test_one_pixel_has_no_relations(image: Tensor) -> None:
     layers = {"1": "1"}
     with pytest.raises(ValueError, match=r"student layer '1' .* \(2, 4, 1, 1\) have one pixel .*scope='batch'"):
         RelationDistiller(*networks, layers)(image)
+    for layout, shape in (("nlc", (2, 1, 4)), ("nhwc", (2, 1, 1, 4))):
+        distiller = RelationDistiller(*networks, layers, layout=layout)
+        with pytest.raises(ValueError, match="have one pixel"):
+            distiller.compare({"1": torch.ones(shape, requires_grad=True)}, {"1": torch.ones(shape)})
     with torch.no_grad():  # a validation
         assert RelationDistiller(*networks, layers)(image)[2] == 0
     for loss_fn in (SRPLoss(scope="batch"), SRPLoss("none"), F.mse_loss):
         distiller = RelationDistiller(*networks[:1] * 2, layers, loss_fn)
         assert distiller.compare({"1": networks[0](image)}, {"1": torch.ones(2, 4, 1, 1)}) > 0
+
+
+def test_a_function_receives_features_of_any_shape() -> None:
+    distiller = RelationDistiller(nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity()), {"0": "0"}, F.mse_loss)
+    vectors, others = torch.randn(2, 3, 5)
+    assert distiller.compare({"0": vectors}, {"0": others}) == F.mse_loss(vectors, others)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
