@@ -112,9 +112,9 @@ def ring_loss_and_gradient(
     counts = pixels_of_ranks(student, teacher, relation, need_grad, backend, group)
     ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), sum(counts))
     pixels, dtype = sum(counts), formulas.accumulator(student.dtype)
-    if backend == "auto" and _has_closed_form(relation):
-        enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
-        backend = "closed_form" if enough else "auto"
+    enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
+    if backend == "auto" and enough and _has_closed_form(relation):
+        backend = "closed_form"
     if backend == "closed_form":
         scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, ranks)
         tiles = closed_form.tiles_over(ranks.total, student, teacher, scales, relation, need_grad)
