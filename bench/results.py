@@ -52,7 +52,7 @@ def upsert(path: Path, rows: Iterable[Mapping[str, Any]], key: Sequence[str]) ->
         merged[_key(cells, key)] = cells
     columns = list(dict.fromkeys(name for row in merged.values() for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(merged.values())
     with atomic_write(path) as file:

@@ -18,7 +18,7 @@ def test_rows_are_upserted_by_key(tmp_path):
     ]  # fmt: skip
     assert [results.number(row, "b") for row in results.read(path)[1:]] == [0.123457, 0.0]
     assert results.number({"a": ""}, "a") is None
-    assert [entry.name for entry in path.parent.iterdir()] == ["rows.csv"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["rows.csv"] and b"\r" not in path.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -28,13 +28,16 @@ def test_rows_are_upserted_by_key(tmp_path):
         ("a,b\n1,2,3\n", "line 2: expected 2 cells"),
         ("b,c\n1,2\n", "the columns a are missing"),
         ("", "the columns a are missing"),
+        ("a,b\n1,\udcff\n", r"rows\.csv cannot be read as CSV: 'utf-8' codec"),
+        pytest.param(f"a,b\n1,{'2' * 200_000}\n", r"rows\.csv cannot be read as CSV: field larger", id="a long cell"),
     ],
 )
 def test_a_file_that_is_not_complete_is_not_changed(text, message, tmp_path):
-    (tmp_path / "rows.csv").write_text(text)
+    content = text.encode(errors="surrogateescape")
+    (tmp_path / "rows.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         results.upsert(tmp_path / "rows.csv", [{"a": 1, "b": 2}], ["a"])
-    assert (tmp_path / "rows.csv").read_text() == text
+    assert (tmp_path / "rows.csv").read_bytes() == content
 
 
 OTHER = {  # command -> a file of another command
