@@ -93,6 +93,33 @@ def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("statuses", "seconds"),
+    [
+        (("ok", "ok"), 1e-3),
+        (("ok", "wrong"), 1e-3),
+        (("wrong", "ok"), 2e-3),  # only kinds that passed with the sm90 kernel take it
+        (("wrong", "wrong"), 9e-3),
+    ],
+)
+def test_rows_of_native_are_those_of_its_present_kernel(statuses, seconds):
+    rows = [
+        {name: "" if value is None else str(value) for name, value in row.items()}
+        for row in relation_rows() + relation_rows("cuda", dtype="bfloat16")
+    ]
+    others = [row for row in rows if row["device_type"] == "cpu" or row["provider"] != "native"]
+    native = [row | {"median_s": "9e-3"} for row in rows if row not in others]
+    for name, status, median in (("native-sm90", statuses[0], "1e-3"), ("native-sm80", statuses[1], "2e-3")):
+        version = str(measured.kernel_version(name, "bfloat16"))
+        own = {"provider": name, "status": status, "median_s": median, "kernel_version": version}
+        others += [row | own for row in native]
+    found = record.with_present_native(others + native)
+    assert len(found) == len(others + native) and all(row in found for row in others)
+    changed = [row for row in found if row not in others]
+    assert {(row["provider"], row["pixels"]) for row in changed} == {("native", row["pixels"]) for row in native}
+    assert {float(row["median_s"]) for row in changed} == {seconds}
+
+
 def test_earlier_kernels_are_named(folder, capsys, monkeypatch):
     monkeypatch.setattr(measured, "stale", lambda: ["triton"])
     run("record")
