@@ -91,6 +91,21 @@ def test_short_table_has_a_row_per_case_with_the_fastest_backend():
     )
 
 
+def test_a_backend_that_failed_is_not_the_fastest():
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in relation_rows()]
+    (native,) = (row for row in rows if row["provider"] == "native" and row["pixels"] == "4096")
+    failed = native | {"provider": "closed_form", "status": "failed", "median_s": ""}
+    assert "| 83.89 | native |" in table.short_table([*rows, failed])
+
+
+def test_cases_that_are_not_shown():
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in relation_rows()]
+    small = [row | {"device": "another"} for row in rows if row["pixels"] == "1024"]
+    assert "another" not in table.table(rows + small)
+    with pytest.raises(ValueError, match="no case of the table is recorded: run python -m bench relation first"):
+        table.table(small)
+
+
 def test_steps_in_short_name_the_device():
     rows = [{name: str(value or "") for name, value in row.items()} for row in train_rows()]
     expected = "in a training step of cycle_gan with 256 x 256 pixels, the relation loss takes 20.0 % of the time."
