@@ -51,14 +51,16 @@ def interleaved(
     Returns:
         Seconds of a call, by name and round.
     """
+    if not functions:
+        return {}
     names = list(functions)
-    repeats = {name: max(1, math.ceil(SAMPLE_SECONDS / estimates[name])) for name in names}
+    repeats = {name: math.ceil(SAMPLE_SECONDS / estimates[name]) for name in names}
     cost = sum(estimates[name] * repeats[name] for name in names)
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / max(cost, 1e-9))))
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(budget / cost)))
     samples: dict[str, list[float]] = {name: [] for name in names}
     sample = _gpu_sampler(device) if device != "cpu" else lambda function, n: seconds_of(function, device, n)
     for number in range(rounds):
-        start = number % len(names) if names else 0
+        start = number % len(names)
         for name in names[start:] + names[:start]:
             samples[name].append(sample(functions[name], repeats[name]))
     return samples

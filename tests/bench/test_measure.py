@@ -27,6 +27,51 @@ def test_providers_take_turns():
     assert measure.quantiles([3.0, 1.0, 2.0]) == pytest.approx({"median_s": 2.0, "p20_s": 1.4, "p80_s": 2.6})
 
 
+@pytest.mark.parametrize(("budget", "rounds"), [(0.06, 3), (0.26, 10), (9, 50)])
+def test_rounds_fill_the_budget(budget, rounds, monkeypatch):
+    """A sample takes at least 5 ms: of a fast function it is of several calls."""
+    monkeypatch.setattr(measure, "seconds_of", lambda function, device, repeats: repeats)
+    samples = measure.interleaved(dict.fromkeys(("a", "b"), None), {"a": 1e-3, "b": 0.02}, "cpu", budget)
+    assert samples == {"a": [5] * rounds, "b": [1] * rounds}
+
+
+def test_seconds_are_those_of_one_call(monkeypatch):
+    calls: list[None] = []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 10.0 + 2.0 * len(calls))
+    assert measure.seconds_of(lambda: calls.append(None), "cpu", 3) == 2.0 and len(calls) == 3
+
+
+def test_peak_rates(monkeypatch):
+    """Operations of the largest rate, and bytes read plus written."""
+    calls = []
+
+    def best(function, device):
+        calls.append(function)
+        return 1e-3 if len(calls) == 2 else 1.0  # the product of matrices of 1024 x 1024
+
+    monkeypatch.setattr(machine, "_best", best)
+    rates = machine.peak_rates.__wrapped__("cpu", torch.float32, "highest", 1)
+    assert rates == (2 * 1024**3 / 1e-3, 2 * 4 * 2**26)
+    for function in calls[1:]:
+        function()
+    product, copy = calls[1].keywords["out"], calls[3]()
+    assert torch.equal(product, torch.matmul(*calls[1].args)) and torch.equal(copy, calls[3].args[0])
+
+
+def test_the_fastest_of_enough_calls_counts(monkeypatch):
+    seconds = iter([0.1, 0.01, 0.05, 0.06, 0.07, 0.3, 9.0])  # half a second after six calls
+    monkeypatch.setattr(machine, "seconds_of", lambda function, device: next(seconds))
+    assert machine._best(lambda: None, "cpu") == 0.01 and list(seconds) == [9.0]
+    seconds = iter([1.0, 2.0, 3.0, 4.0, 0.5, 9.0])  # at least five
+    assert machine._best(lambda: None, "cpu") == 0.5 and list(seconds) == [9.0]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the available memory is known on Linux only")
+def test_free_memory_is_in_bytes():
+    page, total = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
+    assert 0.5 * page * os.sysconf("SC_AVPHYS_PAGES") < machine.free_bytes("cpu") < page * total
+
+
 def test_gpu_and_host_are_only_timed_on_a_gpu():
     assert measure.gpu_seconds(pytest.fail, "cpu") is measure.host_seconds(pytest.fail, "cpu") is None
 
