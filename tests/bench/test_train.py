@@ -49,6 +49,34 @@ def test_forms():
     assert list(train.forms(config, short=True)) == ["", ", fast, cuda_graph"]
 
 
+def test_shares_and_speeds(monkeypatch):
+    """A share is that of the relation loss in the step with it; a speed is that of the baseline's seconds."""
+    default = "auto, the trainer's cosine l2"
+    seconds = {
+        "without relation loss": 3.0, "reference": 12.0, "auto: blocked": 4.0, default: 3.2,
+        "auto: blocked, bf16": 2.0, "without relation loss, fast": 1.5, f"{default}, fast": 2.0,
+    }  # fmt: skip
+    of_teacher = {"plain step of the teacher": 4.0, "teacher's own training": 5.0, "teacher's own training, fast": 2.0}
+    noise = (1.0, 7.0, 2.0)  # of a round
+    monkeypatch.setattr(train, "auto_backend", lambda device, relation: "blocked")
+    for name in ("frozen_teachers", "step_of", "plain_step_of"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(
+        train, "timed_steps", lambda steps, *_: {n: [(seconds | of_teacher)[n] * x for x in noise] for n in steps}
+    )
+    config = TrainConfig(dataroot=":synthetic:", normalize="row", distance="l1", device="cpu").resolved()
+    rows = train.distillation_rows(config, config, 1.0, ["bf16"], short=False)
+    assert [row["variant"] for row in rows] == list(seconds)
+    shares = {row["variant"]: row["srp_percent_of_step"] for row in rows if "srp_percent_of_step" in row}
+    expected = {"reference": 75.0, "auto: blocked": 25.0, default: 6.25, f"{default}, fast": 25.0}
+    assert shares == pytest.approx(expected)
+    speeds = {row["variant"]: row["times_faster_than_auto"] for row in rows if "times_faster_than_auto" in row}
+    assert speeds == pytest.approx({"auto: blocked, bf16": 2.0, f"{default}, fast": 1.6})
+    assert [row["median_s"] * row["steps_per_s"] for row in rows] == pytest.approx([1.0] * len(rows))
+    speeds = [row.get("times_faster_than_plain") for row in train.teacher_rows(config, 1.0, short=False)]
+    assert speeds == [None, pytest.approx(0.8), pytest.approx(2.0)]
+
+
 def test_short(tmp_path):
     """The trainer's default relation loss, as is and in the fastest form."""
     out = tmp_path / "train.csv"
