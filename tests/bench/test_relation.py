@@ -64,6 +64,14 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         assert relation.describe(row).startswith(row["provider"])
 
 
+def test_slow_calls_are_timed_once(monkeypatch):
+    monkeypatch.setattr(relation, "SLOW", 0.0)
+    monkeypatch.setattr(relation.measure, "seconds_of", pytest.fail)
+    for row in relation.measure_case(SMALL, ["blocked", "eager"], budget=1e3, memory=False):
+        assert (row["status"], row["reason"], row["rounds"]) == ("ok", "timed once", 1)
+        assert row["median_s"] == row["p20_s"] == row["p80_s"] > 0
+
+
 def test_the_gate_fills_the_memory_of_our_kernels(monkeypatch):
     """An omitted pixel whose memory contains the right value is found."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it
