@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,49 @@ def test_a_cpu_is_named_with_its_instructions(monkeypatch):
         names.add(machine.device_name("cpu"))
         assert f" with {instructions}, " in machine.device_name("cpu")
     assert len(names) == 2
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_the_commit_says_whether_the_code_has_changed(tmp_path, monkeypatch):
+    """Results do not count as code. Outside of a repository, a variable contains the commit."""
+
+    def git(*words: str) -> str:
+        command = [
+            "git",
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            "-c",
+            "commit.gpgsign=false",
+            "-C",
+            str(tmp_path),
+            *words,
+        ]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("SRPKD_COMMIT", "abc")
+    assert machine._commit() == "abc"
+    files = [tmp_path / "bench" / name for name in ("results/a.csv", "study/a.py")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    commit = git("rev-parse", "--short", "HEAD")
+    for file, expected in zip(files, (commit, f"{commit}+")):
+        file.write_text("2\n")
+        assert machine._commit() == expected
+
+
+def test_the_model_of_all_cores_is_named_once(tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu\n\n" * 2)
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert machine.device_name("cpu") == f"AMD EPYC with AVX2, {build.available_cores()} cores"
 
 
 @pytest.mark.parametrize(
