@@ -103,7 +103,7 @@ def metrics_of(details: str) -> Iterator[dict[str, float]]:
             if found is not None:
                 yield found
             found = {}
-        elif found is not None and line.startswith("    "):
+        elif found is not None:
             name, *unit, value = re.split(r"\s{2,}", line.strip()) if "  " in line.strip() else ("", "")
             metric = METRICS.get((name, "".join(unit)))
             if metric and re.fullmatch(r"[\d,.]+", value):  # not "n/a"

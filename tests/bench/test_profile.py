@@ -64,6 +64,21 @@ def test_pages_of_nsight_compute(kernels):
     assert ncu.words_of(tiles) == {"srpkd", "cuda", "sm90", "relation_tiles", "Config", "BFloat16"}
 
 
+def test_equal_launches_and_other_units():
+    """Two equal launches are two kernels, unless ncu has the details of one only."""
+    details = """  fill (1, 1, 1)x(32, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration          ms             1.50
+    Elapsed Cycles    cycle    2,100,000
+    DRAM Throughput   %              n/a
+"""
+    source = f"Kernel Name,fill\nAddress,Source,Instructions Executed,{ncu.ALL_SAMPLES},stall_wait\n0,EXIT,32,3,2\n"
+    expected = ncu.Kernel(
+        "fill", {"us": 1500.0, "cycles": 2.1e6}, [ncu.Row("EXIT", 32, profile.Counter(wait=2, gmma=1))]
+    )
+    assert ncu.kernels_of(2 * details, 2 * source) == [expected] * 2
+    assert ncu.kernels_of(details, 2 * source) == [expected]
+
+
 def test_instructions_of_the_library_are_those_of_the_profile(kernels, tiles):
     assert [one.opcode for one in tiles] == [row.opcode for row in kernels[1].rows]
 
