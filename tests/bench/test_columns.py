@@ -9,6 +9,7 @@ from helpers import ROOT
 
 from bench import columns, results
 from bench.markers import between_markers
+from srpkd import relation_loss
 
 
 def test_rows_and_table_are_written(tmp_path):
@@ -43,6 +44,21 @@ def test_devices_are_kept_apart():
     text = columns.table(rows + [row | {"device": "another", "times_faster": "123"} for row in rows])
     parts = text.split("| N |")[1:]
     assert ["another" in part for part in parts] == ["123.0" in part for part in parts] == [False, True]
+
+
+def test_speeds_are_those_of_estimates(monkeypatch):
+    """Exact losses take six seconds here, estimates two."""
+    clock = [10.0]
+
+    def loss(student, teacher, *, columns, generator, **options):
+        clock[0] += 6.0 if columns is None else 2.0
+        assert (generator is None) == (columns is None), "results must be reproducible"
+        return relation_loss(student, teacher, columns=columns, generator=generator, **options)
+
+    monkeypatch.setattr(columns, "relation_loss", loss)
+    monkeypatch.setattr(columns.time, "perf_counter", lambda: clock[0])
+    (row,) = columns.measure(4, (2, 3), "row", [5], draws=2, repeats=1, device="cpu")
+    assert row["times_faster"] == 3.0 and row["pixels"] == 16 and row["channels"] == "2/3"
 
 
 def test_spread_is_the_relative_deviation():
