@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from bench_helpers import run
 
 from bench import results, train
@@ -45,8 +46,32 @@ def test_training_steps_are_timed(tmp_path, monkeypatch):
 
 def test_forms():
     config = replace(TrainConfig(dataroot=":synthetic:", device="cpu").resolved(), device="cuda")
-    assert list(train.forms(config)) == ["", ", fast", ", cuda_graph", ", fast, cuda_graph"]
+    forms = {form: (own.channels_last, own.cuda_graph) for form, own in train.forms(config).items()}
+    assert list(forms) == ["", ", fast", ", cuda_graph", ", fast, cuda_graph"]
+    assert list(forms.values()) == [(False, False), (True, False), (False, True), (True, True)]
     assert list(train.forms(config, short=True)) == ["", ", fast, cuda_graph"]
+
+
+def test_steps_are_those_of_the_options(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "distillation_rows", lambda *arguments: found.append(arguments) or [])
+    run("train", "--no-teacher", "--model", "pix2pix", "--batch", 4, "--out", tmp_path / "train.csv", *SMALL)
+    ((student, teacher, budget, speedups, short),) = found
+    assert teacher == replace(student, ngf=3) and (budget, short) == (0.1, False)
+    assert speedups == ["channels_last", "bf16", "compile"]
+    options = {
+        "model": "pix2pix", "netG": "resnet_1blocks", "ngf": 2, "norm": "instance", "no_dropout": True,
+        "normalize": "row", "distance": "l1", "synthetic_size": 32, "batch_size": 4, "device": "cpu",
+    }  # fmt: skip
+    assert {name: getattr(student, name) for name in options} == options
+
+
+def test_images_are_laid_out_as_in_training():
+    config = TrainConfig(dataroot=":synthetic:", synthetic_size=32, device="cpu").resolved()
+    for last in (False, True):
+        images = train.images_of(replace(config, channels_last=last))["A"]
+        assert images.shape == (1, 3, 32, 32) and -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
+        assert images.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_shares_and_speeds(monkeypatch):
@@ -59,14 +84,24 @@ def test_shares_and_speeds(monkeypatch):
     of_teacher = {"plain step of the teacher": 4.0, "teacher's own training": 5.0, "teacher's own training, fast": 2.0}
     noise = (1.0, 7.0, 2.0)  # of a round
     monkeypatch.setattr(train, "auto_backend", lambda device, relation: "blocked")
-    for name in ("frozen_teachers", "step_of", "plain_step_of"):
-        monkeypatch.setattr(train, name, lambda *_: None)
-    monkeypatch.setattr(
-        train, "timed_steps", lambda steps, *_: {n: [(seconds | of_teacher)[n] * x for x in noise] for n in steps}
-    )
+    monkeypatch.setattr(train, "frozen_teachers", lambda _: {})
+    for name in ("step_of", "plain_step_of"):
+        monkeypatch.setattr(train, name, lambda config, *_: config)
+    configs = {}
+
+    def timed_steps(steps, config, budget):
+        configs.update(steps)
+        return {name: [(seconds | of_teacher)[name] * x for x in noise] for name in steps}
+
+    monkeypatch.setattr(train, "timed_steps", timed_steps)
     config = TrainConfig(dataroot=":synthetic:", normalize="row", distance="l1", device="cpu").resolved()
     rows = train.distillation_rows(config, config, 1.0, ["bf16"], short=False)
     assert [row["variant"] for row in rows] == list(seconds)
+    cosine, fast_cosine = (replace(config, normalize="cosine", distance="l2", channels_last=last) for last in (0, 1))
+    assert list(configs.values()) == [
+        replace(config, lambda_srp=0.0), replace(config, backend="reference"), config, cosine,
+        replace(config, precision="bf16"), replace(fast_cosine, lambda_srp=0.0), fast_cosine,
+    ]  # fmt: skip
     shares = {row["variant"]: row["srp_percent_of_step"] for row in rows if "srp_percent_of_step" in row}
     expected = {"reference": 75.0, "auto: blocked": 25.0, default: 6.25, f"{default}, fast": 25.0}
     assert shares == pytest.approx(expected)
