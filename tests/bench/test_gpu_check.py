@@ -105,6 +105,17 @@ def test_parts_take_at_most_four_minutes_and_ten_in_all():
     assert all(least <= most for least, most in zip(together, alone))
 
 
+def test_a_part_has_more_time_alone(tmp_path, monkeypatch):
+    left = []
+    part = gpu_check.Part(lambda check: left.append(check.left), (10, 100))
+    monkeypatch.setattr(gpu_check, "PARTS", {"a": part, "b": part})
+    monkeypatch.setattr(gpu_check, "prepare", lambda check: None)
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert gpu_check.main([str(tmp_path)]) == gpu_check.main([str(tmp_path), "--only", "b"]) == 0
+    assert left == pytest.approx([10, 10, 100], rel=0.1)
+
+
 def test_missing_packages_are_named_at_the_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "prepare", lambda check: None)
     ran = []
@@ -200,10 +211,22 @@ def test_kernels_that_passed_are_measured(tmp_path, monkeypatch):
     tools = [(words[2], words[words.index("bench.sanitize") + 1 :]) for words, _ in check.commands[2:]]
     groups = [["native-sm80"], ["native-sm90"], ["native", "closed_form", "triton"]]
     assert tools == [(tool, group) for tool in ("memcheck", "racecheck") for group in groups]
+    shares = [seconds for _, seconds in check.commands[2:]]
+    assert shares == pytest.approx([200 / left for left in (6, 5, 4, 3, 2, 1)], rel=0.1), "the time that is left"
     for part in ("smoke", "tests", "train", "sweep"):
         check = Recorder(tmp_path, 200)
         PARTS[part].run(check)
         assert check.commands and all(seconds is None or seconds <= 200 for _, seconds in check.commands), part
+
+
+def test_tests_on_a_gpu_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SRPKD_CUDA_KERNEL", "sm80")
+    check = Recorder(tmp_path, 100)
+    gpu_check.tests(check)
+    ((words, _),) = check.commands
+    assert words[words.index("gpu") - 1 :][:3] == ["-m", "gpu", "tests"] and "bench.gpu_tests" in words
+    assert check.environments == [{"SRPKD_GPU_TESTS": str(tmp_path / "tests-sm80")}]
+    assert (tmp_path / "tests-sm80" / "passed.txt").read_text() == ""
 
 
 def test_a_sanitizer_that_hangs_is_skipped(tmp_path, monkeypatch, capsys):
@@ -244,10 +267,14 @@ def test_kernels_are_profiled_and_taken_apart(tmp_path, monkeypatch):
 
 
 def test_training_steps_that_fit_into_the_time(tmp_path):
-    for left, short in ((60, True), (200, False)):
+    for left, options in (
+        (60, ["--budget", "5", "--short"]),
+        (200, ["--budget", "39", "--speedups", "channels_last", "bf16"]),
+    ):
         check = Recorder(tmp_path, left)
         gpu_check.train(check)
-        assert ("--short" in check.commands[0][0]) == short and len(check.commands) == 2
+        (words, _), _ = check.commands
+        assert words[words.index("--out") + 2 :] == options
 
 
 def test_times_of_a_gpu_fit_on_a_line(recorded):
