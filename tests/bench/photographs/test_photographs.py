@@ -102,6 +102,16 @@ def test_scores_order_images_by_their_error():
     assert near["psnr"] == pytest.approx(-20 * torch.tensor(0.02 / 2).log10().item(), abs=0.3)
 
 
+def test_scores_are_those_of_8_bits():
+    """SSIM of constant images follows from their levels; an image without contrast has little information."""
+    ten, five = (torch.full((1, 3, 48, 48), 2 * level / 255 - 1) for level in (10, 5))
+    constant = (0.01 * 255) ** 2
+    expected = 100 * (2 * 10 * 5 + constant) / (10**2 + 5**2 + constant)
+    assert score(ten, five)["ssim"] == pytest.approx(expected, rel=1e-3)
+    noise = torch.randn(ten.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert score(noise / 2, noise)["vif"] < 100 < score(noise, noise / 2)["vif"]
+
+
 def test_variants_are_those_that_the_study_selected():
     """The weights are those of docs/study.json, and differ only in the losses."""
     selected = {step["step"]: step["chosen"] for step in json.loads((DOCS / "study.json").read_text())["choice"]}
@@ -128,6 +138,8 @@ def test_report_of_known_scores():
     assert "| output + SRP | 11.00 ± 0.10 | 11.00 ± 0.10 | 11.00 ± 0.10 |" in text
     assert "    - PSNR dB +1.00 (+0.75 to +1.25), better on 3 of 3: **helped**" in text
     assert "**Result**: 6 of 12 confidence intervals of a difference exclude 0; about 1 would by chance." in text
+    result["tasks"] = {"restore": [run(-1.0), run(-1.1), run(-0.9)]}
+    assert "**Result**: 6 of 12 " in render(result), "an effect is also one that hurts"
     assert "**no difference shown**" in text and "8 photographs (400 crops of 96 x 96 pixels," in text
     assert draw(result).startswith(b"\x89PNG")
 
