@@ -128,8 +128,10 @@ def train_table(rows: Sequence[Row]) -> str:
 
 def gain_of_fast(rows: Sequence[Row]) -> str:
     """Return "; a step with `--fast` is 1.65 to 1.81 times as fast", or "" if no step was measured with and without."""
-    seconds = {row["variant"]: float(row["median_s"]) for row in rows}
-    ratios = [seconds[name] / fast for name in seconds if (fast := seconds.get(f"{name}, fast"))]
+    ratios: list[float] = []
+    for own in results.group_by(rows, train.KEY[1:]).values():
+        seconds = {row["variant"]: float(row["median_s"]) for row in own}
+        ratios += [seconds[name] / fast for name in seconds if (fast := seconds.get(f"{name}, fast"))]
     return f"; a step with `--fast` is {_extremes(ratios, '.2f')} times as fast" if ratios else ""
 
 

@@ -19,12 +19,14 @@ def test_table_of_training_steps(tmp_path):
 
 
 def test_gain_of_fast():
-    """The smallest and the largest."""
+    """The smallest and the largest, of steps with the same networks and images."""
+    same = dict.fromkeys(train.KEY, "1")
     seconds = {"teacher": 6, "a": 3, "b": 3, "a, fast": 2, "c, fast": 1}
-    rows = [{"variant": name, "median_s": str(value)} for name, value in seconds.items()]
+    rows = [same | {"variant": name, "median_s": str(value)} for name, value in seconds.items()]
+    rows.append(same | {"variant": "a", "median_s": "30", "batch": "4"})
     assert table.gain_of_fast([]) == ""
     assert table.gain_of_fast(rows) == "; a step with `--fast` is 1.50 times as fast"
-    rows.append({"variant": "b, fast", "median_s": "1.714"})
+    rows.append(same | {"variant": "b, fast", "median_s": "1.714"})
     assert table.gain_of_fast(rows) == "; a step with `--fast` is 1.50 to 1.75 times as fast"
 
 
