@@ -135,16 +135,16 @@ def spread(estimates: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> dict
 
 
 def table(rows: list[Row]) -> str:
-    """Return the table of the page as Markdown, a part per device."""
+    """Return the table of the page as Markdown, a part per device, channels and number of draws."""
     parts = []
-    for (device,), own in results.group_by(rows, ["device"]).items():
+    for (device, channels, draws), own in results.group_by(rows, ["device", "channels", "draws"]).items():
         cells = [
             {"pixels": int(row["pixels"]), "normalize": row["normalize"], "columns": int(row["columns"])}
             | {name: 100 * float(row[f"{name}_spread"]) for name in ("loss", "weights", "features")}
             | {"times_faster": number(row, "times_faster")}
             for row in own
         ]
-        note = f"Maps of {own[0]['channels']} channels, l1, {own[0]['draws']} draws; {device}; "
+        note = f"Maps of {channels} channels, l1, {draws} draws; {device}; "
         note += f"commit {results.distinct(own, 'commit')}."
         parts.append(format_table({"columns": TABLE_COLUMNS, "rows": cells, "notes": [note]}, markdown=True))
     return "\n\n".join(parts)

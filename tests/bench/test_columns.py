@@ -39,9 +39,10 @@ def test_without_a_page_the_table_is_printed(tmp_path, capsys):
     assert not (tmp_path / "new.csv").exists(), "the page is checked before anything is measured"
 
 
-def test_devices_are_kept_apart():
+@pytest.mark.parametrize("column", ["device", "channels", "draws"])
+def test_what_the_note_names_is_kept_apart(column):
     rows = results.read(columns.RESULTS)
-    text = columns.table(rows + [row | {"device": "another", "times_faster": "123"} for row in rows])
+    text = columns.table(rows + [row | {column: "another", "times_faster": "123"} for row in rows])
     parts = text.split("| N |")[1:]
     assert ["another" in part for part in parts] == ["123.0" in part for part in parts] == [False, True]
 
