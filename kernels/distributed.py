@@ -122,7 +122,7 @@ def ring_loss_and_gradient(
         scales = formulas.scales_of(student, teacher, relation, dtype, ranks)
         tiles = ring_tiles(student, teacher, scales, relation, need_grad, ranks, backend)
     loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, relation, ranks, pixels**2) if need_grad else None
+    return loss, formulas.gradient_of(student, tiles, scales, relation, ranks) if need_grad else None
 
 
 def pixels_of_ranks(

@@ -131,6 +131,10 @@ class Ranks(NamedTuple):
     each: Callable[..., Iterator[tuple[Tensor, ...]]] = alone
     pixels: int | None = None
 
+    def count(self, features: Tensor) -> int:
+        """Return N, given this process's features (B, n, C)."""
+        return self.pixels or features.shape[1]
+
 
 ALONE = Ranks()
 
@@ -221,7 +225,7 @@ def row_scales(features: Tensor, relation: Relation, ranks: Ranks = ALONE) -> tu
 
     With no more pixels than channels, G is no larger than M: the norms are those of its rows, and M is None.
     """
-    count, total = ranks.pixels or features.shape[1], ranks.total
+    count, total = ranks.count(features), ranks.total
     if count <= features.shape[2]:
         features, size = _of_magnitude_one(features, ranks)
         square = features.new_zeros(features.shape[:2])
@@ -301,7 +305,7 @@ def gradient_of(
     and just U_i if the norms are constants (``Relation.detach_norms``).
     A zero-norm pixel has alpha = 0, hence w = 0: no gradient flows through its normalisation.
     """
-    scale = 1 / (pairs or student.shape[1] ** 2)
+    scale = 1 / (pairs or ranks.count(student) ** 2)
     result, h, alpha, moment = tiles.U, tiles.h, scales.student, scales.moment
     assert result is not None, "tiles without a gradient"
     if alpha is None or h is None:

@@ -223,7 +223,7 @@ BACKENDS = {
             Fault(
                 "M_w covers one rank's pixels",
                 DISTRIBUTED,
-                "scales, relation, ranks, pixels**2)",
+                "scales, relation, ranks)",
                 "scales, relation, pairs=pixels**2)",
             ),
         ],
