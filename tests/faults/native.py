@@ -49,8 +49,8 @@ BACKENDS = {
             Fault(
                 "rows are not completed by symmetry",
                 CPU_MATRICES,
-                "copy(whole.row_range(end, pixels_ - end).column_range(rows.begin, rows.size).t(), right);",
-                "copy(right, right);",
+                "copy(whole.row_range(end, left).column_range(strip.begin, strip.size).t(),",
+                "copy(whole.row_range(strip.begin, strip.size).column_range(end, left),",
             ),
             Fault(
                 "cosine: wrong sign of the correction",
