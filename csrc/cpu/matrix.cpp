@@ -135,11 +135,11 @@ void multiply(Matrix<const double> left, Matrix<const double> right, Matrix<doub
   run<double>(dgemm_, left, right, result, add);
 }
 
-void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result) {
+void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result, bool add) {
   for (int64_t done = 0; done < left.columns; done += DEPTH) {
     const int64_t depth = std::min(DEPTH, left.columns - done);
     at::native::cpublas::brgemm(left.rows, right.columns, depth, leading_dimension(left), leading_dimension(right),
-                                leading_dimension(result), done > 0, left.data + done,
+                                leading_dimension(result), add || done > 0, left.data + done,
                                 reinterpret_cast<const c10::BFloat16*>(right.data + done / 2 * right.row_stride),
                                 result.data, true);
   }

@@ -62,9 +62,9 @@ struct Pair {
   c10::BFloat16 first, second;
 };
 
-// result = left right. All are row-major, and `right` has half as many rows as `left` has columns. Only if
+// The same for row-major matrices, where `right` has half as many rows as `left` has columns. Only if
 // has_bfloat16_microkernels().
-void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result);
+void multiply(Matrix<const c10::BFloat16> left, Matrix<const Pair> right, Matrix<float> result, bool add = false);
 // Each thread calls this after such products: they leave AMX configured, which other users of AMX do not expect.
 void release_microkernels();
 

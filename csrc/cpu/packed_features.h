@@ -83,11 +83,15 @@ class PackedFeatures {
     right_ = space(!wide && uses & RIGHT, pairs_, at::kInt);
   }
 
-  // Sets the features.
+  // Sets the features, of which there may be fewer channels than the constructor has space for. The microkernels read
+  // adjacent rows in place: others may share few places in the cache.
   void set(Matrix<const S> features) {
     features_ = features;
+    channels_ = features.columns;
+    if (pairs_ > 0) pairs_ = ceil_div(channels_, 2);
     if constexpr (std::is_same_v<S, T>)
-      in_place_ = blas_ ? features.is_blas() : features.row_major() && features.rows % LINE == 0;
+      in_place_ = blas_ ? features.is_blas()
+                        : features.row_major() && features.row_stride == channels_ && features.rows % LINE == 0;
   }
 
   // Copies a block of pixels, whose first one is a multiple of PANEL.
@@ -108,10 +112,11 @@ class PackedFeatures {
     });
   }
 
-  // Computes G = left right^T of two blocks, rows i and columns j.
-  static void gram(const PackedFeatures& left, Block i, const PackedFeatures& right, Block j, Square G) {
+  // Computes G = left right^T of two blocks, rows i and columns j, or with `add` G += left right^T.
+  static void gram(const PackedFeatures& left, Block i, const PackedFeatures& right, Block j, Square G,
+                   bool add = false) {
     if (left.blas_) {
-      multiply(left.by_pixel(i), right.by_pixel(j).t(), G.part(0, i.size, 0, j.size));
+      multiply(left.by_pixel(i), right.by_pixel(j).t(), G.part(0, i.size, 0, j.size), add);
       for (int64_t row = 0; row < i.size; ++row)
         std::fill_n(G.data + row * G.stride + j.size, round_up(j.size, LINE) - j.size, T(0));
       return;
@@ -121,8 +126,8 @@ class PackedFeatures {
         const Matrix<T> result =
             G.part(rows.begin - i.begin, left.padded(rows.size), columns.begin - j.begin, left.padded(columns.size));
         if constexpr (IS_BFLOAT16)
-          if (left.pairs_) return multiply(left.left_rows(rows), right.right_columns(columns), result);
-        multiply(left.by_pixel(rows), right.by_channel(columns), result);
+          if (left.pairs_) return multiply(left.left_rows(rows), right.right_columns(columns), result, add);
+        multiply(left.by_pixel(rows), right.by_channel(columns), result, add);
       });
     });
     if (left.pairs_) release_microkernels();

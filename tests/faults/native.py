@@ -84,6 +84,19 @@ BACKENDS = {
                 "i % 2 ? blocks - 1 - i / 2 : i / 2",
                 "i % 2 ? blocks - 2 - i / 2 : i / 2",
             ),
+            Fault("a range's terms are dropped", CPU_MATRICES, "int64_t range = 1;", "int64_t range = 2;"),
+            Fault(
+                "a range without channels keeps old terms",
+                CPU_MATRICES,
+                "if (!add) std::fill_n",
+                "if (add) std::fill_n",
+            ),
+            Fault(
+                "ranges share a piece of channels",
+                CPU_MATRICES,
+                "i < pieces * (range + 1) / space_.ranges; ++i",
+                "i <= pieces * (range + 1) / space_.ranges && i < pieces; ++i",
+            ),
             Fault(
                 "tiles: row: correction M_w q dropped",
                 CPU_LOSS,
