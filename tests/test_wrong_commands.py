@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
+from threading import Lock
 
 import pytest
 import torch
@@ -331,13 +332,14 @@ def test_results_are_printed_before_they_are_written(files, monkeypatch, capsys)
     assert "PSNR" in capsys.readouterr().out
 
 
-def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch):
-    save, saved = inference.write_file, []
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_translated_images_are_kept_when_the_disk_is_full(command, files, tmp_path, monkeypatch, on_cpu):
+    monkeypatch.setattr(inference, "_on_cpu", lambda _: on_cpu)
+    save, one_at_a_time = inference.write_file, Lock()  # the limit is one of the process
 
-    def at_most_one(*arguments):
-        with full_disk(500 if saved else 10**6):
-            saved.append(save(*arguments))
-        return saved[-1]
+    def at_most_one(path, *others):
+        with one_at_a_time, full_disk(10**6 if path.match("testA/00000.png") else 500):
+            return save(path, *others)
 
     monkeypatch.setattr(inference, "write_file", at_most_one)
     status, errors = command(f"srpkd translate net.pth unpaired {tmp_path}/out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,6 +33,8 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # On a network drive, opening a file takes milliseconds in which the processor is idle.
 THREADS = 16
+# Images in memory at a time, beside the one in use: they may be large.
+AHEAD = 4
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -269,15 +271,28 @@ def _reason(error: Exception) -> str:
     return f"damaged or truncated ({error})"
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `function` of each item in order; `THREADS` threads call it. Use it for files whose headers are read."""
+def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 4 * THREADS) -> Generator[R, None, None]:
+    """Yield `function` of each item in order; up to `THREADS` threads call it, for at most `ahead` items at a time.
+
+    An error that `items` raises comes after the results of the items before it.
+    """
     Image.init()  # registers Pillow's formats: two threads that do it at the same time miss some
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(THREADS)
+
+    def futures() -> Iterator[Future[R]]:
+        try:
+            for item in items:
+                yield pool.submit(function, item)
+        except Exception as error:
+            failed: Future[R] = Future()
+            failed.set_exception(error)
+            yield failed
+
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 4 * THREADS:
+        for future in futures():
+            waiting.append(future)
+            if len(waiting) == ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

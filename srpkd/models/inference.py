@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_whole
 from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost_properties, read_source
-from ..data.images import Crop, open_image
+from ..data.images import AHEAD, Crop, in_threads, open_image
 from ..data.listing import EXTENSIONS, Listing, list_images, relative_name, relative_path
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..files import Sync, WriteError, is_case_sensitive, write_file
@@ -25,6 +26,8 @@ from ..finite import NonFiniteError, check_finite
 from ..progress import ProgressBar
 from .networks import image_channels, size_multiple
 
+T = TypeVar("T")
+R = TypeVar("R")
 # Pixels per side: a ResNet's encoder reduces fewer to a single pixel, which instance norm cannot normalise.
 MIN_SIZE = 8
 
@@ -95,7 +98,7 @@ class _File:
     path: str
     source: Source
     frames: int
-    inputs: list[Tensor]
+    inputs: list[Picture]
     outputs: list[Tensor] = field(default_factory=list)
 
 
@@ -169,28 +172,43 @@ def translate_folder(
     lacking: defaultdict[str, list[str]] = defaultdict(list)
     advice = "no result of this format has more" if all_frames else "use --all_frames for the others"
 
-    def files(paths: Iterable[str]) -> Iterator[_File]:
-        for path in paths:
-            try:
-                file = _read_file(path, channels, size, crop, all_frames)
-            except ValueError as error:
-                skipped.append(str(error))
+    def each(function: Callable[[T], R], items: Iterable[T]) -> Generator[R, None, None]:
+        """Yield results. A GPU would wait for files. Threads would delay a network on the CPU more than they gain."""
+        return (function(item) for item in items) if _on_cpu(net) else in_threads(function, items, AHEAD)
+
+    def read(path: str) -> _File | ValueError:
+        try:
+            return _read_file(path, channels, size, crop, all_frames)
+        except ValueError as error:
+            return error
+
+    def files(progress: Iterable[str]) -> Generator[_File, None, None]:
+        for path, file in zip(progress, each(read, paths)):
+            if isinstance(file, ValueError):
+                skipped.append(str(file))
                 continue
             if len(file.inputs) < file.frames:
                 lacking[f"only the first page or frame of an image with several ({advice})"].append(path)
             yield file
 
+    def write(file: _File) -> tuple[str, list[str]]:
+        result = result_of(file.path)
+        format = image_format(result.suffix)
+        write_file(result, encode(file.outputs, file.source, format), sync)
+        return str(result), lost_properties(file.outputs, file.source, format)
+
     was_training = net.training
     net.eval()
     try:
-        with ProgressBar(paths, unit="image", desc="translating") as progress:  # closed before an error is printed
-            for file in _translated(net, files(progress), batch_size):
-                result = result_of(file.path)
-                format = image_format(result.suffix)
-                write_file(result, encode(file.outputs, file.source, format), sync)
-                written.append(str(result))
-                for lost in lost_properties(file.outputs, file.source, format):
-                    lacking[f"without {lost}"].append(str(result))
+        with (  # the bar is closed before an error is printed
+            ProgressBar(paths, unit="image", desc="translating") as progress,
+            closing(files(progress)) as read_files,
+            closing(each(write, _translated(net, read_files, batch_size))) as results,
+        ):
+            for result, properties in results:
+                written.append(result)
+                for lost in properties:
+                    lacking[f"without {lost}"].append(result)
     except (NonFiniteError, WriteError) as error:
         if not written:
             raise
@@ -206,6 +224,10 @@ def translate_folder(
     return Translated(written, skipped, notes, others)
 
 
+def _on_cpu(net: nn.Module) -> bool:
+    return next(net.parameters()).device.type == "cpu"
+
+
 def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, all_frames: bool) -> _File:
     """Decode an image file for a network of so many channels. Raises the errors of ``open_image``."""
 
@@ -218,7 +240,7 @@ def _read_file(path: str, channels: int, size: int | None, crop: Crop | None, al
         keeps_frames = all_frames and image_format(Path(path).suffix) in WITH_FRAMES
         pictures, source = read_source(image, frames if keeps_frames else 1)
     source.alpha = [alpha if alpha is None else part(alpha) for alpha in source.alpha]
-    return _File(path, source, frames, [image_to_tensor(part(with_channels(p, channels))) for p in pictures])
+    return _File(path, source, frames, [part(with_channels(p, channels)) for p in pictures])
 
 
 def _with_results(paths: Iterable[str], result_of: Callable[[str], Path]) -> set[str]:
@@ -266,7 +288,7 @@ def _images_to_translate(source: Path, target: Path) -> Listing:
 
 def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:
     """Yield the files in order, each when it has all its outputs; raises as ``check_output``."""
-    images = ((file, image) for file in files for image in file.inputs)
+    images = ((file, image_to_tensor(image)) for file in files for image in file.inputs)
     for owners, batch in _batches_of_one_size(images, batch_size):
         for file, output in zip(owners, translate(net, batch)):
             check_output(output, file.path)

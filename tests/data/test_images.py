@@ -77,6 +77,24 @@ def test_calls_in_threads():
     assert number == 989
 
 
+def test_items_that_end_with_an_error_in_threads():
+    """It comes after the results of the items before it. At most `ahead` items are taken before they are needed."""
+    taken = []
+
+    def items():
+        for item in range(10):
+            taken.append(item)
+            yield item
+        raise DataError("no more")
+
+    results = in_threads(str, items(), ahead=3)
+    assert next(results) == "0" and taken == [0, 1, 2]
+    rest = []
+    with pytest.raises(DataError, match="no more"):
+        rest.extend(results)
+    assert rest == [str(item) for item in range(1, 10)]
+
+
 def test_palette_with_transparency(tmp_path, recwarn):
     image = Image.fromarray(ramps().astype(np.uint8)).quantize()
     image.save(tmp_path / "a.png", transparency=bytes(range(256)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -120,8 +122,9 @@ def test_invalid_folders_and_networks(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, value):
+@pytest.mark.parametrize(("value", "on_cpu"), [(float("nan"), True), (float("inf"), True), (float("inf"), False)])
+def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, monkeypatch, value, on_cpu):
+    monkeypatch.setattr(inference, "_on_cpu", lambda _: on_cpu)
     net = GENERATORS["resnet"]()
     outputs = []
 
@@ -133,6 +136,26 @@ def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, value):
     with pytest.raises(NonFiniteError, match=r"output for \S+b\.jpg is not finite .*\. 1 of 7 images are written"):
         translate_folder(net, folder, tmp_path / "out", batch_size=8)
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.png"]
+
+
+def test_several_files_are_read_and_written_at_a_time(folder, tmp_path, monkeypatch):
+    """A GPU would wait for them."""
+    monkeypatch.setattr(inference, "_on_cpu", lambda _: False)
+
+    def first_two_together(name):
+        function, both, calls = getattr(inference, name), Barrier(2), count()
+
+        def together(*arguments):
+            if next(calls) < 2:
+                both.wait(timeout=60)
+            return function(*arguments)
+
+        monkeypatch.setattr(inference, name, together)
+
+    first_two_together("read_source")
+    first_two_together("encode")
+    written, skipped, *_ = translate_folder(GENERATORS["resnet"](), folder, tmp_path / "out")
+    assert len(written) == 7 and not skipped
 
 
 def test_results_that_exist_are_found_by_listing_their_folders(folder, tmp_path, monkeypatch):
