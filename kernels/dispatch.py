@@ -34,6 +34,8 @@ import difflib
 import functools
 import importlib
 import os
+import re
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -106,14 +108,15 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 # in float64, by measurement (bench/NOTES.md); on a GPU by a wide margin. There the recorded GPU does not decide between
 # the two: one image takes as long as the host, with either, and slower GPUs would get the tiles.
 CLOSED_FORM_FROM = {
-    "AVX512": {"row": (1600, 16), "cosine": (1200, 8), "none": (1200, 8)},
-    "cpu": {"row": (2400, 7), "cosine": (1200, 6), "none": (1200, 6)},
+    "zen5": {"row": (1600, 16), "cosine": (1200, 8), "none": (1200, 8)},
+    "cpu": {"row": (1500, 8), "cosine": (1000, 5), "none": (1000, 5)},
     "cuda": {"row": (0, 7), "cosine": (0, 4), "none": (0, 4)},
 }
 # On GPUs, native and triton compute row norms from C x C matrices, and ``blocked`` from N x N ones where these are
 # smaller. It is faster, by estimate, where the first have so many elements, and up to this ratio of N^2 to C, since its
 # products are in float32. This was not measured.
 LARGE_MOMENTS, GRAM_RATIO = 2**25, 64
+CPU_INFO, ZEN5_FAMILY = Path("/proc/cpuinfo"), 26
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -167,10 +170,24 @@ def closed_form_pixels(device: torch.device, normalize: str, channels: tuple[int
     kind = device.type
     if kind != "cpu":
         kind = "cuda"
-    elif torch.backends.cpu.get_cpu_capability() == "AVX512":  # where tiles gain more than float64 does
-        kind = "AVX512"
+    elif torch.backends.cpu.get_cpu_capability() == "AVX512" and is_zen5():
+        kind = "zen5"
     least, per_channel = CLOSED_FORM_FROM[kind][normalize]
     return max(least, per_channel * sum(channels))
+
+
+@functools.cache
+def is_zen5() -> bool:
+    """Return whether the CPU is AMD's Zen 5 or newer: tiles use AVX-512 at twice the rate of Zen 4, and MKL does not.
+
+    Elsewhere products in float32 take half of the time that they take in float64. False if the CPU is unknown.
+    """
+    try:
+        text = CPU_INFO.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    family = re.search(r"^cpu family\s*: *(\d+)", text, re.MULTILINE)
+    return "AuthenticAMD" in text and family is not None and int(family[1]) >= ZEN5_FAMILY
 
 
 def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: torch.dtype) -> bool:

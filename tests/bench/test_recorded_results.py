@@ -109,7 +109,7 @@ def test_the_summary_of_the_benchmarks_contains_the_recorded_ratios():
 
 def test_docs_state_from_which_size_auto_takes_the_closed_form():
     page = (ROOT / "docs" / "backends.md").read_text()
-    for device, kind in (("CPU with AVX-512", "AVX512"), ("other CPUs", "cpu"), ("GPU", "cuda")):
+    for device, kind in (("AMD Zen 5 and newer, with AVX-512", "zen5"), ("other CPUs", "cpu"), ("GPU", "cuda")):
         rule = dispatch.CLOSED_FORM_FROM[kind]
         assert rule["cosine"] == rule["none"]
         cells = [
@@ -145,6 +145,7 @@ def test_auto_chooses_well_for_every_recorded_shape(monkeypatch):
         some = next(iter(rows.values()))
         instructions = "AVX2" if "AVX2" in some["device"] else "AVX512"
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda instructions=instructions: instructions)
+        monkeypatch.setattr(dispatch, "is_zen5", lambda: True)  # of the rows with AVX-512
         for name in BACKENDS:
             module, absent = dispatch.backend_module(name), None if name in rows else "absent"
             monkeypatch.setattr(module, "unavailable_reason", lambda device, absent=absent: absent)

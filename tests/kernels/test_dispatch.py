@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,14 +137,35 @@ def test_auto_takes_what_can_run(normalize: str, distance: str, dtype: torch.dty
     assert all(unavailable_reason(name, CPU) is None for name in taken)
 
 
-@pytest.mark.parametrize("instructions", ["AVX512", "AVX2"])
+FAMILY = "vendor_id\t: {}\ncpu family\t: {}\nmodel name\t: EPYC\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (FAMILY.format("AuthenticAMD", 25), False),
+        (FAMILY.format("AuthenticAMD", 26), True),
+        (FAMILY.format("GenuineIntel", 26), False),
+        ("vendor_id\t: AuthenticAMD\n", False),
+        (None, False),
+    ],
+)
+def test_processors_of_amd(text: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "CPU_INFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert dispatch.is_zen5.__wrapped__() is expected
+
+
+@pytest.mark.parametrize(("instructions", "zen5"), [("AVX512", True), ("AVX512", False), ("AVX2", True)])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_auto_prefers_the_closed_form_for_l2_of_many_pixels(
-    normalize: str, instructions: str, monkeypatch: pytest.MonkeyPatch, taken: list[str]
+    normalize: str, instructions: str, zen5: bool, monkeypatch: pytest.MonkeyPatch, taken: list[str]
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(dispatch, "is_zen5", lambda: zen5)
     monkeypatch.setattr(dispatch, "cached_auto_backend", auto_backend)
-    least, per_channel = dispatch.CLOSED_FORM_FROM["AVX512" if instructions == "AVX512" else "cpu"][normalize]
+    least, per_channel = dispatch.CLOSED_FORM_FROM["zen5" if zen5 and instructions == "AVX512" else "cpu"][normalize]
     assert dispatch.closed_form_pixels(CPU, normalize, (64, 2048)) == 2112 * per_channel
     for pixels in (least, least - 1):
         student, teacher = (torch.randn(1, pixels, channels) for channels in (3, 5))
