@@ -36,6 +36,13 @@ WITHOUT_VALUE = {"antialias": "both"}  # what an option means that is given with
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader that reads dates as texts: the name of a run may be one."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+
+
 def presets() -> list[str]:
     """Return the names of all presets."""
     return sorted(
@@ -62,7 +69,7 @@ def read_config(path: str) -> dict[str, Any]:
         ValueError: The file cannot be read, is not YAML, or has an unknown option (the message suggests the nearest).
     """
     try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:

@@ -217,6 +217,8 @@ def test_empty_files_and_number_formats_of_yaml(yaml_file):
         HERE, yaml_file("{lr: 1e-3, name: 2024, n_epochs: 0x10, time_budget: null}")
     )  # PyYAML reads 1e-3 as a string
     assert (config.lr, config.name, config.n_epochs, config.time_budget) == (0.001, "2024", 16, None)
+    config = parse(HERE, "--teacher=t", yaml_file("{name: 2026-01-31, variants: {2026-02-01: {ngf: 8}}}"))
+    assert config.name == "2026-01-31" and config.variants == {"2026-02-01": {"ngf": 8}}
 
 
 @pytest.mark.parametrize("text", ["null", "inf", ".inf"])
