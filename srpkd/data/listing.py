@@ -87,13 +87,14 @@ def relative_name(path: str, folder: str | Path) -> str:
 
 def _visible_files(folder: str | Path, left_out: Collection[str] = ()) -> Iterator[str]:
     """Yield the paths of the files in a folder and its sub-folders, without the direct sub-folders `left_out`."""
-    seen = {os.path.realpath(folder)}
+    seen = {os.path.realpath(os.path.join(folder, name)) for name in ("", *left_out)}
     for root, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise_unless_missing):
         real = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(subfolders) if name[0] != "."}
-        # a link may point to a parent
-        subfolders[:] = [name for name, target in real.items() if target not in seen and name not in left_out]
-        seen.update(real.values())
-        left_out = ()
+        subfolders.clear()
+        for name, target in real.items():
+            if target not in seen:  # links may point to parents, and to the same folder
+                seen.add(target)
+                subfolders.append(name)
         yield from (os.path.join(root, name) for name in names if name[0] != ".")
 
 

@@ -24,12 +24,15 @@ def test_image_files_are_sorted_and_found_in_subfolders(tmp_path):
     assert image_files(tmp_path / "nowhere") == []
 
 
-def test_links_are_followed_without_loops(tmp_path):
-    save_plain(tmp_path / "elsewhere" / "0.png")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "up").symlink_to(tmp_path / "data")
-    assert image_files(tmp_path / "data") == [str(tmp_path / "data" / "link" / "0.png")]
+def test_links_are_followed_once(tmp_path):
+    """Also links to parents, and to folders that other links point to."""
+    save_plain(tmp_path / "elsewhere/deep/0.png")
+    data = tmp_path / "data"
+    data.mkdir()
+    for link, target in (("data/link", ""), ("data/same", ""), ("elsewhere/deep/up", ""), ("data/up", "../data")):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere" / target)
+    assert image_files(data) == [str(data / "link/deep/0.png")]
+    assert image_files(data / "up") == [str(data / "up/link/deep/0.png")]
 
 
 @pytest.mark.parametrize("locked", ["data", "data/b"])
