@@ -87,6 +87,22 @@ def test_scenes_depend_only_on_the_arguments():
         assert not torch.equal(first.photos, other.photos)
 
 
+@pytest.mark.parametrize(
+    ("variant", "pixels_of_classes", "products"),
+    [
+        (0, [92, 80, 72, 81, 55, 132], (-22.8956, 22.4917)),
+        (1, [72, 137, 111, 58, 45, 89], (-14.8984, -50.8294)),
+        (2, [56, 78, 113, 101, 108, 56], (-242.0252, 53.3896)),
+    ],
+)
+def test_scenes_are_those_of_the_recorded_results(variant, pixels_of_classes, products):
+    scenes = generate_scenes(2, 16, seed=3, variant=variant)
+    assert torch.bincount(scenes.classes.flatten()).tolist() == pixels_of_classes
+    weights = torch.linspace(-1, 2, scenes.photos.numel()).sin()
+    found = [float(weights @ images.flatten()) for images in (scenes.photos, scenes.labels)]
+    assert found == pytest.approx(products, abs=1e-3)
+
+
 def test_classes_of_undoes_paint():
     scenes = generate_scenes(3, size=32)
     assert torch.equal(classes_of(scenes.labels), scenes.classes)
