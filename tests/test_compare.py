@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -66,10 +67,12 @@ def test_the_networks_of_a_run(run):
     assert list(weights) == ["teacher", "kd", "kd+srp"] and not notes
     assert config["normalize"] == "row"
     assert layers_of(config, weights) == dict.fromkeys(weights, "model.9")
+    layers = layers_of({"layers": {"s": "t"}}, networks_of([str(run), str(run)])[0])
+    assert layers == {"teacher": "t", "kd": "s", "kd+srp": "s", "teacher (2)": "t", "kd (2)": "s", "kd+srp (2)": "s"}
     assert samples_of([run]) == {"test <image> 0": run / "images" / "000.png"}
 
 
-def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
+def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path, monkeypatch):
     only = tmp_path / "h2z"
     only.mkdir()
     for direction in "AB":
@@ -84,6 +87,10 @@ def test_a_given_teacher_and_a_run_of_one_student(run, tmp_path):
     ]
     assert list(networks_of([str(teacher), str(only)])[0]) == ["teacher/latest_net_G.pth", "teacher", "h2z"]
     assert list(networks_of([str(only), str(only)])[0]) == ["teacher", "h2z", "teacher (2)", "h2z (2)"]
+    monkeypatch.chdir(only)
+    assert list(networks_of(["."])[0]) == ["teacher", "h2z"]
+    shutil.copytree(only, only / "ngf 1.5")
+    assert list(networks_of([str(only)])[0]) == ["teacher", "h2z", "ngf 1.5"]
 
 
 @pytest.mark.parametrize("given", ["", "latest_net_G_A.pth"])

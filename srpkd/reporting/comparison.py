@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -196,7 +197,10 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
         own = _read_config(path / "config.yaml")
         config = config or own
         for file, is_teacher in _files_of_run(path, own, direction, notes):
-            label = "teacher" if is_teacher else file.parent.relative_to(path).as_posix().replace(".", path.name)
+            if is_teacher:
+                label = "teacher"
+            else:
+                label = path.resolve().name if file.parent == path else file.parent.relative_to(path).as_posix()
             _add(found, label, file)
     if direction == "B" and not any(file.stem.endswith("G_B") for file in found.values()):
         notes.append("--direction B has no effect: it selects generators of a CycleGAN run")
@@ -258,7 +262,7 @@ def layers_of(config: Mapping[str, Any], labels: Iterable[str]) -> dict[str, str
     if not isinstance(layers, dict) or not layers:
         return {}
     student, teacher = next(iter(layers.items()))
-    return {label: str(teacher if label == "teacher" else student) for label in labels}
+    return {label: str(teacher if re.fullmatch(r"teacher( \(\d+\))?", label) else student) for label in labels}
 
 
 def samples_of(paths: Iterable[Path], direction: str = "A") -> dict[str, Path]:
