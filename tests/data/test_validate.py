@@ -258,6 +258,9 @@ def test_pairs_of_different_sizes(tmp_path):
     assert "1 of 4 pairs are two images of different shapes: scale the files of a pair to the same size: 3.png" in (
         message
     )
+    (tmp_path / "train/B/0.png").write_bytes(b"")
+    unreadable, differing = problems(tmp_path, "aligned")
+    assert "1 of 4 images cannot be read: 0.png" in unreadable and differing == message
 
 
 def test_val_serves_as_test(aligned, unaligned):
@@ -383,10 +386,14 @@ def test_aligned_images_that_are_not_pairs(aligned):
 def test_crop_larger_than_the_image(aligned, unaligned):
     message = single_problem(aligned, "aligned", preprocess="crop", crop_size=40)
     assert "4 of 4 images are smaller than --crop_size 40, which needs at least 80 x 40" in message
-    assert "0.png (64 x 32)" in message
-    assert validate_dataset(aligned, "aligned", preprocess="crop", crop_size=32).network_sizes == [(32, 32)]
+    assert "0.png (64 x 32)" in message and "80 x 40: use --crop_size 32, or --preprocess" in message
+    message = single_problem(aligned, "aligned", preprocess="crop", crop_size=64, size_multiple=64)
+    assert "128 x 64: use --preprocess" in message
+    options = {"preprocess": "crop", "load_size": 16, "crop_size": 32}  # which needs no load_size
+    assert validate_dataset(aligned, "aligned", **options).network_sizes == [(32, 32)]
     first, second = problems(unaligned, "unaligned", preprocess="crop", crop_size=33)
-    assert "3 of 3 images are smaller" in first and "5 of 5 images are smaller" in second
+    assert "3 of 3 images are smaller than --crop_size 33, which needs at least 33 x 33" in first
+    assert "5 of 5 images are smaller" in second
 
 
 @pytest.mark.parametrize("preprocess", ["resize_and_crop", "scale_width_and_crop"])
@@ -397,9 +404,17 @@ def test_crop_larger_than_load_size(aligned, preprocess):
     assert validate_dataset(aligned, "aligned", "test", **options).network_sizes == [(256, 256)]
 
 
-@pytest.mark.parametrize(("multiple", "use"), [(4, "use 248 or 252"), (256, "use 256"), (128, "use 128 or 256")])
-def test_crop_size_that_is_not_a_multiple(aligned, multiple, use):
-    message = single_problem(aligned, "aligned", crop_size=250, size_multiple=multiple)
+@pytest.mark.parametrize(
+    ("load_size", "multiple", "use"),
+    [
+        (252, 4, "use 248 or 252"),
+        (251, 4, "use 248 or 252 with --load_size 252"),
+        (286, 256, "use 256"),
+        (286, 128, "use 128 or 256"),
+    ],
+)
+def test_crop_size_that_is_not_a_multiple(aligned, load_size, multiple, use):
+    message = single_problem(aligned, "aligned", load_size=load_size, crop_size=250, size_multiple=multiple)
     assert f"--crop_size 250 is not a multiple of {multiple}" in message and message.endswith(use)
 
 
@@ -408,14 +423,14 @@ def test_image_sizes_that_are_not_multiples(tmp_path, side_a):
     save_plain(side_a / "b.png", size=(66, 40))  # becomes 64 x 40
     message = single_problem(tmp_path, "unaligned", preprocess="none", size_multiple=64)
     assert "1 of 2 images give the network an input whose sides are not multiples of 64" in message
-    assert "b.png (64 x 40)" in message and "use --preprocess resize_and_crop" in message
+    assert "use --preprocess resize_and_crop: b.png (64 x 40)" in message
     assert validate_dataset(tmp_path, "unaligned", preprocess="none", size_multiple=4).network_sizes == [
         (64, 40),
         (64, 64),
     ]
-    sizes = {"load_size": 32, "crop_size": 16, "size_multiple": 4}
+    sizes = {"load_size": 32, "crop_size": 18, "size_multiple": 4}
     message = single_problem(tmp_path, "unaligned", preprocess="scale_width", **sizes)
-    assert "b.png (32 x 19)" in message and "use --preprocess scale_width_and_crop" in message
+    assert "b.png (32 x 19)" in message and "use --preprocess scale_width_and_crop --crop_size 16:" in message
 
 
 def test_different_sizes_in_a_batch(tmp_path, side_a):
