@@ -71,7 +71,7 @@ def check_device(name: str) -> torch.device:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # of many types: each kind of device has its own
-            raise ValueError(f"device={name!r}: {str(error).splitlines()[0]}; or use --device cpu") from error
+            raise ValueError(f"device={name!r}: {first_line(error)}; or use --device cpu") from error
     return device
 
 
@@ -128,6 +128,11 @@ def add_train_mode_norm(parser: argparse.ArgumentParser, default: str = "") -> N
         help="let batch norms normalise each image by its own statistics, as pix2pix does, not by the running ones"
         + default,
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__
+from .arguments import first_line
 from .devices import device_name, visible_devices
 from .kernels import BACKENDS, Relation, auto_backend, measured, native, requested_backend, unavailable_reason
 
@@ -73,7 +74,7 @@ def unusable_gpus() -> str:
         torch.cuda.init()
         reason = "unknown error"
     except Exception as error:  # of several types
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     return f" that it can use (of {count}: {reason})"
 
 

@@ -11,7 +11,7 @@ import sys
 import traceback
 from functools import partial
 
-from .arguments import command_line
+from .arguments import command_line, first_line
 from .cli import prepare_terminal
 from .data.images import DataError
 from .files import WriteError
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, command: str) -> str:
 def _lost_connection(error: Exception) -> str:
     return (
         "error: another process of this run was killed or crashed without a message, for example because memory ran "
-        f"out; the system's log (dmesg) may name the reason ({str(error).splitlines()[0].partition('. ')[0]})"
+        f"out; the system's log (dmesg) may name the reason ({first_line(error).partition('. ')[0]})"
     )
 
 

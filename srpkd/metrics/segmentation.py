@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import first_line
 from ..data.images import DataError, ImageFiles, open_image
 from ..data.picture import levels_to_255, nearest_colour
 from ..data.synthetic import PALETTE
@@ -113,7 +114,7 @@ def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
     except Exception as error:  # both loaders raise all kinds of exceptions on other files
         raise ValueError(
             f"--segmenter {path}: expected TorchScript (torch.jit.save), or as .pt2 an exported program "
-            f"(torch.export.save); it cannot be loaded: {str(error).splitlines()[0]}"
+            f"(torch.export.save); it cannot be loaded: {first_line(error)}"
         ) from error
 
 

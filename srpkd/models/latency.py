@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_choice, check_number, check_type, check_whole
+from ..arguments import check_choice, check_number, check_type, check_whole, first_line
 from ..devices import device_name, synchronize
 from ..finite import NonFiniteError
 from ..progress import ProgressBar
@@ -140,7 +140,7 @@ def profile_network(
             except NonFiniteError:
                 raise
             except Exception as error:  # a missing compiler or runtime may raise any exception
-                entry["unavailable_reason"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+                entry["unavailable_reason"] = first_line(error)
             latency.append(entry)
     return {
         "parameters": count_parameters(net),

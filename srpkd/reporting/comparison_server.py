@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
+from ..arguments import first_line
 from ..files import write_file
 from .comparison import Comparison
 from .page import render_template
@@ -146,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(HTTPStatus.BAD_REQUEST, str(error))
         except RuntimeError as error:  # such as memory that does not suffice
             traceback.print_exc()
-            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).splitlines()[0])
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, first_line(error))
         else:
             self._send(HTTPStatus.OK, json.dumps(result).encode(), "application/json")
 

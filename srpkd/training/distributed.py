@@ -124,7 +124,7 @@ def raise_on_all_ranks(function: Callable[[], T]) -> T:
     try:
         value = function()
     except (ValueError, OSError, ImportError) as error:
-        all_gather_object(str(error))
+        all_gather_object(str(error) or type(error).__name__)
         raise
     for number, message in enumerate(all_gather_object("")):
         if message:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arguments import command_line
+from ..arguments import command_line, first_line
 from ..devices import gpu_count
 from ..files import atomic_write, replace_file, sync_folder
 from ..models.checkpoints import CheckpointError
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any]:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any exception
-        raise _Damaged(f"{path.name} is damaged ({str(error).splitlines()[0]})") from error
+        raise _Damaged(f"{path.name} is damaged ({first_line(error)})") from error
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: unsupported state version {state.get('version')} (this srpkd reads {VERSION}): resume with "

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..arguments import first_line
+
 CPU_INFO = Path("/proc/cpuinfo")
 # compute capabilities of GPUs: since when they have tensor cores, and Triton supports them, and since when bfloat16
 TENSOR_CORES, BFLOAT16 = (7, 0), (8, 0)
@@ -35,7 +37,7 @@ def compiler_problem(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # of many types
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return ""
 
 

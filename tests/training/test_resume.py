@@ -234,6 +234,16 @@ def test_load_state_returns_what_was_saved(tmp_path):
     torch.testing.assert_close(found["tensors"], content["tensors"], rtol=0, atol=0)
 
 
+def test_damage_that_raises_an_error_without_a_message(tmp_path, capsys):
+    for number in (1, 2):
+        save_state(tmp_path, {"number": number})
+    content = bytearray((tmp_path / "state.pt").read_bytes())
+    content[29] ^= 255  # the length of a header: the file ends before the data that follow it
+    (tmp_path / "state.pt").write_bytes(content)
+    assert load_state(tmp_path)["number"] == 1
+    assert "state.pt is damaged (EOFError): resuming from state.previous.pt" in capsys.readouterr().err
+
+
 def test_load_state_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
