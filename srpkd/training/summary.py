@@ -134,12 +134,14 @@ def table_notes(
     scores = [column for column in metric_columns(rows[base]) if column["key"].startswith("teacher") == by_teacher]
     if not scores:
         return []
-    score, notes = scores[0], []
+    key, label, notes = scores[0]["key"], scores[0]["label"], []
     for name in finished:
-        if name != base:
-            gains = [ours[score["key"]] - theirs[score["key"]] for ours, theirs in zip(rows[name], rows[base])]
+        # a row has no score if there were no test images when the stage ended
+        pairs = [(ours, theirs) for ours, theirs in zip(rows[name], rows[base]) if key in ours and key in theirs]
+        gains = [ours[key] - theirs[key] for ours, theirs in pairs]
+        if name != base and gains:
             notes.append(
-                f"{name} minus {base}, {score['label']}: {statistics.mean(gains):+.2f} on average; "
+                f"{name} minus {base}, {label}: {statistics.mean(gains):+.2f} on average; "
                 f"by seed {', '.join(f'{gain:+.2f}' for gain in gains)}"
             )
     return notes

@@ -1,10 +1,13 @@
 """The cells and notes of a run's table."""
 
+import math
 import statistics
 
 import pytest
+from small import SMALL
 
 from srpkd.training import summary
+from srpkd.training.options import TrainConfig, variant_config
 
 
 def test_notes_compare_variants_seed_by_seed(pix2pix):
@@ -21,6 +24,27 @@ def test_notes_compare_variants_seed_by_seed(pix2pix):
 def test_unpaired_students_are_compared_by_psnr_to_the_teacher(cycle_gan):
     [note] = cycle_gan.report["table"]["notes"]
     assert note.startswith("b minus a, PSNR to teacher dB A to B: ")
+
+
+@pytest.mark.parametrize(
+    ("output", "srp", "expected"),
+    [
+        ([1.0, 2.0], [4.0, 3.0], "+2.00 on average; by seed +3.00, +1.00"),
+        ([None, 2.0], [4.0, 3.0], "+1.00 on average; by seed +1.00"),  # the test images came later
+        ([1.0, None], [None, 3.0], None),
+        ([math.inf, math.inf], [1.0, math.inf], "+nan on average; by seed -inf, +nan"),
+        ([1.0, 2.0], [4.0], None),
+    ],
+)
+def test_scores_that_notes_compare(output, srp, expected):
+    weights = {"output": {"lambda_kd": 1, "lambda_srp": 0}, "SRP": {"lambda_kd": 1, "lambda_srp": 1}}
+    config = TrainConfig(**SMALL, model="pix2pix", teacher="t", variants=weights).resolved()
+    rows = {
+        name: [{} if score is None else {"psnr": score, "teacher_psnr": 0.0} for score in scores]
+        for name, scores in (("output", output), ("SRP", srp))
+    }
+    notes = summary.table_notes(config, {name: variant_config(config, name) for name in weights}, rows)
+    assert notes == ([f"SRP minus output, PSNR dB: {expected}"] if expected else [])
 
 
 @pytest.mark.parametrize(
