@@ -116,7 +116,8 @@ def find_images(where: str) -> Listing:
         found = list_images(path)
     else:
         _check_folders_of(path)
-        found = Listing(sorted(glob.glob(path, recursive=True)), "")
+        matches = (match for match in glob.iglob(path, recursive=True) if not os.path.isdir(match))
+        found = Listing(sorted(matches), "")
     if not found.images:
         raise ValueError(f"{where}: no images found; expected a folder of images or a pattern like 'out/*_fake_B.png'")
     return found

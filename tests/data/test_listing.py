@@ -74,7 +74,8 @@ def test_patterns_with_other_folders(tmp_path, monkeypatch):
     assert find_images("[0].png").images == ["0.png"]
     assert find_images("*/*.png").images == ["a/0.png", "x.png/0.png"]
     assert find_images(f"{tmp_path}/a/**/*.png").images == paths[1:]
-    assert find_images("a/**/0.png").images == ["a/0.png", "a/b/0.png"]
+    assert find_images("a/**/0.png").images == find_images("a/**").images == ["a/0.png", "a/b/0.png"]
+    assert find_images("a/*").images == ["a/0.png"]
     for pattern in ("nowhere/*.png", "link/*.png", "0.png/*.png", "*/c/*.png"):
         with pytest.raises(ValueError, match="no images found"):
             find_images(pattern)
