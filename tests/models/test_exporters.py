@@ -164,7 +164,10 @@ def test_calibration_images_are_read_one_at_a_time(photos, monkeypatch):
     monkeypatch.setattr(exporters, "read_image", lambda path: opened.append(path) or read(path))
     for number, _ in enumerate(found, 1):
         assert len(opened) == number
-    assert number == len(found) > 1
+    assert number == len(found) == 5
+    monkeypatch.setattr(exporters, "CALIBRATION_IMAGES", 2)
+    few = _calibration_images(photos, define_generator("resnet_1blocks", ngf=1))
+    assert few.paths == [str(photos / name) for name in ("0.png", "2.png")]  # evenly spaced
 
 
 def test_calibration_images_that_cannot_be_read(weights, photos):
