@@ -38,7 +38,7 @@ def test_images(images):
     assert found("--max_dataset_size=2") == few
     last.write_bytes(content)
     assert not changed(before)
-    last.rename(last.with_name("other.png"))
+    last.rename(last.with_name("other \udcff.png"))  # a name that is not UTF-8
     assert changed(before) == [f"images in {images}/trainB"]
 
 
