@@ -75,7 +75,7 @@ def gpu(monkeypatch):
     return fake
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")])
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bf16"), ((7, 5), "fp16"), ((7, 0), "fp16")])
 def test_fast_on_a_gpu(monkeypatch, gpu, capability, precision):
     gpu(*capability)
     config = options(fast=True, device="cuda", channels_last=True)
