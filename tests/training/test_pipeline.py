@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -28,7 +29,7 @@ from srpkd.models.complexity import count_macs, count_parameters
 from srpkd.training import datasets, loop, pipeline, summary
 from srpkd.training.config import parse_arguments
 from srpkd.training.options import TrainConfig
-from srpkd.training.pipeline import selected_convolutions
+from srpkd.training.pipeline import is_over_budget, selected_convolutions
 
 FULL = [
     ("pix2pix", ["teacher", "alone", "output", "output + SRP"], ["G"], ["D"]),
@@ -249,6 +250,22 @@ def test_a_time_budget_stops_after_two_seeds(run):
     done = run(*PIX2PIX, *TEACHER, "--seeds=9", "--time_budget=0", "--epoch_steps=1")
     assert "2 seeds: another one would exceed the time budget" in done.output
     assert done.rows["student"]["mIoU"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "budget", "started", "expected"),
+    [
+        (2, 40.0, "", False),  # two seeds took 20 seconds, so that a third one ends after 40
+        (2, 39.9, "", True),
+        (2, 39.9, "a seed 2", False),
+        (1, 0.0, "", False),
+        (2, None, "", False),
+    ],
+)
+def test_the_time_budget_is_that_of_the_whole_run(number, budget, started, expected):
+    run_dir, config = SimpleNamespace(elapsed=30.0), SimpleNamespace(time_budget=budget)
+    plan = SimpleNamespace(config=config, run_dir=run_dir, done=["teacher"], extended=[], training=(started, {}))
+    assert is_over_budget(plan, number, students_began=10.0) == expected
 
 
 def test_a_run_can_be_called_from_python(tmp_path):
