@@ -21,6 +21,7 @@ from PIL import Image
 from wrong_files import full_disk
 
 from srpkd import compare
+from srpkd.finite import NonFiniteError
 from srpkd.models.checkpoints import load_generator, save_weights
 from srpkd.models.inference import translate
 from srpkd.models.networks import define_generator
@@ -113,11 +114,13 @@ def test_the_teacher_is_that_of_the_run(run, tmp_path, given):
 
 
 def test_samples_of_one_direction(tmp_path):
-    (tmp_path / "a.png").touch()
-    images = [{"label": "input", "file": "a.png"}]
+    for name in ("a.png", "output.png"):
+        (tmp_path / name).touch()
+    images = [{"label": "teacher", "file": "output.png"}, {"label": "input", "file": "a.png"}]
     samples = [{"caption": f"test image 0 {direction}", "images": images} for direction in ("A to B", "B to A")]
+    samples.append({"caption": "test image 1 A to B", "images": [{"label": "input", "file": "gone.png"}]})
     (tmp_path / "report.json").write_text(json.dumps({"samples": samples}))
-    assert list(samples_of([tmp_path])) == ["test image 0 A to B"]
+    assert samples_of([tmp_path]) == {"test image 0 A to B": tmp_path / "a.png"}
     assert list(samples_of([tmp_path], "B")) == ["test image 0 B to A"]
 
 
@@ -135,18 +138,44 @@ def test_wrong_paths(run, tmp_path):
         Comparison(networks_of([str(run), str(gray)])[0])
 
 
+def image_of(run: Path) -> torch.Tensor:
+    """The test image as (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(Image.open(run / "images" / "000.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def assert_image(data_url: str, expected: torch.Tensor) -> None:
+    assert abs(pixels(data_url).transpose(2, 0, 1) - ((expected[0] + 1) * 127.5).numpy()).max() <= 0.51
+
+
 def test_outputs_are_those_of_translate(run):
     result = comparison_of(run).translate(run / "images" / "000.png")
     assert (result["width"], result["height"], result["resized"]) == (41, 30, None)
-    image = torch.from_numpy(np.array(Image.open(run / "images" / "000.png"))).permute(2, 0, 1)[None] / 127.5 - 1
     assert (pixels(result["input"]) == np.array(Image.open(run / "images" / "000.png"))).all()
     assert [network["label"] for network in result["networks"]] == ["teacher", "kd", "kd+srp"]
     for network in result["networks"]:
         file = run / network["label"] / "latest_net_G.pth"
-        expected = (translate(load_generator(file).eval(), image)[0] + 1) * 127.5
-        assert abs(pixels(network["image"]).transpose(2, 0, 1) - expected.numpy()).max() <= 0.51
+        assert_image(network["image"], translate(load_generator(file).eval(), image_of(run)))
         assert network["ms"] > 0 and network["bytes"] == file.stat().st_size
     assert result["networks"][0]["parameters"] > result["networks"][1]["parameters"]
+
+
+def test_a_unet_that_needs_padding(run):
+    unet = define_generator("unet_16", ngf=2, norm="batch", **NET)
+    for name, mean in unet.named_buffers():
+        if name.endswith("running_mean"):
+            mean.normal_()
+    save_weights(unet, run / "unet.pth")
+    comparison = Comparison({"unet": run / "unet.pth"}, layers={"unet": "model.9"})  # a layer of another network
+    calls: list[object] = []
+    comparison.networks["unet"].register_forward_hook(lambda *_: calls.append(_))
+    [result] = comparison.translate(run / "images" / "000.png")["networks"]
+    assert_image(result["image"], translate(unet.eval(), image_of(run)))
+    assert len(calls) == 1 + comparison_module.TIMED_CALLS
+    [(_, features)] = comparison._kept.values()
+    assert features["unet"].shape[1:] == (15, 21)  # of 16 x 24, for 30 x 41 of 32 x 48 pixels
+    next(comparison.networks["unet"].parameters()).fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="unet"):
+        comparison.translate(run / "images" / "000.png")
 
 
 def test_large_images_are_scaled_down(run):
