@@ -14,7 +14,7 @@ import torch
 from example_run import Page, fill_run, metrics_line
 
 from srpkd import report
-from srpkd.reporting.page import write_report
+from srpkd.reporting.page import _duration, write_report
 from srpkd.reporting.pictures import save_image
 
 
@@ -49,6 +49,15 @@ def test_page_shows_all_parts(run: Path) -> None:
     # evaluations first, then the losses in logging order
     assert [image["src"] for image in images[-3:]] == [
         f"images/curves_{name}.png" for name in ("mIoU", "G_GAN", "G_L1")
+    ]
+
+
+def test_durations() -> None:
+    assert [_duration(seconds) for seconds in (59.6, 3599.4, 3599.6, 7384.0)] == [
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 00 min",
+        "2 h 03 min",
     ]
 
 
