@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
 from example_run import Page, fill_run, metrics_line
+from PIL import Image
 
 from srpkd import report
-from srpkd.reporting.page import _duration, write_report
+from srpkd.reporting.page import _duration, overview, write_report
 from srpkd.reporting.pictures import save_image
 
 
@@ -50,6 +52,12 @@ def test_page_shows_all_parts(run: Path) -> None:
     assert [image["src"] for image in images[-3:]] == [
         f"images/curves_{name}.png" for name in ("mIoU", "G_GAN", "G_L1")
     ]
+
+
+def test_an_overview_has_a_row_for_each_sample_and_relation(run: Path, tmp_path: Path) -> None:
+    with Image.open(overview(run, tmp_path / "overview.png")) as image:
+        assert image.size == (round(7 * 1.5 * 120), round(4 * 1.65 * 120))
+        assert np.asarray(image.convert("L")).std() > 20
 
 
 def test_durations() -> None:
