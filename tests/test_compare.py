@@ -289,6 +289,16 @@ def test_wrong_requests(run):
         assert ask(server, "GET", "/", Origin=server.url[:-1])[0] == 200
 
 
+def test_an_error_of_the_networks_is_shown(run, monkeypatch, capsys):
+    def fail(path: Path) -> None:
+        raise RuntimeError("out of memory\nin a convolution")
+
+    with serving(run) as server:
+        monkeypatch.setattr(server.comparison, "translate", fail)
+        assert ask(server, "POST", "/translate", b"x") == (500, {"error": "out of memory"})
+    assert "RuntimeError: out of memory\nin a convolution" in capsys.readouterr().err
+
+
 def test_full_disk_of_temporary_files(run):
     with serving(run) as server:
         with full_disk(10):
