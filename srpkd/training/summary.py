@@ -98,6 +98,7 @@ def publish(
     }
     if test_set is None:
         run_dir.report["table"]["notes"].append("No test images: validation was skipped.")
+        run_dir.report |= {"samples": [], "relations": []}  # before it was resumed, the run may have had some
     else:
         run_dir.report["samples"] = write_samples(run_dir.folder, shown, test_set, config, run_dir.drawn)
         run_dir.report["relations"] = write_relation_maps(run_dir.folder, shown, test_set, config, drawn=run_dir.drawn)

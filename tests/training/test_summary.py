@@ -47,6 +47,13 @@ def test_scores_that_notes_compare(output, srp, expected):
     assert notes == ([f"SRP minus output, PSNR dB: {expected}"] if expected else [])
 
 
+def test_pictures_of_earlier_networks_are_removed(run_dir):
+    config = TrainConfig(**SMALL).resolved()
+    run_dir.report["samples"] = [{"caption": "test image 0", "images": []}]
+    summary.publish(run_dir, config, {}, {}, {}, None)
+    assert run_dir.report["samples"] == [] and "test image 0" not in (run_dir.folder / "index.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
