@@ -244,6 +244,7 @@ def test_unpaired_sides_show_different_scenes():
 
 def test_invalid_arguments_of_a_dataset():
     scenes = generate_scenes(1, size=16)
+    assert len(SyntheticDataset(scenes)) == 1
     with pytest.raises(ValueError, match="AtoB"):
         SyntheticDataset(scenes, direction="AB")
     with pytest.raises(ValueError, match="two scenes"):
