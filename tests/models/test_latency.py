@@ -44,7 +44,11 @@ def test_network_is_unchanged():
     net = define_generator("unet_16", ngf=2, dropout=True)
     result = profile_network(net, (1, 3, 16, 16), modes=[])
     assert result["latency"] == [] and net.training
+    passes = set()
+    net.register_forward_hook(lambda net, images, _: passes.add((len(images[0]), images[0].dtype, net.training)))
     found = profile_network(net, (2, 3, 16, 16), modes=["eager"], repeats=3)
+    assert passes >= {(2, torch.float32, False), (2, torch.bfloat16, False)} and (2, torch.float32, True) not in passes
+    assert all(entry["p50_ms"] > 0 for entry in found["latency"])
     assert net.training and next(net.parameters()).dtype == torch.float32
     assert found["macs"] == result["macs"]  # of one image
     assert [entry["dtype"] for entry in found["latency"]] == ["fp32", "bf16"]
