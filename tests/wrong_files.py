@@ -104,7 +104,6 @@ def make_files(root: Path) -> Path:
     (root / "list.yaml").write_text("- name: x\n")
     (root / "cut.yaml").write_text("layers: {a: [b\n")
     (root / "deep.yaml").write_text("layers: " + "[" * 5000)
-    (root / "date.yaml").write_text("name: 2024-99-99\n")
     (root / "code.yaml").write_text("name: !!python/object/apply:builtins.open [sprung, w]\n")
     (root / "unknown.yaml").write_text("n_epoch: 3\n")
     (root / "README.md").write_text("# no markers\n")
