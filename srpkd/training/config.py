@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -37,9 +37,18 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that reads dates as texts: the name of a run may be one."""
+    """A loader that keeps texts as they are written: a run may be named 2026-01-31, 007 or 1.10."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        for key, value in node.value:
+            names_text = isinstance(key, yaml.ScalarNode) and str in _types(key.value)
+            for part, is_text in ((key, True), (value, names_text)):
+                if is_text and part.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
+                    part.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
 
+# where a number is expected: the message quotes it
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
 
 
