@@ -156,14 +156,18 @@ def configuration(capability: tuple[int, int], numbers: str, channels_s: int, ch
 
 
 def candidates(chosen: Configuration) -> list[Configuration]:
-    """Return the hand-chosen configuration and others with at most as many tile elements per thread as the TABLE."""
+    """Return the hand-chosen configuration, and others with at most as many tile elements per thread as the TABLE.
+
+    As in the TABLE, block_n divides block_m: otherwise tiles would be partly inside the diagonal block, or beyond the
+    columns of a program.
+    """
     others = [
         replace(chosen, block_m=block_m, block_n=block_n, warps=warps, stages=stages)
         for block_m in (64, 128)
-        for block_n in (32, 64, 128)
+        for block_n in (32, 64)
         for warps in (4, 8)
         for stages in (2, 3)
-        if 8 <= block_m * block_n // (32 * warps) <= 32
+        if block_m * block_n // (32 * warps) <= 32
     ]
     return [chosen, *(other for other in others if other != chosen)]
 
@@ -182,7 +186,8 @@ def autotune(case: str, kernel: str, chosen: Configuration, measure: Callable[[C
     root = user_cache() or Path(os.devnull)  # which cannot contain a file
     file = root / "srpkd" / f"triton-{triton.__version__}-{kernel[:16]}.json"
     known = cached_winners(file)
-    if case not in known:
+    # an older version had other candidates
+    if known.get(case) not in [asdict(candidate) for candidate in candidates(chosen)]:
         known[case] = asdict(min(candidates(chosen), key=measure))
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)

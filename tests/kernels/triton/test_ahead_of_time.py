@@ -67,9 +67,10 @@ def test_every_row_of_the_table_can_be_chosen(rows):
     assert rows[-1][:2] == (ANY, ANY)
     for one, other in pairwise(rows):
         assert one[0] < other[0] or one[1] < other[1]
-    for _, _, block_m, block_n, warps, _ in rows:
-        assert block_m % block_n == 0  # no tile is partly inside the diagonal block
-        assert block_m * block_n // (32 * warps) <= 32
+    chosen = [Configuration(block_m, block_n, 64, 64, warps, stages) for _, _, block_m, block_n, warps, stages in rows]
+    for each in [candidate for row in chosen for candidate in configurations.candidates(row)]:
+        assert each.block_m % each.block_n == 0  # no tile is partly inside the diagonal block
+        assert each.block_m * each.block_n // (32 * each.warps) <= 32
 
 
 def test_configurations():
@@ -126,9 +127,13 @@ def test_autotuning_measures_once(tmp_path, monkeypatch):
     assert len(json.loads(file.read_text())) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0\0", b"\xff", None], ids=["empty", "zeros", "no text", "not a folder"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0\0\0", b"\xff", b'{"case": {"block_m": 64, "block_n": 128}}', None],
+    ids=["empty", "zeros", "no text", "no candidate", "not a folder"],
+)
 def test_autotuning_without_a_usable_file(tmp_path, monkeypatch, content):
-    """A power failure has damaged the file, or it cannot be written: each process measures."""
+    """A power failure has damaged the file, another version has written it, or it cannot be written: measure again."""
     chosen = configuration((9, 0), "bfloat16", 64, 256)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune("case", "hash", chosen, lambda candidate: 1.0)
