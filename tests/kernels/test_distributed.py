@@ -161,6 +161,9 @@ def check_relations(rank: int, ranks: int) -> None:
                 assert error(gradient / ranks, expected[own]) < 1e-12, options
                 again = loss_and_gradient(*mine, scope="global", **options)
                 assert torch.equal(again[0], loss) and torch.equal(again[1], gradient), options
+            with torch.autocast("cpu", torch.bfloat16):  # without effect
+                loss = relation_loss(*(x.float() for x in mine), scope="global", **options)
+                assert error(loss, expected_loss) < 1e-5, options
             narrow = [x[own].bfloat16() for x in (student, teacher)]
             loss = relation_loss(*narrow, scope="global", **options)
             assert loss.dtype == torch.float32
@@ -243,12 +246,13 @@ def check_traffic(rank: int, ranks: int) -> None:
 
     distributed.dist.all_reduce, distributed.dist.batch_isend_irecv = counting_all_reduce, counting_transfers
     pixels, total = 24, 24 * ranks
-    for (C_s, C_t), distance, normalize in itertools.product(((5, 7), (80, 5), (5, 80)), ("l1", "l2"), NORMALIZATIONS):
+    every = itertools.product(((5, 7), (80, 5), (5, 80)), ("l1", "l2"), NORMALIZATIONS, ("auto", "blocked"))
+    for (C_s, C_t), distance, normalize, backend in every:
         reduced.clear(), sent.clear()
         student, teacher = (x.bfloat16() for x in images(1, (C_s, C_t)))
-        loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global")
+        loss_and_gradient(student, teacher, normalize=normalize, distance=distance, scope="global", backend=backend)
         elements = bytes_of_pixel = 0
-        if distance == "l2" and total >= 4 * (C_s + C_t):
+        if backend == "auto" and distance == "l2" and total >= 4 * (C_s + C_t):
             elements = C_s**2 + C_s * C_t + C_t**2 + (2 * C_s**2 + C_s * C_t if normalize == "row" else 0)
         else:
             bytes_of_pixel = 2 * (C_s + C_t) + (0 if normalize == "none" else 8)
@@ -328,6 +332,7 @@ def check_misfit(rank: int, ranks: int) -> None:
     student.requires_grad_(False)
     with pytest.raises(ValueError, match=r"received on rank 0 backend='auto'; on rank 1 backend='blocked'$"):
         relation_loss(student, teacher, scope="global", backend=("auto", "blocked")[rank])
+    relation_loss(student, teacher, scope="global", distance="l1", backend=("auto", "blocked")[rank])  # all send alike
     strips = "'native', 'blocked'"
     for distance, rectify, wrong, right in (
         ("l1", False, "reference", strips),
