@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bench_helpers import parse
+from torch.autograd import DeviceType
 
 from bench import breakdown
+from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
+from srpkd.checking.kernels import OVERLAP_VARIABLE, CannotRun, Provider
 from srpkd.kernels import unavailable_reason
 
 NAMES = {
@@ -53,6 +60,63 @@ def test_what_pytorch_needs_of_the_host(monkeypatch):
     assert line == "PyTorch: host 1.2 us for a sum and its gradient, 2.5 us for a launch"
     (_, gradient), launch = calls
     assert torch.equal(gradient, torch.ones_like(gradient)) and launch is None
+
+
+@pytest.fixture
+def _gpu(monkeypatch):
+    """Stands in for what only a GPU can do."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(breakdown.measure, "gpu_seconds", lambda call, device: None)
+    monkeypatch.setattr(breakdown.measure, "host_seconds", lambda call, device: 3e-6)
+    events = [
+        SimpleNamespace(device_type=kind, name=name, device_time=float(time))
+        for kind, name, count in ((DeviceType.CUDA, "moments", 1), (DeviceType.CUDA, "sums<4>", 2), (None, "host", 1))
+        for time in range(count * breakdown.CALLS)
+    ]
+    profiled = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(breakdown, "profile", lambda activities: nullcontext(profiled))
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_lines_of_a_call():
+    case = Case(48, (4, 6), 1, distance="l2")
+    title, *others = breakdown.lines("closed_form", case, "cpu")
+    assert title.startswith("closed_form: host 3.0 us, 3 launches, first call 0.")
+    assert others == [
+        "  with SRPKD_CUDA_OVERLAP=1: host 3.0 us, the same bits",
+        "       19.0 us  2 x sums",
+        "        4.5 us  1 x moments",
+    ]
+    assert breakdown.lines("blocked", case, "cpu")[1:] == others[1:]
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_other_results_of_overlapping_kernels(monkeypatch):
+    def make(case):
+        return lambda student, teacher: student.sum() * (2 if OVERLAP_VARIABLE in os.environ else 1)
+
+    monkeypatch.setitem(PROVIDERS, "closed_form", Provider(make))
+    assert breakdown.lines("closed_form", Case(48, (4, 6), 1), "cpu")[1].endswith("OTHER RESULTS")
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_a_provider_that_cannot_run_does_not_hide_others(monkeypatch, capsys):
+    def raising(error):
+        def loss(student, teacher):
+            raise error
+
+        return Provider(lambda case: loss)
+
+    monkeypatch.setitem(PROVIDERS, "native", raising(CannotRun("too wide")))
+    monkeypatch.setitem(PROVIDERS, "triton", raising(RuntimeError("an illegal\naccess")))
+    monkeypatch.setattr(breakdown.cases, "device_of", lambda options: "cuda")
+    monkeypatch.setattr(breakdown.cases, "selected", lambda options: [Case(48, (4, 6), 1)])
+    breakdown.run(parse(breakdown, "--providers", "closed_form", "native", "triton", "blocked"))
+    first, baseline, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("N=48 C=4/6 B=1") and baseline.startswith("  PyTorch: host 3.0 us")
+    assert lines[0] == "  closed_form: closed_form supports the distances l2, received l1"
+    assert lines[1:3] == ["  native: too wide", "  triton: RuntimeError: an illegal access"]
+    assert lines[3].startswith("  blocked: host 3.0 us, 3 launches")
 
 
 @pytest.mark.gpu

@@ -21,6 +21,12 @@ from srpkd.checking.kernels import CannotRun, Provider
 SMALL = Case(pixels=40, channels=(5, 7), batch=2)
 
 
+@pytest.fixture(autouse=True)
+def _quick_peak_rates(monkeypatch):
+    """Measuring them takes seconds."""
+    monkeypatch.setattr(relation.machine, "peak_rates", lambda *_: relation.machine.PeakRates(1e9, 1e8))
+
+
 def raises(error: Exception):
     def make(case: Case):
         def loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -56,6 +62,10 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         assert all(value > 0 for value in timed) if row["status"] == "ok" else timed == [None] * 5
         assert row["reason"] or row["status"] == "ok"
         assert len({tuple(row)} | {tuple(rows["eager"])}) == 1
+        roofs = SMALL.operations / 1e9, SMALL.bytes_moved / 1e8
+        assert (row["roofline_matmul_s"], row["roofline_copy_s"]) == roofs
+        if row["status"] == "ok":
+            assert row["percent_of_roofline"] == pytest.approx(100 * max(roofs) / row["median_s"])
     assert rows["eager"]["times_faster_than_eager"] == 1
     assert rows["huge"]["needed_bytes"] == 10**12 * SMALL.matrix_bytes
     assert rows["wrong"]["gradient_error"] == pytest.approx(0.1)
