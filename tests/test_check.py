@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_kernel
 import pytest
@@ -79,6 +80,17 @@ def test_a_right_kernel_passes(kind):
     assert found["status"] == "ok" and found["reason"] == ""
     assert 0 < found["gradient"] < 0.003
     assert 0 < found["share"] < 0.3
+
+
+def test_kinds_of_features():
+    kinds = {check.kind: check for check in processes.checks("cpu", full=True)}
+    student, teacher = processes.inputs(kinds["zero norm"])
+    assert not student[:, ::3].any() and not teacher[:, 1::4].any()
+    assert student[:, 1::3].any(2).all() and teacher[:, ::4].any(2).all()
+    student, teacher = processes.inputs(kinds["tokens"])
+    assert student.is_contiguous() and teacher.stride(2) == 2
+    student, teacher = processes.inputs(kinds["close"])
+    assert 0.02 < (student - teacher).norm() / teacher.norm() < 0.04
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check.case.flags], ids=Check.describe)
@@ -150,6 +162,26 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "work", fake_kernel.work)
     monkeypatch.setattr(processes, "SHARDS", {})
     return tmp_path
+
+
+def test_a_process_ends_after_an_error(tmp_path, monkeypatch):
+    """After an error of CUDA, it cannot use the GPU any more."""
+    for module, function in ((processes.os, "dup2"), (processes.signal, "signal")):
+        monkeypatch.setattr(module, function, lambda *_: None)
+    monkeypatch.setattr(processes, "outcome", lambda kernel, check: {"status": "crashed", "reason": ""})
+    sent = []
+    with pytest.raises(SystemExit):
+        processes.work("blocked", CHECKS, [3, 4], SimpleNamespace(send=sent.append), tmp_path / "stderr")
+    assert [(entry["case"], entry.get("status")) for entry in sent] == [(3, None), (3, "crashed")]
+
+
+def test_processes_of_a_kernel_share_the_cases(monkeypatch):
+    monkeypatch.setattr(processes, "SHARDS", {"triton": 3})
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 8)
+    parts = []
+    monkeypatch.setattr(processes.Runner, "run_shard", lambda self, *arguments: parts.append(arguments))
+    processes.Runner(CHECKS[:5], 60, 15).run(["triton", "native"])
+    assert sorted(parts) == [("native", [*range(5)]), ("triton", [0, 3]), ("triton", [1, 4]), ("triton", [2])]
 
 
 def test_crashes_and_hangs_do_not_hide_other_results(fake):
