@@ -106,7 +106,7 @@ def finish_kernel(
         ee = sum_splits(moment_tt, start_i, start_j, size, splits, BLOCK)
         fe = sum_splits(moment_st, start_i, start_j, size, splits, BLOCK)
         ef = tl.trans(sum_splits(moment_st, start_j, start_i, size, splits, BLOCK))
-        if STAGE != "only" and sums_ptr is not None:
+        if STAGE != "only":
             sum_ff = contiguous(sums_ptr + image * 3 * size_ss, channels_s, channels_s)
             sum_fe = moved(sum_ff, size_ss)
             sum_ee = moved(sum_fe, size_ss)
@@ -117,11 +117,10 @@ def finish_kernel(
             loss = 0.25 * total(ff * raw_ee + ee * raw_ff + 2 * fe * tl.trans(raw_ef))
         else:
             loss = 0.5 * total(ff * ee + fe * ef)
-        if STAGE == "first" and sums_ptr is not None:
+        if STAGE == "first":
             store_tile(sum_ff, ff, start_i, start_j)
             store_tile(sum_fe, fe, start_i, start_j)
             store_tile(sum_ee, ee, start_i, start_j)
-        if STAGE == "first":
             store_terms(factor_tt, (ff + ee - fe - ef).to(tl.float32), start_i, start_j, stride_teacher_term)
         if GRAD:
             student = ff + fe + ef + ee
