@@ -52,11 +52,20 @@ def test_a_missing_row_of_the_gradient_is_an_error():
     """It hardly changes the error of the whole gradient."""
     loss, gradient = torch.tensor(2.0, dtype=torch.float64), torch.ones(2, 10000, 3, dtype=torch.float64)
     spoiled = gradient.clone()
-    spoiled[1, 7] = 0
+    spoiled[1, 7:9] = 0
     errors = gate.relative_errors(gate.Result(1.001 * loss, spoiled), gate.Result(loss, gradient))
-    assert errors == pytest.approx((1e-3, 20000**-0.5, 1.0))
+    assert errors == pytest.approx((1e-3, 10000**-0.5, 1.0))
     reason = gate.failure_reason(errors._replace(loss=0.0), Case())
     assert reason == "the relative error of one pixel's gradient against float64 is 1, expected at most 0.5"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "kind"),
+    [("float32", "highest", "float32"), ("float32", "high", "tf32"), ("float32", "medium", "medium")]
+    + [(dtype, "high", dtype) for dtype in ("bfloat16", "float16")],
+)
+def test_limits(dtype, precision, kind):
+    assert gate.limits_of(Case(dtype=dtype, precision=precision), gate.LIMITS) is gate.LIMITS[kind]
 
 
 def test_cases_cover_every_relation_and_format():
@@ -112,24 +121,32 @@ def test_a_wrong_kernel_fails(kind, monkeypatch):
 
 
 def test_an_omitted_pixel_is_found_where_its_memory_contains_the_right_value(monkeypatch):
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets it
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # conftest.py sets both
+    torch.use_deterministic_algorithms(False)
     monkeypatch.setitem(KERNELS, "blocked", Provider(incorrect_loss("omitted pixel")))
     check = RANDOM._replace(case=replace(RANDOM.case, dtype="float32"))
     assert processes.outcome("blocked", check)["status"] == "wrong"
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.utils.deterministic.fill_uninitialized_memory and not torch.are_deterministic_algorithms_enabled()
     monkeypatch.setattr(processes, "poisoned_memory", nullcontext)
     assert processes.outcome("blocked", check)["status"] == "ok", "the memory contains another value"
 
 
-def test_different_bits_are_found(monkeypatch):
+def test_different_bits_of_the_gradient_are_found(monkeypatch):
     calls = []
 
     def make(case):
         exact = KERNELS["reference"].make(case)
-        return lambda student, teacher: exact(student, teacher) * (1 + 1e-6 * len(calls.append(0) or calls))
+
+        def loss(student, teacher):
+            calls.append(torch.get_float32_matmul_precision())
+            return exact(student, teacher) + 1e-12 * len(calls) * (student.sum() - student.sum().detach())
+
+        return loss
 
     monkeypatch.setitem(KERNELS, "blocked", Provider(make))
-    assert processes.outcome("blocked", RANDOM)["status"] == "bits differ"
+    check = RANDOM._replace(case=replace(RANDOM.case, dtype="float32", precision="medium"))
+    assert processes.outcome("blocked", check)["status"] == "bits differ"
+    assert calls == ["medium", "medium"]
 
 
 def test_other_outcomes(monkeypatch):
@@ -141,6 +158,8 @@ def test_other_outcomes(monkeypatch):
 
     monkeypatch.setitem(KERNELS, "blocked", make_raising(CannotRun("more than 256 channels")))
     assert processes.outcome("blocked", RANDOM) == {"status": "not covered", "reason": "more than 256 channels"}
+    monkeypatch.setitem(KERNELS, "blocked", Provider(lambda case: pytest.fail(), lambda case: "no such GPU"))
+    assert processes.outcome("blocked", RANDOM) == {"status": "not covered", "reason": "no such GPU"}
     monkeypatch.setitem(KERNELS, "blocked", make_raising(RuntimeError("an illegal\nmemory access")))
     crashed = {"status": "crashed", "reason": "RuntimeError: an illegal memory access"}
     assert processes.outcome("blocked", RANDOM) == crashed
@@ -150,7 +169,8 @@ def test_a_single_pixel_must_be_finite():
     [check] = [check for check in processes.checks("cuda") if check.case.pixels == 1]
     features = torch.ones(1, 1, 64), torch.ones(1, 1, 256)
     assert processes.compare((torch.tensor(0.0), torch.zeros(1)), check, *features) == (gate.Errors(0.0), 0.0, None)
-    for result in ((torch.tensor(torch.nan), torch.zeros(1)), (torch.tensor(0.0), torch.tensor([torch.inf]))):
+    assert processes.compare((torch.tensor(0.0), None), check, *features)[2] is None
+    for result in ((torch.tensor(torch.nan), torch.zeros(1)), (torch.tensor(0.0), torch.tensor([0.0, torch.inf]))):
         assert "not finite" in processes.compare(result, check, *features)[2]
 
 

@@ -60,6 +60,20 @@ def test_a_kernel_declares_what_it_does_not_cover(monkeypatch):
         make_raising(RuntimeError("illegal memory access"))(None, None)
 
 
+def test_work_that_is_timed():
+    """Without a gradient, none is prepared."""
+    student, seen = torch.ones(1, 2, dtype=torch.float16), []
+
+    def loss(student, teacher):
+        seen.append((student.requires_grad, torch.is_grad_enabled()))
+        return student.sum()
+
+    assert kernels.evaluate(loss, student, student, Case(mode="forward")) == (2, None)
+    value, gradient = kernels.evaluate(loss, student, student, Case(dtype="float16"))
+    assert value == 2 and not value.requires_grad and (gradient == 2**15).all()
+    assert seen == [(False, False), (True, True)]
+
+
 def test_dtypes_by_device(monkeypatch):
     double = Case(dtype="float64", device="cuda")
     for name in ("native", "triton", "blocked"):

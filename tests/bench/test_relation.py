@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,13 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
     assert "no such kernel" in rows["broken"]["reason"]
     for row in rows.values():
         assert relation.describe(row).startswith(row["provider"])
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("float16", "forward+backward"), ("float32", "forward")])
+def test_scaled_gradients_and_losses_without_one_pass_the_gate(dtype, mode):
+    case = replace(SMALL, dtype=dtype, mode=mode)
+    (row,) = relation.measure_case(case, ["blocked"], budget=0.01, memory=False)
+    assert row["status"] == "ok" and (row["gradient_error"] is None) == (mode == "forward")
 
 
 def test_slow_calls_are_timed_once(monkeypatch):
