@@ -6,9 +6,11 @@ import argparse
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import cases
-from srpkd.checking.cases import PRECISIONS, Case
+from srpkd.checking.cases import PRECISIONS, Case, features, settings
+from srpkd.checking.gate import relation_rows
 from srpkd.kernels import DISTANCES, NORMALIZATIONS
 
 
@@ -30,6 +32,7 @@ def test_minimum_operations_and_bytes():
     assert case.operations == 2 * (gram + 2 * pixels**2 * student)
     assert Case(pixels=pixels, channels=(student, teacher), batch=2, mode="forward").operations == 2 * gram
     assert case.bytes_moved == 2 * pixels * (student + teacher + student) * 4
+    assert case.matrix_bytes == 2 * pixels**2 * 4
     assert Case(distance="l2").operations < Case().operations / 10
 
 
@@ -47,6 +50,23 @@ def test_minimum_operations_of_l2():
         assert replace(case, mode="forward").operations == 2 * moments
         few = replace(case, pixels=4)
         assert few.operations == replace(few, distance="l1").operations
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_both_parts_of_the_huber_distance_have_pairs(normalize):
+    case = Case(pixels=200, normalize=normalize, distance="huber")
+    student, teacher = (relation_rows(x, slice(None), case.relation) for x in features(case))
+    assert 0.2 < ((student - teacher).abs() < case.relation.delta).float().mean() < 0.8
+
+
+def test_settings_of_a_case():
+    def found():
+        return torch.get_num_threads(), torch.get_float32_matmul_precision()
+
+    before = found()
+    with settings(Case(threads=before[0] + 1, precision="medium")):
+        assert found() == (before[0] + 1, "medium")
+    assert found() == before
 
 
 @pytest.mark.parametrize("text", ["64", "64/", "a/b", "0/4"])
