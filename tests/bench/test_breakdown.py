@@ -35,8 +35,9 @@ def test_short_names(name):
 
 
 def test_default_cases():
-    options = parse(breakdown)
-    assert options.pixels == [4096] and options.batch == [1, 16]
+    options = parse(breakdown, "--channels", "4/6")
+    assert options.pixels == [4096] and options.batch == [1, 16] and options.dtype == ["bfloat16"]
+    assert options.channels == [(4, 6)]
 
 
 def test_equal_bits():
@@ -92,11 +93,16 @@ def test_lines_of_a_call():
 
 @pytest.mark.usefixtures("_gpu")
 def test_other_results_of_overlapping_kernels(monkeypatch):
-    def make(case):
-        return lambda student, teacher: student.sum() * (2 if OVERLAP_VARIABLE in os.environ else 1)
+    precisions = set()
 
-    monkeypatch.setitem(PROVIDERS, "closed_form", Provider(make))
-    assert breakdown.lines("closed_form", Case(48, (4, 6), 1), "cpu")[1].endswith("OTHER RESULTS")
+    def loss(student, teacher):
+        precisions.add(torch.get_float32_matmul_precision())
+        return student.sum() * (2 if OVERLAP_VARIABLE in os.environ else 1)
+
+    monkeypatch.setitem(PROVIDERS, "closed_form", Provider(lambda case: loss))
+    case = Case(48, (4, 6), 1, precision="medium")
+    assert breakdown.lines("closed_form", case, "cpu")[1].endswith("OTHER RESULTS")
+    assert precisions == {"medium"}
 
 
 @pytest.mark.usefixtures("_gpu")

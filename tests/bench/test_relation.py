@@ -82,6 +82,23 @@ def test_scaled_gradients_and_losses_without_one_pass_the_gate(dtype, mode):
     assert row["status"] == "ok" and (row["gradient_error"] is None) == (mode == "forward")
 
 
+def test_a_case_is_measured_with_its_settings(monkeypatch):
+    case, seen = replace(SMALL, threads=2, precision="medium"), set()
+    exact = PROVIDERS["blocked"].make(case)
+
+    def loss(student, teacher):
+        seen.add((torch.get_num_threads(), torch.get_float32_matmul_precision()))
+        return exact(student, teacher)
+
+    monkeypatch.setitem(PROVIDERS, "blocked", Provider(lambda case: loss))
+    monkeypatch.setattr(relation.measure, "host_seconds", lambda call, device: call() and 1e-3)
+    monkeypatch.setattr(relation.measure, "gpu_seconds", lambda call, device: call() and 2e-3)
+    (row,) = relation.measure_case(case, ["blocked"], budget=0.01, memory=False)
+    assert row["rounds"] >= 3 and (row["gpu_s"], row["host_s"]) == (2e-3, 1e-3)
+    assert "gpu 2.000 ms  host 1.000 ms" in relation.describe(row)
+    assert seen == {(2, "medium")}
+
+
 def test_slow_calls_are_timed_once(monkeypatch):
     monkeypatch.setattr(relation, "SLOW", 0.0)
     monkeypatch.setattr(relation.measure, "seconds_of", pytest.fail)
