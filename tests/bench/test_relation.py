@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from bench.__main__ import main
 from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import CannotRun, Provider
+from srpkd.kernels import measured
 
 SMALL = Case(pixels=40, channels=(5, 7), batch=2)
 
@@ -46,6 +48,7 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         "missing": Provider(raises(AssertionError), lambda case: "it is not installed"),
         "huge": Provider(raises(AssertionError("it was tried")), matrices=lambda case: 10**12),
         "greedy": Provider(raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))),
+        "greedy on a GPU": Provider(raises(torch.OutOfMemoryError("CUDA out of memory"))),
     }
     for name, provider in extra.items():
         monkeypatch.setitem(PROVIDERS, name, provider)
@@ -56,7 +59,7 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
     status = {name: row["status"] for name, row in rows.items()}
     assert status == {
         "eager": "ok", "compile": "ok", "blocked": "ok", "wrong": "wrong", "broken": "failed", "unsuited": "skipped",
-        "missing": "skipped", "huge": "out of memory", "greedy": "out of memory",
+        "missing": "skipped", "huge": "out of memory", "greedy": "out of memory", "greedy on a GPU": "out of memory",
     }  # fmt: skip
     for row in rows.values():
         timed = [row[name] for name in ("median_s", "p20_s", "p80_s", "times_faster_than_eager", "percent_of_roofline")]
@@ -73,6 +76,18 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
     assert "no such kernel" in rows["broken"]["reason"]
     for row in rows.values():
         assert relation.describe(row).startswith(row["provider"])
+    assert re.search(
+        r" ms \(.* rounds\)  +1\.00 x eager's speed  +[\d.]+ % of roofline$", relation.describe(rows["eager"])
+    )
+
+
+def test_rows_of_a_gpu_have_the_version_of_its_kernels(monkeypatch):
+    monkeypatch.setattr(relation.machine, "device_name", lambda device: "some GPU")
+    monkeypatch.setattr(relation.machine, "capability", lambda device: "9.0")
+    case, trials = replace(SMALL, device="cuda"), {"triton": relation.Trial("skipped")}
+    row = relation.as_row("triton", case, trials, relation.machine.PeakRates(1e9, 1e8))
+    assert row["kernel_version"] == measured.kernel_version("triton", "float32") is not None
+    assert (row["device"], row["device_type"], row["capability"]) == ("some GPU", "cuda", "9.0")
 
 
 @pytest.mark.parametrize(("dtype", "mode"), [("float16", "forward+backward"), ("float32", "forward")])
