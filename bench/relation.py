@@ -23,6 +23,7 @@ import torch
 from srpkd.checking import gate
 from srpkd.checking.cases import Case, features, settings
 from srpkd.checking.kernels import CannotRun, evaluate
+from srpkd.devices import is_out_of_memory
 from srpkd.kernels import measured
 
 from . import cases, machine, measure, results
@@ -152,7 +153,7 @@ def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
         return Trial("skipped", str(error))
     except Exception as error:  # the failure of a peer must not stop the benchmark
         message = " ".join(str(error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:
+        if is_out_of_memory(error):
             return Trial("out of memory", message)
         return Trial("failed", f"{type(error).__name__}: {message}")
 

@@ -39,6 +39,12 @@ def synchronize(device: torch.device | str) -> None:
         torch.get_device_module(device).synchronize()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device, or of the CPU, does not suffice."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # not all have a class
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
 def may_copy_ahead(device: torch.device) -> bool:
     """Return whether the host need not wait for a copy to a device: a copy to an NVIDIA or AMD GPU.
 

@@ -14,6 +14,7 @@ from functools import partial
 from .arguments import command_line, first_line
 from .cli import prepare_terminal
 from .data.images import DataError
+from .devices import is_out_of_memory
 from .files import WriteError
 from .finite import NonFiniteError
 from .models.checkpoints import CheckpointError
@@ -30,10 +31,10 @@ from .training.stop_signals import Stopped
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
-    A configuration, images or weights that cannot be used end the process with one message. Any other exception is
-    a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP, on Windows Ctrl-C and Ctrl-Break, stop the training
-    after its current step: the state is saved, and a line says how to resume. The exit status is then 130 for Ctrl-C,
-    and 128 + the signal's number for the others.
+    A configuration, images or weights that cannot be used, or too little memory, end the process with one message. Any
+    other exception is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP, on Windows Ctrl-C and Ctrl-Break, stop
+    the training after its current step: the state is saved, and a line says how to resume. The exit status is then 130
+    for Ctrl-C, and 128 + the signal's number for the others.
     """
     if arguments is None:
         prepare_terminal()
@@ -81,6 +82,9 @@ def _train(config: TrainConfig, command: str) -> str:
     except (DataError, CheckpointError, Diverged, NonFiniteError, WriteError) as error:
         return f"error: {error}"
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            advice = "start a new run with a smaller --batch_size or --crop_size, or free memory and resume this one"
+            return f"error: {' '.join(str(error).split())}\nThe memory does not suffice: {advice}"
         if distributed.rank() == 0 or not distributed.is_lost_connection(error):
             raise
         # rank 0, which says how to resume, may be the one that was killed

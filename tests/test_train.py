@@ -1,12 +1,15 @@
 """The command ``python -m srpkd.train``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from runs import PIX2PIX, TINY, command
 
 from srpkd import train
 from srpkd.training import summary
+from srpkd.training.objectives import Pix2Pix
 
 
 @pytest.mark.slow
@@ -24,3 +27,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(summary, "evaluate", wrong)
     with pytest.raises(ValueError, match="a bug"):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}"])
+
+
+def cuda_allocation(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("allocate", [cuda_allocation, lambda *_: torch.empty(2**50)], ids=["GPU", "CPU"])
+def test_too_little_memory_ends_a_run_with_one_message(monkeypatch, tmp_path, capsys, allocate: Callable[..., Any]):
+    monkeypatch.setattr(Pix2Pix, "update_networks", allocate)
+    with pytest.raises(SystemExit, match=r"(?s)^error: .*allocate.*smaller --batch_size .* or free memory and resume"):
+        train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=run"])
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out

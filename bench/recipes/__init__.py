@@ -23,6 +23,7 @@ from bench.markers import put_between_markers
 from srpkd.checking import gate
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import poisoned_memory
+from srpkd.devices import is_out_of_memory
 
 from . import pages, tables
 from .catalogue import CASES, RECIPES, RecipeCase, as_tokens, value_and_gradient
@@ -113,7 +114,9 @@ def check(case: RecipeCase, name: str, call: partial[tuple[Tensor, Tensor]], exp
     try:
         with poisoned_memory():
             value, gradient = call()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return columns | {"status": "out of memory", "reason": " ".join(str(error).split())[:200]}
     found = gate.relative_errors(gate.Result(value, as_tokens(gradient)), expected)
     columns |= {"loss_error": found.loss, "gradient_error": found.gradient, "pixel_error": found.pixel}
