@@ -71,7 +71,8 @@ def check_device(name: str) -> torch.device:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # of many types: each kind of device has its own
-            raise ValueError(f"device={name!r}: {first_line(error)}; or use --device cpu") from error
+            reason = first_line(error).partition(". ")[0]  # torch's own message lists all of its backends
+            raise ValueError(f"device={name!r}: torch cannot use it here ({reason}); use --device cpu") from error
     return device
 
 
