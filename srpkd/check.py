@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .checking.kernels import KERNELS
-from .checking.processes import FINAL, Check, Runner, checks, failed
+from .checking.processes import FINAL, Check, Runner, Verdict, checks, verdict
 from .devices import device_name, visible_devices
 from .kernels import BACKENDS, native
 from .reporting.table import format_table
@@ -58,17 +58,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Exits with status 1 if a backend is not right."""
+    """Run the command line. Exits with status 1 if a backend is not right, or if the time was too short to tell."""
     options = parser().parse_args(arguments)
     try:
         devices = [checked_device(name) for name in options.device] if options.device else all_devices()
         if options.out and len(devices) > 1:
             raise ValueError(f"--out takes the results of one device, received {', '.join(devices)}: add --device")
-        broken = [device for device in devices if not check_device(device, options)]
+        verdicts = {device: check_device(device, options) for device in devices}
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if broken:
+    if broken := [device for device, found in verdicts.items() if "FAILED" in found]:
         print(f"FAILED on {', '.join(broken)}. Please report it, with this output and that of srpkd info: {ISSUES}")
+        sys.exit(1)
+    if unfinished := [device for device, found in verdicts.items() if "not finished" in found]:
+        again = "with --out FILE, a repetition runs what is missing"
+        print(f"Not finished on {', '.join(unfinished)} in {options.seconds:g} s: use a larger --seconds; {again}.")
         sys.exit(1)
     print(f"All backends that are available are right on {', '.join(devices)}.")
 
@@ -90,8 +94,8 @@ def checked_device(name: str) -> str:
     return numbered
 
 
-def check_device(device: str, options: argparse.Namespace) -> bool:
-    """Check the backends on a device and print the table; return whether all are right. Raises as ``Runner``."""
+def check_device(device: str, options: argparse.Namespace) -> set[Verdict]:
+    """Check the backends on a device, print the table, and return the verdicts. Raises as ``Runner``."""
     name = device_name(torch.device(device))
     everything = checks(device, options.full)
     names = options.backend or (BACKENDS if device == "cpu" else KERNELS)
@@ -105,9 +109,10 @@ def check_device(device: str, options: argparse.Namespace) -> bool:
     for kernel, reason in reasons.items():
         if reason is not None:
             print(f"{kernel}: not checked: {reason}")
-    wrong = [kernel for kernel in kernels if failed(runner.results, [kernel], len(everything))]
-    print("".join(f"{line}\n" for line in advice(wrong, kernels)) + f"{time.monotonic() - start:.0f} s\n", flush=True)
-    return not wrong
+    verdicts = {kernel: verdict(runner.results, kernel, len(everything)) for kernel in kernels}
+    wrong, right = ([kernel for kernel in kernels if verdicts[kernel] == wanted] for wanted in ("FAILED", "right"))
+    print("".join(f"{line}\n" for line in advice(wrong, right)) + f"{time.monotonic() - start:.0f} s\n", flush=True)
+    return set(verdicts.values())
 
 
 def kernel_unavailable_reason(kernel: str, everything: Sequence[Check], build: bool) -> str | None:
@@ -133,7 +138,7 @@ def summary(results: Results, kernels: Sequence[str], everything: Sequence[Check
         row: dict[str, Any] = {"backend": kernel} | counts
         row["error"] = max((entry["share"] for entry in own if entry.get("share") is not None), default=None)
         row["seconds"] = sum(entry.get("seconds", 0.0) for entry in own)
-        row["verdict"] = "right" if not failed(results, [kernel], len(everything)) else "FAILED"
+        row["verdict"] = verdict(results, kernel, len(everything))
         rows.append(row)
         reasons: dict[str, list[str]] = {}
         for check, entry in zip(everything, own):
@@ -151,12 +156,11 @@ def summary(results: Results, kernels: Sequence[str], everything: Sequence[Check
     return "\n".join([format_table({"columns": columns, "rows": rows}), "", *problems[:MOST_PROBLEMS], *more]).rstrip()
 
 
-def advice(wrong: Sequence[str], kernels: Sequence[str]) -> list[str]:
-    """Return what to do about kernels that are not right."""
+def advice(wrong: Sequence[str], right: Sequence[str]) -> list[str]:
+    """Return what to do about kernels that are wrong, given those that are right."""
     if not wrong:
         return []
     lines = [f"Do not use {', '.join(wrong)} here."]
-    right = [kernel for kernel in kernels if kernel not in wrong]
     if "native-sm80" in right and {*wrong} <= {"native-sm90", "native"}:
         lines.append("Set SRPKD_CUDA_KERNEL=sm80, which selects the kernel of native that is right.")
     elif (good := next((name for name in RECOMMENDED if name in right), None)) is not None:

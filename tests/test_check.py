@@ -211,7 +211,7 @@ def test_crashes_and_hangs_do_not_hide_other_results(fake):
     for kernel in ("native", "triton"):
         assert [runner.results[kernel, number]["status"] for number in range(4)] == expected
     assert "exit status 7: illegal instruction" in runner.results["native", 1]["reason"]
-    assert processes.failed(runner.results, ["native"], 4)
+    assert processes.verdict(runner.results, "native", 4) == "FAILED"
     assert processes.recorded(fake / "smoke.jsonl") == runner.results
     text = command.summary(runner.results, ["native", "triton"], CHECKS[:4])
     assert "native: crashed: exit status 7: illegal instruction" in text and "triton: hung: no result for 8 s" in text
@@ -231,8 +231,10 @@ def test_missing_cases_are_run_again(fake):
     second = processes.Runner(CHECKS[:5], 60, 15, fake / "smoke.jsonl")
     second.run(["native"])
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
-    assert processes.failed(second.results, ["native"], 5)
-    assert not processes.failed({("native", 0): {"status": "not covered"}}, ["native"], 1)
+    assert processes.verdict(second.results, "native", 5) == processes.verdict(second.results, "native", 6) == "FAILED"
+    results = {("native", 0): {"status": "not covered"}, ("native", 1): {"status": "ok"}}
+    assert processes.verdict(results, "native", 2) == "right"
+    assert processes.verdict(results, "native", 3) == "not finished"
 
 
 def test_results_of_other_cases_are_refused(tmp_path):
@@ -326,11 +328,21 @@ def test_a_faulty_backend_is_reported_and_hides_no_other(fault: str, tmp_path: P
 
 def test_advice():
     assert command.advice([], ["native", "triton"]) == []
-    both = ["native-sm80", "native-sm90", "native", "triton", "blocked"]
-    assert "SRPKD_CUDA_KERNEL=sm80" in command.advice(["native-sm90", "native"], both)[1]
-    assert "SRPKD_BACKEND=triton" in command.advice(["native-sm80", "native"], both)[1]
-    assert "SRPKD_BACKEND=native," in command.advice(["triton"], both)[1]
-    assert command.advice(["blocked"], ["blocked"]) == ["Do not use blocked here."]
+    others = ["triton", "blocked"]
+    assert "SRPKD_CUDA_KERNEL=sm80" in command.advice(["native-sm90", "native"], ["native-sm80", *others])[1]
+    assert "SRPKD_BACKEND=triton" in command.advice(["native-sm80", "native"], ["native-sm90", *others])[1]
+    assert "SRPKD_BACKEND=native," in command.advice(["triton"], ["native", "blocked"])[1]
+    assert command.advice(["blocked"], []) == ["Do not use blocked here."]
+
+
+def test_too_little_time_is_no_failure(capsys):
+    """Such as on a machine with few cores, where Triton compiles for minutes."""
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--device", "cpu", "--backend", "blocked", "--seconds", "0"])
+    assert caught.value.code == 1
+    output = capsys.readouterr().out
+    assert "not finished" in output and "Do not use" not in output and "FAILED" not in output
+    assert output.splitlines()[-1].startswith("Not finished on cpu in 0 s: use a larger --seconds")
 
 
 def test_an_extension_that_is_not_built_is_not_built_without_being_asked(monkeypatch):

@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from .kernels import KERNELS, CannotRun, evaluate, poisoned_memory
 # Windows cannot fork, and macOS not safely: its libraries, which torch uses, may have started threads.
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
+Verdict = Literal["right", "FAILED", "not finished"]
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
 NOISE = 0.03
@@ -321,7 +322,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def failed(results: dict[tuple[str, int], dict[str, Any]], kernels: Sequence[str], count: int) -> bool:
-    """Return whether a result is wrong or missing."""
-    states = [results.get((kernel, number), {}).get("status") for kernel in kernels for number in range(count)]
-    return any(state not in ("ok", "not covered") for state in states)
+def verdict(results: dict[tuple[str, int], dict[str, Any]], kernel: str, count: int) -> Verdict:
+    """Return "FAILED" if a result of a kernel is wrong, "not finished" if one is missing, "right" otherwise."""
+    states = {results.get((kernel, number), {}).get("status") for number in range(count)}
+    if states - {"ok", "not covered", None}:
+        return "FAILED"
+    return "not finished" if None in states else "right"
