@@ -189,7 +189,7 @@ def architectures() -> str:
         ValueError: TORCH_CUDA_ARCH_LIST contains something else than architectures.
     """
     chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    listed = chosen if chosen and chosen != "native" else ";".join(_installed()) or DEFAULT_ARCHITECTURES
+    listed = chosen if chosen and chosen != "native" else ";".join(installed_architectures()) or DEFAULT_ARCHITECTURES
     found, needs_ptx = [], False
     for word in re.split(r"[;\s]+", listed.strip("; ")):
         for name in NAMED_ARCHITECTURES.get(word.removesuffix("+PTX"), word).split(";"):
@@ -215,7 +215,7 @@ def architectures() -> str:
     return ";".join(dict.fromkeys(found))
 
 
-def _installed() -> list[str]:
+def installed_architectures() -> list[str]:
     """Return the architectures of the installed GPUs."""
     import torch
 

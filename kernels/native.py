@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -183,10 +184,10 @@ def unavailable_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if build.has_code_for(module.cuda_architectures, capability):
         return None
-    version = "{}.{}".format(*capability)
+    version, needed = "{}.{}".format(*capability), shlex.quote(";".join(build.installed_architectures()))
     return (
         f"it was built for the GPU architectures {module.cuda_architectures}, and this GPU has {version}: install "
-        f"srpkd again with --no-build-isolation and TORCH_CUDA_ARCH_LIST={version}"
+        f"srpkd again with --no-build-isolation and TORCH_CUDA_ARCH_LIST={needed}"
     )
 
 

@@ -149,7 +149,7 @@ def test_wrong_architectures_are_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")
     assert "TORCH_CUDA_ARCH_LIST='7.0;7.5' names no compute capability of 8.0" in str(build.cuda_unavailable_reason())
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    monkeypatch.setattr(build, "_installed", lambda: ["7.5"])
+    monkeypatch.setattr(build, "installed_architectures", lambda: ["7.5"])
     assert "the installed GPUs have no compute capability" in str(build.cuda_unavailable_reason())
 
 

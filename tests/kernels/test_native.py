@@ -436,8 +436,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int], str]
 
     def reason(capability: tuple[int, int], architectures: str) -> str | None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        # cuda:1 has capability 8.9
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9) if device == 1 else capability)
         monkeypatch.setattr(module, "cuda_architectures", architectures)
         native._can_run.cache_clear()
         return native.unavailable_reason(torch.device("cuda", 0))
@@ -452,10 +454,12 @@ def test_an_extension_without_code_for_the_gpu_is_not_taken(fake_gpu) -> None:
     reason = fake_gpu((9, 0), "8.6")
     assert reason == (
         "it was built for the GPU architectures 8.6, and this GPU has 9.0: install srpkd again with "
-        "--no-build-isolation and TORCH_CUDA_ARCH_LIST=9.0"
+        "--no-build-isolation and TORCH_CUDA_ARCH_LIST='8.9;9.0'"
     )
     assert not native.is_built(torch.device("cuda", 0))
-    assert "TORCH_CUDA_ARCH_LIST=12.0" in str(fake_gpu((12, 0), "8.6;9.0a"))
+    # for all GPUs of the machine: a build for this one alone would not run on the others
+    assert "TORCH_CUDA_ARCH_LIST='8.9;12.0'" in str(fake_gpu((12, 0), "8.6;9.0a"))
+    assert str(fake_gpu((8, 9), "9.0a")).endswith("TORCH_CUDA_ARCH_LIST=8.9")
     assert "compute capability 8.0 or higher, this one has 7.5" in str(fake_gpu((7, 5), "8.0+PTX;9.0a"))
 
 
