@@ -91,7 +91,8 @@ class FeatureTap:
 
     Raises:
         TypeError: ``network`` is not a module, a module is part of a TorchScript module, or ``names`` is a string.
-        ValueError: a name is not that of a submodule (the message lists the nearest names), or a submodule never runs.
+        ValueError: a name is not that of a submodule (the message lists the nearest names), a submodule never runs, or
+            the network is a DataParallel of several GPUs.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], role: str = "network") -> None:
@@ -99,6 +100,11 @@ class FeatureTap:
         check_type(f"the {role}", network, nn.Module, "a torch.nn.Module")
         if isinstance(names, str):
             raise TypeError(f"names={names!r}: expected a list of the {role}'s module names, such as [{names!r}]")
+        if isinstance(network, DataParallel) and len(network.device_ids) > 1:
+            raise ValueError(
+                f"the {role} is a DataParallel of {len(network.device_ids)} GPUs, which runs a copy of it on each: "
+                "their features cannot be tapped. Use DistributedDataParallel, or one GPU by device_ids=[0]"
+            )
         self.names: list[str] = list(names)
         modules = named_layers(network)
         paths: dict[str, tuple[str, Keys]] = {}

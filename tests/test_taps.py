@@ -345,6 +345,16 @@ def test_layers_keep_their_names_in_a_wrapper(wrap: Callable, student: nn.Module
     FeatureTap(wrapped, [own])  # the names of named_modules() remain valid
 
 
+def test_data_parallel_of_several_gpus_is_refused(student: nn.Module) -> None:
+    """It runs copies of the network in other threads, whose features would be missing."""
+    wrapped = nn.DataParallel(student)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"the network is a DataParallel of 2 GPUs.*Use DistributedDataParallel"):
+        FeatureTap(wrapped, ["model.0"])
+    wrapped.device_ids = [0]
+    FeatureTap(wrapped, [next(name for name, _ in student.named_children())])
+
+
 def test_own_layer_takes_precedence_over_that_of_module(image: Tensor) -> None:
     """A network may have a submodule ``module`` without being a wrapper."""
     network = nn.Sequential(OrderedDict(module=nn.Sequential(nn.Conv2d(3, 4, 1)), head=nn.Conv2d(4, 2, 1)))
