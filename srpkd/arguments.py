@@ -68,12 +68,17 @@ def check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpu_count():
         raise ValueError(f"device={name!r}: torch sees {gpu_count()} GPUs; or use --device cpu")
     if device.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:  # of many types: each kind of device has its own
-            reason = first_line(error).partition(". ")[0]  # torch's own message lists all of its backends
-            raise ValueError(f"device={name!r}: torch cannot use it here ({reason}); use --device cpu") from error
+        check_usable(device)
     return device
+
+
+def check_usable(device: torch.device) -> None:
+    """Raise a ValueError if nothing runs on a device, such as a full GPU, or one that is too old for this torch."""
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # of many types: each kind of device has its own
+        reason = first_line(error).partition(". ")[0]  # torch's own message lists all of its backends
+        raise ValueError(f"device={str(device)!r}: torch cannot use it here ({reason}); use --device cpu") from error
 
 
 # --- types for argparse ---

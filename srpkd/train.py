@@ -11,7 +11,7 @@ import sys
 import traceback
 from functools import partial
 
-from .arguments import command_line, first_line
+from .arguments import check_usable, command_line, exit_on_error, first_line
 from .cli import prepare_terminal
 from .data.images import DataError
 from .devices import is_out_of_memory
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         prepare_terminal()
     config = parse_arguments(arguments)
+    with exit_on_error():
+        check_usable(config.torch_device)
     given = sys.argv[1:] if arguments is None else arguments
     with distributed.process_group(config.torch_device):
         status = run_cli(config, command_line(["python", "-m", "srpkd.train", *given]))

@@ -29,6 +29,16 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}"])
 
 
+def test_a_gpu_on_which_nothing_runs_ends_the_process_with_one_message(monkeypatch, tmp_path):
+    """Such as one that is older than torch supports, of which torch.cuda.is_available() is true."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 100)
+    message = r"^error: device='cuda:99': torch cannot use it here \(.*\); use --device cpu$"
+    with pytest.raises(SystemExit, match=message):
+        train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--device=cuda:99"])
+    assert not list(tmp_path.iterdir())
+
+
 def cuda_allocation(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
