@@ -98,14 +98,26 @@ TABLE = {
         (128, ANY, 128, 32, 8, 3),
         (ANY, ANY, 128, 32, 8, 3),
     ),
-    ("sm_90", "medium"): ((64, ANY, 128, 64, 8, 3), (128, ANY, 128, 32, 8, 3), (ANY, ANY, 128, 32, 8, 3)),
-    ("sm_90", "high"): ((64, ANY, 128, 64, 8, 2), (128, ANY, 128, 32, 8, 3), (ANY, ANY, 128, 32, 8, 3)),
-    ("sm_90", "highest"): ((64, ANY, 128, 32, 8, 3), (ANY, ANY, 128, 32, 8, 3)),
+    ("sm_90", "medium"): (
+        (64, 64, 128, 64, 8, 3),
+        (64, ANY, 128, 64, 8, 3),
+        (128, 128, 128, 32, 8, 3),
+        (128, ANY, 128, 32, 8, 3),
+        (ANY, ANY, 128, 32, 8, 3),
+    ),
+    ("sm_90", "high"): (
+        (64, 64, 128, 64, 8, 2),
+        (64, ANY, 128, 64, 8, 2),
+        (128, 128, 128, 32, 8, 3),
+        (128, ANY, 128, 32, 8, 3),
+        (ANY, ANY, 128, 32, 8, 3),
+    ),
+    ("sm_90", "highest"): ((64, 64, 128, 32, 8, 3), (64, ANY, 128, 32, 8, 3), (ANY, ANY, 128, 32, 8, 3)),
     ("sm_80", "bfloat16"): ((64, 256, 128, 64, 8, 2), (128, 256, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_80", "float16"): ((64, 256, 128, 32, 8, 2), (128, 256, 64, 32, 4, 2), (ANY, ANY, 128, 32, 8, 2)),
-    ("sm_80", "medium"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
-    ("sm_80", "high"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
-    ("sm_80", "highest"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_80", "medium"): ((64, 64, 128, 32, 8, 2), (64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_80", "high"): ((64, 64, 128, 32, 8, 2), (64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_80", "highest"): ((64, 64, 128, 32, 8, 2), (64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
     ("sm_86", "bfloat16"): (
         (64, 128, 128, 32, 8, 2),
         (64, 256, 64, 64, 8, 2),
@@ -118,16 +130,22 @@ TABLE = {
         (64, ANY, 64, 32, 8, 2),
         (ANY, ANY, 64, 64, 8, 2),
     ),
-    ("sm_86", "medium"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
-    ("sm_86", "high"): ((64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
-    ("sm_86", "highest"): ((64, ANY, 64, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_86", "medium"): ((64, 64, 128, 32, 8, 2), (64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_86", "high"): ((64, 64, 128, 32, 8, 2), (64, ANY, 128, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
+    ("sm_86", "highest"): ((64, 64, 64, 32, 8, 2), (64, ANY, 64, 32, 8, 2), (ANY, ANY, 128, 32, 8, 2)),
 }
 # Data-centre Blackwell has as much shared memory as Hopper and uses its rows. The exceptions are rows that would spill
 # more, and rows for which Triton 3.6 needs more tensor memory than exists: it then compiles a kernel that only traps.
 TABLE |= {("sm_100", numbers): rows for (name, numbers), rows in TABLE.items() if name == "sm_90"}
 TABLE["sm_100", "float16"] = ((64, 256, 128, 32, 8, 3), *TABLE["sm_90", "float16"][1:])
-TABLE["sm_100", "high"] = ((64, ANY, 64, 64, 8, 2), (128, ANY, 64, 64, 8, 3), *TABLE["sm_90", "high"][2:])
-TABLE["sm_100", "highest"] = ((64, ANY, 64, 32, 4, 3), *TABLE["sm_90", "highest"][1:])
+TABLE["sm_100", "high"] = (
+    (64, 64, 64, 64, 8, 2),
+    (64, ANY, 64, 64, 8, 2),
+    (128, 128, 64, 32, 4, 3),
+    (128, ANY, 64, 64, 8, 3),
+    *TABLE["sm_90", "high"][4:],
+)
+TABLE["sm_100", "highest"] = ((64, ANY, 64, 32, 4, 3), *TABLE["sm_90", "highest"][2:])
 TERMS = {"bfloat16": 1, "float16": 2, "medium": 1, "high": 2, "highest": 3}  # see primitives.py
 # channels per block where the kernel loops over several blocks
 LOOP_BLOCK = {"bfloat16": 64, "float16": 64, "medium": 32, "high": 32, "highest": 32}
@@ -144,9 +162,15 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def configuration(capability: tuple[int, int], numbers: str, channels_s: int, channels_t: int) -> Configuration:
-    """Return the hand-chosen configuration."""
+    """Return the hand-chosen configuration.
+
+    Student and teacher with equally many channels get equal blocks: G is then summed in the same order, and D of equal
+    features is exactly 0.
+    """
     rows = TABLE[architecture(capability), numbers]
     row = next(row for row in rows if channels_s <= row[0] and channels_t <= row[1])
+    if channels_s == channels_t and row[0] != ANY == row[1]:  # only the teacher's would be computed in blocks
+        row = rows[-1]
     block_s, block_t = (
         LOOP_BLOCK[numbers] if most == ANY else max(32, triton.next_power_of_2(channels))
         for most, channels in zip(row, (channels_s, channels_t))

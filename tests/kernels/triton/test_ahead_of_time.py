@@ -85,6 +85,16 @@ def test_configurations():
         assert configurations.architecture(unknown) == "sm_86"
 
 
+@pytest.mark.parametrize("channels", [1, 33, 64, 100, 128, 300])
+def test_equal_channels_have_equal_blocks(channels):
+    """Otherwise G of student and teacher are summed in different orders, and equal features are no ties."""
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0)):
+        for numbers in configurations.TERMS:
+            chosen = configuration(capability, numbers, channels, channels)
+            assert chosen.block_s == chosen.block_t
+            assert chosen.block_t >= min(channels, 32)
+
+
 @pytest.mark.parametrize("need_grad", [True, False])
 @pytest.mark.parametrize("pixels", [1, 100, 4096, 5000, 65536])
 @pytest.mark.parametrize("batch", [1, 3, 16])
