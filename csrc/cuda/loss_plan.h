@@ -52,11 +52,20 @@ struct Workspace {
   char* base;
   int64_t bytes = 0;
 
+  explicit Workspace(char* base) : base(base) {}
+  virtual ~Workspace() = default;
+
   template <class T>
   T* take(int64_t count) {
+    return reinterpret_cast<T*>(reserve(count * static_cast<int64_t>(sizeof(T))));
+  }
+
+ protected:
+  // Tests replace it, to see accesses beyond a part.
+  virtual char* reserve(int64_t size) {
     const int64_t begin = bytes;
-    bytes += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return base ? reinterpret_cast<T*>(base + begin) : nullptr;
+    bytes += round_up(size, 256);
+    return base ? base + begin : nullptr;
   }
 };
 

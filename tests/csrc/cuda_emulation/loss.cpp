@@ -23,18 +23,35 @@ using emulation::Schedule;
 
 std::string message;
 
+// Hands out parts with gaps between them, each of which the kernels may access.
+struct SeparateParts : Workspace {
+  Machine& machine_of_test;
+
+  SeparateParts(char* base, Machine& machine) : Workspace(base), machine_of_test(machine) {}
+
+  char* reserve(int64_t size) override {
+    char* const part = Workspace::reserve(size);
+    Workspace::reserve(4096);
+    machine_of_test.allow(part, size);
+    return part;
+  }
+};
+
 // Runs kernels one after the other, until the first error.
 struct Launch {
   Machine& machine_of_test;
   uint64_t seed;
   int shared_limit, launches = 0;
+  int64_t largest_grid = 0;  // as planned
 
   template <class F>
   void run(int x, int y, int threads, int bytes, F kernel, bool overlaps = true, int resident = 0) {
     if (!machine_of_test.error.empty()) return;
     ++launches;
     if (bytes > shared_limit)
-      machine_of_test.fail("a kernel needs " + std::to_string(bytes) + " bytes of shared memory");
+      machine_of_test.error = "a kernel needs " + std::to_string(bytes) + " bytes of shared memory";
+    if (x > largest_grid) machine_of_test.error = "a kernel has more thread blocks than planned";
+    if (!machine_of_test.error.empty()) return;
     machine = &machine_of_test;
     const Schedule schedule{seed, resident ? resident : seed ? 3 : 1, overlaps};
     machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, schedule, kernel);
@@ -138,17 +155,16 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   const Device properties{device[0], device[1], device[2], device[3]};
   std::vector<char> memory;
   const auto planned = [&](auto make_plan) {
-    Workspace size{nullptr};
+    SeparateParts size(nullptr, local);
     make_plan(size);
     memory.assign(size.bytes + 256, static_cast<char>(0xff));  // NaN, and -1 in counters
-    Workspace workspace{reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256))};
-    const auto plan = make_plan(workspace);
-    local.allow(workspace.base, workspace.bytes);
-    return plan;
+    SeparateParts workspace(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256)), local);
+    return make_plan(workspace);
   };
   Launch launch{local, seed, properties.shared_of_block};
   if (kernels == CLOSED_FORM) {
     const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
+    launch.largest_grid = plan.largest_grid;
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
       cuda::closed_form::launch_loss<decltype(type), decltype(adjacent)::value>(plan, launch);
     });
@@ -157,6 +173,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
     return message.c_str();
   }
   const auto run = [&](auto plan) {
+    launch.largest_grid = plan.largest_grid;
     with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
       launch_scales<decltype(type), decltype(adjacent)::value>(plan.scales, launch);
     });
