@@ -130,7 +130,7 @@ VARIANTS = {
         Patch(COLUMNS, "const int earlier = rank(image, row, step);", "const int earlier = 0;"),
         Patch(
             COLUMNS,
-            """        if (before == 0) {  // so that nobody has to zero it
+            """        if (before == 0) {  // so that it need not be zero
           store_bulk(to, shared + C::STAGING, CHUNK);
         } else {
           if (half == 0) {

@@ -116,7 +116,7 @@ struct Adder : Role<C> {
       for (int half = 0; half < 2; ++half) {
         wait(shared + C::STAGING_FULL, half);
         float* const to = p.U_columns + at * U_BLOCK + half * (U_BLOCK / 2);
-        if (before == 0) {  // so that nobody has to zero it
+        if (before == 0) {  // so that it need not be zero
           store_bulk(to, shared + C::STAGING, CHUNK);
         } else {
           if (half == 0) {
