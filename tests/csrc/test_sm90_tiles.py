@@ -322,6 +322,28 @@ def test_a_nan_is_not_clamped(library: ctypes.CDLL, dtype: torch.dtype) -> None:
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("images", [1, 2, 7, 40])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 8, 66])
+def test_work_is_divided_among_thread_blocks(library: ctypes.CDLL, blocks: int, images: int) -> None:
+    """Each pair of blocks is visited once, each segment has its own part, and additions have an order."""
+    groups = set()
+    for multiprocessors in (1, 2, 5, 132):
+        problem = images, blocks * 128 - 1, multiprocessors
+        library.walk(*problem, sizes := (ctypes.c_int * 4)(), None, None, None)
+        visits = torch.zeros(images, blocks, blocks, dtype=torch.int32)
+        segments = torch.zeros(images, blocks, sizes[3], dtype=torch.int32)
+        order = torch.full_like(visits, -1)
+        library.walk(*problem, sizes, pointer(visits), pointer(segments), pointer(order))
+        assert sizes[0] == blocks and 1 <= sizes[2] <= multiprocessors
+        assert (visits + visits.mT == 1 + torch.eye(blocks)).all()
+        assert (segments.amax(2) == 1).all() and (segments <= 1).all()
+        for column, additions in enumerate(visits.sum(1)[0] - 1):
+            assert (order[:, column, :additions] >= 0).all() and (order[:, column, additions:] == -1).all()
+            assert (order[:, column, :additions].diff() > 0).all()
+        groups.add(sizes[1])
+    assert max(groups) == max(1, min(images, images * blocks * (blocks + 1) // 2 // 16))  # of one thread block
+
+
 # pixels, channels, multiprocessors: each column block has one copy and several additions; the ring is as short as
 # possible and used several times in each tile; many segments
 SCHEDULES = {"additions": (7 * 128, (8, 8), 2), "ring": (264, (70, 600), 2), "segments": (5 * 128, (64, 64), 5)}

@@ -51,6 +51,33 @@ struct FeaturesOfTest {
   int element_bytes;
 };
 
+// Walks over the work as the thread blocks do. sizes: of Work, blocks, groups, grid and parts. If `visits` is not null,
+// counts the visits to each pair of blocks (images, blocks, blocks) and the segments of each row (images, blocks,
+// parts). order (images, blocks, blocks): the place of each addition to a column block, by its rank.
+void walk(int images, int pixels, int multiprocessors, int* sizes, int* visits, int* segments, int* order) {
+  const Work work = divide(images, pixels, TILE, multiprocessors);
+  sizes[0] = work.blocks, sizes[1] = work.groups, sizes[2] = work.grid, sizes[3] = work.parts;
+  if (!visits) return;
+  for (int block = 0; block < work.grid; ++block) {
+    Segments walked(work, block);
+    Segment segment{};
+    int place = 0;
+    for (int group = -1; walked.next(segment);) {
+      if (group != walked.group) place = 0, group = walked.group;
+      const int row = segment.image * work.blocks + segment.row;
+      ++segments[row * work.parts + block - owners_of(work, segment.image, segment.row).first];
+      for (int step = segment.first; step < segment.end; ++step, ++place) {
+        const int column = column_of(work.blocks, segment.row, step);
+        ++visits[row * work.blocks + column];
+        int rank = 0;
+        for (int lane = 0; lane < 32; ++lane)
+          rank += earlier_items(work, segment.image, segment.row, step, 1 + lane, 32);
+        if (step > 0) order[(segment.image * work.blocks + column) * work.blocks + rank] = place * work.grid + block;
+      }
+    }
+  }
+}
+
 // Runs the kernel with one thread block on each of `multiprocessors`, and returns an error message, or "" on success.
 // loss: (images,); U: (images, pixels, channels); h: (images, pixels).
 const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* student, const FeaturesOfTest* teacher,
