@@ -63,13 +63,13 @@ SRPKD_HOST_DEVICE constexpr int inverse_quotient(int thing, int count, int parts
                           static_cast<uint32_t>(count));
 }
 
-// A group's images [first, first + count), and the number of its items.
+// The first image of a group, and the number of its items.
 struct Group {
-  int first, count, items;
+  int first, items;
 };
 SRPKD_HOST_DEVICE constexpr Group group_at(const Work& work, int group) {
   const int first = quotient(work.images, group, work.groups), end = quotient(work.images, group + 1, work.groups);
-  return {first, end - first, (end - first) * work.image_items};
+  return {first, (end - first) * work.image_items};
 }
 SRPKD_HOST_DEVICE constexpr int group_of(const Work& work, int image) {
   return inverse_quotient(image, work.images, work.groups);
