@@ -54,7 +54,7 @@ class Features(ctypes.Structure):
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
     result = compile_emulation("sm90_library.cpp", "sm90_tiles.cpp")
-    result.relation_tiles.restype = ctypes.c_char_p
+    result.relation_tiles.restype = result.uncovered.restype = ctypes.c_char_p
     return result
 
 
@@ -317,6 +317,30 @@ def test_a_nan_is_not_clamped(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     relation = Relation("none", "huber")
     tiles = emulate(library, student, teacher, scales_of(student, teacher, relation, torch.float32), relation)
     assert tiles.loss.isnan().all() and not tiles.U.isfinite().any()
+
+
+HALF, L2, HUBER = PRECISIONS[torch.float16], DISTANCES.index("l2"), DISTANCES.index("huber")
+
+
+# the fields of Problem
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        ((1, 2**19, 256, 1024, 0, 1, 0, 0, 1), ""),
+        ((1, 2**19 + 1, 8, 8, 0, 1, 0, 0, 1), "more than 2^19 pixels"),
+        ((2**16, 8, 8, 8, 0, 1, 0, 0, 1), "more than 2^16 images"),
+        ((2**15, 8, 65, 8, 0, 1, 0, 0, 1), "more than 2^16 images"),  # for each 64 channels of U
+        ((1, 8, 257, 8, 0, 1, 0, 0, 1), "a student with more than 256 channels"),
+        ((1, 8, 8, 1025, 0, 1, 0, 0, 1), "a teacher with more than 1024 channels"),
+        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), L2, 1), "an unbounded distance"),
+        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), HUBER, 1.5), "an unbounded distance"),
+        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), HUBER, 1), ""),
+        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("row"), HUBER, 1.5), ""),
+    ],
+)
+def test_which_problems_are_covered(library: ctypes.CDLL, problem: tuple[float, ...], reason: str) -> None:
+    message = library.uncovered(ctypes.byref(Problem(*problem)), 132).decode()
+    assert reason in message and bool(reason) == bool(message)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------

@@ -44,6 +44,26 @@ struct ProblemOfTest {
   float delta;
 };
 
+static Problem problem_of(const ProblemOfTest& of_test) {
+  return {of_test.images,
+          of_test.pixels,
+          of_test.student_channels,
+          of_test.teacher_channels,
+          static_cast<Precision>(of_test.precision),
+          of_test.grad != 0,
+          static_cast<Normalize>(of_test.normalize),
+          static_cast<Distance>(of_test.distance),
+          of_test.delta,
+          false,
+          static_cast<Normalize>(of_test.normalize) != Normalize::none};
+}
+
+// Returns why the kernel does not cover a problem, or "".
+const char* uncovered(const ProblemOfTest* of_test, int multiprocessors) {
+  const char* const reason = uncovered_reason(problem_of(*of_test), {multiprocessors, SHARED_LIMIT});
+  return reason ? reason : "";
+}
+
 struct FeaturesOfTest {
   const void* data;
   const float* alpha;
@@ -82,17 +102,7 @@ void walk(int images, int pixels, int multiprocessors, int* sizes, int* visits, 
 // loss: (images,); U: (images, pixels, channels); h: (images, pixels).
 const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* student, const FeaturesOfTest* teacher,
                            int multiprocessors, uint64_t seed, double* loss, float* U, float* h) {
-  const Problem problem{of_test->images,
-                        of_test->pixels,
-                        of_test->student_channels,
-                        of_test->teacher_channels,
-                        static_cast<Precision>(of_test->precision),
-                        of_test->grad != 0,
-                        static_cast<Normalize>(of_test->normalize),
-                        static_cast<Distance>(of_test->distance),
-                        of_test->delta,
-                        false,
-                        static_cast<Normalize>(of_test->normalize) != Normalize::none};
+  const Problem problem = problem_of(*of_test);
   if (const char* reason = uncovered_reason(problem, {multiprocessors, SHARED_LIMIT})) return reason;
   Machine local;
   Workspace workspace{&local, {}};
