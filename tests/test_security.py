@@ -73,6 +73,9 @@ def test_torch_load_is_called_with_weights_only():
 def test_yaml_is_read_by_the_safe_loader():
     names = {name for _, name, _ in calls() if name.startswith("yaml.")}
     assert names == {"yaml.safe_load", "yaml.safe_dump"}
+    classes = (node for tree in SOURCES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    bases = {ast.unparse(base) for node in classes for base in node.bases}
+    assert {base for base in bases if base.startswith("yaml.")} == {"yaml.SafeLoader"}
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.pt", "net.safetensors"])

@@ -78,7 +78,7 @@ def read_config(path: str) -> dict[str, Any]:
         ValueError: The file cannot be read, is not YAML, or has an unknown option (the message suggests the nearest).
     """
     try:
-        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+        content = _Loader(Path(path).expanduser().read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
