@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 
 from srpkd.kernels.build import available_cores
+from srpkd.kernels.cpu_info import cpu_info
 
 from .measure import seconds_of
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: str) -> str:
@@ -36,11 +36,7 @@ def device_name(device: str) -> str:
 
 def _cpu_model() -> str:
     """Return the model of the CPU, or its architecture if the model is unknown."""
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1]
+    names = [name] if (name := cpu_info().get("model name")) else []
     if not names and (lscpu := shutil.which("lscpu")):  # on ARM, the file contains numbers, whose names lscpu knows
         environment = {**os.environ, "LC_ALL": "C"}
         text = subprocess.run([lscpu], env=environment, capture_output=True, text=True).stdout

@@ -34,14 +34,13 @@ import difflib
 import functools
 import importlib
 import os
-import re
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import cuda_device, formulas, measured
+from .cpu_info import cpu_info
 from .formulas import Relation
 
 BACKENDS = {
@@ -116,7 +115,7 @@ CLOSED_FORM_FROM = {
 # smaller. It is faster, by estimate, where the first have so many elements, and up to this ratio of N^2 to C, since its
 # products are in float32. This was not measured.
 LARGE_MOMENTS, GRAM_RATIO = 2**25, 64
-CPU_INFO, ZEN5_FAMILY = Path("/proc/cpuinfo"), 26
+ZEN5_FAMILY = 26
 GPU_BACKENDS = ("triton", "native", "closed_form")  # for GPUs of which nothing is recorded, the first that can run
 
 
@@ -182,12 +181,9 @@ def is_zen5() -> bool:
 
     Elsewhere products in float32 take half of the time that they take in float64. False if the CPU is unknown.
     """
-    try:
-        text = CPU_INFO.read_text(encoding="utf-8")
-    except OSError:
-        return False
-    family = re.search(r"^cpu family\s*: *(\d+)", text, re.MULTILINE)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= ZEN5_FAMILY
+    cpu = cpu_info()
+    family = cpu.get("cpu family", "")
+    return cpu.get("vendor_id") == "AuthenticAMD" and family.isdecimal() and int(family) >= ZEN5_FAMILY
 
 
 def _auto_can_run(name: str, device: torch.device, relation: Relation, dtype: torch.dtype) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..arguments import first_line
+from ..kernels.cpu_info import cpu_info
 
-CPU_INFO = Path("/proc/cpuinfo")
 # compute capabilities of GPUs: since when they have tensor cores, and Triton supports them, and since when bfloat16
 TENSOR_CORES, BFLOAT16 = (7, 0), (8, 0)
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
@@ -17,11 +16,8 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
 
 def cpu_has_bfloat16() -> bool | None:
     """Return whether the CPU has instructions for products of bfloat16 numbers, or None if that is unknown."""
-    try:
-        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    flags = next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), None)
+    cpu = cpu_info()
+    flags = cpu.get("flags", cpu.get("Features"))
     return None if flags is None else not BFLOAT16_FLAGS.isdisjoint(flags.split())
 
 

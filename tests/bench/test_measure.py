@@ -15,7 +15,7 @@ import torch
 from bench import machine, measure
 from bench.providers import PROVIDERS, prepare_call
 from srpkd.checking.cases import Case
-from srpkd.kernels import build
+from srpkd.kernels import build, cpu_info
 
 
 def test_providers_take_turns():
@@ -179,7 +179,7 @@ def test_the_commit_says_whether_the_code_has_changed(tmp_path, monkeypatch):
 
 def test_the_model_of_all_cores_is_named_once(tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu\n\n" * 2)
-    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_info, "PATH", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert machine.device_name("cpu") == f"AMD EPYC with AVX2, {build.available_cores()} cores"
 
@@ -190,7 +190,7 @@ def test_the_model_of_all_cores_is_named_once(tmp_path, monkeypatch):
 def test_arm_processors_have_names(models, name, tmp_path, monkeypatch):
     """Linux tells their numbers only: rows of all of them would replace each other."""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n")
-    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_info, "PATH", tmp_path / "cpuinfo")
     lines = "".join(f"  Model name:             {model}\n" for model in models)
     (tmp_path / "lscpu").write_text(f"#!/bin/sh\ncat <<END\nArchitecture:   aarch64\n{lines}    Model:    0\nEND\n")
     (tmp_path / "lscpu").chmod(0o755)

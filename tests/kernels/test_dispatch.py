@@ -21,6 +21,7 @@ from srpkd.kernels import (
     Relation,
     auto_backend,
     blocked,
+    cpu_info,
     dispatch,
     native,
     op,
@@ -151,7 +152,7 @@ FAMILY = "vendor_id\t: {}\ncpu family\t: {}\nmodel name\t: EPYC\n"
     ],
 )
 def test_processors_of_amd(text: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu_info, "PATH", tmp_path / "cpuinfo")
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
     assert dispatch.is_zen5.__wrapped__() is expected

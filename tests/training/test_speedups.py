@@ -6,6 +6,7 @@ import pytest
 import torch
 from small import SMALL
 
+from srpkd.kernels import cpu_info
 from srpkd.training import speedups
 from srpkd.training.options import TrainConfig
 from srpkd.training.plan import check_compiler, with_usable_precision
@@ -20,7 +21,7 @@ def cpu(tmp_path, monkeypatch):
 
     def write(text: str) -> None:
         (tmp_path / "cpuinfo").write_text(text)
-        monkeypatch.setattr(speedups, "CPU_INFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(cpu_info, "PATH", tmp_path / "cpuinfo")
 
     return write
 
@@ -42,7 +43,7 @@ def test_bfloat16_instructions(cpu, text, expected):
 
 
 def test_a_system_that_does_not_tell(tmp_path, monkeypatch):
-    monkeypatch.setattr(speedups, "CPU_INFO", tmp_path / "missing")
+    monkeypatch.setattr(cpu_info, "PATH", tmp_path / "missing")
     assert speedups.cpu_has_bfloat16() is None
     assert speedups.slow_precision_reason(torch.device("cpu"), "bf16") == ""
 
