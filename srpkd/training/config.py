@@ -47,9 +47,14 @@ class _Loader(yaml.SafeLoader):
                     part.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Read 010 as 10, as on the command line; in YAML 1.1 it is 8."""
+        return int(node.value) if node.value.isdecimal() else super().construct_yaml_int(node)
+
 
 # where a number is expected: the message quotes it
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def presets() -> list[str]:
