@@ -42,7 +42,7 @@ def synchronize(device: torch.device | str) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the memory of a device, or of the CPU, does not suffice."""
     texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")  # not all have a class
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 
 def may_copy_ahead(device: torch.device) -> bool:

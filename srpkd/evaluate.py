@@ -73,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                 sync="nothing",
             )
             if done.skipped:
-                raise ValueError(f"images that cannot be read: {'; '.join(done.skipped)}")
+                raise ValueError(f"images that cannot be translated: {'; '.join(done.skipped)}")
             source = scratch
         elif options.input:
             raise ValueError(

@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
         prog="srpkd translate",
         description="Run a generator on every image of a folder and its sub-folders. Images may have any size; names "
         "and formats are kept, and so are 16-bit depth, alpha channels and ICC profiles where the format allows it. "
-        "Files that cannot be read are reported and skipped (exit status 1).",
+        "Files that cannot be read, or are too large for the memory, are reported and skipped (exit status 1).",
         epilog="example: srpkd translate runs/h2z/latest_net_G_A.pth photos/ zebras/ --batch_size 4",
     )
     add = result.add_argument

@@ -21,6 +21,7 @@ from ..data.encode import LOSSY, WITH_FRAMES, Source, encode, image_format, lost
 from ..data.images import AHEAD, Crop, in_threads, open_image
 from ..data.listing import EXTENSIONS, Listing, list_images, relative_name, relative_path
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
+from ..devices import is_out_of_memory
 from ..files import Sync, WriteError, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
 from ..progress import ProgressBar
@@ -41,6 +42,19 @@ def translate(net: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     padded = pad_images(images, size_multiple(net))
     return net(padded.to(next(net.parameters()).device))[:, :, :height, :width].cpu()
+
+
+def translate_what_fits(net: nn.Module, images: Tensor) -> list[Tensor | None]:
+    """Return each image's output (C', H, W), as ``translate``, or None if the memory does not suffice for it alone."""
+    try:
+        return list(translate(net, images))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # here, not in the handler, whose traceback keeps the layers' outputs
+    if len(images) == 1:
+        return [None]
+    return [output for image in images for output in translate_what_fits(net, image[None])]
 
 
 def check_output(output: Tensor, image: str) -> None:
@@ -80,7 +94,7 @@ class Translated(NamedTuple):
 
     Attributes:
         written: paths of the results.
-        skipped: "path: reason" for each image that could not be read.
+        skipped: "path: reason" for each image that could not be read, or is too large for the memory.
         notes: sentences on what the results lack (further frames, alpha channels, ...), and on images left out.
         others: how many files of the source are no images, as in ``Listing``.
     """
@@ -203,7 +217,7 @@ def translate_folder(
         with (  # the bar is closed before an error is printed
             ProgressBar(paths, unit="image", desc="translating") as progress,
             closing(files(progress)) as read_files,
-            closing(each(write, _translated(net, read_files, batch_size))) as results,
+            closing(each(write, _translated(net, read_files, batch_size, skipped))) as results,
         ):
             for result, properties in results:
                 written.append(result)
@@ -286,15 +300,31 @@ def _images_to_translate(source: Path, target: Path) -> Listing:
     return found
 
 
-def _translated(net: nn.Module, files: Iterable[_File], batch_size: int) -> Iterator[_File]:
-    """Yield the files in order, each when it has all its outputs; raises as ``check_output``."""
+def _translated(net: nn.Module, files: Iterable[_File], batch_size: int, skipped: list[str]) -> Iterator[_File]:
+    """Yield the files in order, each when it has all its outputs; raises as ``check_output``.
+
+    Files with an image that is too large for the memory are added to ``skipped``.
+    """
     images = ((file, image_to_tensor(image)) for file in files for image in file.inputs)
     for owners, batch in _batches_of_one_size(images, batch_size):
-        for file, output in zip(owners, translate(net, batch)):
-            check_output(output, file.path)
-            file.outputs.append(output)
-            if len(file.outputs) == len(file.inputs):
-                yield file
+        for file, output in zip(owners, translate_what_fits(net, batch)):
+            if output is not None:
+                check_output(output, file.path)
+                file.outputs.append(output)
+                if len(file.outputs) == len(file.inputs):
+                    yield file
+            elif (reason := _too_large(file.path, batch, net)) not in skipped:  # once for a file with several frames
+                skipped.append(reason)
+
+
+def _too_large(path: str, batch: Tensor, net: nn.Module) -> str:
+    height, width = batch.shape[2:]
+    device = next(net.parameters()).device
+    elsewhere = "" if _on_cpu(net) else " --device cpu or"
+    return (
+        f"{path}: the network needs more memory for {width} x {height} pixels than {device} has free: "
+        f"use{elsewhere} a smaller --size, or scale the image down"
+    )
 
 
 def _batches_of_one_size(

@@ -6,13 +6,14 @@ import os
 from itertools import count
 from pathlib import Path
 from threading import Barrier
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sample_images import save_mixed
+from sample_images import ramps, save, save_mixed
 
 from srpkd.finite import NonFiniteError
 from srpkd.models import inference
@@ -136,6 +137,42 @@ def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, monkeypat
     with pytest.raises(NonFiniteError, match=r"output for \S+b\.jpg is not finite .*\. 1 of 7 images are written"):
         translate_folder(net, folder, tmp_path / "out", batch_size=8)
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_images_that_are_too_large_for_the_memory_are_skipped(tmp_path, error):
+    """Batches that are too large run image by image; a file with several frames is named once."""
+    photos = tmp_path / "photos"
+    for name, width in {"a.png": 32, "b.png": 32, "c.png": 64, "d.png": 64, "e.png": 32}.items():
+        save(photos / name, ramps(width))
+    save(photos / "f.tif", ramps(64), save_all=True, append_images=[Image.fromarray(ramps(64).astype(np.uint8))])
+    net = GENERATORS["resnet"]()
+    everything = translate_folder(net, photos, tmp_path / "all", all_frames=True)
+    assert len(everything.written) == 6
+
+    def fail(_module, inputs):
+        if inputs[0].numel() > 3 * 32 * 32:
+            raise error
+
+    net.register_forward_pre_hook(fail)
+    result = translate_folder(net, photos, tmp_path / "out", batch_size=2, all_frames=True)
+    assert [Path(path).name for path in result.written] == ["a.png", "b.png", "e.png"]
+    for path in result.written:
+        difference = np.subtract(Image.open(path), Image.open(tmp_path / "all" / Path(path).name), dtype=np.int16)
+        assert abs(difference).max() <= 1  # batches of another size round differently
+    text = (
+        "the network needs more memory for 64 x 32 pixels than cpu has free: use a smaller --size, or scale the image"
+    )
+    assert result.skipped == [f"{photos / name}: {text} down" for name in ("c.png", "d.png", "f.tif")]
+
+
+def test_other_errors_of_the_network_are_raised(folder, tmp_path):
+    net = GENERATORS["resnet"]()
+    net.register_forward_pre_hook(Mock(side_effect=RuntimeError("another reason")))
+    with pytest.raises(RuntimeError, match="another reason"):
+        translate_folder(net, folder, tmp_path / "out")
 
 
 def test_several_files_are_read_and_written_at_a_time(folder, tmp_path, monkeypatch):
