@@ -49,8 +49,10 @@ class StaticStep:
         Raises:
             RuntimeError: the step cannot be captured.
         """
-        if not self._inputs:
+        more = any(len(inputs[name]) > len(value) for name, value in self._inputs.items())
+        if not self._inputs or (more and self._graph is None):  # a run may be resumed at a short last batch
             self._inputs = {name: torch.empty_like(value) for name, value in inputs.items()}
+            self._steps = 0
         if any(inputs[name].shape != value.shape for name, value in self._inputs.items()):
             if not self._has_warned:
                 distributed.print_rank0("cuda_graph: steps on images of another size than the first run without it")

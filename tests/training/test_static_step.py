@@ -195,6 +195,17 @@ def test_images_of_another_size_run_without_the_graph(capsys):
     assert capsys.readouterr().out.count("another size") == 1
 
 
+def test_a_short_first_batch_does_not_decide_the_shape_of_the_graph(capsys):
+    """A run may be resumed at the last batch of an epoch, which has fewer images."""
+    seen: list[Tensor] = []
+    step = StaticStep(lambda inputs: seen.append(inputs["A"]) or {"loss": inputs["A"].sum()}, torch.device("cpu"))
+    short, full = torch.ones(1, 3, 2, 2), torch.ones(4, 3, 2, 2)
+    assert [float(step({"A": images})["loss"]) for images in (short, full, 2 * full, short)] == [12, 48, 96, 12]
+    assert seen[1] is seen[2] is not full and seen[3] is short
+    assert step._steps == 2, "steps of the warm-up have the shape of the capture"
+    assert capsys.readouterr().out.count("another size") == 1
+
+
 def test_replays_after_a_step_without_the_graph(monkeypatch):
     """What is not finite is looked for in the tensors of the graph, not in those of the step without it."""
     for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
