@@ -6,6 +6,8 @@ or without alpha.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -16,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..extras import require
+
+# tifffile logs each unusual tag at each reading. Without a handler, Python prints that, and without the file's name.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 SUPPORTED = "expected 8 or 16 bits per channel, or floats from 0 to 1, in gray or RGB"
 _TURNS = {  # EXIF orientation -> (swap rows and columns, mirror rows, mirror columns)
@@ -174,9 +179,12 @@ def _decode_tiff(path: str | os.PathLike[str], frame: int) -> DeepPixels:
     with require("tifffile", "train", "reading TIFF of more than 8 bits per channel").TiffFile(path) as file:
         page: Any = file.pages[frame]
         end = os.path.getsize(path)
+        segments = list(zip(page.dataoffsets, page.databytecounts))
         # tifffile fills missing data with zeros
-        if any(o + n > end or not n for o, n in zip(page.dataoffsets, page.databytecounts)):
+        if any(not offset or not count or offset + count > end for offset, count in segments):
             raise ValueError("its data ends early")
+        if not page.is_contiguous and len(segments) < math.prod(page.chunked):
+            raise ValueError(f"it has {len(segments)} of {math.prod(page.chunked)} strips or tiles")
         values = page.asarray()
         photometric, extra = int(page.photometric), page.extrasamples
         if photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX") or page.dtype.kind not in "uif":

@@ -129,6 +129,20 @@ def test_truncated_files(tmp_path, name):
         read_image(path)
 
 
+@pytest.mark.parametrize("layout", [{"rowsperstrip": 3, "compression": "lzw"}, {"tile": (16, 16)}])
+@pytest.mark.parametrize("missing", ["data", "entry"])
+def test_tiffs_that_lack_a_strip_or_tile(tmp_path, layout, missing):
+    """tifffile would fill it with zeros."""
+    path = save_deep(tmp_path / "0.tif", np.tile(RGB, (1, 2, 1)), photometric="rgb", **layout)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for tag in list(file.pages[0].tags):
+            if tag.name.endswith("Offsets"):
+                tag.overwrite((*tag.value[:-1], 0) if missing == "data" else tag.value[:-1])
+    message = {"data": "its data ends early", "entry": r"it has \d of \d strips or tiles"}[missing]
+    with pytest.raises(DataError, match=message):
+        read_image(path)
+
+
 def test_claimed_size_of_a_float_tiff_is_limited(tmp_path, monkeypatch):
     path = save_deep(tmp_path / "0.tif", FLOATS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
