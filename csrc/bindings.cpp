@@ -32,12 +32,6 @@ using at::Tensor;
 // Turns an output that is not computed, which is empty, into an undefined tensor.
 Tensor if_nonempty(const Tensor& output) { return output.numel() ? output : Tensor(); }
 
-Outputs relation_tiles_meta(const Tensor& student, const Tensor&, const std::optional<Tensor>&,
-                            const std::optional<Tensor>&, std::string_view normalize, std::string_view, double, bool,
-                            bool need_grad, int64_t) {
-  return zero_outputs(student, normalize, need_grad);
-}
-
 Outputs relation_tiles_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& alpha_s,
                            const std::optional<Tensor>& alpha_t, std::string_view normalize, std::string_view distance,
                            double delta, bool rectify, bool need_grad, int64_t tile) {
@@ -164,10 +158,7 @@ TORCH_LIBRARY_IMPL(srpkd, CPU, m) {
   m.impl("sampled_loss", sampled_loss_cpu);
   m.impl("relation_loss_forward", relation_loss_forward_cpu);
 }
-TORCH_LIBRARY_IMPL(srpkd, Meta, m) {
-  m.impl("relation_tiles", relation_tiles_meta);
-  m.impl("relation_loss_forward", relation_loss_forward_meta);
-}
+TORCH_LIBRARY_IMPL(srpkd, Meta, m) { m.impl("relation_loss_forward", relation_loss_forward_meta); }
 TORCH_LIBRARY_IMPL(srpkd, CompositeExplicitAutograd, m) { m.impl("relation_loss_backward", multiply); }
 
 }  // namespace srpkd

@@ -91,9 +91,9 @@ inline at::ScalarType gradient_dtype(at::ScalarType dtype) { return dtype == at:
 inline Outputs zero_outputs(const at::Tensor& student, std::string_view normalize, bool need_grad) {
   const bool need_h = need_grad && normalize != "none";
   const auto sums = student.options().dtype(accumulator(student.scalar_type()));
-  return {at::zeros_symint({student.sym_size(0)}, student.options().dtype(at::kDouble)),
+  return {at::zeros({student.size(0)}, student.options().dtype(at::kDouble)),
           need_grad ? at::zeros_like(student, sums) : at::empty({0}, sums),
-          need_h ? at::zeros_symint({student.sym_size(0), student.sym_size(1)}, sums) : at::empty({0}, sums)};
+          need_h ? at::zeros({student.size(0), student.size(1)}, sums) : at::empty({0}, sums)};
 }
 
 // Returns the outputs of relation_loss_forward without values: loss () or (B,), and the gradient, with the shape and

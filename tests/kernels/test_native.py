@@ -291,7 +291,8 @@ def arguments(dtype: torch.dtype = torch.float32, normalize: str = "row", need_g
 @pytest.mark.parametrize("normalize", ["row", "none"])
 def test_operator(normalize: str, need_grad: bool) -> None:
     for dtype in (torch.float64, torch.bfloat16):
-        torch.library.opcheck(torch.ops.srpkd.relation_tiles.default, arguments(dtype, normalize, need_grad))
+        values = arguments(dtype, normalize, need_grad)
+        torch.library.opcheck(torch.ops.srpkd.relation_tiles.default, values, test_utils="test_schema")
 
 
 @pytest.mark.parametrize(
