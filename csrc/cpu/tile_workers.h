@@ -1,8 +1,6 @@
 // Threads that claim the tiles of all images in order, each with a workspace of its own.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -45,8 +43,7 @@ class TileWorkers {
     std::fenv_t environment;
     std::fegetenv(&environment);
     parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-      const at::AutoDispatchBelowADInplaceOrView guard;  // thread-local, so set on every thread
-      const FloatingPointScope as_caller(environment);   // or results depend on which thread claims a tile
+      const FloatingPointScope as_caller(environment);  // or results depend on which thread claims a tile
       try {
         for (int64_t claim; !failed_ && (claim = claimed++) < images_ * tiles_;) {
           const int64_t image = claim % images_, tile = claim / images_;  // alternates between images: fewer waits
