@@ -53,7 +53,7 @@ cpu::Pixels pixels_of(const char* name, at::TensorList tensors, std::string_view
   check_tensors(tensors[0], tensors[1], optional(2), optional(3), normalize);
   const at::ScalarType sums = accumulator(tensors[0].scalar_type());
   const auto alpha = [&](size_t i) { return i < expected ? tensors[i].to(sums).contiguous() : Tensor(); };
-  return {cpu::by_pixel(tensors[0], sums), cpu::by_pixel(tensors[1], sums), alpha(2), alpha(3)};
+  return {cpu::by_pixel(tensors[0]), cpu::by_pixel(tensors[1]), alpha(2), alpha(3)};
 }
 
 Outputs remote_tiles_cpu(at::TensorList rows, at::TensorList columns, std::string_view normalize,

@@ -12,10 +12,10 @@
 #include <atomic>
 #include <vector>
 
+#include "../common/arguments.h"
 #include "../common/index.h"
 #include "kernels.h"
 #include "packed_features.h"
-#include "parallel_for.h"
 #include "relation_tiles.h"
 #include "tile_workers.h"
 
@@ -206,20 +206,17 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
 
 }  // namespace
 
-Tensor by_pixel(const Tensor& features, at::ScalarType type) {
+Tensor by_pixel(const Tensor& features) {
+  const at::ScalarType type = accumulator(features.scalar_type());
   if (features.scalar_type() == type && features.is_contiguous()) return features;
   const Tensor source = widened(features), result = at::empty(features.sizes(), features.options().dtype(type));
-  const int64_t images = source.size(0), panels = ceil_div(source.size(1), PANEL);
   with_feature_type(source, [&](auto element) {
     using S = decltype(element);
     const S* const from = source.const_data_ptr<S>();
     auto* const to = result.mutable_data_ptr<SumOf<S>>();
-    parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Block panel = block_at(i % panels, PANEL, source.size(1));
-        copy(image_of(source, i / panels, from).row_range(panel.begin, panel.size),
-             image_of(result, i / panels, to).row_range(panel.begin, panel.size));
-      }
+    for_each_panel(source, [&](int64_t image, Block panel) {
+      copy(image_of(source, image, from).row_range(panel.begin, panel.size),
+           image_of(result, image, to).row_range(panel.begin, panel.size));
     });
   });
   return result;

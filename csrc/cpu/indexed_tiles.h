@@ -8,9 +8,8 @@
 
 namespace srpkd::cpu {
 
-// Returns a contiguous copy of features (B, N, C), or themselves if they are contiguous and of type `type`, which is
-// the accumulator's.
-at::Tensor by_pixel(const at::Tensor& features, at::ScalarType type);
+// Returns a contiguous copy of features (B, N, C) in the dtype of the accumulator, or themselves if they are that.
+at::Tensor by_pixel(const at::Tensor& features);
 
 // Features (B, N, C_s), (B, N, C_t) and alpha (B, N) of both, in the dtype of the accumulator and contiguous. The
 // alphas are undefined if normalize is none.

@@ -13,7 +13,6 @@
 #include "instructions.h"
 #include "matrix.h"
 #include "packed_features.h"
-#include "parallel_for.h"
 #include "relation_matrices.h"
 #include "relation_tiles.h"
 #include "row_scales.h"
@@ -30,19 +29,15 @@ constexpr c10::DispatchKeySet AROUND_KERNELS =
 // --- the formulas around the tiles ----------------------------------------------------------------------------------
 
 Tensor pixel_norms(const Tensor& features) {
-  const int64_t images = features.size(0), pixels = features.size(1), panels = ceil_div(pixels, PANEL);
-  const Tensor squares = at::empty({images, pixels}, features.options().dtype(at::kDouble));
+  const int64_t pixels = features.size(1);
+  const Tensor squares = at::empty({features.size(0), pixels}, features.options().dtype(at::kDouble));
   double* const sums = squares.mutable_data_ptr<double>();
   with_feature_type(features, [&](auto element) {
     using S = decltype(element);
     const S* const data = features.const_data_ptr<S>();
-    parallel_for(0, images * panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t image = task / panels;
-        const Block panel = block_at(task % panels, PANEL, pixels);
-        sum_squares(image_of(features, image, data).row_range(panel.begin, panel.size),
-                    sums + image * pixels + panel.begin);
-      }
+    for_each_panel(features, [&](int64_t image, Block panel) {
+      sum_squares(image_of(features, image, data).row_range(panel.begin, panel.size),
+                  sums + image * pixels + panel.begin);
     });
   });
   return squares.sqrt_().to(accumulator(features.scalar_type()));
@@ -117,29 +112,17 @@ void reduce(const double* losses, int64_t images, Reduction reduction, T* loss) 
   *loss = static_cast<T>(reduction == Reduction::mean ? total / static_cast<double>(images) : total);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& teacher, const Relation& relation,
-                                         Reduction reduction, bool need_grad) {
+// Returns the loss and the gradient that compute(losses, gradient) writes: the loss of each image (B,) in double, and
+// the gradient if it is defined. It is not called for empty features.
+template <typename Compute>
+LossAndGradient loss_and_gradient(const Tensor& student, const Tensor& teacher, Reduction reduction, bool need_grad,
+                                  const Compute& compute) {
   const c10::impl::ExcludeDispatchKeyGuard guard(AROUND_KERNELS);
   auto [loss, gradient] = empty_loss_and_gradient(student, reduction, need_grad);
   if (student.numel() == 0 || teacher.numel() == 0) return {loss.zero_(), gradient.zero_()};
-  const int64_t images = student.size(0), pixels = student.size(1);
-  const double pairs = static_cast<double>(pixels) * static_cast<double>(pixels);
-  double gradient_scale = 1 / pairs;
-  if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(images);
-
-  const Tensor q_s = widened(student), q_t = widened(teacher);
+  const int64_t images = student.size(0);
   const Tensor losses = at::empty({images}, student.options().dtype(at::kDouble));
-  const Tensor written = need_grad ? gradient : Tensor();
-  const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
-    relation_tiles(q_s, q_t, alpha_s, alpha_t, relation, 0, sums...);
-  };
-  if (prefer_matrices(q_s, q_t, relation))
-    relation_matrices(q_s, q_t, relation, gradient_scale, losses.mutable_data_ptr<double>(), written);
-  else
-    tiled_loss(q_s, q_t, relation, add_tiles, pairs, gradient_scale, losses, written);
-
+  compute(losses, need_grad ? gradient : Tensor());
   if (loss.scalar_type() == at::kDouble)
     reduce(losses.const_data_ptr<double>(), images, reduction, loss.mutable_data_ptr<double>());
   else
@@ -147,21 +130,36 @@ std::tuple<Tensor, Tensor> relation_loss(const Tensor& student, const Tensor& te
   return {loss, gradient};
 }
 
-std::tuple<Tensor, Tensor> sampled_loss(const Tensor& student, const Tensor& teacher, const Tensor& columns,
-                                        const Relation& relation, bool need_grad, int64_t tile) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(AROUND_KERNELS);
-  auto [loss, gradient] = empty_loss_and_gradient(student, Reduction::none, need_grad);
-  if (student.numel() == 0 || teacher.numel() == 0) return {loss.zero_(), gradient.zero_()};
-  const double pairs = 2 * static_cast<double>(student.size(1)) * static_cast<double>(columns.size(2));
-  const at::ScalarType sums = accumulator(student.scalar_type());
-  const Tensor q_s = by_pixel(student, sums), q_t = by_pixel(teacher, sums);
-  const Tensor losses = at::empty({student.size(0)}, student.options().dtype(at::kDouble));
-  const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
-    const Pixels pixels = {q_s, q_t, alpha_s, alpha_t};
-    indexed_tiles(pixels, pixels, columns, relation, true, tile, sums...);
+}  // namespace
+
+LossAndGradient relation_loss(const Tensor& student, const Tensor& teacher, const Relation& relation,
+                              Reduction reduction, bool need_grad) {
+  return loss_and_gradient(student, teacher, reduction, need_grad, [&](const Tensor& losses, const Tensor& gradient) {
+    const Tensor q_s = widened(student), q_t = widened(teacher);
+    const double pairs = static_cast<double>(student.size(1)) * static_cast<double>(student.size(1));
+    double gradient_scale = 1 / pairs;
+    if (reduction == Reduction::mean) gradient_scale /= static_cast<double>(student.size(0));
+    if (prefer_matrices(q_s, q_t, relation))
+      return relation_matrices(q_s, q_t, relation, gradient_scale, losses.mutable_data_ptr<double>(), gradient);
+    const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
+      relation_tiles(q_s, q_t, alpha_s, alpha_t, relation, 0, sums...);
+    };
+    tiled_loss(q_s, q_t, relation, add_tiles, pairs, gradient_scale, losses, gradient);
+  });
+}
+
+LossAndGradient sampled_loss(const Tensor& student, const Tensor& teacher, const Tensor& columns,
+                             const Relation& relation, bool need_grad, int64_t tile) {
+  const auto compute = [&](const Tensor& losses, const Tensor& gradient) {
+    const Tensor q_s = by_pixel(student), q_t = by_pixel(teacher);
+    const double pairs = 2 * static_cast<double>(student.size(1)) * static_cast<double>(columns.size(2));
+    const auto add_tiles = [&](const Tensor& alpha_s, const Tensor& alpha_t, const auto&... sums) {
+      const Pixels pixels = {q_s, q_t, alpha_s, alpha_t};
+      indexed_tiles(pixels, pixels, columns, relation, true, tile, sums...);
+    };
+    tiled_loss(q_s, q_t, relation, add_tiles, pairs, 1 / pairs, losses, gradient);
   };
-  tiled_loss(q_s, q_t, relation, add_tiles, pairs, 1 / pairs, losses, need_grad ? gradient : Tensor());
-  return {loss.copy_(losses), gradient};
+  return loss_and_gradient(student, teacher, Reduction::none, need_grad, compute);
 }
 
 }  // namespace srpkd::cpu

@@ -11,6 +11,7 @@
 #include "../common/index.h"
 #include "epilogue.h"
 #include "matrix.h"
+#include "parallel_for.h"
 
 namespace srpkd::cpu {
 
@@ -45,6 +46,15 @@ Matrix<T> image_of(const at::Tensor& features, int64_t image, T* data) {
 }
 
 constexpr int64_t PANEL = 64;  // pixels that microkernels multiply at a time
+
+// Calls f(image, panel) for the panels of all images of features (B, N, C), in parallel.
+template <typename F>
+void for_each_panel(const at::Tensor& features, const F& f) {
+  const int64_t pixels = features.size(1), panels = ceil_div(pixels, PANEL);
+  parallel_for(0, features.size(0) * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i / panels, block_at(i % panels, PANEL, pixels));
+  });
+}
 
 // Copies of features (N, C) of type S, made by pack(). BLAS reads the features in place if their strides allow it.
 //

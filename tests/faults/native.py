@@ -198,7 +198,7 @@ BACKENDS = {
             ),
             Fault(
                 "only the first panel of features is copied",
-                INDEXED,
+                PACKED,
                 "block_at(i % panels, PANEL,",
                 "block_at(0, PANEL,",
             ),
