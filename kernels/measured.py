@@ -11,7 +11,7 @@ that was not recorded:
 
 KERNEL_VERSIONS says which version of a kernel a row describes. Rows of an earlier version remain as an estimate until
 the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct: see
-``sm90_verified``.
+``verified_kinds``.
 """
 
 from __future__ import annotations
@@ -181,11 +181,6 @@ def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
     ``python -m bench record`` writes them into csrc/cuda/verified_rows.h, by which ``native`` chooses its kernel.
     """
     return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry)})
-
-
-def sm90_verified(case: Case) -> bool:
-    """Return whether ``native`` may take the sm_90 kernel by itself: real hardware has run this kind of case."""
-    return kind_of(case) in verified_kinds(RECORDED)
 
 
 def stale() -> list[str]:
