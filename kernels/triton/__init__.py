@@ -43,7 +43,7 @@ def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: R
         plan = Plan(student.device)
         features = plan.argument(student), plan.argument(teacher)
         arrays = PlannedScales(tuple(map(plan.argument, vectors))) if vectors else PlannedScales()
-        return plan, plan_tiles(plan, *features, arrays, relation, number_format(student.dtype), chosen, need_grad)
+        return plan, plan_tiles(plan, *features, arrays, relation, chosen, need_grad)
 
     plan, partials = planned("tiles", (student, teacher), build, relation, need_grad, chosen)
     bases = plan.run(student, teacher, *vectors)
@@ -81,8 +81,7 @@ def run_loss(
         result: Array | None = None if gradient is None else plan.argument(gradient)
         scales = plan_scales(plan, *features, relation)
         U = result if result is not None and result.dtype == torch.float32 else None
-        numbers = number_format(student.dtype)
-        partials = plan_tiles(plan, *features, scales, relation, numbers, chosen, need_grad, U)
+        partials = plan_tiles(plan, *features, scales, relation, chosen, need_grad, U)
         weight = loss_weight(reduction, batch, pixels)
         if result is None:
             plan_loss(plan, partials, losses, weight)

@@ -14,10 +14,9 @@ from torch import Tensor
 from ..formulas import Relation, Scales
 from .configurations import BLOCK_CHANNELS, product_blocks
 from .moments import Moments, moment_product, plan_moments
-from .plans import Array, Plan, planned
+from .plans import Array, Plan
 from .primitives import (
     Matrix,
-    addressable,
     contiguous,
     feature_terms,
     jit,
@@ -199,25 +198,3 @@ def plan_scales(
     if moments_t is not None:
         plan.free(moments_t.terms, moments_t.size, moments_t.largest)
     return PlannedScales(vectors, moments_s)
-
-
-def scales_of(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
-    """Return ``formulas.scales_of`` in float32."""
-    if relation.normalize == "none":
-        return Scales(None, None, None)
-    student, teacher = addressable(student), addressable(teacher)
-    alpha_t = student.new_empty(student.shape[:2], dtype=torch.float32)
-
-    def build() -> tuple[Plan, PlannedScales]:
-        plan = Plan(student.device)
-        features = plan.argument(student), plan.argument(teacher)
-        return plan, plan_scales(plan, *features, relation, plan.argument(alpha_t))
-
-    plan, arrays = planned("scales", (student, teacher), build, relation)
-    bases = plan.run(student, teacher, alpha_t)
-    moment = None
-    if arrays.moments is not None:
-        size = arrays.moments.size.of(bases).view(-1, 1, 1)
-        moment = arrays.moments.terms.of(bases).float().sum(0) * size.square()
-    alpha_s = arrays.vectors[0]
-    return Scales(None if alpha_s is None else alpha_s.of(bases), alpha_t, moment)

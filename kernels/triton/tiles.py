@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from ..formulas import Relation
-from .configurations import MOST_SPLITS, TERMS, Configuration
+from .configurations import MOST_SPLITS, TERMS, Configuration, number_format
 from .plans import Array, Plan
 from .primitives import (
     INTERPRET,
@@ -358,7 +358,6 @@ def plan_tiles(
     teacher: Array,
     scales: PlannedScales,
     relation: Relation,
-    numbers: str,
     chosen: Configuration,
     need_grad: bool,
     gradient: Array | None = None,
@@ -366,7 +365,6 @@ def plan_tiles(
     """Plan the launch of the tile kernel on features (B, N, C_s), (B, N, C_t) and their scales.
 
     Args:
-        numbers: the number format.
         gradient: float32 (B, N, C_s), to use as U if the columns are not split.
     """
     batch, pixels, channels = student.shape
@@ -399,7 +397,7 @@ def plan_tiles(
         splits,
         split_columns,
         relation.delta,
-        **constants(relation, need_grad, (channels, teacher.shape[2]), numbers, chosen),
+        **constants(relation, need_grad, (channels, teacher.shape[2]), number_format(student.dtype), chosen),
         **compile_options(chosen),
     )
     return partials

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ...formulas import matmul_precision
+from ..configurations import TERMS, number_format
 from ..moments import store_symmetric
 from ..plans import Array, Plan
 from ..primitives import (
     Matrix,
     contiguous,
-    feature_terms,
     jit,
     load_tile,
     load_vector,
@@ -251,10 +250,9 @@ def term_counts(dtype: torch.dtype, float32_factor: bool) -> tuple[int, int]:
 
     16-bit features are exact. Weights and sums of features are float32 numbers, and so is the right factor then.
     """
+    terms = TERMS[number_format(dtype)]
     if dtype == torch.float32:
-        terms = {"highest": 3, "high": 2, "medium": 1}[matmul_precision()]
         return terms, terms
-    terms = feature_terms(dtype)
     # with (2, 2) terms, product() leaves out the smallest product, which float16 needs
     return terms, 3 if float32_factor or terms == 2 else terms
 

@@ -10,11 +10,11 @@ import torch
 from helpers import DELTA, NARROW, STRIDES, error, options, value_and_gradient
 from rounding import assert_rounding
 from torch import Tensor
+from triton_scales import triton_scales
 
 from srpkd import relation_loss
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, dispatch, formulas, triton, unavailable_reason
 from srpkd.kernels.triton import configurations, plans
-from srpkd.kernels.triton import scales as triton_scales
 
 jit = pytest.importorskip("triton.runtime.jit", reason="the package triton is not installed")
 pytestmark = pytest.mark.gpu
@@ -295,7 +295,7 @@ def test_scales_are_float32_under_any_precision(precision, gpu):
     expected = formulas.scales_of(student.double(), teacher.double(), ROW_L1, torch.float64)
     for scales in (
         formulas.scales_of(student, teacher, ROW_L1, torch.float32),
-        triton_scales.scales_of(student, teacher, ROW_L1),
+        triton_scales(student, teacher, ROW_L1),
     ):
         for one, other in zip(scales, expected):
             assert error(one, other) < 1e-6

@@ -18,6 +18,7 @@ import torch
 from helpers import DELTA, FLAG_SETS, NARROW, STRIDES, error, features, value_and_gradient
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from triton_scales import triton_scales
 
 from srpkd import relation_loss
 from srpkd.kernels import (
@@ -273,7 +274,7 @@ def test_scales(relation, dtype):
     student, teacher = features(None, 2, 70, (24, 70), dtype)
     torch.set_float32_matmul_precision("medium")
     try:
-        actual = scales.scales_of(student, teacher, relation)
+        actual = triton_scales(student, teacher, relation)
     finally:
         torch.set_float32_matmul_precision("highest")
     expected = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
@@ -289,7 +290,7 @@ def test_forward_visits_only_tiles_on_and_above_the_diagonal():
     for need_grad, expected in ((True, [True, True]), (False, [True, False])):
         plan = plans.Plan(CPU)
         arrays = plan.argument(student), plan.argument(teacher)
-        partials = tiles.plan_tiles(plan, *arrays, no_scales, none, "highest", chosen, need_grad)
+        partials = tiles.plan_tiles(plan, *arrays, no_scales, none, chosen, need_grad)
         loss = partials.loss.of(plan.run(student, teacher))
         assert loss.view(-1, 2).isnan().any(0).tolist() == expected
 
