@@ -35,7 +35,15 @@ def draw_columns(
         batch, pixels: B, N.
         columns: m, at most N.
         generator: of ``device``; torch's default generator if None.
+
+    Raises:
+        ValueError: the generator is on another device.
     """
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"generator is on {generator.device} and the features on {device}: expected "
+            f"torch.Generator({device.type!r})"
+        )
     sets = -(-pixels // ROWS)
     sets_per_permutation = pixels // columns
     permutations = -(-sets // sets_per_permutation)

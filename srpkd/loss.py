@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .arguments import check_choice, check_flag, check_number, check_type, check_whole
 from .kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, python_relation_loss, reference, sampling
-from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize
+from .kernels.formulas import DEFAULT_DISTANCE, DEFAULT_NORMALIZE, DTYPES, Distance, Normalize, reduced
 from .kernels.op import check_transforms
 from .layouts import (
     LAYOUTS,
@@ -33,23 +33,6 @@ REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": NORMALIZATIONS, "distance": DISTANCES, "reduction": REDUCTIONS, "layout": LAYOUTS, "scope": SCOPES,
 }  # fmt: skip
-
-
-class Sample(NamedTuple):
-    """The options of an estimate from sampled columns: ``columns`` and ``generator`` of ``relation_loss``."""
-
-    columns: int | None
-    generator: torch.Generator | None
-
-    def draw(self, features: Tensor, columns: int) -> Tensor:
-        """Return the columns (B, S, m) of each set of rows of features (B, N, C)."""
-        device, generator = features.device, self.generator
-        if generator is not None and generator.device.type != device.type:
-            raise ValueError(
-                f"generator is on {generator.device} and the features on {device}: expected "
-                f"torch.Generator({device.type!r})"
-            )
-        return sampling.draw_columns(features.shape[0], features.shape[1], columns, device, generator)
 
 
 def relation_loss(
@@ -146,8 +129,7 @@ def relation_loss(
     if not torch.compiler.is_compiling():
         warn_if_unlikely(student, teacher, (layout, layout))
     relation = Relation(normalize, distance, float(delta), float(eps), rectify, detach_norms)
-    sample = Sample(columns, generator)
-    return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group, sample)
+    return _relation_loss(student, teacher, relation, reduction, layout, backend, scope, group, columns, generator)
 
 
 class SRPLoss(nn.Module):
@@ -215,10 +197,8 @@ class SRPLoss(nn.Module):
         relation = Relation(
             self.normalize, self.distance, float(self.delta), float(self.eps), self.rectify, self.detach_norms
         )
-        sample = Sample(self.columns, self.generator)
-        return _relation_loss(
-            student, teacher, relation, self.reduction, self.layout, self.backend, self.scope, self.group, sample
-        )
+        options = self.reduction, self.layout, self.backend, self.scope, self.group, self.columns, self.generator
+        return _relation_loss(student, teacher, relation, *options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SRPLoss:
         memo[id(self.group)] = self.group  # a handle of this process, which cannot be copied
@@ -241,10 +221,11 @@ def _relation_loss(
     backend: str,
     scope: Scope,
     group: dist.ProcessGroup | None,
-    sample: Sample,
+    columns: int | None,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """``relation_loss`` with options and features that have been validated."""
-    is_global, columns = _is_global(scope, group), sample.columns
+    is_global = _is_global(scope, group)
     if is_global:
         from .kernels import distributed  # here, since it takes a second to import torch's compiler
 
@@ -278,16 +259,16 @@ def _relation_loss(
         student, teacher = (features.reshape(1, -1, features.shape[2]) for features in (student, teacher))
 
     if is_global:
-        loss = distributed.relation_loss(student, teacher, relation, group, backend)
+        loss = reduced(distributed.relation_loss(student, teacher, relation, group, backend), reduction)
     elif backend == "reference":
-        loss = reference.relation_loss(student, teacher, relation)
+        loss = reduced(reference.relation_loss(student, teacher, relation), reduction)
     else:
-        index = None if columns is None else sample.draw(student, columns)
+        index = None
+        if columns is not None:
+            batch, pixels, _ = student.shape
+            index = sampling.draw_columns(batch, pixels, columns, student.device, generator)
         loss = python_relation_loss(student, teacher, relation, backend, reduction, index)
-        return loss.squeeze(0) if reduction == "none" and not is_batch else loss
-    if reduction == "none":
-        return loss if is_batch else loss.squeeze(0)
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return loss.squeeze(0) if reduction == "none" and not is_batch else loss
 
 
 def _native_method(
