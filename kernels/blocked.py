@@ -19,6 +19,14 @@ from .strips import Alphas, gradient_terms, relate, strip_elements, strip_rows
 LEAST_ROWS = 64  # of a strip of several images on a CPU: products with few rows are slow, see bench/NOTES.md
 
 
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each image (B,), and with ``need_grad`` its gradient (B, N, C_s)."""
+    at_once = images_at_once(student, teacher)
+    return formulas.loss_and_gradient(relation_tiles, student, teacher, relation, need_grad, images_at_once=at_once)
+
+
 def images_at_once(student: Tensor, teacher: Tensor) -> int | None:
     """Return how many images to compute together: on a CPU, as many as fit into a strip; else None, all."""
     if student.device.type != "cpu":
@@ -67,9 +75,8 @@ def sampled_loss_and_gradient(
 
     ``columns`` are those of ``sampling.draw_columns``, (B, S, m).
     """
-    tiles, dtype = functools.partial(sampled_tiles, columns=columns), accumulator(student.dtype)
-    pairs = 2 * student.shape[1] * columns.shape[2]
-    return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, dtype, pairs)
+    tiles, pairs = functools.partial(sampled_tiles, columns=columns), 2 * student.shape[1] * columns.shape[2]
+    return formulas.loss_and_gradient(tiles, student, teacher, relation, need_grad, pairs=pairs)
 
 
 def sampled_tiles(

@@ -4,18 +4,15 @@ A backend is a line in BACKENDS and a module of this package that defines
 
     relation_tiles(student, teacher, scales, relation, need_grad) -> TileSums
                                         the primitive
+    loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
+                                        the loss by the primitive and the formulas around it, as by
+                                        ``formulas.loss_and_gradient``
     unavailable_reason(device) -> str | None
                                         why the backend cannot run there and what to do; None if it can
-    SCALE_DTYPE                         optional: the lowest precision of its scales
     DISTANCES, DTYPES                   optional: the supported distances and dtypes; all by default
     GPU_DTYPES                          optional: the dtypes on GPUs, if they differ
     UNSUPPORTED                         optional: the flags of ``Relation`` that it does not support; none by default
-    loss_and_gradient(student, teacher, relation, need_grad) -> (loss, gradient or None)
-                                        optional: replaces ``formulas.loss_and_gradient`` for a backend that also
-                                        computes the formulas around the tiles
-    images_at_once(student, teacher) -> int or None
-                                        optional: how many images to compute together, at most; all by default
-    REDUCES                             optional: whether it takes the reduction of the loss as a further argument
+    REDUCES                             optional: whether ``loss_and_gradient`` takes the reduction of the loss too
     is_built(device) -> bool            optional: whether it can run without a build, which ``auto`` does not start
 
     sampled_loss_and_gradient(student, teacher, relation, need_grad, columns) -> (loss, gradient or None)
@@ -278,23 +275,18 @@ def compute_loss(
         BackendUnavailable, ValueError: as ``resolve_backend``, or with columns as ``partial_backend``.
     """
     batch, pixels, channels = student.shape
-    if columns is not None:
-        module = backend_module(partial_backend(backend, student.device))
-        loss, gradient = module.sampled_loss_and_gradient(student, teacher, relation, need_grad, columns)
+    with formulas.without_autocast(student.device):
+        if columns is not None:
+            module = backend_module(partial_backend(backend, student.device))
+            loss, gradient = module.sampled_loss_and_gradient(student, teacher, relation, need_grad, columns)
+        else:
+            sizes = pixels, (channels, teacher.shape[2]), batch
+            name = resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad)
+            module = backend_module(name)
+            if getattr(module, "REDUCES", False):
+                return module.loss_and_gradient(student, teacher, relation, need_grad, reduction)
+            loss, gradient = module.loss_and_gradient(student, teacher, relation, need_grad)
         return formulas.reduced(loss, reduction), gradient
-    sizes = pixels, (channels, teacher.shape[2]), batch
-    module = backend_module(resolve_backend(backend, student.device, relation, student.dtype, *sizes, need_grad))
-    if getattr(module, "REDUCES", False):
-        return module.loss_and_gradient(student, teacher, relation, need_grad, reduction)
-    if hasattr(module, "loss_and_gradient"):
-        loss, gradient = module.loss_and_gradient(student, teacher, relation, need_grad)
-    else:
-        tiles, scale_dtype = module.relation_tiles, getattr(module, "SCALE_DTYPE", formulas.accumulator(student.dtype))
-        at_once = module.images_at_once(student, teacher) if hasattr(module, "images_at_once") else None
-        loss, gradient = formulas.loss_and_gradient(
-            tiles, student, teacher, relation, need_grad, scale_dtype, images_at_once=at_once
-        )
-    return formulas.reduced(loss, reduction), gradient
 
 
 @functools.lru_cache(maxsize=1024)  # what raises nothing; on a GPU, asking torch.cuda takes as long as a launch

@@ -343,7 +343,7 @@ def loss_and_gradient(
     teacher: Tensor,
     relation: Relation,
     need_grad: bool,
-    scale_dtype: torch.dtype,
+    scale_dtype: torch.dtype | None = None,
     pairs: int | None = None,
     images_at_once: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -352,7 +352,7 @@ def loss_and_gradient(
     Args:
         relation_tiles: the primitive of a backend.
         student, teacher: raw features (B, N, C_s), (B, N, C_t).
-        scale_dtype: the lowest precision of the scales.
+        scale_dtype: the dtype of the scales, if it is not the accumulator's.
         pairs: the number of pairs that the primitive sums over, if it is not N^2.
         images_at_once: how many images to compute together, at most; None: all.
     """
@@ -367,7 +367,7 @@ def loss_and_gradient(
         gradient = torch.empty_like(student, dtype=gradients[0].dtype)  # with the strides of the student's features
         return torch.cat(losses), torch.cat(gradients, out=gradient)
     dtype = accumulator(student.dtype)
-    scales = scales_of(student, teacher, relation, torch.promote_types(dtype, scale_dtype))
+    scales = scales_of(student, teacher, relation, scale_dtype or dtype)
     tiles = relation_tiles(student, teacher, scales, relation, need_grad)
     loss = (tiles.loss / (pairs or student.shape[1] ** 2)).to(dtype)
     return loss, gradient_of(student, tiles, scales, relation, pairs=pairs) if need_grad else None

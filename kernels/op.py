@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import backend_module, compute_loss, unavailable_reason
-from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype, reduced, without_autocast
+from .formulas import Distance, Normalize, Relation, accumulator, gradient_dtype, reduced
 
 
 def python_relation_loss(
@@ -51,10 +51,10 @@ def python_relation_loss(
             columns,
         )
         return reduced(loss, reduction)
+    compute = functools.partial(compute_loss, student, teacher, relation, backend, need_grad, columns, reduction)
     if need_grad:
-        compute = functools.partial(_loss_and_gradient, student, teacher, relation, backend, True, columns, reduction)
         return differentiable_loss(student, compute, 1 / len(student) if reduction == "mean" else 1.0)
-    return _loss_and_gradient(student, teacher, relation, backend, need_grad, columns, reduction)[0]
+    return compute()[0]
 
 
 def check_transforms(student: Tensor, teacher: Tensor) -> None:
@@ -96,19 +96,6 @@ def _is_eager(student: Tensor, teacher: Tensor) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
-
-
-def _loss_and_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    relation: Relation,
-    backend: str,
-    need_grad: bool,
-    columns: Tensor | None,
-    reduction: str = "none",
-) -> tuple[Tensor, Tensor | None]:
-    with without_autocast(student.device):
-        return compute_loss(student, teacher, relation, backend, need_grad, columns, reduction)
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, weight: float = 1.0) -> Tensor:
@@ -193,7 +180,7 @@ def relation_loss_op(
     """
     # the schema of an operator has no Literal types
     relation = Relation(cast(Normalize, normalize), cast(Distance, distance), delta, eps, rectify, detach_norms)
-    loss, gradient = _loss_and_gradient(student, teacher, relation, backend, need_grad, columns)
+    loss, gradient = compute_loss(student, teacher, relation, backend, need_grad, columns)
     return loss, student.new_empty(0) if gradient is None else gradient
 
 
