@@ -71,28 +71,38 @@ def run_loss(
     student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool, chosen: Configuration, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
     """Run ``loss_and_gradient`` with a configuration of the tile kernel."""
-    batch, pixels, _ = student.shape
-    loss = student.new_empty(() if reduction != "none" else batch, dtype=torch.float32)
+    loss = student.new_empty(() if reduction != "none" else len(student), dtype=torch.float32)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
-
-    def build() -> tuple[Plan, Partials]:
-        plan = Plan(student.device)
-        features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
-        result: Array | None = None if gradient is None else plan.argument(gradient)
-        scales = plan_scales(plan, *features, relation)
-        U = result if result is not None and result.dtype == torch.float32 else None
-        partials = plan_tiles(plan, *features, scales, relation, chosen, need_grad, U)
-        weight = loss_weight(reduction, batch, pixels)
-        if result is None:
-            plan_loss(plan, partials, losses, weight)
-        else:
-            plan.free(*scales.vectors[1:])  # only the tile kernel reads them
-            plan_gradient(plan, features[0], partials, scales, relation, losses, result, weight)
-        return plan, partials
-
-    plan, _ = planned("loss", (student, teacher), build, relation, need_grad, chosen, reduction)
+    build = functools.partial(relation_plan, student, teacher, loss, gradient, relation, chosen, reduction)
+    plan = planned("loss", (student, teacher), build, relation, need_grad, chosen, reduction)
     plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
     return loss, gradient
+
+
+def relation_plan(
+    student: Tensor,
+    teacher: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    relation: Relation,
+    chosen: Configuration,
+    reduction: str,
+) -> Plan:
+    """Return the plan that computes ``loss`` and, unless it is None, ``gradient`` of tensors like these."""
+    batch, pixels, _ = student.shape
+    plan = Plan(student.device)
+    features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
+    result: Array | None = None if gradient is None else plan.argument(gradient)
+    scales = plan_scales(plan, *features, relation)
+    U = result if result is not None and result.dtype == torch.float32 else None
+    partials = plan_tiles(plan, *features, scales, relation, chosen, result is not None, U)
+    weight = loss_weight(reduction, batch, pixels)
+    if result is None:
+        plan_loss(plan, partials, losses, weight)
+    else:
+        plan.free(*scales.vectors[1:])  # only the tile kernel reads them
+        plan_gradient(plan, features[0], partials, scales, relation, losses, result, weight)
+    return plan
 
 
 def choose_configuration(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool) -> Configuration:

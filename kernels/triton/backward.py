@@ -5,6 +5,8 @@ PyTorch's product does not vectorise a factor that is broadcast, and takes a lau
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -59,33 +61,36 @@ def scaled_gradient(gradient: Tensor, grad_loss: Tensor, dtype: torch.dtype, wei
         return None
     upstream = grad_loss.view(images)
     result = torch.empty_like(gradient, dtype=dtype)
-
-    def build() -> Plan | None:
-        if result.stride() != gradient.stride() or not _images_are_adjacent(gradient, images):
-            return None
-        plan = Plan(gradient.device)
-        elements = gradient.numel() // images
-        blocks = triton.cdiv(elements, BLOCK_BACKWARD)
-        plan.launch(
-            backward_kernel,
-            (images * blocks,),
-            plan.argument(gradient),
-            plan.argument(upstream),
-            plan.argument(result),
-            elements,
-            blocks,
-            upstream.stride(0),
-            weight,
-            BLOCK=BLOCK_BACKWARD,
-            **OPTIONS,
-        )
-        return plan
-
+    build = functools.partial(backward_plan, gradient, upstream, result, weight)
     plan = planned("backward", (gradient, upstream), build, dtype, weight)
     if plan is None:
         return None
     plan.run(gradient, upstream, result)
     return result
+
+
+def backward_plan(gradient: Tensor, upstream: Tensor, result: Tensor, weight: float) -> Plan | None:
+    """Return the plan that computes ``result`` of tensors like these, None if the kernel does not cover the strides."""
+    images = len(upstream)
+    if result.stride() != gradient.stride() or not _images_are_adjacent(gradient, images):
+        return None
+    plan = Plan(gradient.device)
+    elements = gradient.numel() // images
+    blocks = triton.cdiv(elements, BLOCK_BACKWARD)
+    plan.launch(
+        backward_kernel,
+        (images * blocks,),
+        plan.argument(gradient),
+        plan.argument(upstream),
+        plan.argument(result),
+        elements,
+        blocks,
+        upstream.stride(0),
+        weight,
+        BLOCK=BLOCK_BACKWARD,
+        **OPTIONS,
+    )
+    return plan
 
 
 def _images_are_adjacent(gradient: Tensor, images: int) -> bool:

@@ -16,35 +16,24 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..formulas import DISTANCES, NORMALIZATIONS, Relation
-from .backward import backward_kernel
-from .closed_form import options as closed_form
-from .closed_form.gradient import closed_form_gradient_kernel, gradient_blocks
-from .closed_form.moments import moments_kernel, term_counts
-from .closed_form.row import gains_kernel, row_scale_blocks, row_scales_kernel
+from ..formulas import DISTANCES, NORMALIZATIONS, Relation, gradient_dtype
+from . import relation_plan
+from .backward import backward_kernel, backward_plan
+from .closed_form import closed_form_plan
+from .closed_form.gradient import closed_form_gradient_kernel
+from .closed_form.moments import moments_kernel
+from .closed_form.row import gains_kernel, row_scales_kernel
 from .closed_form.sums import finish_kernel
-from .configurations import (
-    BLOCK_BACKWARD,
-    BLOCK_CHANNELS,
-    BLOCK_TERMS,
-    BLOCK_WEIGHTED,
-    OPTIONS,
-    TABLE,
-    architecture,
-    configuration,
-    moment_blocks,
-    product_blocks,
-    weighted_moment_blocks,
-)
+from .configurations import TABLE, architecture, configuration
 from .gradient import gradient_kernel, loss_kernel
 from .moments import moment_kernel, terms_kernel, weighted_moment_kernel
-from .primitives import feature_terms, triton
+from .plans import Array, Launch, Plan
+from .primitives import triton
 from .scales import scale_kernel
-from .tiles import compile_options, constants, relation_kernel
+from .tiles import relation_kernel
 
 KERNELS = {
     "relation": relation_kernel,
@@ -65,12 +54,15 @@ KERNELS = {
 CAPABILITIES = ((8, 0), (8, 6), (9, 0), (10, 0))
 SHARED_LIMIT = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (10, 0): 232448}  # bytes per program
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync")
-FEATURE_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16"}  # "*fp32" for the other number formats
+TYPES = {
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+}  # fmt: skip
+PRECISIONS = ("highest", "high", "medium")  # the number formats of float32 features
+BATCH, PIXELS = 16, 4096  # B and N
 CLOSED_FORM = tuple(name for name in KERNELS if name.startswith("closed_"))
 ROW_ONLY = ("closed_gains", "closed_scales")  # kernels of CLOSED_FORM
 ALGEBRA = tuple(name for name in KERNELS if name != "relation" and name not in CLOSED_FORM)
 ROW_L1, ROW_L2, COSINE_L2 = Relation("row", "l1"), Relation("row", "l2"), Relation("cosine", "l2")
-SCALARS = {"delta": "fp32", "eps": "fp32", "weight": "fp32", "loss_weight": "fp32"}  # the others are integers
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,6 @@ class Case:
         capability: compute capability of the GPU.
         numbers: "bfloat16", "float16", or the matmul precision of float32: "medium", "high", "highest".
         channels: (C_s, C_t).
-        pixels: B * N, on which the tile of the scale kernel depends.
         layout: "nchw": pixels are adjacent in memory; "nlc": channels are adjacent; "odd": neither are, no argument is
             a multiple of 16, and every count that can be 1 is 1. Triton specialises kernels on arguments that are 1 or
             multiples of 16.
@@ -94,7 +85,6 @@ class Case:
     channels: tuple[int, int] = (64, 256)
     relation: Relation = ROW_L1
     need_grad: bool = True
-    pixels: int = 16 * 4096
     layout: str = "nchw"
 
     def __str__(self) -> str:
@@ -122,102 +112,50 @@ class Report:
     instructions: Counter[str]
 
 
-def compile_arguments(case: Case) -> tuple[dict, dict]:
-    """Return the arguments of a case's kernel that are known at compile time, and the compile options."""
-    relation = case.relation
-    if case.kernel == "relation":
-        chosen = configuration(case.capability, case.numbers, *case.channels)
-        known = constants(relation, case.need_grad, case.channels, case.numbers, chosen)
-        if not case.need_grad:
-            known |= {"U_ptr": None}
-        if not (case.need_grad and relation.differentiates_norms):
-            known |= {"h_ptr": None}
-        if relation.normalize == "none":
-            known |= dict.fromkeys(("alpha_ptr", "ratio_ptr", "power_ptr", "mantissa_ptr"))
-        return known, compile_options(chosen)
+def launch_of(case: Case) -> Launch:
+    """Return the launch of a case's kernel; for "row", of the two of ``closed_form`` the second."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(case.numbers, torch.float32)
-    if case.kernel in CLOSED_FORM:
-        return closed_form_arguments(case, dtype)
-    known = {"NORMALIZE": relation.normalize, "TERMS": feature_terms(dtype)}
-    if case.kernel in ("loss", "backward"):
-        return {"BLOCK": BLOCK_BACKWARD}, OPTIONS
-    if case.kernel == "terms":
-        return known | {"BLOCK_C": BLOCK_TERMS}, OPTIONS
-    if case.kernel in ("scale", "gradient"):
-        known["alpha_t_ptr"] = None
-        block_m, block_k, options = product_blocks(dtype, case.pixels, 132)
-        if relation.normalize != "row":
-            matrices = (
-                "terms_s_ptr",
-                "terms_t_ptr",
-                "size_s_ptr",
-                "size_t_ptr",
-                "size_ptr",
-                "moment_ptr",
-                "weighted_ptr",
-            )
-            known |= dict.fromkeys(matrices)
-        return known | {"BLOCK_M": block_m, "BLOCK_K": block_k, "BLOCK_C": BLOCK_CHANNELS}, options
-    if case.kernel == "weighted_moment":
-        block_n, block_c, options = weighted_moment_blocks()
-        return known | {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": BLOCK_WEIGHTED}, options
-    block_n, block_c, options = moment_blocks(dtype, max(case.channels))
-    return known | {"BLOCK_N": block_n, "BLOCK_C": block_c}, options
+    student, teacher = (
+        torch.empty(BATCH, channels, PIXELS, dtype=dtype, device="meta").mT for channels in case.channels
+    )
+    loss, gradient = student.new_empty(BATCH, dtype=torch.float32), None
+    if case.need_grad and case.kernel != "loss":
+        gradient = torch.empty_like(student, dtype=gradient_dtype(dtype))
+    plan: Plan | None
+    if case.kernel == "backward" and gradient is not None:
+        plan = backward_plan(gradient, loss, student, 1.0)
+    elif case.kernel in CLOSED_FORM:
+        plan = closed_form_plan(student, teacher, loss, gradient, case.relation)
+    else:
+        chosen = configuration(case.capability, case.numbers, *case.channels)
+        plan = relation_plan(student, teacher, loss, gradient, case.relation, chosen, "none")
+    assert plan is not None, "the images of a gradient are adjacent"
+    return [launch for launch in plan.launches if launch.kernel is KERNELS[case.kernel]][-1]
 
 
-def closed_form_arguments(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
-    """Return ``compile_arguments`` of a kernel of CLOSED_FORM."""
-    channels_s, channels_t = case.channels
-    row, scaled = case.relation.normalize == "row", case.relation.normalize != "none"
-    difference = channels_s == channels_t
-    known: dict[str, Any] = {"DIFFERENCE": difference, "SCALED": scaled, "GRAD": case.need_grad}
-    known["DETACH_NORMS"] = case.relation.detach_norms
-    # of the two stages of "row", the second
-    known |= {"STAGE": "second" if row else "only", "MOMENTS": 3 if not row else 4 if difference else 2}
-    if not row:
-        absent = "distance_ptr", "raw_factors_ptr", "gains_ptr", "teacher_factor_ptr", "sums_ptr"
-        known |= dict.fromkeys(absent)
-    if case.kernel == "closed_gains":
-        return {"BLOCK": closed_form.BLOCK_VECTOR}, closed_form.FINISH_OPTIONS
-    if case.kernel == "closed_sums":
-        if row and not difference:
-            known |= {"partial_ptr": None, "sums_ptr": None}
-        known |= {"BLOCK": closed_form.BLOCK_FINISH, "BLOCK_P": closed_form.BLOCK_VECTOR}
-        return known, closed_form.FINISH_OPTIONS
-    if case.kernel == "closed_scales" and difference:
-        known["partial_ptr"] = None
-    if case.kernel in ("closed_gradient", "closed_scales"):
-        if case.kernel == "closed_gradient":
-            block_k, block_c = gradient_blocks(dtype, channels_s, row)
-        else:
-            block_k, block_c = row_scale_blocks(dtype, channels_s, channels_t)
-        known |= {"ONE_BLOCK": channels_s <= block_c, "TERMS": feature_terms(dtype)}
-        known |= {"BLOCK_M": closed_form.BLOCK_PIXELS, "BLOCK_K": block_k, "BLOCK_C": block_c}
-        return known | {"BLOCK_P": closed_form.BLOCK_VECTOR}, closed_form.OPTIONS
-    known["TERMS"], known["TERMS_WEIGHTED"] = term_counts(dtype, scaled or difference)
-    return known | {"BLOCK_N": closed_form.BLOCK_SUM, "BLOCK_C": closed_form.BLOCK_CHANNELS}, closed_form.OPTIONS
+def type_of(argument: Array | int | float | None) -> str:
+    """Return Triton's name of an argument's type."""
+    if isinstance(argument, Array):
+        return f"*{TYPES[argument.dtype]}"
+    return "fp32" if isinstance(argument, float) else "i32"
 
 
 def compile_case(case: Case) -> Report:
     """Compile a case ahead of time, as a launch on contiguous, aligned tensors compiles it."""
-    kernel = KERNELS[case.kernel]
-    known, options = compile_arguments(case)
+    precision = torch.get_float32_matmul_precision()
+    if case.numbers in PRECISIONS:
+        torch.set_float32_matmul_precision(case.numbers)
+    try:
+        launch = launch_of(case)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    kernel, values = launch.kernel, dict(zip(launch.kernel.arg_names, launch.arguments))
+    known = {name: value for name, value in launch.constants.items() if name in kernel.arg_names}
+    options = {name: value for name, value in launch.constants.items() if name not in known}
+    known |= {name: None for name, value in values.items() if value is None}
     ones = {"nchw": "stride_[stug]n", "nlc": "stride_[stug]c", "odd": "pixels|column_splits"}[case.layout]
-    known |= {name: 1 for name in kernel.arg_names if re.fullmatch(ones, name)}
-    known = {name: value for name, value in known.items() if name in kernel.arg_names}
-    features = FEATURE_POINTERS.get(case.numbers, "*fp32")
-    types = {"student_ptr": features, "teacher_ptr": features, "result_ptr": features}
-    types |= dict.fromkeys(("terms_ptr", "terms_s_ptr", "terms_t_ptr", "moment_ptr", "weighted_ptr"), "*bf16")
-    types |= dict.fromkeys(("factors_ptr", "raw_factors_ptr", "teacher_factor_ptr"), "*bf16")
-    if case.kernel in CLOSED_FORM:
-        types["partial_ptr"] = "*fp64"
-    types["counter_ptr"] = "*i32"
-    types["gradient_ptr"] = "*bf16" if case.numbers == "bfloat16" else "*fp32"
-    types |= dict.fromkeys(known, "constexpr")
-    signature = {
-        name: types.get(name, "*fp32" if name.endswith("_ptr") else SCALARS.get(name, "i32"))
-        for name in kernel.arg_names
-    }
+    known |= {name: 1 for name in values if re.fullmatch(ones, name)}
+    signature = {name: "constexpr" if name in known else type_of(values[name]) for name in kernel.arg_names}
     aligned = re.compile(r"\w+_ptr|stride_\w+|pixels|channels\w*|split_(columns|pixels)|image_elements")
     attributes = {
         (index,): [["tt.divisibility", 16]]

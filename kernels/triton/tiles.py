@@ -326,32 +326,6 @@ def column_splits(batch: int, pixels: int, channels: int, need_grad: bool, block
     return triton.cdiv(blocks, split_blocks), split_blocks * block
 
 
-def constants(
-    relation: Relation, need_grad: bool, channels: tuple[int, int], numbers: str, chosen: Configuration
-) -> dict:
-    """Return the constexpr arguments of the kernel. Few depend on the channels: new counts rarely compile."""
-    return {
-        "NORMALIZE": relation.normalize,
-        "DISTANCE": relation.distance,
-        "RECTIFY": relation.rectify,
-        "NEED_GRAD": need_grad,
-        "TERMS": TERMS[numbers],
-        "BLOCK_M": chosen.block_m,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_S": chosen.block_s,
-        "BLOCK_T": chosen.block_t,
-        "EVEN_S": channels[0] % chosen.block_s == 0,
-        "EVEN_T": channels[1] % chosen.block_t == 0,
-        "LOOP_S": channels[0] > chosen.block_s,
-        "LOOP_T": channels[1] > chosen.block_t,
-    }
-
-
-def compile_options(chosen: Configuration) -> dict:
-    """Return the compile options of the kernel."""
-    return {"num_warps": chosen.warps, "num_stages": chosen.stages, "enable_fp_fusion": True}
-
-
 def plan_tiles(
     plan: Plan,
     student: Array,
@@ -367,7 +341,7 @@ def plan_tiles(
     Args:
         gradient: float32 (B, N, C_s), to use as U if the columns are not split.
     """
-    batch, pixels, channels = student.shape
+    (batch, pixels, channels), channels_t = student.shape, teacher.shape[2]
     chunks = triton.cdiv(channels, chosen.block_s) if need_grad else 1
     slots = max(1, multiprocessors(plan.device) // chunks)
     splits, split_columns = column_splits(batch, pixels, channels, need_grad, chosen.block_m, slots)
@@ -393,11 +367,26 @@ def plan_tiles(
         0 if h is None else h.strides[0],
         pixels,
         channels,
-        teacher.shape[2],
+        channels_t,
         splits,
         split_columns,
         relation.delta,
-        **constants(relation, need_grad, (channels, teacher.shape[2]), number_format(student.dtype), chosen),
-        **compile_options(chosen),
+        # few depend on the channels: new counts rarely compile
+        NORMALIZE=relation.normalize,
+        DISTANCE=relation.distance,
+        RECTIFY=relation.rectify,
+        NEED_GRAD=need_grad,
+        TERMS=TERMS[number_format(student.dtype)],
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_S=chosen.block_s,
+        BLOCK_T=chosen.block_t,
+        EVEN_S=channels % chosen.block_s == 0,
+        EVEN_T=channels_t % chosen.block_t == 0,
+        LOOP_S=channels > chosen.block_s,
+        LOOP_T=channels_t > chosen.block_t,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        enable_fp_fusion=True,
     )
     return partials

@@ -28,6 +28,8 @@ the measured errors.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -48,20 +50,24 @@ def loss_and_gradient(
     student, teacher = addressable(student), addressable(teacher)
     loss = student.new_empty(student.shape[0], dtype=torch.float32)
     gradient = torch.empty_like(student, dtype=gradient_dtype(student.dtype)) if need_grad else None
-
-    def build() -> Plan:
-        plan = Plan(student.device)
-        features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
-        result = None if gradient is None else plan.argument(gradient)
-        if relation.normalize == "row":
-            _plan_row(plan, *features, relation.eps, losses, result)
-        else:
-            _plan_symmetric(plan, *features, relation, losses, result)
-        return plan
-
+    build = functools.partial(closed_form_plan, student, teacher, loss, gradient, relation)
     plan = planned("closed_form", (student, teacher), build, relation, need_grad)
     plan.run(student, teacher, loss, *(() if gradient is None else (gradient,)))
     return loss, gradient
+
+
+def closed_form_plan(
+    student: Tensor, teacher: Tensor, loss: Tensor, gradient: Tensor | None, relation: Relation
+) -> Plan:
+    """Return the plan that computes ``loss`` and, unless it is None, ``gradient`` of tensors like these."""
+    plan = Plan(student.device)
+    features, losses = (plan.argument(student), plan.argument(teacher)), plan.argument(loss)
+    result = None if gradient is None else plan.argument(gradient)
+    if relation.normalize == "row":
+        _plan_row(plan, *features, relation.eps, losses, result)
+    else:
+        _plan_symmetric(plan, *features, relation, losses, result)
+    return plan
 
 
 def _plan_symmetric(

@@ -185,11 +185,6 @@ def plan_gains(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array, 
     return gains
 
 
-def row_scale_blocks(dtype: torch.dtype, channels_s: int, channels_t: int) -> tuple[int, int]:
-    """Return the channels that are summed at a time and those of a block of a product."""
-    return gradient_blocks(dtype, max(channels_s, channels_t), row=True)
-
-
 def plan_row_scales(
     plan: Plan,
     student: Array,
@@ -209,7 +204,7 @@ def plan_row_scales(
     row_blocks = triton.cdiv(pixels, BLOCK_PIXELS)
     distances = plan.scratch(batch, pixels)
     partials = None if channels_s == channels_t else plan.scratch(batch, row_blocks, dtype=torch.float64)
-    block_k, block_c = row_scale_blocks(student.dtype, channels_s, channels_t)
+    block_k, block_c = gradient_blocks(student.dtype, max(channels_s, channels_t), row=True)
     plan.launch(
         row_scales_kernel,
         (batch * row_blocks,),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srpkd.kernels import Relation, dispatch, op, triton
-from srpkd.kernels.triton import closed_form, configurations, plans
+from srpkd.kernels.triton import closed_form, plans
 from srpkd.kernels.triton.plans import ALIGNMENT, Plan
 
 package = pytest.importorskip("triton", reason="the package triton is not installed")
@@ -194,7 +194,7 @@ def test_features_of_another_alignment_are_specialised_again(driver) -> None:
     relation = Relation("none", "l1")
     for each in (student, shifted, student, shifted):
         triton.loss_and_gradient(each, teacher, relation, True)
-    ((plan, _),) = plans._plans.values()
+    (plan,) = plans._plans.values()
     assert len(plan._prepared) == 2
     assert len(driver.launched) == 8
     compiled = [prepared[0].run for prepared in plan._prepared.values()]
@@ -210,11 +210,11 @@ def test_another_batch_needs_no_other_kernel(driver) -> None:
         triton.loss_and_gradient(student.expand(batch, -1, -1), teacher.expand(batch, -1, -1), ROW_L1, True)
     splits = {
         dict(zip(launch.kernel.arg_names, launch.arguments)).get("splits")
-        for plan, _ in plans._plans.values()
+        for plan in plans._plans.values()
         for launch in plan.launches
     }
     assert {1, 2} <= splits
-    compiled = {prepared.run for plan, _ in plans._plans.values() for (prepared, *_) in zip(*plan._prepared.values())}
+    compiled = {prepared.run for plan in plans._plans.values() for (prepared, *_) in zip(*plan._prepared.values())}
     assert len(compiled) == len(set(KERNELS))
 
 
@@ -242,7 +242,7 @@ def test_another_triton_is_used_through_its_public_interface(driver, monkeypatch
     monkeypatch.setattr(plans, "hasattr", lambda value, name: name == "result" and hasattr(value, name), raising=False)
     for _ in range(2):
         triton.loss_and_gradient(*features(), Relation("none", "l1"), True)
-    ((plan, _),) = plans._plans.values()
+    (plan,) = plans._plans.values()
     assert not any(plan._prepared.values())
     assert len(driver.launched) == 4
 
@@ -286,11 +286,10 @@ def test_few_plans_are_kept(monkeypatch) -> None:
 
 def test_few_channel_counts_need_another_kernel() -> None:
     """The counts from 33 to 63, and all multiples of the block beyond one block, share compile-time constants."""
-    from srpkd.kernels.triton.tiles import constants
+    from srpkd.kernels.triton.compiler_report import Case, launch_of
 
     def known(channels_s: int, channels_t: int) -> dict:
-        chosen = configurations.configuration((9, 0), "bfloat16", channels_s, channels_t)
-        return constants(ROW_L1, True, (channels_s, channels_t), "bfloat16", chosen)
+        return launch_of(Case("relation", (9, 0), "bfloat16", (channels_s, channels_t))).constants
 
     assert known(33, 256) == known(48, 256) == known(63, 256) != known(64, 256)
     assert known(192, 512) == known(320, 1024) != known(192, 500)
