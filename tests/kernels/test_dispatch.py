@@ -65,8 +65,10 @@ def test_a_backend_keeps_the_contract(name: str) -> None:
         assert reason is None or (isinstance(reason, str) and reason)
     assert set(getattr(module, "DISTANCES", DISTANCES)) <= set(DISTANCES)
     if name != "reference":
-        parameters = list(inspect.signature(module.relation_tiles).parameters)
-        assert parameters == list(inspect.signature(blocked.relation_tiles).parameters)
+        for function in ("relation_tiles", "loss_and_gradient"):
+            parameters = list(inspect.signature(getattr(module, function)).parameters)
+            expected = list(inspect.signature(getattr(blocked, function)).parameters)
+            assert parameters[: len(expected)] == expected  # loss_and_gradient may take a reduction, see REDUCES
 
 
 # --- by name --------------------------------------------------------------------------------------------------------
