@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.out and len(devices) > 1:
             raise ValueError(f"--out takes the results of one device, received {', '.join(devices)}: add --device")
         verdicts = {device: check_device(device, options) for device in devices}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if broken := [device for device, found in verdicts.items() if "FAILED" in found]:
         print(f"FAILED on {', '.join(broken)}. Please report it, with this output and that of srpkd info: {ISSUES}")

@@ -250,6 +250,37 @@ def test_results_of_other_cases_are_refused(tmp_path):
         command.main(["--device", "cpu", "--backend", "blocked", "--out", str(file)])
 
 
+@pytest.mark.parametrize("content", [b"5", b'{"case": 0}', b"\x89PNG\xff"])
+def test_a_file_of_something_else_is_refused(content, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"error: .*file has no results of srpkd check: use another file"):
+        command.main(["--device", "cpu", "--backend", "blocked", "--out", str(file)])
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", [".", "missing/results.jsonl"])
+def test_a_file_that_cannot_be_written_is_reported_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes.Runner, "run", lambda *_: pytest.fail("it ran kernels whose results it cannot keep"))
+    with pytest.raises(SystemExit, match=r"error: .* cannot be written: "):
+        command.main(["--device", "cpu", "--backend", "blocked", "--out", str(tmp_path / name)])
+
+
+def test_an_error_of_a_thread_is_raised(fake, monkeypatch):
+    """Such as that of a full disk: the kernel would count as not finished, for lack of time."""
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    runner = processes.Runner(CHECKS[:4], 60, 60, fake / "smoke.jsonl")
+    monkeypatch.setattr(runner, "add", fail)
+    with pytest.raises(OSError, match="disk full"):
+        runner.run(["native", "triton"])
+    for process in runner.running:
+        process.join(30)
+        assert process.exitcode is not None
+
+
 @pytest.mark.core(0)
 def test_an_interrupt_ends_the_processes(tmp_path):
     """At once, and without a result: neither a restart nor a crash."""

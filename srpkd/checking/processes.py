@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..files import writing
 from ..kernels import DISTANCES, NORMALIZATIONS
 from ..kernels.formulas import Distance, Normalize, has_float64
 from ..structures import to_device
@@ -200,6 +202,7 @@ class Runner:
 
     Raises:
         ValueError: the file has results of other cases.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, everything: Sequence[Check], seconds: float, silence: float, file: Path | None = None) -> None:
@@ -208,6 +211,9 @@ class Runner:
         self.lock = threading.Lock()
         self.running: list[BaseProcess] = []
         self.is_stopped = False
+        if file:
+            with writing(file):  # before anything runs
+                file.open("a").close()
         self.results = recorded(file) if file else {}
         for (_, number), entry in self.results.items():
             found = entry.get("check", "unknown ones")
@@ -215,25 +221,26 @@ class Runner:
                 raise ValueError(f"{file} has results of other cases, such as {found}: use another file, or remove it")
 
     def run(self, kernels: Sequence[str]) -> None:
-        """Run all kernels at once, each in as many processes as SHARDS says."""
+        """Run all kernels at once, each in as many processes as SHARDS says. Raises the first error of a thread."""
         if CONTEXT.get_start_method() == "forkserver":
             CONTEXT.set_forkserver_preload([__name__])
-        threads = []
+        shards = []
         numbers = range(len(self.everything))
         for kernel in kernels:
             missing = [n for n in numbers if self.results.get((kernel, n), {}).get("status") not in FINAL]
-            shards = min(SHARDS.get(kernel, 1), max(1, (os.cpu_count() or 1) // 2))
-            parts = [missing[start::shards] for start in range(shards)]
-            threads += [threading.Thread(target=self.run_shard, args=(kernel, part)) for part in parts if part]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.5)  # on Windows, Ctrl-C takes effect only when it returns
-        except BaseException:  # Ctrl-C: Python would wait for the threads
-            self.stop()
-            raise
+            count = min(SHARDS.get(kernel, 1), max(1, (os.cpu_count() or 1) // 2))
+            shards += [(kernel, part) for start in range(count) if (part := missing[start::count])]
+        with ThreadPoolExecutor(max(1, len(shards))) as pool:
+            running = {pool.submit(self.run_shard, *shard) for shard in shards}
+            try:
+                while running:
+                    # on Windows, Ctrl-C takes effect only when it returns
+                    done, running = wait(running, 0.5, FIRST_EXCEPTION)
+                    for shard in done:
+                        shard.result()
+            except BaseException:  # Ctrl-C, or an error: the pool would wait for the threads
+                self.stop()
+                raise
 
     def stop(self) -> None:
         """End the processes, and start none any more."""
@@ -304,13 +311,20 @@ class Runner:
         with self.lock:
             self.results[kernel, entry["case"]] = entry
             if self.file:
-                with self.file.open("a", encoding="utf-8") as file:
+                with writing(self.file), self.file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"kernel": kernel} | entry) + "\n")
 
 
 def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the recorded results by kernel and number of the case; later lines replace earlier ones."""
-    return {(entry.pop("kernel"), entry["case"]): entry for entry in read_lines(file)}
+    """Return the recorded results by kernel and number of the case; later lines replace earlier ones.
+
+    Raises:
+        ValueError: the file has something else.
+    """
+    try:
+        return {(entry.pop("kernel"), entry["case"]): entry for entry in read_lines(file)}
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} has no results of srpkd check: use another file, or remove it") from error
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
