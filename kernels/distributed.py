@@ -110,8 +110,8 @@ def ring_loss_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss (1,), and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
     counts = pixels_of_ranks(student, teacher, relation, need_grad, backend, group)
-    ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), sum(counts))
     pixels, dtype = sum(counts), formulas.accumulator(student.dtype)
+    ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), pixels)
     enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
     if backend == "auto" and enough and _has_closed_form(relation):
         backend = "closed_form"

@@ -26,7 +26,7 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def relation_loss(
-    student: Tensor, teacher: Tensor, relation: Relation, reduction: str, layout: str, scope: str, method: str = "tiles"
+    student: Tensor, teacher: Tensor, relation: Relation, reduction: str, layout: str, scope: str, method: str
 ) -> Tensor:
     """The whole loss of features in ``layout``, differentiable in the student, in one call of a C++ operator."""
     extension()
@@ -194,8 +194,10 @@ def unavailable_reason(device: torch.device) -> str | None:
 def cuda_kernel(case: measured.Case, relation: Relation, gpu: cuda_device.Gpu) -> str:
     """Return the tiles that compute a loss on a GPU, as csrc/cuda/choose_kernel.h chooses them: "sm80" or "sm90"."""
     module, _ = load_existing()
-    if (setting := os.environ.get("SRPKD_CUDA_KERNEL", "auto")) != "auto" or module is None:
-        return setting if module is not None else "sm80"
+    if module is None:
+        return "sm80"
+    if (setting := os.environ.get("SRPKD_CUDA_KERNEL", "auto")) != "auto":
+        return setting
     return module.fastest_cuda_kernel(
         **case._asdict(),
         delta=relation.delta,
