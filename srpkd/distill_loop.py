@@ -107,6 +107,8 @@ def distill(
         raise TypeError("target: expected a function of a batch, together with forward=")
     if output is not None and not callable(output):
         check_type("output", output, (str, int), "a field such as 'sample', an index, or a function of the output")
+    if on_step is not None and not callable(on_step):
+        check_type("on_step", on_step, Callable, "a function of a step's number and its losses")
     optimizer = _student_optimizer(student, teacher, optimizer, lr)
     if progress:
         require("tqdm", "train", "the progress bar of distill (or pass progress=False)")

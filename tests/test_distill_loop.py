@@ -339,6 +339,7 @@ def test_networks_of_different_outputs():
         ({"target": "sample"}, TypeError, "target: expected a function of a batch"),
         ({"forward": None}, TypeError, "the data gave a dict; expected image tensors .* pass forward="),
         ({"forward": "sample"}, TypeError, "forward: expected a function forward"),
+        ({"on_step": "log"}, TypeError, "on_step: expected a function of .* received str"),
         ({"forward": None, "target": lambda batch: IMAGES}, TypeError, "target: .* together with forward="),
     ],
 )
