@@ -277,13 +277,21 @@ def environment(cuda: bool) -> dict[str, str]:
 
 
 def flags(cuda: bool) -> list[str]:
-    """Return the flags for the C++ compiler."""
+    """Return the flags for the C++ compiler.
+
+    Raises:
+        BuildError: SRPKD_CXX_FLAGS has a quotation mark without a second one.
+    """
     import torch
 
     macros = {"TORCH_VERSION": torch.__version__, "SOURCES": source_digest()}
     macros["CUDA_ARCHITECTURES"] = architectures() if cuda else ""
     defined = [f'-DSRPKD_{name}="{value}"' for name, value in macros.items()]
-    return [*CXX_FLAGS, *defined, *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", ""))]
+    further = os.environ.get("SRPKD_CXX_FLAGS", "")
+    try:
+        return [*CXX_FLAGS, *defined, *shlex.split(further)]
+    except ValueError as error:
+        raise BuildError(f"SRPKD_CXX_FLAGS={further!r}: expected flags as in a shell ({error})") from error
 
 
 def nvcc_flags() -> list[str]:
@@ -312,8 +320,11 @@ def unsupported_platform() -> str | None:
 def unavailable_reason() -> str | None:
     """Return why the extension cannot be built on this machine and what to do, or None if it can."""
     compiler = os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
-    if setting() == "0":
-        return "SRPKD_BUILD=0 disables the build"
+    try:
+        if setting() == "0":
+            return "SRPKD_BUILD=0 disables the build"
+    except ValueError as error:
+        return str(error)
     if reason := unsupported_platform():
         return reason
     if shutil.which(compiler) is None:
@@ -331,7 +342,7 @@ def cached_library() -> Path:
     """Return the path of the extension that is built on first use, one for each torch, sources and flags.
 
     Raises:
-        BuildError: the user has no home directory, and no variable names another folder.
+        BuildError: the user has no home directory, and no variable names another folder; or as ``flags``.
     """
     import torch
 

@@ -230,6 +230,8 @@ def test_auto_does_not_build(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("CXX", "no-such-compiler", "no C++ compiler (no-such-compiler) found"),
         ("SRPKD_BUILD", "0", "SRPKD_BUILD=0 disables the build"),
+        ("SRPKD_BUILD", "yes", "SRPKD_BUILD='yes': expected 0 (never build)"),
+        ("SRPKD_CXX_FLAGS", '"-O1', "SRPKD_CXX_FLAGS='\"-O1': expected flags as in a shell (No closing quotation)"),
     ],
 )
 def test_reason_if_it_cannot_be_built(
