@@ -126,7 +126,11 @@ def cuda_unavailable_reason() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if (home := cuda_home()) is None:
         return "no CUDA toolkit found: set CUDA_HOME to its folder"
-    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    nvcc = home / "bin" / "nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:  # such as a toolkit for another processor
+        return f"{nvcc} does not run ({error.strerror}): set CUDA_HOME to a toolkit that runs here"
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = ".".join(release.groups()) if release else "of unknown version"

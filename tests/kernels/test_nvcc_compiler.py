@@ -67,6 +67,16 @@ def test_an_nvcc_that_cannot_compile(printed: str, error: str, toolkit: Path) ->
     assert problem.endswith(f"): {REMEDY}")
 
 
+def test_an_nvcc_that_does_not_run(toolkit: Path) -> None:
+    """Such as that of another processor: the choice of a backend asks for it, so it must not raise."""
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text("not a program")
+    for mode, error in ((0o755, "Exec format error"), (0o644, "Permission denied")):
+        nvcc.chmod(mode)
+        expected = f"{nvcc} does not run ({error}): set CUDA_HOME to a toolkit that runs here"
+        assert build.cuda_unavailable_reason() == expected
+
+
 def test_without_a_toolkit_there_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "cuda_home", lambda: None)
     assert build.nvcc_problem() is None
