@@ -131,7 +131,11 @@ def load_existing() -> tuple[ModuleType | None, str | None]:
         return None, str(error)
     if not os.path.exists(library):  # False also for the home of another user, for which Path.exists() raises
         return None, None
-    if reason := build.stale_reason(library):
+    try:
+        reason = build.stale_reason(library)
+    except OSError as error:  # such as a file of another user
+        return None, f"{library} cannot be read: {error.strerror}"
+    if reason:
         return None, f"{reason}: install srpkd again with --no-build-isolation"
     spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None, library  # known from the suffix .so

@@ -165,6 +165,12 @@ def test_home_of_another_user(monkeypatch: pytest.MonkeyPatch, no_extension: Non
     assert not native.is_built(CPU)
 
 
+def test_an_extension_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_extension: None) -> None:
+    monkeypatch.setattr(build, "cached_library", lambda: tmp_path)  # a folder: root can read all files
+    assert native.load_existing() == (None, f"{tmp_path} cannot be read: Is a directory")
+    assert not native.is_built(CPU)
+
+
 def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch, no_extension: None) -> None:
     def unknown() -> Path:
         raise RuntimeError("Could not determine home directory.")
