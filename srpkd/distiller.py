@@ -18,7 +18,7 @@ from .layouts import (
     SHAPES,
     Layout,
     check_dense,
-    check_ndim,
+    check_dimensions,
     convert,
     pixel_count,
     warn_if_unlikely,
@@ -241,8 +241,7 @@ class RelationDistiller(nn.Module):
             if student.requires_grad and torch.is_grad_enabled():
                 check_has_relations(loss, student.shape, ours)
         if (ours, theirs) != (expected, expected):
-            check_ndim("student", student, ours)
-            check_ndim("teacher", teacher, theirs)
+            check_dimensions(student, teacher, (ours, theirs))
             converted = (
                 convert(student, ours, expected, teacher, theirs),
                 convert(teacher, theirs, expected, student, ours),

@@ -24,6 +24,11 @@ NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
 # tokens of a vision transformer that are no patches: one class token, two (DeiT), four registers, or both (DINOv2)
 EXTRA_TOKENS = (0, 1, 2, 4, 5)
 
+EQUAL_TOKENS = (
+    "tap layers of equal size, or leave out class tokens by a function as loss, without layout, which receives the "
+    "features as they are"
+)
+
 
 def channel_dim(layout: Layout) -> int:
     """Return the dimension of the channels, counted from the end."""
@@ -51,13 +56,36 @@ def check_dense(name: str, features: Tensor) -> None:
         raise TypeError(f"{name} features are sparse or packed: expected a dense tensor, as by .to_dense()")
 
 
-def check_ndim(name: str, features: Tensor, layout: Layout) -> None:
+def check_dimensions(student: Tensor, teacher: Tensor, layouts: tuple[Layout, Layout]) -> None:
+    """Raise a ValueError unless both features have the number of dimensions of their layouts.
+
+    Args:
+        layouts: stated layouts of student and teacher.
+    """
+    if layouts[0] == layouts[1] and sorted((student.ndim, teacher.ndim)) == [3, 4]:
+        pair = tuple("nlc" if features.ndim == 3 else "nchw" for features in (student, teacher))
+        tokens, image = ("student", "teacher") if student.ndim == 3 else ("teacher", "student")
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in the number of dimensions. If "
+            f"the {tokens} has tokens (B, N, C), give RelationDistiller layout={pair}, or make tokens of the {image}'s "
+            "map, as by features.flatten(2).mT, for layout='nlc'"
+        )
+    for name, features, layout in zip(("student", "teacher"), (student, teacher), layouts):
+        _check_ndim(name, features, layout)
+
+
+def _check_ndim(name: str, features: Tensor, layout: Layout) -> None:
     """Raise a ValueError unless features have the number of dimensions of a layout, with or without a batch."""
     if features.ndim in (NDIM[layout], NDIM[layout] - 1):
         return
     fitting = [repr(other) for other in LAYOUTS if NDIM[other] == features.ndim]
     expected, single = SHAPES[layout]
     hint = f"; for this shape use layout={' or '.join(fitting)}" if fitting else ""
+    if features.ndim == 2:
+        hint = (
+            "; vectors (B, C) have no pixels: tap a layer before the pixels are pooled, or relate the images of the "
+            "batch, by features.unsqueeze(1) with layout='nlc' and scope='batch'"
+        )
     if features.ndim > max(NDIM.values()):  # a video or a volume
         first = 2 if layout == "nchw" else 1
         hint = f"; for more dimensions flatten the positions, as by .flatten({first}, {first + features.ndim - 4})"
@@ -92,12 +120,12 @@ def convert(features: Tensor, layout: Layout, target: Layout, partner: Tensor, p
         elif partner.shape[-2] != tokens:
             raise ValueError(
                 f"features of shape {tuple(features.shape)} and {tuple(partner.shape)} have {tokens} and "
-                f"{partner.shape[-2]} tokens: tap layers of equal size, without class tokens"
+                f"{partner.shape[-2]} tokens: {EQUAL_TOKENS}"
             )
         if height * width != tokens:
             raise ValueError(
                 f"features of shape {tuple(features.shape)} have {tokens} tokens and a map {tuple(partner.shape)} has "
-                f"{height} x {width} pixels: tap layers of equal size, without class tokens"
+                f"{height} x {width} pixels: {EQUAL_TOKENS}"
             )
         features = features.transpose(-1, -2).unflatten(-1, (height, width))
     if target == "nhwc":

@@ -20,7 +20,7 @@ from .layouts import (
     Layout,
     channel_dim,
     check_dense,
-    check_ndim,
+    check_dimensions,
     likely_layout,
     pixel_count,
     warn_if_unlikely,
@@ -335,6 +335,8 @@ def _check_option(name: str, value: Any) -> None:
     if name == "group" and value is not None and dist.is_available():
         # new_group returns NON_GROUP_MEMBER, an int, in the processes that do not belong to it
         check_type(name, value, (dist.ProcessGroup, int), "a torch.distributed.ProcessGroup or None")
+    elif name == "layout" and isinstance(value, list | tuple):
+        raise ValueError(f"layout={value!r}: expected one of {LAYOUTS}; RelationDistiller takes a pair of layouts")
     elif name in CHOICES:
         check_choice(name, value, CHOICES[name])
     elif name == "backend":
@@ -367,6 +369,7 @@ def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> Non
         if not isinstance(features, Tensor):
             raise TypeError(
                 f"{name} features: expected a tensor {SHAPES[layout][0]}, received {type(features).__name__}"
+                + (": add the losses of its tensors" if isinstance(features, list | tuple) else "")
             )
         check_dense(name, features)
         if features.dtype not in DTYPES:
@@ -374,9 +377,9 @@ def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> Non
                 f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16, for example by "
                 ".float()"
             )
-        check_ndim(name, features, layout)
         if features.numel() == 0:
             raise ValueError(f"{name} features are empty: shape {tuple(features.shape)}")
+    check_dimensions(student, teacher, (layout, layout))
     _check_sizes(student, teacher, layout)
     if student.device != teacher.device:
         raise ValueError(f"student is on {student.device} and teacher on {teacher.device}: move them to one device")
@@ -396,6 +399,8 @@ def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
         reason = "in the batch"
     elif layout == "nlc":
         reason = "in their tokens: tap layers of equal size, and leave out class tokens, as by features[:, 1:]"
+        if student.shape[-1] == teacher.shape[-2] or student.shape[-2] == teacher.shape[-1]:
+            reason += "; if one of them is (B, C, N), transpose it, as by features.mT"
     else:
         reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:

@@ -238,6 +238,9 @@ def test_layouts_that_do_not_fit_the_features(student: nn.Module, teacher: nn.Mo
         ValueError, match=r"'encoder'.*: teacher features have shape .* layout='nlc' expects \(B, N, C\)"
     ):
         distiller(image)
+    distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout="nlc")
+    with pytest.raises(ValueError, match=r"'encoder'.* give RelationDistiller layout=\('nlc', 'nchw'\), or"):
+        distiller.compare({"encoder": torch.ones(2, 16, 3)}, {"encoder": torch.ones(2, 5, 4, 4)})
     distiller = RelationDistiller(student, teacher, {"encoder": "encoder"}, layout="nhwc")
     shapes = r"\(2, 3, 4, 4\).* features \(2, 4, 4, 3\), layout='nhwc'.* after the conversion to layout='nchw'"
     with pytest.raises(ValueError, match=shapes):

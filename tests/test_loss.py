@@ -373,13 +373,34 @@ REFUSED = {
     "one with a batch": (
         {"student": torch.ones(3, 4, 4)},
         ValueError,
-        ["(3, 4, 4)", "(2, 3, 4, 4)", "differ in the batch"],
+        ["(3, 4, 4)", "(2, 3, 4, 4)", "differ in the number of dimensions"],
+    ),
+    "tokens and a map": (
+        {"student": torch.ones(2, 16, 3)},
+        ValueError,
+        ["(2, 16, 3)", "the student has tokens", "layout=('nlc', 'nchw')", "the teacher's map", ".flatten(2).mT"],
+    ),
+    "a map and tokens": (
+        {"teacher": torch.ones(2, 16, 3), "layout": "nlc"},
+        ValueError,
+        ["(2, 16, 3)", "the teacher has tokens", "layout=('nchw', 'nlc')", "the student's map"],
+    ),
+    "tokens and a flattened map": (
+        {"student": torch.ones(2, 16, 3), "teacher": torch.ones(2, 5, 16), "layout": "nlc"},
+        ValueError,
+        ["differ in their tokens", "if one of them is (B, C, N), transpose it"],
+    ),
+    "layouts of two networks": (
+        {"layout": ("nlc", "nchw")},
+        ValueError,
+        ["layout=('nlc', 'nchw')", "RelationDistiller takes a pair"],
     ),
     "vectors": (
         {"student": torch.ones(3, 4)},
         ValueError,
-        ["student", "(3, 4)", "layout='nchw'", "(B, C, H, W) or (C, H, W)"],
+        ["student", "(3, 4)", "layout='nchw'", "(B, C, H, W) or (C, H, W)", "scope='batch'"],
     ),
+    "several maps": ({"student": [IMAGE, IMAGE]}, TypeError, ["received list: add the losses of its tensors"]),
     "images as nlc": (
         {"layout": "nlc"},
         ValueError,
