@@ -63,10 +63,13 @@ def profile_generators(
         if size % (multiple := size_multiple(net)):
             raise ValueError(f"size={size}: {path} needs a multiple of {multiple}")
     networks = []
-    for path, net in ProgressBar(nets.items(), unit="network", desc="profiling"):
+    bar = ProgressBar(nets.items(), unit="network", desc="profiling")
+    for path, net in bar:
         shape = (batch_size, image_channels(net)[0], size, size)
         try:
-            costs = profile_network(net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds)
+            costs = profile_network(
+                net, shape, device=device, modes=modes, repeats=repeats, seconds=seconds, on_timing=bar.set_postfix_str
+            )
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from error
         networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
@@ -88,6 +91,7 @@ def profile_network(
     modes: Sequence[Mode] = MODES,
     repeats: int = 30,
     seconds: float = 10.0,
+    on_timing: Callable[[str], Any] | None = None,
 ) -> dict[str, Any]:
     """Count and time one generator.
 
@@ -98,6 +102,7 @@ def profile_network(
         modes: of "eager", "compiled" (torch.compile) and "onnx".
         repeats: number of timed calls, at most.
         seconds: time limit for the timed calls of one mode and dtype; at least three calls are made.
+        on_timing: called with each mode and dtype, such as ``"compiled bf16"``, before it is compiled and timed.
 
     Returns:
         "parameters"; "macs" (transposed convolutions counted per output pixel, as in published numbers);
@@ -129,6 +134,8 @@ def profile_network(
     latency = []
     for mode in modes:
         for dtype in DTYPES:
+            if on_timing is not None:
+                on_timing(f"{mode} {dtype}")
             entry: dict[str, Any] = {"mode": mode, "dtype": dtype, "device": "cpu" if mode == "onnx" else device}
             try:
                 with torch.no_grad():

@@ -46,7 +46,9 @@ def test_network_is_unchanged():
     assert result["latency"] == [] and net.training
     passes = set()
     net.register_forward_hook(lambda net, images, _: passes.add((len(images[0]), images[0].dtype, net.training)))
-    found = profile_network(net, (2, 3, 16, 16), modes=["eager"], repeats=3)
+    timed = []
+    found = profile_network(net, (2, 3, 16, 16), modes=["eager"], repeats=3, on_timing=timed.append)
+    assert timed == ["eager fp32", "eager bf16"]
     assert passes >= {(2, torch.float32, False), (2, torch.bfloat16, False)} and (2, torch.float32, True) not in passes
     assert all(entry["p50_ms"] > 0 for entry in found["latency"])
     assert net.training and next(net.parameters()).dtype == torch.float32
