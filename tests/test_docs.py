@@ -103,6 +103,12 @@ def test_python_runs(page, tmp_path, monkeypatch, one_thread):
         from srpkd.models.exporters import to_onnx
 
         (tmp_path / "student.onnx").write_bytes(to_onnx(define_generator("resnet_1blocks", ngf=1)))
+    if "torch.export.load" in page.read_text():
+        from srpkd.models.exporters import to_pt2
+
+        run = tmp_path / "runs" / "h2z"
+        run.mkdir(parents=True)
+        (run / "latest_net_G_A.pt2").write_bytes(to_pt2(define_generator("resnet_1blocks", ngf=1)))
     names: dict = {"__name__": "docs"}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
