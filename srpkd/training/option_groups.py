@@ -190,7 +190,7 @@ class RunOptions:
     """The run.
 
     Args:
-        name: name of the run; its results are written to `<runs_dir>/<name>`.
+        name: name of the run; its results are written to `<runs_dir>/<name>`; if that exists, to `<name>-2` and so on.
         runs_dir: folder of all runs.
         n_epochs: epochs at the full learning rate.
         n_epochs_decay: epochs over which the learning rate then falls linearly towards 0.

@@ -68,7 +68,7 @@ class StudentTeacher(nn.Module):
                 raise ValueError(
                     f"student layer {student_name!r} gives {tuple(student_shape)} and teacher layer "
                     f"{teacher_name!r} {tuple(teacher_shape)} (C, H, W) for an image of the training size: tap layers "
-                    "of the same height and width"
+                    "of the same height and width by --layers, or choose a --netG like the teacher's"
                 )
             if lambda_srp:
                 try:
