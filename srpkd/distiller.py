@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from .arguments import check_choice, check_number, check_type
 from .layouts import (
     LAYOUTS,
-    NDIM,
     SHAPES,
     Layout,
     check_dense,
     check_dimensions,
     convert,
-    pixel_count,
     warn_if_unlikely,
 )
-from .loss import SRPLoss
+from .loss import ONE_PIXEL, SRPLoss, is_constant
 from .structures import tensors_in
 from .taps import FeatureTap
 
@@ -314,13 +312,8 @@ def check_has_relations(loss: Any, shape: Sequence[int], layout: Layout = "nchw"
         shape: shape of the student's features.
         layout: layout of the features.
     """
-    is_constant = isinstance(loss, SRPLoss) and loss.scope == "image" and loss.normalize != "none"
-    if is_constant and len(shape) >= NDIM[layout] - 1 and pixel_count(shape, layout) == 1:
-        raise ValueError(
-            f"student features of shape {tuple(shape)} have one pixel for each image, which has no relations: the "
-            "loss would be 0 and train nothing. Tap a layer before the pixels are pooled, or relate the images of the "
-            "batch by scope='batch'"
-        )
+    if isinstance(loss, SRPLoss) and is_constant(loss, shape, layout):
+        raise ValueError(f"student features {ONE_PIXEL.format(tuple(shape))}")
 
 
 def total(losses: Iterable[Tensor]) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -30,6 +32,10 @@ Scope = Literal["image", "batch", "global"]
 Reduction = Literal["mean", "sum", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+ONE_PIXEL = (
+    "of shape {} have one pixel for each image, which has no relations: the loss is 0 and trains nothing. Tap a layer "
+    "before the pixels are pooled, or relate the images of the batch by scope='batch'"
+)
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": NORMALIZATIONS, "distance": DISTANCES, "reduction": REDUCTIONS, "layout": LAYOUTS, "scope": SCOPES,
 }  # fmt: skip
@@ -153,7 +159,7 @@ class SRPLoss(nn.Module):
     detach_norms: bool
     columns: int | None
     generator: torch.Generator | None
-    has_warned: bool = False  # that features look like another layout: once is enough
+    has_warned: bool = False  # about the shape of features: once is enough
 
     def __init__(
         self,
@@ -190,10 +196,12 @@ class SRPLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the loss of features (B, C_s, H, W) and (B, C_t, H, W), or those of another ``layout``."""
         _check_features(student, teacher, self.layout, self.scope, self.group)
-        if not (torch.compiler.is_compiling() or self.has_warned) and warn_if_unlikely(
-            student, teacher, (self.layout, self.layout)
-        ):
-            self.has_warned = True
+        if not (torch.compiler.is_compiling() or self.has_warned):
+            if warn_if_unlikely(student, teacher, (self.layout, self.layout)):
+                self.has_warned = True
+            elif student.requires_grad and torch.is_grad_enabled() and is_constant(self, student.shape, self.layout):
+                warnings.warn(f"student features {ONE_PIXEL.format(tuple(student.shape))}", stacklevel=4)
+                self.has_warned = True
         relation = Relation(
             self.normalize, self.distance, float(self.delta), float(self.eps), self.rectify, self.detach_norms
         )
@@ -210,6 +218,18 @@ class SRPLoss(nn.Module):
         names = ["normalize", "distance", "delta", "reduction", "layout", "eps", "backend", "scope", "columns"]
         names += ["rectify", "detach_norms"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def is_constant(loss: SRPLoss, shape: Sequence[int], layout: Layout) -> bool:
+    """Return whether a loss is 0 because images have one pixel, which is related only to itself.
+
+    Args:
+        shape: shape of the student's features.
+        layout: layout of the features.
+    """
+    if len(shape) < NDIM[layout] - 1 or pixel_count(shape, layout) > 1:
+        return False
+    return loss.scope == "image" and loss.normalize != "none"
 
 
 def _relation_loss(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
+from srpkd import SRPLoss
 from srpkd.layouts import LAYOUTS, Layout, convert, likely_layout, warn_if_unlikely
 
 
@@ -108,3 +110,16 @@ def test_one_of_two_features_is_not_enough_for_a_warning() -> None:
     assert not warn_if_unlikely(student, teacher, ("nchw", "nchw"))
     with pytest.warns(UserWarning, match="look like"):
         assert warn_if_unlikely(student, student, ("nchw", "nchw"))
+
+
+def test_features_of_one_pixel_give_a_warning_once() -> None:
+    loss_fn, student, teacher = SRPLoss(), torch.ones(2, 4, 1, 1, requires_grad=True), torch.ones(2, 6, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(student.detach(), teacher)  # a validation
+        for options in ({"scope": "batch"}, {"normalize": "none"}):
+            SRPLoss(**options)(student, teacher)
+    with pytest.warns(UserWarning, match=r"\(2, 4, 1, 1\) have one pixel .* scope='batch'") as caught:
+        loss_fn(student, teacher)
+        assert loss_fn(student, teacher) == 0
+    assert len(caught) == 1
