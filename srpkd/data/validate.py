@@ -221,7 +221,8 @@ def _inspect(
         for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
             if details:
                 names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
-                problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}")
+                advice = "; fix or remove them" if details is unreadable else ""
+                problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}{advice}")
         folder_sizes = {geometry.network_size(header) for header in headers}
         if batch_size > 1 and len(folder_sizes) > 1:
             problems.append(

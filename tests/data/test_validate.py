@@ -470,4 +470,5 @@ def test_long_lists_are_shortened(tmp_path, side_a):
     for i in range(14):
         (side_a / f"{i:02d}.png").write_bytes(b"")
     message = single_problem(tmp_path, "unaligned")
-    assert "14 of 14" in message and "09.png" in message and "10.png" not in message and message.endswith("and 4 more")
+    assert "14 of 14" in message and "09.png" in message and "10.png" not in message
+    assert message.endswith("and 4 more; fix or remove them")
