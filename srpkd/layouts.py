@@ -62,7 +62,7 @@ def check_dimensions(student: Tensor, teacher: Tensor, layouts: tuple[Layout, La
     Args:
         layouts: stated layouts of student and teacher.
     """
-    if layouts[0] == layouts[1] and sorted((student.ndim, teacher.ndim)) == [3, 4]:
+    if student.ndim != teacher.ndim and layouts[0] == layouts[1] and {student.ndim, teacher.ndim} == {3, 4}:
         pair = tuple("nlc" if features.ndim == 3 else "nchw" for features in (student, teacher))
         tokens, image = ("student", "teacher") if student.ndim == 3 else ("teacher", "student")
         raise ValueError(
