@@ -127,7 +127,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f'error: srpkd {command} needs {error.name}: pip install "srpkd[train]"')
     module.main(rest)
-
-
-if __name__ == "__main__":
-    main()

@@ -259,7 +259,7 @@ def test_invalid_command_fails_and_changes_nothing(command, files, line, status,
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["python -m srpkd.translate code.pth pairs out", "srpkd trian"])
 def test_process_exits_with_the_message(files, line):
-    words = shlex.split(line.replace("srpkd", "python -m srpkd.cli", 1) if line.startswith("srpkd") else line)
+    words = shlex.split(line.replace("srpkd", "python -m srpkd", 1) if line.startswith("srpkd") else line)
     done = subprocess.run([sys.executable, *words[1:]], cwd=files, capture_output=True, text=True, timeout=120)
     assert done.returncode in (1, 2) and done.stdout == ""
     assert "error: " in done.stderr and "Traceback" not in done.stderr
