@@ -141,6 +141,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shorten(names: Sequence[str], limit: int = 10) -> str:
+    """Return names as a list, at most `limit` of them."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def command_line(words: Sequence[str]) -> str:
     """Return a command as text that can be pasted into a terminal."""
     # in cmd.exe, which has no quotes but ", a path with a backslash must not be quoted as for a POSIX shell

@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .layouts import DatasetMode, FolderLayout, expected_folders, find_layout, shorten
+from ..arguments import shorten
+from .layouts import DatasetMode, FolderLayout, expected_folders, find_layout
 from .listing import image_files
 
 Check = Callable[[FolderLayout], list[str]]

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
+from ..arguments import shorten
 from .images import DataError
 from .listing import Listing, has_images_outside, list_images, relative_name, relative_path
 
@@ -119,12 +120,6 @@ def expected_folders(mode: DatasetMode, phase: str) -> str:
     names = PHASES.get(phase, (phase,))
     usual = [f"{name}A and {name}B" for name in names]
     return ", or ".join(usual if mode == "unaligned" else [*names, *usual])
-
-
-def shorten(names: Sequence[str], limit: int = 10) -> str:
-    """Return names as a list, at most `limit` of them."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def known_layouts(root: Path, mode: DatasetMode, phase: str) -> Iterator[FolderLayout]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from ..arguments import check_choice, check_whole
+from ..arguments import check_choice, check_whole, shorten
 from ..progress import ProgressBar
 from . import Direction
 from .folders import CHOICES, Preprocess, effective_load_size, scaled_size
 from .images import DataError, describe_further_frames, in_threads, open_image
 from .layout_hints import missing_folders
-from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts, shorten
+from .layouts import DatasetMode, FolderLayout, find_layout, known_layouts
 from .listing import EXTENSIONS
 
 Size = tuple[int, int]  # (width, height)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_type
+from ..arguments import check_type, shorten
 from ..files import atomic_write
 from ..finite import describe_nonfinite
 from .networks import (
@@ -152,17 +152,17 @@ def teacher_files(model: str, teacher: str, teacher_B: str | None = None) -> dic
 def _check_file(path: Path) -> None:
     """Raise a CheckpointError for files that are recognisable as something else without loading them."""
     if path.is_dir():
-        names = _listing(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES))
-        raise CheckpointError(f"{path} is a folder: give a file of weights. This folder has: {names}")
+        names = shorten(sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES), 5)
+        raise CheckpointError(f"{path} is a folder: give a file of weights. This folder has: {names or 'none'}")
     if not path.exists():
         # name the topmost missing part of the path: the file, or one of its folders
         folder = next(parent for parent in path.parents if parent.is_dir())
         missing = path.relative_to(folder).parts[0]
         existing = sorted(p.name for p in folder.iterdir())
         weights = [name for name in existing if name.endswith(SUFFIXES)]
-        names = _listing(get_close_matches(missing, existing, n=5, cutoff=0.5) or weights)
+        names = shorten(get_close_matches(missing, existing, n=5, cutoff=0.5) or weights, 5)
         raise CheckpointError(
-            f"{path} does not exist: {folder.absolute()} has no {missing}; similar names or weights: {names}"
+            f"{path} does not exist: {folder.absolute()} has no {missing}; similar names or weights: {names or 'none'}"
         )
     with open(path, "rb") as file:
         head = file.read(512)
@@ -231,7 +231,7 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
         nested = [key for key, value in content.items() if isinstance(value, Mapping) and _holds_tensors(value)]
         one = f"save one of its parts: torch.save(torch.load(path)[{nested[0]!r}], new_path)" if nested else HOW_TO_SAVE
         raise CheckpointError(
-            f"{path} holds a dict with more than tensors by name ({_listing(others)}). Expected a state_dict, or a "
+            f"{path} holds a dict with more than tensors by name ({shorten(others, 5)}). Expected a state_dict, or a "
             f'dict with one as "state_dict"; {one}'
         )
     odd = [
@@ -239,7 +239,7 @@ def _check_state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     ]
     if odd:
         raise CheckpointError(
-            f"{path} holds tensors that are quantized, sparse, or without data ({_listing(odd)}). Expected dense "
+            f"{path} holds tensors that are quantized, sparse, or without data ({shorten(odd, 5)}). Expected dense "
             f"tensors; {HOW_TO_SAVE}"
         )
     return content
@@ -253,7 +253,7 @@ def _check_finite(weights: Mapping[str, Tensor], path: Path, where: str = "") ->
     problems = {key: problem for key, value in weights.items() if (problem := describe_nonfinite(value))}
     if problems:
         first, others = next(iter(problems)), list(problems)[1:]
-        also = f"; also not finite: {_listing(others)}" if others else ""
+        also = f"; also not finite: {shorten(others, 5)}" if others else ""
         raise CheckpointError(
             f"{path}: the tensor {first} is not finite{where} ({problems[first]}{also}). Expected finite weights: the "
             "training that wrote them diverged, or the file was damaged; use an earlier checkpoint"
@@ -297,10 +297,5 @@ def check_fit(net: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
         if key in weights and weights[key].is_floating_point() != value.is_floating_point()
     ]
     problems = {"missing": sorted(missing), "unknown": sorted(surplus), "wrong shape": shapes, "wrong dtype": dtypes}
-    if found := [f"{name}: {_listing(keys)}" for name, keys in problems.items() if keys]:
+    if found := [f"{name}: {shorten(keys, 5)}" for name, keys in problems.items() if keys]:
         raise CheckpointError(f"{what}, but {'; '.join(found)}. Expected the layers of the public CycleGAN or CUT code")
-
-
-def _listing(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "none"

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..arguments import shorten
 from ..data.batches import IN_MAIN_PROCESS, ResumableBatchSampler, SeededDataset, collate, sides
 from ..data.folders import FolderDataset, open_dataset
 from ..data.images import DataError
 from ..data.layout_hints import subfolders
-from ..data.layouts import FolderLayout, expected_folders, find_layout, shorten
+from ..data.layouts import FolderLayout, expected_folders, find_layout
 from ..data.synthetic import SyntheticDataset, generate_scenes
 from ..data.validate import DatasetReport, validate_dataset
 from ..models.networks import define_generator, size_multiple

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..arguments import shorten
 from ..models.checkpoints import CheckpointError, check_fit, load_generator, load_weights
 from ..models.networks import GeneratorSpec
 from .datasets import channels_of
@@ -156,9 +157,8 @@ def _load_adapters(path: Path, adapters: Mapping[str, nn.Module]) -> None:
         _load(adapter, {key: weights[f"{layer}.{key}"] for key in adapter.state_dict()})
 
 
-def _shapes(weights: Mapping[str, Tensor], limit: int = 4) -> str:
-    shown = [f"{key} {tuple(w.shape)}" for key, w in list(weights.items())[:limit]]
-    return ", ".join(shown) + (f" and {len(weights) - limit} more" if len(weights) > limit else "")
+def _shapes(weights: Mapping[str, Tensor]) -> str:
+    return shorten([f"{key} {tuple(w.shape)}" for key, w in weights.items()], 4)
 
 
 def _describe(files: Mapping[str, Path], names: Iterable[str]) -> str:
