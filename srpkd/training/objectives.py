@@ -276,13 +276,13 @@ class Objective(ABC):
             The generator's outputs for both inputs, in float32 at least, and the distillation losses for the first.
         """
         network, losses = self.networks[direction], {}
-        together = [images] if others is None or not self._can_join(images, others) else [images, others]
+        joined = others if others is not None and self._can_join(images, others) else None
         if direction in self.student_teachers:
-            output, losses = self.student_teachers[direction](images, *together[1:])
+            output, losses = self.student_teachers[direction](images, joined)
         else:
-            output = network(_join(together))
+            output = network(images if joined is None else torch.cat((images, joined)))
         outputs = list(output.split(len(images)))
-        if others is not None and len(together) == 1:
+        if others is not None and joined is None:
             outputs.append(network(others))
         self._outputs[direction] = outputs[0].detach()
         return [output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs], losses
@@ -426,10 +426,6 @@ def require_grad(networks: Iterable[nn.Module], value: bool) -> None:
     """Set whether the parameters of several networks require gradients."""
     for network in networks:
         network.requires_grad_(value)
-
-
-def _join(groups: list[Tensor]) -> Tensor:
-    return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
 def dynamic_shapes(config: ResolvedConfig) -> bool | None:

@@ -79,16 +79,6 @@ class StudentTeacher(nn.Module):
                 self.adapters.append(wrap(nn.Conv2d(student_shape[0], teacher_shape[0], 1).to(images.device)))
 
     @property
-    def student(self) -> nn.Module:
-        """The student."""
-        return self.relations.student
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The teacher."""
-        return self.relations.teacher
-
-    @property
     def compares_features(self) -> bool:
         """Whether a loss of tapped features has a weight."""
         return bool(self.lambda_srp or self.lambda_feature)
@@ -104,8 +94,6 @@ class StudentTeacher(nn.Module):
             The student's output for the images, then the others, and the weighted losses that have a weight:
             {"kd": ..., "srp": ..., "feature": ...}.
         """
-        if not (self.lambda_kd or self.compares_features):
-            return _run(self.teacher, self.student, images, others), {}
         self.last_pass = {}  # frees the memory
         passes, losses = self.relations.run(images, others, record_features=self.compares_features), {}
         features = passes.student_features

@@ -106,7 +106,7 @@ def test_default_betas_are_those_of_the_public_code():
 def test_update_order_and_separate_gradients(model, order, distilled):
     objective = make_small(options(model), distilled)
     networks = {"G": objective.generators, "D": objective.discriminators}
-    teachers = {name: entry.teacher for name, entry in objective.student_teachers.items()}
+    teachers = {name: entry.relations.teacher for name, entry in objective.student_teachers.items()}
     seen, updated = [], []
 
     def watch(name: str) -> None:
@@ -140,13 +140,13 @@ def test_a_step_changes_every_network_and_adapter(model):
     adapters = {name: entry.adapters for name, entry in objective.student_teachers.items()}
     networks = [objective.generators, objective.discriminators, adapters]
     before = [[p.detach().clone() for p in parameters(group)] for group in networks]
-    teachers = [copy.deepcopy(entry.teacher.state_dict()) for entry in objective.student_teachers.values()]
+    teachers = [copy.deepcopy(entry.relations.teacher.state_dict()) for entry in objective.student_teachers.values()]
     objective.step(images())
     for old, group in zip(before, networks):
         # only weights: a bias before an instance norm has no effect, so its gradient is rounding error
         assert all(not torch.equal(a, b) for a, b in zip(old, parameters(group)) if a.ndim == 4)
     for old, entry in zip(teachers, objective.student_teachers.values()):
-        assert all(torch.equal(value, entry.teacher.state_dict()[key]) for key, value in old.items())
+        assert all(torch.equal(value, entry.relations.teacher.state_dict()[key]) for key, value in old.items())
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -207,7 +207,7 @@ def test_pix2pix_losses(gan_mode, gan, distilled):
     D = objective.discriminators["D"]  # G sees the updated discriminator
     expected_G = {"G_GAN": gan(D(torch.cat([a, fake], 1)), True), "G_L1": 7 * (fake - b).abs().mean()}
     if distilled:
-        expected_G |= distilled_losses(G, objective.student_teachers["G"].teacher, adapters[0], a)
+        expected_G |= distilled_losses(G, objective.student_teachers["G"].relations.teacher, adapters[0], a)
     assert_gradients(objective.generators, torch.autograd.grad(sum(expected_G.values()), G.parameters()))
     expected |= expected_G
     assert losses.keys() == expected.keys()
@@ -238,7 +238,7 @@ def test_cycle_gan_losses(gan_mode, gan, distilled, identity):
         expected_G["idt_A"] = 5 * 0.25 * (G_A(b) - b).abs().mean()
         expected_G["idt_B"] = 3 * 0.25 * (G_B(a) - a).abs().mean()
     for direction, adapter in adapters.items():
-        student, teacher = generators[direction], objective.student_teachers[direction].teacher
+        student, teacher = generators[direction], objective.student_teachers[direction].relations.teacher
         terms = distilled_losses(student, teacher, adapter, a if direction == "G_A" else b)
         expected_G |= {f"{name}_{direction[-1]}": term for name, term in terms.items()}
     assert_gradients(

@@ -74,7 +74,7 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("precision", DTYPES)
 def test_networks_run_in_the_precision_and_losses_in_float32(model, precision):
     objective = objective_of(options(model, precision=precision))
-    teachers = {f"teacher {name}": entry.teacher for name, entry in objective.student_teachers.items()}
+    teachers = {f"teacher {name}": entry.relations.teacher for name, entry in objective.student_teachers.items()}
     seen: dict[str, set[torch.dtype]] = {}
     for name, network in (objective.networks | teachers).items():
         for module in network.modules():
@@ -92,7 +92,7 @@ def test_networks_run_in_the_precision_and_losses_in_float32(model, precision):
 def test_teachers_are_cast_once_to_the_bits_of_autocast(precision, monkeypatch):
     config = options("cycle_gan", precision=precision)
     objective = objective_of(config)
-    teacher = objective.student_teachers["G_A"].teacher
+    teacher = objective.student_teachers["G_A"].relations.teacher
     convolutions = [m for m in teacher.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     assert {p.dtype for module in convolutions for p in module.parameters()} == {DTYPES[precision]}
     monkeypatch.setattr(loop, "cast_convolutions", lambda network, dtype: None)
@@ -160,7 +160,7 @@ def test_compiled_networks_train_alike(model):
 def test_channels_last_changes_only_the_layout(model):
     config = options(model, channels_last=True)
     objective = objective_of(config)
-    teachers = {name: entry.teacher for name, entry in objective.student_teachers.items()}
+    teachers = {name: entry.relations.teacher for name, entry in objective.student_teachers.items()}
     weights = [p for net in [*objective.networks.values(), *teachers.values()] for p in net.parameters() if p.ndim == 4]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
     torch.testing.assert_close(train(config), train(options(model)), rtol=1e-3, atol=1e-4)
