@@ -21,7 +21,7 @@ from .picture import Picture, byte_levels, picture_to_levels, tensor_to_bytes, u
 # what the files of a format hold
 WITH_ALPHA = {"AVIF", "GIF", "JPEG2000", "PNG", "TIFF", "WEBP"}
 WITH_PROFILE = {"AVIF", "JPEG", "PNG", "TIFF", "WEBP"}
-WITH_16_BITS = {"PNG", "PPM", "TIFF"}
+MOST_BITS = {"PNG": 16, "PPM": 16, "TIFF": 32}  # per channel; other formats have 8
 WITH_FRAMES = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}
 LOSSY = {"AVIF", "GIF", "JPEG"}  # of 8 bits; a GIF has 256 colours
 PROFILE_SPACE = {1: b"GRAY", 3: b"RGB "}  # by the number of channels; at byte 16 of an ICC profile
@@ -76,8 +76,8 @@ def image_format(suffix: str) -> str:
 def lost_properties(outputs: Sequence[Tensor], source: Source, format: str) -> list[str]:
     """Return what a result in this format loses of the source, in words; usually nothing."""
     lost = []
-    if source.bits > 8 and format not in WITH_16_BITS:
-        lost.append(f"the depth of {source.bits} bits per channel ({format} is written with 8)")
+    if source.bits > (most := MOST_BITS.get(format, 8)):
+        lost.append(f"the depth of {source.bits} bits per channel ({format} is written with {most})")
     if any(alpha is not None for alpha in source.alpha) and format not in WITH_ALPHA:
         lost.append(f"the alpha channel ({format} has none)")
     if source.icc_profile and not _profile(outputs, source, format):
@@ -88,12 +88,11 @@ def lost_properties(outputs: Sequence[Tensor], source: Source, format: str) -> l
 
 def encode(outputs: Sequence[Tensor], source: Source, format: str) -> bytes:
     """Return an image file of a network's outputs (C, H, W) in [-1, 1], one per frame."""
-    deep = source.bits > 8 and format in WITH_16_BITS
-    bits = source.bits if deep and (format == "TIFF" or source.bits == 16) else 16 if deep else 8
+    bits = min(source.bits, MOST_BITS.get(format, 8))
     alphas = source.alpha if format in WITH_ALPHA and source.alpha else [None] * len(outputs)
     frames = [_pixels(output, alpha, bits) for output, alpha in zip(outputs, alphas, strict=True)]
     profile = _profile(outputs, source, format)
-    if not deep:
+    if bits == 8:
         return _encode_8_bits(frames, source, format, profile)
     if format == "TIFF":
         return _encode_tiff(frames, profile)

@@ -44,6 +44,9 @@ def test_floats():
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, UNIT.astype(np.float32))
     assert imagecodecs.png_decode(encode([OUTPUT], source, "PNG")).dtype == np.uint16
+    assert not lost_properties([OUTPUT], source, "TIFF")
+    lost = ["the depth of 32 bits per channel (PPM is written with 16)"]  # such as a.ppm with the content of a .pfm
+    assert lost_properties([OUTPUT], source, "PPM") == lost
 
 
 @pytest.mark.parametrize("channels", [1, 3])
