@@ -309,7 +309,7 @@ def _progress_bar(name: str, done: int, steps: int) -> ProgressBar:
 
 def _save_latest(stage: Stage, run_dir: RunDir, objective: Objective) -> None:
     run_dir.save_checkpoint(stage.folder, "latest", objective.ema_or_live() | objective.discriminators)
-    run_dir.save_adapters(stage.folder, "latest", objective.adapter_weights())
+    run_dir.save_adapters(stage.folder, objective.adapter_weights())
 
 
 def _mean_over_ranks(losses: Losses) -> dict[str, float]:

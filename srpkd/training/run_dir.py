@@ -111,11 +111,11 @@ class RunDir:
             for network, module in networks.items():
                 save_weights(module, folder / f"{name}_net_{network}.pth")
 
-    def save_adapters(self, folder: Path, name: str, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write the weights of feature adapters, by direction, to ``<folder>/<name>_net_adapter_<direction>.pth``."""
+    def save_adapters(self, folder: Path, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write the weights of feature adapters, by direction, to ``<folder>/latest_net_adapter_<direction>.pth``."""
         if self._metrics is not None:
             for direction, weights in adapters.items():
-                save_tensors(weights, folder / f"{name}_net_adapter_{direction}.pth")
+                save_tensors(weights, folder / f"latest_net_adapter_{direction}.pth")
 
     def save_resume_state(self, state: dict[str, Any]) -> None:
         """Write the state of the run, and what this class needs to resume."""
