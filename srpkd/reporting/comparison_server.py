@@ -25,7 +25,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qsl, quote
 
 from ..arguments import first_line
 from ..files import write_file
@@ -92,9 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
             page = render_page(list(self.server.comparison.networks), list(self.server.samples), nonce)
             self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", nonce)
         elif path == "/relations":
-            fields = parse_qs(query)
-            [image] = fields.get("image", [""])[:1]
-            self._answer(lambda: self.server.comparison.relations(image, *(_fraction(fields, name) for name in "xy")))
+            fields = dict(parse_qsl(query))
+            relations, image = self.server.comparison.relations, fields.get("image", "")
+            self._answer(lambda: relations(image, _fraction(fields, "x"), _fraction(fields, "y")))
         else:
             self._fail(HTTPStatus.NOT_FOUND, f"unknown address {path}")
 
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/translate":
             self._translate_body()
         elif path == "/sample":
-            name = parse_qs(query).get("file", [""])[0]
+            name = dict(parse_qsl(query)).get("file", "")
             if name in self.server.samples:
                 self._answer(lambda: self.server.comparison.translate(self.server.samples[name]))
             else:
@@ -183,8 +183,8 @@ frame-ancestors 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'"
         """Print nothing for each request."""
 
 
-def _fraction(query: Mapping[str, Sequence[str]], name: str) -> float:
-    text = query.get(name, [""])[0]
+def _fraction(query: Mapping[str, str], name: str) -> float:
+    text = query.get(name, "")
     try:
         return float(text)
     except ValueError as error:
