@@ -74,6 +74,23 @@ class _Header(NamedTuple):
     decoded: bool
 
 
+class _Folder(NamedTuple):
+    """What is known of a folder.
+
+    files: its images
+    headers: of the readable ones
+    unreadable: (path, reason) of the others
+    others: how many other files there are, in words
+    """
+
+    path: Path
+    name: str
+    files: Sequence[str]
+    headers: list[_Header]
+    unreadable: list[tuple[str, str]]
+    others: str
+
+
 @dataclass(frozen=True)
 class _Geometry:
     """Sizes of an image on its way from the file to the network.
@@ -188,68 +205,65 @@ def _inspect(
 ) -> tuple[list[str], DatasetReport]:
     """Return the problems of the images of a layout whose folders exist, and statistics of the readable ones."""
     geometry = replace(geometry, side_by_side=layout.is_side_by_side)
-    counts: dict[str, int] = {}
-    file_sizes: Counter[Size] = Counter()
-    network_sizes: set[Size] = set()
-    others: dict[str, str] = {}
-    several: list[str] = []
-    decoded = 0
-    file_bytes: list[dict[str, int]] = []
-    readable: dict[str, _Header] = {}
-    problems: list[str] = []
     try:
         files_of_folders = layout.files(max_dataset_size)
     except DataError as error:
-        return error.problems, DatasetReport(layout, counts, file_sizes, [], 0)
-    for folder, name, files in zip(layout.folders, layout.names, files_of_folders):
-        bar = ProgressBar(
-            _read_headers(files),
-            total=len(files),
-            desc=f"validating {name}",
-            unit="image",
-            delay=BAR_DELAY,
-            mininterval=1,  # keeps log files short
-            leave=False,
-            disable=not progress,
-        )
-        with bar:
-            found = list(bar)
-        headers = [header for header in found if isinstance(header, _Header)]
-        unreadable = [problem for problem in found if not isinstance(problem, _Header)]
-        if not files:
-            problems.append(_no_images(folder, layout.list_folder(folder).others))
-        for problem, details in ({"cannot be read": unreadable} | _unusable_images(headers, geometry)).items():
-            if details:
-                names = shorten([f"{os.path.relpath(path, folder)} ({detail})" for path, detail in details])
-                advice = "; fix or remove them" if details is unreadable else ""
-                problems.append(f"{folder}: {len(details):,} of {len(files):,} images {problem}: {names}{advice}")
-        folder_sizes = {geometry.network_size(header) for header in headers}
-        if batch_size > 1 and len(folder_sizes) > 1:
-            problems.append(
-                f"{folder}: a batch of {batch_size} needs images of one size; --preprocess {geometry.preprocess} gives "
-                f"{_size_range(folder_sizes)}: use {geometry.flags('resize_and_crop')} or --batch_size 1"
-            )
-        counts[name] = len(files)
-        if left_out := layout.list_folder(folder).others:
-            others[name] = left_out
-        several += [header.path for header in headers if header.frames > 1]
-        file_sizes.update(header.size for header in headers)
-        network_sizes |= folder_sizes
-        decoded += sum(header.decoded for header in headers)
-        readable |= {header.path: header for header in headers}
-        file_bytes.append({header.path: header.file_size for header in headers})
+        return error.problems, DatasetReport(layout, {}, {}, [], 0)
+    folders = [
+        _read_folder(folder, name, files, layout.list_folder(folder).others, progress)
+        for folder, name, files in zip(layout.folders, layout.names, files_of_folders)
+    ]
+    headers = [header for folder in folders for header in folder.headers]
+    problems = [problem for folder in folders for problem in _folder_problems(folder, geometry, batch_size)]
     if layout.is_paired_by_name:
-        problems += _pair_problems(layout, geometry, files_of_folders, readable)
+        problems += _pair_problems(layout, geometry, files_of_folders, {header.path: header for header in headers})
     return problems, DatasetReport(
         layout,
-        counts,
-        dict(file_sizes),
-        sorted(network_sizes),
-        decoded,
-        others,
-        describe_further_frames(several),
-        file_bytes,
+        counts={folder.name: len(folder.files) for folder in folders},
+        sizes=Counter(header.size for header in headers),
+        network_sizes=sorted({geometry.network_size(header) for header in headers}),
+        decoded=sum(header.decoded for header in headers),
+        others={folder.name: folder.others for folder in folders if folder.others},
+        further_frames=describe_further_frames([header.path for header in headers if header.frames > 1]),
+        file_bytes=[{header.path: header.file_size for header in folder.headers} for folder in folders],
     )
+
+
+def _read_folder(path: Path, name: str, files: Sequence[str], others: str, progress: bool) -> _Folder:
+    bar = ProgressBar(
+        _read_headers(files),
+        total=len(files),
+        desc=f"validating {name}",
+        unit="image",
+        delay=BAR_DELAY,
+        mininterval=1,  # keeps log files short
+        leave=False,
+        disable=not progress,
+    )
+    with bar:
+        found = list(bar)
+    headers = [header for header in found if isinstance(header, _Header)]
+    unreadable = [problem for problem in found if not isinstance(problem, _Header)]
+    return _Folder(path, name, files, headers, unreadable, others)
+
+
+def _folder_problems(folder: _Folder, geometry: _Geometry, batch_size: int) -> list[str]:
+    if not folder.files:
+        return [f"{folder.path}: no images ({' '.join(EXTENSIONS)}); it has {folder.others or 'no files'}"]
+    problems = []
+    unusable = {"cannot be read": folder.unreadable} | _unusable_images(folder.headers, geometry)
+    for problem, details in unusable.items():
+        if details:
+            names = shorten([f"{os.path.relpath(path, folder.path)} ({detail})" for path, detail in details])
+            advice = "; fix or remove them" if details is folder.unreadable else ""
+            problems.append(f"{len(details):,} of {len(folder.files):,} images {problem}: {names}{advice}")
+    sizes = {geometry.network_size(header) for header in folder.headers}
+    if batch_size > 1 and len(sizes) > 1:
+        problems.append(
+            f"a batch of {batch_size} needs images of one size; --preprocess {geometry.preprocess} gives "
+            f"{_size_range(sizes)}: use {geometry.flags('resize_and_crop')} or --batch_size 1"
+        )
+    return [f"{folder.path}: {problem}" for problem in problems]
 
 
 def _pair_problems(
@@ -367,10 +381,6 @@ def _read_headers(files: Sequence[str]) -> Iterator[_Header | tuple[str, str]]:
             return path, str(error).removeprefix(f"{path}: ")
 
     return in_threads(read, range(len(files)))
-
-
-def _no_images(folder: Path, others: str) -> str:
-    return f"{folder}: no images ({' '.join(EXTENSIONS)}); it has {others or 'no files'}"
 
 
 def _format_size(size: Size) -> str:
