@@ -30,6 +30,11 @@ def device_name(device: torch.device) -> str:
     return device.type if name_of is None else name_of(device)
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of threads of the CPU."""
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device_name(device)
+
+
 def synchronize(device: torch.device | str) -> None:
     """Wait for what runs on a device."""
     device = torch.device(device)

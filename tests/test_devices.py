@@ -11,7 +11,7 @@ import torch
 from srpkd import devices
 from srpkd.arguments import check_device
 from srpkd.models import latency
-from srpkd.training import distributed, summary
+from srpkd.training import distributed
 
 MPS = torch.device("mps")
 
@@ -29,11 +29,11 @@ def waited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_names(monkeypatch: pytest.MonkeyPatch, waited: list[str]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     assert devices.device_name(torch.device("cpu")) == platform.machine()
-    assert devices.device_name(MPS) == summary.describe_device(MPS) == "mps"
+    assert devices.device_name(MPS) == devices.describe_device(MPS) == "mps"
     monkeypatch.undo()
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Arc")
-    assert devices.device_name(torch.device("xpu")) == summary.describe_device(torch.device("xpu")) == "Arc"
-    assert summary.describe_device(torch.device("cpu")).startswith("cpu, ")
+    assert devices.device_name(torch.device("xpu")) == devices.describe_device(torch.device("xpu")) == "Arc"
+    assert devices.describe_device(torch.device("cpu")).startswith("cpu, ")
 
 
 def test_a_timed_call_waits_for_its_device(monkeypatch: pytest.MonkeyPatch, waited: list[str]) -> None:

@@ -15,12 +15,12 @@ import torch
 import yaml
 
 from srpkd.checking.processes import exit_with_parent
+from srpkd.devices import describe_device
 from srpkd.progress import ProgressBar
 from srpkd.training.config import read_config, to_yaml
 from srpkd.training.options import RESUME_OPTIONS, ResolvedConfig
 from srpkd.training.pipeline import run
 from srpkd.training.resume import has_state
-from srpkd.training.summary import describe_device
 
 from .plan import SETTINGS, Study, run_folder
 

@@ -19,11 +19,11 @@ from .extension import stage_folder, stage_name
 from .loop import Generators, Stage, fit, freeze_for_inference
 from .objectives import OBJECTIVES
 from .options import ResolvedConfig, TrainConfig
-from .plan import Plan, prepare
+from .plan import Plan, Row, prepare
 from .resume import has_state, load_final_state, remove_older_states, remove_state, resume_command
 from .run_dir import RunDir
 from .stop_signals import Stopped
-from .summary import Row, evaluate_stage, evaluate_teachers, publish
+from .summary import evaluate_stage, evaluate_teachers, publish
 
 
 def run(config: TrainConfig, command: str = "") -> RunDir:
@@ -52,12 +52,11 @@ def execute(plan: Plan) -> RunDir:
             stage = Stage("teacher", plan.teacher, config.seed, run_dir.folder / "teacher", layout)
             plan.teachers = run_stage(plan, stage, "teacher", {}, test_set, shown)
         elif plan.teachers and "teacher" not in plan.rows:
-            evaluation = partial(evaluate_teachers, config, plan.teachers, test_set, layout)
-            plan.rows["teacher"] = [stop_together(evaluation)]
+            plan.rows["teacher"] = [stop_together(partial(evaluate_teachers, plan, test_set))]
         if plan.teachers:
             shown["teacher"] = plan.teachers
         if not plan.done or plan.done == ["teacher"]:
-            publish(run_dir, config, plan.variants, plan.rows, shown, test_set, layout)
+            publish(plan, shown, test_set)
         if plan.students_began is None:
             plan.students_began = run_dir.elapsed
 
@@ -71,7 +70,7 @@ def execute(plan: Plan) -> RunDir:
             last = number + 1 == config.seeds or is_over_budget(plan, number + 1, plan.students_began)
             if last:
                 run_dir.report["status"] = "finished"
-            publish(run_dir, config, plan.variants, plan.rows, shown, test_set, layout)
+            publish(plan, shown, test_set)
             if last:
                 break
         if not config.no_keep_state:
@@ -127,8 +126,7 @@ def run_stage(
         save_progress(plan, (stage.name, state))
 
     def show(generators: Generators) -> None:
-        current = {name: generators} | shown
-        publish(plan.run_dir, plan.config, plan.variants, plan.rows, current, test_set, stage.layout)
+        publish(plan, {name: generators} | shown, test_set)
 
     interrupted = plan.training[1] if plan.training and plan.training[0] == stage.name else None
     if interrupted is None and stage.name in plan.extended:

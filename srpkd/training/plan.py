@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..defaults import KD_WEIGHT, SRP_WEIGHT
+from ..devices import describe_device
 from ..models.checkpoints import CheckpointError, load_generator, teacher_files
 from ..models.networks import define_generator, image_channels
 from . import distributed
@@ -32,9 +33,10 @@ from .options import EXTEND_OPTIONS, RESUME_OPTIONS, ResolvedConfig, TrainConfig
 from .resume import load_state
 from .run_dir import RunDir, new_folder
 from .speedups import compiler_problem, slow_precision_reason
-from .summary import Row, describe_device, describe_task
 from .unused_options import unused_options
 from .warm_start import generator_spec, warm_start
+
+Row = dict[str, float]  # of the table: values by name
 
 
 @dataclass
@@ -208,6 +210,19 @@ def _open_run_dir(folder: Path, config: ResolvedConfig, command: str, checked: _
         if not checked.state and distributed.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)  # the new folder of a run that cannot start
         raise
+
+
+def describe_task(config: ResolvedConfig) -> str:
+    """Return the task of a run in one sentence."""
+    task = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
+    student = f"{config.netG} of ngf {config.ngf}"
+    if config.antialias != "none":
+        student += f" with antialias {config.antialias}"
+    if config.teacher:
+        return f"{task}: {student}, distilled from {config.teacher}"
+    if config.teacher_netG:
+        return f"{task}: {student}, distilled from {config.teacher_netG} of ngf {config.teacher_ngf}"
+    return f"{task}: {student}, without a teacher"
 
 
 def check_resumed(config: ResolvedConfig, state: Mapping[str, Any]) -> None:

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 
 from ..data.layouts import FolderLayout
-from ..devices import device_name
 from ..models.complexity import count_macs, count_parameters
 from . import distributed
 from .datasets import ImageDataset, channels_of, has_one_size, input_size
 from .loop import Generators, Stage, Trained
 from .options import ResolvedConfig
+from .plan import Plan, Row
 from .run_dir import RunDir
 from .samples import write_relation_maps, write_samples
 from .validation import evaluate, metric_columns
-
-Row = dict[str, float]
 
 
 def evaluate_stage(
@@ -39,47 +37,33 @@ def evaluate_stage(
     return cost | metrics | {"seconds_per_step": trained.seconds_per_step}
 
 
-def evaluate_teachers(
-    config: ResolvedConfig,
-    teachers: Generators,
-    test_set: ImageDataset | None,
-    layout: FolderLayout | None = None,
-) -> Row:
+def evaluate_teachers(plan: Plan, test_set: ImageDataset | None) -> Row:
     """Return the row of teachers that were loaded from files, on rank 0; {} on the others."""
     if distributed.rank() > 0:
         return {}
-    return complexity(config, teachers, layout) | evaluate(teachers, test_set, config, {}, "teacher")
+    cost = complexity(plan.config, plan.teachers, plan.data.train_layout)
+    return cost | evaluate(plan.teachers, test_set, plan.config, {}, "teacher")
 
 
-def complexity(config: ResolvedConfig, generators: Generators, layout: FolderLayout | None = None) -> Row:
+def complexity(config: ResolvedConfig, generators: Generators, layout: FolderLayout | None) -> Row:
     """Return parameters and MACs of one generator, for the size of the training images in ``layout``."""
     direction, generator = next(iter(generators.items()))
     shape = (1, channels_of(config, direction)[0], *input_size(config, direction, layout))
     return {"parameters": count_parameters(generator), "macs": count_macs(generator, shape)}
 
 
-def publish(
-    run_dir: RunDir,
-    config: ResolvedConfig,
-    variants: Mapping[str, ResolvedConfig],
-    rows: Mapping[str, list[Row]],
-    shown: Mapping[str, Generators],
-    test_set: ImageDataset | None,
-    layout: FolderLayout | None = None,
-) -> None:
+def publish(plan: Plan, shown: Mapping[str, Generators], test_set: ImageDataset | None) -> None:
     """Update the table, the images and the page on rank 0.
 
     Args:
-        variants: name -> options of a student.
-        rows: name -> rows of the table, one per seed.
         shown: label -> direction -> generator in eval mode.
         test_set: test images; None publishes no images.
-        layout: folders of the training images, as for ``open_data``.
     """
     if distributed.rank() > 0:
         return
+    config, run_dir, rows = plan.config, plan.run_dir, plan.rows
     run_dir.check_folder()  # before images are written
-    pixels = "{} x {} pixels".format(*input_size(config, layout=layout))
+    pixels = "{} x {} pixels".format(*input_size(config, layout=plan.data.train_layout))
     pixels += "" if has_one_size(config) else ", the first image's size"
     columns = [
         {"key": "name", "label": "network", "format": ""},
@@ -94,7 +78,7 @@ def publish(
             {"name": name} | {column["key"]: table_cell(column["key"], group) for column in columns[1:]}
             for name, group in rows.items()
         ],
-        "notes": table_notes(config, variants, rows),
+        "notes": table_notes(config, plan.variants, rows),
     }
     if test_set is None:
         run_dir.report["table"]["notes"].append("No test images: validation was skipped.")
@@ -146,21 +130,3 @@ def table_notes(
                 f"by seed {', '.join(f'{gain:+.2f}' for gain in gains)}"
             )
     return notes
-
-
-def describe_task(config: ResolvedConfig) -> str:
-    """Return the task of a run in one sentence."""
-    task = {"pix2pix": "pix2pix on pairs", "cycle_gan": "CycleGAN on unpaired images"}[config.model]
-    student = f"{config.netG} of ngf {config.ngf}"
-    if config.antialias != "none":
-        student += f" with antialias {config.antialias}"
-    if config.teacher:
-        return f"{task}: {student}, distilled from {config.teacher}"
-    if config.teacher_netG:
-        return f"{task}: {student}, distilled from {config.teacher_netG} of ngf {config.teacher_ngf}"
-    return f"{task}: {student}, without a teacher"
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the name of a GPU, or the number of threads of the CPU."""
-    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device_name(device)

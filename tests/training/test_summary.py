@@ -7,7 +7,9 @@ import pytest
 from small import SMALL
 
 from srpkd.training import summary
+from srpkd.training.datasets import DataSummary
 from srpkd.training.options import TrainConfig, variant_config
+from srpkd.training.plan import Plan
 
 
 def test_notes_compare_variants_seed_by_seed(pix2pix):
@@ -50,7 +52,7 @@ def test_scores_that_notes_compare(output, srp, expected):
 def test_pictures_of_earlier_networks_are_removed(run_dir):
     config = TrainConfig(**SMALL).resolved()
     run_dir.report["samples"] = [{"caption": "test image 0", "images": []}]
-    summary.publish(run_dir, config, {}, {}, {}, None)
+    summary.publish(Plan(config, None, {}, {}, run_dir, DataSummary("", [], [])), {}, None)
     assert run_dir.report["samples"] == [] and "test image 0" not in (run_dir.folder / "index.html").read_text()
 
 
