@@ -61,7 +61,9 @@ def publish(plan: Plan, shown: Mapping[str, Generators], test_set: ImageDataset 
     """
     if distributed.rank() > 0:
         return
-    config, run_dir, rows = plan.config, plan.run_dir, plan.rows
+    config, run_dir = plan.config, plan.run_dir
+    # an extended run removes the rows of the variants that it trains further, and adds them again
+    rows = {name: plan.rows[name] for name in ("teacher", *plan.variants) if name in plan.rows}
     run_dir.check_folder()  # before images are written
     pixels = "{} x {} pixels".format(*input_size(config, layout=plan.data.train_layout))
     pixels += "" if has_one_size(config) else ", the first image's size"

@@ -49,10 +49,20 @@ def test_scores_that_notes_compare(output, srp, expected):
     assert notes == ([f"SRP minus output, PSNR dB: {expected}"] if expected else [])
 
 
-def test_pictures_of_earlier_networks_are_removed(run_dir):
+def make_plan(run_dir, **progress):
     config = TrainConfig(**SMALL).resolved()
+    return Plan(config, None, dict.fromkeys("ab", config), {}, run_dir, DataSummary("", [], []), **progress)
+
+
+def test_rows_have_the_order_of_the_variants_in_an_extended_run_too(run_dir):
+    rows = {name: [{"parameters": 1.0}] for name in ("b", "a", "teacher")}
+    summary.publish(make_plan(run_dir, rows=rows), {}, None)
+    assert [row["name"] for row in run_dir.report["table"]["rows"]] == ["teacher", "a", "b"]
+
+
+def test_pictures_of_earlier_networks_are_removed(run_dir):
     run_dir.report["samples"] = [{"caption": "test image 0", "images": []}]
-    summary.publish(Plan(config, None, {}, {}, run_dir, DataSummary("", [], [])), {}, None)
+    summary.publish(make_plan(run_dir), {}, None)
     assert run_dir.report["samples"] == [] and "test image 0" not in (run_dir.folder / "index.html").read_text()
 
 
