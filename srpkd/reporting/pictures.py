@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.picture import tensor_to_bytes
 from ..files import write_file
-from ..kernels.formulas import Normalize
+from ..kernels.formulas import Normalize, Relation
 
 PREVIEW_SIDE = 1280  # pixels: a little wider than the page. A photo of 24 megapixels would have about 40 MB as PNG
 
@@ -22,16 +22,10 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
     """Write an image as PNG and return its path; missing folders are created and an existing file is replaced.
 
     Args:
-        image: tensor (3, H, W) or (1, H, W) in [-1, 1], where other values are clipped and NaN becomes black; or
-            uint8 array (H, W, 3), as returned by `relation_picture` and `mark_pixel`.
+        image: what `to_pixels` takes, or what it, `relation_picture` and `mark_pixel` return.
         path: path of the file.
-
-    Raises:
-        ValueError: The image has another shape or dtype.
     """
     pixels = image if isinstance(image, np.ndarray) else to_pixels(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"image: expected a uint8 array (H, W, 3), received {pixels.dtype} {pixels.shape}")
     return write_file(Path(path), encode_png(pixels), "content")
 
 
@@ -55,39 +49,30 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return png.getvalue()
 
 
-def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: Normalize, eps: float = 1e-12) -> Tensor:
+def relation_row(feature: Tensor, pixel: tuple[int, int], normalize: Normalize) -> Tensor:
     """Return the relations of one pixel i to all pixels: row i of the relation matrix, as a map.
 
     Args:
         feature: feature map (C, h, w) of any dtype, on any device.
         pixel: (y, x) of the pixel i in the feature map.
         normalize: "row" G_i / ||G_i||_2, "cosine" q_i . q_j / (||q_i|| ||q_j||), "none" G_i, with G = Q Q^T.
-        eps: relations whose norm is <= eps are 0, as in `SRPLoss`.
 
     Returns:
         (h, w), float32, on the CPU.
-
-    Raises:
-        ValueError: The feature map is not (C, h, w), the pixel is outside of it, or `normalize` is unknown.
     """
-    if feature.ndim != 3:
-        raise ValueError(f"feature: expected the shape (C, h, w) of one image, received {tuple(feature.shape)}")
-    y, x = _checked_pixel(pixel, feature.shape[-2:])
+    y, x = pixel
     feature = feature.detach().float().cpu()
     row = torch.einsum("c,chw->hw", feature[:, y, x], feature)
 
     def inverse(norm: Tensor) -> Tensor:
-        return torch.where(norm > eps, 1 / norm, 0.0)
+        return torch.where(norm > Relation.eps, 1 / norm, 0.0)  # relations of smaller norms are 0, as in SRPLoss
 
-    match normalize:
-        case "row":
-            return row * inverse(row.norm())
-        case "cosine":
-            scale = inverse(feature.norm(dim=0))
-            return row * scale * scale[y, x]
-        case "none":
-            return row
-    raise ValueError(f'normalize: expected "row", "cosine" or "none", received {normalize!r}')
+    if normalize == "row":
+        return row * inverse(row.norm())
+    if normalize == "cosine":
+        scale = inverse(feature.norm(dim=0))
+        return row * scale * scale[y, x]
+    return row
 
 
 def relation_picture(
@@ -107,9 +92,6 @@ def relation_picture(
 
     Returns:
         (H, W, 3), uint8.
-
-    Raises:
-        ValueError: As `relation_row`.
     """
     row = relation_row(feature, pixel, normalize).nan_to_num(0.0, 0.0, 0.0)
     limit = np.quantile(row.abs().numpy(), 0.99) or row.abs().max().item() or 1.0
@@ -131,31 +113,19 @@ def mark_pixel(image: Tensor, pixel: tuple[int, int], feature_shape: Sequence[in
 
     Returns:
         (H, W, 3), uint8.
-
-    Raises:
-        ValueError: The image has another shape, or the pixel is outside of the feature map.
     """
     return _mark(to_pixels(image), pixel, feature_shape[-2:])
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """Convert (3, H, W) or (1, H, W) in [-1, 1] to (H, W, 3) uint8."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"image: expected (3, H, W) or (1, H, W) in [-1, 1], received {tuple(image.shape)}")
+    """Convert (3, H, W) or (1, H, W) in [-1, 1] to (H, W, 3) uint8: other values are clipped, and NaN is black."""
     image = image.detach().cpu().nan_to_num(nan=-1.0).expand(3, -1, -1)
     return tensor_to_bytes(image).permute(1, 2, 0).contiguous().numpy()
 
 
-def _checked_pixel(pixel: tuple[int, int], shape: Sequence[int]) -> tuple[int, int]:
-    (y, x), (h, w) = pixel, shape
-    if not (0 <= y < h and 0 <= x < w):
-        raise ValueError(f"pixel: expected (y, x) inside the {h} x {w} feature map, received ({y}, {x})")
-    return y, x
-
-
 def _mark(picture: np.ndarray, pixel: tuple[int, int], shape: Sequence[int]) -> np.ndarray:
     """Return a copy of a picture (H, W, 3) with a black and white frame around a pixel's cell."""
-    y, x = _checked_pixel(pixel, shape)
+    y, x = pixel
     height, width = picture.shape[:2]
 
     def cell(i: int, cells: int, length: int) -> tuple[int, int]:

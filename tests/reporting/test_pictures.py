@@ -95,22 +95,6 @@ def test_frame_surrounds_the_cell_of_the_pixel(size: tuple[int, int], pixel: tup
     assert all(len(places) <= n // cells + 1 + 4 for places, n, cells in zip(near, size, (5, 7)))
 
 
-def test_invalid_arguments() -> None:
-    feature = torch.randn(4, 5, 6)
-    with pytest.raises(ValueError, match=r"\(y, x\) inside the 5 x 6 feature map, received \(5, 0\)"):
-        relation_picture(feature, (5, 0), (20, 24), "row")
-    with pytest.raises(ValueError, match=r"\(C, h, w\) of one image, received \(1, 4, 5, 6\)"):
-        relation_row(feature[None], (0, 0), "row")
-    with pytest.raises(ValueError, match='"row", "cosine" or "none", received \'rows\''):
-        relation_row(feature, (0, 0), "rows")
-    with pytest.raises(ValueError, match=r"received \(0, -1\)"):
-        mark_pixel(torch.zeros(3, 20, 24), (0, -1), feature.shape)
-    with pytest.raises(ValueError, match=r"received \(4, 5, 6\)"):
-        save_image(feature, "never.png")
-    with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), received float64 \(4, 4, 3\)"):
-        save_image(np.zeros((4, 4, 3)), "never.png")
-
-
 def test_save_image(tmp_path: Path) -> None:
     ramp = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, float("nan")], dtype=torch.float64, requires_grad=True)
     path = save_image(ramp.expand(1, 2, 6), tmp_path / "new" / "ramp.png")
