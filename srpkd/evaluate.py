@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import Crop, Headers, ImageFiles, image_pairs, left_half, read_headers, right_half
+from .data.images import Crop, Headers, ImageFiles, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
 from .files import write_json
 from .metrics.fidelity import fidelity
@@ -53,42 +52,15 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     source_crop: Crop | None = None
     target_crop: Crop | None = None
     if options.aligned:
-        source_crop, target_crop = left_half, right_half
-        if options.direction == "BtoA":
-            source_crop, target_crop = target_crop, source_crop
+        source_crop, target_crop = (left_half, right_half) if options.direction == "AtoB" else (right_half, left_half)
+    # before what takes long: an image that cannot be opened ends it, and the results would be lost
+    folders = (options.input or options.generated, options.real, options.real_train)
+    found = {folder: _find(folder) for folder in dict.fromkeys(filter(None, folders))}
     with tempfile.TemporaryDirectory() as scratch:
-        source = options.generated
-        if source.endswith(SUFFIXES):
-            if not options.input:
-                raise ValueError(f"{source} is a generator: give the folder of the images to translate, --input")
-            net = load_generator(source, train_mode_norm=options.train_mode_norm).to(options.device)
-            done = translate_folder(
-                net,
-                options.input,
-                scratch,
-                size=options.size,
-                crop=source_crop,
-                force=True,
-                lossless=True,
-                sync="nothing",
-            )
-            if done.skipped:
-                raise ValueError(f"images that cannot be translated: {'; '.join(done.skipped)}")
-            source = scratch
-        elif options.input:
-            raise ValueError(
-                f"--input {options.input} needs a generator's weights ({', '.join(SUFFIXES)}) to translate the images; "
-                f"received {source}"
-            )
-        elif options.train_mode_norm:
-            raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {source}")
-        # before the scores: an image that cannot be opened ends it, and they would be lost
-        folders = (options.input or options.generated, options.real, options.real_train)
-        found = {folder: _find(folder) for folder in dict.fromkeys(filter(None, folders))}
-        generated = _Images(find_images(source).images) if options.input else found[source]
+        generated = _translated(options, source_crop, scratch) if options.input else found[options.generated]
         result = _scores(options, generated, found[options.real], found.get(options.real_train), target_crop)
     for folder, images in found.items():
-        if images.headers and images.headers.further_frames:
+        if images.headers.further_frames:
             result["notes"].append(f"{images.headers.further_frames}.")
         if images.others:
             result["notes"].append(f"{folder}: {images.others} left out.")
@@ -96,11 +68,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Images(NamedTuple):
-    """Images, what their headers tell if they were read, and how many other files are next to them, in words."""
+    """Images, what their headers tell, and how many other files are next to them, in words."""
 
     paths: list[str]
-    headers: Headers | None = None
-    others: str = ""
+    headers: Headers
+    others: str
 
     def dataset(self, size: int | None, crop: Crop | None = None) -> ImageFiles:
         return ImageFiles(self.paths, size, crop, headers=self.headers)
@@ -109,6 +81,17 @@ class _Images(NamedTuple):
 def _find(where: str) -> _Images:
     paths, others = find_images(where)
     return _Images(paths, read_headers(paths), others)
+
+
+def _translated(options: argparse.Namespace, crop: Crop | None, folder: str) -> _Images:
+    """Translate the images of --input, and return the results, which are written to a folder."""
+    net = load_generator(options.generated, train_mode_norm=options.train_mode_norm).to(options.device)
+    done = translate_folder(
+        net, options.input, folder, size=options.size, crop=crop, force=True, lossless=True, sync="nothing"
+    )
+    if done.skipped:
+        raise ValueError(f"images that cannot be translated: {'; '.join(done.skipped)}")
+    return _find(folder)
 
 
 def _check_combination(options: argparse.Namespace) -> None:
@@ -126,6 +109,28 @@ def _check_combination(options: argparse.Namespace) -> None:
             )
     if options.direction == "BtoA" and not options.aligned:
         raise ValueError("--direction BtoA is that of pairs side by side: add --aligned, or leave out --direction")
+    given, is_generator = options.generated, options.generated.endswith(SUFFIXES)
+    if is_generator and not options.input:
+        raise ValueError(f"{given} is a generator: give the folder of the images to translate, --input")
+    if options.input and not is_generator:
+        raise ValueError(
+            f"--input {options.input} needs a generator's weights ({', '.join(SUFFIXES)}) to translate the images; "
+            f"received {given}"
+        )
+    if options.train_mode_norm and not is_generator:
+        raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {given}")
+
+
+def _check_sizes(pairs: Iterable[tuple[str, str]], generated: Headers, real: Headers, crop: Crop | None) -> None:
+    """Raise a ValueError if the images of a pair differ in size."""
+    for one, other in pairs:
+        (width, height), (real_width, real_height) = generated.sizes[one], real.sizes[other]
+        real_width = real_width // 2 if crop else real_width
+        if (width, height) != (real_width, real_height):
+            raise ValueError(
+                f"{one} has {width} x {height} pixels and {other} {real_width} x {real_height}: use --size N to scale "
+                "both to N x N"
+            )
 
 
 def _scores(
@@ -141,10 +146,13 @@ def _scores(
     # before the scores: an error would end them, and they would be lost
     palette = read_palette(options.palette) if options.palette else None
     pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
+    if not options.size:
+        _check_sizes(pairs, generated.headers, real.headers, crop)
     segmenter = None
     if "segmentation" in metrics:
         labelled = pair_by_name(generated.paths, find_images(options.labels).images, "label map")
         segmenter = load_segmenter(options.segmenter, options.device)
+        read_label_map(labelled[0][1], palette)
 
     if {"fid", "kid"} & metrics:
         for name, scores in _fidelity(options, generated, real, real_train, crop).items():
@@ -156,25 +164,17 @@ def _scores(
                 f"FID of {count} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare "
                 "it only with that of as many images. KID is unbiased."
             )
-    if pairs:
 
-        @contextmanager
-        def images(resample: Image.Resampling) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
-            one, other = zip(*pairs)
-            both = image_pairs(
-                ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample)
-            )
-            # closed before an error
-            with ProgressBar(both, total=len(pairs), unit="pair", desc="comparing") as progress:
-                yield progress
+    def compare(score: Callable[[Iterable[tuple[Tensor, Tensor]]], Mapping[str, float]], resample: Resampling) -> None:
+        one, other = zip(*pairs)
+        both = zip(ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample))
+        with ProgressBar(both, total=len(pairs), unit="pair", desc="comparing") as progress:  # closed before an error
+            add(score(progress), "test", len(pairs))
 
-        if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in metrics]:
-            with images(Image.Resampling.BICUBIC) as compared:
-                add(similarity(compared, pixel_metrics), "test", len(pairs))
-        if "miou" in metrics:
-            assert palette is not None  # checked before
-            with images(Image.Resampling.NEAREST) as compared:
-                add(label_scores(compared, palette), "test", len(pairs))
+    if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in metrics]:
+        compare(lambda images: similarity(images, pixel_metrics), Resampling.BICUBIC)
+    if palette and "miou" in metrics:
+        compare(lambda images: label_scores(images, palette), Resampling.NEAREST)
     if segmenter is not None:
         photos, label_files = zip(*labelled)
         with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error

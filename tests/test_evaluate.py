@@ -189,7 +189,7 @@ def test_options_of_a_generator(tmp_path, folders):
     with pytest.raises(SystemExit, match=r"--train_mode_norm needs a generator's weights; received images"):
         main([str(folders["real"]), str(folders["real"]), "--train_mode_norm"])
     Image.new("RGB", (9, 9)).save(folders["real"] / "00.png")
-    with pytest.raises(SystemExit, match=r"has \(12, 12\) pixels and .*00\.png \(9, 9\): use --size N"):
+    with pytest.raises(SystemExit, match=r"has 12 x 12 pixels and .*00\.png 9 x 9: use --size N"):
         main([str(folders["generated"]), str(folders["real"]), "--metrics=psnr"])
     assert run(folders["generated"], folders["real"], "--metrics", "psnr", "--size", 12)["PSNR"] > 0
 
@@ -255,7 +255,9 @@ def test_fcn_scores(tmp_path, kind, recwarn):
         ("segmentation", "segmentation needs --segmenter"),
         ("segmentation --segmenter none.pt --labels {generated}", "--segmenter none.pt: no such file"),
         ("segmentation --segmenter none.pt --labels {train}", "1 of 6 generated images have no label map"),
+        ("segmentation --segmenter net.pt --labels {generated}", "is a colour image"),
         ("psnr", "1 of 6 generated images have no real image"),
+        ("psnr", r"generated/00.png has 12 x 12 pixels and .*train/00.png 9 x 8: use --size N"),
     ],
 )
 def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch, options, message):
@@ -263,8 +265,20 @@ def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch,
         raise AssertionError("the distances, which take long, were computed")
 
     monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
+    if "net.pt" in options:
+        monkeypatch.setattr("srpkd.evaluate.load_segmenter", lambda *_: None)
+    if "pixels" in message:
+        save_all(folders["train"], noise(6, (8, 9, 3)))
     with pytest.raises(ValueError, match=message):
         run(folders["generated"], folders["train"], "--metrics", "fid", *options.format(**folders).split())
+
+
+def test_images_are_opened_before_they_are_translated(tmp_path, folders, monkeypatch):
+    save_weights(define_generator("resnet_1blocks", ngf=1), tmp_path / "net.pth")
+    (folders["real"] / "00.png").write_bytes(b"")
+    monkeypatch.setattr("srpkd.evaluate.translate_folder", lambda *_, **__: pytest.fail("images were translated"))
+    with pytest.raises(DataError, match=r"real/00\.png: not an image"):
+        run(tmp_path / "net.pth", folders["real"], "--input", folders["generated"], "--metrics", "psnr")
 
 
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])

@@ -307,9 +307,9 @@ def read_image(path: str) -> Picture:
 
 
 class Headers(NamedTuple):
-    """What the headers of images tell: their different sizes, and which have further pages or frames, in words."""
+    """What the headers of images tell: path -> (width, height), and which have further pages or frames, in words."""
 
-    sizes: set[tuple[int, int]]
+    sizes: dict[str, tuple[int, int]]
     further_frames: str
 
 
@@ -322,7 +322,7 @@ def read_headers(paths: Sequence[str]) -> Headers:
 
     found = list(in_threads(read, paths))
     several = [path for path, (_, frames) in zip(paths, found) if frames > 1]
-    return Headers({size for size, _ in found}, describe_further_frames(several))
+    return Headers({path: size for path, (size, _) in zip(paths, found)}, describe_further_frames(several))
 
 
 def describe_further_frames(paths: Sequence[str]) -> str:
@@ -395,19 +395,4 @@ class ImageFiles(Dataset[Tensor]):
 
     def have_same_size(self) -> bool:
         """Return whether all images have the same size; reads only their headers."""
-        return bool(self.size) or len((self.headers or read_headers(self.paths)).sizes) == 1
-
-
-def image_pairs(generated: ImageFiles, real: ImageFiles) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over the pairs of two datasets of the same length: two images (3, H, W), as in `ImageFiles`.
-
-    Raises:
-        ValueError: the images of a pair differ in size.
-    """
-    for index, (one, other) in enumerate(zip(generated, real, strict=True)):
-        if one.shape != other.shape:
-            raise ValueError(
-                f"{generated.paths[index]} has {tuple(one.shape[1:])} pixels and {real.paths[index]} "
-                f"{tuple(other.shape[1:])}: use --size N to scale both to N x N"
-            )
-        yield one, other
+        return bool(self.size) or len({*(self.headers or read_headers(self.paths)).sizes.values()}) == 1
