@@ -19,9 +19,10 @@ from .data import Direction
 from .data.images import Crop, Headers, ImageFiles, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
 from .files import write_json
-from .metrics.fidelity import fidelity
-from .metrics.pixels import PIXEL_METRICS, similarity
+from .metrics.fidelity import fidelity, inception_file
+from .metrics.pixels import PIXEL_METRICS, require_ssim, similarity
 from .metrics.segmentation import (
+    Palette,
     label_scores,
     load_segmenter,
     read_label_map,
@@ -49,16 +50,11 @@ FID_FEATURES = 2048  # of fewer images the covariance is singular
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """Compute the metrics of a command line: {"rows": [{"metric", "value", "against", "images"}], "notes": [str]}."""
     _check_combination(options)
-    source_crop: Crop | None = None
-    target_crop: Crop | None = None
-    if options.aligned:
-        source_crop, target_crop = (left_half, right_half) if options.direction == "AtoB" else (right_half, left_half)
     # before what takes long: an image that cannot be opened ends it, and the results would be lost
     folders = (options.input or options.generated, options.real, options.real_train)
     found = {folder: _find(folder) for folder in dict.fromkeys(filter(None, folders))}
     with tempfile.TemporaryDirectory() as scratch:
-        generated = _translated(options, source_crop, scratch) if options.input else found[options.generated]
-        result = _scores(options, generated, found[options.real], found.get(options.real_train), target_crop)
+        result = _scores(options, found, scratch)
     for folder, images in found.items():
         if images.headers.further_frames:
             result["notes"].append(f"{images.headers.further_frames}.")
@@ -121,6 +117,13 @@ def _check_combination(options: argparse.Namespace) -> None:
         raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {given}")
 
 
+def _crops(options: argparse.Namespace) -> tuple[Crop | None, Crop | None]:
+    """Return what is used of an input image and of a real one."""
+    if not options.aligned:
+        return None, None
+    return (left_half, right_half) if options.direction == "AtoB" else (right_half, left_half)
+
+
 def _check_sizes(pairs: Iterable[tuple[str, str]], generated: Headers, real: Headers, crop: Crop | None) -> None:
     """Raise a ValueError if the images of a pair differ in size."""
     for one, other in pairs:
@@ -133,65 +136,55 @@ def _check_sizes(pairs: Iterable[tuple[str, str]], generated: Headers, real: Hea
             )
 
 
-def _scores(
-    options: argparse.Namespace, generated: _Images, real: _Images, real_train: _Images | None, crop: Crop | None
-) -> dict[str, Any]:
+def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: str) -> dict[str, Any]:
     metrics = set(options.metrics)
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
-
-    def add(scores: Mapping[str, float], against: str, count: int) -> None:
-        rows.extend({"metric": n, "value": v, "against": against, "images": count} for n, v in scores.items())
-
-    # before the scores: an error would end them, and they would be lost
+    # before what takes long: an error would end it, and the results would be lost
+    if {"fid", "kid"} & metrics:
+        inception_file(options.inception_weights)
+    if "ssim" in metrics:
+        require_ssim()
     palette = read_palette(options.palette) if options.palette else None
+    segmenter = load_segmenter(options.segmenter, options.device) if options.segmenter else None
+    label_maps = find_images(options.labels).images if options.labels else []
+    for path in label_maps[:1]:
+        read_label_map(path, palette)
+
+    source_crop, crop = _crops(options)
+    real = found[options.real]
+    generated = _translated(options, source_crop, scratch) if options.input else found[options.generated]
     pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
+    labelled = pair_by_name(generated.paths, label_maps, "label map") if label_maps else []
     if not options.size:
         _check_sizes(pairs, generated.headers, real.headers, crop)
-    segmenter = None
-    if "segmentation" in metrics:
-        labelled = pair_by_name(generated.paths, find_images(options.labels).images, "label map")
-        segmenter = load_segmenter(options.segmenter, options.device)
-        read_label_map(labelled[0][1], palette)
 
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     if {"fid", "kid"} & metrics:
-        for name, scores in _fidelity(options, generated, real, real_train, crop).items():
-            if subset := scores.pop("KID subset", None):
-                notes.append(f"KID against {name}: mean and standard deviation of 100 subsets of {subset} images.")
-            add(scores, name, len(generated.paths))
-        if "fid" in metrics and (count := len(generated.paths)) < FID_FEATURES:
-            notes.append(
-                f"FID of {count} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare "
-                "it only with that of as many images. KID is unbiased."
-            )
-
-    def compare(score: Callable[[Iterable[tuple[Tensor, Tensor]]], Mapping[str, float]], resample: Resampling) -> None:
-        one, other = zip(*pairs)
-        both = zip(ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample))
-        with ProgressBar(both, total=len(pairs), unit="pair", desc="comparing") as progress:  # closed before an error
-            add(score(progress), "test", len(pairs))
-
-    if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in metrics]:
-        compare(lambda images: similarity(images, pixel_metrics), Resampling.BICUBIC)
-    if palette and "miou" in metrics:
-        compare(lambda images: label_scores(images, palette), Resampling.NEAREST)
+        rows, notes = _distances(options, generated, real, found.get(options.real_train), crop)
+    if pairs:
+        rows += _pair_scores(options, pairs, crop, palette)
     if segmenter is not None:
         photos, label_files = zip(*labelled)
         with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error
             labels = (read_label_map(path, palette) for path in progress)
-            found = segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
-        add(found, "labels", len(labelled))
+            scores = segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
+        rows += _rows(scores, "labels", len(labelled))
     return {"rows": rows, "notes": notes}
 
 
-def _fidelity(
+def _rows(scores: Mapping[str, float], against: str, count: int) -> list[dict[str, Any]]:
+    return [{"metric": name, "value": value, "against": against, "images": count} for name, value in scores.items()]
+
+
+def _distances(
     options: argparse.Namespace, generated: _Images, real: _Images, real_train: _Images | None, crop: Crop | None
-) -> dict[str, dict[str, float]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of FID and KID, and notes on them."""
     test = real.dataset(options.size, crop)
     references = {"test": [test]}
     if real_train:
         references["train + test"] = [real_train.dataset(options.size, crop), test]
-    return fidelity(
+    found = fidelity(
         generated.dataset(options.size),
         references,
         fid="fid" in options.metrics,
@@ -201,6 +194,36 @@ def _fidelity(
         batch_size=options.batch_size,
         device=options.device,
     )
+    rows, notes, count = [], [], len(generated.paths)
+    for name, scores in found.items():
+        if subset := scores.pop("KID subset", None):
+            notes.append(f"KID against {name}: mean and standard deviation of 100 subsets of {subset} images.")
+        rows += _rows(scores, name, count)
+    if "fid" in options.metrics and count < FID_FEATURES:
+        notes.append(
+            f"FID of {count} images, fewer than its {FID_FEATURES:,} features, is biased upwards: compare it only with "
+            "that of as many images. KID is unbiased."
+        )
+    return rows, notes
+
+
+def _pair_scores(
+    options: argparse.Namespace, pairs: Sequence[tuple[str, str]], crop: Crop | None, palette: Palette | None
+) -> list[dict[str, Any]]:
+    """Return the rows of PSNR, SSIM and mIoU."""
+    rows = []
+
+    def compare(score: Callable[[Iterable[tuple[Tensor, Tensor]]], Mapping[str, float]], resample: Resampling) -> None:
+        one, other = zip(*pairs)
+        both = zip(ImageFiles(one, options.size, resample=resample), ImageFiles(other, options.size, crop, resample))
+        with ProgressBar(both, total=len(pairs), unit="pair", desc="comparing") as progress:  # closed before an error
+            rows.extend(_rows(score(progress), "test", len(pairs)))
+
+    if pixel_metrics := [metric for metric in PIXEL_METRICS if metric in options.metrics]:
+        compare(lambda images: similarity(images, pixel_metrics), Resampling.BICUBIC)
+    if palette and "miou" in options.metrics:
+        compare(lambda images: label_scores(images, palette), Resampling.NEAREST)
+    return rows
 
 
 def table(result: Mapping[str, Any]) -> str:

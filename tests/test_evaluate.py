@@ -127,6 +127,7 @@ def test_folders_are_listed_once_and_headers_read_once(folders, monkeypatch):
         assert all(images.have_same_size() for images in [generated, *real["train + test"]])
         return {}
 
+    monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
     monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
     options = ["--real_train", folders["train"], "--metrics", "fid", "psnr"]
     save_all(folders["generated"], noise(7, seed=1))
@@ -254,7 +255,10 @@ def test_fcn_scores(tmp_path, kind, recwarn):
         ("miou --palette none.txt", "--palette none.txt: expected synthetic"),
         ("segmentation", "segmentation needs --segmenter"),
         ("segmentation --segmenter none.pt --labels {generated}", "--segmenter none.pt: no such file"),
-        ("segmentation --segmenter none.pt --labels {train}", "1 of 6 generated images have no label map"),
+        (
+            "segmentation --segmenter net.pt --labels {train} --palette synthetic",
+            "1 of 6 generated images have no label map",
+        ),
         ("segmentation --segmenter net.pt --labels {generated}", "is a colour image"),
         ("psnr", "1 of 6 generated images have no real image"),
         ("psnr", r"generated/00.png has 12 x 12 pixels and .*train/00.png 9 x 8: use --size N"),
@@ -264,6 +268,7 @@ def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch,
     def fidelity(*_, **__):
         raise AssertionError("the distances, which take long, were computed")
 
+    monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
     monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
     if "net.pt" in options:
         monkeypatch.setattr("srpkd.evaluate.load_segmenter", lambda *_: None)
@@ -273,12 +278,16 @@ def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch,
         run(folders["generated"], folders["train"], "--metrics", "fid", *options.format(**folders).split())
 
 
-def test_images_are_opened_before_they_are_translated(tmp_path, folders, monkeypatch):
+def test_errors_come_before_images_are_translated(tmp_path, folders, monkeypatch):
     save_weights(define_generator("resnet_1blocks", ngf=1), tmp_path / "net.pth")
     (folders["real"] / "00.png").write_bytes(b"")
     monkeypatch.setattr("srpkd.evaluate.translate_folder", lambda *_, **__: pytest.fail("images were translated"))
+    arguments = tmp_path / "net.pth", folders["real"], "--input", folders["generated"], "--metrics"
     with pytest.raises(DataError, match=r"real/00\.png: not an image"):
-        run(tmp_path / "net.pth", folders["real"], "--input", folders["generated"], "--metrics", "psnr")
+        run(*arguments, "psnr")
+    save_all(folders["real"], noise(1))
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        run(*arguments, "fid", "--inception_weights", "none.pth")
 
 
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])

@@ -59,7 +59,7 @@ WRONG = {
     "srpkd export linear.pth": (1, "not the weights of a generator"),
     "srpkd profile net.pth code.pth --modes": (1, "Nothing was executed or loaded"),
     "srpkd profile net.pth folder.pth --modes": (1, "is a folder"),
-    "srpkd evaluate code.pth pairs/test --input pairs/test": (1, "Nothing was executed or loaded"),
+    "srpkd evaluate code.pth pairs/test --input pairs/test --metrics psnr": (1, "Nothing was executed or loaded"),
     f"{EVALUATE} --inception_weights code.pth": (1, "Nothing was executed or loaded"),
     f"{EVALUATE} --inception_weights net.pth": (1, "holds other weights than torch-fidelity's Inception: download"),
     f"{EVALUATE} --inception_weights empty": (1, "is a folder"),
@@ -86,10 +86,8 @@ WRONG = {
     "srpkd evaluate bomb bomb --metrics psnr": (1, "bomb/00000.png: far too large .* scale the image down first"),
     "srpkd evaluate one bomb --metrics miou --palette synthetic": (1, "bomb/00000.png: far too large"),
     "srpkd evaluate eps eps --metrics psnr": (1, "eps/00000.png: not an image"),
-    "srpkd evaluate net.pth pairs/test --input bomb --metrics psnr": (
-        1,
-        "cannot be read: bomb/00000.png: far too large",
-    ),
+    "srpkd evaluate net.pth pairs/test --input bomb --metrics psnr": (1, "^bomb/00000.png: far too large"),
+    "srpkd evaluate net.pth pairs/test --input cut --metrics psnr": (1, "cannot be read: cut/00000.png: damaged or tr"),
     "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt": (1, "far too large"),
     "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt --palette synthetic": (
         1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def fidelity(
         raise ValueError("fid and kid are both False, expected at least one of them to be True")
     check_whole("batch_size", batch_size, least=1)
     library = require("torch_fidelity", "metrics", "FID and KID")
-    weights = None if feature_extractor else _inception_file(inception_weights)
+    weights = None if feature_extractor else inception_file(inception_weights)
     counts = {name: sum(map(len, parts)) for name, parts in real.items()}
     fewest = min(len(generated), *counts.values())
     if fewest < 2:
@@ -118,9 +119,17 @@ class _Bytes(Dataset[Tensor]):
         return byte_levels(self.images[index])
 
 
-def _inception_file(path: str | Path | None) -> str:
-    """Return the path of the Inception weights, validated before torch-fidelity unpickles them."""
-    url = require("torch_fidelity.feature_extractor_inceptionv3", "metrics", "FID and KID").URL_INCEPTION_V3
+def inception_file(path: str | Path | None) -> str:
+    """Return the path of the Inception weights, validated before torch-fidelity unpickles them.
+
+    Args:
+        path: by default the file in torch's cache.
+
+    Raises:
+        ImportError, FileNotFoundError, CheckpointError: as `fidelity` raises.
+    """
+    require("torch_fidelity", "metrics", "FID and KID")
+    url = import_module("torch_fidelity.feature_extractor_inceptionv3").URL_INCEPTION_V3
     default = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     file = Path(path).expanduser() if path else default
     if not file.exists():

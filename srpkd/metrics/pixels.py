@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import product
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -107,7 +108,7 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     _check_shapes(pred, target)
     if min(pred.shape[2:]) < WINDOW:
         raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels; received {tuple(pred.shape[2:])}")
-    library = require("torchmetrics.functional.image", "metrics", "SSIM")
+    library = require_ssim()
     # since version 1.5 the library's own average counts windows across mirrored edges too
     edge = WINDOW // 2
     overlap = 2 * edge
@@ -119,6 +120,11 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
         )
         total += at_pixels[..., edge:-edge, edge:-edge].sum().item()
     return total / (math.prod(pred.shape[:2]) * math.prod(side - overlap for side in pred.shape[2:]))
+
+
+def require_ssim() -> ModuleType:
+    """Return the module that computes SSIM; raise an ImportError that says what to install if it is missing."""
+    return require("torchmetrics.functional.image", "metrics", "SSIM")
 
 
 def _check_shapes(pred: Tensor, target: Tensor, name: str = "target") -> None:
