@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import re
 import shutil
 import socket
 import struct
@@ -252,6 +253,13 @@ def test_requests(run):
         assert ask(server, "POST", "/sample?file=test%20%3Cimage%3E%200")[1]["input"] == result["input"]
         status, maps = ask(server, "GET", f"/relations?image={result['id']}&x=0.5&y=0.25")
         assert status == 200 and len(maps["maps"]) == 3
+
+
+def test_a_port_that_is_in_use(run):
+    with serving(run) as server, pytest.raises(SystemExit) as caught:
+        compare.main([str(run), "--device=cpu", f"--port={server.server_port}"])
+    message = rf"error: --port {server.server_port}: .*: use another port, or 0 for any free one"
+    assert re.fullmatch(message, str(caught.value))
 
 
 def test_closing_waits_for_the_networks(run):

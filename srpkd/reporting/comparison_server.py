@@ -46,7 +46,7 @@ class ComparisonServer(ThreadingHTTPServer):
         samples: name -> image file: offered on the page.
 
     Raises:
-        OSError: the port is in use.
+        ValueError: the port is in use, or not for users.
     """
 
     daemon_threads = True
@@ -55,7 +55,10 @@ class ComparisonServer(ThreadingHTTPServer):
     def __init__(self, comparison: Comparison, port: int = 0, samples: Mapping[str, Path] | None = None) -> None:
         self.comparison, self.samples = comparison, dict(samples or {})
         self.lock = threading.Lock()  # the networks run for one request at a time
-        super().__init__((HOST, port), _Handler)
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            raise ValueError(f"--port {port}: {error.strerror}: use another port, or 0 for any free one") from error
 
     def server_close(self) -> None:
         """Close the socket. Waits until no network runs, because Python aborts if it exits during a forward pass."""
