@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +136,14 @@ def define_discriminator(
         ValueError: an unknown netD, norm or init_type, or a number below 1; the message names the nearest choice.
     """
     _check_positive(input_nc=input_nc, ndf=ndf, n_layers=n_layers)
-    makers: dict[str, Callable[[int, int, type[nn.Module]], nn.Module]] = {
-        "basic": partial(PatchDiscriminator, n_layers=3),
-        "n_layers": partial(PatchDiscriminator, n_layers=n_layers),
-        "pixel": PixelDiscriminator,
-    }
-    check_choice("netD", netD, tuple(makers))
+    check_choice("netD", netD, get_args(NetD))
     check_choice("norm", norm, tuple(NORMS))
-    return init_weights(makers[netD](input_nc, ndf, NORMS[norm]), init_type, init_gain)
+    net: nn.Module
+    if netD == "pixel":
+        net = PixelDiscriminator(input_nc, ndf, NORMS[norm])
+    else:
+        net = PatchDiscriminator(input_nc, ndf, NORMS[norm], n_layers=3 if netD == "basic" else n_layers)
+    return init_weights(net, init_type, init_gain)
 
 
 def init_weights(net: Network, init_type: InitType = "normal", init_gain: float = 0.02) -> Network:
