@@ -19,7 +19,7 @@ from .data import Direction
 from .data.images import Crop, Headers, ImageFiles, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
 from .files import write_json
-from .metrics.fidelity import fidelity, inception_file
+from .metrics.fidelity import check_counts, fidelity, inception_file
 from .metrics.pixels import PIXEL_METRICS, require_ssim, similarity
 from .metrics.segmentation import (
     Palette,
@@ -141,6 +141,8 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     # before what takes long: an error would end it, and the results would be lost
     if {"fid", "kid"} & metrics:
         inception_file(options.inception_weights)
+        count = len(found[options.input or options.generated].paths)
+        check_counts(count, len(found[options.real].paths), options.kid_subset_size)
     if "ssim" in metrics:
         require_ssim()
     palette = read_palette(options.palette) if options.palette else None

@@ -288,6 +288,9 @@ def test_errors_come_before_images_are_translated(tmp_path, folders, monkeypatch
     save_all(folders["real"], noise(1))
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         run(*arguments, "fid", "--inception_weights", "none.pth")
+    monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
+    with pytest.raises(ValueError, match="--kid_subset_size 9: expected 2 to 6, the number of images"):
+        run(*arguments, "kid", "--kid_subset_size", 9)
 
 
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])

@@ -69,11 +69,7 @@ def fidelity(
     library = require("torch_fidelity", "metrics", "FID and KID")
     weights = None if feature_extractor else inception_file(inception_weights)
     counts = {name: sum(map(len, parts)) for name, parts in real.items()}
-    fewest = min(len(generated), *counts.values())
-    if fewest < 2:
-        raise ValueError(f"FID and KID need at least two images; received {len(generated)} and {min(counts.values())}")
-    if kid_subset_size is not None and not 2 <= kid_subset_size <= fewest:
-        raise ValueError(f"--kid_subset_size {kid_subset_size}: expected 2 to {fewest}, the number of images")
+    check_counts(len(generated), min(counts.values()), kid_subset_size)
     if not all(images.have_same_size() for images in [generated, *(part for parts in real.values() for part in parts)]):
         batch_size = 1
     results: dict[str, dict[str, float]] = {}
@@ -104,6 +100,15 @@ def fidelity(
                 mean, std = (found[f"kernel_inception_distance_{statistic}"] for statistic in ("mean", "std"))
                 results[name] |= {"KID": mean, "KID std": std, "KID subset": subset}
     return results
+
+
+def check_counts(generated: int, real: int, kid_subset_size: int | None) -> None:
+    """Raise a ValueError if these are too few images for FID and KID, or fewer than a subset."""
+    fewest = min(generated, real)
+    if fewest < 2:
+        raise ValueError(f"FID and KID need at least two images; received {generated} and {real}")
+    if kid_subset_size is not None and not 2 <= kid_subset_size <= fewest:
+        raise ValueError(f"--kid_subset_size {kid_subset_size}: expected 2 to {fewest}, the number of images")
 
 
 class _Bytes(Dataset[Tensor]):
