@@ -137,9 +137,7 @@ def fit(
             )
             logs = step % config.print_freq == 0 or step == 1
             if logs or config.torch_device.type == "cpu":  # waits for a GPU
-                objective.find_nonfinite()
-                if (skips := objective.optimizers.consecutive_skips) >= MAX_CONSECUTIVE_SKIPS:
-                    raise Diverged(_divergence_message(stage, run_dir, objective, step, skips))
+                _check_divergence(stage, run_dir, objective, step)
             if logs:
                 values = _mean_over_ranks(losses)
                 durations.append(timer.lap(step))
@@ -319,10 +317,14 @@ def _mean_over_ranks(losses: Losses) -> dict[str, float]:
     return {name: statistics.fmean(values[name] for values in gathered) for name in losses}
 
 
-def _divergence_message(stage: Stage, run_dir: RunDir, objective: Objective, step: int, skips: int) -> str:
+def _check_divergence(stage: Stage, run_dir: RunDir, objective: Objective, step: int) -> None:
+    """Find out why a step was skipped, and raise an error after MAX_CONSECUTIVE_SKIPS of them."""
+    objective.find_nonfinite()
+    if (skips := objective.optimizers.consecutive_skips) < MAX_CONSECUTIVE_SKIPS:
+        return
     source = objective.nonfinite_source
     reason = f"; not finite before it: {source}" if source else ""
-    return (
+    raise Diverged(
         f"{stage.name}: {skips} consecutive steps were skipped: the loss "
         f"{objective.optimizers.nonfinite_loss} was not finite, first at step {step - skips + 1}"
         f"{reason}. {_advice(stage, run_dir, source)}"
