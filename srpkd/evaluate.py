@@ -87,7 +87,7 @@ def _translated(options: argparse.Namespace, crop: Crop | None, folder: str) -> 
     )
     if done.skipped:
         raise ValueError(f"images that cannot be translated: {'; '.join(done.skipped)}")
-    return _find(folder)
+    return _Images(done.written, read_headers(done.written), "")
 
 
 def _check_combination(options: argparse.Namespace) -> None:
@@ -124,25 +124,28 @@ def _crops(options: argparse.Namespace) -> tuple[Crop | None, Crop | None]:
     return (left_half, right_half) if options.direction == "AtoB" else (right_half, left_half)
 
 
-def _check_sizes(pairs: Iterable[tuple[str, str]], generated: Headers, real: Headers, crop: Crop | None) -> None:
+def _sizes(images: _Images, crop: Crop | None) -> dict[str, tuple[int, int]]:
+    """Return path -> (width, height) of what is used of an image."""
+    return {path: (width // 2 if crop else width, height) for path, (width, height) in images.headers.sizes.items()}
+
+
+def _check_sizes(
+    pairs: Iterable[tuple[str, str]], sizes: Mapping[str, tuple[int, int]], real: Mapping[str, tuple[int, int]]
+) -> None:
     """Raise a ValueError if the images of a pair differ in size."""
     for one, other in pairs:
-        (width, height), (real_width, real_height) = generated.sizes[one], real.sizes[other]
-        real_width = real_width // 2 if crop else real_width
-        if (width, height) != (real_width, real_height):
-            raise ValueError(
-                f"{one} has {width} x {height} pixels and {other} {real_width} x {real_height}: use --size N to scale "
-                "both to N x N"
-            )
+        if sizes[one] != real[other]:
+            has, expected = ("{} x {}".format(*size) for size in (sizes[one], real[other]))
+            raise ValueError(f"{one} has {has} pixels and {other} {expected}: use --size N to scale both to N x N")
 
 
 def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: str) -> dict[str, Any]:
-    metrics = set(options.metrics)
+    metrics, (source_crop, crop) = set(options.metrics), _crops(options)
+    generated, real = found[options.input or options.generated], found[options.real]
     # before what takes long: an error would end it, and the results would be lost
     if {"fid", "kid"} & metrics:
         inception_file(options.inception_weights)
-        count = len(found[options.input or options.generated].paths)
-        check_counts(count, len(found[options.real].paths), options.kid_subset_size)
+        check_counts(len(generated.paths), len(real.paths), options.kid_subset_size)
     if "ssim" in metrics:
         require_ssim()
     palette = read_palette(options.palette) if options.palette else None
@@ -150,15 +153,15 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     label_maps = find_images(options.labels).images if options.labels else []
     for path in label_maps[:1]:
         read_label_map(path, palette)
-
-    source_crop, crop = _crops(options)
-    real = found[options.real]
-    generated = _translated(options, source_crop, scratch) if options.input else found[options.generated]
     pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
     labelled = pair_by_name(generated.paths, label_maps, "label map") if label_maps else []
     if not options.size:
-        _check_sizes(pairs, generated.headers, real.headers, crop)
+        _check_sizes(pairs, _sizes(generated, source_crop if options.input else None), _sizes(real, crop))
 
+    if options.input:  # of the inputs, the results have the names, the sizes and the order
+        inputs, generated = generated, _translated(options, source_crop, scratch)
+        result_of = dict(zip(inputs.paths, generated.paths))
+        pairs, labelled = ([(result_of[path], other) for path, other in group] for group in (pairs, labelled))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     if {"fid", "kid"} & metrics:

@@ -288,6 +288,11 @@ def test_errors_come_before_images_are_translated(tmp_path, folders, monkeypatch
     save_all(folders["real"], noise(1))
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         run(*arguments, "fid", "--inception_weights", "none.pth")
+    with pytest.raises(ValueError, match=r"1 of 6 .* have no real image of the same name, such as .*generated/05.png"):
+        run(tmp_path / "net.pth", folders["train"], *arguments[2:], "psnr")
+    save_all(folders["train"], noise(6, (8, 9, 3)))
+    with pytest.raises(ValueError, match=r"generated/00.png has 12 x 12 pixels and .*train/00.png 9 x 8: use --size"):
+        run(tmp_path / "net.pth", folders["train"], *arguments[2:], "psnr")
     monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
     with pytest.raises(ValueError, match="--kid_subset_size 9: expected 2 to 6, the number of images"):
         run(*arguments, "kid", "--kid_subset_size", 9)
