@@ -290,7 +290,7 @@ def write_synthetic(
     check_whole("count_test", count_test, least=1)
     check_choice("layout", layout, get_args(DatasetMode))
     unaligned = layout == "unaligned"
-    root = Path(folder)
+    root = Path(folder).expanduser()
     names = [phase + side for phase in ("train", "test") for side in (("A", "B") if unaligned else ("",))]
     if existing := [name for name in names if (root / name).is_dir() and any((root / name).iterdir())]:
         raise FileExistsError(f"{root} already has {' and '.join(existing)} with files in them: use another folder")

@@ -141,9 +141,10 @@ def run_folder(resume: str, runs_dir: str) -> Path:
     Raises:
         ValueError: There is no such run; the message lists the runs in `runs_dir`.
     """
-    found = [path for path in (Path(runs_dir) / resume, Path(resume).expanduser()) if (path / "config.yaml").is_file()]
+    runs = Path(runs_dir).expanduser()
+    found = [path for path in (runs / resume, Path(resume).expanduser()) if (path / "config.yaml").is_file()]
     if not found:
-        names = sorted(path.parent.name for path in Path(runs_dir).glob("*/config.yaml"))
+        names = sorted(path.parent.name for path in runs.glob("*/config.yaml"))
         raise ValueError(
             f"--resume {resume}: expected the path of a run or the name of one in {runs_dir}, which contains "
             f"{', '.join(names) or 'no runs'}"

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from runs import TEACHER, config_of
 
 from srpkd.defaults import KD_WEIGHT, SRP_WEIGHT
-from srpkd.training.config import parse_arguments
+from srpkd.training.config import parse_arguments, to_yaml
 from srpkd.training.option_groups import OPTIONS
 from srpkd.training.options import VARIANT_OPTIONS, ResolvedConfig, TrainConfig, teacher_config, variant_config
 
@@ -219,6 +220,16 @@ def test_variant_config():
 def test_variants_may_reset_an_option_to_its_default():
     config = config_of(*TEACHER, "--norm=batch", "--variants={a: {norm: null, lambda_kd: null}}")
     assert (variant_config(config, "a").norm, variant_config(config, "a").lambda_kd) == ("batch", KD_WEIGHT["pix2pix"])
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):  # on POSIX systems, and on Windows
+        monkeypatch.setenv(name, str(tmp_path))
+    config = parse("--dataroot=~/data", "--runs_dir=~/runs", "--name=a")
+    assert (Path(config.dataroot), Path(config.runs_dir)) == (tmp_path / "data", tmp_path / "runs")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert parse("--resume=a", "--runs_dir=~/runs").resume == str(tmp_path / "runs" / "a")
 
 
 def test_teacher_config_needs_an_architecture():
