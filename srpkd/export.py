@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from .arguments import add_train_mode_norm, exit_on_error, number, positive
 from .data.listing import list_images
+from .files import expand_user
 from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generator
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     for file in exported:
         print(describe(file, options.tolerance))
-    if options.calibration and (others := list_images(Path(options.calibration).expanduser()).others):
+    if options.calibration and (others := list_images(expand_user(options.calibration)).others):
         print(f"{options.calibration}: {others} left out")
 
 

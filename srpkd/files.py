@@ -35,6 +35,11 @@ REPLACE_SECONDS = (0.01, 0.05, 0.2, 0.5, 1.0, 2.0)  # before each repetition
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """Return a path in which ~ is the home folder. Unlike Path.expanduser, accept a name that starts with ~."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raise a `WriteError` for `path` if the operating system refuses a write in the block."""
@@ -73,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str], sync: Sync = "name") -> Iterator[
     Raises:
         WriteError: the operating system refuses it.
     """
-    target = Path(path).expanduser().absolute()
+    target = expand_user(path).absolute()
     if target.is_symlink():
         target = target.resolve()
     # without the name of the file, which may be as long as names can be

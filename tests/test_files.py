@@ -15,6 +15,7 @@ import pytest
 
 from srpkd import files
 from srpkd.files import WriteError, atomic_write, write_file, write_json
+from srpkd.models.checkpoints import CheckpointError, load_weights
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -146,3 +147,17 @@ def test_case_sensitivity_of_a_folder(tmp_path):
     """A temporary file tells; a folder of Linux is case-sensitive."""
     assert files.is_case_sensitive(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path) == []
+
+
+def test_names_that_start_with_a_tilde(tmp_path, monkeypatch):
+    """They are not the home folder of an unknown user."""
+    monkeypatch.chdir(tmp_path)
+    write_file(Path("~backup.json"), b"1")
+    assert (tmp_path / "~backup.json").read_bytes() == b"1"
+    with pytest.raises(CheckpointError, match=r"^~backup\.pth does not exist"):
+        load_weights("~backup.pth")
+    (tmp_path / "home").mkdir()
+    for name in ("HOME", "USERPROFILE"):  # on POSIX systems, and on Windows
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    write_file(Path("~/a.json"), b"2")
+    assert (tmp_path / "home" / "a.json").read_bytes() == b"2"

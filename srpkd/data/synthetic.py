@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..arguments import check_choice, check_type, check_whole, exit_on_error, positive
-from ..files import atomic_write
+from ..files import atomic_write, expand_user
 from . import Direction
 from .layouts import DatasetMode
 from .picture import nearest_colour, tensor_to_bytes
@@ -290,7 +290,7 @@ def write_synthetic(
     check_whole("count_test", count_test, least=1)
     check_choice("layout", layout, get_args(DatasetMode))
     unaligned = layout == "unaligned"
-    root = Path(folder).expanduser()
+    root = expand_user(folder)
     names = [phase + side for phase in ("train", "test") for side in (("A", "B") if unaligned else ("",))]
     if existing := [name for name in names if (root / name).is_dir() and any((root / name).iterdir())]:
         raise FileExistsError(f"{root} already has {' and '.join(existing)} with files in them: use another folder")

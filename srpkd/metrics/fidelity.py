@@ -17,6 +17,7 @@ from ..arguments import check_type, check_whole
 from ..data.images import ImageFiles
 from ..data.picture import byte_levels
 from ..extras import require
+from ..files import expand_user
 from ..models.checkpoints import CheckpointError, load_weights
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that defines FID and KID
@@ -136,7 +137,7 @@ def inception_file(path: str | Path | None) -> str:
     require("torch_fidelity", "metrics", "FID and KID")
     url = import_module("torch_fidelity.feature_extractor_inceptionv3").URL_INCEPTION_V3
     default = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    file = Path(path).expanduser() if path else default
+    file = expand_user(path) if path else default
     if not file.exists():
         raise FileNotFoundError(
             f"the Inception weights for FID and KID are not at {file}. Download {url} and put it at {default}, or give "

@@ -16,6 +16,7 @@ from ..arguments import first_line
 from ..data.images import DataError, ImageFiles, open_image
 from ..data.picture import levels_to_255, nearest_colour
 from ..data.synthetic import PALETTE
+from ..files import expand_user
 from ..finite import check_finite
 from .pixels import class_accuracy, confusion_matrix, mean_iou, pixel_accuracy
 
@@ -101,7 +102,7 @@ def load_segmenter(path: str | Path, device: str = "cpu") -> nn.Module:
     Raises:
         ValueError: the file does not exist, or is neither.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         raise ValueError(f"--segmenter {path}: no such file")
     try:
@@ -132,7 +133,7 @@ def read_palette(name: str) -> Palette:
     if name == "cityscapes":
         return _cityscapes()
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = expand_user(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--palette {name}: expected synthetic, cityscapes, or a file of lines 'R G B name' ({error})"

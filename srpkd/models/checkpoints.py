@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_type, shorten
-from ..files import atomic_write
+from ..files import atomic_write, expand_user
 from ..finite import describe_nonfinite
 from .networks import (
     GeneratorSpec,
@@ -76,7 +76,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             or holds anything but tensors by name, or a tensor has a value that is not finite (the message names it).
         ImportError: it is a `.safetensors` file, and the package safetensors is not installed.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     _check_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     content = _check_state_dict(content, path)
@@ -130,7 +130,7 @@ def teacher_files(model: str, teacher: str, teacher_B: str | None = None) -> dic
     Args:
         model, teacher, teacher_B: options of the run, see ``TrainConfig``.
     """
-    path = Path(teacher).expanduser()
+    path = expand_user(teacher)
     direction = "G" if model == "pix2pix" else "G_A"
     if path.is_dir():
         # the folder of a run that trained both contains its student, and its teacher in a folder below; CUT's only
@@ -143,7 +143,7 @@ def teacher_files(model: str, teacher: str, teacher_B: str | None = None) -> dic
         return files
     sibling = path.with_name(path.name.replace("_G_A", "_G_B"))
     if teacher_B:
-        files["G_B"] = Path(teacher_B).expanduser()
+        files["G_B"] = expand_user(teacher_B)
     elif sibling != path and sibling.exists():
         files["G_B"] = sibling
     return files

@@ -24,7 +24,7 @@ from ..data.images import DataError, open_image, read_image
 from ..data.listing import image_files
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
-from ..files import write_file
+from ..files import expand_user, write_file
 from ..finite import check_finite
 from ..metrics.pixels import psnr
 from ..progress import ProgressBar
@@ -120,7 +120,7 @@ def export_generator(
         raise ValueError(f"format={format!r} with calibration images: 8-bit models are ONNX, use --format onnx")
     if opset is not None and format != "onnx":
         raise ValueError(f"format={format!r} with opset={opset}: only ONNX has operator sets, use --format onnx")
-    target = Path(output or Path(weights).with_suffix(SUFFIXES[format])).expanduser()
+    target = expand_user(output or Path(weights).with_suffix(SUFFIXES[format]))
     int8_target = target.with_name(target.name.removesuffix(".onnx") + ".int8.onnx")  # keeps the 5 of model-1.5
     for path in (target, int8_target) if calibration else (target,):
         _check_target(path, weights, force)
@@ -159,7 +159,7 @@ def smallest_size(net: nn.Module) -> int:
 def _check_target(path: Path, weights: str | Path, force: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: --output takes the name of a file, such as {path / 'net.onnx'}")
-    if path.resolve() == Path(weights).expanduser().resolve():
+    if path.resolve() == expand_user(weights).resolve():
         raise ValueError(f"{path} is the file of the weights: give another --output")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists: use --force to replace it, or give another --output")
@@ -189,7 +189,7 @@ def _calibration_images(folder: Path, net: nn.Module) -> _CalibrationImages:
         DataError: lists all of them that cannot be read.
         ValueError: there are no images, or not for this generator.
     """
-    paths = image_files(folder.expanduser())
+    paths = image_files(expand_user(folder))
     channels = image_channels(net)[0]
     if not paths or channels not in PILLOW_MODES:
         raise ValueError(

@@ -22,7 +22,7 @@ from ..data.images import AHEAD, Crop, in_threads, open_image
 from ..data.listing import EXTENSIONS, Listing, list_images, relative_name, relative_path
 from ..data.picture import PILLOW_MODES, Picture, image_to_tensor, resize_picture, with_channels
 from ..devices import is_out_of_memory
-from ..files import Sync, WriteError, is_case_sensitive, write_file
+from ..files import Sync, WriteError, expand_user, is_case_sensitive, write_file
 from ..finite import NonFiniteError, check_finite
 from ..progress import ProgressBar
 from .networks import image_channels, size_multiple
@@ -162,7 +162,7 @@ def translate_folder(
     check_whole("batch_size", batch_size, least=1)
     if size is not None:
         check_whole("size", size, least=1)
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = expand_user(source), expand_user(target)
     channels = input_channels(net)
 
     def result_of(path: str) -> Path:

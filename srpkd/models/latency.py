@@ -6,7 +6,6 @@ import copy
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_number, check_type, check_whole, first_line
 from ..devices import device_name, synchronize
+from ..files import expand_user
 from ..finite import NonFiniteError
 from ..progress import ProgressBar
 from .checkpoints import load_generator
@@ -72,7 +72,7 @@ def profile_generators(
             )
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from error
-        networks.append({"weights": path, "bytes": os.path.getsize(Path(path).expanduser()), **costs})
+        networks.append({"weights": path, "bytes": os.path.getsize(expand_user(path)), **costs})
     return {
         "size": size,
         "batch_size": batch_size,

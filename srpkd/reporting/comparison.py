@@ -20,6 +20,7 @@ from ..arguments import check_whole
 from ..data.images import DataError, read_image
 from ..data.picture import image_to_tensor, picture_size, resize_picture, with_channels
 from ..devices import synchronize
+from ..files import expand_user
 from ..kernels.formulas import DEFAULT_NORMALIZE, Normalize
 from ..models.checkpoints import load_generator, teacher_files
 from ..models.complexity import count_parameters
@@ -78,7 +79,7 @@ class Comparison:
         self.costs = {
             label: {
                 "parameters": count_parameters(network),
-                "bytes": os.path.getsize(Path(weights[label]).expanduser()),
+                "bytes": os.path.getsize(expand_user(weights[label])),
             }
             for label, network in self.networks.items()
         }
@@ -188,7 +189,7 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
     config: dict[str, Any] = {}
     notes: list[str] = []
     for text in paths:
-        path = Path(text).expanduser()
+        path = expand_user(text)
         if not path.exists():
             raise ValueError(f"{path} does not exist: expected a file of weights, or the folder of a run, runs/<name>")
         if path.is_file():
@@ -273,12 +274,12 @@ def samples_of(paths: Iterable[Path], direction: str = "A") -> dict[str, Path]:
     samples: dict[str, Path] = {}
     other = {"A": "B to A", "B": "A to B"}[direction]
     for run in paths:
-        report, _ = read_report(run.expanduser() / "report.json")
+        report, _ = read_report(expand_user(run) / "report.json")
         for sample in report.get("samples") or []:
             if sample["caption"].endswith(other):
                 continue
             for image in sample["images"]:
-                file = run.expanduser() / image["file"]
+                file = expand_user(run) / image["file"]
                 if image["label"] == "input" and file.is_file():
                     samples.setdefault(sample["caption"], file)
     return samples

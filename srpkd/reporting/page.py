@@ -23,7 +23,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from ..data.images import DataError, open_image, read_image
-from ..files import write_file
+from ..files import expand_user, write_file
 from .curves import MetricsReader, draw_curves
 from .figures import to_png
 from .table import layout_table
@@ -50,7 +50,7 @@ def write_report(run_dir: str | Path, metrics_reader: MetricsReader | None = Non
         ValueError: The folder does not exist or contains no file of a run, or report.json has an invalid structure.
         WriteError: The page or a picture cannot be written.
     """
-    run = Path(run_dir).expanduser()
+    run = expand_user(run_dir)
     pictures = [path for path in run.glob("images/*.png") if not path.name.startswith("curves_")]
     known = [run / name for name in ("config.yaml", "metrics.jsonl", "report.json")]
     if not pictures and not any(path.is_file() for path in known):
@@ -178,7 +178,7 @@ def overview(run_dir: str | Path, path: str | Path) -> Path:
     Raises:
         ValueError: The run has no pictures yet.
     """
-    run = Path(run_dir).expanduser()
+    run = expand_user(run_dir)
     report, _ = read_report(run / "report.json")
     rows = [entry["images"] for entry in report.get("samples", [])[:OVERVIEW_SAMPLES]]
     rows += [entry["panels"] for entry in report.get("relations", [])[:OVERVIEW_RELATIONS]]

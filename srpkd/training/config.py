@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..files import write_file
+from ..files import expand_user, write_file
 from .hints import PUBLIC_VALUES, nearest_hint, public_hint
 from .option_groups import GROUPS, OPTIONS, RunOptions
 from .options import (
@@ -83,7 +83,7 @@ def read_config(path: str) -> dict[str, Any]:
         ValueError: The file cannot be read, is not YAML, or has an unknown option (the message suggests the nearest).
     """
     try:
-        content = _Loader(Path(path).expanduser().read_text(encoding="utf-8")).get_single_data()
+        content = _Loader(expand_user(path).read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -141,8 +141,8 @@ def run_folder(resume: str, runs_dir: str) -> Path:
     Raises:
         ValueError: There is no such run; the message lists the runs in `runs_dir`.
     """
-    runs = Path(runs_dir).expanduser()
-    found = [path for path in (runs / resume, Path(resume).expanduser()) if (path / "config.yaml").is_file()]
+    runs = expand_user(runs_dir)
+    found = [path for path in (runs / resume, expand_user(resume)) if (path / "config.yaml").is_file()]
     if not found:
         names = sorted(path.parent.name for path in runs.glob("*/config.yaml"))
         raise ValueError(

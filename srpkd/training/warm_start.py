@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..arguments import shorten
+from ..files import expand_user
 from ..models.checkpoints import CheckpointError, check_fit, load_generator, load_weights
 from ..models.networks import GeneratorSpec
 from .datasets import channels_of
@@ -68,7 +69,7 @@ def warm_start_files(given: str, names: Iterable[str]) -> dict[str, Path]:
         names: names of networks as in the names of files, for example "G_A" and "G_B".
     """
     first, *others = names
-    path = Path(given).expanduser()
+    path = expand_user(given)
     if path.is_dir():
         path = path / f"latest_net_{first}.pth"
     files = {first: path}
