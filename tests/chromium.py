@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -83,10 +82,6 @@ class Page:
         place = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, **place, button="left", clickCount=1)
-
-    def screenshot(self, path: Path) -> None:
-        picture = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(picture))
 
 
 @contextmanager

@@ -99,10 +99,6 @@ def algebra_kernel(symbol: str) -> str:
     return match[1]
 
 
-every_element = pytest.mark.parametrize("element", ELEMENTS)
-every_folder = pytest.mark.parametrize("folder", ["algebra", "closed_form"])
-
-
 def check_order(kernel: Kernel) -> None:
     """Since Hopper, kernels wait for earlier ones before they access global memory, see csrc/cuda/overlap.cuh."""
     order = [word for word in kernel.words if word in ("ACQBULK", "PREEXIT") or GLOBAL_MEMORY.match(word)]

@@ -201,10 +201,6 @@ def test_vmap() -> None:
     losses = torch.vmap(lambda s, t: relation_loss(s, t, backend="native", **ROW_L1))(student, teacher)
     assert torch.equal(losses, relation_loss(student, teacher, reduction="none", backend="native", **ROW_L1))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
 
 def test_eager_mode_does_not_call_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(*arguments: object) -> None:
