@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
 import torch
+from helpers import ALL, OTHER, within
 from torch import Tensor
+
+LAYOUTS = ("nlc", "nchw")
+PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")  # of enum Precision
+# multiprocessors; bytes of shared memory per block, per multiprocessor, and reserved per block
+DEVICES = {
+    "sm_80": (108, 166_912, 167_936, 1024),
+    "sm_86": (84, 101_376, 102_400, 1024),
+    "sm_90": (132, 232_448, 233_472, 1024),
+    "small": (1, 101_376, 102_400, 1024),  # few blocks are enough: no splits, 128 pixels per block
+}
+# views (B, C, N) or (B, N, C): the index and the adjacent dimension; their copies are 16, 4 or 2 bytes wide
+VIEWS = {
+    "aligned": ((ALL, ALL, ALL), 64),
+    "every_other_image": ((OTHER, ALL, ALL), 64),
+    "every_other_line": ((ALL, OTHER, ALL), 64),
+    "offset_by_one": ((ALL, ALL, slice(1, None)), 63),
+    "offset_by_two": ((ALL, ALL, slice(2, None)), 62),
+    "odd": ((ALL, ALL, ALL), 37),
+}
+
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -32,3 +55,8 @@ def draw(
     pair = ((torch.randn(batch, pixels, count) + 0.5).to(values).to(dtype) for count in channels)
     student, teacher = (x.mT.contiguous().mT if layout == "nchw" else x for x in pair)
     return student, teacher
+
+
+def surrounded(features: Tensor, layout: str, index: tuple[slice, ...]) -> Tensor:
+    """Return features (B, N, C) in a layout, as a view of memory that is NaN elsewhere."""
+    return within(features.mT, *index).mT if layout == "nchw" else within(features, *index)

@@ -24,6 +24,7 @@ FAST = [name for name in BACKENDS if name != "reference"]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # about the median of abs(D) in features(), so that the Huber distance has pairs on both sides
 DELTA = {"row": 0.1, "cosine": 0.3, "none": 2.0}
+RELATIONS = [Relation(n, d, DELTA[n]) for n in NORMALIZATIONS for d in DISTANCES]
 FLAGS = ("rectify", "detach_norms")
 FLAG_SETS = (("rectify",), ("detach_norms",), FLAGS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import RELATIONS, name_of
 from helpers import options as loss_options
 
 from bench.providers import PROVIDERS
@@ -11,14 +12,9 @@ from srpkd import relation_loss
 from srpkd.checking import gate
 from srpkd.checking.cases import Case, features
 from srpkd.checking.kernels import evaluate
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
 
 
-def all_relations() -> list[Relation]:
-    return [Relation(normalize, distance) for normalize in NORMALIZATIONS for distance in DISTANCES]
-
-
-@pytest.mark.parametrize("relation", all_relations(), ids=lambda relation: f"{relation.normalize}-{relation.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 def test_peers_and_float64_result_compute_the_relation_loss(relation, monkeypatch):
     monkeypatch.setattr(gate, "MIN_ROWS", 7)
     monkeypatch.setitem(gate.STRIP_ELEMENTS, "cpu", 1)  # strips of 7 rows; the last has 5

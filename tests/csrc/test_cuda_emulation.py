@@ -17,8 +17,8 @@ from typing import NamedTuple
 import emulated_kernels
 import pytest
 import torch
-from emulated_kernels import extent, pointer
-from helpers import DELTA, error, within
+from emulated_kernels import DEVICES, PRECISIONS, VIEWS, every_layout, extent, pointer, surrounded
+from helpers import RELATIONS, error, name_of
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
@@ -27,16 +27,12 @@ from srpkd.kernels.formulas import gradient_of, scales_of
 from srpkd.kernels.reference import relation_loss as reference_loss
 
 TILE = 64
-PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
 DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32}
 # the error of U relative to float64 if G is exact: K has 11 bits or 22
 TOLERANCE = {"bf16": 4e-4, "fp16": 1e-6, "tf32": 4e-4, "tf32x3": 1e-6}
-LAYOUTS = ("nlc", "nchw")
-RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
 ROW = Relation("row", "l1")
 
 every_precision = pytest.mark.parametrize("precision", PRECISIONS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 class Plan(NamedTuple):
@@ -144,7 +140,7 @@ def check(
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @every_layout
 @every_precision
 @pytest.mark.core(24)
@@ -153,7 +149,7 @@ def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relat
 
 
 @pytest.mark.parametrize("need_grad", [True, False])
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @every_precision
 @pytest.mark.core(18)
 def test_rectified(library: ctypes.CDLL, precision: str, relation: Relation, need_grad: bool) -> None:
@@ -213,7 +209,7 @@ def test_equal_features_give_exactly_zero(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32x3"])
 @pytest.mark.core(12)
 def test_error_is_as_small_as_that_of_eager(
@@ -275,17 +271,6 @@ def test_nan_in_one_channel_reaches_the_others(library: ctypes.CDLL, precision: 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-ALL = slice(None)
-# views (B, C, N) or (B, N, C): the index and the adjacent dimension; their copies are 16, 4 or 2 bytes wide
-VIEWS = {
-    "aligned": ((ALL, ALL, ALL), 64),
-    "every_other_image": ((slice(1, None, 2), ALL, ALL), 64),
-    "every_other_line": ((ALL, slice(1, None, 2), ALL), 64),
-    "offset_by_one": ((ALL, ALL, slice(1, None)), 63),
-    "offset_by_two": ((ALL, ALL, slice(2, None)), 62),
-    "odd": ((ALL, ALL, ALL), 37),
-}
-
 
 @pytest.mark.parametrize("view", VIEWS)
 @every_layout
@@ -295,11 +280,7 @@ def test_views_are_read_in_place(library: ctypes.CDLL, precision: str, layout: s
     """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]
     sizes = (66, (adjacent, adjacent)) if layout == "nlc" else (adjacent, (10, 7))
-    student, teacher = draw(precision, 2, *sizes)
-    if layout == "nchw":
-        student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
-    else:
-        student, teacher = within(student, *index), within(teacher, *index)
+    student, teacher = (surrounded(x, layout, index) for x in draw(precision, 2, *sizes))
     check(library, student, teacher, ROW, precision)
 
 
@@ -358,14 +339,6 @@ def test_walk_visits_every_pair_of_blocks(library: ctypes.CDLL, blocks: int, spl
     assert (visits.diagonal() == 1).all()
     assert (visits + visits.T + torch.eye(blocks) >= 1).all() and (visits.triu(1) + visits.tril(-1).T <= 1).all()
     assert visits.sum(1).max() - visits.sum(1).min() <= 1  # row blocks have equal work
-
-
-# multiprocessors; bytes of shared memory per block, per multiprocessor, and reserved per block
-DEVICES = {
-    "sm_80": (108, 166_912, 167_936, 1024),
-    "sm_86": (84, 101_376, 102_400, 1024),
-    "sm_90": (132, 232_448, 233_472, 1024),
-}
 
 
 def plan(

@@ -15,15 +15,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from emulated_kernels import draw, extent, pointer
-from helpers import DELTA, FLAG_SETS, error, within
+from emulated_kernels import DEVICES, LAYOUTS, PRECISIONS, VIEWS, draw, every_layout, extent, pointer, surrounded
+from helpers import FLAG_SETS, RELATIONS, error, name_of
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation
 from srpkd.kernels.formulas import gradient_dtype, row_scales
 from srpkd.kernels.reference import relation_loss as reference_loss
 
-PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")
 # features and precision of the products of the tiles; "medium": float32 features that the tiles read as bfloat16
 CASES = {
     "bf16": (torch.bfloat16, "bf16"),
@@ -37,29 +36,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {"bf16": 4e-3, "fp16": 2e-6, "high": 4e-4, "highest": 2e-6, "medium": 4e-4}
 REDUCTIONS = ("mean", "sum", "none")
 KERNELS = ("sm80", "sm90", "closed_form")  # of the tiles; the closed form needs none
-LAYOUTS = ("nlc", "nchw")
-RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
 ROW, COSINE = Relation("row", "l1"), Relation("cosine", "l1")
-# multiprocessors; bytes of shared memory per block, per multiprocessor, and reserved per block
-DEVICES = {
-    "sm_80": (108, 166_912, 167_936, 1024),
-    "sm_86": (84, 101_376, 102_400, 1024),
-    "sm_90": (132, 232_448, 233_472, 1024),
-    "small": (1, 101_376, 102_400, 1024),  # few blocks are enough: no splits, 128 pixels per block
-}
 
 every_case = pytest.mark.parametrize("case", CASES)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def alternating(names: str, *values: Iterable) -> pytest.MarkDecorator:
     """Parametrise with every combination of the values, and each with one of the layouts: all of both take too long."""
     pairs = zip(itertools.product(*values), itertools.cycle(LAYOUTS))
-    return pytest.mark.parametrize(f"{names}, layout", [(*chosen, layout) for chosen, layout in pairs], ids=name_of)
+    return pytest.mark.parametrize(f"{names}, layout", [(*chosen, layout) for chosen, layout in pairs], ids=id_of)
 
 
-def name_of(value: object) -> str:
-    return f"{value.normalize}-{value.distance}" if isinstance(value, Relation) else str(value)
+def id_of(value: object) -> str:
+    return name_of(value) if isinstance(value, Relation) else str(value)
 
 
 class Features(ctypes.Structure):
@@ -161,7 +150,7 @@ def check(
 # --- the whole loss ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @every_layout
 @every_case
 @pytest.mark.core(24)
@@ -172,7 +161,7 @@ def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: 
 
 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.parametrize("case", ["bf16", "highest"])
 @pytest.mark.core(12)
 def test_flags(library: ctypes.CDLL, case: str, relation: Relation, flags: tuple[str, ...]) -> None:
@@ -198,7 +187,7 @@ def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: 
         assert result.launches == {"row": of_row, "cosine": 3, "none": 2}[relation.normalize]
 
 
-@pytest.mark.parametrize("relation", RELATIONS[:6], ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS[:6], ids=name_of)
 @pytest.mark.parametrize("case", ["bf16", "highest"])
 @pytest.mark.core(3)
 def test_sm90_tiles_with_constant_norms(library: ctypes.CDLL, case: str, relation: Relation) -> None:
@@ -313,7 +302,7 @@ def test_nan_and_infinity_propagate(library: ctypes.CDLL, case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [(64, 100), (70, 40)], ids=str)
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.parametrize("case", ["bf16", "fp16", "highest"])
 @pytest.mark.core(12)
 def test_error_is_as_small_as_that_of_eager(
@@ -391,16 +380,6 @@ def test_moment(library: ctypes.CDLL, case: str) -> None:
 
 # --- memory and order -------------------------------------------------------------------------------------------------
 
-ALL = slice(None)
-# views (B, C, N) or (B, N, C): the index and the adjacent dimension; units of 8 elements are aligned or not
-VIEWS = {
-    "aligned": ((ALL, ALL, ALL), 64),
-    "every_other_image": ((slice(1, None, 2), ALL, ALL), 64),
-    "every_other_line": ((ALL, slice(1, None, 2), ALL), 64),
-    "offset_by_one": ((ALL, ALL, slice(1, None)), 63),
-    "odd": ((ALL, ALL, ALL), 37),
-}
-
 
 @pytest.mark.parametrize("relation", [ROW, COSINE], ids=lambda r: r.normalize)
 @pytest.mark.parametrize("view", VIEWS)
@@ -411,11 +390,7 @@ def test_views_are_read_in_place(library: ctypes.CDLL, case: str, layout: str, v
     """NaN surrounds the views, so that a read out of bounds changes the result."""
     index, adjacent = VIEWS[view]
     sizes = (66, (adjacent, adjacent)) if layout == "nlc" else (adjacent, (10, 7))
-    student, teacher = draw(CASES[case][0], 2, *sizes)
-    if layout == "nchw":
-        student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
-    else:
-        student, teacher = within(student, *index), within(teacher, *index)
+    student, teacher = (surrounded(x, layout, index) for x in draw(CASES[case][0], 2, *sizes))
     check(library, student, teacher, relation, case, gradient_layout=torch.empty_like(student))
 
 

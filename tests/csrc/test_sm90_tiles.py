@@ -7,14 +7,13 @@ kernel runs as on a GPU with a few multiprocessors.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_kernels import draw, extent, pointer
-from helpers import DELTA, error, within
+from emulated_kernels import LAYOUTS, draw, every_layout, extent, pointer, surrounded
+from helpers import RELATIONS, error, name_of
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
@@ -24,13 +23,10 @@ from srpkd.kernels.formulas import scales_of
 PRECISIONS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 3}  # of enum Precision; 3: two float16 terms
 # the error of U relative to float64 if G is exact: K is rounded to 8 bits, 11 bits, or two terms of 11 bits
 TOLERANCE = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}
-RELATIONS = [Relation(n, d, DELTA[n]) for n, d in itertools.product(NORMALIZATIONS, DISTANCES)]
 ROW = Relation("row", "l1")
-LAYOUTS = ("nlc", "nchw")
 SEEDS = range(1, 10)  # every order of the warps with every delay of asynchronous work
 
 every_dtype = pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 class Problem(ctypes.Structure):
@@ -107,7 +103,7 @@ def check(library: ctypes.CDLL, student: Tensor, teacher: Tensor, relation: Rela
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @every_dtype
 @pytest.mark.core(9)
 def test_every_relation(library: ctypes.CDLL, dtype: torch.dtype, relation: Relation) -> None:
@@ -183,11 +179,7 @@ def test_views_are_read_in_place_or_copied(library: ctypes.CDLL, dtype: torch.dt
     """NaN surrounds the views. TMA cannot read those that are misaligned."""
     every = slice(None)
     for index in ((slice(1, None, 2), every, every), (every, slice(1, None, 2), every), (every, every, slice(1, None))):
-        student, teacher = draw(dtype, 2, 136, (10, 7), "nlc")
-        if layout == "nchw":
-            student, teacher = (within(x.mT, *index).mT for x in (student, teacher))
-        else:
-            student, teacher = within(student, *index), within(teacher, *index)
+        student, teacher = (surrounded(x, layout, index) for x in draw(dtype, 2, 136, (10, 7), "nlc"))
         check(library, student, teacher, ROW)
 
 
@@ -223,13 +215,13 @@ def draw_float32(pixels: int = 200, channels: tuple[int, int] = (20, 70)) -> tup
     return draw(torch.float32, 1, pixels, channels, "nchw", torch.float32)
 
 
-@pytest.mark.parametrize("relation", RELATIONS, ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.core(3)
 def test_float32_is_as_accurate_as_eager(library: ctypes.CDLL, relation: Relation) -> None:
     check_as_eager(library, *draw_float32(300), relation)
 
 
-@pytest.mark.parametrize("relation", RELATIONS[:6], ids=lambda r: f"{r.normalize}-{r.distance}")
+@pytest.mark.parametrize("relation", RELATIONS[:6], ids=name_of)
 def test_pixels_of_any_magnitude(library: ctypes.CDLL, relation: Relation) -> None:
     """A normalised relation does not depend on the pixels' norms, nor does its accuracy."""
     student, teacher = (x * 10 ** (torch.rand(1, x.shape[1], 1) * 12 - 6) for x in draw_float32())

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import DELTA, NARROW, STRIDES, error, features, options, value_and_gradient
+from helpers import DELTA, NARROW, RELATIONS, STRIDES, error, features, name_of, options, value_and_gradient
 from rounding import assert_rounding
 from torch import Tensor
 
 from srpkd import relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, native, unavailable_reason
+from srpkd.kernels import NORMALIZATIONS, Relation, native, unavailable_reason
 from srpkd.kernels.formulas import scales_of
 
 CUDA = torch.device("cuda")
@@ -22,11 +22,7 @@ ROW_L1 = Relation("row", "l1", DELTA["row"])
 
 pytestmark = pytest.mark.gpu
 every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=lambda dtype: str(dtype)[6:])
-every_relation = pytest.mark.parametrize(
-    "relation",
-    [Relation(n, d, DELTA[n]) for n in NORMALIZATIONS for d in DISTANCES],
-    ids=lambda relation: f"{relation.normalize}-{relation.distance}",
-)
+every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 
 
 @pytest.fixture(autouse=True)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DELTA, features, value_and_gradient
+from helpers import RELATIONS, features, name_of, value_and_gradient
 from rounding import error_norms, predicted_errors
 from torch import Tensor
 
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, formulas
+from srpkd.kernels import Relation, blocked, formulas
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-every_relation = pytest.mark.parametrize(
-    "relation",
-    [Relation(normalize, distance, DELTA[normalize]) for normalize in NORMALIZATIONS for distance in DISTANCES],
-    ids=lambda relation: f"{relation.normalize}-{relation.distance}",
-)
+every_relation = pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 
 
 def to_tf32(x: Tensor) -> Tensor:

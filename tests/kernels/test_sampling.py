@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DELTA, error, features, options, peaks_in_new_process
+from helpers import RELATIONS, error, features, name_of, options, peaks_in_new_process
 from torch import Tensor
 
 from srpkd import SRPLoss, relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, dispatch, native, sampling, strips, unavailable_reason
+from srpkd.kernels import NORMALIZATIONS, Relation, dispatch, native, sampling, strips, unavailable_reason
 from srpkd.kernels.formulas import accumulator, distance_value
 from srpkd.kernels.op import relation_loss_op
 from srpkd.kernels.reference import relation_matrix
@@ -19,18 +19,13 @@ from srpkd.kernels.reference import relation_matrix
 CPU = torch.device("cpu")
 BACKENDS = [name for name in dispatch.partial_backends(CPU) if unavailable_reason(name, CPU) is None]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-RELATIONS = [Relation(normalize, distance, DELTA[normalize]) for normalize in NORMALIZATIONS for distance in DISTANCES]
 every_normalization = pytest.mark.parametrize("relation", RELATIONS[::3], ids=lambda r: r.normalize)
 FLAGGED = [
     Relation(normalize, "l1", rectify=rectify, detach_norms=True)
     for normalize in NORMALIZATIONS
     for rectify in (False, True)
 ]
-every_relation = pytest.mark.parametrize(
-    "relation",
-    RELATIONS + FLAGGED,
-    ids=lambda r: f"{r.normalize}-{r.distance}{'-rectify' * r.rectify}{'-detach_norms' * r.detach_norms}",
-)
+every_relation = pytest.mark.parametrize("relation", RELATIONS + FLAGGED, ids=name_of)
 
 
 @pytest.fixture(autouse=True)

@@ -7,22 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DELTA, NARROW, STRIDES, error, options, value_and_gradient
+from helpers import NARROW, RELATIONS, STRIDES, error, name_of, options, value_and_gradient
 from rounding import assert_rounding
 from torch import Tensor
 from triton_scales import triton_scales
 
 from srpkd import relation_loss
-from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, blocked, dispatch, formulas, triton, unavailable_reason
+from srpkd.kernels import NORMALIZATIONS, Relation, blocked, dispatch, formulas, triton, unavailable_reason
 from srpkd.kernels.triton import configurations, plans
 
 jit = pytest.importorskip("triton.runtime.jit", reason="the package triton is not installed")
 pytestmark = pytest.mark.gpu
-RELATIONS = [
-    pytest.param(Relation(normalize, distance, DELTA[normalize]), id=f"{normalize}-{distance}")
-    for normalize in NORMALIZATIONS
-    for distance in DISTANCES
-]
 ROW_L1 = Relation("row", "l1")
 L1 = [pytest.param(Relation(normalize, "l1"), id=normalize) for normalize in NORMALIZATIONS]
 PRECISION_OF = {torch.float32: ("highest", "high", "medium"), torch.bfloat16: ("highest",), torch.float16: ("highest",)}
@@ -72,7 +67,7 @@ def exact(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor,
     return loss, gradient * student.shape[1] ** 2
 
 
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.parametrize(("dtype", "precision"), FORMATS)
 def test_error_of_every_relation(relation, dtype, precision, gpu):
     """The errors are what the rounding of the dtype and of the matmul precision predicts."""

@@ -15,14 +15,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import DELTA, FLAG_SETS, NARROW, STRIDES, error, features, value_and_gradient
+from helpers import DELTA, FLAG_SETS, NARROW, RELATIONS, STRIDES, error, features, name_of, value_and_gradient
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton_scales import triton_scales
 
 from srpkd import relation_loss
 from srpkd.kernels import (
-    DISTANCES,
     NORMALIZATIONS,
     Relation,
     auto_backend,
@@ -34,11 +33,6 @@ from srpkd.kernels import (
 from srpkd.kernels.triton import configurations, plans, scales, tiles
 
 CPU = torch.device("cpu")
-RELATIONS = [
-    pytest.param(Relation(normalize, distance, DELTA[normalize]), id=f"{normalize}-{distance}")
-    for normalize in NORMALIZATIONS
-    for distance in DISTANCES
-]
 ROW_L1 = Relation("row", "l1")
 L1 = [Relation(normalize, "l1", DELTA[normalize]) for normalize in NORMALIZATIONS]
 ULP = 2.0**-23  # of float32, added to bounds: the error of eager can be 0 by chance
@@ -132,7 +126,7 @@ def test_available_but_not_chosen_by_auto():
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.core(9)
 def test_error_of_every_relation(relation, dtype):
     # for "row" two row blocks, the second of them incomplete, and split columns
@@ -141,7 +135,7 @@ def test_error_of_every_relation(relation, dtype):
 
 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.core(6)
 def test_flags(relation, flags):
     """Two blocks of pixels, with zero-norm pixels in both networks."""
