@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,11 @@ def parse(module: ModuleType, *words: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return parser.parse_args([str(word) for word in words])
+
+
+def outside_of_xdist() -> dict[str, str]:
+    """Return the environment of a process that is no worker of pytest-xdist, as this one may be."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
 
 
 def incorrect_loss(kind: str) -> Callable[[Case], Callable[[Tensor, Tensor], Tensor]]:
@@ -80,6 +86,11 @@ def relation_rows(device_type: str = "cpu", **fixed: Any) -> list[dict[str, Any]
                 row |= {"capability": "9.0", "kernel_version": measured.kernel_version(name, case.dtype)}
             rows.append(row)
     return rows
+
+
+def as_read(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return rows as ``bench.results`` reads them from a file."""
+    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
 
 
 def train_rows() -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from bench_helpers import outside_of_xdist
 from helpers import ROOT
 
 from bench import gpu_tests
@@ -35,12 +36,11 @@ def run_pytest(folder, *arguments: str) -> list[str]:
     state = folder / "state"
     gpu_tests.start(state)
     before = (state / "tests.jsonl").read_text() if (state / "tests.jsonl").exists() else ""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests"]
     subprocess.run(
         [*command, "-c", os.devnull, "--rootdir", folder, folder, *arguments],
         cwd=ROOT,
-        env=environment | {gpu_tests.VARIABLE: str(state), "PYTHONPATH": str(ROOT)},
+        env=outside_of_xdist() | {gpu_tests.VARIABLE: str(state), "PYTHONPATH": str(ROOT)},
         capture_output=True,
     )
     lines = (state / "tests.jsonl").read_text().removeprefix(before).splitlines()

@@ -146,19 +146,8 @@ def test_the_commit_says_whether_the_code_has_changed(tmp_path, monkeypatch):
     """Results do not count as code. Outside of a repository, a variable contains the commit."""
 
     def git(*words: str) -> str:
-        command = [
-            "git",
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b",
-            "-c",
-            "commit.gpgsign=false",
-            "-C",
-            str(tmp_path),
-            *words,
-        ]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from bench_helpers import relation_rows, run
+from bench_helpers import as_read, relation_rows, run
 from helpers import ROOT
 
 from bench import record, relation, results
@@ -103,10 +103,7 @@ def test_native_has_the_kinds_that_its_sm90_kernel_has_passed(folder, recorded):
     ],
 )
 def test_rows_of_native_are_those_of_its_present_kernel(statuses, seconds):
-    rows = [
-        {name: "" if value is None else str(value) for name, value in row.items()}
-        for row in relation_rows() + relation_rows("cuda", dtype="bfloat16")
-    ]
+    rows = as_read(relation_rows() + relation_rows("cuda", dtype="bfloat16"))
     others = [row for row in rows if row["device_type"] == "cpu" or row["provider"] != "native"]
     native = [row | {"median_s": "9e-3"} for row in rows if row not in others]
     for name, status, median in (("native-sm90", statuses[0], "1e-3"), ("native-sm80", statuses[1], "2e-3")):

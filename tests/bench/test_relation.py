@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_helpers import incorrect_loss, run
+from bench_helpers import incorrect_loss, outside_of_xdist, run
 from helpers import ROOT
 from torch import Tensor
 
@@ -175,7 +174,6 @@ def test_ctrl_c_keeps_the_cases_that_are_measured(tmp_path, monkeypatch, capsys)
 @pytest.mark.core(0)
 def test_pytest_benchmark_runs_the_same_cases():
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", "-k", "256-forward-blocked"]
-    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this process may be
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    # in a worker of pytest-xdist, pytest-benchmark measures nothing
+    done = subprocess.run(command, cwd=ROOT, env=outside_of_xdist(), capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_helpers import relation_rows, run, train_rows
+from bench_helpers import as_read, relation_rows, run, train_rows
 
 from bench import relation, results, table, train
 from bench.markers import between_markers
@@ -31,8 +31,9 @@ def test_gain_of_fast():
 
 
 def test_times_of_gpu_and_host_have_columns_where_they_are_recorded():
-    rows = [row | {"gpu_s": 0.002, "host_s": 0.003} for row in relation_rows("cuda", dtype="bfloat16", batch=16)]
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    rows = as_read(relation_rows("cuda", dtype="bfloat16", batch=16))
+    for row in rows:
+        row |= {"gpu_s": "0.002", "host_s": "0.003"}
     text = table.table(rows)
     assert "| case | provider | ms | GPU ms | host ms | x eager's speed |" in text
     assert "| N = 4,096, C = 64/256, B = 16, bfloat16, row l1 | eager | 671.09 | 2.000 | 3.000 | 1.00 |" in text
@@ -70,9 +71,9 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
 
 
 def test_short_table_has_a_row_per_case_with_the_fastest_backend():
-    eager = [row for row in relation_rows() if row["provider"] == "eager"]
-    rows = [*relation_rows(), *(row | {"provider": name} for name in ("blocked", "keops") for row in eager)]
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    rows = as_read(relation_rows())
+    eager = [row for row in rows if row["provider"] == "eager"]
+    rows += [row | {"provider": name} for name in ("blocked", "keops") for row in eager]
     assert "| keops |" in table.table(rows)
     lines = table.short_table(rows).splitlines()
     assert lines[2] == (
@@ -94,14 +95,14 @@ def test_short_table_has_a_row_per_case_with_the_fastest_backend():
 
 
 def test_a_backend_that_failed_is_not_the_fastest():
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in relation_rows()]
+    rows = as_read(relation_rows())
     (native,) = (row for row in rows if row["provider"] == "native" and row["pixels"] == "4096")
     failed = native | {"provider": "closed_form", "status": "failed", "median_s": ""}
     assert "| 83.89 | native |" in table.short_table([*rows, failed])
 
 
 def test_cases_that_are_not_shown():
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in relation_rows()]
+    rows = as_read(relation_rows())
     small = [row | {"device": "another"} for row in rows if row["pixels"] == "1024"]
     assert "another" not in table.table(rows + small)
     with pytest.raises(ValueError, match="no case of the table is recorded: run python -m bench relation first"):
@@ -109,7 +110,7 @@ def test_cases_that_are_not_shown():
 
 
 def test_steps_in_short_name_the_device():
-    rows = [{name: str(value or "") for name, value in row.items()} for row in train_rows()]
+    rows = as_read(train_rows())
     expected = "in a training step of cycle_gan with 256 x 256 pixels, the relation loss takes 20.0 % of the time."
     assert table.steps_in_short(rows) == f"some cpu: {expected}\n\nsome cuda: {expected}"
     assert table.steps_in_short([row for row in rows if not row["variant"].startswith("auto")]) == ""
