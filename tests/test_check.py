@@ -204,9 +204,32 @@ def test_processes_of_a_kernel_share_the_cases(monkeypatch):
     assert sorted(parts) == [("native", [*range(5)]), ("triton", [0, 3]), ("triton", [1, 4]), ("triton", [2])]
 
 
-def test_crashes_and_hangs_do_not_hide_other_results(fake):
-    runner = processes.Runner(CHECKS[:4], 60, 8, fake / "smoke.jsonl")
+class SilentInCase2:
+    """The end of a pipe, on which the result of case 2 never comes; others may take long, as processes start slowly."""
+
+    def __init__(self, receiver, waits: list[float]) -> None:
+        self.receiver, self.waits, self.last = receiver, waits, {}
+
+    def poll(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return self.last != {"case": 2} and self.receiver.poll(300)
+
+    def recv(self) -> dict:
+        self.last = self.receiver.recv()
+        return self.last
+
+
+def test_crashes_and_hangs_do_not_hide_other_results(fake, monkeypatch):
+    pipe, waits = processes.CONTEXT.Pipe, []
+
+    def silent_pipe(duplex: bool):
+        receiver, sender = pipe(duplex=duplex)
+        return SilentInCase2(receiver, waits), sender
+
+    monkeypatch.setattr(processes.CONTEXT, "Pipe", silent_pipe)
+    runner = processes.Runner(CHECKS[:4], 300, 8, fake / "smoke.jsonl")
     runner.run(["native", "triton"])
+    assert set(waits) == {8}
     expected = ["ok", "crashed", "hung", "ok"]
     for kernel in ("native", "triton"):
         assert [runner.results[kernel, number]["status"] for number in range(4)] == expected
@@ -219,7 +242,7 @@ def test_crashes_and_hangs_do_not_hide_other_results(fake):
 
 
 def test_missing_cases_are_run_again(fake):
-    first = processes.Runner(CHECKS[:4], 0, 15, fake / "smoke.jsonl")  # no time
+    first = processes.Runner(CHECKS[:4], 0, 60, fake / "smoke.jsonl")  # no time
     first.run(["native"])
     assert not first.results
     (fake / "smoke.jsonl").write_text(
@@ -228,7 +251,7 @@ def test_missing_cases_are_run_again(fake):
             for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
         )
     )
-    second = processes.Runner(CHECKS[:5], 60, 15, fake / "smoke.jsonl")
+    second = processes.Runner(CHECKS[:5], 300, 60, fake / "smoke.jsonl")
     second.run(["native"])
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
     assert processes.verdict(second.results, "native", 5) == processes.verdict(second.results, "native", 6) == "FAILED"
