@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -113,13 +112,6 @@ def test_classes_of_undoes_paint():
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     distances = torch.stack([(images - paint(torch.full((2, 8, 8), k))).square().sum(1) for k in range(6)])
     assert torch.equal(classes_of(images), distances.argmin(0))
-
-
-def test_generation_of_600_pairs_is_fast():
-    generate_scenes(8)  # excludes the cost of the first call
-    start = time.process_time()  # unlike wall-clock time, not longer on a busy machine
-    generate_scenes(600)
-    assert time.process_time() - start < 10  # less than 1 s on a current processor
 
 
 def test_all_classes_are_frequent(scenes_of_variants):

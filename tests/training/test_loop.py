@@ -164,7 +164,7 @@ def test_training_reduces_each_loss(run_dir, model, weights, teachers, losses):
 
 def test_a_stage_returns_frozen_generators_in_eval_mode(run_dir):
     trained = loop.fit(stage_of(config_of("--no_dropout=false"), run_dir), run_dir, teacher_of())
-    assert trained.steps == 6 and 0 < trained.seconds_per_step < 10
+    assert trained.steps == 6 and trained.seconds_per_step > 0
     net = trained.generators["G"]
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert not any(module._forward_hooks for module in net.modules())
