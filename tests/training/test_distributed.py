@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +52,7 @@ def launch(cwd: Path, *arguments: str, processes: int = 1) -> subprocess.Complet
     """Run `python arguments` in a number of processes, which can import srpkd and the modules of the tests."""
     launcher = []
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = ["--master_addr=127.0.0.1", f"--master_port={free.getsockname()[1]}"]
+        where = ["--standalone", "--local_addr=127.0.0.1"]  # at a free port
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where]
     path = [TESTS.parent, TESTS]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, path))}
@@ -135,11 +132,10 @@ def test_all_ranks_distil_from_the_teacher_that_was_saved(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.core(1)
+@pytest.mark.core(0)
+@pytest.mark.parametrize("runs", ["pix2pix"], indirect=True)
 def test_torchrun(runs):
     model, _, two = runs
-    if model == "cycle_gan":
-        pytest.skip("one model is enough")
     done = launch(two.parent.parent, "-m", "srpkd.train", *ARGUMENTS[model], *TINY, "--name=torchrun", processes=2)
     assert done.returncode == 0, done.stderr
     timeless = [[{**line, "seconds": 0} for line in lines(run)] for run in (two, two.with_name("torchrun"))]
@@ -167,13 +163,9 @@ def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys
 PAIR = """
 import math, torch
 from gloo_threads import gloo_threads
-from small import SIZE, SMALL
+from small import SMALL, images
 from srpkd.training import distributed, loop
 from srpkd.training.options import TrainConfig
-
-
-def images():
-    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
 
 
 def make_next_output_nan(network):
