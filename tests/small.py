@@ -1,4 +1,7 @@
-"""Options of networks so small that a training step takes milliseconds."""
+"""Options of networks so small that a training step takes milliseconds, and images for them."""
+
+import torch
+from torch import Tensor
 
 SIZE = 16  # side of an image in pixels
 SMALL = {
@@ -12,3 +15,8 @@ SMALL = {
     "batch_size": 2,
     "device": "cpu",
 }
+
+
+def images() -> dict[str, Tensor]:
+    """Return a batch of random images."""
+    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SIZE, SMALL
+from small import SIZE, SMALL, images
 from torch import Tensor, nn
 
 from srpkd import SRPLoss
@@ -37,10 +37,6 @@ def options(model: str, **others) -> TrainConfig:
         lambda_feature=17,
     )
     return replace(config, **others).resolved()
-
-
-def images() -> dict[str, Tensor]:
-    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
 
 
 def make_small(config: TrainConfig, distilled: bool = False) -> objectives.Objective:

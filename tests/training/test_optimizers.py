@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import SIZE, SMALL
+from small import SIZE, SMALL, images
 from torch import Tensor, nn
 
 from srpkd.models.checkpoints import load_weights
@@ -38,10 +38,6 @@ def options(model: str = "pix2pix", **others: Any) -> TrainConfig:
         lr=0.01,
     )
     return replace(config, **others).resolved()
-
-
-def images() -> dict[str, Tensor]:
-    return {side: torch.rand(2, 3, SIZE, SIZE) * 2 - 1 for side in "AB"}
 
 
 def weights(objective: Any) -> dict[str, Tensor]:
