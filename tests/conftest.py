@@ -5,6 +5,7 @@ Up to Python 3.11, coverage counts the lines that the tests not marked slow exec
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -46,7 +47,7 @@ OF_DEVICES = (
     native._can_run,
     op._gpu_kernels,
 )
-DESELECTED = pytest.StashKey[dict[str, int]]()  # numbers of tests by the reason
+DESELECTED = pytest.StashKey[dict[str, int]]()  # numbers of tests, by what is said about them
 
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -60,17 +61,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the GPU tests where there is no GPU, since to skip thousands takes long, and those beyond --core."""
+    """Deselect what cannot run here, since to skip thousands takes long, and then the cases beyond --core."""
     gpu = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
-    deselect(config, items, "gpu", gpu)
-    deselect(config, items, "core", beyond_core(items) if config.getoption("core") else [])
+    deselect(config, items, "GPU tests deselected: torch sees no CUDA device", gpu)
+    for reason, cases in without_backend(items).items():
+        deselect(config, items, f"cases deselected: {reason}", cases)
+    if config.getoption("core"):
+        deselect(config, items, "cases left out by --core: make test-all runs them", beyond_core(items))
 
 
-def deselect(config: pytest.Config, items: list[pytest.Item], reason: str, left_out: list[pytest.Item]) -> None:
+def deselect(config: pytest.Config, items: list[pytest.Item], what: str, left_out: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=left_out)
     chosen = set(items) - set(left_out)
     items[:] = [item for item in items if item in chosen]
-    config.stash.setdefault(DESELECTED, {})[reason] = len(left_out)
+    config.stash.setdefault(DESELECTED, {})[what] = len(left_out)
+
+
+def without_backend(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
+    """Return the tests whose parameter ``backend`` cannot run on their device, by the reason.
+
+    The device is that of the fixture ``device``, or a GPU for a test with the mark ``gpu``.
+    """
+    reason_of = functools.cache(unavailable_reason)
+    found: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        backend, device = parameters.get("backend"), parameters.get("device")
+        device = device or ("cuda" if item.get_closest_marker("gpu") else None)
+        if backend and device and (reason := reason_of(backend, torch.device(device))) is not None:
+            found.setdefault(f"{backend} on {device}: {reason}", []).append(item)
+    return found
 
 
 def beyond_core(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -107,11 +127,9 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    deselected = config.stash.get(DESELECTED, {})
-    if count := deselected.get("gpu"):
-        terminalreporter.write_line(f"{count} GPU tests deselected: torch sees no CUDA device")
-    if count := deselected.get("core"):
-        terminalreporter.write_line(f"{count} cases left out by --core: make test-all runs them")
+    for what, count in config.stash.get(DESELECTED, {}).items():
+        if count:
+            terminalreporter.write_line(f"{count} {what}")
 
 
 # --- coverage ---------------------------------------------------------------------------------------------------------
@@ -208,21 +226,8 @@ def image() -> Tensor:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device; a test that also has a parameter ``backend`` is skipped where that backend cannot run.
-
-    So is a test with the mark ``gpu`` and the parameter ``backend``.
-    """
+    """Every device; a test that also has a parameter ``backend`` is deselected where that backend cannot run."""
     return torch.device(request.param)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    # not in the fixture: from here, pytest folds all skips with the same reason into one line of the summary
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    device = parameters.get("device", "cuda" if item.get_closest_marker("gpu") else None)
-    if "backend" in parameters and device is not None:
-        backend, device = parameters["backend"], torch.device(device)
-        if (reason := unavailable_reason(backend, device)) is not None:
-            pytest.skip(f"{backend} on {device.type}: {reason}")
 
 
 @pytest.fixture(scope="session")

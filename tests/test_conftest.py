@@ -27,6 +27,11 @@ def test_on_a_gpu(number):
 def test_of_the_core(number):
     pass
 
+@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("backend", ["blocked", "triton"])
+def test_backend(backend, device):
+    assert backend != "triton", "runs without a GPU"
+
 def test_threads():
     assert torch.get_num_threads() == int(os.environ["EXPECTED_THREADS"])
     assert "PYTEST_XDIST_WORKER" not in os.environ or os.environ["OMP_NUM_THREADS"] == os.environ["EXPECTED_THREADS"]
@@ -53,8 +58,9 @@ def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int 
 def test_gpu_tests_are_deselected_and_counted(tmp_path, workers):
     done = run_pytest(tmp_path, f"-n{workers}", expected_threads=1 if workers else 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\b6 passed\b", done.stdout)
+    assert re.search(r"\b7 passed\b", done.stdout)
     assert done.stdout.count("3 GPU tests deselected: torch sees no CUDA device") == 1
+    assert done.stdout.count("1 cases deselected: triton on cpu: it runs on NVIDIA GPUs") == 1
     assert "--core" not in done.stdout
 
 

@@ -48,14 +48,6 @@ few_flags = pytest.mark.parametrize(("backend", "relation"), cases() + few_cases
 every_normalization = pytest.mark.parametrize(("backend", "relation"), few_cases())
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_backend_is_tested_here(backend: str) -> None:
-    """A backend that cannot run here is reported as skipped, with the reason."""
-    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
-        assert len(reason) > 10
-        pytest.skip(f"{backend}: {reason}")
-
-
 # --- values and gradients -------------------------------------------------------------------------------------------
 
 
