@@ -1,9 +1,8 @@
-"""Many calls, several threads, forked workers, and the modules that an import loads."""
+"""Many calls, several threads, forked workers, and folders in which the extension cannot be built."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -107,32 +106,6 @@ def compare_forked_workers(backend: str) -> None:
         assert torch.equal(one, other)
         torch.testing.assert_close(one, wide)
     assert torch.equal(data[0], alone[0])  # nor is anything of the parent's lost
-
-
-def test_import_loads_few_modules() -> None:
-    """The import loads torch, the loss and the distiller, but no image library, plotting, Triton or compiler."""
-    code = """
-import json, sys
-import torch
-before = set(sys.modules)
-import srpkd
-print(json.dumps(sorted(set(sys.modules) - before)))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    brought = json.loads(result.stdout)
-    assert "srpkd.loss" in brought
-    heavy = (
-        "torchvision",
-        "PIL",
-        "matplotlib",
-        "jinja2",
-        "onnx",
-        "triton",
-        "torch._inductor",
-        "torchmetrics",
-        "pandas",
-    )
-    assert [name for name in brought if name.startswith(heavy)] == []
 
 
 @pytest.fixture
