@@ -174,15 +174,14 @@ def test_nonfinite_features_give_a_nonfinite_loss(
 
 
 @pytest.mark.parametrize("exponent", [-17, -9, -6, 0, 6, 9, 12, 15])
-@pytest.mark.parametrize("distance", ["l1", "l2"])
 @pytest.mark.parametrize("normalize", ["row", "cosine"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "distance"), [(name, d) for name in BACKENDS for d in ("l1", "l2") if d in distances(name)]
+)
 def test_relations_do_not_depend_on_the_scale_of_features(
     backend: str, normalize: str, distance: str, exponent: int
 ) -> None:
     """In float32, squared row norms grow with the fourth power of the features: they must not overflow."""
-    if distance not in distances(backend):
-        pytest.skip(f"{backend} does not do {distance}")
     relation = Relation(normalize, distance, eps=0.0)
     student, teacher = (draw(i, (1, 4, 5), 6, "random", exponent, torch.float32) for i in range(2))
     loss, gradient = measure(student, teacher, relation, backend)
@@ -202,11 +201,9 @@ def test_row_norms_that_overflow_are_not_those_of_dead_pixels(backend: str) -> N
 
 
 @pytest.mark.parametrize("mean", [1, 10, 100])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
 def test_pixels_without_the_common_mean_keep_their_digits(backend: str, mean: float) -> None:
     """Computed as q^T M q, their row norms would be small differences of large sums."""
-    if "l1" not in distances(backend):
-        pytest.skip(f"{backend} does not do l1")
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(1, c, 16, 32, generator=generator) + mean for c in (32, 64))
     for x in (student, teacher):
