@@ -5,41 +5,16 @@ import pickle
 import sys
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_generators import SMALL, assert_same, make, refusal, with_old_statistics
 from torch import nn
 
-from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights, save_weights
-from srpkd.models.networks import GeneratorSpec, define_discriminator, define_generator
-
-SMALL = GeneratorSpec("resnet_2blocks", ngf=2)
-
-
-def make(spec=SMALL):
-    torch.manual_seed(0)
-    net = define_generator(**asdict(spec))
-    for buffer in net.buffers():
-        buffer.add_(3)
-    return net
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
-
-
-def refusal(path, function=load_weights, *args):
-    """Return the error message for a file; it must name the file."""
-    with pytest.raises(CheckpointError) as caught:
-        function(path, *args)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "weights_only" not in message  # torch's advice to disable the protection
-    return message
-
+from srpkd.models.checkpoints import load_generator, load_weights, save_weights
+from srpkd.models.networks import GeneratorSpec, define_discriminator
 
 # Round trips
 
@@ -147,12 +122,7 @@ def test_generators_in_files_of_old_torch(tmp_path, spec, suffix):
     """Saved with two wrappers' prefixes and the unused statistics of instance norms."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     net = make(spec)
-    state = net.state_dict()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            state[f"{name}.running_mean"] = torch.zeros(module.num_features)
-            state[f"{name}.running_var"] = torch.ones(module.num_features)
-    state = {f"module._orig_mod.{key}": value for key, value in state.items()}
+    state = {f"module._orig_mod.{key}": value for key, value in with_old_statistics(net).items()}
     path = tmp_path / f"latest_net_G_A{suffix}"
     (safetensors.save_file if suffix == ".safetensors" else torch.save)(state, path)
     back = load_generator(path)
@@ -203,12 +173,9 @@ def test_keys_that_differ_only_in_their_prefix_are_rejected(tmp_path):
 @pytest.mark.parametrize("spec", [SMALL, GeneratorSpec("unet_64", ngf=1)], ids=str)
 def test_statistics_of_old_instance_norms_are_dropped(tmp_path, spec):
     net = make(spec)
-    state = net.state_dict()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            state[f"{name}.running_mean"] = torch.zeros(module.num_features)
-            state[f"{name}.running_var"] = torch.ones(module.num_features)
-            state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+    state = with_old_statistics(net)
+    for name in [key.rpartition(".")[0] for key in state if key.endswith("running_mean")]:
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
     assert len(state) > len(net.state_dict())
     torch.save(state, tmp_path / "net.pth", _use_new_zipfile_serialization=False)
     assert_same(load_weights(tmp_path / "net.pth"), net.state_dict())

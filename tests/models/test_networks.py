@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from cut_layout import ANTIALIAS, DOWN, UP
+from small_generators import with_old_statistics
 from torch import nn
 
 from srpkd.models.networks import (
@@ -272,11 +273,7 @@ def test_infer_generator(spec):
 @pytest.mark.parametrize("spec", [s for s in SPECS + ANTI_ALIASED if s.norm == "instance" and s.ngf > 1], ids=str)
 def test_infer_generator_ignores_statistics_of_old_instance_norms(spec):
     net = on_meta(**asdict(spec))
-    state = net.state_dict()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            state |= {f"{name}.running_mean": torch.zeros(module.num_features)}
-            state |= {f"{name}.running_var": torch.ones(module.num_features)}
+    state = with_old_statistics(net)
     assert infer_generator(state).norm == "instance"
     assert infer_generator(state) == infer_generator(net.state_dict())
 

@@ -1,31 +1,12 @@
 """Weights that cannot be used: values that are not finite, and tensors of other kinds."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from small_generators import SMALL, assert_same, make, refusal
 
-from srpkd.models.checkpoints import CheckpointError, load_generator, load_weights
-from srpkd.models.networks import GeneratorSpec, define_generator
-
-SMALL = GeneratorSpec("resnet_2blocks", ngf=2)
-
-
-def make(spec=SMALL):
-    return define_generator(**asdict(spec))
-
-
-def refusal(path, function=load_weights):
-    """Return the error message for a file; it must name the file."""
-    with pytest.raises(CheckpointError) as caught:
-        function(path)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
-
-
-def assert_same(found, expected):
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+from srpkd.models.checkpoints import load_generator, load_weights
 
 
 def with_value(value, key="model.1.weight"):
