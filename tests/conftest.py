@@ -207,6 +207,14 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Forget what torch.compile has compiled, before and after the test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def student() -> nn.Sequential:
     """A network with layers to tap."""
     return network(4)

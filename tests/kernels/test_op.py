@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -40,13 +40,6 @@ def images(
         torch.randn(batch, count, size, size, dtype=dtype).contiguous(memory_format=memory_format) for count in channels
     )
     return student.requires_grad_(), teacher
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

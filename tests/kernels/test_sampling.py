@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -396,14 +395,8 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(relation_loss_op, inputs)
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def test_compiled(fresh_compiler: None) -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled() -> None:
     """One graph, that draws other columns in every call, as the eager module does from the same seed."""
     loss_fn = SRPLoss(distance="l1", columns=4)
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
