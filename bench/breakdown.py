@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -71,11 +70,8 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         def call() -> tuple[Tensor, Tensor | None]:
             return evaluate(loss, student, teacher, case)
 
-        start = time.perf_counter()
         try:
-            call()
-            torch.cuda.synchronize()
-            first = time.perf_counter() - start
+            first = measure.seconds_of(call, device)
             for _ in range(2):
                 call()
         except CannotRun as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from srpkd.reporting.table import format_table
 
 from . import cases, machine, results
 from .markers import between_markers, put_between_markers
+from .measure import seconds_of
 from .results import Row, number
 
 RESULTS = results.FOLDER / "columns.csv"
@@ -107,14 +108,11 @@ def measure(
         of_weights = torch.einsum("bihw,bohw->oi", inputs, gradient)
         return {"loss": loss.detach(), "features": gradient, "weights": of_weights}
 
-    def seconds(columns: int | None) -> float:
-        start = time.perf_counter()
-        gradients(columns)["loss"].item()  # waits for a GPU
-        return time.perf_counter() - start
-
     exact = gradients(None)
     drawn = {count: spread([gradients(count) for _ in range(draws)], exact) for count in columns}
-    times = [{count: seconds(count) for count in (None, *columns)} for _ in range(repeats)]
+    times = [
+        {count: seconds_of(partial(gradients, count), device) for count in (None, *columns)} for _ in range(repeats)
+    ]
     return [
         {"pixels": size**2, "channels": "/".join(map(str, channels)), "normalize": normalize, "distance": "l1"}
         | {"columns": count, "device": machine.device_name(device), "draws": draws}

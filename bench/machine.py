@@ -117,13 +117,13 @@ def peak_rates(device: str, dtype: torch.dtype, precision: str, threads: int) ->
     return PeakRates(max(rates), 2 * source.nbytes / seconds)
 
 
-def _best(function: Callable[[], object], device: str, duration: float = 0.5) -> float:
-    """Return the seconds of the fastest call, over at least five calls and ``duration`` seconds.
+def _best(function: Callable[[], object], device: str) -> float:
+    """Return the seconds of the fastest call, over at least five calls and half a second.
 
     On a shared machine, a measurement of milliseconds may fall entirely into a busy moment.
     """
     function()
     seconds: list[float] = []
-    while len(seconds) < 5 or sum(seconds) < duration:
+    while len(seconds) < 5 or sum(seconds) < 0.5:
         seconds.append(seconds_of(function, device))
     return min(seconds)

@@ -7,7 +7,7 @@ import torch
 from bench_helpers import run
 from helpers import ROOT
 
-from bench import columns, results
+from bench import columns, measure, results
 from bench.markers import between_markers
 from srpkd import relation_loss
 
@@ -57,7 +57,7 @@ def test_speeds_are_those_of_estimates(monkeypatch):
         return relation_loss(student, teacher, columns=columns, generator=generator, **options)
 
     monkeypatch.setattr(columns, "relation_loss", loss)
-    monkeypatch.setattr(columns.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     (row,) = columns.measure(4, (2, 3), "row", [5], draws=2, repeats=1, device="cpu")
     assert row["times_faster"] == 3.0 and row["pixels"] == 16 and row["channels"] == "2/3"
 
