@@ -21,6 +21,7 @@ from srpkd.kernels import BACKENDS, Relation, dispatch
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALL_BACKENDS = list(BACKENDS)
 ROW_L1 = {"normalize": "row", "distance": "l1"}
+on_the_cpu = pytest.mark.parametrize("device", [torch.device("cpu")])  # of the backends that can run there
 
 
 def pair(batch: int = 2, height: int = 3, width: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -100,10 +101,9 @@ def test_channels_last_maps(relation: dict) -> None:
         assert error(torch.autograd.grad(loss, maps[0])[0].permute(0, 3, 1, 2), gradient) <= 1e-13
 
 
+@on_the_cpu
 @pytest.mark.parametrize("backend", ["blocked", "native"])
-def test_channels_last_maps_are_read_in_place(backend: str) -> None:
-    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
-        pytest.skip(reason)
+def test_channels_last_maps_are_read_in_place(backend: str, device: torch.device) -> None:
     maps = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 3, 4).permute(0, 2, 3, 1)
     relation_loss(*maps, layout="nhwc", backend=backend)  # loads the backend
     received = []
@@ -120,10 +120,9 @@ def test_channels_last_maps_are_read_in_place(backend: str) -> None:
     assert [tuple(x.shape) for x in received] == [(2, 12, 5), (2, 12, 7)]
 
 
+@on_the_cpu
 @pytest.mark.parametrize(("backend", "relation"), few_cases(ALL_BACKENDS))
-def test_reductions(backend: str, relation: Relation) -> None:
-    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
-        pytest.skip(reason)
+def test_reductions(backend: str, relation: Relation, device: torch.device) -> None:
     student, teacher = pair(batch=3, dtype=widest(backend))
     values, gradients = {}, {}
     for reduction in ("none", "sum", "mean"):
@@ -160,10 +159,9 @@ def test_mixed_dtypes_are_promoted(backend: str, ours: torch.dtype, theirs: torc
     assert error(loss, exact) <= 4 * torch.finfo(result).eps
 
 
+@on_the_cpu
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
-def test_teacher_in_inference_mode(backend: str) -> None:
-    if (reason := dispatch.unavailable_reason(backend, torch.device("cpu"))) is not None:
-        pytest.skip(reason)
+def test_teacher_in_inference_mode(backend: str, device: torch.device) -> None:
     student, teacher = pair()
     with torch.inference_mode():
         inferred = teacher * 1
@@ -310,8 +308,6 @@ def test_every_option_matters() -> None:
 )
 def test_rectified_equals_the_relu_of_both_matrices(backend: str, device: torch.device) -> None:
     """Gram anchoring as it is usually written: negative similarities of both networks are clamped to 0."""
-    if (reason := dispatch.unavailable_reason(backend, device)) is not None:
-        pytest.skip(reason)
     student, teacher = features(Relation(rectify=True), dtype=widest(backend, device), device=device)
     student.requires_grad_()
     grams = [(x @ x.mT).relu() for x in (F.normalize(x, dim=-1) for x in (student, teacher))]
