@@ -74,7 +74,7 @@ def test_missing_packages(folders, monkeypatch, package, metric):
         main([str(folders["generated"]), str(folders["generated"]), "--metrics", metric])
 
 
-def test_psnr_of_images_paired_by_name(folders, tmp_path, capsys):
+def test_psnr_of_images_paired_by_name(tmp_path):
     """The public code writes 00_fake_B.png and 00_real_B.png into one folder."""
     for index, image in enumerate(noise(3, (16, 16, 3))):
         Image.fromarray(image).save(tmp_path / f"{index}_real_B.png")

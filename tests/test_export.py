@@ -70,7 +70,7 @@ def test_int8(weights, tmp_path, capsys, count, images):
 
 @pytest.mark.parametrize("opset", [18, 21])
 @pytest.mark.core(0)
-def test_opset(weights, tmp_path, capsys, opset):
+def test_opset(weights, tmp_path, opset):
     """The written file has this opset; the comparison with PyTorch is part of every export."""
     photos = save_all(tmp_path / "photos", noise(2, (17, 21, 3)))
     main([str(weights), "--opset", str(opset), "--int8", "--calibration", str(photos)])

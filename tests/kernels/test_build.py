@@ -302,7 +302,7 @@ def test_binary_that_does_not_load(unbuilt: Path) -> None:
 
 
 def test_concurrent_requests_build_once(
-    unbuilt: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, tmp_path: Path
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     started, both = [], threading.Barrier(2)
 

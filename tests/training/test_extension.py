@@ -126,7 +126,7 @@ def test_the_learning_rate_follows_the_new_total(run, monkeypatch):
     assert seen[0] == pytest.approx(0.0002)
 
 
-def test_a_finished_run_says_how_to_extend_it(run, capsys):
+def test_a_finished_run_says_how_to_extend_it(run):
     done = run(*TINY)
     before = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
     for arguments, message in (

@@ -31,112 +31,122 @@ from srpkd.training.config import parse_arguments
 from srpkd.training.options import TrainConfig
 from srpkd.training.pipeline import is_over_budget, selected_convolutions
 
-FULL = [
-    ("pix2pix", ["teacher", "alone", "output", "output + SRP"], ["G"], ["D"]),
-    ("cycle_gan", ["teacher", "a", "b"], ["G_A", "G_B"], ["D_A", "D_B"]),
-]
+NAMES = {"pix2pix": ["teacher", "alone", "output", "output + SRP"], "cycle_gan": ["teacher", "a", "b"]}
+GENERATORS = {"pix2pix": ["G"], "cycle_gan": ["G_A", "G_B"]}
+DISCRIMINATORS = {"pix2pix": ["D"], "cycle_gan": ["D_A", "D_B"]}
 
 
-def stage_folders(names: list[str]) -> dict[str, str]:
+@pytest.fixture(params=NAMES)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def done(request, model) -> Run:
+    """A whole run of the model."""
+    return request.getfixturevalue(model)
+
+
+def stage_folders(model: str) -> dict[str, str]:
     """Return stage -> folder of a run with two seeds."""
-    students = [f"{name} seed {seed}" for seed in (0, 1) for name in names[1:]]
+    students = [f"{name} seed {seed}" for seed in (0, 1) for name in NAMES[model][1:]]
     return {"teacher": "teacher"} | {stage: stage.replace(" ", "-") for stage in students}
 
 
-@pytest.mark.parametrize(("model", "names", "generators", "discriminators"), FULL, ids=["pix2pix", "cycle_gan"])
-class TestWholeRun:
-    @pytest.fixture
-    def done(self, request, model) -> Run:
-        return request.getfixturevalue(model)
+def test_files_of_a_run(done, model):
+    assert done.folder.name == {"pix2pix": "tiny", "cycle_gan": "experiment"}[model]
+    there = {path.name for path in done.folder.iterdir()}
+    assert there == {
+        "config.yaml",
+        "metrics.jsonl",
+        "report.json",
+        "index.html",
+        "images",
+        "state.pt",
+        *stage_folders(model).values(),
+    }
+    assert parse_arguments([f"--config={done.folder / 'config.yaml'}"]).model == model
+    for folder in stage_folders(model).values():
+        files = {f"latest_net_{network}.pth" for network in GENERATORS[model] + DISCRIMINATORS[model]}
+        final_state = {"final_state.pt"} if folder != "teacher" else set()  # a teacher is not extended
+        assert {path.name for path in (done.folder / folder).iterdir()} == files | final_state
+    assert done.report["status"] == "finished"
+    assert done.report["elapsed_seconds"] > 0
+    assert not list(done.folder.rglob("*.tmp"))
 
-    def test_files(self, done, model, names, generators, discriminators):
-        assert done.folder.name == {"pix2pix": "tiny", "cycle_gan": "experiment"}[model]
-        there = {path.name for path in done.folder.iterdir()}
-        assert there == {
-            "config.yaml",
-            "metrics.jsonl",
-            "report.json",
-            "index.html",
-            "images",
-            "state.pt",
-            *stage_folders(names).values(),
-        }
-        assert parse_arguments([f"--config={done.folder / 'config.yaml'}"]).model == model
-        for folder in stage_folders(names).values():
-            files = {f"latest_net_{network}.pth" for network in generators + discriminators}
-            final_state = {"final_state.pt"} if folder != "teacher" else set()  # a teacher is not extended
-            assert {path.name for path in (done.folder / folder).iterdir()} == files | final_state
-        assert done.report["status"] == "finished"
-        assert done.report["elapsed_seconds"] > 0
-        assert not list(done.folder.rglob("*.tmp"))
 
-    def test_metrics_of_every_stage_and_step(self, done, model, names, generators, discriminators):
-        assert list(dict.fromkeys(line["stage"] for line in done.metrics)) == list(stage_folders(names))
-        losses = {
-            "pix2pix": {"G_GAN", "G_L1", "D_fake", "D_real"},
-            "cycle_gan": {"G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B", "D_A", "D_B"},
-        }
-        for stage in stage_folders(names):
-            lines = [line for line in done.metrics if line["stage"] == stage and "epoch" in line]
-            assert [(line["step"], line["epoch"]) for line in lines] == list(enumerate([1, 1, 1, 2, 2, 2], 1))
-            assert all(losses[model] <= line.keys() for line in lines)
-        assert [line["seconds"] for line in done.metrics] == sorted(line["seconds"] for line in done.metrics)
+def test_metrics_of_every_stage_and_step(done, model):
+    assert list(dict.fromkeys(line["stage"] for line in done.metrics)) == list(stage_folders(model))
+    losses = {
+        "pix2pix": {"G_GAN", "G_L1", "D_fake", "D_real"},
+        "cycle_gan": {"G_A", "G_B", "cycle_A", "cycle_B", "idt_A", "idt_B", "D_A", "D_B"},
+    }
+    for stage in stage_folders(model):
+        lines = [line for line in done.metrics if line["stage"] == stage and "epoch" in line]
+        assert [(line["step"], line["epoch"]) for line in lines] == list(enumerate([1, 1, 1, 2, 2, 2], 1))
+        assert all(losses[model] <= line.keys() for line in lines)
+    assert [line["seconds"] for line in done.metrics] == sorted(line["seconds"] for line in done.metrics)
 
-    def test_checkpoints_are_the_generators_of_the_table(self, done, model, names, generators, discriminators):
-        for stage, folder in stage_folders(names).items():
-            row = done.rows[re.sub(" seed .*", "", stage)]
-            for name in generators:
-                net = load_generator(done.folder / folder / f"latest_net_{name}.pth")
-                assert count_parameters(net) == row["parameters"]
-                assert count_macs(net, (1, 3, SIZE, SIZE)) == row["macs"]
-        listed = [entry["file"] for entry in done.report["files"]]
-        assert listed == [
-            f"{folder}/latest_net_{name}.pth" for folder in stage_folders(names).values() for name in generators
-        ]
 
-    def test_the_table_has_the_logged_metrics(self, done, model, names, generators, discriminators):
-        assert list(done.rows) == names
-        metrics = {
-            "pix2pix": ["mIoU", "accuracy", "teacher_psnr"],
-            "cycle_gan": ["teacher_psnr A to B", "teacher_psnr B to A"],
-        }[model]
-        columns = [column["key"] for column in done.report["table"]["columns"]]
-        assert columns == ["name", "parameters", "macs", *metrics, "seconds_per_step"]
-        for name, row in done.rows.items():
-            for metric in metrics:
-                if name == "teacher":
-                    assert [row[metric]] == (done.logged("teacher", metric) or [None])
-                    continue
-                values = [value for seed in (0, 1) for value in done.logged(f"{name} seed {seed}", metric)]
-                assert row[metric]["n"] == len(values) == 2
-                assert row[metric]["mean"] == pytest.approx(statistics.mean(values))
-                assert row[metric]["std"] == pytest.approx(statistics.stdev(values))
+def test_checkpoints_are_the_generators_of_the_table(done, model):
+    for stage, folder in stage_folders(model).items():
+        row = done.rows[re.sub(" seed .*", "", stage)]
+        for name in GENERATORS[model]:
+            net = load_generator(done.folder / folder / f"latest_net_{name}.pth")
+            assert count_parameters(net) == row["parameters"]
+            assert count_macs(net, (1, 3, SIZE, SIZE)) == row["macs"]
+    listed = [entry["file"] for entry in done.report["files"]]
+    assert listed == [
+        f"{folder}/latest_net_{name}.pth" for folder in stage_folders(model).values() for name in GENERATORS[model]
+    ]
 
-    def test_the_table_is_printed(self, done, model, names, generators, discriminators):
-        lines = {re.split(r"\s{2,}", line)[0]: line for line in done.output.splitlines()}
-        for name, row in done.rows.items():
-            assert f"{row['parameters']:,}" in lines[name]
-            assert f"{row['macs']:,}" in lines[name]
-        assert all(note in done.output for note in done.report["table"]["notes"])
 
-    def test_the_page_shows_all_networks(self, done, model, names, generators, discriminators):
-        page = (done.folder / "index.html").read_text()
-        assert all(name in page for name in names)
-        samples = done.report["samples"]
-        assert len(samples) == len(generators)
-        shown = ["input", *names, *(["truth"] if model == "pix2pix" else [])]
-        assert all([entry["label"] for entry in sample["images"]] == shown for sample in samples)
-        for relation in done.report["relations"]:
-            assert [entry["label"] for entry in relation["panels"]] == ["the chosen pixel", *names]
-        linked = re.findall(r'(?:href|src)="([^"#]+\.(?:png|pth))"', page)
-        assert linked and all((done.folder / unquote(link)).is_file() for link in linked)
-        assert {"images/curves_srp.png", "images/curves_kd_A.png"} & set(linked)
+def test_the_table_has_the_logged_metrics(done, model):
+    assert list(done.rows) == NAMES[model]
+    metrics = {
+        "pix2pix": ["mIoU", "accuracy", "teacher_psnr"],
+        "cycle_gan": ["teacher_psnr A to B", "teacher_psnr B to A"],
+    }[model]
+    columns = [column["key"] for column in done.report["table"]["columns"]]
+    assert columns == ["name", "parameters", "macs", *metrics, "seconds_per_step"]
+    for name, row in done.rows.items():
+        for metric in metrics:
+            if name == "teacher":
+                assert [row[metric]] == (done.logged("teacher", metric) or [None])
+                continue
+            values = [value for seed in (0, 1) for value in done.logged(f"{name} seed {seed}", metric)]
+            assert row[metric]["n"] == len(values) == 2
+            assert row[metric]["mean"] == pytest.approx(statistics.mean(values))
+            assert row[metric]["std"] == pytest.approx(statistics.stdev(values))
 
-    def test_the_command_can_be_repeated(self, done, model, names, generators, discriminators):
-        prefix = "python -m srpkd.train "
-        assert done.report["command"].startswith(prefix)
-        repeated = parse_arguments(shlex.split(done.report["command"].removeprefix(prefix)))
-        assert repeated == parse_arguments([f"--config={done.folder / 'config.yaml'}"])
+
+def test_the_table_is_printed(done):
+    lines = {re.split(r"\s{2,}", line)[0]: line for line in done.output.splitlines()}
+    for name, row in done.rows.items():
+        assert f"{row['parameters']:,}" in lines[name]
+        assert f"{row['macs']:,}" in lines[name]
+    assert all(note in done.output for note in done.report["table"]["notes"])
+
+
+def test_the_page_shows_all_networks(done, model):
+    page = (done.folder / "index.html").read_text()
+    assert all(name in page for name in NAMES[model])
+    samples = done.report["samples"]
+    assert len(samples) == len(GENERATORS[model])
+    shown = ["input", *NAMES[model], *(["truth"] if model == "pix2pix" else [])]
+    assert all([entry["label"] for entry in sample["images"]] == shown for sample in samples)
+    for relation in done.report["relations"]:
+        assert [entry["label"] for entry in relation["panels"]] == ["the chosen pixel", *NAMES[model]]
+    linked = re.findall(r'(?:href|src)="([^"#]+\.(?:png|pth))"', page)
+    assert linked and all((done.folder / unquote(link)).is_file() for link in linked)
+    assert {"images/curves_srp.png", "images/curves_kd_A.png"} & set(linked)
+
+
+def test_the_command_can_be_repeated(done):
+    prefix = "python -m srpkd.train "
+    assert done.report["command"].startswith(prefix)
+    repeated = parse_arguments(shlex.split(done.report["command"].removeprefix(prefix)))
+    assert repeated == parse_arguments([f"--config={done.folder / 'config.yaml'}"])
 
 
 def test_a_run_without_a_teacher(run):

@@ -90,7 +90,7 @@ KILLS = {
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{way}{number}" for way, number in value),
 )
 @pytest.mark.core(2)
-def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, tmp_path, root, model, kills):
+def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, root, model, kills):
     expected = undisturbed(model)
     cwd = root / f"{model} {kills}"
     cwd.mkdir()
@@ -149,7 +149,7 @@ def test_damaged_state_is_skipped(server, undisturbed, root, damage):
     assert_equal(cwd / "runs/run", undisturbed("pix2pix"))
 
 
-def test_reasons_why_a_run_cannot_be_resumed(server, undisturbed, root):
+def test_reasons_why_a_run_cannot_be_resumed(server, root):
     cwd = root / "refused"
     cwd.mkdir()
 

@@ -80,7 +80,7 @@ def test_other_signals_stop_the_run_too(run, in_step, tmp_path, capsys, number):
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch):
+def test_a_signal_that_the_process_ignores_stays_ignored():
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -91,7 +91,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_ctrl_c_before_the_run_starts_ends_the_process_at_once(run, monkeypatch, tmp_path):
+def test_ctrl_c_before_the_run_starts_ends_the_process_at_once(run, monkeypatch):
     monkeypatch.setattr(train, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     child = os.fork()
     if not child:
