@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,13 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from srpkd import RelationDistiller, SRPLoss, relation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 # --- the distiller --------------------------------------------------------------------------------------------------

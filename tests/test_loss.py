@@ -255,9 +255,9 @@ def test_module_warns_once_of_an_unlikely_layout() -> None:
         SRPLoss(layout="nhwc")(swin.permute(0, 3, 1, 2), swin.permute(0, 3, 1, 2))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_module_reads_channels_last_maps() -> None:
     """A full graph, also for a shape that would give a warning."""
-    torch.compiler.reset()
     student, teacher = torch.randn(2, 4, 4, 16, requires_grad=True), torch.randn(2, 4, 4, 16)
     for layout in ("nhwc", "nchw"):
         module = SRPLoss(layout=layout)
@@ -265,7 +265,6 @@ def test_compiled_module_reads_channels_last_maps() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.testing.assert_close(loss, module(student, teacher))
-    torch.compiler.reset()
 
 
 # --- the package ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Mixed precision, torch.compile and channels_last give the same training up to rounding."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,13 +60,6 @@ def train(config: TrainConfig, steps: int = 3) -> tuple[list[dict[str, Tensor]],
         for key, value in net.state_dict().items()
         if value.ndim == 4
     }
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("model", MODELS)
