@@ -188,14 +188,11 @@ def test_features_of_any_magnitude(pixels: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_scales_are_exact_at_any_matmul_precision(precision: str) -> None:
+def test_scales_are_exact_at_any_matmul_precision(precision: str, set_precision: Callable[[str], None]) -> None:
     student, teacher = features(None, batch=1, pixels=1100, dtype=torch.float32)
     expected = value_and_gradient(student, teacher, ROW_L1, "native")
-    torch.set_float32_matmul_precision(precision)
-    try:
-        loss, gradient = value_and_gradient(student, teacher, ROW_L1, "native")
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    set_precision(precision)
+    loss, gradient = value_and_gradient(student, teacher, ROW_L1, "native")
     coarse = 1e-6 if precision == "high" else 1e-2  # products of features may be rounded to bfloat16
     assert error(loss, expected[0]) <= coarse
     assert error(gradient, expected[1]) <= 1e-3 + 10 * coarse

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,13 +31,6 @@ def _available() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def draw(pixels: int, channels: tuple[int, int], dtype: torch.dtype, batch: int = 1) -> tuple[Tensor, Tensor]:
     return features(None, batch, pixels, channels, dtype, CUDA)
 
@@ -60,8 +53,10 @@ def test_error(dtype: torch.dtype, relation: Relation) -> None:
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-def test_float32_follows_the_matmul_precision(normalize: str, precision: str) -> None:
-    torch.set_float32_matmul_precision(precision)
+def test_float32_follows_the_matmul_precision(
+    normalize: str, precision: str, set_precision: Callable[[str], None]
+) -> None:
+    set_precision(precision)
     assert_accurate(*draw(700, (64, 128), torch.float32), Relation(normalize, "l2"))
 
 

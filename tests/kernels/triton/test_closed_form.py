@@ -251,18 +251,16 @@ def test_overflow_gives_nan(relation, channels, need_grad, value):
 @pytest.mark.parametrize("channels", [(24, 40), (40, 40)], ids=str)
 @every_normalized
 @pytest.mark.core(3)
-def test_float32_follows_the_matmul_precision(relation, precision, channels):
+def test_float32_follows_the_matmul_precision(relation, precision, channels, set_precision):
     """The bounds are those of the benchmark's gate."""
     student, teacher = draw(1, 70, channels, torch.float32)
     expected = value_and_gradient(student.double(), teacher.double(), relation, "reference", 70**2)
-    torch.set_float32_matmul_precision(precision)
-    try:
-        loss, gradient = run(student, teacher, relation)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    set_precision(precision)
+    loss, gradient = run(student, teacher, relation)
     bound = {"high": 1e-4, "medium": 5e-3}[precision]
     assert error(loss, expected[0]) < bound
     assert error(gradient, expected[1]) < bound
+    set_precision("highest")
     assert not torch.equal(loss, run(student, teacher, relation)[0])
 
 

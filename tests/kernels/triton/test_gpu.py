@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -37,14 +36,6 @@ def gpu() -> torch.device:
     return device
 
 
-@pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
-    """Restore the matmul precision after the test."""
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def images(
     device: torch.device,
     batch: int = 2,
@@ -69,10 +60,10 @@ def exact(student: Tensor, teacher: Tensor, relation: Relation) -> tuple[Tensor,
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @pytest.mark.parametrize(("dtype", "precision"), FORMATS)
-def test_error_of_every_relation(relation, dtype, precision, gpu):
+def test_error_of_every_relation(relation, dtype, precision, gpu, set_precision):
     """The errors are what the rounding of the dtype and of the matmul precision predicts."""
     student, teacher = (tokens(x) for x in images(gpu, side=23, channels=(24, 40), dtype=dtype))
-    torch.set_float32_matmul_precision(precision)
+    set_precision(precision)
     upstream = student.shape[1] ** 2
     loss, gradient = value_and_gradient(student, teacher, relation, "triton", upstream)
     assert_rounding(loss, gradient, student, teacher, relation, upstream)
@@ -283,10 +274,10 @@ def test_device_that_is_not_current(gpu):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_scales_are_float32_under_any_precision(precision, gpu):
+def test_scales_are_float32_under_any_precision(precision, gpu, set_precision):
     """This includes the scales of the other backends, which PyTorch computes."""
     student, teacher = (tokens(x) for x in images(gpu, dtype=torch.float32))
-    torch.set_float32_matmul_precision(precision)
+    set_precision(precision)
     expected = formulas.scales_of(student.double(), teacher.double(), ROW_L1, torch.float64)
     for scales in (
         formulas.scales_of(student, teacher, ROW_L1, torch.float32),

@@ -158,15 +158,12 @@ def test_a_rectified_nan_is_not_hidden(normalize):
 @pytest.mark.parametrize("relation", L1, ids=name)
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
 @pytest.mark.core(2)
-def test_float32_follows_the_matmul_precision(precision, bits, relation):
+def test_float32_follows_the_matmul_precision(precision, bits, relation, set_precision):
     """The error is at most 3 times that of eager PyTorch on a GPU, which multiplies in TF32 or bfloat16."""
     student, teacher = features(relation, 1, 70, (24, 40), torch.float32)
-    torch.set_float32_matmul_precision(precision)
-    try:
-        assert configurations.number_format(torch.float32) == precision
-        assert_as_accurate_as_eager(student, teacher, relation, CoarseProducts(bits))
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    set_precision(precision)
+    assert configurations.number_format(torch.float32) == precision
+    assert_as_accurate_as_eager(student, teacher, relation, CoarseProducts(bits))
 
 
 @pytest.mark.parametrize("pixels", [2, 15, 33, 128, 129])
@@ -266,14 +263,11 @@ def test_relation_tiles(relation, flags):
 
 @pytest.mark.parametrize("relation", L1[:2], ids=name)
 @pytest.mark.parametrize("dtype", NARROW, ids=name)
-def test_scales(relation, dtype):
+def test_scales(relation, dtype, set_precision):
     """Scales have float32 precision for every dtype and matmul precision."""
     student, teacher = features(None, 2, 70, (24, 70), dtype)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        actual = triton_scales(student, teacher, relation)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    set_precision("medium")
+    actual = triton_scales(student, teacher, relation)
     expected = formulas.scales_of(student.double(), teacher.double(), relation, torch.float64)
     for one, other in zip(actual, expected):
         assert one is other is None or error(one, other) < 3e-7

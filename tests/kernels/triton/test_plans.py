@@ -247,7 +247,7 @@ def test_another_triton_is_used_through_its_public_interface(driver, monkeypatch
     assert len(driver.launched) == 4
 
 
-def test_plans_depend_on_what_they_contain(monkeypatch) -> None:
+def test_plans_depend_on_what_they_contain(monkeypatch, set_precision) -> None:
     """Another shape, stride, relation or matmul precision has a plan of its own."""
     runs = []
     monkeypatch.setattr(plans, "_plans", {})
@@ -255,19 +255,15 @@ def test_plans_depend_on_what_they_contain(monkeypatch) -> None:
         Plan, "run", lambda self, *tensors: runs.append(self) or (torch.empty(1 << 20, dtype=torch.uint8),)
     )
     student, teacher = (x.float() for x in features(64))
-    before = torch.get_float32_matmul_precision()
-    try:
-        for _ in range(2):
-            triton.loss_and_gradient(student, teacher, ROW_L1, True)
-            triton.loss_and_gradient(student.contiguous(), teacher, ROW_L1, True)
-            triton.loss_and_gradient(student[:, :63], teacher[:, :63], ROW_L1, True)
-            triton.loss_and_gradient(student, teacher, Relation("row", "l1", eps=1.0), True)
-            triton.loss_and_gradient(student, teacher, ROW_L1, False)
-            torch.set_float32_matmul_precision("medium")
-            triton.loss_and_gradient(student, teacher, ROW_L1, True)
-            torch.set_float32_matmul_precision(before)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for _ in range(2):
+        set_precision("highest")
+        triton.loss_and_gradient(student, teacher, ROW_L1, True)
+        triton.loss_and_gradient(student.contiguous(), teacher, ROW_L1, True)
+        triton.loss_and_gradient(student[:, :63], teacher[:, :63], ROW_L1, True)
+        triton.loss_and_gradient(student, teacher, Relation("row", "l1", eps=1.0), True)
+        triton.loss_and_gradient(student, teacher, ROW_L1, False)
+        set_precision("medium")
+        triton.loss_and_gradient(student, teacher, ROW_L1, True)
     assert len(set(map(id, runs[:6]))) == 6
     assert runs[6:] == runs[:6]
 
