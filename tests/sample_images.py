@@ -50,6 +50,12 @@ def noise(
     return list(np.random.default_rng(seed).integers(low, high, (count, *shape), dtype=np.uint8))
 
 
+def save_sets(root: Path) -> dict[str, Path]:
+    """Write three sets of images of different levels, and return their folders by name."""
+    sets = {"generated": noise(6, seed=1, high=200), "real": noise(7, seed=2), "train": noise(5, seed=3, low=60)}
+    return {name: save_all(root / name, images) for name, images in sets.items()}
+
+
 def ramps(width: int = 32, height: int = 32, blue: int = 0) -> np.ndarray:
     """Return (H, W, 3): red encodes the column and green the row, so that crops and flips can be recognised."""
     y, x = np.mgrid[:height, :width]

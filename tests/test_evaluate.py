@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sample_images import noise, save_all, save_deep
+from sample_images import noise, save_all, save_deep, save_sets
 from torch import nn
 
 from srpkd.data.images import DataError
@@ -28,8 +28,7 @@ pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
 @pytest.fixture
 def folders(tmp_path):
-    sets = {"generated": noise(6, seed=1, high=200), "real": noise(7, seed=2), "train": noise(5, seed=3, low=60)}
-    return {name: save_all(tmp_path / name, images) for name, images in sets.items()}
+    return save_sets(tmp_path)
 
 
 def run(*arguments):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_images import noise, save_all, save_deep
+from sample_images import noise, save_deep, save_sets
 from torch import nn
 
 from srpkd.data.images import ImageFiles
@@ -48,8 +48,7 @@ fidelity_library.register_feature_extractor("test-means", Means)
 
 @pytest.fixture
 def folders(tmp_path):
-    sets = {"generated": noise(6, seed=1, high=200), "real": noise(7, seed=2), "train": noise(5, seed=3, low=60)}
-    return {name: save_all(tmp_path / name, images) for name, images in sets.items()}
+    return save_sets(tmp_path)
 
 
 def images(folder):
