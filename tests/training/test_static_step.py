@@ -41,6 +41,13 @@ def make(others: dict[str, Any], device: str = "cpu") -> Objective:
     return make_objective(config, 0, {direction: freeze_for_inference(teacher, config)})
 
 
+def make_static(others: dict[str, Any], device: str = "cpu") -> Objective:
+    """The same with static inputs, and on a GPU with a CUDA graph of its steps."""
+    objective = make(others, device)
+    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    return objective
+
+
 def batches(objective: Objective) -> list[dict[str, Tensor]]:
     """Images of every step; those of two steps are not finite, the first before a pool is full."""
     rng = torch.Generator().manual_seed(0)
@@ -77,8 +84,7 @@ def assert_same_bits(objective: Objective, others: dict[str, Any]) -> None:
 @pytest.mark.core(4)
 def test_static_inputs_change_no_bit(others, netG):
     others = others | {"netG": netG}
-    objective = make(others)
-    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    objective = make_static(others)
     assert_same_bits(objective, others)
 
 
@@ -91,11 +97,9 @@ DETERMINISTIC = {"netG": f"unet_{SIZE}"}
 def test_a_cuda_graph_changes_no_bit(others, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     others = others | DETERMINISTIC
-    objective = make(others, "cuda")
-    step = StaticStep(objective.take_step, objective.config.torch_device)
-    objective.run_step = step
+    objective = make_static(others, "cuda")
     assert_same_bits(objective, others)
-    assert step._graph is not None
+    assert objective.run_step._graph is not None
 
 
 @pytest.mark.gpu
@@ -103,16 +107,14 @@ def test_a_cuda_graph_changes_no_bit(others, monkeypatch):
 def test_cuda_graphs_of_the_relation_losses(backend, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     others = {"backend": backend} | DETERMINISTIC
-    objective = make(others, "cuda")
-    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    objective = make_static(others, "cuda")
     assert_same_bits(objective, others)
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_of_a_resnet(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    objective = make({}, "cuda")
-    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    objective = make_static({}, "cuda")
     expected, found = train(make({}, "cuda"))[0], train(objective)[0]
     for name, loss in expected[5].items():  # the second replay
         assert found[5][name] == pytest.approx(loss, rel=0.05), name
@@ -120,8 +122,7 @@ def test_a_cuda_graph_of_a_resnet(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_cuda_graph_of_compiled_networks():
-    objective = make({"compile": True}, "cuda")
-    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    objective = make_static({"compile": True}, "cuda")
     losses, _ = train(objective)
     assert all(math.isfinite(loss) for loss in losses[-1].values())
     assert objective.optimizers.skipped == 2
@@ -129,8 +130,7 @@ def test_a_cuda_graph_of_compiled_networks():
 
 @pytest.mark.gpu
 def test_a_source_is_found_after_replays():
-    objective = make({}, "cuda")
-    objective.run_step = StaticStep(objective.take_step, objective.config.torch_device)
+    objective = make_static({}, "cuda")
     train(objective)
     batch = {side: images.clone() for side, images in batches(objective)[0].items()}
     batch["A"][0] = math.nan
