@@ -87,7 +87,7 @@ WRONG = {
     "srpkd evaluate one bomb --metrics miou --palette synthetic": (1, "bomb/00000.png: far too large"),
     "srpkd evaluate eps eps --metrics psnr": (1, "eps/00000.png: not an image"),
     "srpkd evaluate net.pth pairs/test --input bomb --metrics psnr": (1, "^bomb/00000.png: far too large"),
-    "srpkd evaluate net.pth pairs/test --input cut --metrics psnr": (1, "cannot be translated: cut/00000.png: damaged or tr"),
+    "srpkd evaluate net.pth pairs/test --input cut --metrics psnr": (1, "cannot be translated: cut/00000.png: damaged"),
     "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt": (1, "far too large"),
     "srpkd evaluate one one --metrics segmentation --labels bomb --segmenter segmenter.pt --palette synthetic": (
         1,
