@@ -227,7 +227,7 @@ def is_constant(loss: SRPLoss, shape: Sequence[int], layout: Layout) -> bool:
         shape: shape of the student's features.
         layout: layout of the features.
     """
-    if len(shape) < NDIM[layout] - 1 or pixel_count(shape, layout) > 1:
+    if len(shape) < NDIM[layout] - 1 or pixel_count(shape, layout) != 1:
         return False
     return loss.scope == "image" and loss.normalize != "none"
 

@@ -186,6 +186,8 @@ def test_one_pixel_has_no_relations(image: Tensor) -> None:
         distiller = RelationDistiller(*networks, layers, layout=layout)
         with pytest.raises(ValueError, match="have one pixel"):
             distiller.compare({"1": torch.ones(shape, requires_grad=True)}, {"1": torch.ones(shape)})
+    with pytest.raises(ValueError, match="features are empty"):  # no pixel at all
+        RelationDistiller(*networks, layers).compare(*({"1": torch.ones(2, 4, 0, 3, requires_grad=True)},) * 2)
     with torch.no_grad():  # a validation
         assert RelationDistiller(*networks, layers)(image)[2] == 0
     for loss_fn in (SRPLoss(scope="batch"), SRPLoss("none"), F.mse_loss):
