@@ -63,12 +63,13 @@ def check_dimensions(student: Tensor, teacher: Tensor, layouts: tuple[Layout, La
         layouts: stated layouts of student and teacher.
     """
     if student.ndim != teacher.ndim and layouts[0] == layouts[1] and {student.ndim, teacher.ndim} == {3, 4}:
-        pair = tuple("nlc" if features.ndim == 3 else "nchw" for features in (student, teacher))
+        of_map, flatten = ("nhwc", "flatten(1, 2)") if layouts[0] == "nhwc" else ("nchw", "flatten(2).mT")
+        pair = tuple("nlc" if features.ndim == 3 else of_map for features in (student, teacher))
         tokens, image = ("student", "teacher") if student.ndim == 3 else ("teacher", "student")
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in the number of dimensions. If "
             f"the {tokens} has tokens (B, N, C), give RelationDistiller layout={pair}, or make tokens of the {image}'s "
-            "map, as by features.flatten(2).mT, for layout='nlc'"
+            f"map, as by features.{flatten}, for layout='nlc'"
         )
     for name, features, layout in zip(("student", "teacher"), (student, teacher), layouts):
         _check_ndim(name, features, layout)

@@ -386,6 +386,11 @@ REFUSED = {
         ValueError,
         ["(2, 16, 3)", "the teacher has tokens", "layout=('nchw', 'nlc')", "the student's map"],
     ),
+    "a map (B, H, W, C) and tokens": (
+        {"student": torch.ones(2, 4, 4, 3), "teacher": torch.ones(2, 16, 5), "layout": "nhwc"},
+        ValueError,
+        ["the teacher has tokens", "layout=('nhwc', 'nlc')", "the student's map", ".flatten(1, 2)"],
+    ),
     "tokens and a flattened map": (
         {"student": torch.ones(2, 16, 3), "teacher": torch.ones(2, 5, 16), "layout": "nlc"},
         ValueError,
