@@ -168,6 +168,8 @@ def check_relations(rank: int, ranks: int) -> None:
             loss = relation_loss(*narrow, scope="global", **options)
             assert loss.dtype == torch.float32
             assert error(loss, expected_loss) < 0.05
+    for reduction, shape in (("none", (1,)), ("mean", ()), ("sum", ())):
+        assert relation_loss(student[own], teacher[own], scope="global", reduction=reduction).shape == shape
     compiled = torch.compile(SRPLoss(scope="global"), backend="aot_eager")
     assert error(compiled(student[own], teacher[own]), relation_loss(student, teacher, scope="batch")) < 1e-12
     group = torch.distributed.new_group([*range(1, ranks)])  # one of a single rank has its batch alone

@@ -371,6 +371,17 @@ def test_module() -> None:
     assert torch.equal(loss_fn(student, teacher), relation_loss(student, teacher, distance="l1"))
 
 
+@every_backend
+def test_autocast_changes_nothing(backend: str) -> None:
+    student, teacher = maps()
+    losses = []
+    for enabled in (False, True):
+        loss_fn = SRPLoss(columns=4, backend=backend, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            losses.append(loss_fn(student, teacher))
+    assert torch.equal(*losses)
+
+
 # --- operator and compiler ------------------------------------------------------------------------------------------
 
 
