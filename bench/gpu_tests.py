@@ -34,7 +34,7 @@ ORDER = (
     "test_overlap_gpu.py",
 )  # fmt: skip
 BACKENDS = ("native", "triton", "closed_form", "blocked", "reference")
-LAST = ("test_a_thousand_runs", "test_16384_pixels", "beyond_32_bits", "test_autotuning", "test_memory_of_a_large_map")
+LAST = ("test_a_thousand_runs", "beyond_32_bits", "test_autotuning", "test_memory_of_a_large_map")
 
 
 def start(folder: Path) -> int:
