@@ -277,6 +277,16 @@ def test_few_plans_are_kept(monkeypatch) -> None:
     assert len(plans._plans) == 3
 
 
+@pytest.mark.parametrize("numbers", ["bfloat16", "float16"])
+def test_the_tile_kernel_writes_float32(numbers) -> None:
+    """Into the gradient itself only if that is float32: sums that bfloat16 rounds would be rounded twice."""
+    from srpkd.kernels.triton.compiler_report import Case, launch_of
+
+    launch = launch_of(Case("relation", (9, 0), numbers))
+    U = dict(zip(launch.kernel.arg_names, launch.arguments))["U_ptr"]
+    assert U.dtype == torch.float32 and (U.base != plans.SCRATCH) == (numbers == "float16")
+
+
 # --- compile-time constants -------------------------------------------------------------------------------------------
 
 
