@@ -151,10 +151,10 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     palette = read_palette(options.palette) if options.palette else None
     segmenter = load_segmenter(options.segmenter, options.device) if options.segmenter else None
     label_maps = find_images(options.labels).images if options.labels else []
-    for path in label_maps[:1]:
-        read_label_map(path, palette)
     pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
     labelled = pair_by_name(generated.paths, label_maps, "label map") if label_maps else []
+    for _, path in labelled[:1]:
+        read_label_map(path, palette)
     if not options.size:
         _check_sizes(pairs, _sizes(generated, source_crop if options.input else None), _sizes(real, crop))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sample_images import noise, save_all, save_deep, save_sets
+from sample_images import noise, save, save_all, save_deep, save_sets
 from torch import nn
 
 from srpkd.data.images import DataError
@@ -223,6 +223,7 @@ def test_fcn_scores(tmp_path, kind, recwarn):
     label[:2] = 255  # ignored
     save_all(tmp_path / "photos", [photo, photo])
     save_all(tmp_path / "labels", [label, label])
+    save(tmp_path / "labels" / "0-colours.png", photo)  # as next to the labels of Cityscapes; no photo has this name
     example = torch.rand(1, 3, 8, 8)
     if kind == "torchscript":
         path = tmp_path / "net.pt"
