@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
 from .data import Direction
-from .data.images import Crop, Headers, ImageFiles, left_half, read_headers, right_half
+from .data.images import Crop, Headers, ImageFiles, half_width, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
 from .files import write_json
 from .metrics.fidelity import check_counts, fidelity, inception_file
-from .metrics.pixels import PIXEL_METRICS, require_ssim, similarity
+from .metrics.pixels import PIXEL_METRICS, check_window, require_ssim, similarity
 from .metrics.segmentation import (
     Palette,
     label_scores,
@@ -125,8 +125,9 @@ def _crops(options: argparse.Namespace) -> tuple[Crop | None, Crop | None]:
 
 
 def _sizes(images: _Images, crop: Crop | None) -> dict[str, tuple[int, int]]:
-    """Return path -> (width, height) of what is used of an image."""
-    return {path: (width // 2 if crop else width, height) for path, (width, height) in images.headers.sizes.items()}
+    """Return path -> (width, height) of what is used of an image; raise a DataError for half of an odd width."""
+    sizes = images.headers.sizes.items()
+    return {path: (half_width(width, path) if crop else width, height) for path, (width, height) in sizes}
 
 
 def _check_sizes(
@@ -155,8 +156,13 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     labelled = pair_by_name(generated.paths, label_maps, "label map") if label_maps else []
     for _, path in labelled[:1]:
         read_label_map(path, palette)
+    sizes, real_sizes = _sizes(generated, source_crop if options.input else None), _sizes(real, crop)
+    if real_train := found.get(options.real_train):
+        _sizes(real_train, crop)
     if not options.size:
-        _check_sizes(pairs, _sizes(generated, source_crop if options.input else None), _sizes(real, crop))
+        _check_sizes(pairs, sizes, real_sizes)
+    if "ssim" in metrics:
+        check_window(options.size or min(min(real_sizes[other]) for _, other in pairs))
 
     if options.input:  # of the inputs, the results have the names, the sizes and the order
         inputs, generated = generated, _translated(options, source_crop, scratch)
@@ -165,7 +171,7 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     if {"fid", "kid"} & metrics:
-        rows, notes = _distances(options, generated, real, found.get(options.real_train), crop)
+        rows, notes = _distances(options, generated, real, real_train, crop)
     if pairs:
         rows += _pair_scores(options, pairs, crop, palette)
     if segmenter is not None:

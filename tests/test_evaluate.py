@@ -296,6 +296,10 @@ def test_errors_come_before_images_are_translated(tmp_path, folders, monkeypatch
     monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
     with pytest.raises(ValueError, match="--kid_subset_size 9: expected 2 to 6, the number of images"):
         run(*arguments, "kid", "--kid_subset_size", 9)
+    with pytest.raises(ValueError, match="SSIM needs images of at least 11 x 11 pixels; received a side of 8"):
+        run(*arguments, "ssim", "--size", 8)
+    with pytest.raises(DataError, match=r"train/00\.png: 9 pixels wide; expected an even width"):
+        run(*arguments, "fid", "--aligned", "--real_train", folders["train"])
 
 
 @pytest.mark.parametrize("metric, function", [("psnr", "similarity"), ("miou", "label_scores")])

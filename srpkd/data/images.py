@@ -340,9 +340,15 @@ def split_pair(image: Picture, path: str) -> tuple[Picture, Picture]:
         DataError: the width is odd.
     """
     width, _ = picture_size(image)
+    half = half_width(width, path)
+    return crop_columns(image, 0, half), crop_columns(image, half, width)
+
+
+def half_width(width: int, path: str) -> int:
+    """Return the width of A and of B in an aligned image. Raises the error of `split_pair`."""
     if width % 2:
         raise DataError(f"{path}: {width} pixels wide; expected an even width: A and B of the same size side by side")
-    return crop_columns(image, 0, width // 2), crop_columns(image, width // 2, width)
+    return width // 2
 
 
 def left_half(image: Picture, path: str) -> Picture:

@@ -106,8 +106,7 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
         ImportError: torchmetrics is not installed.
     """
     _check_shapes(pred, target)
-    if min(pred.shape[2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels; received {tuple(pred.shape[2:])}")
+    check_window(min(pred.shape[2:]))
     library = require_ssim()
     # since version 1.5 the library's own average counts windows across mirrored edges too
     edge = WINDOW // 2
@@ -120,6 +119,12 @@ def ssim(pred: Tensor, target: Tensor, data_range: float = 2.0) -> float:
         )
         total += at_pixels[..., edge:-edge, edge:-edge].sum().item()
     return total / (math.prod(pred.shape[:2]) * math.prod(side - overlap for side in pred.shape[2:]))
+
+
+def check_window(side: int) -> None:
+    """Raise a ValueError if a side of the images is shorter than the window of SSIM."""
+    if side < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels; received a side of {side}")
 
 
 def require_ssim() -> ModuleType:
