@@ -114,6 +114,7 @@ class _File:
     frames: int
     inputs: list[Picture]
     outputs: list[Tensor] = field(default_factory=list)
+    is_too_large: bool = False  # for the memory
 
 
 def translate_folder(
@@ -303,9 +304,9 @@ def _images_to_translate(source: Path, target: Path) -> Listing:
 def _translated(net: nn.Module, files: Iterable[_File], batch_size: int, skipped: list[str]) -> Iterator[_File]:
     """Yield the files in order, each when it has all its outputs; raises as ``check_output``.
 
-    Files with an image that is too large for the memory are added to ``skipped``.
+    Files with an image that is too large for the memory are added to ``skipped``; their other images are left out.
     """
-    images = ((file, image_to_tensor(image)) for file in files for image in file.inputs)
+    images = ((file, image_to_tensor(image)) for file in files for image in file.inputs if not file.is_too_large)
     for owners, batch in _batches_of_one_size(images, batch_size):
         for file, output in zip(owners, translate_what_fits(net, batch)):
             if output is not None:
@@ -313,8 +314,9 @@ def _translated(net: nn.Module, files: Iterable[_File], batch_size: int, skipped
                 file.outputs.append(output)
                 if len(file.outputs) == len(file.inputs):
                     yield file
-            elif (reason := _too_large(file.path, batch, net)) not in skipped:  # once for a file with several frames
-                skipped.append(reason)
+            elif not file.is_too_large:  # once for a file with several frames
+                file.is_too_large = True
+                skipped.append(_too_large(file.path, batch, net))
 
 
 def _too_large(path: str, batch: Tensor, net: nn.Module) -> str:

@@ -143,11 +143,12 @@ def test_outputs_that_are_not_finite_are_not_written(folder, tmp_path, monkeypat
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory"), MemoryError()]
 )
 def test_images_that_are_too_large_for_the_memory_are_skipped(tmp_path, error):
-    """Batches that are too large run image by image; a file with several frames is named once."""
+    """Batches that are too large run image by image; a file with several frames is named once, and its rest not run."""
     photos = tmp_path / "photos"
     for name, width in {"a.png": 32, "b.png": 32, "c.png": 64, "d.png": 64, "e.png": 32}.items():
         save(photos / name, ramps(width))
-    save(photos / "f.tif", ramps(64), save_all=True, append_images=[Image.fromarray(ramps(64).astype(np.uint8))])
+    pages = [Image.fromarray(ramps(width).astype(np.uint8)) for width in (64, 32, 96)]
+    save(photos / "f.tif", ramps(64), save_all=True, append_images=pages)
     net = GENERATORS["resnet"]()
     everything = translate_folder(net, photos, tmp_path / "all", all_frames=True)
     assert len(everything.written) == 6
