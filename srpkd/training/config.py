@@ -49,7 +49,8 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Read 010 as 10, as on the command line; in YAML 1.1 it is 8."""
-        return int(node.value) if node.value.isdecimal() else super().construct_yaml_int(node)
+        is_decimal = node.value.removeprefix("-").isdecimal()
+        return int(node.value) if is_decimal else super().construct_yaml_int(node)
 
 
 # where a number is expected: the message quotes it

@@ -214,10 +214,10 @@ def test_a_missing_file(usage_error, tmp_path):
 def test_empty_files_and_number_formats_of_yaml(yaml_file):
     assert parse(HERE, yaml_file("")) == parse(HERE, yaml_file("# nothing")) == parse(HERE)
     config = parse(
-        HERE, yaml_file("{lr: 1e-3, name: 2024, n_epochs: 0x10, ngf: 010, time_budget: null}")
+        HERE, yaml_file("{lr: 1e-3, name: 2024, n_epochs: 0x10, ngf: 010, seed: -010, time_budget: null}")
     )  # PyYAML reads 1e-3 as a string, and 010 as 8
     assert (config.lr, config.name, config.n_epochs, config.ngf) == (0.001, "2024", 16, 10)
-    assert config.time_budget is None
+    assert (config.seed, config.time_budget) == (-10, None)
 
 
 @pytest.mark.parametrize("text", ["2026-01-31", "2026-13-45", "007", "1.10", "12:30", "on"])
