@@ -19,7 +19,8 @@ class StaticStep:
     """A step that copies its inputs into tensors of its own; on a GPU, one CUDA graph after a warm-up.
 
     The warm-up consists of steps like all others, and the capture itself computes nothing, so that the results are
-    those of the step without a graph. Inputs of other shapes than the first ones run without the graph.
+    those of the step without a graph. Before the capture, a batch of more images than the first one decides the shapes;
+    inputs of other shapes run without the graph.
 
     Args:
         step: function of tensors by name that returns tensors by name. It must not wait for the device, and must change
