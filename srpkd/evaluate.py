@@ -18,7 +18,7 @@ from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file
 from .data import Direction
 from .data.images import Crop, Headers, ImageFiles, half_width, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
-from .files import write_json
+from .files import expand_user, write_json
 from .metrics.fidelity import check_counts, fidelity, inception_file
 from .metrics.pixels import PIXEL_METRICS, check_window, require_ssim, similarity
 from .metrics.segmentation import (
@@ -113,6 +113,8 @@ def _check_combination(options: argparse.Namespace) -> None:
             f"--input {options.input} needs a generator's weights ({', '.join(SUFFIXES)}) to translate the images; "
             f"received {given}"
         )
+    if options.input and not expand_user(options.input).is_dir():
+        raise ValueError(f"--input {options.input} is not a folder: give the folder of the images to translate")
     if options.train_mode_norm and not is_generator:
         raise ValueError(f"--train_mode_norm needs a generator's weights; received images, {given}")
 

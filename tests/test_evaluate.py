@@ -288,6 +288,8 @@ def test_errors_come_before_images_are_translated(tmp_path, folders, monkeypatch
     save_all(folders["real"], noise(1))
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         run(*arguments, "fid", "--inception_weights", "none.pth")
+    with pytest.raises(ValueError, match=r"--input .*\*\.png is not a folder"):
+        run(*arguments[:3], f"{folders['generated']}/*.png", "--metrics", "psnr")
     with pytest.raises(ValueError, match=r"1 of 6 .* have no real image of the same name, such as .*generated/05.png"):
         run(tmp_path / "net.pth", folders["train"], *arguments[2:], "psnr")
     save_all(folders["train"], noise(6, (8, 9, 3)))
