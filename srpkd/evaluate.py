@@ -166,7 +166,7 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     if "ssim" in metrics:
         check_window(options.size or min(min(real_sizes[other]) for _, other in pairs))
 
-    if options.input:  # of the inputs, the results have the names, the sizes and the order
+    if options.input:  # the results have the names, sizes and order of the inputs
         inputs, generated = generated, _translated(options, source_crop, scratch)
         result_of = dict(zip(inputs.paths, generated.paths))
         pairs, labelled = ([(result_of[path], other) for path, other in group] for group in (pairs, labelled))

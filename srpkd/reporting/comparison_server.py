@@ -46,7 +46,7 @@ class ComparisonServer(ThreadingHTTPServer):
         samples: name -> image file: offered on the page.
 
     Raises:
-        ValueError: the port is in use, or not for users.
+        ValueError: the port is in use, or needs administrator rights.
     """
 
     daemon_threads = True

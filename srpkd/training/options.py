@@ -107,7 +107,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             name: defaults.get(name) if value is None else value for name, value in vars(self).items()
         }
         for name in ("dataroot", "runs_dir"):
-            options[name] = os.path.expanduser(options[name])  # as in a YAML file, or --runs_dir=~/runs
+            options[name] = os.path.expanduser(options[name])  # a shell does not expand ~ in --runs_dir=~/runs
         for name in DATASET_LIMITS:
             if options[name] == math.inf:
                 options[name] = "inf"
