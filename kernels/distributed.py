@@ -8,10 +8,11 @@ more for the row norms and once more for the gradient, or the ranks exchange C x
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,15 +54,34 @@ def check_on_ranks(group: dist.ProcessGroup | None, check: Callable[..., Result]
     try:
         return check(*arguments)
     except (TypeError, ValueError, dispatch.BackendUnavailable) as error:
-        _exchange(error, group)
+        _exchange(0, error, group)
         raise
 
 
-def _exchange(mine: object, group: dist.ProcessGroup | None) -> list:
-    """Return every rank's object. Each rank calls it once for each loss, with an error or with its settings."""
-    everyone: list = [None] * dist.get_world_size(group)
+def _exchange(pixels: int, mine: object, group: dist.ProcessGroup | None) -> tuple[list[int], list[Any]]:
+    """Return every rank's pixels, and every rank's ``mine`` if they are not all the same settings, else an empty list.
+
+    Each rank calls it once for each loss, with its settings or with an error. Objects are slow to exchange, so ranks
+    compare a hash first.
+    """
+    digest = -1  # an error
+    if not isinstance(mine, Exception):
+        digest = int.from_bytes(hashlib.blake2b(repr(mine).encode(), digest_size=7).digest())
+    numbers = torch.tensor([pixels, digest], device=_device_of_collectives(group))
+    of_ranks = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, numbers, group)
+    counts, digests = torch.stack(of_ranks).T.tolist()
+    if set(digests) == {digest} != {-1}:
+        return counts, []
+    everyone: list[Any] = [None] * len(counts)
     dist.all_gather_object(everyone, mine, group)
-    return everyone
+    return counts, everyone
+
+
+def _device_of_collectives(group: dist.ProcessGroup | None) -> str:
+    """Return a device of which the group can exchange tensors, the CPU if possible: NCCL has none for the CPU."""
+    devices = [entry.split(":")[0] for entry in dist.get_backend_config(group).split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
 
 
 def _has_closed_form(relation: Relation) -> bool:
@@ -150,11 +170,10 @@ def pixels_of_ranks(
     }
     if _has_closed_form(relation):  # with other backends, each rank may have its own
         mine["backend"] = backend
-    everyone = _exchange((student.shape[1], mine), group)
-    for rank, theirs in enumerate(everyone):
+    counts, settings = _exchange(student.shape[1], mine, group)
+    for rank, theirs in enumerate(settings):
         if isinstance(theirs, Exception):
             raise type(theirs)(f"on rank {rank}: {theirs}")
-    settings = [theirs for _, theirs in everyone]
     different = [name for name in mine if any(theirs[name] != mine[name] for theirs in settings)]
     if different:
         received = (", ".join(f"{name}={theirs[name]!r}" for name in different) for theirs in settings)
@@ -163,7 +182,7 @@ def pixels_of_ranks(
             "every rank; "
             f"received {'; '.join(f'on rank {rank} {text}' for rank, text in enumerate(received))}"
         )
-    return [pixels for pixels, _ in everyone]
+    return counts
 
 
 def sum_over_ranks(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -72,6 +72,14 @@ def test_wrong_scope() -> None:
     assert "scope='batch'" in repr(SRPLoss(scope="batch"))
 
 
+@pytest.mark.parametrize(
+    ("config", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda"), ("cuda:nccl,cpu:gloo", "cpu")]
+)
+def test_device_of_small_collectives(monkeypatch: pytest.MonkeyPatch, config: str, device: str) -> None:
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda group: config)
+    assert distributed._device_of_collectives(None) == device
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
