@@ -137,8 +137,10 @@ def add_train_mode_norm(parser: argparse.ArgumentParser, default: str = "") -> N
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, and the next after a colon; or its type if it has none."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    following = next((line.strip() for line in others if line.strip()), "")
+    return f"{first} {following}".strip() if first.endswith(":") else first
 
 
 def shorten(names: Sequence[str], limit: int = 10) -> str:

@@ -60,13 +60,14 @@ def test_reasons_why_a_mode_is_unavailable(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
 
     def no_compiler(_):
-        raise RuntimeError("no C++ compiler\nand a long story")
+        raise RuntimeError("backend='inductor' raised:\nCppCompileError: C++ compile error\nand a long story")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     found = profile_network(define_generator("resnet_1blocks", ngf=1), (1, 3, 16, 16), modes=["compiled", "onnx"])[
         "latency"
     ]
-    assert found[0] == {"mode": "compiled", "dtype": "fp32", "device": "cpu", "unavailable_reason": "no C++ compiler"}
+    reason = "backend='inductor' raised: CppCompileError: C++ compile error"
+    assert found[0] == {"mode": "compiled", "dtype": "fp32", "device": "cpu", "unavailable_reason": reason}
     assert 'pip install "srpkd[export]"' in found[2]["unavailable_reason"]
 
 
