@@ -11,16 +11,17 @@ cancellation if both networks have the same number of channels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import formulas, native
-from .formulas import Relation, Scales, TileSums, Total, identity
+from .formulas import Relation, Scales, TileSums, Total, identity, moment_of
 
 DISTANCES = ("l2",)
 UNSUPPORTED = ("rectify",)  # max(A, 0) does not factor
 SCALE_DTYPE = torch.float64
-GROUP_ELEMENTS = 2**19  # of the features of the images that are computed together on a CPU: see bench/NOTES.md
 
 
 def implementation(device: torch.device, dtype: torch.dtype, relation: Relation) -> str:
@@ -57,7 +58,7 @@ def images_at_once(student: Tensor, teacher: Tensor) -> int | None:
     """Return how many images to compute together: on a CPU, no more than its caches hold; else None, all."""
     if student.device.type != "cpu":
         return None
-    return max(1, GROUP_ELEMENTS // (student[0].numel() + teacher[0].numel()))
+    return max(1, formulas.PART_ELEMENTS // (student[0].numel() + teacher[0].numel()))
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
@@ -73,45 +74,77 @@ def tiles_over(
 ) -> TileSums:
     """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
     alpha_s, alpha_t = scales.student, scales.teacher
-    scaled_s, scaled_t = _scaled(student, alpha_s), _scaled(teacher, alpha_t)
-    # A_ij is the product of row i of the scaled features and row j of these: beta_j q_j
-    columns_s, columns_t = (scaled_s, scaled_t) if relation.symmetric else (student.double(), teacher.double())
+    parts = formulas.parts_of(student.shape[1], student, teacher)
 
-    moment_s = total(columns_s.mT @ columns_s) if scales.moment is None else scales.moment
-    moment_ts = total(columns_t.mT @ columns_s)
-    forward = torch.empty_like(scaled_s)  # sum_j D_ij beta_s,j q_j
-    _add_product(forward, scaled_s, moment_s, beta=0)
-    if alpha_t is None or relation.symmetric:
-        _add_product(forward, scaled_t, moment_ts, factor=-1)
-        moment_t = total(scaled_t.mT @ scaled_t)
-        loss = _sum_squares(moment_s) - 2 * _sum_squares(moment_ts) + _sum_squares(moment_t)
-    else:
-        energy_s = _dots(scaled_s, forward)  # sum_j A_s,ij^2
-        _add_product(forward, scaled_t, moment_ts, factor=-1)
-        energy_t = (alpha_t > 0).sum(1)  # rows have norm 1, or 0
-        loss = total((2 * _dots(scaled_s, forward) - energy_s).sum(1) + energy_t)
+    @functools.lru_cache(maxsize=1)  # the second pass starts with the last part of the first
+    def load(index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q_s, q_t = student[:, parts[index]], teacher[:, parts[index]]
+        scaled_s, scaled_t = _scaled(q_s, alpha_s, parts[index]), _scaled(q_t, alpha_t, parts[index])
+        # A_ij is the product of row i of the scaled features and row j of these: beta_j q_j
+        columns = (scaled_s, scaled_t) if relation.symmetric else (q_s.double(), q_t.double())
+        return scaled_s, scaled_t, *columns
+
+    def moments(index: int) -> dict[str, Tensor]:
+        scaled_s, scaled_t, columns_s, columns_t = load(index)
+        found = {"ts": columns_t.mT @ columns_s}
+        if scales.moment is None:
+            found["s"] = moment_of(columns_s)
+        if relation.symmetric:
+            found["t"] = moment_of(scaled_t)
+        elif need_grad:
+            found |= {"mirrored_s": moment_of(scaled_s), "mirrored_ts": scaled_t.mT @ scaled_s}
+        return found
+
+    sums = moments(0)
+    for index in range(1, len(parts)):
+        for name, moment in moments(index).items():
+            sums[name] += moment
+    M = {name: total(moment) for name, moment in sums.items()}
+    if scales.moment is not None:
+        M["s"] = scales.moment
+
+    diagonal = None
     if relation.normalize == "cosine":
         assert alpha_s is not None and alpha_t is not None
         # D_ii counts as 0, but these sums include it where only one of student and teacher has norm 0 at pixel i
         diagonal = (alpha_s > 0).double() - (alpha_t > 0).double()
-        loss = loss - total(diagonal.square().sum(1))
-        forward.addcmul_(diagonal.unsqueeze(-1), scaled_s, value=-1)
-    loss = loss.clamp_min(0)  # a sum of squares up to rounding
-    if not need_grad:
-        return TileSums(loss, None, None)
-
     slope = 4 if relation.symmetric else 2  # P = 2 D of the pair (i, j), and of (j, i) if D is symmetric
-    h = slope * _dots(scaled_s, forward) if relation.differentiates_norms else None
-    U = forward.mul_(slope if alpha_s is None else slope * alpha_s.unsqueeze(-1))
-    if not relation.symmetric:  # sum_j P_ji alpha_s,j q_j
-        _add_product(U, columns_s, total(scaled_s.mT @ scaled_s), factor=2)
-        _add_product(U, columns_t, total(scaled_t.mT @ scaled_s), factor=-2)
-    return TileSums(loss, U, h)
+    U = torch.empty_like(student, dtype=torch.float64)  # at first the sum over j of D_ij beta_s,j q_j
+    h = U.new_empty(U.shape[:2]) if need_grad and relation.differentiates_norms else None
+    loss = U.new_zeros(len(U))
+    for index in reversed(range(len(parts))) if need_grad or not relation.symmetric else ():
+        scaled_s, scaled_t, columns_s, columns_t = load(index)
+        part = parts[index]
+        forward = U[:, part]
+        _add_product(forward, scaled_s, M["s"], beta=0)
+        energy_s = None if relation.symmetric else _dots(scaled_s, forward)  # sum_j A_s,ij^2
+        _add_product(forward, scaled_t, M["ts"], factor=-1)
+        if diagonal is not None:
+            forward.addcmul_(diagonal[:, part, None], scaled_s, value=-1)
+        along = _dots(scaled_s, forward)
+        if energy_s is not None:
+            assert alpha_t is not None
+            energy_t = alpha_t[:, part] > 0  # rows have norm 1, or 0
+            loss += (2 * along - energy_s + energy_t).sum(1)
+        if h is not None:
+            h[:, part] = slope * along
+        forward.mul_(slope if alpha_s is None else slope * alpha_s[:, part, None])
+        if need_grad and not relation.symmetric:  # sum_j P_ji alpha_s,j q_j
+            _add_product(forward, columns_s, M["mirrored_s"], factor=2)
+            _add_product(forward, columns_t, M["mirrored_ts"], factor=-2)
+    if relation.symmetric:
+        loss = _sum_squares(M["s"]) - 2 * _sum_squares(M["ts"]) + _sum_squares(M["t"])
+        if diagonal is not None:
+            loss = loss - total(diagonal.square().sum(1))
+    else:
+        loss = total(loss)
+    loss = loss.clamp_min(0)  # a sum of squares up to rounding
+    return TileSums(loss, U if need_grad else None, h)
 
 
-def _scaled(features: Tensor, alpha: Tensor | None) -> Tensor:
-    """Return alpha_i q_i in float64, in the layout of the features (B, N, C)."""
-    return features.double() if alpha is None else features.to(torch.float64, copy=True).mul_(alpha.unsqueeze(-1))
+def _scaled(features: Tensor, alpha: Tensor | None, pixels: slice) -> Tensor:
+    """Return alpha_i q_i in float64 of some pixels' features (B, n, C), in their layout; alpha (B, N) is of all."""
+    return features.double() if alpha is None else features.to(torch.float64, copy=True).mul_(alpha[:, pixels, None])
 
 
 def _add_product(result: Tensor, features: Tensor, matrix: Tensor, beta: float = 1, factor: float = 1) -> None:

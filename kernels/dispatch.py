@@ -105,7 +105,7 @@ def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
 # the two: one image takes as long as the host, with either, and slower GPUs would get the tiles.
 CLOSED_FORM_FROM = {
     "zen5": {"row": (1600, 16), "cosine": (1200, 8), "none": (1200, 8)},
-    "cpu": {"row": (1500, 8), "cosine": (1000, 5), "none": (1000, 5)},
+    "cpu": {"row": (1500, 8), "cosine": (900, 4), "none": (900, 4)},
     "cuda": {"row": (0, 7), "cosine": (0, 4), "none": (0, 4)},
 }
 # On GPUs, native and triton compute row norms from C x C matrices, and ``blocked`` from N x N ones where these are

@@ -26,6 +26,8 @@ Normalize = Literal["row", "cosine", "none"]
 Distance = Literal["l1", "l2", "huber"]
 NORMALIZATIONS: tuple[Normalize, ...] = get_args(Normalize)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
+MOMENT_BLOCK = 64  # channels of a block of moment_of
+PART_ELEMENTS = 2**19  # of features in float64 that a CPU computes together: see bench/NOTES.md
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The defaults of SRPLoss, RelationDistiller, distill() and the trainer: chosen by the study, docs/study.md.
@@ -211,13 +213,37 @@ def power_of_two_scale(moment: Tensor) -> Tensor:
     return (largest.log2() / 2).floor().exp2().view(-1, 1, 1)
 
 
+def parts_of(pixels: int, *features: Tensor) -> list[slice]:
+    """Return the pixels of features (B, N, C) that are computed together: on a CPU, as many as its caches hold."""
+    if features[0].device.type != "cpu":
+        return [slice(0, pixels)]
+    size = max(MOMENT_BLOCK, PART_ELEMENTS // max(1, sum(len(x) * x.shape[2] for x in features)))
+    return [slice(begin, begin + size) for begin in range(0, max(1, pixels), size)]
+
+
+def moment_of(features: Tensor) -> Tensor:
+    """Return M = Q^T Q (B, C, C) of features (B, N, C)."""
+    channels = features.shape[2]
+    if features.device.type != "cpu" or channels < 2 * MOMENT_BLOCK:
+        return features.mT @ features
+    # M is symmetric: the blocks on and above its diagonal take 0.6 to 0.8 of the time
+    moment = features.new_empty(len(features), channels, channels)
+    for begin in range(0, channels, MOMENT_BLOCK):
+        rows, right = slice(begin, begin + MOMENT_BLOCK), slice(begin + MOMENT_BLOCK, None)
+        torch.bmm(features[..., rows].mT, features[..., begin:], out=moment[:, rows, begin:])
+        moment[:, right, rows] = moment[:, rows, right].mT
+    return moment
+
+
 def inverse(norm: Tensor, relation: Relation) -> Tensor:
     """Return alpha = 1 / norm: 0 for a zero-norm pixel, NaN if the norm is NaN or overflows."""
     return torch.where(norm <= relation.eps, 0, norm.reciprocal() + 0 * norm)
 
 
-def row_scales(features: Tensor, relation: Relation, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor | None]:
-    """Return alpha (B, N) for ``"row"`` and M = Q^T Q (B, C, C) of features (B, N, C), in the features' dtype.
+def row_scales(
+    features: Tensor, relation: Relation, dtype: torch.dtype, ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor | None]:
+    """Return alpha (B, N) for ``"row"`` and M = Q^T Q (B, C, C) of features (B, N, C), in ``dtype``.
 
     The row norm needs no N x N array: ||G_i,:||^2 = q_i^T M q_i. With the mean m of the features this equals
     q_i^T M' q_i + N (m . q_i)^2, where M' is the moment of q - m. Both terms are non-negative, so pixels that do not
@@ -227,24 +253,28 @@ def row_scales(features: Tensor, relation: Relation, ranks: Ranks = ALONE) -> tu
     """
     count, total = ranks.count(features), ranks.total
     if count <= features.shape[2]:
-        features, size = _of_magnitude_one(features, ranks)
+        features, size = _of_magnitude_one(features.to(dtype), ranks)
         square = features.new_zeros(features.shape[:2])
         for (columns,) in ranks.each(features):
             square += (features @ columns.mT).square().sum(-1)
         return inverse(square.sqrt() * size.view(-1, 1).square(), relation), None
-    mean = total(features.sum(1, keepdim=True)) / count
-    centred = features - mean
-    moment = total(centred.mT @ centred)
+    parts = [features[:, part] for part in parts_of(features.shape[1], features)]
+    mean = total(features.sum(1, keepdim=True, dtype=dtype)) / count
+    moment = total(functools.reduce(Tensor.add_, (moment_of(part.to(dtype) - mean) for part in parts)))
     whole = torch.baddbmm(moment, mean.mT, mean, alpha=count)
     size = power_of_two_scale(whole)
     # the product has the layout of the features: reading across strides costs as much as the product itself
     by_channel = features.stride(-1) > features.stride(-2)
-    moment = moment / size.square()
-    product = (moment @ features.mT).mT if by_channel else features @ moment
-    along = (features @ (mean.mT / size)).squeeze(-1)
-    square = product.mul_(features).sum(-1).add_(along.square_(), alpha=count)
+    moment, mean = moment / size.square(), mean.mT / size
+
+    def squares(part: Tensor) -> Tensor:
+        q = part.to(dtype)
+        product = (moment @ q.mT).mT if by_channel else q @ moment
+        return product.mul_(q).sum(-1).add_((q @ mean).squeeze(-1).square_(), alpha=count)
+
     # rounding can make a square slightly negative
-    return inverse(square.clamp_min_(0).sqrt_() * size.squeeze(-1), relation), whole
+    square = torch.cat([squares(part) for part in parts], 1).clamp_min_(0)
+    return inverse(square.sqrt_() * size.squeeze(-1), relation), whole
 
 
 def _of_magnitude_one(features: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -272,10 +302,11 @@ def scales_of(
     exact = torch.float64 if coarse else dtype
 
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = features.to(exact)
         if relation.normalize == "row":
-            return row_scales(features, relation, ranks)
-        return inverse(features.square().sum(-1).sqrt(), relation), None
+            return row_scales(features, relation, exact, ranks)
+        parts = parts_of(features.shape[1], features)
+        square = torch.cat([features[:, part].to(exact).square().sum(-1) for part in parts], 1)
+        return inverse(square.sqrt_(), relation), None
 
     alpha_s, moment = scale_and_moment(student)
     alpha_t, _ = scale_and_moment(teacher)

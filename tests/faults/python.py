@@ -148,7 +148,7 @@ BACKENDS = {
         environment={"SRPKD_BUILD": "0"},
     ),
     "closed_form": Backend(
-        "tests/kernels/test_backends.py tests/test_loss.py -k closed_form",
+        "tests/kernels/test_backends.py tests/kernels/test_closed_form.py tests/test_loss.py -k closed_form",
         [
             Fault(
                 "the loss includes the diagonal",
@@ -159,26 +159,26 @@ BACKENDS = {
             Fault(
                 "the gradient includes the diagonal",
                 CLOSED_FORM,
-                "forward.addcmul_(diagonal.unsqueeze(-1), scaled_s, value=-1)",
+                "forward.addcmul_(diagonal[:, part, None], scaled_s, value=-1)",
                 "pass",
             ),
-            Fault("zero rows of the teacher count", CLOSED_FORM, "(alpha_t > 0).sum(1)", "(alpha_t >= 0).sum(1)"),
+            Fault("zero rows of the teacher count", CLOSED_FORM, "alpha_t[:, part] > 0", "alpha_t[:, part] >= 0"),
             Fault(
                 "energies of the student count twice",
                 CLOSED_FORM,
-                "2 * _dots(scaled_s, forward) - energy_s",
-                "2 * _dots(scaled_s, forward)",
+                "(2 * along - energy_s + energy_t)",
+                "(2 * along + energy_t)",
             ),
             Fault(
                 "the student's scales are missing in the mixed moment",
                 CLOSED_FORM,
-                "total(scaled_t.mT @ scaled_s), factor=-2",
-                "total(scaled_t.mT @ columns_s), factor=-2",
+                "scaled_t.mT @ scaled_s}",
+                "scaled_t.mT @ columns_s}",
             ),
             Fault(
                 "U lacks the mirrored part",
                 CLOSED_FORM,
-                "_add_product(U, columns_s, total(scaled_s.mT @ scaled_s), factor=2)",
+                '_add_product(forward, columns_s, M["mirrored_s"], factor=2)',
                 "pass",
             ),
             Fault(
@@ -186,6 +186,14 @@ BACKENDS = {
                 CLOSED_FORM,
                 "SCALE_DTYPE = torch.float64\n",
                 "SCALE_DTYPE = torch.float32\n",
+            ),
+            Fault("moments of the first part only", CLOSED_FORM, "sums[name] += moment", "pass"),
+            Fault("the loss of the last part only", CLOSED_FORM, "loss += (2 * along", "loss = (2 * along"),
+            Fault(
+                "the lower blocks of a moment are missing",
+                FORMULAS,
+                "moment[:, right, rows] = moment[:, rows, right].mT",
+                "moment[:, right, rows] = 0",
             ),
         ],
     ),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import assert_equal_to_reference, features
 from torch import Tensor
 
-from srpkd.kernels import Relation, build, closed_form, native, triton
+from srpkd.kernels import NORMALIZATIONS, Relation, build, closed_form, formulas, native, triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 COSINE = Relation("cosine", "l2")
@@ -54,6 +55,20 @@ def test_the_kernels_are_called(kernels: str, monkeypatch: pytest.MonkeyPatch) -
     assert closed_form.loss_and_gradient(student, teacher, COSINE, True) == ("loss", "gradient")
     options = {"method": "closed_form"} if kernels == "native" else {}
     assert called == [(student, teacher, COSINE, True, options)]
+
+
+@pytest.mark.parametrize("channels", [(5, 7), (3, 150), (200, 130)], ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.usefixtures("one_thread")
+def test_an_image_in_parts(normalize: str, channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, of more pixels than its caches hold: here 64 at a time."""
+    monkeypatch.setattr(formulas, "PART_ELEMENTS", 1)
+    relation = Relation(normalize, "l2")
+    student, teacher = features(relation, pixels=250, channels=channels)
+    student[0, 3] = teacher[1, 240] = 0
+    assert len(formulas.parts_of(250, student, teacher)) == 4
+    for backend in ("closed_form", "blocked"):
+        assert_equal_to_reference(student, teacher, relation, backend)
 
 
 @pytest.mark.skipif(build.unavailable_reason() is not None, reason="the extension cannot be built")
