@@ -159,12 +159,13 @@ class RelationDistiller(nn.Module):
 
         Raises:
             RuntimeError: a tapped layer did not run, or ran twice, ``close`` has removed the hooks, the teacher changed
-                its input in place, or a feature of a student in training requires no gradient.
+                its input, or a feature of a student in training requires no gradient.
             TypeError: a tapped layer returned no tensor.
             ValueError: the output of a tapped layer has no element or field of that name.
         """
         # the compiler cannot trace versions
-        tensors = [] if torch.compiler.is_compiling() else list(tensors_in((inputs, keywords)))
+        given = () if torch.compiler.is_compiling() else (inputs, keywords)
+        tensors = list(tensors_in(given))
         versions = _versions(tensors)
         if not torch.compiler.is_compiling():
             self._image_shape = next((tensor.shape for tensor in tensors if tensor.ndim == 4), None)
@@ -180,6 +181,14 @@ class RelationDistiller(nn.Module):
                 "the teacher changed its input in place, so the student would get other values: give each network a "
                 "copy, for example by forward=lambda network, images: network(images.clone())"
             )
+        if not {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in tensors_in(given)}:
+            raise RuntimeError(
+                "the teacher, or forward with it, replaced or removed a tensor in the dict or list that is its input, "
+                "so the student would get another input: give each network a copy, for example by "
+                "forward=lambda network, batch: network(dict(batch))"
+            )
+        # a teacher may enable gradients itself, to differentiate in its forward
+        teacher_features = {name: feature.detach() for name, feature in teacher_features.items()}
         with self.student_tap.recording(record_features) as student_features:
             student_output = self._run_network(self.student, *inputs, **keywords)
         for name, feature in student_features.items():

@@ -238,6 +238,34 @@ def test_teacher_that_changes_its_input_raises(student: nn.Module, image: Tensor
         assert torch.equal(distiller({"x": copied})[2], loss)
 
 
+def test_forward_that_changes_the_batch_itself_raises(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """The student would get images that are normalised twice, or a batch without them."""
+    layers = {"encoder": "encoder"}
+
+    def normalised(network: nn.Module, batch: dict[str, Tensor], key: str) -> Tensor:
+        batch[key] = 2 * batch["x"] - 1
+        return network(batch[key])
+
+    with pytest.raises(RuntimeError, match=r"replaced or removed a tensor .* network\(dict\(batch\)\)"):
+        RelationDistiller(student, teacher, layers, forward=normalised)({"x": image}, "x")
+    with pytest.raises(RuntimeError, match="replaced or removed"):
+        RelationDistiller(student, teacher, layers, forward=lambda network, batch: network(batch.pop()))([image])
+    added = RelationDistiller(student, teacher, layers, forward=normalised)({"x": image}, "normalised")[2]
+    torch.testing.assert_close(added, RelationDistiller(student, teacher, layers)(2 * image - 1)[2])
+
+
+def test_teacher_that_enables_gradients(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
+    """Such as one that differentiates in its forward."""
+
+    def run(network: nn.Module, images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return network(images)
+
+    layers = {"encoder": "encoder"}
+    *_, loss = RelationDistiller(student, teacher, layers, forward=run)(image)
+    assert torch.equal(loss, RelationDistiller(student, teacher, layers)(image)[2])
+
+
 # --- copies ---
 
 
