@@ -165,6 +165,18 @@ def test_mixed_dtypes_are_promoted(backend: str, ours: torch.dtype, theirs: torc
     assert error(loss, exact) <= 4 * torch.finfo(result).eps
 
 
+def test_gradient_of_one_image_through_its_norm() -> None:
+    """PyTorch's backward of nn.InstanceNorm2d on a CPU depends on the strides of the gradient."""
+    images, teacher = torch.randn(1, 8, 6, 5), torch.randn(1, 4, 6, 5)
+
+    def gradient(backend: str) -> Tensor:
+        leaf = images.clone().requires_grad_()
+        relation_loss(F.instance_norm(leaf), teacher, backend=backend, **ROW_L1).backward()
+        return leaf.grad
+
+    torch.testing.assert_close(gradient("reference"), gradient("blocked"))
+
+
 @on_the_cpu
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if "l1" in distances(name)])
 def test_teacher_in_inference_mode(backend: str, device: torch.device) -> None:
