@@ -101,7 +101,8 @@ def run(options: argparse.Namespace) -> None:
         return
     speedups = options.speedups
     if speedups is None:
-        speedups = [name for name in SPEEDUPS if name != "fp16" or device == "cuda"]
+        unused = {"fp16": device != "cuda", "channels_last": student.is_one_image_on_cpu}
+        speedups = [name for name in SPEEDUPS if not unused.get(name)]
     rows = [] if options.peer else distillation_rows(student, teacher, options.budget, speedups, options.short)
     if options.peer or not options.no_teacher:
         rows += teacher_rows(teacher, options.budget, options.short)

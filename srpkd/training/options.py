@@ -72,7 +72,18 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
 
     @property
     def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        """The memory format of images and weights."""
+        is_used = self.channels_last and not self.is_one_image_on_cpu
+        return torch.channels_last if is_used else torch.contiguous_format
+
+    @property
+    def is_one_image_on_cpu(self) -> bool:
+        """Whether a process trains on one image at a time, on a CPU.
+
+        PyTorch's backward of nn.InstanceNorm2d then takes a channels_last gradient for a contiguous one, and returns
+        wrong numbers (seen in 2.14).
+        """
+        return self.torch_device.type == "cpu" and self.batch_size <= launched_world_size()
 
     @property
     def is_synthetic(self) -> bool:

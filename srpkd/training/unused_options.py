@@ -142,5 +142,8 @@ RULES: dict[tuple[str, ...], Reason] = {
     ("scope",): _one_image,
     ("detach_norms",): _no_norms,
     ("time_budget",): _if(lambda config: config.seeds <= 2, "two seeds always run, and seeds is {seeds}"),
+    ("channels_last",): _if(
+        lambda config: config.is_one_image_on_cpu, "PyTorch's gradients of one image in this format are wrong on a CPU"
+    ),
     ("force_bf16",): _if(lambda config: config.precision != "bf16", "precision is {precision}"),
 }

@@ -67,10 +67,10 @@ def test_steps_are_those_of_the_options(tmp_path, monkeypatch):
 
 
 def test_images_are_laid_out_as_in_training():
-    config = TrainConfig(dataroot=":synthetic:", synthetic_size=32, device="cpu").resolved()
+    config = TrainConfig(dataroot=":synthetic:", synthetic_size=32, batch_size=2, device="cpu").resolved()
     for last in (False, True):
         images = train.images_of(replace(config, channels_last=last))["A"]
-        assert images.shape == (1, 3, 32, 32) and -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
+        assert images.shape == (2, 3, 32, 32) and -1 <= images.min() < -0.9 and 0.9 < images.max() <= 1
         assert images.is_contiguous(memory_format=torch.channels_last) == last
 
 

@@ -1,6 +1,7 @@
 """Mixed precision, torch.compile and channels_last give the same training up to rounding."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,9 +42,9 @@ def objective_of(config: TrainConfig) -> Any:
     )
 
 
-def images() -> dict[str, Tensor]:
+def images(count: int = 2) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(0)
-    return {side: torch.rand(2, 3, SIZE, SIZE, generator=rng) * 2 - 1 for side in "AB"}
+    return {side: torch.rand(count, 3, SIZE, SIZE, generator=rng) * 2 - 1 for side in "AB"}
 
 
 def train(config: TrainConfig, steps: int = 3) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -52,7 +53,7 @@ def train(config: TrainConfig, steps: int = 3) -> tuple[list[dict[str, Tensor]],
     Only weights: the gradient of a bias before a norm is rounding error, which Adam scales to full steps.
     """
     objective = objective_of(config)
-    batch = {side: image.to(memory_format=config.memory_format) for side, image in images().items()}
+    batch = {side: image.to(memory_format=config.memory_format) for side, image in images(config.batch_size).items()}
     losses = [objective.step(batch) for _ in range(steps)]
     return losses, {
         f"{name}.{key}": value.contiguous()
@@ -156,3 +157,9 @@ def test_channels_last_changes_only_the_layout(model):
     weights = [p for net in [*objective.networks.values(), *teachers.values()] for p in net.parameters() if p.ndim == 4]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
     torch.testing.assert_close(train(config), train(options(model)), rtol=1e-3, atol=1e-4)
+
+
+def test_channels_last_of_one_image() -> None:
+    """PyTorch's gradients would be wrong on a CPU."""
+    found, expected = (train(replace(options("cycle_gan"), batch_size=1, channels_last=last)) for last in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

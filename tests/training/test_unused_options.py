@@ -47,6 +47,12 @@ def unused(options: dict[str, Any], teachers: dict[str, nn.Module] | None = None
         (FILE | {"normalize": "none"}, "detach_norms", True, "normalize is none"),
         ({"seeds": 2}, "time_budget", 3.0, "two seeds always run, and seeds is 2"),
         ({}, "force_bf16", True, "precision is fp32"),
+        (
+            {"device": "cpu"},
+            "channels_last",
+            True,
+            "PyTorch's gradients of one image in this format are wrong on a CPU",
+        ),
         (FILE, "train_mode_norm", True, "the generators have no batch norm"),
     ],
     ids=str,
@@ -67,6 +73,7 @@ def test_an_option_without_an_effect_is_named(others, name, value, reason):
         FILE | {"lambda_srp": 0, "lambda_feature": 1, "layers": {"a": "b"}},
         FILE | {"distance": "huber", "delta": 3},
         FILE | {"scope": "batch", "batch_size": 2},
+        {"device": "cpu", "channels_last": True, "batch_size": 2},
         FILE | {"seeds": 3, "time_budget": 3},
         {"norm": "batch", "train_mode_norm": True},
         FILE | {"n_epochs": 3, "max_dataset_size": 4},  # the defaults of the teacher's options
