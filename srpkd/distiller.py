@@ -308,7 +308,10 @@ def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
     error = f"features of shape {tuple(student.shape)} and {tuple(teacher.shape)} need a layout: "
     if student.ndim == teacher.ndim:
         single = SHAPES[layout][1]
-        return f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch"
+        return (
+            f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch; "
+            "for sequences (B, C, N), as of nn.Conv1d, a loss that transposes them, as by features.mT"
+        )
     pair = tuple("nlc" if features.ndim == 3 else layout for features in (student, teacher))
     return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"
 

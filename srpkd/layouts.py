@@ -25,8 +25,8 @@ NDIM: dict[Layout, int] = {"nchw": 4, "nlc": 3, "nhwc": 4}  # with a batch
 EXTRA_TOKENS = (0, 1, 2, 4, 5)
 
 EQUAL_TOKENS = (
-    "tap layers of equal size; if there are class tokens, pass as loss a function that leaves them out, and no layout, "
-    "so that it receives the features as they are"
+    "tap layers of equal size; if there are class tokens, or if these are sequences (B, C, N), pass as loss a function "
+    "that leaves them out or transposes them, and no layout, so that it receives the features as they are"
 )
 
 

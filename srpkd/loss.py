@@ -425,6 +425,8 @@ def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
         reason = "in their tokens: tap layers of equal size, and leave out class tokens, as by features[:, 1:]"
         if student.shape[-1] == teacher.shape[-2] or student.shape[-2] == teacher.shape[-1]:
             reason += "; if one of them is (B, C, N), transpose it, as by features.mT"
+        elif student.shape[-1] == teacher.shape[-1]:
+            reason += "; if both are (B, C, N), transpose them, as by features.mT"
     else:
         reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:

@@ -94,7 +94,7 @@ def test_unlikely_layout_warns_once_for_each_layer() -> None:
 def test_tokens_need_a_layout(image: Tensor) -> None:
     """Read as one map (C, H, W), tokens of two networks of the same width would give a wrong loss."""
     networks = [nn.Sequential(ChannelsLast(nn.Conv2d(3, 4, 1), tokens=True)) for _ in range(2)]
-    message = r"student layer '0' .*shape \(2, 64, 4\) and \(2, 64, 4\) need a layout: pass layout='nlc' for tokens"
+    message = r"student layer '0' .*shape \(2, 64, 4\) and \(2, 64, 4\) need a layout: .*layout='nlc' .*\(B, C, N\)"
     for loss_fn in (None, SRPLoss(layout="nhwc")):
         with pytest.raises(ValueError, match=message):
             RelationDistiller(*networks, {"0": "0"}, loss_fn)(image)

@@ -464,7 +464,7 @@ REFUSED = {
     "tokens differ": (
         {"student": torch.ones(2, 5, 3), "teacher": torch.ones(2, 6, 3), "layout": "nlc"},
         ValueError,
-        ["(2, 5, 3)", "(2, 6, 3)", "their tokens", "class tokens, as by features[:, 1:]"],
+        ["(2, 5, 3)", "(2, 6, 3)", "their tokens", "class tokens, as by features[:, 1:]", "if both are (B, C, N)"],
     ),
     "devices": ({"teacher": IMAGE.to("meta")}, ValueError, ["cpu", "meta", "one device"]),
     "teacher's gradient": ({"teacher": IMAGE.clone().requires_grad_()}, ValueError, ["torch.no_grad()", ".detach()"]),
