@@ -61,7 +61,7 @@ def read_source(image: ImageFile, frames: int) -> tuple[list[Picture], Source]:
         if frame == 0:
             source.icc_profile = image.icc_profile
             source.loop = image.info.get("loop")
-        source.bits = max(source.bits, 32 if image.is_float(frame) else 16 if isinstance(pictures[-1], Tensor) else 8)
+        source.bits = max(source.bits, image.bits(frame))
         source.durations.append(image.info.get("duration", 0))
     if not any(source.durations):
         source.durations = []

@@ -127,10 +127,14 @@ class ImageFile:
             return pixels.colour_and_alpha()[1]
         return pixels.convert("RGBA").getchannel("A") if pixels.has_transparency_data else None
 
-    def is_float(self, frame: int = 0) -> bool:
-        """Return whether a frame has floating-point numbers."""
+    def bits(self, frame: int = 0) -> int:
+        """Return the bits per channel that hold a frame's levels: 8, 16, or 32 for floating-point numbers."""
         pixels = self._decode(frame)
-        return isinstance(pixels, DeepPixels) and pixels.values.dtype.kind == "f"
+        if not isinstance(pixels, DeepPixels):
+            return 8
+        if pixels.values.dtype.kind == "f":
+            return 32
+        return 8 if pixels.maximum and pixels.maximum <= 255 else 16  # tifffile reads some 8-bit files, too
 
     def read_class_numbers(self) -> np.ndarray | None:
         """Return the stored numbers (H, W) of a gray or palette image of any depth; None if it is in colour."""

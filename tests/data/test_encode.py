@@ -8,7 +8,8 @@ import tifffile
 import torch
 from PIL import Image, ImageCms
 
-from srpkd.data.encode import Source, encode, lost_properties
+from srpkd.data.encode import Source, encode, lost_properties, read_source
+from srpkd.data.images import open_image
 
 imagecodecs = pytest.importorskip("imagecodecs")
 
@@ -124,3 +125,12 @@ def test_deep_pages():
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         assert [page.dtype for page in file.pages] == [np.uint16] * 2
         np.testing.assert_array_equal(file.pages[0].asarray(), np.rint(UNIT * 65535))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(np.uint8, 8), (np.uint16, 16), (np.float32, 32)])
+def test_depth_of_a_tiff_that_tifffile_reads(tmp_path, dtype, bits):
+    path = tmp_path / "0.tif"
+    compression = "png" if bits < 32 else None
+    tifffile.imwrite(path, np.ones((6, 8, 3), dtype), photometric="rgb", compression=compression)
+    with open_image(path) as image:
+        assert image.read_alpha() is None and read_source(image, 1)[1].bits == bits
