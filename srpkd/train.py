@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from functools import partial
 
 from .arguments import check_usable, command_line, exit_on_error, first_line
@@ -39,10 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         prepare_terminal()
     config = parse_arguments(arguments)
-    with exit_on_error():
-        check_usable(config.torch_device)
     given = sys.argv[1:] if arguments is None else arguments
-    with distributed.process_group(config.torch_device):
+    with ExitStack() as stack:
+        with exit_on_error():
+            check_usable(config.torch_device)
+            stack.enter_context(distributed.process_group(config.torch_device))
         status = run_cli(config, command_line(["python", "-m", "srpkd.train", *given]))
     if status == 128 + signal.SIGINT:
         raise KeyboardInterrupt  # Python ends the process by the signal, so that a shell script that called it ends too

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..arguments import first_line
+
 T = TypeVar("T")
 _failures: dist.Store | None = None  # shared by all ranks: which one failed first, and how many failed
 # rank 0 evaluates and writes while the other ranks wait for it
@@ -43,6 +45,9 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     Args:
         device: the device of this process.
+
+    Raises:
+        ValueError: the processes cannot connect.
     """
     if device.type == "cuda" and device.index is not None:
         # also for one process: pinned memory, for example, would take memory of the first GPU
@@ -55,11 +60,17 @@ def process_group(device: torch.device) -> Iterator[None]:
     import_module("torch._dynamo")
 
     global _failures
-    store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    _failures = dist.PrefixStore("srpkd", store)
     # gloo also for GPUs: objects and signals are exchanged by the hosts, which then need not wait for their GPUs
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=processes)
+    try:
+        store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=processes)
+    except (ValueError, RuntimeError) as error:  # clusters may set WORLD_SIZE without the variables next to it
+        raise ValueError(
+            f"the {launched_world_size()} processes of WORLD_SIZE cannot connect ({first_line(error)}): start them "
+            "with torchrun, or unset WORLD_SIZE to train in one process"
+        ) from error
+    _failures = dist.PrefixStore("srpkd", store)
     try:
         yield
     finally:
@@ -71,8 +82,18 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def launched_world_size() -> int:
-    """Return the number of processes that torchrun started; valid before the process group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes that torchrun started; valid before the process group exists.
+
+    Raises:
+        ValueError: the environment variable WORLD_SIZE is not a number of processes.
+    """
+    setting = os.environ.get("WORLD_SIZE", "1")
+    if not setting.isdecimal() or int(setting) == 0:
+        raise ValueError(
+            f"the environment variable WORLD_SIZE is {setting!r}: expected the number of processes, which torchrun "
+            "sets; unset it to train in one process"
+        )
+    return int(setting)
 
 
 def rank() -> int:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from srpkd import train
 from srpkd.data.images import DataError
 from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
 from srpkd.models.checkpoints import load_weights
+from srpkd.training import distributed
 from srpkd.training.config import parse_arguments
 from srpkd.training.datasets import make_loader
 from srpkd.training.folder_lock import FolderLock
@@ -157,6 +159,21 @@ def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys
         "batch_size=4 is not divisible by the number of processes, 3: use --batch_size 3 or" in capsys.readouterr().err
     )
     assert parse_arguments([*ARGUMENTS["pix2pix"], *TINY, "--batch_size=6"]).batch_size == 6
+
+
+@pytest.mark.parametrize("setting", ["", "0", "-2", "two"])
+def test_a_world_size_that_is_no_number_of_processes(monkeypatch, setting):
+    monkeypatch.setenv("WORLD_SIZE", setting)
+    with pytest.raises(ValueError, match=f"WORLD_SIZE is '{setting}': expected the number of processes, which"):
+        distributed.launched_world_size()
+
+
+def test_a_world_size_without_torchrun(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=r"^error: the 2 processes of WORLD_SIZE cannot connect \(.* variable RANK "):
+        train.main([*ARGUMENTS["pix2pix"], *TINY])
 
 
 # programs that launch() runs; its PYTHONPATH makes gloo_threads and small importable
