@@ -37,10 +37,19 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that keeps texts as they are written: a run may be named 2026-01-31, 007 or 1.10."""
+    """A loader that keeps texts as they are written: a run may be named 2026-01-31, 007 or 1.10.
+
+    It refuses a key that is in a mapping twice, of which PyYAML ignores the first.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
         for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if first := lines.get(key.value):
+                    raise ValueError(f"{key.value!r} is in line {first} and again in line {line}: remove one")
+                lines[key.value] = line
             names_text = isinstance(key, yaml.ScalarNode) and str in _types(key.value)
             for part, is_text in ((key, True), (value, names_text)):
                 if is_text and part.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
@@ -236,6 +245,8 @@ def _expected(kind: Any) -> str:
     """Return a type of an option in words."""
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
+    if kind == TYPES["variants"]:
+        return "a mapping in YAML, {name: {option: value, ...}, ...}, where {} has no options"
     return EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
 
 

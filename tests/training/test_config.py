@@ -184,6 +184,8 @@ def test_arguments_after_an_empty_one_are_read(usage_error):
         ("{ngf: 3", "is not YAML"),
         ("ngf: !!python/object:os.system x", "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
+        ("ngf: 3\nndf: 3\nngf: 4", "is not YAML: 'ngf' is in line 1 and again in line 3: remove one"),
+        ("variants: {a: {ngf: 3}, a: {ngf: 4}}", "is not YAML: 'a' is in line 1 and again in line 1: remove one"),
     ],
 )
 def test_messages_about_a_wrong_file(usage_error, yaml_file, content, message):
@@ -199,6 +201,7 @@ def test_messages_about_a_wrong_file(usage_error, yaml_file, content, message):
         ("ngf: 2026-01-01", "--ngf 2026-01-01: expected a whole number"),
         ("lr: .nan", "--lr NaN: expected a number"),
         ("variants: null", "--variants None: expected a mapping"),
+        ("variants: {a: }", "--variants None: expected a mapping in YAML, {name: {option: value, ...}, ...}, where"),
     ],
 )
 def test_messages_about_a_wrong_value_in_a_file(usage_error, yaml_file, content, message):
