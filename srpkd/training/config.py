@@ -141,7 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ResolvedConfig:
         if config.resume is not None:
             config.resume = str(run_folder(config.resume, config.runs_dir))
         return config.resolved()
-    except (ValueError, ArgumentError) as error:
+    except (ValueError, OSError, ArgumentError) as error:
         parser.exit(2, f"{parser.format_usage()}error: {_plain(str(error))}\n")
 
 
