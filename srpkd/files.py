@@ -78,13 +78,13 @@ def atomic_write(path: str | os.PathLike[str], sync: Sync = "name") -> Iterator[
     Raises:
         WriteError: the operating system refuses it.
     """
-    target = expand_user(path).absolute()
-    if target.is_symlink():
-        target = target.resolve()
-    # without the name of the file, which may be as long as names can be
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     created: list[Path] = []
     with writing(path):
+        target = expand_user(path).absolute()
+        if target.is_symlink():
+            target = target.resolve()
+        # without the name of the file, which may be as long as names can be
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
             with _open_new(temporary, created) as file:
                 yield file

@@ -33,6 +33,12 @@ def test_atomic_write_of_the_longest_name(tmp_path):
     assert len(os.fsencode(path.name)) == 255 and path.read_bytes() == b"content"
 
 
+def test_atomic_write_of_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(WriteError, match=r"a\.json cannot be written: File name too long; write elsewhere"):
+        write_file(tmp_path / ("a" * 251 + ".json"), b"content")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_failed_atomic_write_changes_nothing(tmp_path, error):
     (tmp_path / "a.bin").write_bytes(b"old")
