@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from ..arguments import command_line, first_line
 from ..devices import gpu_count
-from ..files import atomic_write, replace_file, sync_folder
+from ..files import atomic_write, replace_file, sync_folder, writing
 from ..models.checkpoints import CheckpointError
 
 # newest first; NEXT remains only if the run was stopped between two renames
@@ -36,9 +37,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         torch.save({"version": VERSION} | state, file)
     # renames reach the disk in this order, and at the latest with the folder: each of the names is that of a complete
     # state at any moment
-    if (folder / NEWEST).exists():
-        replace_file(folder / NEWEST, folder / PREVIOUS)
-    replace_file(folder / NEXT, folder / NEWEST)
+    with writing(folder / NEWEST):
+        if (folder / NEWEST).exists():
+            replace_file(folder / NEWEST, folder / PREVIOUS)
+        replace_file(folder / NEXT, folder / NEWEST)
     sync_folder(folder)
 
 
@@ -81,15 +83,17 @@ def resume_command(run: str | Path | None, processes: int) -> str:
 
 def remove_state(folder: Path) -> None:
     """Delete the states in the folder of a finished run, and those of its stages."""
-    for path in [*(folder / name for name in NAMES), *folder.rglob(FINAL)]:
-        path.unlink(missing_ok=True)
+    with writing(folder):
+        for path in [*(folder / name for name in NAMES), *folder.rglob(FINAL)]:
+            path.unlink(missing_ok=True)
 
 
 def remove_older_states(folder: Path) -> None:
     """Delete the states in the folder of a finished run other than the newest, which ``save_state`` wrote."""
-    for name in NAMES:
-        if name != NEWEST:
-            (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # the run has finished: an older state does no harm
+        for name in NAMES:
+            if name != NEWEST:
+                (folder / name).unlink(missing_ok=True)
 
 
 def save_final_state(folder: Path, state: dict[str, Any]) -> None:

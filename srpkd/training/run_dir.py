@@ -133,7 +133,8 @@ class RunDir:
         """Write the state of a finished stage to its folder; None removes the previous one."""
         if self._metrics is not None:
             if state is None:
-                (folder / FINAL).unlink(missing_ok=True)
+                with writing(folder):
+                    (folder / FINAL).unlink(missing_ok=True)
             else:
                 save_final_state(folder, state)
 
@@ -144,7 +145,8 @@ class RunDir:
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
             with atomic_write(self.folder / "report.json", "content") as file:
                 file.write(json.dumps(self.report, indent=1).encode())
-            write_report(self.folder, self._metrics_reader)
+            with writing(self.folder / "index.html"):  # also if a file that it reads cannot be read
+                write_report(self.folder, self._metrics_reader)
 
     def close(self) -> None:
         """Close ``metrics.jsonl`` and the loggers."""

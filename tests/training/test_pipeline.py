@@ -1,5 +1,6 @@
 """Whole runs: what they write, their stages, and how they end."""
 
+import errno
 import json
 import os
 import re
@@ -374,6 +375,21 @@ def test_an_interrupted_run_is_marked_as_stopped(monkeypatch, tmp_path):
     assert json.loads((folder / "report.json").read_text())["status"] == "stopped"
     assert "stopped" in (folder / "index.html").read_text()
     assert (folder / "latest_net_G.pth").exists()
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_why_the_run_stopped(run, monkeypatch):
+    """Because a file that it shows cannot be read, for example."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr("srpkd.training.run_dir.write_report", refuse)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*PIX2PIX)
 
 
 def test_a_second_interrupt_does_not_hide_how_to_resume(run, monkeypatch, capsys):

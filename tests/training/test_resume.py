@@ -1,3 +1,4 @@
+import errno
 import random
 import signal
 from collections.abc import Callable
@@ -11,12 +12,16 @@ import yaml
 from resumable_runs import ARGUMENTS, outcome
 
 from srpkd.data.synthetic import write_synthetic
+from srpkd.files import WriteError
 from srpkd.models.checkpoints import CheckpointError
+from srpkd.training import resume
 from srpkd.training.config import parse_arguments
 from srpkd.training.resume import (
     NAMES,
     load_state,
     random_state,
+    remove_older_states,
+    remove_state,
     resume_command,
     save_state,
     seed_everything,
@@ -232,6 +237,39 @@ def test_load_state_returns_what_was_saved(tmp_path):
     found = load_state(tmp_path)
     assert found["number"] == 2 and found["list"] == content["list"]
     torch.testing.assert_close(found["tensors"], content["tensors"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_a_state_that_cannot_be_renamed(tmp_path, monkeypatch, renamed):
+    """The newest of the two states is loaded, under either name."""
+    save_state(tmp_path, {"number": 1})
+    calls = []
+
+    def refuse(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == renamed:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        source.rename(target)
+
+    monkeypatch.setattr(resume, "replace_file", refuse)
+    with pytest.raises(WriteError, match=r"state\.pt cannot be written: Access is denied"):
+        save_state(tmp_path, {"number": 2})
+    assert load_state(tmp_path)["number"] == 2
+
+
+def test_states_that_cannot_be_deleted(tmp_path, monkeypatch):
+    """An older one does no harm in a finished run; with --no_keep_state, a message says it."""
+    for number in (1, 2):
+        save_state(tmp_path, {"number": number})
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    remove_older_states(tmp_path)
+    assert load_state(tmp_path)["number"] == 2
+    with pytest.raises(WriteError, match=f"{tmp_path} cannot be written: Access is denied"):
+        remove_state(tmp_path)
 
 
 def test_damage_that_raises_an_error_without_a_message(tmp_path, capsys):
