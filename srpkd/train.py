@@ -16,7 +16,6 @@ from .arguments import check_usable, command_line, exit_on_error, first_line
 from .cli import prepare_terminal
 from .data.images import DataError
 from .devices import is_out_of_memory
-from .files import WriteError
 from .finite import NonFiniteError
 from .models.checkpoints import CheckpointError
 from .reporting.table import format_table
@@ -32,10 +31,10 @@ from .training.stop_signals import Stopped
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
-    A configuration, images or weights that cannot be used, or too little memory, end the process with one message. Any
-    other exception is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP, on Windows Ctrl-C and Ctrl-Break, stop
-    the training after its current step: the state is saved, and a line says how to resume. The exit status is then 130
-    for Ctrl-C, and 128 + the signal's number for the others.
+    A configuration, images or weights that cannot be used, an error of the operating system, or too little memory, end
+    the process with one message. Any other exception is a bug and keeps its traceback. Ctrl-C, SIGTERM and SIGHUP, on
+    Windows Ctrl-C and Ctrl-Break, stop the training after its current step: the state is saved, and a line says how to
+    resume. The exit status is then 130 for Ctrl-C, and 128 + the signal's number for the others.
     """
     if arguments is None:
         prepare_terminal()
@@ -83,7 +82,7 @@ def _train(config: TrainConfig, command: str) -> str:
     try:
         with stop_signals.handled(last_words):
             run_dir = execute(plan)
-    except (DataError, CheckpointError, Diverged, NonFiniteError, WriteError) as error:
+    except (DataError, CheckpointError, Diverged, NonFiniteError, OSError) as error:
         return f"error: {error}"
     except RuntimeError as error:
         if is_out_of_memory(error):

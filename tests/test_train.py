@@ -1,5 +1,6 @@
 """The command ``python -m srpkd.train``."""
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,16 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(summary, "evaluate", wrong)
     with pytest.raises(ValueError, match="a bug"):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}"])
+
+
+def test_an_error_of_the_operating_system_keeps_no_traceback(monkeypatch, tmp_path, capsys):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Pix2Pix, "step", refuse)
+    with pytest.raises(SystemExit, match=r"^error: \[Errno 24\] Too many open files$"):
+        train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=run"])
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
 
 
 def test_a_gpu_on_which_nothing_runs_ends_the_process_with_one_message(monkeypatch, tmp_path):
