@@ -29,6 +29,8 @@ class FolderLock:
         ValueError: another process has the lock.
     """
 
+    _descriptor = -1
+
     def __init__(self, folder: Path) -> None:
         self._descriptor = _open(folder)
         try:
@@ -46,8 +48,8 @@ class FolderLock:
     def close(self) -> None:
         """Release the lock."""
         if self._descriptor != -1:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
     __del__ = close
 

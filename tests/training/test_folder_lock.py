@@ -50,6 +50,12 @@ def test_another_process_cannot_train_the_run(tmp_path):
         owner.stdout.close()
 
 
+@pytest.mark.filterwarnings("error")  # of an exception in __del__
+def test_a_folder_that_cannot_be_opened(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        FolderLock(tmp_path / "none")
+
+
 def test_a_closed_folder_can_be_resumed(tmp_path):
     for _ in range(2):
         RunDir(tmp_path).close()
