@@ -124,7 +124,7 @@ def find_images(where: str) -> Listing:
 
 
 def _check_folders_of(pattern: str) -> None:
-    """Raise a DataError if a folder whose files a pattern may name cannot be listed: glob passes over such folders."""
+    """Raise a DataError if a folder that a pattern names cannot be listed or reached: glob passes over such folders."""
     if os.path.basename(pattern) == "**":  # which names the files of all sub-folders
         pattern = os.path.join(pattern, "*")
     while glob.has_magic(pattern):
@@ -135,6 +135,10 @@ def _check_folders_of(pattern: str) -> None:
             except OSError as error:
                 error.filename = os.path.dirname(folder)
                 _raise_unless_missing(error)
+    try:
+        os.stat(pattern or ".")
+    except OSError as error:
+        _raise_unless_missing(error)
 
 
 def pair_by_name(generated: Sequence[str], others: Sequence[str], kind: str = "real image") -> list[tuple[str, str]]:

@@ -65,6 +65,17 @@ def test_folders_without_permission_are_not_left_out(tmp_path, pattern, mode):
     assert re.match(r"(\./)?b(/deep)?: this folder cannot be listed \(Permission denied\): change", message), message
 
 
+@pytest.mark.parametrize("where", ["b/deep", "b/deep/*.png", "b/deep/1.png"])
+def test_images_below_a_folder_without_permission(tmp_path, where):
+    save_plain(tmp_path / "b/deep/1.png")
+    (tmp_path / "b").chmod(0)
+    try:
+        message = as_nobody(tmp_path, lambda: find_images(where))
+    finally:
+        (tmp_path / "b").chmod(0o700)
+    assert re.match(r"b/deep(/1\.png)?: .* \(Permission denied\): change", message), message
+
+
 def test_patterns_with_other_folders(tmp_path, monkeypatch):
     """Patterns in the working directory, through links, and of folders and files that do not exist."""
     paths = [save_plain(tmp_path / name) for name in ("0.png", "a/0.png", "a/b/0.png")]
