@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -250,7 +252,7 @@ def make_loader(dataset: ImageDataset, config: ResolvedConfig, seed: int, start:
 
 def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None]:
     """Yield the batches of a loader. Use this in ``plain_loader_errors``, and close it: this ends the processes."""
-    loader.worker_init_fn = leave_to_parent
+    loader.worker_init_fn = _prepare_process
     batches = None
     try:
         batches = iter(loader)
@@ -266,6 +268,18 @@ def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None
                 f"the processes that load images cannot be started ({error.strerror or error}): {IN_MAIN_PROCESS}"
             ) from error
         raise
+
+
+def _prepare_process(number: int) -> None:
+    """Prepare a process that loads images."""
+    leave_to_parent(number)
+    Queue._on_queue_feeder_error = staticmethod(_end_process)  # type: ignore[attr-defined]
+
+
+def _end_process(error: Exception, _: Any) -> None:
+    """End this process, which cannot send its images, for example because /tmp is full: the run would wait forever."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @contextmanager

@@ -178,6 +178,18 @@ def test_little_shared_memory_ends_the_run_with_a_message(run, unpaired, monkeyp
     assert not multiprocessing.active_children(), caught
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="replaces a function in a forked process")
+def test_loader_processes_that_cannot_send_images_end_the_run_with_a_message(run, unpaired, monkeypatch):
+    """They send through sockets in /tmp, which may be full. The run waited forever."""
+
+    def refuse() -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", refuse)
+    with pytest.raises(SystemExit, match=r"^error: a process that loads images ended unexpectedly"):
+        run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the loader that is half made
 def test_loader_processes_that_cannot_be_started_end_the_run_with_a_message(run, unpaired, monkeypatch):
     """Their locks are files in /dev/shm, which may be read-only."""
