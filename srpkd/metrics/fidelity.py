@@ -17,7 +17,7 @@ from ..arguments import check_type, check_whole
 from ..data.images import ImageFiles
 from ..data.picture import byte_levels
 from ..extras import require
-from ..files import expand_user
+from ..files import expand_user, writing
 from ..models.checkpoints import CheckpointError, load_weights
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name of the network that defines FID and KID
@@ -56,6 +56,7 @@ def fidelity(
         ImportError: torch-fidelity is not installed.
         FileNotFoundError: the Inception weights are missing; the message says where to download and put them.
         CheckpointError: the file of weights cannot be used.
+        WriteError: the disk of the temporary files is full.
         ValueError, TypeError: an invalid argument, or fewer images than two or than a subset.
     """
     check_type("generated", generated, ImageFiles, "ImageFiles(paths)")
@@ -77,6 +78,7 @@ def fidelity(
     on_gpu = device.startswith("cuda")
     with (
         tempfile.TemporaryDirectory() as cache,  # the features of the generated images are computed once
+        writing(cache),
         torch.cuda.device(device) if on_gpu else nullcontext(),  # torch-fidelity uses the current GPU
     ):
         for name, parts in real.items():

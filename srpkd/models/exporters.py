@@ -24,7 +24,7 @@ from ..data.images import DataError, open_image, read_image
 from ..data.listing import image_files
 from ..data.picture import PILLOW_MODES, image_to_tensor, with_channels
 from ..extras import require
-from ..files import expand_user, write_file
+from ..files import expand_user, write_file, writing
 from ..finite import check_finite
 from ..metrics.pixels import psnr
 from ..progress import ProgressBar
@@ -328,6 +328,7 @@ def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
 
     Raises:
         ImportError: the extra ``export`` is not installed.
+        WriteError: the disk of the temporary files is full.
     """
     library = require("onnxruntime.quantization", "export", "int8")
 
@@ -341,7 +342,7 @@ def quantize(model: bytes, images: Iterable[Tensor]) -> bytes:
             image = next(self.images, None)
             return None if image is None else {"image": image.numpy()}
 
-    with tempfile.TemporaryDirectory() as folder, _silenced():
+    with tempfile.TemporaryDirectory() as folder, writing(folder), _silenced():
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         before.write_bytes(model)
         library.quantize_static(

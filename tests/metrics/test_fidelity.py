@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from sample_images import noise, save_deep, save_sets
 from torch import nn
+from wrong_files import full_disk
 
 from srpkd.data.images import ImageFiles
 from srpkd.data.listing import image_files
+from srpkd.files import WriteError
 from srpkd.metrics.fidelity import fidelity
 from srpkd.models.checkpoints import CheckpointError, save_weights
 
@@ -184,3 +186,10 @@ def test_the_gpu_of_the_option_computes(folders, monkeypatch):
     real = {"test": [images(folders["real"])]}
     fidelity(images(folders["generated"]), real, kid=False, device="cuda:1", feature_extractor="test-means")
     assert entered == ["cuda:1", "calculate"]
+
+
+def test_full_disk_of_temporary_files(folders):
+    one, other, _ = (images(folder) for folder in folders.values())
+    message = r"cannot be written: File too large; make room on that disk"
+    with full_disk(10), pytest.raises(WriteError, match=message):
+        fidelity(one, {"test": [other]}, feature_extractor="test-means")

@@ -8,13 +8,22 @@ import torch
 from PIL import Image
 from sample_images import save_deep
 from torch import nn
+from wrong_files import full_disk
 
 from srpkd.data.images import DataError
+from srpkd.files import WriteError
 from srpkd.finite import NonFiniteError
 from srpkd.metrics.pixels import psnr
 from srpkd.models import exporters
 from srpkd.models.checkpoints import save_weights
-from srpkd.models.exporters import _calibration_images, export_generator, max_difference, onnx_runner, to_onnx
+from srpkd.models.exporters import (
+    _calibration_images,
+    export_generator,
+    max_difference,
+    onnx_runner,
+    quantize,
+    to_onnx,
+)
 from srpkd.models.networks import define_generator
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -182,6 +191,11 @@ def test_calibration_images_that_cannot_be_read(weights, photos):
     for name, reason, problem in zip(names, reasons, caught.value.problems, strict=True):
         assert problem.startswith(f"{photos / name}: {reason}")
     assert not list(weights.parent.glob("*.onnx"))
+
+
+def test_full_disk_of_temporary_files():
+    with full_disk(10), pytest.raises(WriteError, match=r"cannot be written: File too large; make room on that disk"):
+        quantize(b"a model, of which only a part can be written", [])
 
 
 @pytest.mark.slow
