@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Protocol
 
 from ..extras import require
+from ..files import writing
 from .options import ResolvedConfig
 
 
@@ -29,14 +30,18 @@ class TensorBoard:
     """Event files in ``<run>/tensorboard``, for ``tensorboard --logdir``."""
 
     def __init__(self, package: ModuleType, folder: Path) -> None:
-        self.writer = package.SummaryWriter(str(folder / "tensorboard"))
+        self.folder = folder / "tensorboard"
+        with writing(self.folder):
+            self.writer = package.SummaryWriter(str(self.folder))
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(f"{stage}/{name}", value, step)
+        with writing(self.folder):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{stage}/{name}", value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        with writing(self.folder):
+            self.writer.close()
 
 
 class Tracker:

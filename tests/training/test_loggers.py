@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -9,8 +11,9 @@ from typing import Any
 import pytest
 
 from srpkd import train
+from srpkd.files import WriteError
 from srpkd.training.config import parse_arguments
-from srpkd.training.loggers import import_loggers
+from srpkd.training.loggers import TensorBoard, import_loggers
 
 ARGUMENTS = shlex.split(
     "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 "
@@ -52,6 +55,21 @@ def test_tensorboard(run):
         (f"{stage}/{name}", step): value for stage, step, values in logged(folder) for name, value in values.items()
     }
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_on_a_full_disk(tmp_path):
+    """Its own message has no path."""
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            pass
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    board = TensorBoard(SimpleNamespace(SummaryWriter=Writer), tmp_path)
+    with pytest.raises(WriteError, match=r"tensorboard cannot be written: No space left on device; make room"):
+        board.log("teacher", 1, {"loss": 0.5})
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
