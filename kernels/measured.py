@@ -183,10 +183,10 @@ def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
     return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry)})
 
 
-def stale() -> list[str]:
+def stale(recorded: Iterable[Recorded]) -> list[str]:
     """Return the providers all of whose recorded times are of an earlier version of their kernels."""
     found: dict[str, bool] = {}
-    for entry in RECORDED:
+    for entry in recorded:
         for name, time in entry.times.items():
             found[name] = found.get(name, False) or time.of_version(name, entry.case.dtype)
     return [name for name, current in found.items() if not current]

@@ -51,7 +51,7 @@ def describe() -> str:
                 f"  This GPU has not been measured: auto compares the times of {', '.join(recorded)}. Run srpkd check "
                 "to test whether the results are right here."
             )
-    if any(map(has_kernels, devices)) and (old := measured.stale()):
+    if any(map(has_kernels, devices)) and (old := measured.stale(measured.RECORDED)):
         lines.append(
             f"\nauto uses times that were measured with earlier kernels of {', '.join(old)}. Run srpkd check to test "
             "whether the present ones are right here."

@@ -54,7 +54,7 @@ def test_earlier_kernels_are_named_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, fake_gpu: Callable[..., None]
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(measured, "stale", lambda: ["triton"])
+    monkeypatch.setattr(measured, "stale", lambda recorded: ["triton"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also on a machine with a GPU
     assert "earlier kernels" not in describe()
     fake_gpu("some GPU", (8, 9))
