@@ -109,7 +109,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ResolvedConfig:
     Args:
         arguments: the command line without the program's name; default: that of the process.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: srpkd train needs {error.name}: pip install "srpkd[train]"')
 
     parser = ArgumentParser(
         prog="python -m srpkd.train",

@@ -313,3 +313,9 @@ def test_presets_are_files_of_options():
     assert presets() == sorted(path.stem for path in folder.glob("*.yaml"))
     for name in presets():
         assert yaml.safe_load((folder / f"{name}.yaml").read_text()).keys() <= OPTIONS.keys()
+
+
+def test_without_the_parser_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r'srpkd train needs jsonargparse: pip install "srpkd\[train\]"'):
+        parse_arguments([])
