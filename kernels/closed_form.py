@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import formulas, native
-from .formulas import Relation, Scales, TileSums, Total, identity, moment_of
+from .formulas import Relation, Scales, TileSums, Total, at, identity, moment_of
 
 DISTANCES = ("l2",)
 UNSUPPORTED = ("rectify",)  # max(A, 0) does not factor
@@ -78,8 +78,9 @@ def tiles_over(
 
     @functools.lru_cache(maxsize=1)  # the second pass starts with the last part of the first
     def load(index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q_s, q_t = student[:, parts[index]], teacher[:, parts[index]]
-        scaled_s, scaled_t = _scaled(q_s, alpha_s, parts[index]), _scaled(q_t, alpha_t, parts[index])
+        part = parts[index]
+        q_s, q_t = at(part, student), at(part, teacher)
+        scaled_s, scaled_t = _scaled(q_s, alpha_s, part), _scaled(q_t, alpha_t, part)
         # A_ij is the product of row i of the scaled features and row j of these: beta_j q_j
         columns = (scaled_s, scaled_t) if relation.symmetric else (q_s.double(), q_t.double())
         return scaled_s, scaled_t, *columns
@@ -111,24 +112,25 @@ def tiles_over(
     slope = 4 if relation.symmetric else 2  # P = 2 D of the pair (i, j), and of (j, i) if D is symmetric
     U = torch.empty_like(student, dtype=torch.float64)  # at first the sum over j of D_ij beta_s,j q_j
     h = U.new_empty(U.shape[:2]) if need_grad and relation.differentiates_norms else None
-    loss = U.new_zeros(len(U))
+    losses = []
     for index in reversed(range(len(parts))) if need_grad or not relation.symmetric else ():
         scaled_s, scaled_t, columns_s, columns_t = load(index)
         part = parts[index]
-        forward = U[:, part]
+        forward = at(part, U)
         _add_product(forward, scaled_s, M["s"], beta=0)
         energy_s = None if relation.symmetric else _dots(scaled_s, forward)  # sum_j A_s,ij^2
         _add_product(forward, scaled_t, M["ts"], factor=-1)
         if diagonal is not None:
-            forward.addcmul_(diagonal[:, part, None], scaled_s, value=-1)
-        along = _dots(scaled_s, forward)
+            forward.addcmul_(at(part, diagonal).unsqueeze(-1), scaled_s, value=-1)
+        along = None if energy_s is None and h is None else _dots(scaled_s, forward)
         if energy_s is not None:
-            assert alpha_t is not None
-            energy_t = alpha_t[:, part] > 0  # rows have norm 1, or 0
-            loss += (2 * along - energy_s + energy_t).sum(1)
+            assert along is not None and alpha_t is not None
+            energy_t = at(part, alpha_t) > 0  # rows have norm 1, or 0
+            losses.append((2 * along - energy_s + energy_t).sum(1))
         if h is not None:
-            h[:, part] = slope * along
-        forward.mul_(slope if alpha_s is None else slope * alpha_s[:, part, None])
+            assert along is not None
+            torch.mul(along, slope, out=at(part, h))
+        forward.mul_(slope if alpha_s is None else slope * at(part, alpha_s).unsqueeze(-1))
         if need_grad and not relation.symmetric:  # sum_j P_ji alpha_s,j q_j
             _add_product(forward, columns_s, M["mirrored_s"], factor=2)
             _add_product(forward, columns_t, M["mirrored_ts"], factor=-2)
@@ -137,14 +139,16 @@ def tiles_over(
         if diagonal is not None:
             loss = loss - total(diagonal.square().sum(1))
     else:
-        loss = total(loss)
+        loss = total(torch.stack(losses).sum(0))
     loss = loss.clamp_min(0)  # a sum of squares up to rounding
     return TileSums(loss, U if need_grad else None, h)
 
 
 def _scaled(features: Tensor, alpha: Tensor | None, pixels: slice) -> Tensor:
     """Return alpha_i q_i in float64 of some pixels' features (B, n, C), in their layout; alpha (B, N) is of all."""
-    return features.double() if alpha is None else features.to(torch.float64, copy=True).mul_(alpha[:, pixels, None])
+    if alpha is None:
+        return features.double()
+    return features.to(torch.float64, copy=True).mul_(at(pixels, alpha).unsqueeze(-1))
 
 
 def _add_product(result: Tensor, features: Tensor, matrix: Tensor, beta: float = 1, factor: float = 1) -> None:

@@ -27,6 +27,7 @@ Distance = Literal["l1", "l2", "huber"]
 NORMALIZATIONS: tuple[Normalize, ...] = get_args(Normalize)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
 MOMENT_BLOCK = 64  # channels of a block of moment_of
+ALL = slice(None)
 PART_ELEMENTS = 2**19  # of features in float64 that a CPU computes together: see bench/NOTES.md
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -215,16 +216,21 @@ def power_of_two_scale(moment: Tensor) -> Tensor:
 
 def parts_of(pixels: int, *features: Tensor) -> list[slice]:
     """Return the pixels of features (B, N, C) that are computed together: on a CPU, as many as its caches hold."""
-    if features[0].device.type != "cpu":
-        return [slice(0, pixels)]
     size = max(MOMENT_BLOCK, PART_ELEMENTS // max(1, sum(len(x) * x.shape[2] for x in features)))
-    return [slice(begin, begin + size) for begin in range(0, max(1, pixels), size)]
+    if features[0].device.type != "cpu" or pixels <= size:
+        return [ALL]
+    return [slice(begin, begin + size) for begin in range(0, pixels, size)]
+
+
+def at(part: slice, x: Tensor) -> Tensor:
+    """Return x (B, N, ...) at some of its pixels; x itself if these are all."""
+    return x if part is ALL else x[:, part]
 
 
 def moment_of(features: Tensor) -> Tensor:
     """Return M = Q^T Q (B, C, C) of features (B, N, C)."""
-    channels = features.shape[2]
-    if features.device.type != "cpu" or channels < 2 * MOMENT_BLOCK:
+    _, pixels, channels = features.shape
+    if features.device.type != "cpu" or min(pixels, channels) < 2 * MOMENT_BLOCK:
         return features.mT @ features
     # M is symmetric: the blocks on and above its diagonal take 0.6 to 0.8 of the time
     moment = features.new_empty(len(features), channels, channels)
@@ -258,7 +264,9 @@ def row_scales(
         for (columns,) in ranks.each(features):
             square += (features @ columns.mT).square().sum(-1)
         return inverse(square.sqrt() * size.view(-1, 1).square(), relation), None
-    parts = [features[:, part] for part in parts_of(features.shape[1], features)]
+    parts = [at(part, features) for part in parts_of(features.shape[1], features)]
+    if len(parts) == 1:
+        parts = [features := features.to(dtype)]  # once
     mean = total(features.sum(1, keepdim=True, dtype=dtype)) / count
     moment = total(functools.reduce(Tensor.add_, (moment_of(part.to(dtype) - mean) for part in parts)))
     whole = torch.baddbmm(moment, mean.mT, mean, alpha=count)
@@ -305,7 +313,7 @@ def scales_of(
         if relation.normalize == "row":
             return row_scales(features, relation, exact, ranks)
         parts = parts_of(features.shape[1], features)
-        square = torch.cat([features[:, part].to(exact).square().sum(-1) for part in parts], 1)
+        square = torch.cat([at(part, features).to(exact).square().sum(-1) for part in parts], 1)
         return inverse(square.sqrt_(), relation), None
 
     alpha_s, moment = scale_and_moment(student)

@@ -159,10 +159,10 @@ BACKENDS = {
             Fault(
                 "the gradient includes the diagonal",
                 CLOSED_FORM,
-                "forward.addcmul_(diagonal[:, part, None], scaled_s, value=-1)",
+                "forward.addcmul_(at(part, diagonal).unsqueeze(-1), scaled_s, value=-1)",
                 "pass",
             ),
-            Fault("zero rows of the teacher count", CLOSED_FORM, "alpha_t[:, part] > 0", "alpha_t[:, part] >= 0"),
+            Fault("zero rows of the teacher count", CLOSED_FORM, "at(part, alpha_t) > 0", "at(part, alpha_t) >= 0"),
             Fault(
                 "energies of the student count twice",
                 CLOSED_FORM,
@@ -188,7 +188,7 @@ BACKENDS = {
                 "SCALE_DTYPE = torch.float32\n",
             ),
             Fault("moments of the first part only", CLOSED_FORM, "sums[name] += moment", "pass"),
-            Fault("the loss of the last part only", CLOSED_FORM, "loss += (2 * along", "loss = (2 * along"),
+            Fault("the loss of the last part only", CLOSED_FORM, "torch.stack(losses).sum(0)", "losses[-1]"),
             Fault(
                 "the lower blocks of a moment are missing",
                 FORMULAS,
