@@ -122,13 +122,12 @@ def tiles_over(
         _add_product(forward, scaled_t, M["ts"], factor=-1)
         if diagonal is not None:
             forward.addcmul_(at(part, diagonal).unsqueeze(-1), scaled_s, value=-1)
-        along = None if energy_s is None and h is None else _dots(scaled_s, forward)
+        along = _dots(scaled_s, forward)
         if energy_s is not None:
-            assert along is not None and alpha_t is not None
+            assert alpha_t is not None
             energy_t = at(part, alpha_t) > 0  # rows have norm 1, or 0
             losses.append((2 * along - energy_s + energy_t).sum(1))
         if h is not None:
-            assert along is not None
             torch.mul(along, slope, out=at(part, h))
         forward.mul_(slope if alpha_s is None else slope * at(part, alpha_s).unsqueeze(-1))
         if need_grad and not relation.symmetric:  # sum_j P_ji alpha_s,j q_j
