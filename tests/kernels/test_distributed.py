@@ -334,9 +334,10 @@ def check_misfit(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match=expected):
         relation_loss(student[:, : 5 - rank], teacher, scope="global")
     # without the error, the first loss would be a mixture of two, and the second call would wait forever
-    distance = ("l1", "huber")[rank]
-    with pytest.raises(ValueError, match=r"received on rank 0 distance='l1'; on rank 1 distance='huber'$"):
-        relation_loss(student, teacher, scope="global", distance=distance)
+    for other in ("huber", "l2"):
+        message = rf"received on rank 0 distance='l1'; on rank 1 distance='{other}'$"
+        with pytest.raises(ValueError, match=message):
+            relation_loss(student, teacher, scope="global", distance=("l1", other)[rank])
     with pytest.raises(ValueError, match=r"on rank 0 student.requires_grad=True; on rank 1 student.requires_grad=Fal"):
         relation_loss(student.requires_grad_(rank == 0), teacher, scope="global", normalize="row")
     student.requires_grad_(False)
