@@ -42,14 +42,19 @@ class _Loader(yaml.SafeLoader):
     It refuses a key that is in a mapping twice, of which PyYAML ignores the first.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 if first := lines.get(key.value):
                     raise ValueError(f"{key.value!r} is in line {first} and again in line {line}: remove one")
                 lines[key.value] = line
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        for key, value in node.value:
             names_text = isinstance(key, yaml.ScalarNode) and str in _types(key.value)
             for part, is_text in ((key, True), (value, names_text)):
                 if is_text and part.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):

@@ -234,6 +234,14 @@ def test_names_are_read_as_they_are_written(yaml_file, text):
     assert config.name == text and config.variants == {text: {"ngf": 8}}
 
 
+def test_mappings_that_are_merged_into_others(yaml_file):
+    """Two into one, and one that is itself merged, into a mapping that is read before it."""
+    content = "{variants: {a: &a {<<: {ngf: 3, ndf: 8}, ngf: 4}, b: {<<: *a, <<: {lr: 0.5}}}, <<: *a}"
+    config = parse(HERE, "--teacher=t", yaml_file(content))
+    assert config.variants == {"a": {"ngf": 4, "ndf": 8}, "b": {"ngf": 4, "ndf": 8, "lr": 0.5}}
+    assert (config.ngf, config.ndf) == (4, 8)
+
+
 @pytest.mark.parametrize("text", ["null", "inf", ".inf"])
 def test_no_limit_of_the_images(yaml_file, text):
     config = parse(HERE, yaml_file(f"{{max_dataset_size: {text}, teacher_netG: unet_256}}"))
