@@ -137,8 +137,10 @@ def _check_folders_of(pattern: str) -> None:
                 _raise_unless_missing(error)
     try:
         os.stat(pattern or ".")
-    except OSError as error:
+    except PermissionError as error:
         _raise_unless_missing(error)
+    except OSError:  # a name that cannot exist, such as one that is too long
+        pass
 
 
 def pair_by_name(generated: Sequence[str], others: Sequence[str], kind: str = "real image") -> list[tuple[str, str]]:

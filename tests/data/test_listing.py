@@ -76,6 +76,11 @@ def test_images_below_a_folder_without_permission(tmp_path, where):
     assert re.match(r"b/deep(/1\.png)?: .* \(Permission denied\): change", message), message
 
 
+def test_a_name_that_is_too_long_is_no_matter_of_permissions():
+    with pytest.raises(ValueError, match="no images found; expected a folder of images"):
+        find_images("x" * 300)
+
+
 def test_patterns_with_other_folders(tmp_path, monkeypatch):
     """Patterns in the working directory, through links, and of folders and files that do not exist."""
     paths = [save_plain(tmp_path / name) for name in ("0.png", "a/0.png", "a/b/0.png")]
