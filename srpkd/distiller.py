@@ -181,7 +181,7 @@ class RelationDistiller(nn.Module):
                 "the teacher changed its input in place, so the student would get other values: give each network a "
                 "copy, for example by forward=lambda network, images: network(images.clone())"
             )
-        if not {id(tensor) for tensor in tensors} <= {id(tensor) for tensor in tensors_in(given)}:
+        if _are_replaced(tensors, list(tensors_in(given))):
             raise RuntimeError(
                 "the teacher, or forward with it, replaced or removed a tensor in the dict or list that is its input, "
                 "so the student would get another input: give each network a copy, for example by "
@@ -279,6 +279,15 @@ def _call(network: nn.Module, *inputs: Any, **keywords: Any) -> Any:
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
     """Return the number of changes in place of each tensor; those of inference tensors are not counted."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _are_replaced(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Return whether tensors are missing, except those whose copies are there, such as ones on another device."""
+    kept = {id(tensor) for tensor in before} & {id(tensor) for tensor in after}
+    missing, new = ([tensor for tensor in tensors if id(tensor) not in kept] for tensors in (before, after))
+    return len(missing) > len(new) or not all(
+        torch.equal(old.to(copy.device, copy.dtype), copy) for old, copy in zip(missing, new)
+    )
 
 
 def _different_placement(student: nn.Module, teacher: nn.Module) -> str:

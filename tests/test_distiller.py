@@ -253,6 +253,14 @@ def test_forward_that_changes_the_batch_itself_raises(student: nn.Module, teache
     added = RelationDistiller(student, teacher, layers, forward=normalised)({"x": image}, "normalised")[2]
     torch.testing.assert_close(added, RelationDistiller(student, teacher, layers)(2 * image - 1)[2])
 
+    def moved(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """As batch.to(device) of transformers does."""
+        batch["x"] = batch["x"].to(torch.float32, copy=True)
+        return network(batch["x"])
+
+    loss = RelationDistiller(student, teacher, layers, forward=moved)({"x": image})[2]
+    assert torch.equal(loss, RelationDistiller(student, teacher, layers)(image)[2])
+
 
 def test_teacher_that_enables_gradients(student: nn.Module, teacher: nn.Module, image: Tensor) -> None:
     """Such as one that differentiates in its forward."""
