@@ -65,11 +65,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         store, own_rank, processes = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=own_rank, world_size=processes)
-    except (ValueError, RuntimeError) as error:  # clusters may set WORLD_SIZE without the variables next to it
-        raise ValueError(
-            f"the {launched_world_size()} processes of WORLD_SIZE cannot connect ({first_line(error)}): start them "
-            "with torchrun, or unset WORLD_SIZE to train in one process"
-        ) from error
+    except (ValueError, RuntimeError) as error:
+        reason = f"the {launched_world_size()} processes of WORLD_SIZE cannot connect ({first_line(error)})"
+        if not dist.is_torchelastic_launched():  # clusters may set WORLD_SIZE without the variables next to it
+            reason += ": start them with torchrun, or unset WORLD_SIZE to train in one process"
+        raise ValueError(reason) from error
     _failures = dist.PrefixStore("srpkd", store)
     try:
         yield

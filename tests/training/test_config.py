@@ -173,10 +173,6 @@ def test_arguments_after_an_empty_one_are_read(usage_error):
     assert usage_error("--dataroot", "", "--ngff", "5") == "unknown option --ngff; did you mean --ngf?"
 
 
-def test_a_run_that_the_system_cannot_look_up(usage_error):
-    assert "File name too long" in usage_error(f"--resume={'x' * 300}")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

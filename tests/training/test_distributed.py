@@ -168,11 +168,15 @@ def test_a_world_size_that_is_no_number_of_processes(monkeypatch, setting):
         distributed.launched_world_size()
 
 
-def test_a_world_size_without_torchrun(monkeypatch):
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+def test_processes_that_cannot_connect(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=r"^error: the 2 processes of WORLD_SIZE cannot connect \(.* variable RANK "):
+    message = r"^error: the 2 processes of WORLD_SIZE cannot connect \(.* variable RANK .*\)"
+    with pytest.raises(SystemExit, match=f"{message}: start them with torchrun, or unset"):
+        train.main([*ARGUMENTS["pix2pix"], *TINY])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "started by torchrun")
+    with pytest.raises(SystemExit, match=f"{message}$"):
         train.main([*ARGUMENTS["pix2pix"], *TINY])
 
 
