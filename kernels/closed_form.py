@@ -74,7 +74,7 @@ def tiles_over(
 ) -> TileSums:
     """Return ``relation_tiles`` of these pixels' rows; ``total`` sums over all pixels, and the loss is that of all."""
     alpha_s, alpha_t = scales.student, scales.teacher
-    parts = formulas.parts_of(student.shape[1], student, teacher)
+    parts = formulas.parts_of(student, teacher)
 
     @functools.lru_cache(maxsize=1)  # the second pass starts with the last part of the first
     def load(index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

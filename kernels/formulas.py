@@ -26,9 +26,6 @@ Normalize = Literal["row", "cosine", "none"]
 Distance = Literal["l1", "l2", "huber"]
 NORMALIZATIONS: tuple[Normalize, ...] = get_args(Normalize)
 DISTANCES: tuple[Distance, ...] = get_args(Distance)
-MOMENT_BLOCK = 64  # channels of a block of moment_of
-ALL = slice(None)
-PART_ELEMENTS = 2**19  # of features in float64 that a CPU computes together: see bench/NOTES.md
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The defaults of SRPLoss, RelationDistiller, distill() and the trainer: chosen by the study, docs/study.md.
@@ -214,8 +211,14 @@ def power_of_two_scale(moment: Tensor) -> Tensor:
     return (largest.log2() / 2).floor().exp2().view(-1, 1, 1)
 
 
-def parts_of(pixels: int, *features: Tensor) -> list[slice]:
+MOMENT_BLOCK = 64  # channels of a block of moment_of
+PART_ELEMENTS = 2**19  # of features in float64 that a CPU computes together: see bench/NOTES.md
+ALL = slice(None)  # the only part of an image that is not divided
+
+
+def parts_of(*features: Tensor) -> list[slice]:
     """Return the pixels of features (B, N, C) that are computed together: on a CPU, as many as its caches hold."""
+    pixels = features[0].shape[1]
     size = max(MOMENT_BLOCK, PART_ELEMENTS // max(1, sum(len(x) * x.shape[2] for x in features)))
     if features[0].device.type != "cpu" or pixels <= size:
         return [ALL]
@@ -264,7 +267,7 @@ def row_scales(
         for (columns,) in ranks.each(features):
             square += (features @ columns.mT).square().sum(-1)
         return inverse(square.sqrt() * size.view(-1, 1).square(), relation), None
-    parts = [at(part, features) for part in parts_of(features.shape[1], features)]
+    parts = [at(part, features) for part in parts_of(features)]
     if len(parts) == 1:
         parts = [features := features.to(dtype)]  # once
     mean = total(features.sum(1, keepdim=True, dtype=dtype)) / count
@@ -312,7 +315,7 @@ def scales_of(
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:
         if relation.normalize == "row":
             return row_scales(features, relation, exact, ranks)
-        parts = parts_of(features.shape[1], features)
+        parts = parts_of(features)
         square = torch.cat([at(part, features).to(exact).square().sum(-1) for part in parts], 1)
         return inverse(square.sqrt_(), relation), None
 

@@ -66,7 +66,7 @@ def test_an_image_in_parts(normalize: str, channels: tuple[int, int], monkeypatc
     relation = Relation(normalize, "l2")
     student, teacher = features(relation, pixels=250, channels=channels)
     student[0, 3] = teacher[1, 240] = 0
-    assert len(formulas.parts_of(250, student, teacher)) == 4
+    assert len(formulas.parts_of(student, teacher)) == 4
     for backend in ("closed_form", "blocked"):
         assert_equal_to_reference(student, teacher, relation, backend)
 
