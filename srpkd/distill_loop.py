@@ -306,7 +306,6 @@ def _l1(output: Tensor, expected: Any, role: str) -> Tensor:
     if output.shape != expected.shape:  # l1_loss would broadcast
         raise ValueError(
             f"the student's output is {tuple(output.shape)} and the {role} {tuple(expected.shape)}: expected the same "
-            "shape; for another loss than L1, such as that of class labels, use RelationDistiller in your "
-            "own loop"
+            "shape; for another loss than L1, such as that of class labels, use RelationDistiller in your own loop"
         )
     return F.l1_loss(output, expected)
