@@ -12,6 +12,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+from .extras import imports_of
 from .files import WriteError, writing
 
 COMMANDS = {
@@ -122,8 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(COMMANDS)}"
         print(f"error: unknown command {command!r}; {hint}\nsrpkd --help describes the commands", file=sys.stderr)
         sys.exit(2)
-    try:
+    with imports_of(command):
         module = import_module(f"srpkd.{command}")
-    except ModuleNotFoundError as error:
-        sys.exit(f'error: srpkd {command} needs {error.name}: pip install "srpkd[train]"')
     module.main(rest)

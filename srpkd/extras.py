@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+
+
+@contextmanager
+def imports_of(command: str) -> Iterator[None]:
+    """Context for the imports of a command: a missing package ends the process with what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: srpkd {command} needs {error.name}: pip install "srpkd[train]"')
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

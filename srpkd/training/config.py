@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..extras import imports_of
 from ..files import expand_user, write_file
 from .hints import PUBLIC_VALUES, nearest_hint, public_hint
 from .option_groups import GROUPS, OPTIONS, RunOptions
@@ -114,10 +115,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ResolvedConfig:
     Args:
         arguments: the command line without the program's name; default: that of the process.
     """
-    try:
+    with imports_of("train"):
         from jsonargparse import ArgumentError, ArgumentParser
-    except ModuleNotFoundError as error:
-        sys.exit(f'error: srpkd train needs {error.name}: pip install "srpkd[train]"')
 
     parser = ArgumentParser(
         prog="python -m srpkd.train",
