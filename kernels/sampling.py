@@ -20,8 +20,10 @@ SORTED_KEYS = 2**20
 # The exact loss takes no longer than an estimate up to so many pixels, and up to this ratio of N to m, because it
 # computes each Gram matrix up to the diagonal only.
 EXACT_PIXELS, EXACT_RATIO = 256, 3
-# From this ratio of m (3 C_s + C_t) to (C_s + C_t)^2 on, the exact l2 loss of closed_form takes no longer on a CPU.
-CLOSED_FORM_OPERATIONS = 5
+# From this ratio of m (3 C_s + C_t) to C (C + CLOSED_FORM_COPIES) on, with C = C_s + C_t, the exact l2 loss of
+# closed_form takes no longer on a CPU: for each pixel it has C^2 products, and float64 copies of C channels.
+CLOSED_FORM_OPERATIONS = {"row": 4, "cosine": 2.5, "none": 2.5}
+CLOSED_FORM_COPIES = 100
 
 
 def draw_columns(
@@ -85,4 +87,5 @@ def exact_backend(
     if backend != "auto" or relation.distance != "l2" or relation.rectify or not has_float64(device):
         return None
     operations = columns * (3 * channels[0] + channels[1])
-    return "closed_form" if operations >= CLOSED_FORM_OPERATIONS * sum(channels) ** 2 else None
+    exact = CLOSED_FORM_OPERATIONS[relation.normalize] * sum(channels) * (sum(channels) + CLOSED_FORM_COPIES)
+    return "closed_form" if operations >= exact else None

@@ -320,14 +320,20 @@ def test_the_pixels_of_a_batch_decide_whether_it_is_exact(monkeypatch: pytest.Mo
     assert torch.equal(many, exact)
 
 
-def test_exact_l2_by_closed_form_where_it_takes_no_longer() -> None:
+@pytest.mark.parametrize(("normalize", "columns"), [("row", 208), ("cosine", 130), ("none", 130)])
+def test_exact_l2_by_closed_form_where_it_takes_no_longer(normalize: str, columns: int) -> None:
     student, teacher = torch.randn(1, 2, 32, 32), torch.randn(1, 2, 32, 32)
-    few, many = (relation_loss(student, teacher, columns=columns) for columns in (4, 100))
-    exact = relation_loss(student, teacher, backend="closed_form")
+    few, many = (relation_loss(student, teacher, normalize=normalize, columns=m) for m in (columns - 1, columns))
+    exact = relation_loss(student, teacher, normalize=normalize, backend="closed_form")
     assert torch.equal(many, exact)
     assert error(few, exact) > 1e-6
-    assert error(relation_loss(student, teacher, columns=100, backend="blocked"), exact) > 1e-6
-    estimate = relation_loss(student, teacher, columns=100, rectify=True)  # which closed_form does not support
+    named = relation_loss(student, teacher, normalize=normalize, columns=columns, backend="blocked")
+    assert error(named, exact) > 1e-6
+
+
+def test_estimate_of_l2_that_closed_form_does_not_support() -> None:
+    student, teacher = torch.randn(1, 2, 32, 32), torch.randn(1, 2, 32, 32)
+    estimate = relation_loss(student, teacher, columns=200, rectify=True)
     assert error(estimate, relation_loss(student, teacher, rectify=True)) > 1e-6
 
 
