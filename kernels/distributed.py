@@ -1,9 +1,10 @@
 """Relations between the pixels of all ranks of a process group: the same formulas, with sums taken over the group.
 
-A rank owns the rows of its own pixels. For l2 the ranks exchange only C x C matrices, whose size does not depend on N.
-For l1 and huber, and where there are few pixels, the features travel around the ring of ranks, one rank's pixels at a
-time: a rank sends and receives each of them once and holds two at a time beside its own. With ``"row"`` they do so once
-more for the row norms and once more for the gradient, or the ranks exchange C x C matrices where these are smaller.
+A rank owns the rows of its own pixels. For l2 without rectify, the ranks exchange only C x C matrices, whose size does
+not depend on N. Otherwise, and where there are few pixels, the features travel around the ring of ranks, one rank's
+pixels at a time: a rank sends and receives each of them once and holds two at a time beside its own. With ``"row"``
+they do so once more for the row norms and once more for the gradient, or the ranks exchange C x C matrices where these
+are smaller.
 """
 
 from __future__ import annotations

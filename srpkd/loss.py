@@ -62,9 +62,10 @@ def relation_loss(
     """Return the distance between the relation matrices of a student's and a teacher's features.
 
     With features q_i of the N pixels of an image, G_ij = q_i . q_j and the relation matrix A that ``normalize``
-    selects, the loss of an image is the mean over its N^2 pairs of rho(A_student - A_teacher). No N x N array is
-    materialised, except by ``backend="reference"``. After Li, Jiang and Aarabi, *Semantic Relation Preserving Knowledge
-    Distillation for Image-to-Image Translation*, ECCV 2020; ``normalize="row"`` is the paper's row-normalised matrix.
+    selects, the loss of an image is the mean over its N^2 pairs of rho(A_student - A_teacher). N x N arrays are
+    stored by ``backend="reference"``, and by others only where they are small. After Li, Jiang and Aarabi, *Semantic
+    Relation Preserving Knowledge Distillation for Image-to-Image Translation*, ECCV 2020; ``normalize="row"`` is the
+    paper's row-normalised matrix.
 
     Args:
         student: features (B, C_s, H, W), tokens (B, N, C_s) with ``layout="nlc"``, or (B, H, W, C_s) with
@@ -83,9 +84,10 @@ def relation_loss(
             replaces "auto".
         scope: which pixels are related: those of each ``"image"``; those of all images of the ``"batch"``, as if they
             were one image of B N pixels; or ``"global"``, those of the batches of all ranks of a process group (the
-            batch of this process if torch.distributed is not initialised). For ``distance="l2"`` the ranks exchange
-            only C x C matrices, otherwise, and for few pixels, their features, around the ring of ranks. The loss is
-            the same on every rank. Its gradient is exact under DistributedDataParallel, which averages over the ranks.
+            batch of this process if torch.distributed is not initialised). For ``distance="l2"`` without ``rectify``,
+            the ranks exchange only C x C matrices; otherwise, and for few pixels, their features, around the ring of
+            ranks. The loss is the same on every rank. Its gradient is exact under DistributedDataParallel, which
+            averages over the ranks.
         group: the process group of ``scope="global"``, to which this process belongs; the default group if None.
         rectify: negative entries of both relation matrices count as 0: max(A, 0) replaces A before the distance, as in
             Gram anchoring (DINOv3). The gradient is 0 where A_student <= 0, as through ``torch.relu``.
@@ -94,8 +96,8 @@ def relation_loss(
             no norms and ignores it.
         columns: m, to relate every pixel to m random pixels instead of all N, in O(N m C) time: an unbiased estimate
             of the loss and of its gradient. Each call draws other pixels. The loss is exact if that takes no longer:
-            for up to 256 pixels, from m = N/3 on, for ``distance="l2"`` with many channels or columns, and for
-            ``normalize="row"`` with no more pixels than channels. Needs backend "auto", "blocked" or, on a CPU,
+            for up to 256 pixels, from m = N/3 on, for ``distance="l2"`` with few channels or many columns, and
+            for ``normalize="row"`` with no more pixels than channels. Needs backend "auto", "blocked" or, on a CPU,
             "native", and one process if scope is "global".
         generator: the random generator of the columns, on the device of the features; torch's default generator if
             None.
