@@ -2,7 +2,8 @@
 
     python -m bench scaling
 
-Time that grows as N^2 has exponent 2. Memory must have exponent 1, except for eager PyTorch and the reference.
+Time that grows as N^2 has exponent 2. Memory must have an exponent of at most 1, except for what stores N x N arrays:
+eager PyTorch, torch.compile and the reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine: relation losses of raw features (B, N, C), one file per backend.
+"""The engine: relation losses of raw features (B, N, C), one module per backend.
 
 Imports point one way: op -> dispatch -> backends -> formulas; distributed.py, for relations across processes, is beside
 op. Nothing here depends on images or GANs.

@@ -1,7 +1,7 @@
 """Check every backend on this machine against float64.
 
-The GPU kernels have run on few kinds of GPUs. This command runs every backend that is available, and every CUDA kernel
-of the backend native, on some thirty small losses: different relations, distances, dtypes, sizes and strides. Loss and
+The GPU kernels have run on an H100 only. This command runs every backend that is available, and every CUDA kernel of
+the backend native, on some thirty small losses: different relations, distances, dtypes, sizes and strides. Loss and
 gradient must agree with float64, and two runs must give equal bits.
 """
 

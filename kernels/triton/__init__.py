@@ -4,7 +4,8 @@ A program owns BLOCK_M rows of one image's relation matrices and loops over thei
 tile it computes the Gram blocks of student and teacher. G is symmetric, so they give both D_ij and D_ji, and from these
 K, which is multiplied with the student's columns and added to the program's rows of U. If an image has too few row
 blocks to occupy the GPU, several programs share the columns, and their parts of U are summed in a fixed order. Without
-a gradient only the tiles on and above the diagonal are visited. No atomics: two runs give the same bits.
+a gradient only the tiles on and above the diagonal are visited. No floating-point numbers are added by atomic
+operations: two runs give the same bits.
 
 scales.py and moments.py hold the kernels before the tile kernel (tiles.py), gradient.py those after it. plans.py
 launches them.
