@@ -396,7 +396,8 @@ def _build_once(library: Path) -> Path:
     with FileLock(library.parent / "lock"):
         if library.exists():  # another process built it while this one waited for the lock
             return library
-        print(f"srpkd: building the native backend in {library.parent} (once, about a minute)", file=sys.stderr)
+        duration = "several minutes, with its GPU part" if cuda_unavailable_reason() is None else "about a minute"
+        print(f"srpkd: building the native backend in {library.parent} (once, {duration})", file=sys.stderr)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = build_in(Path(scratch))
