@@ -24,8 +24,9 @@ from typing import NamedTuple
 from .measured_cases import CASES, DEVICES
 
 # By provider of ``python -m bench relation``, or by provider and dtype if those kernels have a number of their own.
-# Increase a number when its kernels are rewritten, not when they move or are renamed. native-sm80 and native-sm90 are
-# the tiles of ``native``, which have the algebra around them in common.
+# Increase a number when its kernels are rewritten, not when they move, are renamed or change in details, which only the
+# emulation has checked: rows with the present number count as proof. native-sm80 and native-sm90 are the tiles of
+# ``native``, which have the algebra around them in common.
 KERNEL_VERSIONS = {
     "closed_form": 3,
     "native": 3,
@@ -146,7 +147,7 @@ def fastest_first(entry: Recorded, kernel: str) -> list[str]:
 
 
 def sm90_wins(entry: Recorded) -> bool:
-    """Return whether the present sm_90 kernel passed the gate on this case and is the faster kernel of ``native``.
+    """Return whether the sm_90 kernel of the present number passed the gate here and is the faster one of ``native``.
 
     The time of ``native`` itself does not count: where it already takes the sm_90 kernel, noise would decide.
     """
@@ -176,7 +177,7 @@ def kind_of(case: Case) -> Kind:
 
 
 def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
-    """Return the kinds for which the sm_90 kernel, in its present version, was right and faster at some N and B.
+    """Return the kinds for which the sm_90 kernel of the present number was right and faster at some N and B.
 
     ``python -m bench record`` writes them into csrc/cuda/verified_rows.h, by which ``native`` chooses its kernel.
     """
