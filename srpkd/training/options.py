@@ -129,9 +129,8 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         if self.teacher:
             options["teacher_netG"] = None
         if self.fast and not self.resume:  # a resumed run keeps its options, on another device too
-            options |= {
-                name: value for name, value in fast_options(self.torch_device).items() if self._is_default(name)
-            }
+            fastest = fast_options(self.torch_device)
+            options |= {name: fastest[name] for name in fastest if options[name] == OPTIONS[name].default}
         config = ResolvedConfig(**options)
         _check(config)
         return config
@@ -152,9 +151,6 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_n_epochs_decay": self.n_epochs_decay,
             "teacher_max_dataset_size": self.max_dataset_size,
         }
-
-    def _is_default(self, name: str) -> bool:
-        return getattr(self, name) == OPTIONS[name].default
 
 
 @dataclass(kw_only=True)
