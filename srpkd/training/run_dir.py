@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from ..files import WriteError, atomic_write, writing
+from ..files import WriteError, write_file, writing
 from ..models.checkpoints import save_tensors, save_weights
 from ..reporting.curves import MetricsReader
 from ..reporting.page import write_report
@@ -63,8 +63,7 @@ class RunDir:
             self._lock = lock or FolderLock(folder)
             self._metrics = open(folder / "metrics.jsonl", "a", 1, encoding="utf-8", newline="\n")  # noqa: SIM115
             if resumed is None:
-                with atomic_write(folder / "config.yaml") as file:
-                    file.write(config.encode())
+                write_file(folder / "config.yaml", config.encode())
             else:
                 for leftover in folder.rglob(".*.tmp"):
                     leftover.unlink()
@@ -143,8 +142,7 @@ class RunDir:
         if self._metrics is not None:
             self.check_folder()
             self.report["elapsed_seconds"] = round(self.elapsed, 1)
-            with atomic_write(self.folder / "report.json", "content") as file:
-                file.write(json.dumps(self.report, indent=1).encode())
+            write_file(self.folder / "report.json", json.dumps(self.report, indent=1).encode(), "content")
             with writing(self.folder / "index.html"):  # also if a file that it reads cannot be read
                 write_report(self.folder, self._metrics_reader)
 
