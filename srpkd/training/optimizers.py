@@ -22,8 +22,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 OWN_OPTIONS = ("lr", "fused", "foreach", "capturable")
 
 
-class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
-    """One Adam optimizer per group of networks, by name of the group; no step is taken on a non-finite loss.
+class GuardedOptimizers:
+    """One Adam optimizer per group of networks; no step is taken on a non-finite loss.
 
     A training step calls ``begin``, then ``step`` once for each group, then ``finish``. After a non-finite loss, its
     group's and all later groups' calls of ``step`` change nothing.
@@ -33,6 +33,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
         groups: name -> networks that the optimizer trains.
 
     Attributes:
+        by_group: name of a group -> its optimizer.
         lr: learning rate, float32 of shape ().
         finite: whether the losses of the training step so far are finite on all ranks, bool of shape ().
         nonfinite_loss: name of the first non-finite loss since the last complete step, as ``find_nonfinite_loss``
@@ -47,7 +48,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
         self._is_fused = self.device.type in ("cpu", "cuda")
         scalars = torch.device("cpu") if self.device.type == "meta" else self.device
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=scalars)
-        self._optimizers = {
+        self.by_group = {
             name: torch.optim.Adam(
                 self._parameters(name),
                 lr=self.lr,
@@ -57,7 +58,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
             )
             for name in self._groups
         }
-        for optimizer in self._optimizers.values():
+        for optimizer in self.by_group.values():
             optimizer.register_step_pre_hook(self._skip_if_nonfinite)
         # bfloat16 has the range of float32: only float16 gradients can underflow
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -72,15 +73,6 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
             for module in network.modules()
             if isinstance(module, nn.BatchNorm2d)
         ]
-
-    def __getitem__(self, name: str) -> torch.optim.Adam:
-        return self._optimizers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._optimizers)
-
-    def __len__(self) -> int:
-        return len(self._optimizers)
 
     @property
     def skipped(self) -> int:
@@ -108,7 +100,7 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
 
     def step(self, name: str, losses: Losses) -> None:
         """Step a group's optimizer on the sum of the losses, unless ``finite`` is or becomes False."""
-        optimizer = self[name]
+        optimizer = self.by_group[name]
         optimizer.zero_grad(set_to_none=True)
         loss = torch.stack(list(losses.values())).sum()
         self.losses[name] = {key: value.detach() for key, value in losses.items()}
@@ -149,14 +141,14 @@ class GuardedOptimizers(Mapping[str, torch.optim.Adam]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizers and the loss scale, and the number of skipped steps."""
-        states = {name: optimizer.state_dict() for name, optimizer in self.items()}
+        states = {name: optimizer.state_dict() for name, optimizer in self.by_group.items()}
         for group in chain.from_iterable(state["param_groups"] for state in states.values()):
             group["lr"] = float(group["lr"])
         return {"optimizers": states, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what ``state_dict`` returned, except the learning rate."""
-        for name, optimizer in self.items():
+        for name, optimizer in self.by_group.items():
             saved = state["optimizers"][name]
             groups = [
                 group | {option: own[option] for option in OWN_OPTIONS}

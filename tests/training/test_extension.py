@@ -111,7 +111,7 @@ def test_the_learning_rate_follows_the_new_total(run, monkeypatch):
         step = objective.step
 
         def recorded(batch):
-            seen.append(float(objective.optimizers["G"].param_groups[0]["lr"]))
+            seen.append(float(objective.optimizers.by_group["G"].param_groups[0]["lr"]))
             return step(batch)
 
         objective.step = recorded

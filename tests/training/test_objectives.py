@@ -85,8 +85,8 @@ def test_one_adam_for_generators_and_one_for_discriminators(model, distilled):
         "G": parameters(objective.generators) + parameters(adapters),
         "D": parameters(objective.discriminators),
     }
-    assert objective.optimizers.keys() == expected.keys()
-    for name, optimizer in objective.optimizers.items():
+    assert objective.optimizers.by_group.keys() == expected.keys()
+    for name, optimizer in objective.optimizers.by_group.items():
         assert type(optimizer) is torch.optim.Adam
         [group] = optimizer.param_groups
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.003, (0.4, 0.999), 0)
@@ -94,7 +94,7 @@ def test_one_adam_for_generators_and_one_for_discriminators(model, distilled):
 
 
 def test_default_betas_are_those_of_the_public_code():
-    assert make_small(options("pix2pix")).optimizers["G"].defaults["betas"] == (0.5, 0.999)
+    assert make_small(options("pix2pix")).optimizers.by_group["G"].defaults["betas"] == (0.5, 0.999)
 
 
 @pytest.mark.parametrize(("model", "order"), [("pix2pix", ["D", "G"]), ("cycle_gan", ["G", "D"])])
@@ -106,7 +106,7 @@ def test_update_order_and_separate_gradients(model, order, distilled):
     seen, updated = [], []
 
     def watch(name: str) -> None:
-        step, other = objective.optimizers[name].step, "D" if name == "G" else "G"
+        step, other = objective.optimizers.by_group[name].step, "D" if name == "G" else "G"
 
         def watched() -> None:
             seen.append({owner: gradients(found) for owner, found in networks.items()})
@@ -115,7 +115,7 @@ def test_update_order_and_separate_gradients(model, order, distilled):
             updated.append(name)
             assert all(torch.equal(a, b) for a, b in zip(parameters(before), parameters(networks[other])))
 
-        objective.optimizers[name].step = watched
+        objective.optimizers.by_group[name].step = watched
 
     watch("G")
     watch("D")

@@ -75,7 +75,7 @@ def test_gradients_are_clipped_per_group(precision):
     config = options(clip_grad_norm=1e-3, precision=precision)
     objective = loop.make_objective(config, 0, {})
     norms = {}
-    for name, optimizer in objective.optimizers.items():
+    for name, optimizer in objective.optimizers.by_group.items():
         step, parameters = optimizer.step, [p for group in optimizer.param_groups for p in group["params"]]
 
         def measured(step=step, name=name, parameters=parameters, optimizer=optimizer) -> None:
@@ -186,7 +186,7 @@ def test_optimizers_that_are_not_fused_skip_on_the_host():
     """As on devices without fused optimizers."""
     objective = loop.make_objective(options(precision="fp16"), 0, {})
     objective.optimizers._is_fused = False
-    for optimizer in objective.optimizers.values():
+    for optimizer in objective.optimizers.by_group.values():
         optimizer.param_groups[0]["fused"] = None
         optimizer._step_supports_amp_scaling = False
     for _ in range(12):  # the loss scale of float16 adapts first
