@@ -189,16 +189,9 @@ class Objective(ABC):
         return self.generators | {name: average.module for name, average in self.averages.items()}
 
     def adapter_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Return direction -> ``"<student layer>.weight"`` and ``".bias"`` -> tensor; {} if lambda_feature is 0."""
-        return {
-            direction: {
-                f"{layer}.{key}": value
-                for layer, adapter in pair.adapters_by_layer().items()
-                for key, value in adapter.state_dict().items()
-            }
-            for direction, pair in self.student_teachers.items()
-            if pair.adapters
-        }
+        """Return direction -> ``StudentTeacher.adapter_weights``, without directions that have none."""
+        weights = {direction: pair.adapter_weights() for direction, pair in self.student_teachers.items()}
+        return {direction: adapters for direction, adapters in weights.items() if adapters}
 
     def can_resume(self) -> bool:
         """Return whether training can continue from here: the last step was complete, all weights are finite."""

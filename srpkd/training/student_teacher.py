@@ -122,9 +122,13 @@ class StudentTeacher(nn.Module):
         """Return what was not finite first in the last forward pass, a feature or an output in words, or ""."""
         return first_nonfinite(self.last_pass)
 
-    def adapters_by_layer(self) -> dict[str, nn.Module]:
-        """Return student module name -> adapter, without wrappers; {} if lambda_feature is 0."""
-        return {layer: unwrap(adapter) for layer, adapter in zip(self.layers, self.adapters)}
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """Return ``"<student layer>.weight"`` and ``".bias"`` -> tensor of an adapter; {} if lambda_feature is 0."""
+        return {
+            f"{layer}.{key}": value
+            for layer, adapter in zip(self.layers, self.adapters)
+            for key, value in unwrap(adapter).state_dict().items()
+        }
 
     def close(self) -> None:
         """Remove the hooks from both networks."""

@@ -51,13 +51,12 @@ def warm_start(objective: Objective, config: ResolvedConfig) -> list[str]:
             _load(objective.discriminators[name], weights)
         lines.append(_describe(files, objective.discriminators))
     if config.init_adapter:
-        names = {f"adapter_{direction}": direction for direction in objective.adapter_weights()}
-        files = warm_start_files(config.init_adapter, names)
+        adapters = {f"adapter_{direction}": weights for direction, weights in objective.adapter_weights().items()}
+        files = warm_start_files(config.init_adapter, adapters)
         for name, path in files.items():
-            adapters = objective.student_teachers[names[name]].adapters_by_layer()
             with _option("init_adapter"):
-                _load_adapters(path, adapters)
-        lines.append(_describe(files, names))
+                _load_adapters(path, adapters[name])
+        lines.append(_describe(files, adapters))
     return lines
 
 
@@ -145,17 +144,15 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         network.load_state_dict(weights)
 
 
-def _load_adapters(path: Path, adapters: Mapping[str, nn.Module]) -> None:
+def _load_adapters(path: Path, adapters: Mapping[str, Tensor]) -> None:
     weights = load_weights(path)
-    expected = {f"{layer}.{key}": w for layer, adapter in adapters.items() for key, w in adapter.state_dict().items()}
-    shapes = {key: tuple(w.shape) for key, w in weights.items()}
-    if shapes != {key: tuple(w.shape) for key, w in expected.items()}:
+    if {key: w.shape for key, w in weights.items()} != {key: w.shape for key, w in adapters.items()}:
         raise CheckpointError(
-            f"{path}: expected an adapter of {_shapes(expected)}, received {_shapes(weights)}: use the file "
+            f"{path}: expected an adapter of {_shapes(adapters)}, received {_shapes(weights)}: use the file "
             "latest_net_adapter_*.pth of a run with the same layers and the same channels of student and teacher"
         )
-    for layer, adapter in adapters.items():
-        _load(adapter, {key: weights[f"{layer}.{key}"] for key in adapter.state_dict()})
+    for key, value in adapters.items():
+        value.copy_(weights[key])  # on "meta" this does nothing
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> str:
