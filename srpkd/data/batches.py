@@ -79,12 +79,9 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, draw: SeededIndex) -> Any:
         index, seed = draw
-        before = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
-        try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
             return self.dataset[index]
-        finally:
-            torch.set_rng_state(before)
 
 
 def _hash_seed(*numbers: int) -> int:
