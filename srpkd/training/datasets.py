@@ -270,9 +270,9 @@ def iterate(loader: DataLoader) -> Generator[dict[str, torch.Tensor], None, None
         raise
 
 
-def _prepare_process(number: int) -> None:
+def _prepare_process(_: int) -> None:
     """Prepare a process that loads images."""
-    leave_to_parent(number)
+    leave_to_parent()
     Queue._on_queue_feeder_error = staticmethod(_end_process)  # type: ignore[attr-defined]
 
 

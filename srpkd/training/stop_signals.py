@@ -110,7 +110,7 @@ def _handlers(
             signal.signal(number, previous)
 
 
-def leave_to_parent(_: int = 0) -> None:
+def leave_to_parent() -> None:
     """Let this process, which loads images, continue after a signal that all processes get: the run still needs them.
 
     The run then ends this process.

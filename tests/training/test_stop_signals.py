@@ -164,7 +164,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_message(run, in_ste
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
 
 
-def without_shared_memory(_: int) -> None:
+def without_shared_memory() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 
 
@@ -203,7 +203,7 @@ def test_loader_processes_that_cannot_be_started_end_the_run_with_a_message(run,
         run(f"--dataroot={unpaired}", *CYCLE_GAN, *TINY, "--num_threads=2")
 
 
-def end_as_by_ctrl_c(_: int) -> None:
+def end_as_by_ctrl_c() -> None:
     os.kill(os.getppid(), signal.SIGINT)
     os._exit(1)
 
