@@ -67,7 +67,7 @@ def execute(plan: Plan) -> RunDir:
                 stage = Stage(label, options, config.seed + number, folder, layout)
                 generators = run_stage(plan, stage, name, plan.teachers, test_set, shown)
                 shown.setdefault(name, generators)
-            last = number + 1 == config.seeds or is_over_budget(plan, number + 1, plan.students_began)
+            last = number + 1 == config.seeds or is_over_budget(plan, number + 1)
             if last:
                 run_dir.report["status"] = "finished"
             publish(plan, shown, test_set)
@@ -189,14 +189,11 @@ def save_progress(plan: Plan, training: tuple[str, dict[str, Any]] | None = None
     )
 
 
-def is_over_budget(plan: Plan, number: int, students_began: float) -> bool:
-    """Return whether seed `number` (0, 1, ...) would exceed the time budget. Seeds 0 and 1 always run.
-
-    Args:
-        students_began: seconds from the start of the run to the start of the first student.
-    """
+def is_over_budget(plan: Plan, number: int) -> bool:
+    """Return whether seed `number` (0, 1, ...) would exceed the time budget. Seeds 0 and 1 always run."""
+    assert plan.students_began is not None
     budget, elapsed = plan.config.time_budget, plan.run_dir.elapsed
-    seconds_per_seed = (elapsed - students_began) / number
+    seconds_per_seed = (elapsed - plan.students_began) / number
     over = number >= 2 and budget is not None and elapsed + seconds_per_seed > budget
     started = any(
         label.endswith(f" seed {number}") for label in [*plan.done, *plan.extended, *(plan.training or ())[:1]]

@@ -275,8 +275,9 @@ def test_a_time_budget_stops_after_two_seeds(run):
 )
 def test_the_time_budget_is_that_of_the_whole_run(number, budget, started, expected):
     run_dir, config = SimpleNamespace(elapsed=30.0), SimpleNamespace(time_budget=budget)
-    plan = SimpleNamespace(config=config, run_dir=run_dir, done=["teacher"], extended=[], training=(started, {}))
-    assert is_over_budget(plan, number, students_began=10.0) == expected
+    stages = {"done": ["teacher"], "extended": [], "training": (started, {})}
+    plan = SimpleNamespace(config=config, run_dir=run_dir, students_began=10.0, **stages)
+    assert is_over_budget(plan, number) == expected
 
 
 def test_a_run_can_be_called_from_python(tmp_path):
