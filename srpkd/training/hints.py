@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 PAGE = "a run's index.html shows its images"
+LOGGERS = f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools"
 RESUME = "use --resume NAME: a stopped run resumes, and a finished one is extended with a larger --n_epochs"
 SCHEDULE = "the schedule is the public code's linear one: --n_epochs, then --n_epochs_decay"
 TRANSLATE = "a run evaluates its networks at its end; for other images use srpkd translate WEIGHTS IN_FOLDER OUT_FOLDER"
@@ -18,12 +19,12 @@ PUBLIC_OPTIONS = {
     "no_antialias": "without --antialias there is no anti-aliasing; CUT's default is --antialias both",
     "no_antialias_up": "use --antialias down; without --antialias there is no anti-aliasing",
     "continue_train": f"{RESUME}; a new run starts from existing weights with --init_student and --init_discriminator",
-    "display_env": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
+    "display_env": LOGGERS,
     "display_freq": f"{PAGE}; --update_html_freq sets the steps between two updates",
-    "display_id": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
+    "display_id": LOGGERS,
     "display_ncols": f"{PAGE}; --samples sets their number",
-    "display_port": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
-    "display_server": f"{PAGE}; --tensorboard, --wandb and --trackio log to other tools",
+    "display_port": LOGGERS,
+    "display_server": LOGGERS,
     "display_winsize": f"{PAGE} in their own size",
     "epoch": f"{RESUME}; other commands take the file of an epoch, such as 50_net_G_A.pth",
     "epoch_count": "use --resume NAME to resume a run; it knows its epoch",
