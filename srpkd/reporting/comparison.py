@@ -193,7 +193,8 @@ def networks_of(paths: Sequence[str], direction: str = "A") -> tuple[dict[str, P
         if not path.exists():
             raise ValueError(f"{path} does not exist: expected a file of weights, or the folder of a run, runs/<name>")
         if path.is_file():
-            _add(found, path.stem.removeprefix("latest_net_") if len(paths) == 1 else _short_name(path), path)
+            short = path.stem.removeprefix("latest_net_")
+            _add(found, short if len(paths) == 1 else f"{path.parent.name}/{path.name}".removeprefix("/"), path)
             continue
         own = _read_config(path / "config.yaml")
         config = config or own
@@ -237,10 +238,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _short_name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}".removeprefix("/")
 
 
 def _add(found: dict[str, Path], label: str, path: Path) -> None:
