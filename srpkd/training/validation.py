@@ -57,9 +57,8 @@ def evaluate(
         NonFiniteError: An output has a NaN or an infinite value.
         Stopped: A signal asked the process to stop.
     """
-    metrics: dict[str, float] = {}
     if dataset is None:
-        return metrics
+        return {}
     confusions = {direction: torch.zeros(CLASSES, CLASSES, dtype=torch.int64) for direction in generators}
     sums: dict[str, defaultdict[str, float]] = {direction: defaultdict(float) for direction in generators}
     for batch in test_loader(dataset, config):
@@ -77,6 +76,7 @@ def evaluate(
                 teacher_output = teachers[direction](images).cpu()
                 check_finite(teacher_output, "the teacher's output for a test image", "use another --teacher")
                 sums[direction]["teacher_psnr"] += len(images) * psnr(output, teacher_output)
+    metrics: dict[str, float] = {}
     for direction, confusion in confusions.items():
         values = {name: total / len(dataset) for name, total in sums[direction].items()}
         if confusion.any():
@@ -87,13 +87,13 @@ def evaluate(
 
 def metric_columns(rows: Iterable[Mapping[str, float]]) -> list[dict[str, str]]:
     """Return the table columns of all metrics in `rows`, in the order of METRICS."""
-    present = dict.fromkeys(key for row in rows for key in row if key.split(" ")[0] in METRICS)
-    columns = []
-    for key in sorted(present, key=lambda key: list(METRICS).index(key.split(" ")[0])):
-        name, _, direction = key.partition(" ")
-        label, spec, explanation = METRICS[name]
-        columns.append({"key": key, "label": f"{label} {direction}".strip(), "format": spec, "help": explanation})
-    return columns
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [
+        {"key": key, "label": label + key.removeprefix(name), "format": spec, "help": explanation}
+        for name, (label, spec, explanation) in METRICS.items()
+        for key in keys
+        if key.partition(" ")[0] == name
+    ]
 
 
 def test_loader(dataset: ImageDataset, config: ResolvedConfig) -> DataLoader:
