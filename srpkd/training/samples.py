@@ -113,9 +113,9 @@ def write_relation_maps(
 
 def tapped_feature(generator: nn.Module, is_teacher: bool, image: Tensor, config: ResolvedConfig) -> Tensor:
     """Return the feature (C, h, w) of an image (C, H, W) at the first layer in ``config.layers``."""
-    names = (config.layers.values() if is_teacher else config.layers) if config.layers else ()
-    name = next(iter(names), None)
-    if name is None or name not in dict(generator.named_modules()):
+    layers = config.layers or {}
+    name = next(iter(layers.values() if is_teacher else layers), "")
+    if not name or name not in dict(generator.named_modules()):
         name = default_tap(generator)  # variants may have another architecture, with other layers
     tap = FeatureTap(generator, [name])
     try:
