@@ -6,14 +6,13 @@ Keys, padding and filters are those of the public code, https://github.com/taesu
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Antialias = Literal["none", "down", "up", "both"]
-ANTIALIAS: tuple[Antialias, ...] = get_args(Antialias)
 
 
 class Downsample(nn.Module):

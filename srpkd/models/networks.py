@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice, check_number, check_whole
 from .activations import LeakyReLU, ReLU
-from .antialias import ANTIALIAS, Antialias, Downsample, Upsample
+from .antialias import Antialias, Downsample, Upsample
 
 Norm = Literal["instance", "batch", "none"]
 InitType = Literal["normal", "xavier", "kaiming", "orthogonal"]
@@ -87,7 +87,7 @@ def define_generator(
     """
     _check_positive(input_nc=input_nc, output_nc=output_nc, ngf=ngf)
     check_choice("norm", norm, tuple(NORMS))
-    check_choice("antialias", antialias, ANTIALIAS)
+    check_choice("antialias", antialias, get_args(Antialias))
     netG = str(netG)  # values of other types are unknown names
     shared = (input_nc, output_nc, ngf, NORMS[norm], dropout)
     net: ResnetGenerator | UnetGenerator
