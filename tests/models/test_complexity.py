@@ -95,8 +95,3 @@ def test_batch_norm_of_a_single_value_is_counted():
 def test_half_precision_counts_the_same():
     net = define_generator("resnet_1blocks", ngf=2)
     assert count_macs(net.bfloat16(), (1, 3, 16, 16)) == count_macs(net.float(), (1, 3, 16, 16))
-
-
-def test_invalid_convention():
-    with pytest.raises(ValueError, match="transposed='both' is not one of 'output', 'input'"):
-        count_macs(nn.Conv2d(1, 1, 1), (1, 1, 1, 1), transposed="both")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from sample_images import save_deep
-from torch import nn
 from wrong_files import full_disk
 
 from srpkd.data.images import DataError
@@ -204,8 +203,3 @@ def test_int8_is_smaller(photos, tmp_path):
     save_weights(define_generator("resnet_2blocks", ngf=16), tmp_path / "net.pth")
     export_generator(tmp_path / "net.pth", tmp_path / "net-1.5", calibration=photos)
     assert (tmp_path / "net-1.5.int8.onnx").stat().st_size < (tmp_path / "net-1.5").stat().st_size / 2
-
-
-def test_other_networks_are_rejected():
-    with pytest.raises(TypeError, match="made by define_generator"):
-        to_onnx(nn.Conv2d(3, 3, 1))
