@@ -357,8 +357,6 @@ def test_crops_flips_and_scaling_are_those_of_8_bits(tmp_path):
 
 
 def test_invalid_arguments(tmp_path, unaligned):
-    with pytest.raises(ValueError, match="dataset_mode='pairs' is not one of 'unaligned', 'aligned'"):
-        open_dataset(unaligned, "pairs")
     with pytest.raises(ValueError, match="direction"):
         open_dataset(unaligned, "unaligned", direction="AB")
     with pytest.raises(ValueError, match="preprocess"):
@@ -385,18 +383,12 @@ def test_aligned_image_of_odd_width(tmp_path):
         open_dataset(tmp_path, "aligned", **SMALL)[0]
 
 
-def test_unreadable_files(tmp_path, side_a, monkeypatch):
+def test_unreadable_files(tmp_path, side_a):
     (side_a / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"text.png: not an image"):
         open_dataset(tmp_path, "unaligned")[0]
     (side_a / "text.png").unlink()
-    path = Path(save_plain(side_a / "bomb.png", size=(64, 64)))
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(ValueError, match=r"bomb.png: far too large .* scale the image down"):
-            open_dataset(tmp_path, "unaligned")[0]
-        with pytest.raises(DataError, match=r"1 of 1 images cannot be read: bomb.png \(far too large"):
-            validate_dataset(tmp_path, "unaligned")
+    path = Path(save_plain(side_a / "cut.png", size=(64, 64)))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"bomb.png: damaged or truncated"):
+    with pytest.raises(ValueError, match=r"cut.png: damaged or truncated"):
         open_dataset(tmp_path, "unaligned")[0]
