@@ -50,17 +50,6 @@ WRONG = {
         r"(expected str, bytes or|argument should be a str or an) os.PathLike object.*, not '?NoneType'?",
     ),
     "another than the spec": (lambda: load_generator("net.pth", "resnet"), TypeError, "spec: expected a GeneratorSpec"),
-    "code for weights": (lambda: load_generator("code.pth"), CheckpointError, "Nothing was executed or loaded"),
-    "a pickle for weights": (
-        lambda: load_weights("pickle.pth"),
-        CheckpointError,
-        "was not loaded; save only the weights",
-    ),
-    "a folder for weights": (
-        lambda: load_weights("empty"),
-        CheckpointError,
-        "empty is a folder: give a file of weights",
-    ),
     "weights below a file": (lambda: load_weights("file/net.pth"), CheckpointError, "does not exist"),
     "nothing to save": (lambda: save_weights(None, "new.pth"), TypeError, "module: expected a torch.nn.Module"),
     "saved below a file": (
