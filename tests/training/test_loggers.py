@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +8,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from runs import PIX2PIX, TEACHER
 
 from srpkd import train
 from srpkd.files import WriteError
 from srpkd.training.config import parse_arguments
 from srpkd.training.loggers import TensorBoard, import_loggers
 
-ARGUMENTS = shlex.split(
-    "--model pix2pix --dataroot :synthetic: --synthetic_size 16 --synthetic_pairs 8 --synthetic_test_pairs 2 "
-    "--netG resnet_1blocks --ngf 2 --ndf 2 --netD n_layers --n_layers_D 1 --no_dropout --epoch_steps 4 --n_epochs 1 "
-    "--n_epochs_decay 0 --print_freq 2 --samples 1 --num_threads 0 --device cpu --teacher_netG resnet_2blocks "
-    "--teacher_ngf 3"
-)
+ARGUMENTS = [*PIX2PIX, *TEACHER, "--epoch_steps=4", "--n_epochs_decay=0", "--print_freq=2"]
 PAGES = "srpkd.training.run_dir.write_report"
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import PIX2PIX
 from small import SMALL
 
 from srpkd.kernels import cpu_info
@@ -138,9 +139,7 @@ def test_precision_of_a_cpu_without_bfloat16_instructions(cpu, capsys):
 
 def test_a_run_prints_what_fast_selects(cpu, run):
     cpu(X86.format("", ""))
-    arguments = [f"--{name}={value}" for name, value in SMALL.items() if name not in ("netD", "n_layers_D")]
-    done = run(*arguments, "--fast", "--precision=bf16", "--n_epochs=1", "--n_epochs_decay=0", "--epoch_steps=1",
-               "--synthetic_pairs=2", "--synthetic_test_pairs=1", "--netD=pixel", "--ngf=2", "--ndf=2")  # fmt: skip
+    done = run(*PIX2PIX, "--fast", "--precision=bf16", "--epoch_steps=1")
     assert "precision fp32 instead of bf16" in done.output
     assert "fast: precision=fp32, compile=False, channels_last=False" in done.output
 
