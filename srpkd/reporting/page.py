@@ -166,14 +166,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def overview(run_dir: str | Path, path: str | Path) -> Path:
-    """Write the first rows of a run's samples and relations into one PNG, for a README or a slide.
-
-    Args:
-        run_dir: folder of the run.
-        path: path of the PNG.
-
-    Returns:
-        The path of the PNG.
+    """Write the first rows of a run's samples and relations into one PNG, for a README or a slide; return its path.
 
     Raises:
         ValueError: The run has no pictures yet.

@@ -23,7 +23,6 @@ def save_image(image: Tensor | np.ndarray, path: str | Path) -> Path:
 
     Args:
         image: what `to_pixels` takes, or what it, `relation_picture` and `mark_pixel` return.
-        path: path of the file.
     """
     pixels = image if isinstance(image, np.ndarray) else to_pixels(image)
     return write_file(Path(path), encode_png(pixels), "content")

@@ -73,13 +73,7 @@ def import_loggers(config: ResolvedConfig) -> dict[str, ModuleType]:
 
 
 def open_loggers(packages: Mapping[str, ModuleType], folder: Path, config: ResolvedConfig) -> list[Logger]:
-    """Open a logger with each package; call this on rank 0 only.
-
-    Args:
-        packages: what ``import_loggers`` returned.
-        folder: folder of the run.
-        config: options of the run.
-    """
+    """Open a logger with each package of ``import_loggers``; call this on rank 0 only."""
     return [
         TensorBoard(package, folder) if name == "tensorboard" else Tracker(package, folder, config)
         for name, package in packages.items()

@@ -97,12 +97,7 @@ def remove_older_states(folder: Path) -> None:
 
 
 def save_final_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state of a finished stage.
-
-    Args:
-        folder: folder of the stage.
-        state: as ``save_state`` expects.
-    """
+    """Write the state of a finished stage, as ``save_state`` expects it, to the folder of the stage."""
     with atomic_write(folder / FINAL) as file:
         torch.save({"version": VERSION} | state, file)
 

@@ -23,10 +23,6 @@ def warm_start(objective: Objective, config: ResolvedConfig) -> list[str]:
 
     Networks on the "meta" device only have their files checked.
 
-    Args:
-        objective: networks of the stage.
-        config: options of the stage.
-
     Returns:
         One line for each option that is set: which network starts from which file.
 
