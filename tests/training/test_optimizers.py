@@ -104,17 +104,18 @@ def spoil(objective: Any, network: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(
-    ("model", "network", "nonfinite_loss", "updated"),
+    ("model", "network", "nonfinite_loss"),
     [
-        ("pix2pix", "G", "D_fake", set()),
-        ("pix2pix", "D", "D_fake", set()),
-        ("cycle_gan", "G_A", "G_A", set()),
-        ("cycle_gan", "G_B", "G_B", set()),
-        ("cycle_gan", "D_B", "G_B", set()),
+        ("pix2pix", "G", "D_fake"),
+        ("pix2pix", "D", "D_fake"),
+        ("cycle_gan", "G_A", "G_A"),
+        ("cycle_gan", "G_B", "G_B"),
+        ("cycle_gan", "D_B", "G_B"),
     ],
 )
-def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, updated, value):
+def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, value):
     objective = loop.make_objective(options(model), 0, {})
+    optimizers = objective.optimizers
     objective.step(images())
     before = weights(objective)
     pools = {name: len(pool.images) for name, pool in objective.pools.items()}
@@ -122,22 +123,13 @@ def test_step_with_a_non_finite_loss_is_skipped(model, network, nonfinite_loss, 
     losses = objective.step(images())
     objective.find_nonfinite()
     assert not losses[nonfinite_loss].isfinite()
-    assert changed(before, objective) == updated
-    assert (
-        objective.optimizers.nonfinite_loss,
-        objective.optimizers.skipped,
-        objective.optimizers.consecutive_skips,
-    ) == (
-        nonfinite_loss,
-        1,
-        1,
-    )
+    assert not changed(before, objective)
+    assert (optimizers.nonfinite_loss, optimizers.skipped, optimizers.consecutive_skips) == (nonfinite_loss, 1, 1)
     assert {name: len(pool.images) for name, pool in objective.pools.items()} == pools
     assert all(loss.isfinite() for loss in objective.step(images()).values())
     objective.find_nonfinite()
     assert changed(before, objective) == objective.networks.keys()
-    assert (objective.optimizers.skipped, objective.optimizers.consecutive_skips) == (1, 0)
-    assert objective.optimizers.nonfinite_loss == ""
+    assert (optimizers.nonfinite_loss, optimizers.skipped, optimizers.consecutive_skips) == ("", 1, 0)
 
 
 @pytest.mark.gpu
