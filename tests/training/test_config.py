@@ -106,11 +106,6 @@ def test_booleans_with_and_without_a_value(name, form, value):
     assert config.ngf == 3
 
 
-def test_default_dropout_depends_on_the_model():
-    assert [parse(HERE, f"--model={model}").no_dropout for model in ("pix2pix", "cycle_gan")] == [False, True]
-    assert parse(HERE, "--model=cycle_gan", "--no_dropout=false").no_dropout is False
-
-
 # Errors
 
 

@@ -93,10 +93,6 @@ def test_one_adam_for_generators_and_one_for_discriminators(model, distilled):
         assert [id(p) for p in group["params"]] == [id(p) for p in expected[name]]
 
 
-def test_default_betas_are_those_of_the_public_code():
-    assert make_small(options("pix2pix")).optimizers.by_group["G"].defaults["betas"] == (0.5, 0.999)
-
-
 @pytest.mark.parametrize(("model", "order"), [("pix2pix", ["D", "G"]), ("cycle_gan", ["G", "D"])])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_update_order_and_separate_gradients(model, order, distilled):

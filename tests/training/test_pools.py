@@ -51,15 +51,6 @@ def test_a_full_pool_swaps_the_drawn_image(kind):
     assert stored(pool) == [6, 5]
 
 
-@pytest.mark.parametrize("kind", POOLS)
-def test_a_full_pool_swaps_half_of_the_time(kind):
-    random.seed(0)
-    pool, count = kind(2), 2000
-    query(pool, numbered(0, 2))
-    swapped = sum(query(pool, numbered(i)) != [i] for i in range(10, 10 + count))
-    assert abs(swapped / count - 0.5) < 4 * 0.5 / math.sqrt(count)
-
-
 def test_draws_are_uniform_and_do_not_depend_on_the_pool():
     random.seed(0)
     draws = draw(3, 3000)
