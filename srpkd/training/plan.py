@@ -89,7 +89,6 @@ def prepare(config: TrainConfig, command: str = "") -> Plan:
     if config.fast:
         speedups = ", ".join(f"{name}={getattr(config, name)}" for name in ("precision", "compile", "channels_last"))
         distributed.print_rank0(f"fast: {speedups}")
-    distributed.raise_on_all_ranks(partial(check_compiler, config))
     with ExitStack() as on_error:
         checked = distributed.raise_on_all_ranks(partial(_check, config, on_error))
         starting = starting_variants(config, checked.variants, checked.state)
@@ -142,6 +141,7 @@ class _Checked(NamedTuple):
 
 def _check(config: ResolvedConfig, on_error: ExitStack) -> _Checked:
     """Check what needs no other rank, and lock the folder of a resumed run; ``on_error`` releases it."""
+    check_compiler(config)
     packages = import_loggers(config)
     teacher = teacher_config(config) if config.teacher_netG else None
     variants = {name: variant_config(config, name) for name in config.variants} or {"student": config}
