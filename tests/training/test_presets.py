@@ -196,18 +196,10 @@ def check(folder: Path, config: ResolvedConfig, teacher: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet9-64to32",
-        "resnet9-64to16",
-        "resnet9-to-resnet6",
-        # a U-Net that halves its input eight times needs 256 x 256 pixels
-        pytest.param("unet256-64to16", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.core(1)
 def test_a_pair_runs(run, name):
+    # a U-Net that halves its input eight times needs 256 x 256 pixels
     folder, config = run(name, size=256 if name.startswith("unet") else 32)
     check(folder, config, teacher=True)
 
