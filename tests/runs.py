@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from srpkd.models.checkpoints import load_weights
 from srpkd.models.networks import define_generator
 from srpkd.training.config import parse_arguments
 from srpkd.training.loop import Stage
@@ -86,3 +87,12 @@ def teacher_of(ngf: int = 3, **others: Any) -> dict[str, nn.Module]:
     """Return a random teacher for pix2pix."""
     torch.manual_seed(7)
     return {"G": define_generator("resnet_2blocks", ngf=ngf, init_gain=0.2, **others).eval().requires_grad_(False)}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """The folders of two runs have the same files of weights, bit by bit."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.pth"))
+    assert files and files == sorted(path.relative_to(other) for path in other.rglob("*.pth"))
+    for file in files:
+        first, second = load_weights(one / file), load_weights(other / file)
+        assert all(torch.equal(first[key], second[key]) for key in first), file

@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import assert_same_weights
 
 from srpkd import train
-from srpkd.data.images import DataError
-from srpkd.data.synthetic import SyntheticDataset, generate_scenes, write_synthetic
+from srpkd.data.synthetic import write_synthetic
 from srpkd.models.checkpoints import load_weights
 from srpkd.training import distributed
 from srpkd.training.config import parse_arguments
-from srpkd.training.datasets import make_loader
 from srpkd.training.folder_lock import FolderLock
-from srpkd.training.options import TrainConfig
 from srpkd.training.resume import load_state
 
 TINY = shlex.split(
@@ -142,13 +140,6 @@ def test_torchrun(runs):
     assert done.returncode == 0, done.stderr
     timeless = [[{**line, "seconds": 0} for line in lines(run)] for run in (two, two.with_name("torchrun"))]
     assert timeless[0] == timeless[1]
-
-
-def test_images_that_cannot_be_divided_among_the_processes(monkeypatch):
-    monkeypatch.setattr("srpkd.training.distributed.world_size", lambda: 2)
-    config = TrainConfig(dataroot=":synthetic:", batch_size=4).resolved()
-    with pytest.raises(DataError, match="3 images cannot be divided evenly among 2 processes: use fewer"):
-        make_loader(SyntheticDataset(generate_scenes(3, 16)), config, seed=0)
 
 
 def test_the_batch_size_must_be_a_multiple_of_the_world_size(monkeypatch, capsys):
@@ -310,9 +301,7 @@ def test_resumed_processes_continue_bit_identically(server, runs):
     message = "the number of processes is 1 and was 2: resume with torchrun --nproc_per_node=2 -m srpkd.train --resume"
     assert message in (cwd / "log").read_text()
     assert server(["--resume=killed"], cwd, processes=2) == 0, (cwd / "log").read_text()
-    for file in expected.rglob("*.pth"):
-        ours, theirs = load_weights(file), load_weights(cwd / "runs/killed" / file.relative_to(expected))
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), file
+    assert_same_weights(expected, cwd / "runs/killed")
     # the state of a finished stage is that of as many processes
     (cwd / "log").unlink()
     assert server(["--resume=killed", "--n_epochs=4"], cwd) == 1

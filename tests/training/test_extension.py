@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from resumable_runs import ARGUMENTS, outcome
-from runs import PIX2PIX
+from runs import PIX2PIX, assert_same_weights
 
 from srpkd.data.synthetic import write_synthetic
-from srpkd.models.checkpoints import load_weights
 from srpkd.training.loop import make_objective
 from srpkd.training.objectives import lr_factor
 from srpkd.training.resume import load_final_state
@@ -82,13 +81,7 @@ def test_a_stopped_run_is_extended_too(server, long_runs, root):
     arguments = [*ARGUMENTS["pix2pix"], *SCHEDULE, "--n_epochs=2", "--save_latest_freq=1"]
     assert server(arguments, cwd, ("step", 9)) == -signal.SIGKILL, (cwd / "log").read_text()
     assert server(["--resume=run", "--n_epochs=3", "--save_latest_freq=2"], cwd) == 0, (cwd / "log").read_text()
-    found, expected = (
-        {str(path.relative_to(run)): load_weights(path) for path in run.rglob("latest*.pth")}
-        for run in (cwd / "runs/run", long_runs["pix2pix"])
-    )
-    assert found.keys() == expected.keys()
-    for name, weights in expected.items():
-        assert all(torch.equal(found[name][key], weights[key]) for key in weights), name
+    assert_same_weights(cwd / "runs/run", long_runs["pix2pix"])
 
 
 TINY = [*PIX2PIX, "--name=run"]  # epochs of 3 steps: 1 at the full learning rate, 1 of decay

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run
+from runs import CYCLE_GAN, PIX2PIX, SIZE, SYNTHETIC, TEACHER, TINY, Run, assert_same_weights
 from sample_images import save_plain
 
 from srpkd import train
@@ -183,14 +183,6 @@ def split_pairs(folder: Path, form: str) -> None:
             path.unlink()
         if not any((folder / phase).iterdir()):
             (folder / phase).rmdir()
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    files = sorted(path.relative_to(one) for path in one.rglob("*.pth"))
-    assert files and files == sorted(path.relative_to(other) for path in other.rglob("*.pth"))
-    for file in files:
-        first, second = load_weights(one / file), load_weights(other / file)
-        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("form", ["{}/A {}/B", "A/{} B/{}", "{}A {}B", "{}_A {}_B"])
