@@ -152,21 +152,21 @@ def pair_by_name(generated: Sequence[str], others: Sequence[str], kind: str = "r
         ValueError: a generated image has no partner, or two images of one side have the same name.
     """
 
-    def key(path: str) -> str:
-        return unicodedata.normalize("NFC", re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem))
-
-    for paths in (generated, others):
-        first: dict[str, str] = {}
+    def by_name(paths: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
         for path in paths:
-            if (other := first.get(key(path))) is not None:
+            name = unicodedata.normalize("NFC", re.sub(r"_(fake|real|rec)(_[AB])?$", "", Path(path).stem))
+            if name in found:
                 raise ValueError(
-                    f"{other} and {path} have the same name: to pair images by name, give each a unique name"
+                    f"{found[name]} and {path} have the same name: to pair images by name, give each a unique name"
                 )
-            first[key(path)] = path
-    partner = {key(path): path for path in others}
-    if unpaired := [path for path in generated if key(path) not in partner]:
+            found[name] = path
+        return found
+
+    ours, partners = by_name(generated), by_name(others)
+    if unpaired := [path for name, path in ours.items() if name not in partners]:
         raise ValueError(
             f"{len(unpaired)} of {len(generated)} generated images have no {kind} of the same name, such as "
             f"{unpaired[0]}; the {kind}s are named like {others[0]}"
         )
-    return [(path, partner[key(path)]) for path in generated]
+    return [(path, partners[name]) for name, path in ours.items()]
