@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from srpkd.data.synthetic import write_synthetic
@@ -79,7 +78,6 @@ def make_files(root: Path) -> Path:
             (root / dataset / side).mkdir(parents=True)
             (root / dataset / side / "00000.png").write_bytes((root / name / "00000.png").read_bytes())
     (root / "colours").write_text("1 2 x\n")
-    Image.new("RGB", (8, 8)).save(root / "empty.png")
 
     runs = {
         "plain": '{"title": "a run"}',
