@@ -10,8 +10,7 @@ that was not recorded:
   with the time of the kernel that it takes on this GPU, see csrc/cuda/fastest_kernel.h.
 
 KERNEL_VERSIONS says which version of a kernel a row describes. Rows of an earlier version remain as an estimate until
-the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct: see
-``verified_kinds``.
+the kernel is measured again; ``stale`` lists them. They never prove that the present kernel is correct.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ PENALTIES = {
     "dtype": 1.0,
     "distance": 1.0,
 }
-PANEL = 64  # channels that the sm_90 kernel loads at once
 
 
 class Case(NamedTuple):
@@ -144,44 +142,6 @@ def fastest_first(entry: Recorded, kernel: str) -> list[str]:
     if (own := times.get(f"native-{kernel}")) is not None:
         found["native"] = own.microseconds
     return sorted(found, key=lambda backend: found[backend])
-
-
-def sm90_wins(entry: Recorded) -> bool:
-    """Return whether the sm_90 kernel of the present number passed the gate here and is the faster one of ``native``.
-
-    The time of ``native`` itself does not count: where it already takes the sm_90 kernel, noise would decide.
-    """
-    sm80, sm90 = (entry.times.get(name) for name in ("native-sm80", "native-sm90"))
-    if sm90 is None or not sm90.of_version("native-sm90", entry.case.dtype):
-        return False
-    return sm80 is None or sm90.microseconds <= sm80.microseconds
-
-
-class Kind(NamedTuple):
-    """What decides which of a kernel's variants computes a case: everything but N and B."""
-
-    dtype: str
-    precision: str  # "" unless dtype is "float32"
-    normalize: str
-    distance: str
-    need_grad: bool
-    student_panels: int  # of PANEL channels
-    teacher_panels: int
-
-
-def kind_of(case: Case) -> Kind:
-    """Return the kind of a case."""
-    panels = (-(-channels // PANEL) for channels in (case.student, case.teacher))
-    precision = case.precision if case.dtype == "float32" else ""
-    return Kind(case.dtype, precision, case.normalize, case.distance, case.need_grad, *panels)
-
-
-def verified_kinds(recorded: Iterable[Recorded]) -> list[Kind]:
-    """Return the kinds for which the sm_90 kernel of the present number was right and faster at some N and B.
-
-    ``python -m bench record`` writes them into csrc/cuda/verified_rows.h, by which ``native`` chooses its kernel.
-    """
-    return sorted({kind_of(entry.case) for entry in recorded if sm90_wins(entry)})
 
 
 def stale(recorded: Iterable[Recorded]) -> list[str]:

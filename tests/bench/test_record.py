@@ -11,7 +11,11 @@ from bench_helpers import as_read, relation_rows, run
 from helpers import ROOT
 
 from bench import record, relation, results
+from bench.record import kind_of, verified_kinds
 from srpkd.kernels import measured
+from srpkd.kernels.measured import Case, Recorded, Time
+
+CASE = Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 16)
 
 
 @pytest.fixture
@@ -37,11 +41,10 @@ def test_a_folder_is_merged_and_the_table_is_written(folder, capsys):
     names: dict = {}
     exec((folder / "measured_cases.py").read_text(), names)
     assert names["DEVICES"] == (("some cuda", (9, 0)),)
-    cases = {measured.Case(*case): times for _, case, times in names["CASES"]}
+    cases = {Case(*case): times for _, case, times in names["CASES"]}
     assert {case.pixels for case in cases} == {1024, 2048, 4096}
     assert {tuple(times) for times in cases.values()} == {("native",)}  # no peers, and nothing of a CPU
-    case = measured.Case("bfloat16", "highest", "row", "l1", True, 4096, 64, 256, 1)
-    assert cases[case]["native"] == (83886.1, measured.KERNEL_VERSIONS["native"])
+    assert cases[CASE._replace(batch=1)]["native"] == (83886.1, measured.KERNEL_VERSIONS["native"])
 
 
 def test_wrong_results_are_not_in_the_table(folder):
@@ -130,3 +133,45 @@ def test_earlier_kernels_are_named_until_their_new_results_are_recorded(folder, 
 def test_a_folder_without_results_is_an_error(folder):
     with pytest.raises(SystemExit, match=r"expected one of the files relation\.csv, train\.csv, accuracy\.csv"):
         run("record", folder / "nothing")
+
+
+# --- the sm_90 kernel of native ---------------------------------------------------------------------------------------
+
+
+def test_an_h100_has_verified_the_sm90_kernel():
+    verified = verified_kinds(measured.RECORDED)
+    cases = [entry.case for entry in measured.RECORDED if kind_of(entry.case) in verified]
+    assert {(case.dtype, case.normalize, case.distance) for case in cases} >= {
+        ("bfloat16", "row", "l1"), ("bfloat16", "cosine", "l1"), ("float16", "row", "l1"),
+    }  # fmt: skip
+    assert "float32" not in {case.dtype for case in cases}, "the recorded rows are those of an earlier kernel"
+
+
+def entries(case=CASE, version=0, **times):
+    """Return one recorded case; ``version`` is relative to the present kernels."""
+    names = {name.replace("_", "-"): time for name, time in times.items()}
+    versions = {name: (measured.kernel_version(name, case.dtype) or 0) + version for name in names}
+    return [Recorded(0, case, {name: Time(time, versions[name]) for name, time in names.items()})]
+
+
+def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster():
+    verified = verified_kinds(entries(native_sm80=2.0, native_sm90=1.0))
+    assert verified == verified_kinds(entries(native=0.9, native_sm80=2.0, native_sm90=1.0)), "the same kernel"
+    assert verified == [kind_of(CASE)]
+    assert verified == [kind_of(CASE._replace(pixels=100, batch=1, student=33, teacher=250))]  # as many panels
+    for other in (
+        {"student": 65}, {"teacher": 192}, {"dtype": "float16"}, {"dtype": "float32"}, {"normalize": "cosine"},
+        {"distance": "huber"}, {"need_grad": False},
+    ):  # fmt: skip
+        assert kind_of(CASE._replace(**other)) not in verified, other
+    single = CASE._replace(dtype="float32", precision="high")
+    assert verified_kinds(entries(single, native_sm90=1.0)) == [kind_of(single)]
+    assert kind_of(single) != kind_of(single._replace(precision="highest"))
+
+
+def test_the_sm90_kernel_is_not_taken_by_other_records():
+    assert not verified_kinds(entries(native=1.0, triton=1.0))
+    assert not verified_kinds(entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
+    assert not verified_kinds(entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
+    single = CASE._replace(dtype="float32", precision="high")
+    assert not verified_kinds(entries(single, version=-1, native_sm90=1.0)), "the version of other dtypes"

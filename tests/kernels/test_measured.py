@@ -15,7 +15,6 @@ from srpkd.kernels.measured import (
     Time,
     difference,
     ranking,
-    verified_kinds,
 )
 
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
@@ -175,50 +174,6 @@ def test_cases_that_differ_more_are_farther_away() -> None:
 # --- the sm_90 kernel of native -------------------------------------------------------------------------------------
 
 
-def sm90_verified(case: Case) -> bool:
-    """Return whether ``native`` may take the sm_90 kernel for a case, see csrc/cuda/verified_rows.h."""
-    return measured.kind_of(case) in verified_kinds(measured.RECORDED)
-
-
-def test_an_h100_has_verified_the_sm90_kernel() -> None:
-    cases = [entry.case for entry in measured.RECORDED if sm90_verified(entry.case)]
-    assert {(case.dtype, case.normalize, case.distance) for case in cases} >= {
-        ("bfloat16", "row", "l1"), ("bfloat16", "cosine", "l1"), ("float16", "row", "l1"),
-    }  # fmt: skip
-    assert "float32" not in {case.dtype for case in cases}, "the recorded rows are those of an earlier kernel"
-
-
-def entries(case: Case = CASE, version: int = 0, **times: float) -> list[Recorded]:
-    """Return one recorded case; ``version`` is relative to the present kernels."""
-    names = {name.replace("_", "-"): time for name, time in times.items()}
-    versions = {name: (measured.kernel_version(name, case.dtype) or 0) + version for name in names}
-    return [Recorded(0, case, {name: Time(time, versions[name]) for name, time in names.items()})]
-
-
-def test_the_sm90_kernel_is_taken_where_it_was_right_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "RECORDED", tuple(entries(native_sm80=2.0, native_sm90=1.0)))
-    assert sm90_verified(CASE)
-    assert verified_kinds(entries(native=0.9, native_sm80=2.0, native_sm90=1.0)), "native was the same kernel"
-    assert sm90_verified(CASE._replace(pixels=100, batch=1, student=33, teacher=250))  # as many panels
-    for other in (
-        {"student": 65}, {"teacher": 192}, {"dtype": "float16"}, {"dtype": "float32"}, {"normalize": "cosine"},
-        {"distance": "huber"}, {"need_grad": False},
-    ):  # fmt: skip
-        assert not sm90_verified(CASE._replace(**other)), other
-    single = CASE._replace(dtype="float32", precision="high")
-    monkeypatch.setattr(measured, "RECORDED", tuple(entries(single, native_sm90=1.0)))
-    assert sm90_verified(single)
-    assert not sm90_verified(single._replace(precision="highest"))
-
-
-def test_the_sm90_kernel_is_not_taken_by_other_records() -> None:
-    assert not verified_kinds(entries(native=1.0, triton=1.0))
-    assert not verified_kinds(entries(native_sm80=1.0, native_sm90=2.0)), "it was slower"
-    assert not verified_kinds(entries(version=-1, native_sm80=2.0, native_sm90=1.0)), "an earlier version"
-    single = CASE._replace(dtype="float32", precision="high")
-    assert not verified_kinds(entries(single, version=-1, native_sm90=1.0)), "the version of other dtypes"
-
-
 def test_native_is_ranked_by_the_time_of_its_kernel(recorded) -> None:
     times = {"native": 3.0, "native-sm80": 4.0, "triton": 2.0, "native-sm90": 1.0}
     recorded({H100: [(CASE, times)]})
@@ -263,13 +218,16 @@ def test_native_counts_as_fast_only_where_it_takes_the_sm90_kernel(
 
 @pytest.mark.skipif(native.load_existing()[0] is None, reason="the extension is not built")
 def test_the_kernel_of_native(monkeypatch: pytest.MonkeyPatch, use_gpu) -> None:
+    from bench.record import kind_of, verified_kinds  # here: a GPU machine may lack the packages of the trainer
+
     use_gpu("h100")
     relation = Relation("row", "l1")
     kernels = {name: native.cuda_kernel(CASE, relation, gpu) for name, gpu in GPUS.items()}
     assert {name for name, kernel in kernels.items() if kernel == "sm90"} == {"h100", "slice of an h100", "h200"}
+    verified = verified_kinds(measured.RECORDED)
     for entry in measured.RECORDED:  # the extension's table is that of the recorded rows
         kernel = native.cuda_kernel(entry.case, Relation(entry.case.normalize, entry.case.distance), GPUS["h100"])
-        assert (kernel == "sm90") == sm90_verified(entry.case), entry.case
+        assert (kernel == "sm90") == (kind_of(entry.case) in verified), entry.case
     monkeypatch.setenv("SRPKD_CUDA_KERNEL", "sm80")
     assert native.cuda_kernel(CASE, relation, GPUS["h100"]) == "sm80"
     monkeypatch.setattr(native, "load_existing", lambda: (None, None))
@@ -277,8 +235,9 @@ def test_the_kernel_of_native(monkeypatch: pytest.MonkeyPatch, use_gpu) -> None:
 
 
 def test_records_of_earlier_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = entries(native=1.0, triton=1.0)
-    assert measured.stale(recorded) == []
-    monkeypatch.setitem(KERNEL_VERSIONS, "triton", KERNEL_VERSIONS["triton"] + 1)
-    assert measured.stale(recorded) == ["triton"]
-    assert measured.stale(recorded + entries(triton=1.0)) == []
+    versions = {name: KERNEL_VERSIONS[name] for name in ("native", "triton")}
+    entry = Recorded(0, CASE, {name: Time(1.0, version) for name, version in versions.items()})
+    assert measured.stale([entry]) == []
+    monkeypatch.setitem(KERNEL_VERSIONS, "triton", versions["triton"] + 1)
+    assert measured.stale([entry]) == ["triton"]
+    assert measured.stale([entry, Recorded(0, CASE, {"triton": Time(1.0, versions["triton"] + 1)})]) == []
