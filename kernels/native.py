@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,14 +31,9 @@ def relation_loss(
 ) -> Tensor:
     """The whole loss of features in ``layout``, differentiable in the student, in one call of a C++ operator."""
     extension()
+    scope = "image" if scope == "image" else "batch"
     return torch.ops.srpkd.relation_loss.default(
-        student,
-        teacher,
-        *relation.arguments,
-        reduction,
-        layout,
-        "image" if scope == "image" else "batch",
-        method,
+        student, teacher, *relation.arguments, reduction, layout, scope, method
     )
 
 
@@ -47,32 +43,15 @@ def loss_and_gradient(
     """Return the loss of each image (B,) and its gradient (B, N, C_s)."""
     extension()
     loss, gradient = torch.ops.srpkd.relation_loss_forward.default(
-        student,
-        teacher,
-        *relation.arguments,
-        "none",
-        method,
-        need_grad,
+        student, teacher, *relation.arguments, "none", method, need_grad
     )
     return loss, gradient if need_grad else None
 
 
 def relation_tiles(student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool) -> TileSums:
     """The primitive: (B, N, C_s), (B, N, C_t) -> loss (B,) in float64, U (B, N, C_s), h (B, N). See ``TileSums``."""
-    extension()
-    loss, U, h = torch.ops.srpkd.relation_tiles(
-        student,
-        teacher,
-        scales.student,
-        scales.teacher,
-        relation.normalize,
-        relation.distance,
-        relation.delta,
-        relation.rectify,
-        need_grad,
-        TILE,
-    )
-    return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
+    pixels = student, teacher, scales.student, scales.teacher
+    return _tile_sums("relation_tiles", pixels, relation, need_grad)
 
 
 def sampled_loss_and_gradient(
@@ -89,16 +68,15 @@ def sampled_loss_and_gradient(
 
 def remote_tiles(rows: Pixels, columns: Pixels, relation: Relation, need_grad: bool) -> TileSums:
     """Return ``TileSums`` of the rows (1, N, C) over the columns (1, N', C) of another rank, on the CPU."""
+    present = [[x for x in pixels if x is not None] for pixels in (rows, columns)]
+    return _tile_sums("remote_tiles", present, relation, need_grad)
+
+
+def _tile_sums(operator: str, pixels: Iterable[object], relation: Relation, need_grad: bool) -> TileSums:
+    """Return the sums that an operator of the extension computes of some pixels."""
     extension()
-    loss, U, h = torch.ops.srpkd.remote_tiles(
-        *([x for x in pixels if x is not None] for pixels in (rows, columns)),
-        relation.normalize,
-        relation.distance,
-        relation.delta,
-        relation.rectify,
-        need_grad,
-        TILE,
-    )
+    options = relation.normalize, relation.distance, relation.delta, relation.rectify
+    loss, U, h = getattr(torch.ops.srpkd, operator)(*pixels, *options, need_grad, TILE)
     return TileSums(loss, U if need_grad else None, h if need_grad and relation.differentiates_norms else None)
 
 
