@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 from srpkd import relation_loss
 from srpkd.arguments import positive
+from srpkd.files import expand_user
 from srpkd.kernels import NORMALIZATIONS
 from srpkd.kernels.formulas import Normalize
 from srpkd.reporting.table import format_table
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--normalize", nargs="+", choices=NORMALIZATIONS, default=["cosine", "row"], help="default: cosine row")
     add("--draws", type=positive, default=16, metavar="K", help="estimates of each loss (default: %(default)s)")
     add("--repeats", type=positive, default=3, metavar="K", help="timed calls (default: %(default)s)")
-    add("--page", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    add("--page", type=expand_user, metavar="FILE", help="put the table between the markers of this file")
     cases.add_device(parser)
     results.add_csv(parser, RESULTS, KEY, "--out")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from srpkd.checking.kernels import CUDA_KERNELS
-from srpkd.files import write_file
+from srpkd.files import expand_user, write_file
 from srpkd.reporting.figures import style_axes, to_png
 
 from . import accuracy, relation, results, table
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
     parser.add_argument(
         "--page",
-        type=Path,
+        type=expand_user,
         metavar="FILE",
         help="write the plots into the folder of this page's name, and images between its markers",
     )

@@ -32,6 +32,7 @@ import torch
 
 from srpkd.checking.cases import Case, settings
 from srpkd.checking.kernels import CannotRun
+from srpkd.files import expand_user
 from srpkd.kernels import build, native
 from srpkd.reporting.table import format_table
 
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cases.add_arguments(parser)
     parser.set_defaults(pixels=[4096], batch=[16], dtype=["bfloat16"])
     add_option(parser, DEFAULT, " ".join(DEFAULT))
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", type=expand_user, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # runs inside ncu
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from srpkd.files import write_json
+from srpkd.files import expand_user, write_json
 from srpkd.reporting.page import overview, read_report
 from srpkd.reporting.table import format_table
 
@@ -21,8 +21,8 @@ NAME = "demo table"  # in the README's markers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run, such as runs/demo")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("run_dir", type=expand_user, metavar="RUN", help="folder of the run, such as runs/demo")
+    parser.add_argument("--readme", type=expand_user, default="README.md", metavar="FILE", help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from srpkd.checking.kernels import CUDA_KERNELS
-from srpkd.files import write_file
+from srpkd.files import expand_user, write_file
 from srpkd.kernels import measured
 
 from . import accuracy, cases, machine, relation, results, train
@@ -63,7 +63,7 @@ constexpr std::array<VerifiedKind, {count}> VERIFIED_SM90 = {values};
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, nargs="?", metavar="OUT", help="folder with CSV files of results")
+    parser.add_argument("folder", type=expand_user, nargs="?", metavar="OUT", help="folder with CSV files of results")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srpkd.files import atomic_write
+from srpkd.files import atomic_write, expand_user
 
 FOLDER = Path(__file__).resolve().parent / "results"
 Row = dict[str, str]
@@ -81,11 +81,12 @@ def add_csv(parser: argparse.ArgumentParser, default: Path, columns: Sequence[st
     """Add the option with the path of a file of results with these columns, which is checked before any work."""
 
     def checked(text: str) -> Path:
+        path = expand_user(text)
         try:
-            read(Path(text), columns)
+            read(path, columns)
         except (ValueError, OSError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
-        return Path(text)
+        return path
 
     parser.add_argument(
         name, type=checked, default=str(default), metavar="CSV", help="file of results (default: %(default)s)"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srpkd.checking.cases import Case
+from srpkd.files import expand_user
 from srpkd.reporting.table import format_table
 
 from . import relation, results, train
@@ -79,7 +80,9 @@ TRAIN_COLUMNS = [
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_csv(parser, relation.RESULTS, relation.COLUMNS)
     results.add_csv(parser, train.RESULTS, train.KEY, "--train-csv")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the tables between the markers of this file")
+    parser.add_argument(
+        "--readme", type=expand_user, metavar="FILE", help="put the tables between the markers of this file"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor
 from srpkd.arguments import positive
 from srpkd.checking.cases import Case, features
 from srpkd.checking.kernels import KERNELS
+from srpkd.files import expand_user
 from srpkd.kernels import build
 from srpkd.kernels.formulas import scales_of
 
@@ -67,8 +68,10 @@ class Description(ctypes.Structure):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     folders = parser.add_mutually_exclusive_group()
-    folders.add_argument("--build", type=Path, metavar="DIR", help="compile the variants into DIR, and stop")
-    folders.add_argument("--use", type=Path, metavar="DIR", help="measure the variants in DIR; compile missing ones")
+    folders.add_argument("--build", type=expand_user, metavar="DIR", help="compile the variants into DIR, and stop")
+    folders.add_argument(
+        "--use", type=expand_user, metavar="DIR", help="measure the variants in DIR; compile missing ones"
+    )
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
         help=f"from {', '.join(VARIANTS)} (default: all)",
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, nargs="+", default=[16, 1], metavar="B", help="images (default: 16 1)"
     )
     parser.add_argument("--pixels", type=positive, default=4096, metavar="N", help="of an image (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="CSV", help="file of results")
+    parser.add_argument("--out", type=expand_user, metavar="CSV", help="file of results")
 
 
 def run(options: argparse.Namespace) -> None:

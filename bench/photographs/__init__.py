@@ -20,6 +20,7 @@ from typing import Any
 from bench.study.runs import environment, is_finished, train_one
 from srpkd.arguments import positive
 from srpkd.extras import require
+from srpkd.files import expand_user
 from srpkd.progress import ProgressBar
 
 from .images import SHORT_SIDE, TASKS, write_dataset
@@ -30,13 +31,18 @@ from .scores import examples, run_scores
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--runs_dir", default="runs/photographs", help="folder of the runs and of the report (default: %(default)s)")
+    add(
+        "--runs_dir",
+        type=expand_user,
+        default="runs/photographs",
+        help="folder of the runs and of the report (default: %(default)s)",
+    )
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     add("--partitions", type=positive, default=6, help="into training and test photographs (default: %(default)s)")
     add("--size", type=positive, default=96, help="side of the crops in pixels (default: %(default)s)")
     add("--pairs", type=positive, default=400, help="training crops (default: %(default)s)")
     add("--epoch_steps", type=positive, help="steps per epoch, to try it out (default: that of the plan)")
-    add("--report", type=Path, metavar="DIR", help="also write the report to this folder")
+    add("--report", type=expand_user, metavar="DIR", help="also write the report to this folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     require("scipy.stats", "study", "a confidence interval")
     if arguments.size > SHORT_SIDE:
         raise ValueError(f"--size: received {arguments.size}, expected at most {SHORT_SIDE}, as the photographs have")
-    study = Study(arguments.runs_dir, arguments.size, arguments.pairs, arguments.epoch_steps)
+    study = Study(str(arguments.runs_dir), arguments.size, arguments.pairs, arguments.epoch_steps)
     pairs = [(task, number) for number in range(arguments.partitions) for task in arguments.tasks]
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
     for task, number in ProgressBar(pairs, desc="runs"):

@@ -24,6 +24,7 @@ import yaml
 
 from srpkd.arguments import positive
 from srpkd.extras import require
+from srpkd.files import expand_user
 from srpkd.training.config import as_flags, parse_arguments
 from srpkd.training.options import check_keys
 
@@ -35,7 +36,12 @@ from .selection import evaluate, select
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--runs_dir", default="runs/study", help="folder of the runs and of the report (default: %(default)s)")
+    add(
+        "--runs_dir",
+        type=expand_user,
+        default="runs/study",
+        help="folder of the runs and of the report (default: %(default)s)",
+    )
     add("--seeds", type=positive, default=5, help="students of each kind in the selection (default: %(default)s)")
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="settings to evaluate (default: all)")
     datasets = "data sets to evaluate on: one number for all settings, or one per setting (default: 6)"
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workers = min(2, os.cpu_count() or 1)
     add("--workers", type=positive, default=workers, help="runs at a time (default here: %(default)s)")
     add("--options", default="{}", metavar="YAML", help="options of srpkd train for all runs, {name: value, ...}")
-    add("--report", type=Path, metavar="DIR", help="also write the report to this folder")
+    add("--report", type=expand_user, metavar="DIR", help="also write the report to this folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,7 +85,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
         )
     options = common_options(arguments.options)
     require("scipy.stats", "study", "a confidence interval")
-    return Study(arguments.runs_dir, arguments.seeds, dict(zip(settings, counts)), arguments.workers, options)
+    return Study(str(arguments.runs_dir), arguments.seeds, dict(zip(settings, counts)), arguments.workers, options)
 
 
 def common_options(text: str) -> Options:

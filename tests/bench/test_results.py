@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from importlib import import_module
+
 import pytest
 from bench_helpers import run
 
 from bench import results
+from bench.__main__ import COMMANDS
 
 
 def test_rows_are_upserted_by_key(tmp_path):
@@ -50,3 +54,13 @@ def test_the_file_is_checked_before_anything_is_measured(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(command, "--out", results.FOLDER / f"{OTHER[command]}.csv")
     assert "argument --out: " in (message := capsys.readouterr().err) and "are missing" in message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_may_begin_with_the_home_folder(command, tmp_path, monkeypatch):
+    """A shell leaves ~ in --out=~/a.csv. If only the writer expanded it, each write would lose the earlier rows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    import_module(f"bench.{command}").add_arguments(parser := argparse.ArgumentParser())
+    for action in parser._actions:
+        if action.metavar in ("CSV", "DIR", "FILE", "OUT", "RUN") or action.dest == "runs_dir":
+            assert action.type("~/a.csv") == tmp_path / "a.csv", action.dest
