@@ -126,7 +126,7 @@ BACKENDS = {
                 "store_tile(moved(second, stride_term), terms[1],",
             ),
             Fault("the gradient is not projected", TRITON_CLOSED_GRADIENT, "V - along[:, None] * z", "V"),
-            Fault("constant norms: projected", TRITON_CLOSED_GRADIENT, "SCALED and not DETACH_NORMS\n", "SCALED\n"),
+            Fault("constant norms: projected", TRITON_CLOSED_GRADIENT, "COSINE and not DETACH_NORMS\n", "COSINE\n"),
             Fault(
                 "constant norms: the diagonal is not a tie",
                 TRITON_CLOSED_GRADIENT,

@@ -34,7 +34,6 @@ def by_factor(
     stride_term,
     start_m,
     start_c,
-    SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +45,7 @@ def by_factor(
         left = split_terms(load_tile(features, start_m, start_k, BLOCK_M, BLOCK_K), TERMS)
         right = load_terms(factor, stride_term, start_k, start_c, BLOCK_K, BLOCK_C)
         total += terms_product(left, right, tl.zeros([BLOCK_M, BLOCK_C], tl.float32), TERMS, FULL)
-    if SCALED:
+    if alpha_ptr is not None:
         total *= load_vector(alpha_ptr, start_m, features.rows, BLOCK_M)[:, None]
     return acc + total
 
@@ -62,7 +61,6 @@ def by_factors(
     stride_term,
     start_m,
     start_c,
-    SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,12 +75,12 @@ def by_factors(
     of_teacher = contiguous(factors_ptr + channels * channels, teacher.columns, channels)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     total = by_factor(
-        total, student, of_student, alpha_s_ptr, stride_term, start_m, start_c, SCALED, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
+        total, student, of_student, alpha_s_ptr, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
     )
     if distance_ptr is not None:
         total *= 1 - load_vector(distance_ptr, start_m, student.rows, BLOCK_M)[:, None]
     return by_factor(
-        total, teacher, of_teacher, alpha_t_ptr, stride_term, start_m, start_c, SCALED, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
+        total, teacher, of_teacher, alpha_t_ptr, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
     )
 
 
@@ -98,7 +96,6 @@ def gradient_block(
     stride_term,
     start_m,
     start_c,
-    SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,27 +105,41 @@ def gradient_block(
 
     For "row" V is the gradient times N^2.
     """
-    V = by_factors(
-        student,
-        teacher,
-        alpha_s_ptr,
-        alpha_t_ptr,
-        None,
-        factors_ptr,
-        stride_term,
-        start_m,
-        start_c,
-        SCALED and raw_factors_ptr is None,
-        TERMS,
-        BLOCK_M,
-        BLOCK_K,
-        BLOCK_C,
-    )
     if raw_factors_ptr is None:
+        V = by_factors(
+            student,
+            teacher,
+            alpha_s_ptr,
+            alpha_t_ptr,
+            None,
+            factors_ptr,
+            stride_term,
+            start_m,
+            start_c,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
         z = load_tile(student, start_m, start_c, BLOCK_M, BLOCK_C).to(tl.float32)
-        if SCALED:
+        if alpha_s_ptr is not None:
             z *= load_vector(alpha_s_ptr, start_m, student.rows, BLOCK_M)[:, None]
     else:
+        V = by_factors(
+            student,
+            teacher,
+            None,
+            None,
+            None,
+            factors_ptr,
+            stride_term,
+            start_m,
+            start_c,
+            TERMS,
+            BLOCK_M,
+            BLOCK_K,
+            BLOCK_C,
+        )
         of_rows = by_factors(
             student,
             teacher,
@@ -139,7 +150,6 @@ def gradient_block(
             stride_term,
             start_m,
             start_c,
-            SCALED,
             TERMS,
             BLOCK_M,
             BLOCK_K,
@@ -177,7 +187,6 @@ def closed_form_gradient_kernel(
     channels_t,
     partials,
     weight,
-    SCALED: tl.constexpr,
     DETACH_NORMS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TERMS: tl.constexpr,
@@ -191,7 +200,8 @@ def closed_form_gradient_kernel(
     With several blocks of channels, V is computed twice for "cosine": the first time for z . V. For "row",
     raw_factors_ptr has the factors of the first stage, and factors_ptr those of the second.
     """
-    PROJECT: tl.constexpr = SCALED and not DETACH_NORMS
+    COSINE: tl.constexpr = alpha_s_ptr is not None and raw_factors_ptr is None
+    PROJECT: tl.constexpr = COSINE and not DETACH_NORMS
     row_blocks = tl.cdiv(pixels, BLOCK_M)
     program = tl.program_id(0)
     start_m = program % row_blocks * BLOCK_M
@@ -200,17 +210,17 @@ def closed_form_gradient_kernel(
     teacher = Matrix(teacher_ptr + image * stride_tb, pixels, channels_t, stride_tn, stride_tc)
     gradient = Matrix(gradient_ptr + image * stride_gb, pixels, channels_s, stride_gn, stride_gc)
     factors_ptr += image * (channels_s + channels_t) * channels_s
-    if SCALED:
+    if alpha_s_ptr is not None:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
     if raw_factors_ptr is not None:
         raw_factors_ptr += image * (channels_s + channels_t) * channels_s
         distance_ptr += image * pixels
     along = tl.zeros([BLOCK_M], tl.float32)
-    if SCALED and DETACH_NORMS:
+    if COSINE and DETACH_NORMS:
         # D_ii counts as 0, but V includes it where only the teacher's norm is 0: D_ii = 1
         along = tl.where(load_vector(alpha_t_ptr, start_m, pixels, BLOCK_M) == 0, 4.0, 0.0)
-    if PROJECT and not ONE_BLOCK and raw_factors_ptr is None:
+    if PROJECT and not ONE_BLOCK:
         for start_c in range(0, channels_s, BLOCK_C):
             V, z = gradient_block(
                 student,
@@ -223,7 +233,6 @@ def closed_form_gradient_kernel(
                 stride_term,
                 start_m,
                 start_c,
-                SCALED,
                 TERMS,
                 BLOCK_M,
                 BLOCK_K,
@@ -242,13 +251,12 @@ def closed_form_gradient_kernel(
             stride_term,
             start_m,
             start_c,
-            SCALED,
             TERMS,
             BLOCK_M,
             BLOCK_K,
             BLOCK_C,
         )
-        if SCALED and raw_factors_ptr is None:
+        if COSINE:
             if PROJECT and ONE_BLOCK:
                 along = tl.sum(z * V, 1)
             alpha = load_vector(alpha_s_ptr, start_m, pixels, BLOCK_M)
@@ -334,7 +342,6 @@ def plan_gradient(
         teacher.shape[2],
         partials.shape[1],
         1 / pixels**2,
-        SCALED=alphas[0] is not None,
         DETACH_NORMS=detach_norms,
         ONE_BLOCK=channels_s <= block_c,
         TERMS=feature_terms(student.dtype),

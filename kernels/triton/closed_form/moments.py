@@ -36,7 +36,6 @@ def weighted_moment_tile(
     first,
     last,
     SYMMETRIC: tl.constexpr,
-    SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     TERMS_WEIGHTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,7 +54,7 @@ def weighted_moment_tile(
             start_n = tl.multiple_of(start_n, BLOCK_N)
             a = load_tile(left, start_n, start_i, BLOCK_N, BLOCK_C)
             b = load_tile(right, start_n, start_j, BLOCK_N, BLOCK_C)
-            if SCALED:
+            if alpha_l_ptr is not None:
                 weights = load_vector(alpha_l_ptr, start_n, pixels, BLOCK_N)
                 weights *= load_vector(alpha_r_ptr, start_n, pixels, BLOCK_N)
                 if distance_ptr is not None:
@@ -79,7 +78,6 @@ def load_combined(
     sign,
     start_n,
     start_c,
-    SCALED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -87,7 +85,7 @@ def load_combined(
     z = load_tile(student, start_n, start_c, BLOCK_N, BLOCK_C)
     y = load_tile(teacher, start_n, start_c, BLOCK_N, BLOCK_C)
     z, y = z.to(tl.float32), y.to(tl.float32)
-    if SCALED:
+    if alpha_s_ptr is not None:
         z *= load_vector(alpha_s_ptr, start_n, student.rows, BLOCK_N)[:, None]
         y *= load_vector(alpha_t_ptr, start_n, student.rows, BLOCK_N)[:, None]
     return z + sign * y
@@ -125,7 +123,6 @@ def moments_kernel(
     split_pixels,
     DIFFERENCE: tl.constexpr,
     MOMENTS: tl.constexpr,
-    SCALED: tl.constexpr,
     TERMS: tl.constexpr,
     TERMS_WEIGHTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,7 +151,7 @@ def moments_kernel(
     image = (part // splits).to(tl.int64)
     student = Matrix(student_ptr + image * stride_sb, pixels, channels_s, stride_sn, stride_sc)
     teacher = Matrix(teacher_ptr + image * stride_tb, pixels, channels_t, stride_tn, stride_tc)
-    if SCALED:
+    if alpha_s_ptr is not None:
         alpha_s_ptr += image * pixels
         alpha_t_ptr += image * pixels
     if distance_ptr is not None:
@@ -172,10 +169,10 @@ def moments_kernel(
             for start_n in range(first, last, BLOCK_N):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
                 left = load_combined(
-                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_l, start_n, start_i, SCALED, BLOCK_N, BLOCK_C
+                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_l, start_n, start_i, BLOCK_N, BLOCK_C
                 )
                 right = load_combined(
-                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_r, start_n, start_j, SCALED, BLOCK_N, BLOCK_C
+                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_r, start_n, start_j, BLOCK_N, BLOCK_C
                 )
                 if MOMENTS > 3:
                     distances = load_vector(distance_ptr, start_n, pixels, BLOCK_N)
@@ -198,7 +195,6 @@ def moments_kernel(
             first,
             last,
             True,
-            SCALED,
             TERMS,
             TERMS_WEIGHTED,
             BLOCK_N,
@@ -216,7 +212,6 @@ def moments_kernel(
             first,
             last,
             False,
-            SCALED,
             TERMS,
             TERMS_WEIGHTED,
             BLOCK_N,
@@ -234,7 +229,6 @@ def moments_kernel(
             first,
             last,
             True,
-            SCALED,
             TERMS,
             TERMS_WEIGHTED,
             BLOCK_N,
@@ -283,8 +277,8 @@ def plan_moments(
     splits, split_pixels = split_count(batch * tiles, pixels, plan.device)
     size = sum((channels_s**2, channels_s * channels_t, channels_t**2, channels_s**2)[:count])
     moments = plan.scratch(batch, splits, size)
-    difference, scaled = channels_s == channels_t, alphas[0] is not None
-    terms, weighted_terms = term_counts(student.dtype, scaled or difference)
+    difference = channels_s == channels_t
+    terms, weighted_terms = term_counts(student.dtype, difference or alphas[0] is not None)
     plan.launch(
         moments_kernel,
         (batch * splits * tiles,),
@@ -302,7 +296,6 @@ def plan_moments(
         split_pixels,
         DIFFERENCE=difference,
         MOMENTS=count,
-        SCALED=scaled,
         TERMS=terms,
         TERMS_WEIGHTED=weighted_terms,
         BLOCK_N=BLOCK_SUM,

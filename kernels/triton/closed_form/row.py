@@ -79,7 +79,7 @@ def dot_by_factor(
 ):
     """Return total + (features @ factor) . right, for the columns of the factor from start_c on."""
     zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    by = by_factor(zero, features, factor, None, stride_term, start_m, start_c, False, TERMS, BLOCK_M, BLOCK_K, BLOCK_C)
+    by = by_factor(zero, features, factor, None, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C)
     return total + tl.sum(by * load_tile(right, start_m, start_c, BLOCK_M, BLOCK_C).to(tl.float32), 1)
 
 

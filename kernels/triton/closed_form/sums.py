@@ -58,7 +58,6 @@ def finish_kernel(
     STAGE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     MOMENTS: tl.constexpr,
-    SCALED: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -151,7 +150,7 @@ def finish_kernel(
         loss = total(moment * moment)
         if STAGE == "first":
             store_terms(factor_tt, (4 * moment).to(tl.float32), start_i, start_j, stride_teacher_term)
-    if SCALED and STAGE == "only":
+    if alpha_s_ptr is not None and STAGE == "only":
         # D_ii counts as 0, but the sums contain 1 where only one of student and teacher has norm 0 at pixel i
         ties = tl.zeros([BLOCK_P], tl.int32)
         for start_n in range(tile * BLOCK_P, pixels, tiles * BLOCK_P):
@@ -234,7 +233,6 @@ def plan_sums(
         STAGE="only" if row is None else row.name,
         DIFFERENCE=difference,
         MOMENTS=count,
-        SCALED=alphas[0] is not None,
         GRAD=need_factors,
         BLOCK=BLOCK_FINISH,
         BLOCK_P=BLOCK_VECTOR,
