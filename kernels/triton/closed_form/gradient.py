@@ -11,6 +11,7 @@ from ..primitives import (
     contiguous,
     feature_terms,
     jit,
+    kernel_constant,
     load_terms,
     load_tile,
     load_vector,
@@ -21,6 +22,8 @@ from ..primitives import (
     triton,
 )
 from .options import BLOCK_PIXELS, BLOCK_SUM, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
+
+BLOCK_M, BLOCK_P = kernel_constant(BLOCK_PIXELS), kernel_constant(BLOCK_VECTOR)
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
@@ -35,7 +38,6 @@ def by_factor(
     start_m,
     start_c,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -62,7 +64,6 @@ def by_factors(
     start_m,
     start_c,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -74,14 +75,10 @@ def by_factors(
     of_student = contiguous(factors_ptr, channels, channels)
     of_teacher = contiguous(factors_ptr + channels * channels, teacher.columns, channels)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    total = by_factor(
-        total, student, of_student, alpha_s_ptr, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
-    )
+    total = by_factor(total, student, of_student, alpha_s_ptr, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C)
     if distance_ptr is not None:
         total *= 1 - load_vector(distance_ptr, start_m, student.rows, BLOCK_M)[:, None]
-    return by_factor(
-        total, teacher, of_teacher, alpha_t_ptr, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
-    )
+    return by_factor(total, teacher, of_teacher, alpha_t_ptr, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C)
 
 
 @jit
@@ -97,7 +94,6 @@ def gradient_block(
     start_m,
     start_c,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -117,7 +113,6 @@ def gradient_block(
             start_m,
             start_c,
             TERMS,
-            BLOCK_M,
             BLOCK_K,
             BLOCK_C,
         )
@@ -126,19 +121,7 @@ def gradient_block(
             z *= load_vector(alpha_s_ptr, start_m, student.rows, BLOCK_M)[:, None]
     else:
         V = by_factors(
-            student,
-            teacher,
-            None,
-            None,
-            None,
-            factors_ptr,
-            stride_term,
-            start_m,
-            start_c,
-            TERMS,
-            BLOCK_M,
-            BLOCK_K,
-            BLOCK_C,
+            student, teacher, None, None, None, factors_ptr, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C
         )
         of_rows = by_factors(
             student,
@@ -151,7 +134,6 @@ def gradient_block(
             start_m,
             start_c,
             TERMS,
-            BLOCK_M,
             BLOCK_K,
             BLOCK_C,
         )
@@ -190,10 +172,8 @@ def closed_form_gradient_kernel(
     DETACH_NORMS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Compute dL/dQ of BLOCK_M pixels, and the loss of each image from its partial sums.
 
@@ -234,7 +214,6 @@ def closed_form_gradient_kernel(
                 start_m,
                 start_c,
                 TERMS,
-                BLOCK_M,
                 BLOCK_K,
                 BLOCK_C,
             )
@@ -252,7 +231,6 @@ def closed_form_gradient_kernel(
             start_m,
             start_c,
             TERMS,
-            BLOCK_M,
             BLOCK_K,
             BLOCK_C,
         )
@@ -264,11 +242,11 @@ def closed_form_gradient_kernel(
         store_tile(gradient, V * weight, start_m, start_c)
 
     if start_m == 0:
-        store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P)
+        store_loss(partial_ptr, loss_ptr, image, partials, weight)
 
 
 @jit
-def store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P: tl.constexpr):
+def store_loss(partial_ptr, loss_ptr, image, partials, weight):
     """Compute the loss of an image from its partial sums."""
     loss = tl.zeros([BLOCK_P], tl.float64)
     for start_p in range(0, partials, BLOCK_P):
@@ -279,9 +257,9 @@ def store_loss(partial_ptr, loss_ptr, image, partials, weight, BLOCK_P: tl.const
 
 
 @jit
-def loss_kernel(partial_ptr, loss_ptr, partials, weight, BLOCK_P: tl.constexpr):
+def loss_kernel(partial_ptr, loss_ptr, partials, weight):
     """Compute the loss of each image from its partial sums, where no gradient is required."""
-    store_loss(partial_ptr, loss_ptr, tl.program_id(0).to(tl.int64), partials, weight, BLOCK_P)
+    store_loss(partial_ptr, loss_ptr, tl.program_id(0).to(tl.int64), partials, weight)
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -345,10 +323,8 @@ def plan_gradient(
         DETACH_NORMS=detach_norms,
         ONE_BLOCK=channels_s <= block_c,
         TERMS=feature_terms(student.dtype),
-        BLOCK_M=BLOCK_PIXELS,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
-        BLOCK_P=BLOCK_VECTOR,
         **OPTIONS,
     )
 
@@ -356,4 +332,4 @@ def plan_gradient(
 def plan_loss(plan: Plan, pixels: int, partials: Array, loss: Array) -> None:
     """Plan the launch that computes the losses (B,), means over all pairs, from ``partials`` of ``plan_sums``."""
     batch, count = partials.shape
-    plan.launch(loss_kernel, (batch,), partials, loss, count, 1 / pixels**2, BLOCK_P=BLOCK_VECTOR, **FINISH_OPTIONS)
+    plan.launch(loss_kernel, (batch,), partials, loss, count, 1 / pixels**2, **FINISH_OPTIONS)

@@ -11,6 +11,7 @@ from ..primitives import (
     Matrix,
     contiguous,
     jit,
+    kernel_constant,
     load_tile,
     load_vector,
     multiprocessors,
@@ -20,6 +21,8 @@ from ..primitives import (
     triton,
 )
 from .options import BLOCK_CHANNELS, BLOCK_SUM, OPTIONS, SPLIT_PIXELS
+
+BLOCK_N, BLOCK_C = kernel_constant(BLOCK_SUM), kernel_constant(BLOCK_CHANNELS)
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
@@ -38,8 +41,6 @@ def weighted_moment_tile(
     SYMMETRIC: tl.constexpr,
     TERMS: tl.constexpr,
     TERMS_WEIGHTED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """Compute one tile of the sum of left_n (alpha_l alpha_r)_n right_n^T over the pixels [first, last).
 
@@ -70,17 +71,7 @@ def weighted_moment_tile(
 
 
 @jit
-def load_combined(
-    student,
-    teacher,
-    alpha_s_ptr,
-    alpha_t_ptr,
-    sign,
-    start_n,
-    start_c,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def load_combined(student, teacher, alpha_s_ptr, alpha_t_ptr, sign, start_n, start_c):
     """Load z + sign * y of BLOCK_N pixels: f for sign = 1, e for sign = -1, z for sign = 0."""
     z = load_tile(student, start_n, start_c, BLOCK_N, BLOCK_C)
     y = load_tile(teacher, start_n, start_c, BLOCK_N, BLOCK_C)
@@ -125,8 +116,6 @@ def moments_kernel(
     MOMENTS: tl.constexpr,
     TERMS: tl.constexpr,
     TERMS_WEIGHTED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """Compute partial sums of the first MOMENTS moments, (B, splits, C_s^2 + C_s C_t + C_t^2 + C_s^2).
 
@@ -168,12 +157,8 @@ def moments_kernel(
             total = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
             for start_n in range(first, last, BLOCK_N):
                 start_n = tl.multiple_of(start_n, BLOCK_N)
-                left = load_combined(
-                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_l, start_n, start_i, BLOCK_N, BLOCK_C
-                )
-                right = load_combined(
-                    student, teacher, alpha_s_ptr, alpha_t_ptr, sign_r, start_n, start_j, BLOCK_N, BLOCK_C
-                )
+                left = load_combined(student, teacher, alpha_s_ptr, alpha_t_ptr, sign_l, start_n, start_i)
+                right = load_combined(student, teacher, alpha_s_ptr, alpha_t_ptr, sign_r, start_n, start_j)
                 if MOMENTS > 3:
                     distances = load_vector(distance_ptr, start_n, pixels, BLOCK_N)
                     right *= tl.where(matrix == 3, distances, 1.0)[:, None]
@@ -197,8 +182,6 @@ def moments_kernel(
             True,
             TERMS,
             TERMS_WEIGHTED,
-            BLOCK_N,
-            BLOCK_C,
         )
     elif tile < tiles_ss + tiles_st:
         weighted_moment_tile(
@@ -214,8 +197,6 @@ def moments_kernel(
             False,
             TERMS,
             TERMS_WEIGHTED,
-            BLOCK_N,
-            BLOCK_C,
         )
     else:
         weighted_moment_tile(
@@ -231,8 +212,6 @@ def moments_kernel(
             True,
             TERMS,
             TERMS_WEIGHTED,
-            BLOCK_N,
-            BLOCK_C,
         )
 
 
@@ -298,8 +277,6 @@ def plan_moments(
         MOMENTS=count,
         TERMS=terms,
         TERMS_WEIGHTED=weighted_terms,
-        BLOCK_N=BLOCK_SUM,
-        BLOCK_C=BLOCK_CHANNELS,
         **OPTIONS,
     )
     return moments

@@ -11,6 +11,7 @@ from .options import BLOCK_PIXELS, BLOCK_VECTOR, FINISH_OPTIONS, OPTIONS
 
 SAMPLE = kernel_constant(64)  # pixels and channels that determine the gains
 LARGEST_GAIN = kernel_constant(2.0**60)
+BLOCK, BLOCK_M = kernel_constant(BLOCK_VECTOR), kernel_constant(BLOCK_PIXELS)
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
@@ -43,7 +44,6 @@ def gains_kernel(
     pixels,
     channels_s,
     channels_t,
-    BLOCK: tl.constexpr,
 ):
     """Compute the gains (B, 2) of student and teacher, and alpha (B, N) of both with the gains at all pixels.
 
@@ -73,13 +73,12 @@ def dot_by_factor(
     start_m,
     start_c,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Return total + (features @ factor) . right, for the columns of the factor from start_c on."""
     zero = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    by = by_factor(zero, features, factor, None, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C)
+    by = by_factor(zero, features, factor, None, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C)
     return total + tl.sum(by * load_tile(right, start_m, start_c, BLOCK_M, BLOCK_C).to(tl.float32), 1)
 
 
@@ -115,7 +114,6 @@ def row_scales_kernel(
     channels_t,
     eps,
     TERMS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -138,15 +136,11 @@ def row_scales_kernel(
     st = tl.zeros([BLOCK_M], tl.float32)
     tt = tl.zeros([BLOCK_M], tl.float32)
     for start_c in range(0, channels_s, BLOCK_C):
-        ss = dot_by_factor(
-            ss, student, factor_ss, student, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
-        )
-        st = dot_by_factor(
-            st, teacher, factor_ts, student, stride_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
-        )
+        ss = dot_by_factor(ss, student, factor_ss, student, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C)
+        st = dot_by_factor(st, teacher, factor_ts, student, stride_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C)
     for start_c in range(0, channels_t, BLOCK_C):
         tt = dot_by_factor(
-            tt, teacher, factor_tt, teacher, stride_teacher_term, start_m, start_c, TERMS, BLOCK_M, BLOCK_K, BLOCK_C
+            tt, teacher, factor_tt, teacher, stride_teacher_term, start_m, start_c, TERMS, BLOCK_K, BLOCK_C
         )
     alpha_s = alpha_of(ss, tl.load(gains_ptr + 2 * image), eps)
     alpha_t = alpha_of(tt, tl.load(gains_ptr + 2 * image + 1), eps)
@@ -179,7 +173,6 @@ def plan_gains(plan: Plan, student: Array, teacher: Array, alphas: tuple[Array, 
         pixels,
         channels_s,
         teacher.shape[2],
-        BLOCK=BLOCK_VECTOR,
         **FINISH_OPTIONS,
     )
     return gains
@@ -225,7 +218,6 @@ def plan_row_scales(
         channels_t,
         eps,
         TERMS=feature_terms(student.dtype),
-        BLOCK_M=BLOCK_PIXELS,
         BLOCK_K=block_k,
         BLOCK_C=block_c,
         **OPTIONS,

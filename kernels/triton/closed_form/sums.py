@@ -7,15 +7,29 @@ from typing import NamedTuple
 import torch
 
 from ..plans import Array, Plan
-from ..primitives import FULL, contiguous, jit, load_tile, load_vector, moved, split_terms, store_tile, tl, triton
+from ..primitives import (
+    FULL,
+    contiguous,
+    jit,
+    kernel_constant,
+    load_tile,
+    load_vector,
+    moved,
+    split_terms,
+    store_tile,
+    tl,
+    triton,
+)
 from .moments import moments_size
 from .options import BLOCK_FINISH, BLOCK_VECTOR, FINISH_OPTIONS
+
+BLOCK, BLOCK_P = kernel_constant(BLOCK_FINISH), kernel_constant(BLOCK_VECTOR)
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
 @jit
-def sum_splits(matrix, start_i, start_j, stride_split, splits, BLOCK: tl.constexpr):
+def sum_splits(matrix, start_i, start_j, stride_split, splits):
     """Return the sum in float64 of a tile of the partial moments, in the order of the splits."""
     total = tl.zeros([BLOCK, BLOCK], tl.float64)
     for split in range(splits):
@@ -59,8 +73,6 @@ def finish_kernel(
     DIFFERENCE: tl.constexpr,
     MOMENTS: tl.constexpr,
     GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Sum the partial moments, and compute partial losses (B, programs) in float64 and the factors of the gradient.
 
@@ -101,10 +113,10 @@ def finish_kernel(
         gain_ss, gain_st = gain_s * gain_s, gain_s * gain_t
     if DIFFERENCE:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
-        ff = sum_splits(moment_ss, start_i, start_j, size, splits, BLOCK)
-        ee = sum_splits(moment_tt, start_i, start_j, size, splits, BLOCK)
-        fe = sum_splits(moment_st, start_i, start_j, size, splits, BLOCK)
-        ef = tl.trans(sum_splits(moment_st, start_j, start_i, size, splits, BLOCK))
+        ff = sum_splits(moment_ss, start_i, start_j, size, splits)
+        ee = sum_splits(moment_tt, start_i, start_j, size, splits)
+        fe = sum_splits(moment_st, start_i, start_j, size, splits)
+        ef = tl.trans(sum_splits(moment_st, start_j, start_i, size, splits))
         if STAGE != "only":
             sum_ff = contiguous(sums_ptr + image * 3 * size_ss, channels_s, channels_s)
             sum_fe = moved(sum_ff, size_ss)
@@ -125,20 +137,20 @@ def finish_kernel(
             student = ff + fe + ef + ee
             if MOMENTS > 3:
                 by_distance = moved(moment_tt, size_ss)
-                student -= 4 * sum_splits(by_distance, start_i, start_j, size, splits, BLOCK)
+                student -= 4 * sum_splits(by_distance, start_i, start_j, size, splits)
             student = student.to(tl.float32) * gain_ss
             teacher = (ef + ee - ff - fe).to(tl.float32) * gain_st
             store_terms(factor_ss, student, start_i, start_j, stride_term)
             store_terms(factor_ts, teacher, start_i, start_j, stride_term)
     elif tile < tiles_ss:
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
-        moment = sum_splits(moment_ss, start_i, start_j, size, splits, BLOCK)
+        moment = sum_splits(moment_ss, start_i, start_j, size, splits)
         loss = total(moment * moment)
         if GRAD:
             store_terms(factor_ss, (4 * moment).to(tl.float32) * gain_ss, start_i, start_j, stride_term)
     elif tile < tiles_ss + tiles_st:
         start_i, start_j = (tile - tiles_ss) // blocks_t * BLOCK, (tile - tiles_ss) % blocks_t * BLOCK
-        moment = sum_splits(moment_st, start_i, start_j, size, splits, BLOCK)
+        moment = sum_splits(moment_st, start_i, start_j, size, splits)
         loss = -2 * total(moment * moment)
         if GRAD:
             factor = tl.trans((-4 * moment).to(tl.float32) * gain_st)
@@ -146,7 +158,7 @@ def finish_kernel(
     else:
         tile_tt = tile - tiles_ss - tiles_st
         start_i, start_j = tile_tt // blocks_t * BLOCK, tile_tt % blocks_t * BLOCK
-        moment = sum_splits(moment_tt, start_i, start_j, size, splits, BLOCK)
+        moment = sum_splits(moment_tt, start_i, start_j, size, splits)
         loss = total(moment * moment)
         if STAGE == "first":
             store_terms(factor_tt, (4 * moment).to(tl.float32), start_i, start_j, stride_teacher_term)
@@ -234,8 +246,6 @@ def plan_sums(
         DIFFERENCE=difference,
         MOMENTS=count,
         GRAD=need_factors,
-        BLOCK=BLOCK_FINISH,
-        BLOCK_P=BLOCK_VECTOR,
         **FINISH_OPTIONS,
     )
     return partials, factors
