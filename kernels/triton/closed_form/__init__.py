@@ -40,7 +40,7 @@ from ..scales import plan_scales
 from .gradient import plan_gradient, plan_loss
 from .moments import plan_moments
 from .row import plan_gains, plan_row_scales
-from .sums import StageOfRow, plan_sums
+from .sums import Stage, plan_sums
 
 
 def loss_and_gradient(
@@ -98,9 +98,9 @@ def _plan_row(plan: Plan, student: Array, teacher: Array, eps: float, loss: Arra
     gains = plan_gains(plan, student, teacher, alphas)
     teacher_factor = plan.scratch(3, batch, channels_t, channels_t, dtype=torch.bfloat16)
     sums = plan.scratch(batch, 3, channels_s, channels_s) if difference else None
-    first = StageOfRow("first", gains, teacher_factor, sums)
+    first = Stage("first", gains, teacher_factor, sums)
     moments = plan_moments(plan, student, teacher, alphas)
-    _, raw_factors = plan_sums(plan, moments, pixels, channels, alphas, True, row=first)
+    _, raw_factors = plan_sums(plan, moments, pixels, channels, alphas, True, stage=first)
     plan.free(moments)
     assert raw_factors is not None, "requested above"
     distances, partials = plan_row_scales(plan, student, teacher, alphas, gains, raw_factors, teacher_factor, eps)

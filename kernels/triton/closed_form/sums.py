@@ -177,20 +177,23 @@ def finish_kernel(
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-class StageOfRow(NamedTuple):
-    """What the sums of one of the two stages of "row" read or write beside those of "cosine" and "none".
+class Stage(NamedTuple):
+    """The only stage of sums for "cosine" and "none", or one of two for "row", and what this reads or writes besides.
 
     Attributes:
-        name: "first" or "second".
+        name: "only", "first" or "second".
         gains: (B, 2), read by the second stage.
         teacher_factor: (3, B, C_t, C_t), written by the first stage.
         sums: (B, 3, C, C), written by the first stage and read by the second; for equal numbers of channels.
     """
 
     name: str
-    gains: Array
-    teacher_factor: Array
-    sums: Array | None
+    gains: Array | None = None
+    teacher_factor: Array | None = None
+    sums: Array | None = None
+
+
+ONLY = Stage("only")
 
 
 def plan_sums(
@@ -201,7 +204,7 @@ def plan_sums(
     alphas: tuple[Array | None, Array | None],
     need_factors: bool,
     count: int = 3,
-    row: StageOfRow | None = None,
+    stage: Stage = ONLY,
 ) -> tuple[Array | None, Array | None]:
     """Plan the launch that computes partial losses (B, programs) and the factors (3, B, C_s + C_t, C_s).
 
@@ -213,8 +216,7 @@ def plan_sums(
         alphas: the scales of student and teacher.
         need_factors: whether to compute the factors.
         count: the number of moments.
-        row: the stage for ``normalize="row"``. The first computes no losses, and the second only for equal numbers of
-            channels.
+        stage: of "row", the first computes no losses, and the second only for equal numbers of channels.
     """
     channels_s, channels_t = channels
     batch, splits, _ = moments.shape
@@ -222,7 +224,7 @@ def plan_sums(
     blocks_s, blocks_t = (triton.cdiv(width, BLOCK_FINISH) for width in channels)
     programs = blocks_s**2 if difference else sum((blocks_s**2, blocks_s * blocks_t, blocks_t**2)[:count])
     partials = factors = None
-    if row is None or (row.name == "second" and difference):
+    if stage.name == "only" or (stage.name == "second" and difference):
         partials = plan.scratch(batch, programs, dtype=torch.float64)
     if need_factors:
         factors = plan.scratch(3, batch, channels_s + channels_t, channels_s, dtype=torch.bfloat16)
@@ -231,18 +233,18 @@ def plan_sums(
         (batch * programs,),
         moments,
         *alphas,
-        None if row is None else row.gains,
+        stage.gains,
         partials,
         factors,
-        None if row is None else row.teacher_factor,
-        None if row is None else row.sums,
+        stage.teacher_factor,
+        stage.sums,
         batch * (channels_s + channels_t) * channels_s,
         batch * channels_t**2,
         pixels,
         channels_s,
         channels_t,
         splits,
-        STAGE="only" if row is None else row.name,
+        STAGE=stage.name,
         DIFFERENCE=difference,
         MOMENTS=count,
         GRAD=need_factors,
