@@ -84,7 +84,7 @@ def load_combined(student, teacher, alpha_s_ptr, alpha_t_ptr, sign, start_n, sta
 
 @jit
 def moments_size(channels_s, channels_t, MOMENTS: tl.constexpr):
-    """Return the number of elements of the first MOMENTS moments."""
+    """Return the number of elements of the first MOMENTS moments, or of tiles, given blocks of channels."""
     size = channels_s * channels_s + channels_s * channels_t
     if MOMENTS > 2:
         size += channels_t * channels_t
@@ -126,12 +126,7 @@ def moments_kernel(
         channels_t = channels_s  # so that both networks share masks
     blocks_s, blocks_t = tl.cdiv(channels_s, BLOCK_C), tl.cdiv(channels_t, BLOCK_C)
     tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
-    if DIFFERENCE:
-        tiles = MOMENTS * tiles_ss
-    elif MOMENTS > 2:
-        tiles = tiles_ss + tiles_st + blocks_t * blocks_t
-    else:
-        tiles = tiles_ss + tiles_st
+    tiles = moments_size(blocks_s, blocks_t, MOMENTS)
     program = tl.program_id(0)
     tile = program % tiles
     part = program // tiles

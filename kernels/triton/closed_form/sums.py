@@ -88,12 +88,7 @@ def finish_kernel(
     size_ss, size_st = channels_s * channels_s, channels_s * channels_t
     size = moments_size(channels_s, channels_t, MOMENTS)
     tiles_ss, tiles_st = blocks_s * blocks_s, blocks_s * blocks_t
-    if DIFFERENCE:
-        tiles = tiles_ss
-    elif MOMENTS > 2:
-        tiles = tiles_ss + tiles_st + blocks_t * blocks_t
-    else:
-        tiles = tiles_ss + tiles_st
+    tiles = tiles_ss if DIFFERENCE else moments_size(blocks_s, blocks_t, MOMENTS)
     program = tl.program_id(0)
     image = (program // tiles).to(tl.int64)
     tile = program % tiles
