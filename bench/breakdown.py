@@ -26,7 +26,7 @@ from srpkd.checking.cases import Case, features, settings
 from srpkd.checking.kernels import CUDA_KERNELS, OVERLAP_VARIABLE, CannotRun, environment, evaluate, poisoned_memory
 
 from . import cases, measure
-from .providers import PROVIDERS, add_option
+from .providers import PROVIDERS, add_option, prepare_call
 
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")
@@ -64,12 +64,7 @@ def lines(name: str, case: Case, device: str) -> list[str]:
     if (reason := provider.unavailable_reason(case)) is not None:
         return [f"{name}: {reason}"]
     with settings(case):
-        student, teacher = features(case)
-        loss = provider.make(case)
-
-        def call() -> tuple[Tensor, Tensor | None]:
-            return evaluate(loss, student, teacher, case)
-
+        call = prepare_call(name, case)
         try:
             first = measure.seconds_of(call, device)
             for _ in range(2):

@@ -66,7 +66,7 @@ def add_option(parser: argparse.ArgumentParser, default: Sequence[str], descript
     )
 
 
-def prepare_call(name: str, case: Case) -> Callable[[], object]:
+def prepare_call(name: str, case: Case) -> Callable[[], tuple[Tensor, Tensor | None]]:
     """Return a call of a provider on the features of a case."""
     student, teacher = features(case)
     return partial(evaluate, PROVIDERS[name].make(case), student, teacher, case)
