@@ -9,7 +9,6 @@ The table replaces the text between the README's markers ``<!-- demo table: begi
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from srpkd.files import expand_user, write_json
 from srpkd.reporting.page import overview, read_report
@@ -26,17 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Update the README, docs/demo.png and docs/demo.json."""
-    update_readme(options.run_dir, options.readme)
-
-
-def update_readme(run_dir: str | Path, readme: str | Path) -> None:
     """Put a run's table between the README's markers, and its overview and the table's numbers into `docs/` beside it.
 
     Raises:
         ValueError: The README has no markers, or the run has no table yet.
     """
-    run_dir, readme = Path(run_dir), Path(readme)
+    run_dir, readme = options.run_dir, options.readme
     between_markers(readme, NAME)  # raises before any file is written
     report, _ = read_report(run_dir / "report.json")
     if not report.get("table"):

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from wrong_files import assert_rejected, tree
 
-from bench.readme import update_readme
 from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
 from srpkd.data.images import DataError
 from srpkd.files import WriteError
@@ -209,16 +208,6 @@ WRONG = {
         "index.html cannot be written: Is a",
     ),
     "an overview of bombs": (lambda: overview("results/bombs", "x.png"), DataError, "bomb/00000.png: far too large"),
-    "a README without markers": (
-        lambda: update_readme("results/plain", "README.md"),
-        ValueError,
-        "expected the markers",
-    ),
-    "a table before it is there": (
-        lambda: update_readme("results/plain", "marked.md"),
-        ValueError,
-        "results/plain: report.json has no table, expected a run that has evaluated a network",
-    ),
 }
 
 

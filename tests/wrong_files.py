@@ -104,8 +104,6 @@ def make_files(root: Path) -> Path:
     (root / "deep.yaml").write_text("layers: " + "[" * 5000)
     (root / "code.yaml").write_text("name: !!python/object/apply:builtins.open [sprung, w]\n")
     (root / "unknown.yaml").write_text("n_epoch: 3\n")
-    (root / "README.md").write_text("# no markers\n")
-    (root / "marked.md").write_text("<!-- demo table: begin -->\n<!-- demo table: end -->\n")
     (root / "table.csv").write_text("provider,case\neager,1\n")
     return root
 

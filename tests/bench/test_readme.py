@@ -28,6 +28,10 @@ def test_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     table = format_table(json.loads((run / "report.json").read_text())["table"], markdown=True)
     assert readme.read_text() == f"before\n<!-- demo table: begin -->\n{table}\n<!-- demo table: end -->\nafter\n"
     assert (tmp_path / "docs" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    before = readme.read_text(), (tmp_path / "docs" / "demo.json").read_text()
+    with pytest.raises(SystemExit, match=r"early: report\.json has no table, expected a run that has evaluated a net"):
+        main(["readme", str(fill_run(tmp_path / "early", table=None)), "--readme", str(readme)])
+    assert before == (readme.read_text(), (tmp_path / "docs" / "demo.json").read_text())
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match=r"README\.md: expected the markers"):
         main(["readme", str(run), "--readme", str(readme)])
