@@ -57,10 +57,7 @@ def tiles(student: Tensor, teacher: Tensor, relation: Relation, need_grad: bool 
 
 def through_tiles(student: Tensor, teacher: Tensor, relation: Relation, upstream: float = 1.0) -> tuple[Tensor, Tensor]:
     """Each image's loss and gradient from the primitive and the formulas in Python, for tiles of any size."""
-    scales = formulas.scales_of(student, teacher, relation, formulas.accumulator(student.dtype))
-    sums = native.relation_tiles(student, teacher, scales, relation, True)
-    gradient = formulas.gradient_of(student, sums, scales, relation)
-    loss = (sums.loss / student.shape[1] ** 2).to(formulas.accumulator(student.dtype))
+    loss, gradient = formulas.loss_and_gradient(native.relation_tiles, student, teacher, relation, True)
     return loss, (gradient * upstream).to(student.dtype)
 
 
