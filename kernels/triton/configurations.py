@@ -29,6 +29,10 @@ BLOCK_BACKWARD = 2048  # elements of the gradient that a program of backward mul
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
+# ``moment_blocks`` of a weighted sum, whose left factors are float32; it prefetches by three steps
+WEIGHTED_MOMENT_BLOCKS = 32, 64, OPTIONS | {"num_warps": 8, "num_stages": 4}
+
+
 def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
     """Return pixels and channels of a step of a sum over pixels, and compile options.
 
@@ -39,12 +43,6 @@ def moment_blocks(dtype: torch.dtype, channels: int) -> tuple[int, int, dict]:
     if channels <= 64:
         return 64, 64, OPTIONS
     return 64, 128, OPTIONS | {"num_warps": 8, "num_stages": 3}
-
-
-def weighted_moment_blocks() -> tuple[int, int, dict]:
-    """Return ``moment_blocks`` of a weighted sum: its left factors are float32, and it prefetches by three steps."""
-    block_n, block_c, options = moment_blocks(torch.float32, 0)
-    return block_n, block_c, options | {"num_warps": 8, "num_stages": 4}
 
 
 def product_blocks(dtype: torch.dtype, pixels: int, multiprocessors: int) -> tuple[int, int, dict]:

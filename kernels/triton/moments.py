@@ -21,8 +21,8 @@ from .configurations import (
     MOST_SPLITS,
     MOST_WEIGHTED,
     OPTIONS,
+    WEIGHTED_MOMENT_BLOCKS,
     moment_blocks,
-    weighted_moment_blocks,
 )
 from .plans import Array, Plan
 from .primitives import (
@@ -400,7 +400,7 @@ def plan_weighted_moment(plan: Plan, student: Array, h: Array, alpha: Array, mom
         moments: of the student.
     """
     batch, pixels, channels = student.shape
-    block_n, block_c, options = weighted_moment_blocks()
+    block_n, block_c, options = WEIGHTED_MOMENT_BLOCKS
     blocks = triton.cdiv(channels, block_c)
     tiles = blocks * (blocks + 1) // 2
     splits, split_pixels = moment_splits(batch * tiles, pixels, block_n, plan.device, MOST_WEIGHTED)
