@@ -115,35 +115,22 @@ def relation_loss(
     need_grad = student.requires_grad and torch.is_grad_enabled()
 
     def compute() -> tuple[Tensor, Tensor | None]:
-        with formulas.without_autocast(student.device):
-            return ring_loss_and_gradient(student, teacher, relation, group, backend, need_grad)
+        """Return the loss, and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
+        counts = pixels_of_ranks(student, teacher, relation, need_grad, backend, group)
+        pixels, dtype = sum(counts), formulas.accumulator(student.dtype)
+        ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), pixels)
+        enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
+        if backend == "closed_form" or (backend == "auto" and enough and _has_closed_form(relation)):
+            scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, ranks)
+            tiles = closed_form.tiles_over(ranks.total, student, teacher, scales, relation, need_grad)
+        else:
+            scales = formulas.scales_of(student, teacher, relation, dtype, ranks)
+            tiles = ring_tiles(student, teacher, scales, relation, need_grad, ranks, backend)
+        loss = (tiles.loss / pixels**2).to(dtype)
+        return loss, formulas.gradient_of(student, tiles, scales, relation, ranks) if need_grad else None
 
-    return differentiable_loss(student, compute, dist.get_world_size(group)) if need_grad else compute()[0]
-
-
-def ring_loss_and_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    relation: Relation,
-    group: dist.ProcessGroup | None,
-    backend: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the loss (1,), and with ``need_grad`` its gradient (1, N_r, C_s) for this rank's features."""
-    counts = pixels_of_ranks(student, teacher, relation, need_grad, backend, group)
-    pixels, dtype = sum(counts), formulas.accumulator(student.dtype)
-    ranks = Ranks(partial(sum_over_ranks, group=group), partial(around_the_ring, counts, group), pixels)
-    enough = pixels >= CLOSED_FORM_FROM * (student.shape[2] + teacher.shape[2])
-    if backend == "auto" and enough and _has_closed_form(relation):
-        backend = "closed_form"
-    if backend == "closed_form":
-        scales = formulas.scales_of(student, teacher, relation, closed_form.SCALE_DTYPE, ranks)
-        tiles = closed_form.tiles_over(ranks.total, student, teacher, scales, relation, need_grad)
-    else:
-        scales = formulas.scales_of(student, teacher, relation, dtype, ranks)
-        tiles = ring_tiles(student, teacher, scales, relation, need_grad, ranks, backend)
-    loss = (tiles.loss / pixels**2).to(dtype)
-    return loss, formulas.gradient_of(student, tiles, scales, relation, ranks) if need_grad else None
+    with formulas.without_autocast(student.device):
+        return differentiable_loss(student, compute, dist.get_world_size(group)) if need_grad else compute()[0]
 
 
 def pixels_of_ranks(
