@@ -59,6 +59,32 @@ def sweep(name: str, device: str, overrides: dict[str, tuple]) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
+def matrix_bytes(case: Case) -> int:
+    """Return the bytes of one N x N array per image, for all images."""
+    return case.batch * case.pixels**2 * case.torch_dtype.itemsize
+
+
+def operations(case: Case) -> int:
+    """Return the minimum number of floating-point operations in matrix products, over all known algorithms.
+
+    Tiles, the only way for l1 and huber: half of each Gram matrix, which is symmetric, and for the gradient the product
+    of K with the student's features. l2 also has the C x C moments of both networks' channels together, of which one
+    half is enough, and for the gradient two products with them. That is less if there are more pixels than channels.
+    """
+    (student, teacher), pixels = case.channels, case.pixels
+    tiles = pixels**2 * (student + teacher + case.need_grad * 2 * student)
+    if case.distance != "l2":
+        return case.batch * tiles
+    moments = pixels * (student + teacher) ** 2 + case.need_grad * 2 * pixels * student * (student + teacher)
+    return case.batch * min(tiles, moments)
+
+
+def bytes_moved(case: Case) -> int:
+    """Return the minimum memory traffic: features are read once and the gradient is written once."""
+    student, teacher = case.channels
+    return case.batch * case.pixels * (student * (1 + case.need_grad) + teacher) * case.torch_dtype.itemsize
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that select cases."""
     parser.add_argument("--sweep", choices=SWEEPS, default="quick", help="set of cases (default: %(default)s)")

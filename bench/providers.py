@@ -15,7 +15,7 @@ from srpkd.checking.cases import Case, features
 from srpkd.checking.kernels import CUDA_KERNELS, KERNELS, Loss, Provider, evaluate
 from srpkd.kernels import BACKENDS
 
-from . import peers
+from . import cases, peers
 
 
 def _peer(function: Callable[..., Tensor], case: Case) -> Loss:
@@ -39,19 +39,26 @@ def _keops(case: Case) -> Loss:
     return loss
 
 
-def _eager_matrices(case: Case) -> int:
-    return 6 if case.need_grad and case.normalize == "row" else 3
-
-
 PROVIDERS: dict[str, Provider] = {
-    "eager": Provider(partial(_peer, peers.eager), matrices=_eager_matrices),
-    "compile": Provider(_compiled, compiles=True, matrices=lambda case: 2),
+    "eager": Provider(partial(_peer, peers.eager)),
+    "compile": Provider(_compiled),
     "chunked": Provider(partial(_peer, peers.chunked)),
     "keops": Provider(_keops, _keops_missing),
     **KERNELS,
 }
 DEFAULT = [name for name in PROVIDERS if name not in CUDA_KERNELS]
+# minimum number of N x N arrays in the features' dtype that exist at once, as measured; the others need none
+MATRICES: dict[str, Callable[[Case], int]] = {
+    "eager": lambda case: 6 if case.need_grad and case.normalize == "row" else 3,
+    "compile": lambda case: 2,
+    "reference": lambda case: 5 if case.need_grad else 3,
+}
 OURS = tuple(name for name in BACKENDS if name != "reference")
+
+
+def bytes_needed(name: str, case: Case) -> int:
+    """Return the minimum memory of a provider in addition to the inputs."""
+    return MATRICES[name](case) * cases.matrix_bytes(case) if name in MATRICES else 0
 
 
 def add_option(parser: argparse.ArgumentParser, default: Sequence[str], description: str) -> None:

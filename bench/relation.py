@@ -27,7 +27,7 @@ from srpkd.devices import is_out_of_memory
 from srpkd.kernels import measured
 
 from . import cases, machine, measure, results
-from .providers import DEFAULT, PROVIDERS, add_option, prepare_call
+from .providers import DEFAULT, PROVIDERS, add_option, bytes_needed, prepare_call
 
 RESULTS = results.FOLDER / "relation.csv"
 KEY = (
@@ -133,7 +133,7 @@ def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
     provider = PROVIDERS[name]
     if (reason := provider.unavailable_reason(case)) is not None:
         return Trial("skipped", reason)
-    needed, free = provider.bytes_needed(case), machine.free_bytes(case.device)
+    needed, free = bytes_needed(name, case), machine.free_bytes(case.device)
     if needed > free:
         return Trial("out of memory", f"needs at least {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     try:
@@ -145,7 +145,7 @@ def prepare(name: str, case: Case, student: torch.Tensor, teacher: torch.Tensor,
             return Trial("wrong", reason, found=found)
 
         call = partial(evaluate, loss, student, teacher, case)
-        if seconds < SLOW or provider.compiles:
+        if seconds < SLOW or name == "compile":  # whose first call compiles
             # the minimum of a few fast calls: one slow outlier would reduce the number of rounds
             seconds = min(measure.seconds_of(call, case.device) for _ in range(3 if seconds < 0.5 else 1))
         return Trial("ok", "" if seconds < SLOW else "timed once", call, seconds, found)
@@ -164,7 +164,7 @@ def as_row(name: str, case: Case, trials: dict[str, Trial], peak_rates: machine.
     row: dict[str, Any] = {"provider": name, "device": machine.device_name(case.device), **case.columns()}
     row |= {"device_type": torch.device(case.device).type, "capability": machine.capability(case.device)}
     row["kernel_version"] = measured.kernel_version(name, case.dtype) if case.device != "cpu" else None
-    rooflines = case.operations / peak_rates.matrix_flops, case.bytes_moved / peak_rates.copy_bytes
+    rooflines = cases.operations(case) / peak_rates.matrix_flops, cases.bytes_moved(case) / peak_rates.copy_bytes
     row |= {"status": trial.status, "reason": trial.reason, "rounds": len(trial.samples) or None}
     times = measure.quantiles(trial.samples) if trial.samples else {}
     row |= {column: times.get(column) for column in ("median_s", "p20_s", "p80_s")}
@@ -175,7 +175,7 @@ def as_row(name: str, case: Case, trials: dict[str, Trial], peak_rates: machine.
         row[f"times_faster_than_{baseline}"] = measure.ratio(trial.samples, base) if both else None
     return row | {
         "peak_extra_bytes": trial.peak,
-        "needed_bytes": PROVIDERS[name].bytes_needed(case) or None,
+        "needed_bytes": bytes_needed(name, case) or None,
         "loss_error": trial.found and trial.found.loss,
         "gradient_error": trial.found and trial.found.gradient,
         "pixel_error": trial.found and trial.found.pixel,

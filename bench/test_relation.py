@@ -15,7 +15,7 @@ from srpkd.checking.kernels import CannotRun, evaluate
 from srpkd.devices import synchronize
 
 from . import cases, machine
-from .providers import PROVIDERS
+from .providers import PROVIDERS, bytes_needed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = cases.sweep("quick", DEVICE, {"mode": cases.MODES, "threads": (torch.get_num_threads(),)})
@@ -28,8 +28,8 @@ def test_relation(benchmark, case: Case, name: str) -> None:
     provider = PROVIDERS[name]
     if (reason := provider.unavailable_reason(case)) is not None:
         pytest.skip(reason)
-    if provider.bytes_needed(case) > machine.free_bytes(case.device):
-        pytest.skip(f"needs at least {provider.bytes_needed(case) / 1e9:.1f} GB")
+    if (needed := bytes_needed(name, case)) > machine.free_bytes(case.device):
+        pytest.skip(f"needs at least {needed / 1e9:.1f} GB")
     torch._dynamo.reset()  # the number of graphs per function is limited
     student, teacher = features(case)
     loss = provider.make(case)

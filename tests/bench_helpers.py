@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, relation
+from bench import cases, machine, relation
 from bench.__main__ import main
 from bench.providers import PROVIDERS
 from srpkd.checking import gate
@@ -78,7 +78,7 @@ def relation_rows(device_type: str = "cpu", **fixed: Any) -> list[dict[str, Any]
         }
         trials["chunked"] = relation.Trial("out of memory", "needs more")
         trials["keops"] = relation.Trial("skipped", "not installed")
-        trials["eager"].peak, trials["native"].peak = 6 * case.matrix_bytes, 1000 * pixels
+        trials["eager"].peak, trials["native"].peak = 6 * cases.matrix_bytes(case), 1000 * pixels
         for name in trials:
             row = relation.as_row(name, case, trials, machine.PeakRates(1e12, 1e11))
             row |= {"device": f"some {device_type}", "device_type": device_type}

@@ -69,33 +69,6 @@ class Case:
         delta = {"row": self.pixels**-0.5, "cosine": self.channels[0] ** -0.5, "none": float(self.channels[0]) ** 0.5}
         return Relation(self.normalize, self.distance, delta[self.normalize], **dict.fromkeys(self.flags, True))
 
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of one N x N array per image, for all images."""
-        return self.batch * self.pixels**2 * self.torch_dtype.itemsize
-
-    @property
-    def operations(self) -> int:
-        """Minimum number of floating-point operations in matrix products, over all known algorithms.
-
-        Tiles, the only way for l1 and huber: half of each Gram matrix, which is symmetric, and for the gradient the
-        product of K with the student's features. l2 also has the C x C moments of both networks' channels together, of
-        which one half is enough, and for the gradient two products with them. That is less if there are more pixels
-        than channels.
-        """
-        (student, teacher), pixels = self.channels, self.pixels
-        tiles = pixels**2 * (student + teacher + self.need_grad * 2 * student)
-        if self.distance != "l2":
-            return self.batch * tiles
-        moments = pixels * (student + teacher) ** 2 + self.need_grad * 2 * pixels * student * (student + teacher)
-        return self.batch * min(tiles, moments)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Minimum memory traffic: features are read once and the gradient is written once."""
-        student, teacher = self.channels
-        return self.batch * self.pixels * (student * (1 + self.need_grad) + teacher) * self.torch_dtype.itemsize
-
     def describe(self) -> str:
         """Describe the case in one line."""
         channels = "/".join(map(str, self.channels))

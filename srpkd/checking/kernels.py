@@ -31,18 +31,10 @@ class Provider(NamedTuple):
     Attributes:
         make: case -> function (student, teacher) -> scalar loss.
         unavailable_reason: case -> the reason why the provider cannot run, or None.
-        compiles: whether the first call compiles for the shape of the case, which takes seconds.
-        matrices: case -> minimum number of N x N arrays in the features' dtype that exist at once, as measured.
     """
 
     make: Callable[[Case], Loss]
     unavailable_reason: Callable[[Case], str | None] = lambda case: None
-    compiles: bool = False
-    matrices: Callable[[Case], int] = lambda case: 0
-
-    def bytes_needed(self, case: Case) -> int:
-        """Return the minimum memory in addition to the inputs."""
-        return self.matrices(case) * case.matrix_bytes
 
 
 def _backend(name: str) -> Provider:
@@ -60,8 +52,6 @@ def _backend(name: str) -> Provider:
     def make(case: Case) -> Loss:
         return partial(relation_loss, **asdict(case.relation), layout="nlc", backend=name)
 
-    if name == "reference":
-        return Provider(make, reason, matrices=lambda case: 5 if case.need_grad else 3)
     return Provider(make, reason)
 
 

@@ -56,8 +56,8 @@ def test_recorded_rooflines_follow_from_the_other_columns():
             **{name: row[name] for name in ("dtype", "precision", "normalize", "distance", "mode")},
         )
         rooflines = (
-            case.operations / float(row["matrix_flops"]),
-            case.bytes_moved / float(row["copy_bytes_per_s"]),
+            cases.operations(case) / float(row["matrix_flops"]),
+            cases.bytes_moved(case) / float(row["copy_bytes_per_s"]),
         )
         recorded = [float(row[name]) for name in ("roofline_matmul_s", "roofline_copy_s")]
         assert recorded == pytest.approx(rooflines, rel=1e-4), row

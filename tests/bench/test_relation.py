@@ -13,9 +13,9 @@ from bench_helpers import incorrect_loss, outside_of_xdist, run
 from helpers import ROOT
 from torch import Tensor
 
-from bench import relation, results
+from bench import cases, relation, results
 from bench.__main__ import main
-from bench.providers import PROVIDERS
+from bench.providers import MATRICES, PROVIDERS
 from srpkd.checking.cases import Case
 from srpkd.checking.kernels import CannotRun, Provider
 from srpkd.kernels import measured
@@ -45,12 +45,13 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         "broken": Provider(raises(RuntimeError("no such kernel"))),
         "unsuited": Provider(raises(CannotRun("nothing to do"))),
         "missing": Provider(raises(AssertionError), lambda case: "it is not installed"),
-        "huge": Provider(raises(AssertionError("it was tried")), matrices=lambda case: 10**12),
+        "huge": Provider(raises(AssertionError("it was tried"))),
         "greedy": Provider(raises(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))),
         "greedy on a GPU": Provider(raises(torch.OutOfMemoryError("CUDA out of memory"))),
     }
     for name, provider in extra.items():
         monkeypatch.setitem(PROVIDERS, name, provider)
+    monkeypatch.setitem(MATRICES, "huge", lambda case: 10**12)
     names = ["eager", "compile", "blocked", *extra]
     monkeypatch.setitem(PROVIDERS, "compile", PROVIDERS["eager"])  # compiling is slow
     rows = {row["provider"]: row for row in relation.measure_case(SMALL, names, budget=0.05, memory=False)}
@@ -65,12 +66,12 @@ def test_every_provider_has_a_row_and_only_correct_ones_are_timed(monkeypatch):
         assert all(value > 0 for value in timed) if row["status"] == "ok" else timed == [None] * 5
         assert row["reason"] or row["status"] == "ok"
         assert len({tuple(row)} | {tuple(rows["eager"])}) == 1
-        roofs = SMALL.operations / 1e9, SMALL.bytes_moved / 1e8
+        roofs = cases.operations(SMALL) / 1e9, cases.bytes_moved(SMALL) / 1e8
         assert (row["roofline_matmul_s"], row["roofline_copy_s"]) == roofs
         if row["status"] == "ok":
             assert row["percent_of_roofline"] == pytest.approx(100 * max(roofs) / row["median_s"])
     assert rows["eager"]["times_faster_than_eager"] == 1
-    assert rows["huge"]["needed_bytes"] == 10**12 * SMALL.matrix_bytes
+    assert rows["huge"]["needed_bytes"] == 10**12 * cases.matrix_bytes(SMALL)
     assert rows["wrong"]["gradient_error"] == pytest.approx(0.1)
     assert "no such kernel" in rows["broken"]["reason"]
     for row in rows.values():
