@@ -72,7 +72,6 @@ def finish_kernel(
     STAGE: tl.constexpr,
     DIFFERENCE: tl.constexpr,
     MOMENTS: tl.constexpr,
-    GRAD: tl.constexpr,
 ):
     """Sum the partial moments, and compute partial losses (B, programs) in float64 and the factors of the gradient.
 
@@ -96,7 +95,7 @@ def finish_kernel(
     moment_ss = contiguous(moments_ptr, channels_s, channels_s)
     moment_st = contiguous(moments_ptr + size_ss, channels_s, channels_t)
     moment_tt = contiguous(moments_ptr + size_ss + size_st, channels_t, channels_t)
-    if GRAD:
+    if factors_ptr is not None:
         factors_ptr += image * (channels_s + channels_t) * channels_s
         factor_ss = contiguous(factors_ptr, channels_s, channels_s)
         factor_ts = contiguous(factors_ptr + size_ss, channels_t, channels_s)
@@ -128,7 +127,7 @@ def finish_kernel(
             store_tile(sum_fe, fe, start_i, start_j)
             store_tile(sum_ee, ee, start_i, start_j)
             store_terms(factor_tt, (ff + ee - fe - ef).to(tl.float32), start_i, start_j, stride_teacher_term)
-        if GRAD:
+        if factors_ptr is not None:
             student = ff + fe + ef + ee
             if MOMENTS > 3:
                 by_distance = moved(moment_tt, size_ss)
@@ -141,13 +140,13 @@ def finish_kernel(
         start_i, start_j = tile // blocks_s * BLOCK, tile % blocks_s * BLOCK
         moment = sum_splits(moment_ss, start_i, start_j, size, splits)
         loss = total(moment * moment)
-        if GRAD:
+        if factors_ptr is not None:
             store_terms(factor_ss, (4 * moment).to(tl.float32) * gain_ss, start_i, start_j, stride_term)
     elif tile < tiles_ss + tiles_st:
         start_i, start_j = (tile - tiles_ss) // blocks_t * BLOCK, (tile - tiles_ss) % blocks_t * BLOCK
         moment = sum_splits(moment_st, start_i, start_j, size, splits)
         loss = -2 * total(moment * moment)
-        if GRAD:
+        if factors_ptr is not None:
             factor = tl.trans((-4 * moment).to(tl.float32) * gain_st)
             store_terms(factor_ts, factor, start_j, start_i, stride_term)
     else:
@@ -242,7 +241,6 @@ def plan_sums(
         STAGE=stage.name,
         DIFFERENCE=difference,
         MOMENTS=count,
-        GRAD=need_factors,
         **FINISH_OPTIONS,
     )
     return partials, factors
