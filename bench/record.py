@@ -120,7 +120,7 @@ def recorded(rows: Sequence[Row]) -> tuple[list[tuple[str, tuple[int, int]]], li
 
 
 def sm90_wins(entry: measured.Recorded) -> bool:
-    """Return whether the present sm_90 kernel passed the gate on this case and is the faster kernel of ``native``.
+    """Return whether the sm_90 kernel of the present number passed the gate here and is the faster one of ``native``.
 
     The time of ``native`` itself does not count: where it already takes the sm_90 kernel, noise would decide.
     """
@@ -141,7 +141,7 @@ def kind_of(case: measured.Case) -> str:
 
 
 def verified_kinds(entries: Iterable[measured.Recorded]) -> list[str]:
-    """Return the kinds for which the sm_90 kernel, in its present version, was right and faster at some N and B.
+    """Return the kinds for which the sm_90 kernel of the present number was right and faster at some N and B.
 
     ``native`` chooses its kernel by them.
     """
