@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from srpkd.arguments import parse
 from srpkd.cli import prepare_terminal
 
 COMMANDS = {  # each is a module of this package with add_arguments(parser) and run(arguments)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, command_line=shlex.join(["python", "-m", "bench", *words]))
-    parsed = parser.parse_args(words)
+    parsed = parse(parser, words)
     try:
         parsed.run(parsed)
     except (ValueError, TypeError, OSError, ImportError, ArithmeticError) as error:

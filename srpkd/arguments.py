@@ -118,6 +118,15 @@ def json_file(text: str) -> str:
 # --- parts of a command ---
 
 
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line. Refuse ``--option=--``, from which argparse in Python 3.11 makes an empty list."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for word in arguments:
+        if word.startswith("--") and word.endswith("=--"):
+            parser.error(f"argument {word[:-3]}: expected a value, received '--'")
+    return parser.parse_args(arguments)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the option --device: by default the GPU if there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"

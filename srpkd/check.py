@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .arguments import parse
 from .checking.kernels import KERNELS
 from .checking.processes import FINAL, Check, Runner, Verdict, checks, verdict
 from .devices import device_name, visible_devices
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 1 if a backend is not right, or if the time was too short to tell."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     try:
         devices = [checked_device(name) for name in options.device] if options.device else all_devices()
         if options.out and len(devices) > 1:

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import add_device, add_train_mode_norm, exit_on_error, positive
+from .arguments import add_device, add_train_mode_norm, exit_on_error, parse, positive
 from .kernels.formulas import DEFAULT_NORMALIZE, NORMALIZATIONS
 from .reporting.comparison import Comparison, layers_of, networks_of, samples_of
 from .reporting.comparison_server import ComparisonServer
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the server until Ctrl-C."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         if not 0 <= options.port <= 65535:
             raise ValueError(f"--port {options.port}: expected 0 to 65535")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 from PIL.Image import Resampling
 from torch import Tensor
 
-from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, positive
+from .arguments import add_device, add_train_mode_norm, exit_on_error, json_file, parse, positive
 from .data import Direction
 from .data.images import Crop, Headers, ImageFiles, half_width, left_half, read_headers, right_half
 from .data.listing import find_images, pair_by_name
@@ -290,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         result = evaluate(options)
         print(table(result))  # before the file is written: if that fails, the results are not lost

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from .arguments import add_train_mode_norm, exit_on_error, number, positive
+from .arguments import add_train_mode_norm, exit_on_error, number, parse, positive
 from .data.listing import list_images
 from .files import expand_user
 from .models.exporters import SUFFIXES, TOLERANCE, ExportedFile, export_generator
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         if options.int8 != bool(options.calibration):
             raise ValueError("--int8 and --calibration FOLDER, a folder of input images, must be given together")

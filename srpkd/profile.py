@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_device, exit_on_error, json_file, number, positive
+from .arguments import add_device, exit_on_error, json_file, number, parse, positive
 from .files import write_json
 from .models.latency import MODES, profile_generators
 from .reporting.table import format_table
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         result = profile_generators(
             options.weights,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from .arguments import exit_on_error
+from .arguments import exit_on_error, parse
 from .reporting.page import overview, write_report
 
 
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page of a run, from the files in its folder, and print its path."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         print(write_report(options.run_dir))
         if options.overview:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .arguments import add_device, add_train_mode_norm, exit_on_error, positive
+from .arguments import add_device, add_train_mode_norm, exit_on_error, parse, positive
 from .models.checkpoints import load_generator
 from .models.inference import translate_folder
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 1 if images were skipped."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         net = load_generator(options.weights, train_mode_norm=options.train_mode_norm).to(options.device)
         written, skipped, notes, others = translate_folder(

@@ -143,6 +143,9 @@ WRONG = {
     "srpkd translate net.pth pairs out --device meta": (2, "device='meta' holds no data"),
     "srpkd translate net.pth pairs out --batch_size 0": (2, "--batch_size: '0': expected an integer >= 1"),
     "srpkd translate net.pth pairs out --sise 8": (2, "unrecognized arguments: --sise 8"),
+    "srpkd profile net.pth --batch_size=--": (2, "argument --batch_size: expected a value, received '--'"),
+    "srpkd check --out=--": (2, "argument --out: expected a value, received '--'"),
+    "srpkd train --resume=--": (2, "--resume: expected a value, received '--'"),
     f"{SCORE} --device gpu": (2, "device='gpu': expected cpu, cuda"),
     f"{EVALUATE} --metrics lpips": (2, r"invalid choice: 'lpips' \(choose from '?fid"),
     f"{EVALUATE} --metrics miou --palette wrld": (

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..arguments import check_choice, check_type, check_whole, exit_on_error, positive
+from ..arguments import check_choice, check_type, check_whole, exit_on_error, parse, positive
 from ..files import atomic_write, expand_user
 from . import Direction
 from .layouts import DatasetMode
@@ -333,7 +333,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     with exit_on_error():
         root = write_synthetic(
             options.out, options.train, options.test, options.size, options.seed, options.layout, options.variant

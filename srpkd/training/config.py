@@ -205,6 +205,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         argument = rest.pop(0)
         name, equals, value = argument[2:].partition("=") if argument.startswith("--") else ("", "", "")
         alone = not equals and (not rest or rest[0].startswith("--"))
+        if value == "--":  # argparse would make an empty list of it
+            raise ValueError(f"--{name}: expected a value, received '--'")
         if name in ("preset", "config"):
             if alone:
                 raise ValueError(f"--{name} needs a value")
