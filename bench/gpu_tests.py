@@ -11,7 +11,6 @@ deselected: ``start`` writes that file from the results so far, once, so that al
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from srpkd.checking.kernels import KERNEL_VARIABLE
-from srpkd.checking.processes import read_lines
+from srpkd.checking.processes import append_line, read_lines
 
 VARIABLE = "SRPKD_GPU_TESTS"
 NOT_COVERED = re.compile(KERNEL_VARIABLE + r'="\w+" does not cover [^:]*')  # csrc/cuda/choose_kernel.h
@@ -130,6 +129,4 @@ class Recorder:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = " ".join(str(crash.message if crash else report.longrepr).split())[-200:]
-        line = json.dumps({"test": report.nodeid, "outcome": report.outcome, "message": message})
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_line(self.file, {"test": report.nodeid, "outcome": report.outcome, "message": message})

@@ -250,10 +250,12 @@ def test_missing_cases_are_run_again(fake):
             json.dumps({"kernel": "native", "case": number, "check": CHECKS[number].identity, "status": status}) + "\n"
             for number, status in enumerate(["wrong", "ok", "not covered", "crashed"])
         )
+        + '{"kernel": "nat'  # its writing was cut off
     )
     second = processes.Runner(CHECKS[:5], 300, 60, fake / "smoke.jsonl")
     second.run(["native"])
     assert [second.results["native", n]["status"] for n in range(5)] == ["wrong", "ok", "not covered", "ok", "ok"]
+    assert processes.recorded(fake / "smoke.jsonl") == second.results
     assert processes.verdict(second.results, "native", 5) == processes.verdict(second.results, "native", 6) == "FAILED"
     results = {("native", 0): {"status": "not covered"}, ("native", 1): {"status": "ok"}}
     assert processes.verdict(results, "native", 2) == "right"

@@ -311,8 +311,8 @@ class Runner:
         with self.lock:
             self.results[kernel, entry["case"]] = entry
             if self.file:
-                with writing(self.file), self.file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"kernel": kernel} | entry) + "\n")
+                with writing(self.file):
+                    append_line(self.file, {"kernel": kernel} | entry)
 
 
 def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -334,6 +334,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         with suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
     return entries
+
+
+def append_line(file: Path, entry: dict[str, Any]) -> None:
+    """Append an object to a file of JSON lines, after the end of a line whose writing was cut off."""
+    with file.open("a+b") as lines:
+        is_cut_off = lines.tell() > 0 and lines.seek(-1, os.SEEK_END) >= 0 and lines.read() != b"\n"
+        lines.write(b"\n" * is_cut_off + json.dumps(entry).encode() + b"\n")
 
 
 def verdict(results: dict[tuple[str, int], dict[str, Any]], kernel: str, count: int) -> Verdict:
