@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -145,6 +146,12 @@ def inception_file(path: str | Path | None) -> str:
             f"the Inception weights for FID and KID are not at {file}. Download {url} and put it at {default}, or give "
             "its path: --inception_weights PATH"
         )
+    _check_inception(file, file.stat().st_mtime_ns, url)
+    return str(file)
+
+
+@functools.lru_cache(maxsize=1)  # srpkd evaluate checks them first, and `fidelity` again
+def _check_inception(file: Path, modified: int, url: str) -> None:
+    """Raise a CheckpointError for other weights; ``modified`` tells one version of the file from another."""
     if "Mixed_7c.branch_pool.conv.weight" not in load_weights(file):
         raise CheckpointError(f"{file} holds other weights than torch-fidelity's Inception: download {url}")
-    return str(file)

@@ -17,7 +17,7 @@ from srpkd.data.images import ImageFiles
 from srpkd.data.listing import image_files
 from srpkd.files import WriteError
 from srpkd.metrics.fidelity import fidelity
-from srpkd.models.checkpoints import CheckpointError, save_weights
+from srpkd.models.checkpoints import CheckpointError, load_weights, save_weights
 
 fidelity_library = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
 
@@ -142,7 +142,7 @@ def test_missing_and_wrong_inception_weights(folders, monkeypatch, tmp_path):
 
 
 def test_given_inception_weights_are_used(folders, monkeypatch, tmp_path):
-    """Otherwise torch-fidelity would download its own."""
+    """Otherwise torch-fidelity would download its own. They are read once, unless the file changes."""
     torch.save({"Mixed_7c.branch_pool.conv.weight": torch.zeros(1)}, tmp_path / "mine.pth")
     asked = {}
     monkeypatch.setattr(
@@ -151,9 +151,16 @@ def test_given_inception_weights_are_used(folders, monkeypatch, tmp_path):
         lambda **options: asked.update(options) or {"frechet_inception_distance": 1.0},
     )
     both = images(folders["generated"]), {"test": [images(folders["real"])]}
-    fidelity(*both, kid=False, inception_weights=tmp_path / "mine.pth")
+    read = []
+    monkeypatch.setattr("srpkd.metrics.fidelity.load_weights", lambda file: read.append(file) or load_weights(file))
+    for _ in range(2):
+        fidelity(*both, kid=False, inception_weights=tmp_path / "mine.pth")
+    assert read == [tmp_path / "mine.pth"]
     assert asked["feature_extractor"] == "inception-v3-compat"
     assert asked["feature_extractor_weights_path"] == str(tmp_path / "mine.pth")
+    save_weights(nn.Linear(2, 2), tmp_path / "mine.pth")
+    with pytest.raises(CheckpointError, match="holds other weights"):
+        fidelity(*both, inception_weights=tmp_path / "mine.pth")
 
 
 def test_deep_images_are_rounded_to_8_bits(folders, tmp_path):
