@@ -220,7 +220,7 @@ def _student_optimizer(
     if shared:
         raise ValueError(
             f"training would change the teacher, of which the optimizer has {len(shared)} parameters, such as "
-            f"{shared[0]!r}: give the student copies, as by copy.deepcopy, or freeze them by requires_grad_(False)"
+            f"{shared[0]!r}: give the student copies (copy.deepcopy), or freeze them with requires_grad_(False)"
         )
     return optimizer
 

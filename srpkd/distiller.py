@@ -55,7 +55,7 @@ class RelationDistiller(nn.Module):
         loss: loss of two features (B, C, H, W); by default ``SRPLoss()``. Or student module name -> loss; layers that
             it does not name have the default.
         weights: student module name -> weight of the layer's loss; by default 1. A schedule may change them between
-            steps, as by ``distiller.weights["model.9"] = 0.5``.
+            steps: ``distiller.weights["model.9"] = 0.5``.
         layout: layout of the features, as in ``SRPLoss``: one for all layers, or student module name -> layout. Where
             the networks differ, a pair (student's, teacher's), such as ``("nchw", "nhwc")``. Features are brought to
             the layout that the loss expects (``"nchw"`` unless it is an ``SRPLoss`` of another one), which is also the
@@ -319,7 +319,7 @@ def _missing_layout(student: Tensor, teacher: Tensor, layout: Layout) -> str:
         single = SHAPES[layout][1]
         return (
             f"{error}pass layout='nlc' for tokens (B, N, C), or layout={layout!r} for maps {single} without a batch; "
-            "for sequences (B, C, N), as of nn.Conv1d, a loss that transposes them, as by features.mT"
+            "for sequences (B, C, N), such as those of nn.Conv1d, a loss that transposes them with features.mT"
         )
     pair = tuple("nlc" if features.ndim == 3 else layout for features in (student, teacher))
     return f"{error}pass layout={pair}, that of the student and of the teacher, if one has tokens (B, N, C)"

@@ -44,16 +44,16 @@ def check_dense(name: str, features: Tensor) -> None:
     """Raise a TypeError unless features are a plain dense tensor."""
     if type(features) is not Tensor and hasattr(features, "full_tensor"):  # without an import of torch's DTensor
         raise TypeError(
-            f"{name} features are a DTensor: expected a plain tensor, as by .full_tensor(), or where the batch is "
-            "sharded by .to_local()"
+            f"{name} features are a DTensor: expected a plain tensor; call .full_tensor(), or .to_local() if the batch "
+            "is sharded"
         )
     if features.is_nested:
         raise TypeError(
-            f"{name} features are nested: expected a dense tensor, as by .to_padded_tensor(0.0), or in "
-            "nn.TransformerEncoder by enable_nested_tensor=False"
+            f"{name} features are nested: expected a dense tensor; call .to_padded_tensor(0.0), or create the "
+            "nn.TransformerEncoder with enable_nested_tensor=False"
         )
     if features.layout is not torch.strided:
-        raise TypeError(f"{name} features are sparse or packed: expected a dense tensor, as by .to_dense()")
+        raise TypeError(f"{name} features are sparse or packed: expected a dense tensor; call .to_dense()")
 
 
 def check_dimensions(student: Tensor, teacher: Tensor, layouts: tuple[Layout, Layout]) -> None:
@@ -68,8 +68,8 @@ def check_dimensions(student: Tensor, teacher: Tensor, layouts: tuple[Layout, La
         tokens, image = ("student", "teacher") if student.ndim == 3 else ("teacher", "student")
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in the number of dimensions. If "
-            f"the {tokens} has tokens (B, N, C), give RelationDistiller layout={pair}, or make tokens of the {image}'s "
-            f"map, as by features.{flatten}, for layout='nlc'"
+            f"the {tokens} has tokens (B, N, C), give RelationDistiller layout={pair}, or convert the {image}'s map "
+            f"to tokens with features.{flatten}, for layout='nlc'"
         )
     for name, features, layout in zip(("student", "teacher"), (student, teacher), layouts):
         _check_ndim(name, features, layout)
@@ -85,11 +85,11 @@ def _check_ndim(name: str, features: Tensor, layout: Layout) -> None:
     if features.ndim == 2:
         hint = (
             "; vectors (B, C) have no pixels: tap a layer before the pixels are pooled, or relate the images of the "
-            "batch, by features.unsqueeze(1) with layout='nlc' and scope='batch'"
+            "batch with features.unsqueeze(1), layout='nlc' and scope='batch'"
         )
     if features.ndim > max(NDIM.values()):  # a video or a volume
         first = 2 if layout == "nchw" else 1
-        hint = f"; for more dimensions flatten the positions, as by .flatten({first}, {first + features.ndim - 4})"
+        hint = f"; for more dimensions flatten the positions with .flatten({first}, {first + features.ndim - 4})"
     raise ValueError(
         f"{name} features have shape {tuple(features.shape)}: layout={layout!r} expects {expected} or {single}{hint}"
     )
@@ -202,11 +202,11 @@ def _likely_shape(features: Tensor, layout: Layout, images: Sequence[int] | None
     if features.ndim == 2 and features.shape[0] == images[0]:
         return "(B, C), a vector for each image: if they are, tap a layer before the pixels are pooled"
     if features.ndim == 3 and features.shape[0] != images[0] == features.shape[1]:
-        return "(N, B, C): if they are, pass a loss that transposes them, as by features.transpose(0, 1)"
+        return "(N, B, C): if they are, pass a loss that transposes them with features.transpose(0, 1)"
     if features.ndim == 3 and (extra := _extra_tokens(features.shape[1], *images[-2:])):
         return (
             f"{features.shape[1] - extra} patches behind {extra} class or register tokens: if they are, pass a loss "
-            f"that leaves these out, as by features[:, {extra}:]"
+            f"that leaves these out with features[:, {extra}:]"
         )
     return None
 

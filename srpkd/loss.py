@@ -34,7 +34,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 ONE_PIXEL = (
     "of shape {} have one pixel for each image, which has no relations: the loss is 0 and trains nothing. Tap a layer "
-    "before the pixels are pooled, or relate the images of the batch by scope='batch'"
+    "before the pixels are pooled, or relate the images of the batch with scope='batch'"
 )
 CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": NORMALIZATIONS, "distance": DISTANCES, "reduction": REDUCTIONS, "layout": LAYOUTS, "scope": SCOPES,
@@ -400,8 +400,8 @@ def _check_own_features(student: Tensor, teacher: Tensor, layout: Layout) -> Non
         check_dense(name, features)
         if features.dtype not in DTYPES:
             raise TypeError(
-                f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16, for example by "
-                ".float()"
+                f"{name} features are {features.dtype}: expected float64, float32, bfloat16 or float16; "
+                "convert them, for example with .float()"
             )
         if features.numel() == 0:
             raise ValueError(f"{name} features are empty: shape {tuple(features.shape)}")
@@ -424,13 +424,13 @@ def _check_sizes(student: Tensor, teacher: Tensor, layout: Layout) -> None:
     if student.ndim != teacher.ndim or (is_batch and student.shape[0] != teacher.shape[0]):
         reason = "in the batch"
     elif layout == "nlc":
-        reason = "in their tokens: tap layers of equal size, and leave out class tokens, as by features[:, 1:]"
+        reason = "in their tokens: tap layers of equal size, and leave out class tokens with features[:, 1:]"
         if student.shape[-1] == teacher.shape[-2] or student.shape[-2] == teacher.shape[-1]:
-            reason += "; if one of them is (B, C, N), transpose it, as by features.mT"
+            reason += "; if one of them is (B, C, N), transpose it with features.mT"
         elif student.shape[-1] == teacher.shape[-1]:
-            reason += "; if both are (B, C, N), transpose them, as by features.mT"
+            reason += "; if both are (B, C, N), transpose them with features.mT"
     else:
-        reason = "in their pixels: tap layers of equal size, or resize one, as by torch.nn.functional.interpolate"
+        reason = "in their pixels: tap layers of equal size, or resize one with torch.nn.functional.interpolate"
     if layout == "nchw" and not is_batch:
         reason += "; for tokens (B, N, C) use layout='nlc'"
     other: Layout = "nhwc" if layout == "nchw" else "nchw"

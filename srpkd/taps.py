@@ -103,7 +103,7 @@ class FeatureTap:
         if isinstance(network, DataParallel) and len(network.device_ids) > 1:
             raise ValueError(
                 f"the {role} is a DataParallel of {len(network.device_ids)} GPUs, which runs a copy of it on each: "
-                "their features cannot be tapped. Use DistributedDataParallel, or one GPU by device_ids=[0]"
+                "their features cannot be tapped. Use DistributedDataParallel, or one GPU with device_ids=[0]"
             )
         self.names: list[str] = list(names)
         modules = named_layers(network)
@@ -156,7 +156,7 @@ class FeatureTap:
         if recorder.is_active:  # in another thread, or around this one: it would record the features of both passes
             raise RuntimeError(
                 f"the tap of the {recorder.role} is recording another pass: run one after the other, or give each "
-                "thread a copy by copy.deepcopy"
+                "thread a copy made with copy.deepcopy"
             )
         features: dict[str, Tensor] = {}
         recorder.features, recorder.is_active = features, enabled
@@ -171,7 +171,7 @@ class FeatureTap:
             raise RuntimeError(
                 f"{recorder.role} layers {missing} did not run in this pass: run the network inside the recording, tap "
                 "layers that its forward uses, and create the tap before torch.compile, but after layers are replaced, "
-                "as by convert_sync_batchnorm"
+                "for example by convert_sync_batchnorm"
             )
 
     def close(self) -> None:

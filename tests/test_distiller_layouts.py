@@ -129,7 +129,7 @@ class Reshaped(nn.Conv2d):
         (
             lambda x: F.pad(F.avg_pool2d(x, 2).flatten(2), (5, 0)).mT,
             "nlc",
-            r"12 patches behind 5 class or register tokens: if they are, .* as by features\[:, 5:\]",
+            r"12 patches behind 5 class or register tokens: if they are, .* with features\[:, 5:\]",
         ),
         (lambda x: x.mean((2, 3)), "nlc", r"\(B, C\), a vector for each image: if they are, tap a layer before"),
     ],

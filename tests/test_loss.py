@@ -445,7 +445,7 @@ REFUSED = {
         ["student", "(9, 5)", "(B, H, W, C) or (H, W, C)"],
     ),
     "one image": ({"student": IMAGE[0, 0]}, ValueError, ["student", "(4, 4)", "(B, C, H, W)"]),
-    "video": ({"teacher": IMAGE[..., None]}, ValueError, ["teacher", "(2, 3, 4, 4, 1)", "by .flatten(2, 3)"]),
+    "video": ({"teacher": IMAGE[..., None]}, ValueError, ["teacher", "(2, 3, 4, 4, 1)", "with .flatten(2, 3)"]),
     "no images": ({"student": IMAGE[:0], "teacher": IMAGE[:0]}, ValueError, ["student", "empty", "(0, 3, 4, 4)"]),
     "no channels": ({"teacher": IMAGE[:, :0]}, ValueError, ["teacher", "empty", "(2, 0, 4, 4)"]),
     "no pixels": ({"student": IMAGE[:, :, :0]}, ValueError, ["student", "empty"]),
@@ -464,7 +464,7 @@ REFUSED = {
     "tokens differ": (
         {"student": torch.ones(2, 5, 3), "teacher": torch.ones(2, 6, 3), "layout": "nlc"},
         ValueError,
-        ["(2, 5, 3)", "(2, 6, 3)", "their tokens", "class tokens, as by features[:, 1:]", "if both are (B, C, N)"],
+        ["(2, 5, 3)", "(2, 6, 3)", "their tokens", "class tokens with features[:, 1:]", "if both are (B, C, N)"],
     ),
     "devices": ({"teacher": IMAGE.to("meta")}, ValueError, ["cpu", "meta", "one device"]),
     "teacher's gradient": ({"teacher": IMAGE.clone().requires_grad_()}, ValueError, ["torch.no_grad()", ".detach()"]),

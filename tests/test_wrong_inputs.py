@@ -85,15 +85,15 @@ WRONG = {
     "normalize is a list": (lambda: SRPLoss(["row"]), ValueError, r"normalize=\['row'\] is not one of .* mean 'row'"),
     "normalize is an array": (lambda: SRPLoss(np.array(["row", "none"])), ValueError, "is not one of 'row', 'cosine'"),
     "an option misspelt": (lambda: SRPLoss(normalise="row"), TypeError, "unexpected keyword argument 'normalise'"),
-    "sparse features": (lambda: relation_loss(IMAGES.to_sparse(), IMAGES), TypeError, r"student .*by \.to_dense\(\)"),
-    "packed features": (lambda: relation_loss(IMAGES, IMAGES.to_mkldnn()), TypeError, r"teacher .*by \.to_dense\(\)"),
+    "sparse features": (lambda: relation_loss(IMAGES.to_sparse(), IMAGES), TypeError, r"student .*call \.to_dense\(\)"),
+    "packed features": (lambda: relation_loss(IMAGES, IMAGES.to_mkldnn()), TypeError, r"teacher .*call \.to_dense\(\)"),
     "ragged features": (
         lambda: relation_loss(torch.nested.nested_tensor([torch.ones(3, 8, 8)] * 2), IMAGES),
         TypeError,
-        r"student features are nested: .* as by .to_padded_tensor\(0.0\)",
+        r"student features are nested: .* call .to_padded_tensor\(0.0\)",
     ),
     "features in a list": (lambda: SRPLoss()([IMAGES], IMAGES), TypeError, r"expected a tensor \(B, C, H, W\).* list"),
-    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool: expected float64.*by .float"),
+    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool: expected float64.*with .float"),
     "features of the module": (lambda: SRPLoss()(IMAGES, IMAGES[:1]), ValueError, "differ in the batch"),
     # --- the distiller and its taps ---
     "layers in a list": (

@@ -66,7 +66,7 @@ class DeepPixels(NamedTuple):
         low, high = float(used.min()), float(used.max())
         if not (low >= 0 and high <= self.maximum):  # also false for NaN
             raise UnsupportedImage(
-                f"values from {low:g} to {high:g}; {SUPPORTED}: scale the values first, such as by the largest"
+                f"values from {low:g} to {high:g}; {SUPPORTED}: scale the values first, for example by the largest"
             )
         pixels = torch.from_numpy(np.ascontiguousarray(used.transpose(2, 0, 1))) / self.maximum
         colour, alpha = pixels[: self.colours], pixels[self.colours :] if self.alpha else None
