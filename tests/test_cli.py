@@ -19,7 +19,7 @@ from srpkd import cli
 from srpkd.models.checkpoints import save_weights
 from srpkd.models.networks import define_generator
 
-PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
 # The start of a program that imports srpkd.cli without srpkd/__init__.py, which imports torch and so takes seconds
 WITHOUT_TORCH = f"""
 import os, sys, types
@@ -130,7 +130,7 @@ cli.main()
 def test_characters_that_the_terminal_does_not_have():
     """The table at the end of a training run contains a dash."""
     code = f"""{WITHOUT_TORCH}
-sys.modules["srpkd.show"] = types.SimpleNamespace(main=lambda _: print("–"))
+sys.modules["srpkd.show"] = types.SimpleNamespace(main=lambda _: print(chr(0x2013)))
 cli.COMMANDS["show"] = "it prints a dash"
 sys.argv = ["srpkd", "show"]
 cli.main()

@@ -29,7 +29,7 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
 
 def test_atomic_write_of_the_longest_name(tmp_path):
     """85 Chinese characters are 255 bytes, as many as Linux allows."""
-    path = write_file(tmp_path / ("漢" * 83 + "a.json"), b"content")
+    path = write_file(tmp_path / os.fsdecode("漢".encode() * 83 + b"a.json"), b"content")
     assert len(os.fsencode(path.name)) == 255 and path.read_bytes() == b"content"
 
 
