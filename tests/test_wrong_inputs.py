@@ -6,13 +6,12 @@ data/test_validate.py, files of weights in models/test_checkpoints.py, and comma
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from wrong_files import assert_rejected, tree
 
-from srpkd import RelationDistiller, SRPLoss, distill, relation_loss
+from srpkd import RelationDistiller, SRPLoss, distill
 from srpkd.data.images import DataError
 from srpkd.files import WriteError
 from srpkd.models.networks import define_generator
@@ -53,48 +52,6 @@ def distiller(layers=LAYERS, loss=None, weights=None):
 
 # name: (call, error, pattern of its message). The working directory has the files of wrong_files.py.
 WRONG = {
-    # --- the loss ---
-    "generator without columns": (
-        lambda: SRPLoss(generator=torch.Generator()),
-        ValueError,
-        "generator draws the sampled columns: give columns, their number, or leave out generator",
-    ),
-    "generator without columns, function": (
-        lambda: relation_loss(IMAGES, IMAGES, generator=torch.Generator()),
-        ValueError,
-        "generator draws the sampled columns",
-    ),
-    "group without scope": (
-        lambda: SRPLoss(group=-100),
-        ValueError,
-        "group is that of scope='global', received scope='image': change scope, or leave out group",
-    ),
-    "group is a name": (
-        lambda: SRPLoss(scope="global", group="workers"),
-        TypeError,
-        r"group: expected a torch\.distributed\.ProcessGroup or None, received str",
-    ),
-    "delta is a text": (lambda: SRPLoss(delta="1"), TypeError, "delta='1': expected a number above 0, received str"),
-    "delta is a tensor": (
-        lambda: SRPLoss(delta=torch.ones(2)),
-        TypeError,
-        "expected a number above 0, received Tensor",
-    ),
-    "delta is a bool": (lambda: SRPLoss(delta=True), TypeError, "delta=True: expected a number"),
-    "eps is nothing": (lambda: SRPLoss(eps=None), TypeError, "eps=None: expected a number of at least 0"),
-    "normalize is a list": (lambda: SRPLoss(["row"]), ValueError, r"normalize=\['row'\] is not one of .* mean 'row'"),
-    "normalize is an array": (lambda: SRPLoss(np.array(["row", "none"])), ValueError, "is not one of 'row', 'cosine'"),
-    "an option misspelt": (lambda: SRPLoss(normalise="row"), TypeError, "unexpected keyword argument 'normalise'"),
-    "sparse features": (lambda: relation_loss(IMAGES.to_sparse(), IMAGES), TypeError, r"student .*call \.to_dense\(\)"),
-    "packed features": (lambda: relation_loss(IMAGES, IMAGES.to_mkldnn()), TypeError, r"teacher .*call \.to_dense\(\)"),
-    "ragged features": (
-        lambda: relation_loss(torch.nested.nested_tensor([torch.ones(3, 8, 8)] * 2), IMAGES),
-        TypeError,
-        r"student features are nested: .* call .to_padded_tensor\(0.0\)",
-    ),
-    "features in a list": (lambda: SRPLoss()([IMAGES], IMAGES), TypeError, r"expected a tensor \(B, C, H, W\).* list"),
-    "bool features": (lambda: SRPLoss()(IMAGES > 0, IMAGES), TypeError, "torch.bool: expected float64.*with .float"),
-    "features of the module": (lambda: SRPLoss()(IMAGES, IMAGES[:1]), ValueError, "differ in the batch"),
     # --- the distiller and its taps ---
     "layers in a list": (
         lambda: distiller(["0"]),
@@ -215,11 +172,6 @@ WRONG = {
 def test_invalid_input_raises_and_leaves_no_file(files, monkeypatch, call, error, message):
     monkeypatch.chdir(files)
     assert_rejected(files, call, error, message)
-
-
-def test_different_devices():
-    with pytest.raises(ValueError, match="student is on cpu and teacher on meta: move them to one device"):
-        SRPLoss()(IMAGES, IMAGES.to("meta"))
 
 
 # --- invalid reports --------------------------------------------------------------------------------------------------
