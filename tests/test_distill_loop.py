@@ -188,7 +188,7 @@ def test_default_loss_and_weights(networks):
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ([{"A": IMAGES}], TypeError, "the data gave a dict; expected image tensors"),
+        ([{"A": IMAGES}], TypeError, "the data gave a dict; expected image tensors .* pass forward="),
         ([(IMAGES, "path")], TypeError, "gave a tuple of Tensor, str; expected"),
         ([(IMAGES,) * 3], TypeError, "of Tensor, Tensor, Tensor; expected"),
         ([], ValueError, "gave no batch in epoch 1"),
@@ -341,8 +341,6 @@ def test_networks_of_different_outputs():
         ({"output": 1.5}, TypeError, "output: expected a field such as 'sample', .* received float"),
         ({"output": "sample", "target": lambda batch: batch["more"]}, TypeError, "the target is a tuple"),
         ({"target": "sample"}, TypeError, "target: expected a function of a batch"),
-        ({"forward": None}, TypeError, "the data gave a dict; expected image tensors .* pass forward="),
-        ({"forward": "sample"}, TypeError, "forward: expected a function forward"),
         ({"on_step": "log"}, TypeError, "on_step: expected a function of .* received str"),
         ({"forward": None, "target": lambda batch: IMAGES}, TypeError, "target: .* together with forward="),
     ],

@@ -12,10 +12,8 @@ from torch import nn
 from wrong_files import assert_rejected, tree
 
 from srpkd import RelationDistiller, SRPLoss, distill
-from srpkd.data.images import DataError
-from srpkd.files import WriteError
 from srpkd.models.networks import define_generator
-from srpkd.reporting.page import overview, write_report
+from srpkd.reporting.page import write_report
 from srpkd.taps import FeatureTap
 
 IMAGES = torch.ones(2, 3, 8, 8)
@@ -58,7 +56,6 @@ WRONG = {
         TypeError,
         r"layers=\['0'\]: expected {student module name: .* list",
     ),
-    "layers is a name": (lambda: distiller("0"), TypeError, "layers='0': expected {student module name"),
     "no layers": (lambda: distiller({}), ValueError, "layers is empty: expected {student"),
     "layers is nothing": (lambda: distiller(None), ValueError, "layers is empty: expected {student"),
     "a number for a layer": (lambda: distiller({0: "0"}), ValueError, "no module named 0; the nearest names are '0'"),
@@ -143,28 +140,6 @@ WRONG = {
         TypeError,
         r"the student gave a tuple \(Tensor, Tensor\); expected one image tensor .*pass output=",
     ),
-    # --- the page ---
-    "a page of a file": (
-        lambda: write_report("file"),
-        ValueError,
-        "file is not the folder of a run: .*expected config",
-    ),
-    "a page of a number": (
-        lambda: write_report(3),
-        TypeError,
-        r"(expected str, bytes or|argument should be a str or an) os.PathLike object.*, not '?int'?",
-    ),
-    "a report of another kind": (
-        lambda: write_report("results/broken"),
-        ValueError,
-        "report.json has an invalid structure",
-    ),
-    "a page that is a folder": (
-        lambda: write_report("results/blocked"),
-        WriteError,
-        "index.html cannot be written: Is a",
-    ),
-    "an overview of bombs": (lambda: overview("results/bombs", "x.png"), DataError, "bomb/00000.png: far too large"),
 }
 
 

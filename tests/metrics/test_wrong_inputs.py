@@ -9,7 +9,6 @@ from wrong_files import assert_rejected
 from srpkd.data.images import ImageFiles
 from srpkd.metrics.fidelity import fidelity
 from srpkd.metrics.pixels import similarity
-from srpkd.metrics.segmentation import read_palette
 
 # name: (call, error, pattern of its message). The working directory has the files of wrong_files.py.
 WRONG = {
@@ -39,11 +38,6 @@ WRONG = {
         lambda: similarity([(torch.ones(3, 8, 8), torch.ones(3, 8, 8))]),
         ValueError,
         "SSIM needs images of at least 11 x 11",
-    ),
-    "a palette that is a folder": (
-        lambda: read_palette("empty"),
-        ValueError,
-        "--palette empty: expected synthetic, citysc",
     ),
 }
 
