@@ -148,19 +148,6 @@ class SRPLoss(nn.Module):
     the same names and are validated when they are set.
     """
 
-    normalize: Normalize
-    distance: Distance
-    delta: float
-    reduction: Reduction
-    layout: Layout
-    eps: float
-    backend: str
-    scope: Scope
-    group: dist.ProcessGroup | None
-    rectify: bool
-    detach_norms: bool
-    columns: int | None
-    generator: torch.Generator | None
     has_warned: bool = False  # about the shape of features: once is enough
 
     def __init__(
