@@ -70,15 +70,6 @@ class RelationDistiller(nn.Module):
             ``loss``, ``weights`` or ``layout`` names a layer that is not tapped, or a layout does not exist.
     """
 
-    layers: dict[str, str]
-    weights: dict[str, float]
-    layouts: dict[str, tuple[Layout, Layout]]
-    student: nn.Module
-    loss: FeatureLoss
-    layer_losses: dict[str, FeatureLoss]
-    student_tap: FeatureTap
-    teacher_tap: FeatureTap
-
     def __init__(
         self,
         student: nn.Module,
