@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -23,24 +25,27 @@ def folder(tmp_path):
     return save_mixed(tmp_path / "photos")
 
 
+def run(tmp_path, folder, *options, net=None, out="out"):
+    """Translate a folder and return the exit status, or the error message."""
+    save_weights(net or define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "net.pth"), str(folder), str(tmp_path / out), "--device=cpu", *options])
+    return caught.value.code
+
+
 def test_train_mode_norm(folder, tmp_path, capsys):
     """As in pix2pix, each image gets the output of batch norms in training mode on this image alone."""
     net = define_generator("resnet_1blocks", ngf=2, norm="batch", dropout=True, init_gain=0.2)
-    save_weights(net, tmp_path / "net.pth")
     for module in net.modules():  # but not dropout
         module.training = isinstance(module, nn.BatchNorm2d)
     for batch_size in ("1", "8"):
-        out = tmp_path / batch_size
-        arguments = [str(tmp_path / "net.pth"), str(folder), str(out), "--device=cpu", "--batch_size", batch_size]
-        with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--train_mode_norm"])
-        assert caught.value.code == 0
+        assert run(tmp_path, folder, "--batch_size", batch_size, "--train_mode_norm", net=net, out=batch_size) == 0
         for name in ("a.png", "deep/er/e.tif"):
             pixels = torch.from_numpy(np.array(Image.open(folder / name))).permute(2, 0, 1)[None]
             with torch.no_grad():
                 output = ((net(pixels / 127.5 - 1)[0] + 1) * 127.5).round().permute(1, 2, 0)
             assert output.std() > 1
-            np.testing.assert_allclose(np.array(Image.open(out / name)), output, atol=1)
+            np.testing.assert_allclose(np.array(Image.open(tmp_path / batch_size / name)), output, atol=1)
     assert "7 images written" in capsys.readouterr().out
 
 
@@ -48,10 +53,7 @@ def test_unreadable_images_are_reported_and_skipped(folder, tmp_path, capsys):
     data = (folder / "b.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
     (folder / "text.png").write_text("hello")
-    save_weights(define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device", "cpu"])
-    assert caught.value.code == 1
+    assert run(tmp_path, folder) == 1
     out, err = capsys.readouterr()
     assert out == f"7 images written to {tmp_path / 'out'}, 2 skipped, 1 other file (1 .txt) left out\n"
     assert f"skipped {folder / 'cut.jpg'}: damaged or truncated" in err
@@ -60,33 +62,18 @@ def test_unreadable_images_are_reported_and_skipped(folder, tmp_path, capsys):
 
 
 def test_results_are_overwritten_only_with_force(folder, tmp_path, capsys):
-    save_weights(define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
     (tmp_path / "out" / "deep").mkdir(parents=True)
     (tmp_path / "out" / "deep" / "a.webp").write_bytes(b"mine")
-    arguments = [str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu"]
-    with pytest.raises(SystemExit, match=r"1 of the results exist already, such as .*a\.webp: use --skip_existing"):
-        main(arguments)
+    message = r"1 of the results exist already, such as .*a\.webp: use --skip_existing"
+    assert re.search(message, run(tmp_path, folder))
     assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["a.webp"]
     assert (tmp_path / "out" / "deep" / "a.webp").read_bytes() == b"mine"
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--force"])
-    assert caught.value.code == 0
+    assert run(tmp_path, folder, "--force") == 0
     assert (tmp_path / "out" / "deep" / "a.webp").read_bytes() != b"mine"
     assert "7 images written" in capsys.readouterr().out
 
 
-def run(tmp_path, folder, *options):
-    """Translate a folder with a generator that returns its input, and return the exit status."""
-    net = define_generator("resnet_1blocks", ngf=2, init_gain=0.2)
-    save_weights(net, tmp_path / "net.pth")
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu", *options])
-    return caught.value.code
-
-
 def test_an_interrupted_translation_continues_with_skip_existing(folder, tmp_path, monkeypatch, capsys):
-    save_weights(define_generator("resnet_1blocks", ngf=2, init_gain=0.2), tmp_path / "net.pth")
-    arguments = [str(tmp_path / "net.pth"), str(folder), str(tmp_path / "out"), "--device=cpu", "--skip_existing"]
     write, written = inference.write_file, []
 
     def interrupted(*arguments):
@@ -96,16 +83,14 @@ def test_an_interrupted_translation_continues_with_skip_existing(folder, tmp_pat
 
     monkeypatch.setattr(inference, "write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        main(arguments)
+        run(tmp_path, folder, "--skip_existing")
     first = written.copy()
     written.clear()
     monkeypatch.setattr(inference, "write_file", lambda *arguments: written.append(write(*arguments)))
-    with pytest.raises(SystemExit, match="0"):
-        main(arguments)
+    assert run(tmp_path, folder, "--skip_existing") == 0
     assert len(written) == 4 and not set(written) & set(first)
     assert "note: 3 results exist already: their images were left out" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="0"):
-        main(arguments)
+    assert run(tmp_path, folder, "--skip_existing") == 0
     assert capsys.readouterr().out.startswith("0 images written")
 
 
@@ -195,14 +180,11 @@ def test_all_frames(tmp_path, identity, capsys, name):
 @pytest.mark.parametrize("options", [{"antialias": "both"}, {"antialias": "down"}, {"norm": "none"}], ids=str)
 def test_generators_of_cut(tmp_path, options):
     net = define_generator("resnet_2blocks", ngf=2, init_gain=0.3, **options).eval()
-    torch.save(net.state_dict(), tmp_path / "latest_net_G.pth")
     (tmp_path / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 3), dtype=np.uint8)
     for name, image in {"fits": pixels, "padded": pixels[:19, :30]}.items():
         Image.fromarray(image).save(tmp_path / "photos" / f"{name}.png")
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "latest_net_G.pth"), str(tmp_path / "photos"), str(tmp_path / "out"), "--device=cpu"])
-    assert caught.value.code == 0
+    assert run(tmp_path, tmp_path / "photos", net=net) == 0
     with torch.no_grad():
         output = net(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)[0]
     expected = ((output + 1) * 127.5).round().permute(1, 2, 0).numpy()
