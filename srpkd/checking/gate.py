@@ -57,7 +57,7 @@ def strip_loss(student: Tensor, teacher: Tensor, rows: slice, relation: Relation
 def strips(student: Tensor) -> Iterator[tuple[slice, float]]:
     """Yield strips of rows, each with its share of all rows."""
     batch, pixels, _ = student.shape
-    size = max(MIN_ROWS, min(pixels, STRIP_ELEMENTS.get(student.device.type, 2**22) // (batch * pixels)))
+    size = max(MIN_ROWS, STRIP_ELEMENTS.get(student.device.type, 2**22) // (batch * pixels))
     for start in range(0, pixels, size):
         stop = min(start + size, pixels)
         yield slice(start, stop), (stop - start) / pixels
@@ -104,8 +104,8 @@ def measure_errors(name: str, loss: Loss, case: Case, student: Tensor, teacher: 
     """Run a provider once and return its errors; a kernel of srpkd with ``poisoned_memory``."""
     # not for peers: torch.compile would compile again without it
     with poisoned_memory() if name in KERNELS else nullcontext():
-        value, gradient = evaluate(loss, student, teacher, case)
-    return relative_errors(Result(value, None if gradient is None else gradient.double() / case.loss_scale), expected)
+        result = Result(*evaluate(loss, student, teacher, case))
+    return relative_errors(result, expected, case.loss_scale)
 
 
 def float64_result(student: Tensor, teacher: Tensor, case: Case) -> Result:
@@ -121,8 +121,8 @@ def float64_result(student: Tensor, teacher: Tensor, case: Case) -> Result:
     return Result(total, gradient)
 
 
-def relative_errors(actual: Result, expected: Result) -> Errors:
-    """Return the errors of a result; NaN or infinite if the result is not finite."""
+def relative_errors(actual: Result, expected: Result, loss_scale: float = 1.0) -> Errors:
+    """Return the errors of a result, whose gradient is scaled; NaN or infinite if the result is not finite."""
     tiny = 1e-300  # keeps the error of a zero gradient finite
 
     def relative(value: Tensor, reference: Tensor) -> float:
@@ -132,9 +132,10 @@ def relative_errors(actual: Result, expected: Result) -> Errors:
     if expected.gradient is None:
         return Errors(loss)
     assert actual.gradient is not None
-    by_pixel = (actual.gradient.double() - expected.gradient).norm(dim=-1)
+    gradient = actual.gradient.double() / loss_scale
+    by_pixel = (gradient - expected.gradient).norm(dim=-1)
     root_mean_square = expected.gradient.norm(dim=-1).square().mean().sqrt().clamp_min(tiny)
-    return Errors(loss, relative(actual.gradient, expected.gradient), (by_pixel.max() / root_mean_square).item())
+    return Errors(loss, relative(gradient, expected.gradient), (by_pixel.max() / root_mean_square).item())
 
 
 def failure_reason(found: Errors, case: Case, limits: dict[str, Errors] = LIMITS) -> str | None:
@@ -145,7 +146,7 @@ def failure_reason(found: Errors, case: Case, limits: dict[str, Errors] = LIMITS
     return None
 
 
-def share_of_limit(found: Errors, case: Case, limits: dict[str, Errors] = LIMITS) -> float:
+def share_of_limit(found: Errors, case: Case, limits: dict[str, Errors]) -> float:
     """Return the largest error in units of its limit: above 1 if the result is wrong."""
     return max(
         value / limit for value, limit in zip(found, limits_of(case, limits)) if value is not None and limit is not None

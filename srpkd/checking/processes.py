@@ -179,9 +179,7 @@ def compare(
         )
     else:
         expected = gate.float64_result(student, teacher, check.case)
-    if gradient is not None:
-        gradient = gradient.double() / check.case.loss_scale
-    found = gate.relative_errors(gate.Result(value, gradient), expected)
+    found = gate.relative_errors(gate.Result(value, gradient), expected, check.case.loss_scale)
     limits = ONE_CHANNEL if check.case.channels == (1, 1) else gate.KERNEL_LIMITS
     share = gate.share_of_limit(found, check.case, limits)
     return found, share, gate.failure_reason(found, check.case, limits)
