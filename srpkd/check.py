@@ -18,7 +18,7 @@ import torch
 
 from .arguments import parse
 from .checking.kernels import KERNELS
-from .checking.processes import FINAL, Check, Runner, Verdict, checks, verdict
+from .checking.processes import FINAL, Check, Results, Runner, Verdict, checks, verdict
 from .devices import device_name, visible_devices
 from .kernels import BACKENDS, native
 from .reporting.table import format_table
@@ -26,8 +26,6 @@ from .reporting.table import format_table
 ISSUES = "https://github.com/srpkd/srpkd/issues"
 RECOMMENDED = ("native", "triton", "blocked", "reference")  # the first that is right replaces a wrong backend
 MOST_PROBLEMS = 40  # lines
-
-Results = dict[tuple[str, int], dict[str, Any]]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,6 +38,7 @@ from .kernels import KERNELS, CannotRun, evaluate, poisoned_memory
 # Windows cannot fork, and macOS not safely: its libraries, which torch uses, may have started threads.
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 SHARDS = {"triton": 6}  # processes of a kernel; Triton compiles for most cases
+Results = dict[tuple[str, int], dict[str, Any]]  # by kernel and number of the case; later ones replace earlier ones
 Verdict = Literal["right", "FAILED", "not finished"]
 FINAL = ("ok", "wrong", "bits differ", "not covered")  # results that a repetition would not change
 RESTARTS = 4  # of a kernel's process, after crashes and hangs
@@ -313,8 +314,8 @@ class Runner:
                     append_line(self.file, {"kernel": kernel} | entry)
 
 
-def recorded(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the recorded results by kernel and number of the case; later lines replace earlier ones.
+def recorded(file: Path) -> Results:
+    """Return the recorded results.
 
     Raises:
         ValueError: the file has something else.
@@ -341,7 +342,7 @@ def append_line(file: Path, entry: dict[str, Any]) -> None:
         lines.write(b"\n" * is_cut_off + json.dumps(entry).encode() + b"\n")
 
 
-def verdict(results: dict[tuple[str, int], dict[str, Any]], kernel: str, count: int) -> Verdict:
+def verdict(results: Results, kernel: str, count: int) -> Verdict:
     """Return "FAILED" if a result of a kernel is wrong, "not finished" if one is missing, "right" otherwise."""
     states = {results.get((kernel, number), {}).get("status") for number in range(count)}
     if states - {"ok", "not covered", None}:
