@@ -60,11 +60,3 @@ def test_counts_without_timing(weights, capsys):
     net = define_generator("resnet_2blocks", ngf=4)
     for grid in ("output", "input"):
         assert f"{count_macs(net, (1, 3, 256, 256), grid) / 1e9:,.2f}" in out.split()
-
-
-def test_invalid_sizes_and_files(tmp_path):
-    save_weights(define_generator("unet_32", ngf=1), tmp_path / "net.pth")
-    with pytest.raises(SystemExit, match=r"size=40: .*net\.pth needs a multiple of 32"):
-        main([str(tmp_path / "net.pth"), "--size=40"])
-    with pytest.raises(SystemExit, match="does not exist"):
-        main([str(tmp_path / "nett.pth")])

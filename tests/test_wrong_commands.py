@@ -134,6 +134,7 @@ WRONG = {
     ),
     # --- options ---
     "srpkd trian": (2, "unknown command 'trian'; did you mean train?"),
+    "srpkd xyz": (2, "unknown command 'xyz'; expected one of train, evaluate,"),
     "srpkd info now": (2, "unrecognized arguments: now"),
     "srpkd translate net.pth pairs out --device gpu": (2, r"device='gpu': expected cpu, cuda"),
     "srpkd translate net.pth pairs out --device cuda:99": (
