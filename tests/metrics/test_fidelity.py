@@ -105,6 +105,22 @@ def test_images_of_different_sizes(folders):
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"generated": ["a.png"]}, TypeError, r"generated: expected ImageFiles\(paths\), received list"),
+        ({"real": {}}, ValueError, "real={}: expected {name: "),
+        ({"real": {"test": ImageFiles(["a"])}}, ValueError, r"expected {name: \[ImageFiles\(paths\), ...\], ...}"),
+        ({"fid": False, "kid": False}, ValueError, "fid and kid are both False, expected"),
+        ({"batch_size": 0}, ValueError, "batch_size=0: expected an integer >= 1"),
+    ],
+)
+def test_wrong_arguments(given, error, message):
+    images = ImageFiles(["a"])
+    with pytest.raises(error, match=message):
+        fidelity(**{"generated": images, "real": {"test": [images]}, **given})
+
+
 def test_one_image_is_not_enough(folders):
     one = ImageFiles(images(folders["real"]).paths[:1])
     with pytest.raises(ValueError, match="at least two images; received 1 and 7"):
