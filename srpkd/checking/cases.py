@@ -86,9 +86,9 @@ class Case:
         return values | {"channels": "/".join(map(str, self.channels))}
 
 
-def features(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
+def features(case: Case) -> tuple[Tensor, Tensor]:
     """Return random student (B, N, C_s) and teacher (B, N, C_t) features: views of NCHW memory, as networks return."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     student, teacher = (
         torch.randn(case.batch, channels, case.pixels, generator=generator).to(case.device, case.torch_dtype).mT
         for channels in case.channels
