@@ -248,8 +248,8 @@ def to_onnx(net: nn.Module, opset: int | None = None) -> bytes:
     written = next(entry.version for entry in model.opset_import if entry.domain == "")
     if opset not in (None, written):
         raise ValueError(
-            f"opset={opset}: torch {torch.__version__} writes this generator with opset {written}: "
-            "use this one or a later one"
+            f"opset={opset}: torch {torch.__version__} writes this generator with opset {written} "
+            "instead: use this one, or a later one that it can write"
         )
     return model.SerializeToString()
 
