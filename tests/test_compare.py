@@ -255,6 +255,14 @@ def test_requests(run):
         assert status == 200 and len(maps["maps"]) == 3
 
 
+def test_a_name_that_is_not_utf_8(run):
+    """Linux allows any bytes; Python has them as characters that cannot be encoded."""
+    (run / "kd").rename(run / "k\udce9")
+    with serving(run) as server:
+        status, page = ask(server, "GET", "/")
+    assert status == 200 and "k?" in page
+
+
 def test_a_port_that_is_in_use(run):
     with serving(run) as server, pytest.raises(SystemExit) as caught:
         compare.main([str(run), "--device=cpu", f"--port={server.server_port}"])

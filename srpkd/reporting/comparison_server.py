@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/":
             nonce = secrets.token_urlsafe(16)
             page = render_page(list(self.server.comparison.networks), list(self.server.samples), nonce)
-            self._send(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8", nonce)
+            self._send(HTTPStatus.OK, page.encode(errors="replace"), "text/html; charset=utf-8", nonce)
         elif path == "/relations":
             fields = dict(parse_qsl(query))
             relations, image = self.server.comparison.relations, fields.get("image", "")

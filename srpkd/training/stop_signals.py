@@ -131,7 +131,7 @@ def _end(number: int) -> None:
 def _write(text: str) -> None:
     """Write a line to stderr. ``print`` could be what the signal interrupted, and cannot be called twice."""
     with suppress(OSError, ValueError, AttributeError):
-        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode(errors="replace"))
 
 
 def _is_terminal(descriptor: int) -> bool:
