@@ -156,6 +156,7 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
     label_maps = find_images(options.labels).images if options.labels else []
     pairs = pair_by_name(generated.paths, real.paths) if {*PIXEL_METRICS, "miou"} & metrics else []
     labelled = pair_by_name(generated.paths, label_maps, "label map") if label_maps else []
+    read_headers([path for _, path in labelled])
     for _, path in labelled[:1]:
         read_label_map(path, palette)
     sizes, real_sizes = _sizes(generated, source_crop if options.input else None), _sizes(real, crop)

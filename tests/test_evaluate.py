@@ -214,7 +214,7 @@ class Segmenter(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["torchscript", "exported"])
-def test_fcn_scores(tmp_path, kind, recwarn):
+def test_fcn_scores(tmp_path, kind, recwarn, monkeypatch):
     photo = np.zeros((8, 8, 3), np.uint8)
     photo[:4, :, 0], photo[4:, :4, 1], photo[4:, 4:, 2] = 200, 180, 160
     label = np.zeros((8, 8), np.uint8)
@@ -245,6 +245,10 @@ def test_fcn_scores(tmp_path, kind, recwarn):
     assert found == run(*arguments, "--segmenter", path, "--labels", tmp_path / "colours", "--palette", tmp_path / "p")
     with pytest.raises(ValueError, match=r"is a colour image .* give its --palette"):
         run(*arguments, "--segmenter", path, "--labels", tmp_path / "colours")
+    (tmp_path / "labels" / "01.png").write_text("no image")
+    monkeypatch.setattr("srpkd.evaluate.segmentation_scores", lambda *_: pytest.fail("photos were segmented"))
+    with pytest.raises(DataError, match=r"labels/01\.png: not an image"):
+        run(*arguments, "--segmenter", path, "--labels", tmp_path / "labels")
 
 
 @pytest.mark.parametrize(
