@@ -173,17 +173,18 @@ def _scores(options: argparse.Namespace, found: Mapping[str, _Images], scratch: 
         pairs, labelled = ([(result_of[path], other) for path, other in group] for group in (pairs, labelled))
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    if {"fid", "kid"} & metrics:
-        rows, notes = _distances(options, generated, real, real_train, crop)
-    if pairs:
-        rows += _pair_scores(options, pairs, crop, palette)
-    if segmenter is not None:
+    segmented: list[dict[str, Any]] = []
+    if segmenter is not None:  # before the distances, which take long: its output may be refused
         photos, label_files = zip(*labelled)
         with ProgressBar(label_files, unit="image", desc="segmenting") as progress:  # closed before an error
             labels = (read_label_map(path, palette) for path in progress)
             scores = segmentation_scores(ImageFiles(photos, options.size), labels, segmenter, options.device)
-        rows += _rows(scores, "labels", len(labelled))
-    return {"rows": rows, "notes": notes}
+        segmented = _rows(scores, "labels", len(labelled))
+    if {"fid", "kid"} & metrics:
+        rows, notes = _distances(options, generated, real, real_train, crop)
+    if pairs:
+        rows += _pair_scores(options, pairs, crop, palette)
+    return {"rows": rows + segmented, "notes": notes}
 
 
 def _rows(scores: Mapping[str, float], against: str, count: int) -> list[dict[str, Any]]:

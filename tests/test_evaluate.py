@@ -263,6 +263,7 @@ def test_fcn_scores(tmp_path, kind, recwarn, monkeypatch):
             "1 of 6 generated images have no label map",
         ),
         ("segmentation --segmenter net.pt --labels {generated}", "is a colour image"),
+        ("segmentation --segmenter net.pt --labels {generated} --palette synthetic", "the segmenter returned"),
         ("psnr", "1 of 6 generated images have no real image"),
         ("psnr", r"generated/00.png has 12 x 12 pixels and .*train/00.png 9 x 8: use --size N"),
     ],
@@ -274,7 +275,7 @@ def test_errors_of_other_metrics_come_before_the_distances(folders, monkeypatch,
     monkeypatch.setattr("srpkd.evaluate.inception_file", lambda _: None)
     monkeypatch.setattr("srpkd.evaluate.fidelity", fidelity)
     if "net.pt" in options:
-        monkeypatch.setattr("srpkd.evaluate.load_segmenter", lambda *_: None)
+        monkeypatch.setattr("srpkd.evaluate.load_segmenter", lambda *_: lambda photos: photos.mean((2, 3)))
     if "pixels" in message:
         save_all(folders["train"], noise(6, (8, 9, 3)))
     with pytest.raises(ValueError, match=message):
