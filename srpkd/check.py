@@ -11,7 +11,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from .arguments import parse
 from .checking.kernels import KERNELS
 from .checking.processes import FINAL, Check, Results, Runner, Verdict, checks, verdict
 from .devices import device_name, visible_devices
+from .files import expand_user
 from .kernels import BACKENDS, native
 from .reporting.table import format_table
 
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         help="time without a result after which a backend counts as hung (default: %(default)g)",
     )  # fmt: skip
     result.add_argument(
-        "--out", type=Path, metavar="FILE",
+        "--out", type=expand_user, metavar="FILE",
         help="write results of one device into this file as they arrive; a later run with it runs what is missing",
     )  # fmt: skip
     return result

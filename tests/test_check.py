@@ -284,6 +284,10 @@ def test_a_file_of_something_else_is_refused(content, tmp_path):
     assert file.read_bytes() == content
 
 
+def test_a_file_in_the_home_folder():
+    assert command.parser().parse_args(["--out=~/results.jsonl"]).out == Path.home() / "results.jsonl"
+
+
 @pytest.mark.parametrize("name", [".", "missing/results.jsonl"])
 def test_a_file_that_cannot_be_written_is_reported_at_once(name, tmp_path, monkeypatch):
     monkeypatch.setattr(processes.Runner, "run", lambda *_: pytest.fail("it ran kernels whose results it cannot keep"))
