@@ -2,23 +2,30 @@
 // ctypes.
 #undef SRPKD_EMULATION
 
+#include <algorithm>
+
 #include "../../../csrc/cuda/sm90/tensor_map.h"
 
 namespace {
 
 CUresult failure = CUDA_SUCCESS;
 thread_local int calls = 0;
-thread_local cuuint64_t extents[3];
+alignas(16) char data[96];
+const srpkd::cuda::sm90::TensorMapShape SHAPE{data, {8, 2, 3}, {16, 32}, {64, 128, 1}};
+thread_local bool as_described;  // whether the driver received SHAPE
 
 }  // namespace
 
 // Needs a context of the calling thread, as the driver does.
-CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t* of_tensor,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t rank, void* address,
+                                const cuuint64_t* extents, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   ++calls;
   if (recorded::context != recorded::device) return CUDA_ERROR_INVALID_CONTEXT;
-  for (int i = 0; i < 3; ++i) extents[i] = of_tensor[i];
+  as_described = rank == 3 && address == SHAPE.data && std::equal(extents, extents + 3, SHAPE.extents) &&
+                 std::equal(strides, strides + 2, SHAPE.strides) && std::equal(box, box + 3, SHAPE.box) &&
+                 std::count(steps, steps + 3, 1) == 3;
   return failure;
 }
 
@@ -30,14 +37,14 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 
 extern "C" {
 
-// Encodes a map of 8 x 2 x 3 elements in this thread, whose current context is that of a GPU, or -1. Returns the error
-// of encode(). `of_driver`: the error of the driver.
-int encode(int device, int context, int of_driver, int* driver_calls, int* extent) {
+// Encodes SHAPE in this thread, whose current context is that of a GPU, or -1. Returns the error of encode().
+// `of_driver`: the error of the driver.
+int encode(int device, int context, int of_driver, int* driver_calls, int* received) {
   recorded::device = device, recorded::context = context, failure = static_cast<CUresult>(of_driver), calls = 0;
-  alignas(16) static char data[96];
+  as_described = false;
   srpkd::cuda::sm90::TensorMap map{};
-  const cudaError_t error = srpkd::cuda::sm90::encode({data, {8, 2, 3}, {16, 32}, {64, 64, 1}}, map);
-  *driver_calls = calls, *extent = static_cast<int>(extents[0]);
+  const cudaError_t error = srpkd::cuda::sm90::encode(SHAPE, map);
+  *driver_calls = calls, *received = as_described;
   return error;
 }
 }
