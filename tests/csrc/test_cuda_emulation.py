@@ -150,11 +150,12 @@ def test_every_relation(library: ctypes.CDLL, precision: str, layout: str, relat
 
 @pytest.mark.parametrize("need_grad", [True, False])
 @pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
+@every_layout
 @every_precision
 @pytest.mark.core(18)
-def test_rectified(library: ctypes.CDLL, precision: str, relation: Relation, need_grad: bool) -> None:
-    """Two blocks of pixels: tiles on and off the diagonal, and zero-norm pixels."""
-    student, teacher = draw(precision, 1, 75, (5, 7), "nlc" if need_grad else "nchw")
+def test_rectified(library: ctypes.CDLL, precision: str, layout: str, relation: Relation, need_grad: bool) -> None:
+    """Tiles on and off the diagonal, and zero-norm pixels, with 64 or 128 channels per thread block."""
+    student, teacher = draw(precision, 1, 75, (5, 7) if relation.distance == "l1" else (70, 7), layout)
     student[:, 3] = teacher[:, 70] = 0
     check(library, student, teacher, replace(relation, rectify=True), precision, need_grad=need_grad)
 
@@ -179,6 +180,14 @@ def test_any_number_of_channels(library: ctypes.CDLL, precision: str, layout: st
     if layout == "nchw" and channels == (1, 1):  # with one channel both layouts are the same
         student, teacher = (x.as_strided(x.shape, (20, 1, 20)) for x in (student, teacher))
     check(library, student, teacher, ROW, precision)
+
+
+@every_layout
+@every_precision
+@pytest.mark.core(2)
+def test_blocks_of_pixels_and_channels(library: ctypes.CDLL, precision: str, layout: str) -> None:
+    """Each thread block has one of two images, of two blocks of pixels, and of two blocks of channels."""
+    check(library, *draw(precision, 2, 70, (150, 7), layout), ROW, precision)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
@@ -321,12 +330,12 @@ def test_column_splits(library: ctypes.CDLL, precision: str, splits: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("pixels", [40, 100, 190, 256])
+@pytest.mark.parametrize(("pixels", "layout"), [(40, "nlc"), (100, "nchw"), (190, "nchw"), (256, "nlc")])
 @every_precision
-def test_forward_only(library: ctypes.CDLL, precision: str, pixels: int, normalize: str) -> None:
+def test_forward_only(library: ctypes.CDLL, precision: str, pixels: int, layout: str, normalize: str) -> None:
     """Each pair of blocks is visited once, for odd and even numbers of blocks."""
     relation = Relation(normalize, "l1")
-    check(library, *draw(precision, 1, pixels, (6, 5)), relation, precision, need_grad=False)
+    check(library, *draw(precision, 1, pixels, (6, 5), layout), relation, precision, need_grad=False)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 8])

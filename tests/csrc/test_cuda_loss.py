@@ -213,6 +213,22 @@ def test_sm90_tiles_of_many_blocks(library: ctypes.CDLL, case: str, layout: str,
     check_sm90(library, draw(CASES[case][0], 1, 300, channels, layout), ROW, case, need_grad=False)
 
 
+@alternating(
+    "kernels, device, case, relation",
+    KERNELS[:2], ("sm_90", "busy"), SM90_TOLERANCE, [ROW, COSINE, Relation("none", "l1")],
+)  # fmt: skip
+@pytest.mark.core(8)
+def test_blocks_of_pixels_and_channels(
+    library: ctypes.CDLL, kernels: str, device: str, case: str, layout: str, relation: Relation
+) -> None:
+    """Several images, blocks of pixels and blocks of channels. Large images take blocks of 128 pixels: "busy"."""
+    features = draw(CASES[case][0], 2, 200, (70, 20), layout)
+    if kernels == "sm90":
+        check_sm90(library, features, relation, case, device=device, seed=1)
+    else:
+        check(library, *features, relation, case, device=device)
+
+
 def test_sm90_zero_norm_pixels_have_no_gradient(library: ctypes.CDLL) -> None:
     """The tiles compute a tiny K for them, which the gradient kernel ignores."""
     student, teacher = draw(torch.float32, 2, 140, (9, 10))
