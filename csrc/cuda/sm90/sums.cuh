@@ -56,8 +56,7 @@ SRPKD_HOST_DEVICE void for_each_part(const SumsOfSegments& sums, int image_of_wo
   for (int copy = 0; copy < work.copies && copy < additions; ++copy) f(sums.U_columns + (copy * stride + at) * U_BLOCK);
   const Owners owners = owners_of(work, image_of_work, block);
   for (int owner = owners.first; owner < owners.end; ++owner)
-    if (begin_of(owner, owners.items, work.grid) < begin_of(owner + 1, owners.items, work.grid))
-      f(sums.U_rows + ((owner - owners.first) * stride + at) * U_BLOCK);
+    f(sums.U_rows + ((owner - owners.first) * stride + at) * U_BLOCK);
 }
 
 // What h and the loss are multiplied by, besides Params::sum_factor, given that of Params::powers: K is that of the

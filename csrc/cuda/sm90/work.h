@@ -147,16 +147,16 @@ SRPKD_HOST_DEVICE constexpr int additions_to(int blocks, int column) {
   return (blocks - 1) / 2 + (blocks % 2 == 0 && column >= blocks / 2);
 }
 
-// The thread blocks of a row: those in [first, end) that have any items. Segment number `block - first` of the row is
-// what `block` does.
+// The thread blocks of a row: [first, end). Each has items, as a group has at least as many as there are thread blocks.
+// Segment number `block - first` of the row is what `block` does.
 struct Owners {
-  int first, end, items;
+  int first, end;
 };
 SRPKD_HOST_DEVICE constexpr Owners owners_of(const Work& work, int image, int row) {
   const Group group = group_at(work, group_of(work, image));
   const int begin = (image - group.first) * work.image_items + item_at(work.blocks, row, 0);
   return {owner_of(begin, group.items, work.grid),
-          owner_of(begin + items_of_row(work.blocks, row) - 1, group.items, work.grid) + 1, group.items};
+          owner_of(begin + items_of_row(work.blocks, row) - 1, group.items, work.grid) + 1};
 }
 
 // Returns whether `divide` can represent a problem.
