@@ -87,7 +87,8 @@ def test_any_number_of_pixels(library: ctypes.CDLL, relation: Relation, channels
 def test_four_blocks_of_channels_against_one(
     library: ctypes.CDLL, relation: Relation, channels: tuple[int, int]
 ) -> None:
-    check(library, *draw(torch.bfloat16, 1, 70, channels), relation, "bf16")
+    """Two images, whose factors are not square."""
+    check(library, *draw(torch.bfloat16, 2, 70, channels), relation, "bf16")
 
 
 @every_layout

@@ -152,6 +152,13 @@ BACKENDS = {
                 "sum += shuffle_xor(sum, 1), sum += shuffle_xor(sum, 2);",
                 "sum += shuffle_xor(sum, 1);",
             ),
+            Fault(
+                "the factors of further images are taken as square",
+                CUDA_CLOSED_PRODUCTS,
+                "image * elements_of_factor(rows, blocks), block",
+                "image * elements_of_factor(rows, rows), block",
+                "tests/csrc/test_cuda_closed_form.py -k four_blocks",
+            ),
             Fault("blocks beside the diagonal count once", CUDA_CLOSED_ROW, "if (!is_last) add(teacher, sums);", ""),
             Fault(
                 "row: one gain for both networks",
