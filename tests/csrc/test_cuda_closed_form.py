@@ -175,11 +175,13 @@ def test_ties_all_over_a_large_image(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
-def test_row_norms_below_eps(library: ctypes.CDLL, channels: tuple[int, int]) -> None:
-    """The rows are 0, but not the columns: these pixels have a gradient."""
+@pytest.mark.parametrize("factor", [1.0, 2.0**10])
+def test_row_norms_below_eps(library: ctypes.CDLL, factor: float, channels: tuple[int, int]) -> None:
+    """The rows are 0, but not the columns: these pixels have a gradient. With a larger teacher, its rows are not 0."""
     student, teacher = draw(torch.float32, 2, 70, channels)
     student[:, 3:9] *= 1e-3
-    teacher[:, 7:20] *= 1e-3
+    teacher *= factor
+    teacher[:, 7:20] *= 1e-3 / factor
     result = check(library, student, teacher, replace(ROW, eps=1.0), "highest")
     assert result.gradient[:, 3].any()
 

@@ -343,6 +343,13 @@ def alpha_of(features: Tensor) -> Tensor:
     return row_scales(features, ROW, torch.float64)[0]
 
 
+@pytest.mark.parametrize("case", ["bf16", "highest"])
+def test_networks_of_different_magnitude(library: ctypes.CDLL, case: str) -> None:
+    student, teacher = draw(CASES[case][0], 2, 75, (5, 7))
+    for relation in (ROW, COSINE):
+        check(library, 64 * student, teacher / 64, relation, case)
+
+
 @pytest.mark.parametrize("magnitude", [1e-18, 1e-9, 1e9, 1e18])
 @pytest.mark.parametrize("case", ["bf16", "highest"])
 @every_layout

@@ -174,6 +174,12 @@ BACKENDS = {
                 "      sync_block();  // their place in shared memory is free\n",
                 "",
             ),
+            Fault(
+                "row: one gain for the norms of both networks",
+                CUDA_CLOSED_ROW,
+                "gain_t = load_global(p.gains[TEACHER]",
+                "gain_t = load_global(p.gains[STUDENT]",
+            ),
             Fault("row: W_d is dropped", CUDA_CLOSED_MOMENTS, " - 4 * of_distances)", " - 0 * of_distances)"),
             Fault(
                 "row: W_d is dropped in the direct form",
@@ -198,7 +204,7 @@ BACKENDS = {
     ),
     "cuda_algebra": Backend(
         "tests/csrc/test_cuda_loss.py -k (every_relation and highest and nlc) or pixels_without or plans or "
-        "deterministic or reductions or (flags and highest)",
+        "deterministic or reductions or (flags and highest) or different_magnitude",
         [
             Fault(
                 "masks one pixel or channel too many",
@@ -256,6 +262,7 @@ BACKENDS = {
                 "  fence_device();\n  if",
             ),
             Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false) + 0 * dot"),
+            Fault("norms: one size for both networks", CUDA_NORMS, "image * 2 + network", "image * 2 + STUDENT"),
             Fault(
                 "norms: blocks beside the diagonal count once", CUDA_NORMS, "total[m][j][i] *= 2", "total[m][j][i] *= 1"
             ),
