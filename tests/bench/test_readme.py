@@ -32,8 +32,11 @@ def test_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"early: report\.json has no table, expected a run that has evaluated a net"):
         main(["readme", str(fill_run(tmp_path / "early", table=None)), "--readme", str(readme)])
     assert before == (readme.read_text(), (tmp_path / "docs" / "demo.json").read_text())
-    readme.write_text("no markers")
+    plain = tmp_path / "plain" / "README.md"
+    plain.parent.mkdir()
+    plain.write_text("no markers")
     with pytest.raises(SystemExit, match=r"README\.md: expected the markers"):
-        main(["readme", str(run), "--readme", str(readme)])
+        main(["readme", str(run), "--readme", str(plain)])
+    assert list(plain.parent.iterdir()) == [plain], "no picture beside a page that cannot show it"
     with pytest.raises(SystemExit, match=r"No such file or directory: '.*none\.md'"):
         main(["readme", str(run), "--readme", str(tmp_path / "none.md")])
