@@ -55,6 +55,7 @@ def test_draws_are_uniform_and_do_not_depend_on_the_pool():
     random.seed(0)
     draws = draw(3, 3000)
     assert len(draws) == 3000 and set(draws) == {KEEP_NEW, 0, 1, 2}
+    assert abs(draws.count(KEEP_NEW) / 3000 - 1 / 2) < 4 * math.sqrt(1 / 4 / 3000)
     for index in range(3):
         assert abs(draws.count(index) / 3000 - 1 / 6) < 4 * math.sqrt(5 / 36 / 3000)
 
