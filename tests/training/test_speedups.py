@@ -10,7 +10,7 @@ from small import SMALL
 from srpkd.kernels import cpu_info
 from srpkd.training import speedups
 from srpkd.training.options import TrainConfig
-from srpkd.training.plan import check_compiler, with_usable_precision
+from srpkd.training.plan import check_compiler, prepare, with_usable_precision
 
 X86 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f{}\n\nprocessor\t: 1\nflags\t\t: fpu avx2 avx512f{}\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd{}\nCPU part\t: 0xd40\n"
@@ -157,7 +157,7 @@ def test_a_compiler_that_does_not_work(monkeypatch):
     check_compiler(options())
     message = r"^compile: torch.compile does not work here \(Compiler: cl is not found.\): it needs .*: install it, or "
     with pytest.raises(ValueError, match=message + "leave out --compile$"):
-        check_compiler(options(compile=True))
+        prepare(options(compile=True))
     with pytest.raises(ValueError, match=message + "use --precision fp32 instead of --fast$"):
         check_compiler(replace(options(compile=True), fast=True))
 
