@@ -338,7 +338,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def append_line(file: Path, entry: dict[str, Any]) -> None:
     """Append an object to a file of JSON lines, after the end of a line whose writing was cut off."""
     with file.open("a+b") as lines:
-        is_cut_off = lines.tell() > 0 and lines.seek(-1, os.SEEK_END) >= 0 and lines.read() != b"\n"
+        lines.seek(max(lines.tell() - 1, 0))
+        is_cut_off = lines.read() not in (b"", b"\n")  # b"": the file is empty
         lines.write(b"\n" * is_cut_off + json.dumps(entry).encode() + b"\n")
 
 
