@@ -5,12 +5,12 @@ A later source overrides an earlier one: defaults, --preset files, --config file
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import sys
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -40,6 +40,7 @@ EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str
 class _Loader(yaml.SafeLoader):
     """A loader that keeps texts as they are written: a run may be named 2026-01-31, 007 or 1.10.
 
+    In YAML 1.1 the number 010 is 8, and 1:30 is 90: here they are 10 and a text, which is no number.
     It refuses a key that is in a mapping twice, of which PyYAML ignores the first.
     """
 
@@ -62,15 +63,18 @@ class _Loader(yaml.SafeLoader):
                     part.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Read 010 as 10, as on the command line; in YAML 1.1 it is 8."""
-        is_decimal = node.value.removeprefix("-").isdecimal()
-        return int(node.value) if is_decimal else super().construct_yaml_int(node)
+    def construct_number(self, node: yaml.ScalarNode) -> float | str:
+        if ":" in node.value:
+            return node.value
+        with suppress(ValueError):
+            return int(node.value)
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
 
 
 # where a number is expected: the message quotes it
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def presets() -> list[str]:
@@ -132,16 +136,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ResolvedConfig:
         parser.add_class_arguments(group, as_group=True)
 
     try:
-        flags, files = _split(sys.argv[1:] if arguments is None else arguments)
+        flags, files, rest = _split(sys.argv[1:] if arguments is None else arguments)
         options = _resumed_options(flags, files)
         for kind, value in sorted(files, key=lambda entry: entry[0] == "config"):
             options |= read_preset(value) if kind == "preset" else read_config(value)
-        # options of files become flags in front of the others: the parser converts all alike, and the last one wins
-        parsed = parser.parse_args([*as_flags(options), *flags])
-        for variant, own in parsed.variants.items():
+        options = {name: _read_mapping(name, value) for name, value in (options | flags).items()}
+        parsed = parser.parse_args([*as_flags(options), *rest])  # it converts all alike
+        for variant, own in options.get("variants", {}).items():  # as written: the parser reads some texts as numbers
+            check_keys(own, f"variant {variant!r}")
             try:
-                typed = parser.parse_args(as_flags(check_keys(own, f"variant {variant!r}")))
-            except ArgumentError as error:
+                typed = parser.parse_args(as_flags(own))
+            except (ValueError, ArgumentError) as error:
                 raise ValueError(f"variant {variant!r}: {_plain(str(error))}") from error
             parsed.variants[variant] = {name: typed[name] for name in own}
         config = TrainConfig(**{name: parsed[name] for name in OPTIONS})
@@ -169,37 +174,35 @@ def run_folder(resume: str, runs_dir: str) -> Path:
     return found[0]
 
 
-def _resumed_options(flags: Sequence[str], files: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _resumed_options(flags: dict[str, Any], files: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return the options of the run that --resume names, or {} without that flag.
 
     Raises:
         ValueError: There is no such run, or the command line sets an option that a resumed run cannot change.
     """
-    parser = argparse.ArgumentParser("python -m srpkd.train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    parser.add_argument("--runs_dir", default=RunOptions.runs_dir)
-    known = parser.parse_known_args(flags)[0]
-    if known.resume is None:
+    if "resume" not in flags:
         return {}
-    given = [flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")] + [kind for kind, _ in files]
+    given = [*flags, *(kind for kind, _ in files)]
     if fixed := [name for name in dict.fromkeys(given) if name not in RESUME_OPTIONS | EXTEND_OPTIONS]:
         accepted = sorted((RESUME_OPTIONS | EXTEND_OPTIONS) - {"resume"})
         raise ValueError(
             f"--resume keeps the options of the run: remove {', '.join(f'--{name}' for name in fixed)}, or start "
             f"a new run; a resumed run accepts {', '.join(f'--{name}' for name in accepted)}"
         )
-    return read_config(str(run_folder(known.resume, known.runs_dir) / "config.yaml"))
+    folder = run_folder(flags["resume"], flags.get("runs_dir", RunOptions.runs_dir))
+    return read_config(str(folder / "config.yaml"))
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Split a command line into flags and [("preset" or "config", value), ...].
+def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, str]], list[str]]:
+    """Split a command line into options, [("preset" or "config", value), ...] and what is left for the parser.
 
-    A boolean flag without a value becomes "--flag=true", as in the public code, and --antialias "--antialias=both".
+    A boolean flag without a value means true, as in the public code, and --antialias alone "both".
 
     Raises:
         ValueError: An option is unknown (the message suggests the nearest), or a value is missing.
     """
-    flags, files = [], []
+    flags: dict[str, Any] = {}
+    files, others = [], []
     rest = list(arguments) or ["--preset=demo"]
     while rest:
         argument = rest.pop(0)
@@ -207,27 +210,52 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
         alone = not equals and (not rest or rest[0].startswith("--"))
         if value == "--":  # argparse would make an empty list of it
             raise ValueError(f"--{name}: expected a value, received '--'")
-        if name in ("preset", "config"):
+        if name in OPTIONS and alone and (bool in _types(name) or name in WITHOUT_VALUE):
+            flags[name] = WITHOUT_VALUE.get(name, True)
+        elif name in OPTIONS and not alone:
+            flags[name] = value if equals else rest.pop(0)
+        elif name in ("preset", "config"):
             if alone:
                 raise ValueError(f"--{name} needs a value")
             files.append((name, value if equals else rest.pop(0)))
         elif name and name not in (*OPTIONS, "help"):
             hint = public_hint(name) or nearest_hint(name, [*OPTIONS, "preset", "config"], "--")
             raise ValueError(f"unknown option --{name}{hint}")
-        elif alone and (bool in _types(name) or name in WITHOUT_VALUE):
-            flags.append(f"{argument}={WITHOUT_VALUE.get(name, 'true')}")
         else:
-            flags.append(argument)
-    return flags, files
+            others.append(argument)
+    return flags, files, others
+
+
+def _read_mapping(name: str, value: Any) -> Any:
+    """Return the mapping that a text describes, for an option that takes one; any other value unchanged."""
+    if isinstance(value, str) and any(get_origin(kind) is dict for kind in _types(name)):
+        with suppress(yaml.YAMLError):
+            content = _Loader(value).get_single_data()
+            return content if isinstance(content, dict) else value
+    return value
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
-    """Return options as command line flags, ["--name=value", ...]."""
+    """Return options as command line flags, ["--name=value", ...].
+
+    Raises:
+        ValueError: A value is of a kind that the parser would turn into another value.
+    """
     limits = {name: "inf" for name in DATASET_LIMITS if options.get(name) == math.inf}  # .inf in YAML
-    return [
-        f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for name, value in (options | limits).items()
-    ]
+    return [f"--{name}={_as_text(name, value)}" for name, value in (options | limits).items()]
+
+
+def _as_text(name: str, value: Any) -> str:
+    kinds = _types(name)
+    is_number = int in kinds or float in kinds
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    # the parser reads 1:30 as 90, +010 as 8, and null as a text
+    if (is_number and ":" in text) or (TYPES[name] is str and not isinstance(value, str)):
+        raise ValueError(f"--{name} {text}: expected {' or '.join(map(_expected, kinds))}")
+    if is_number:
+        with suppress(ValueError):
+            return str(int(text))
+    return text
 
 
 def _types(name: str) -> list[Any]:

@@ -125,6 +125,8 @@ def test_booleans_with_and_without_a_value(name, form, value):
         (["--ngf"], "argument --ngf: expected one argument"),
         (["--ngf", "x"], "--ngf x: expected a whole number"),
         (["--ngf", "2.5"], "--ngf 2.5: expected a whole number"),
+        (["--ngf", "1:30"], "--ngf 1:30: expected a whole number"),
+        ([TEACHER, "--variants={a: {ngf: 1:30}}"], "variant 'a': --ngf 1:30: expected a whole number"),
         (["--max_dataset_size", "x"], "--max_dataset_size x: expected a whole number or inf"),
         (["--max_dataset_size", "2.5"], "--max_dataset_size 2.5: expected a whole number or inf"),
         (["--max_dataset_size=-inf"], "--max_dataset_size -inf: expected a whole number or inf"),
@@ -195,6 +197,9 @@ def test_messages_about_a_wrong_file(usage_error, yaml_file, content, message):
         ("no_flip: 3", "--no_flip 3: expected true or false"),
         ("ngf: 2026-01-01", "--ngf 2026-01-01: expected a whole number"),
         ("lr: .nan", "--lr NaN: expected a number"),
+        ("time_budget: 1:30", "--time_budget 1:30: expected a number"),
+        ("lr: 1:30.5", "--lr 1:30.5: expected a number"),
+        ("name:", "--name null: expected a text"),
         ("variants: null", "--variants None: expected a mapping"),
         ("variants: {a: }", "--variants None: expected a mapping in YAML, {name: {option: value, ...}, ...}, where"),
     ],
@@ -211,11 +216,20 @@ def test_a_missing_file(usage_error, tmp_path):
 
 def test_empty_files_and_number_formats_of_yaml(yaml_file):
     assert parse(HERE, yaml_file("")) == parse(HERE, yaml_file("# nothing")) == parse(HERE)
-    config = parse(
-        HERE, yaml_file("{lr: 1e-3, name: 2024, n_epochs: 0x10, ngf: 010, seed: -010, time_budget: null}")
-    )  # PyYAML reads 1e-3 as a string, and 010 as 8
-    assert (config.lr, config.name, config.n_epochs, config.ngf) == (0.001, "2024", 16, 10)
-    assert (config.seed, config.time_budget) == (-10, None)
+    config = parse(HERE, yaml_file("{lr: 1e-3, name: 2024, time_budget: null}"))  # PyYAML reads 1e-3 as a string
+    assert (config.lr, config.name, config.time_budget) == (0.001, "2024", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("010", 10), ("-010", -10), ("+010", 10), ("0_10", 10), ("1_000", 1000), ("0x10", 16)]
+)
+def test_numbers_are_decimal_in_files_and_flags(yaml_file, text, number):
+    """YAML 1.1, which PyYAML and the parser read, has octal numbers."""
+    for flags in ([f"--seed={text}"], ["--seed", text], [yaml_file(f"seed: {text}")]):
+        assert parse(HERE, *flags).seed == number
+    variants = f"{{a: {{no_flip: true, ngf: {text.removeprefix('-')}}}}}"
+    for flag in (f"--variants={variants}", yaml_file(f"variants: {variants}")):
+        assert parse(HERE, TEACHER, flag).variants == {"a": {"no_flip": True, "ngf": abs(number)}}
 
 
 @pytest.mark.parametrize("text", ["2026-01-31", "2026-13-45", "007", "1.10", "12:30", "on"])
