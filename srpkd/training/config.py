@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_origin
 
 import yaml
 
@@ -27,14 +26,15 @@ from .options import (
     DATASET_LIMITS,
     EXTEND_OPTIONS,
     RESUME_OPTIONS,
+    TYPES,
     ResolvedConfig,
     TrainConfig,
+    accepted_types,
     check_keys,
+    expected_value,
 )
 
-TYPES = get_type_hints(TrainConfig)
 WITHOUT_VALUE = {"antialias": "both"}  # what an option means that is given without a value; a boolean option means true
-EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         for key, value in node.value:
-            names_text = isinstance(key, yaml.ScalarNode) and str in _types(key.value)
+            names_text = isinstance(key, yaml.ScalarNode) and str in accepted_types(key.value)
             for part, is_text in ((key, True), (value, names_text)):
                 if is_text and part.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
                     part.tag = "tag:yaml.org,2002:str"
@@ -210,7 +210,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, st
         alone = not equals and (not rest or rest[0].startswith("--"))
         if value == "--":  # argparse would make an empty list of it
             raise ValueError(f"--{name}: expected a value, received '--'")
-        if name in OPTIONS and alone and (bool in _types(name) or name in WITHOUT_VALUE):
+        if name in OPTIONS and alone and (bool in accepted_types(name) or name in WITHOUT_VALUE):
             flags[name] = WITHOUT_VALUE.get(name, True)
         elif name in OPTIONS and not alone:
             flags[name] = value if equals else rest.pop(0)
@@ -228,7 +228,7 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, st
 
 def _read_mapping(name: str, value: Any) -> Any:
     """Return the mapping that a text describes, for an option that takes one; any other value unchanged."""
-    if isinstance(value, str) and any(get_origin(kind) is dict for kind in _types(name)):
+    if isinstance(value, str) and any(get_origin(kind) is dict for kind in accepted_types(name)):
         with suppress(yaml.YAMLError):
             content = _Loader(value).get_single_data()
             return content if isinstance(content, dict) else value
@@ -246,26 +246,16 @@ def as_flags(options: dict[str, Any]) -> list[str]:
 
 
 def _as_text(name: str, value: Any) -> str:
-    kinds = _types(name)
+    kinds = accepted_types(name)
     is_number = int in kinds or float in kinds
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     # the parser reads 1:30 as 90, +010 as 8, and null as a text
     if (is_number and ":" in text) or (TYPES[name] is str and not isinstance(value, str)):
-        raise ValueError(f"--{name} {text}: expected {' or '.join(map(_expected, kinds))}")
+        raise ValueError(f"--{name} {text}: expected {expected_value(name)}")
     if is_number:
         with suppress(ValueError):
             return str(int(text))
     return text
-
-
-def _types(name: str) -> list[Any]:
-    """Return the types that an option accepts, without None; [] for a flag that is not an option, such as --help."""
-    if name not in OPTIONS:
-        return []
-    kind = TYPES[name]
-    return (
-        [kind] if get_origin(kind) in (None, dict, Literal) else [part for part in get_args(kind) if part != NoneType]
-    )
 
 
 def _plain(message: str) -> str:
@@ -273,18 +263,8 @@ def _plain(message: str) -> str:
     match = re.search(r'Parser key "(\w+)":.*(?:Got value|Given value): ([^\n]*)', message, re.DOTALL)
     if match is None or match[1] not in OPTIONS:
         return message
-    expected = " or ".join(map(_expected, _types(match[1])))
     hint = PUBLIC_VALUES.get((match[1], match[2].strip().strip("'\"")))
-    return f"--{match[1]} {match[2]}: expected {expected}" + (f"; {hint}" if hint else "")
-
-
-def _expected(kind: Any) -> str:
-    """Return a type of an option in words."""
-    if get_origin(kind) is Literal:
-        return " or ".join(map(str, get_args(kind)))
-    if kind == TYPES["variants"]:
-        return "a mapping in YAML, {name: {option: value, ...}, ...}, where {} has no options"
-    return EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
+    return f"--{match[1]} {match[2]}: expected {expected_value(match[1])}" + (f"; {hint}" if hint else "")
 
 
 def update_yaml(path: Path, options: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -106,8 +107,10 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         The defaults of `model` are those of the public code.
 
         Raises:
-            ValueError: An option is out of range, or options contradict each other.
+            ValueError: An option is of a wrong type or out of range, or options contradict each other.
         """
+        given = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        _check_types(given)
         if not self.dataroot:
             raise ValueError(
                 f"dataroot is not set: pass --dataroot with the folder of your images, or --dataroot {SYNTHETIC} "
@@ -115,7 +118,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             )
         defaults = self.dependent_defaults()
         options: dict[str, Any] = {
-            name: defaults.get(name) if value is None else value for name, value in vars(self).items()
+            name: defaults.get(name) if value is None else value for name, value in given.items()
         }
         for name in ("dataroot", "runs_dir"):
             options[name] = os.path.expanduser(options[name])  # a shell does not expand ~ in --runs_dir=~/runs
@@ -151,6 +154,32 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
             "teacher_n_epochs_decay": self.n_epochs_decay,
             "teacher_max_dataset_size": self.max_dataset_size,
         }
+
+
+TYPES = get_type_hints(TrainConfig)
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def accepted_types(name: str) -> list[Any]:
+    """Return the types that an option accepts, without None; [] for a name that is not an option, such as help."""
+    if name not in OPTIONS:
+        return []
+    kind = TYPES[name]
+    return (
+        [kind] if get_origin(kind) in (None, dict, Literal) else [part for part in get_args(kind) if part != NoneType]
+    )
+
+
+def expected_value(name: str) -> str:
+    """Return the types that an option accepts, in words."""
+    if name == "variants":
+        return "a mapping in YAML, {name: {option: value, ...}, ...}, where {} has no options"
+    return " or ".join(
+        " or ".join(map(str, get_args(kind)))
+        if get_origin(kind) is Literal
+        else EXPECTED.get(kind, "a mapping in YAML, {name: value, ...}")
+        for kind in accepted_types(name)
+    )
 
 
 @dataclass(kw_only=True)
@@ -230,6 +259,23 @@ def check_keys(options: Any, source: str) -> dict[str, Any]:
             hint = public_hint(name) or nearest_hint(str(name), OPTIONS)
             raise ValueError(f"{source}: unknown option {name!r}{hint}")
     return options
+
+
+def _check_types(options: dict[str, Any]) -> None:
+    """Raise a ValueError if an option has a value that its annotation does not allow."""
+    for name, value in options.items():
+        is_unset = value is None and NoneType in get_args(TYPES[name])
+        is_no_limit = value == math.inf and name in DATASET_LIMITS
+        if not (is_unset or is_no_limit or any(_has_type(value, kind) for kind in accepted_types(name))):
+            raise ValueError(f"{name}={value!r}: expected {expected_value(name)}")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float) and abs(value) != math.inf
+    return type(value) is (get_origin(kind) or kind)
 
 
 def _check(config: ResolvedConfig) -> None:

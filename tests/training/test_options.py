@@ -1,5 +1,6 @@
 """Validation of options, defaults that depend on other options, and the options of teachers and variants."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,35 @@ def parse(*arguments: str) -> ResolvedConfig:
 
 
 # Validation
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", "4", "a whole number"),
+        ("ngf", 1.5, "a whole number"),
+        ("seeds", True, "a whole number"),
+        ("max_dataset_size", "all", "a whole number or inf"),
+        ("lambda_srp", "1", "a number"),
+        ("lambda_A", None, "a number"),
+        ("lr", math.inf, "a number"),
+        ("no_dropout", "false", "true or false"),
+        ("input_nc", True, "1 or 3"),
+        ("gan_mode", "wgangp", "lsgan or vanilla"),
+        ("model", "cyclegan", "pix2pix or cycle_gan"),
+        ("teacher", 3, "a text"),
+        ("layers", "model.9", "a mapping in YAML, {name: value, ...}"),
+    ],
+)
+def test_a_wrong_type_is_refused(name, value, expected):
+    """From Python: the parser of the command line has its own check."""
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value!r}: expected {expected}')}$"):
+        TrainConfig(**{"dataroot": "x", name: value}).resolved()
+
+
+def test_paths_from_python_are_texts():
+    config = TrainConfig(dataroot=Path("x"), teacher=Path("t.pth")).resolved()
+    assert (config.dataroot, config.teacher) == ("x", "t.pth")
 
 
 @pytest.mark.parametrize(
