@@ -373,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def other_commit(out: Path, commit: str) -> str | None:
     """Return an error message if the folder has results of another commit; otherwise record the commit in it."""
     file = out / "commit.txt"
-    if file.exists() and (found := file.read_text().strip()) != commit:
+    if file.exists() and (found := file.read_text(encoding="utf-8").strip()) != commit:
         return f"{out} has results of commit {found}, and this is {commit}: use another folder"
     file.write_text(commit + "\n")
     return None

@@ -40,4 +40,4 @@ def compile_once(
             )
             assert done.returncode == 0, done.stdout
             log.write_text(done.stdout)
-    return log.read_text(), target
+    return log.read_text("utf-8"), target

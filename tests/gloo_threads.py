@@ -7,5 +7,5 @@ from pathlib import Path
 
 def gloo_threads() -> list[str]:
     """Return the names of gloo's threads. One that is alive during interpreter shutdown may abort the process."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    names = [(task / "comm").read_text("utf-8") for task in Path("/proc/self/task").iterdir()]
     return [name for name in names if "gloo" in name]

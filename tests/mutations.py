@@ -45,7 +45,7 @@ def extension(folder: Path) -> Iterator[None]:
     The digest of all sources is a flag of each compilation: a fault in one file would compile all of them.
     """
     path = folder / "kernels" / "build.py"
-    text = path.read_text()
+    text = path.read_text("utf-8")
     path.write_text(text + '\n\ndef source_digest() -> str:\n    return "copy"\n')
     try:
         yield
@@ -120,7 +120,7 @@ def check_backend(name: str, backend: Backend, folder: Path) -> list[str]:
     report("(no fault)", verdict, detail, start)
     for fault in backend.faults if verdict == "passed" else []:
         start, path = time.monotonic(), folder / fault.path
-        text = path.read_text()
+        text = path.read_text("utf-8")
         if (count := text.count(fault.old)) != 1:
             report(fault.name, "broken", f"{count} times in {fault.path}: {fault.old!r}", start)
             continue

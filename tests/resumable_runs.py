@@ -34,8 +34,8 @@ ARGUMENTS = {
 
 def outcome(run: Path) -> dict[str, Any]:
     """Everything that a run wrote, except times."""
-    report = json.loads((run / "report.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((run / "report.json").read_text("utf-8"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     return {
         "listing": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
         "weights": {str(path.relative_to(run)): load_weights(path) for path in sorted(run.rglob("*.pth"))},
@@ -43,5 +43,5 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "table": [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in report["table"]["rows"]],
         "rest": {key: report[key] for key in report if key not in ("table", "elapsed_seconds", "environment")},
-        "config": (run / "config.yaml").read_text(),
+        "config": (run / "config.yaml").read_text("utf-8"),
     }

@@ -43,11 +43,11 @@ class Run(NamedTuple):
 
     @property
     def report(self) -> dict[str, Any]:
-        return json.loads((self.folder / "report.json").read_text())
+        return json.loads((self.folder / "report.json").read_text("utf-8"))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:

@@ -333,7 +333,7 @@ def test_an_interrupt_ends_the_processes(tmp_path):
         start_new_session=True,
     )
     try:
-        while not log.exists() or log.read_text().count("crashed") < 2:  # case 2 hangs next
+        while not log.exists() or log.read_text("utf-8").count("crashed") < 2:  # case 2 hangs next
             assert done.poll() is None
             time.sleep(0.1)
         time.sleep(1)
@@ -346,7 +346,7 @@ def test_an_interrupt_ends_the_processes(tmp_path):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(done.pid, signal.SIGKILL)
-    assert log.read_text().count("crashed") == 2
+    assert log.read_text("utf-8").count("crashed") == 2
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_closed_output_is_discarded(tmp_path, closed):
     os.write(1, b"c"), os.write(2, b"d"), file.write(str(file.fileno()))"""
     done = run_command(body, " ".join(f"{number}>&-" for number in closed.split()))
     assert done.returncode == 0, done.stderr
-    assert int(saved.read_text()) > 2
+    assert int(saved.read_text("utf-8")) > 2
     assert done.stdout == ("" if "1" in closed else "a\nc")
     assert done.stderr == ("" if "2" in closed else "b\nd")
 

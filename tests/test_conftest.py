@@ -42,7 +42,7 @@ def test_messages_have_no_colours():
 
 
 def run_pytest(folder, *arguments: str, threads: int = 2, expected_threads: int = 2) -> subprocess.CompletedProcess:
-    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text("utf-8"))
     (folder / "test_program.py").write_text(PROGRAM)
     options = ["-q", "--color=no", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}

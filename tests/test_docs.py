@@ -62,17 +62,17 @@ def test_every_page_is_in_the_navigation():
             return [entry]
         return [page for value in (entry.values() if isinstance(entry, dict) else entry) for page in pages(value)]
 
-    navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    navigation = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
     assert sorted(navigation) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
 
 
 def test_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 200
+    assert len(README.read_text("utf-8").splitlines()) <= 200
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=page_id)
 def test_links_and_languages(page):
-    text = page.read_text()
+    text = page.read_text("utf-8")
     for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
         if target.startswith("https://"):
             continue
@@ -96,14 +96,14 @@ def marks(page):
 def test_python_runs(page, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     for package in ("accelerate", "diffusers", "lightning", "skimage", "sklearn", "timm"):
-        if re.search(rf"^(from|import) {package}\b", page.read_text(), re.MULTILINE):
+        if re.search(rf"^(from|import) {package}\b", page.read_text("utf-8"), re.MULTILINE):
             pytest.importorskip(package, reason=f"{package} is not installed")
-    if "onnxruntime" in page.read_text():
+    if "onnxruntime" in page.read_text("utf-8"):
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
         from srpkd.models.exporters import to_onnx
 
         (tmp_path / "student.onnx").write_bytes(to_onnx(define_generator("resnet_1blocks", ngf=1)))
-    if "torch.export.load" in page.read_text():
+    if "torch.export.load" in page.read_text("utf-8"):
         from srpkd.models.exporters import to_pt2
 
         run = tmp_path / "runs" / "h2z"
@@ -143,15 +143,15 @@ def test_commands_have_options_that_exist(page, tmp_path, monkeypatch):
         if line[0] == "srpkd":
             srpkd_command(line[1], line[2:])
         elif line[0] == "make":
-            assert re.search(rf"^{line[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert re.search(rf"^{line[1]}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         else:
             assert line[:3] == ["python", "-m", "bench"]
             bench_command(line[3], line[4:])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "\n::: " in page.read_text()], ids=page_id)
+@pytest.mark.parametrize("page", [page for page in PAGES if "\n::: " in page.read_text("utf-8")], ids=page_id)
 def test_api_reference_names_objects_that_exist(page):
-    for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+    for path in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.MULTILINE):
         module, _, name = path.rpartition(".")
         try:
             documented = import_module(path)
@@ -164,7 +164,7 @@ def docstrings(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the file, and the text without its code, of every docstring in a folder."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for path in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, documented) and (text := ast.get_docstring(node)):
                 yield page_id(path), re.sub(r"(`+)[^`]*\1", "", text)
 
@@ -198,7 +198,7 @@ def test_site_builds_without_warnings(tmp_path):
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "relation_loss" in (tmp_path / "reference" / "loss" / "index.html").read_text()
+    assert "relation_loss" in (tmp_path / "reference" / "loss" / "index.html").read_text("utf-8")
 
 
 SMALL = {
@@ -239,11 +239,11 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
 
 def test_environment_variables_are_those_that_the_code_reads():
     files = [path for name in ("srpkd", "kernels", "csrc", "bench") for path in (ROOT / name).rglob("*.*")]
-    sources = "\n".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h"))
+    sources = "\n".join(path.read_text("utf-8") for path in files if path.suffix in (".py", ".cpp", ".h"))
     read = set(re.findall(r'(?:os\.environ(?:\.get\(|\[)|std::getenv\()"(\w+)"', sources))
     # those of the system and of torchrun are not settings, and PyTorch reads two that are
     read -= {"PATH", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"}
-    names = re.findall(r"^\| (`.*?) \|", (DOCS / "environment.md").read_text(), re.MULTILINE)
+    names = re.findall(r"^\| (`.*?) \|", (DOCS / "environment.md").read_text("utf-8"), re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", " ".join(names))) == read | {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
 
 

@@ -52,7 +52,7 @@ def test_fid_and_kid_with_inception(folders, tmp_path, monkeypatch, capsys, one_
     arguments = [str(folders["generated"]), str(folders["real"]), "--real_train", str(folders["train"])]
     main([*arguments, "--inception_weights", str(tmp_path / "weights.pth"), "--json", str(tmp_path / "x" / "out.json"),
           "--device=cpu"])  # fmt: skip
-    rows = json.loads((tmp_path / "x" / "out.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "x" / "out.json").read_text("utf-8"))["rows"]
     assert [(row["metric"], row["against"]) for row in rows] == [
         (metric, against) for against in ("test", "train + test") for metric in ("FID", "KID", "KID std")
     ]
@@ -80,7 +80,7 @@ def test_psnr_of_images_paired_by_name(tmp_path):
         Image.fromarray(image // 2).save(tmp_path / f"{index}_fake_B.png")
     patterns = [str(tmp_path / f"*_{kind}_B.png") for kind in ("fake", "real")]
     main([*patterns, "--metrics", "psnr", "--json", str(tmp_path / "out.json")])
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out.json").read_text("utf-8"))["rows"]
     expected = [20 * np.log10(255 / np.sqrt(np.mean((i // 2 - i.astype(float)) ** 2))) for i in noise(3, (16, 16, 3))]
     assert row == {"metric": "PSNR", "value": pytest.approx(np.mean(expected)), "against": "test", "images": 3}
 

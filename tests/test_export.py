@@ -42,7 +42,7 @@ def test_command_line(weights, capsys):
     target.write_text("mine")
     with pytest.raises(SystemExit, match=r"latest_net_G\.onnx exists: use --force to replace it"):
         main([str(weights)])
-    assert target.read_text() == "mine"
+    assert target.read_text("utf-8") == "mine"
     main([str(weights), "--force"])
     assert target.stat().st_size > 1000
     other = weights.with_name("other.pt2")

@@ -92,7 +92,7 @@ def test_atomic_write_keeps_links_and_default_permissions(tmp_path):
 
 def test_json_has_no_numbers_that_other_programs_refuse(tmp_path):
     path = write_json(tmp_path / "a.json", {"rows": [{"value": math.inf}, (math.nan, 1.5, True, "inf", None)]})
-    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+    assert json.loads(path.read_text("utf-8"), parse_constant=pytest.fail) == {
         "rows": [{"value": None}, [None, 1.5, True, "inf", None]]
     }
 

@@ -127,7 +127,7 @@ def test_wheel_of_the_sdist_is_the_same(wheel, sdist, tmp_path):
 
 def test_wheel_of_an_archive_without_links_is_the_same(wheel, tmp_path):
     source = copy_tree(tmp_path, links=False)
-    assert {name: (source / name).read_text() for name in LINKS} == LINKS
+    assert {name: (source / name).read_text("utf-8") for name in LINKS} == LINKS
     assert wheel_content(build(source, "wheel")) == wheel_content(wheel)
 
 

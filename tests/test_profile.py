@@ -29,7 +29,7 @@ def test_table_and_json(weights, tmp_path, capsys, one_thread):
     arguments = ["--size=16", "--modes", "eager", "onnx", "--repeats=4", "--device=cpu"]
     main([*map(str, weights.values()), *arguments, "--json", str(tmp_path / "costs.json")])
     out = capsys.readouterr().out
-    result = json.loads((tmp_path / "costs.json").read_text())
+    result = json.loads((tmp_path / "costs.json").read_text("utf-8"))
     assert (result["size"], result["batch_size"], result["threads"]) == (16, 1, torch.get_num_threads())
     for name, (netG, ngf), network in zip(
         weights, [("resnet_2blocks", 4), ("resnet_1blocks", 2)], result["networks"], strict=True

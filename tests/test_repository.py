@@ -55,6 +55,12 @@ def test_mypy_finds_the_kernels():
     assert "find module" not in result.stdout
 
 
+def test_text_files_are_read_as_utf_8():
+    """ruff's PLW1514 overlooks a read_text() of an object whose type it cannot infer."""
+    names = [name for name in git("ls-files", "*.py").splitlines() if not (ROOT / name).is_symlink()]
+    assert [name for name in names if ".read_text" + "()" in (ROOT / name).read_text("utf-8")] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_module_has_another_name_than_the_packages_that_it_imports(path):
     """Otherwise running the module as a script imports the module itself in place of the package."""
@@ -68,8 +74,8 @@ def test_module_has_another_name_than_the_packages_that_it_imports(path):
 
 
 def test_ci_tests_the_oldest_versions_that_pyproject_supports():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]
     oldest, newest = jobs["quick"]["strategy"]["matrix"]["include"]
     assert project["requires-python"] == f">={oldest['python']}"
     (torch,) = (requirement for requirement in project["dependencies"] if requirement.startswith("torch"))

@@ -183,4 +183,4 @@ def test_invalid_report_keeps_the_previous_page(tmp_path, content):
 def test_numbers_that_cannot_be_drawn_are_reported(tmp_path):
     lines = [f'{{"stage": "a", "step": {step}, "loss": {10**400 if step == 2 else step}}}\n' for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert "Invalid lines in metrics.jsonl: 1." in write_report(tmp_path).read_text()
+    assert "Invalid lines in metrics.jsonl: 1." in write_report(tmp_path).read_text("utf-8")

@@ -135,7 +135,9 @@ def compiled(folder: Path, names: Sequence[str]) -> dict[str, Path]:
 def compile_variant(folder: Path, name: str) -> Path:
     """Compile one variant, unless the folder has it."""
     patches = VARIANTS[name].patches
-    digest = hashlib.sha256(repr((build.source_digest(), LIBRARY.read_text(), patches, build.NVCC_FLAGS)).encode())
+    digest = hashlib.sha256(
+        repr((build.source_digest(), LIBRARY.read_text(encoding="utf-8"), patches, build.NVCC_FLAGS)).encode()
+    )
     library = folder.resolve() / f"{slug(name)}-{digest.hexdigest()[:12]}.so"
     if library.exists():
         return library

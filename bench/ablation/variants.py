@@ -48,7 +48,7 @@ def variant(meaning: str, *patches: Patch, equal: bool = False) -> Variant:
 
 def read_patches(name: str) -> tuple[Patch, ...]:
     """Return the hunks of a unified diff of csrc/cuda in this folder, each a patch."""
-    text = Path(__file__).with_name(name).read_text()
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
     found = []
     for file in re.split(r"^diff --git .*\n", text, flags=re.MULTILINE)[1:]:
         header, *hunks = re.split(r"^@@ .*\n", file, flags=re.MULTILINE)
@@ -231,10 +231,10 @@ def apply(patches: tuple[Patch, ...], sources: Path) -> None:
         ValueError: a text does not occur exactly once.
     """
     for path, old, new in patches:
-        text = (sources / path).read_text()
+        text = (sources / path).read_text(encoding="utf-8")
         if (count := text.count(old)) != 1:
             raise ValueError(
                 f"the text of a patch occurs {count} times in csrc/cuda/{path}, expected once: adapt "
                 f"bench/ablation/variants.py to the changed kernel: {old.strip()!r}"
             )
-        (sources / path).write_text(text.replace(old, new))
+        (sources / path).write_text(text.replace(old, new), encoding="utf-8")

@@ -80,7 +80,7 @@ def is_finished(config: ResolvedConfig) -> bool:
         return False
     try:
         recorded = read_config(str(folder / "config.yaml"))
-        finished = json.loads((folder / "report.json").read_text())["status"] == "finished"
+        finished = json.loads((folder / "report.json").read_text(encoding="utf-8"))["status"] == "finished"
     except (ValueError, OSError, KeyError) as error:
         if has_state(folder):
             return False  # stopped before it wrote its page
@@ -100,5 +100,5 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def scores(config: ResolvedConfig, metric: str) -> list[float]:
     """Return a metric of a finished run's students, by seed."""
-    lines = map(json.loads, (run_folder(config) / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (run_folder(config) / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [values[metric] for values in lines if metric in values]

@@ -42,7 +42,7 @@ def test_patches_fit_the_sources(name, tmp_path):
 
 
 def differs(path: Path, copy: Path) -> bool:
-    return path.read_text(encoding="utf-8") != (build.CSRC / "cuda" / path.relative_to(copy)).read_text()
+    return path.read_text(encoding="utf-8") != (build.CSRC / "cuda" / path.relative_to(copy)).read_text("utf-8")
 
 
 def test_a_patch_that_does_not_fit_is_an_error(tmp_path):
@@ -194,4 +194,4 @@ def test_variants_on_a_gpu(tmp_path, capsys):
     ablation.run(parse(ablation, "--batch", "1", "--pixels", "1024", "--out", str(out), "--variants", *chosen))
     lines = capsys.readouterr().out.splitlines()
     assert [line[:22].strip() for line in lines[-2:]] == chosen
-    assert len(out.read_text().splitlines()) == 3
+    assert len(out.read_text("utf-8").splitlines()) == 3

@@ -27,7 +27,7 @@ def test_rows_and_table_are_written(tmp_path):
     for name in ("loss", "weights", "features"):  # the spread falls with the root of m
         assert 1.2 < float(few[f"{name}_spread"]) / float(many[f"{name}_spread"]) < 4
     assert between_markers(page, columns.NAME) == columns.table(rows)
-    assert "4/6 channels" in page.read_text()
+    assert "4/6 channels" in page.read_text("utf-8")
 
 
 def test_without_a_page_the_table_is_printed(tmp_path, capsys):

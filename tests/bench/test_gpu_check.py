@@ -84,7 +84,7 @@ def test_rehearsal_on_the_cpu(tmp_path):
         "commit.txt", "gpu_check.log", "relation.csv", "smoke.jsonl", "smoke-overlap.jsonl", "tests", "train.csv",
     }  # fmt: skip
     rows = len(results.read(tmp_path / "relation.csv", relation.KEY))
-    lines = [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
+    lines = [len((tmp_path / name).read_text("utf-8").splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
     assert lines[1] == len(checks("cpu"))
 
     done = run_script(tmp_path, "--only", "nothing")
@@ -93,7 +93,9 @@ def test_rehearsal_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "15 tests have passed before" in done.stdout and "train.csv is recorded" in done.stdout
     assert len(results.read(tmp_path / "relation.csv")) == rows
-    assert lines == [len((tmp_path / name).read_text().splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")]
+    assert lines == [
+        len((tmp_path / name).read_text("utf-8").splitlines()) for name in ("smoke.jsonl", "smoke-overlap.jsonl")
+    ]
 
 
 def part_output(output: str, name: str) -> str:
@@ -160,7 +162,7 @@ def test_a_command_stops_at_its_limit_with_its_children(tmp_path, monkeypatch):
     assert check.failures == ["slow (stopped after 6 s; repeat with the same OUT to resume)"]
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # until the system has removed it
-            os.kill(int((tmp_path / "child").read_text()), 0)
+            os.kill(int((tmp_path / "child").read_text("utf-8")), 0)
             time.sleep(0.05)
     assert check.python("fails", "-c", "raise SystemExit(3)", accepted=(0, 5)) == 3
     assert check.python("no tests are left", "-c", "raise SystemExit(5)", accepted=(0, 5)) == 5
@@ -241,7 +243,7 @@ def test_tests_on_a_gpu_are_recorded(tmp_path, monkeypatch):
     ((words, _),) = check.commands
     assert words[words.index("gpu") - 1 :][:3] == ["-m", "gpu", "tests"] and "bench.gpu_tests" in words
     assert check.environments == [{"SRPKD_GPU_TESTS": str(tmp_path / "tests-sm80")}]
-    assert (tmp_path / "tests-sm80" / "passed.txt").read_text() == ""
+    assert (tmp_path / "tests-sm80" / "passed.txt").read_text("utf-8") == ""
 
 
 @pytest.mark.usefixtures("stopped_clock")

@@ -35,7 +35,7 @@ def run_pytest(folder, *arguments: str) -> list[str]:
     """Run the program's tests, and return the names of those that ran, in order."""
     state = folder / "state"
     gpu_tests.start(state)
-    before = (state / "tests.jsonl").read_text() if (state / "tests.jsonl").exists() else ""
+    before = (state / "tests.jsonl").read_text("utf-8") if (state / "tests.jsonl").exists() else ""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.gpu_tests"]
     subprocess.run(
         [*command, "-c", os.devnull, "--rootdir", folder, folder, *arguments],
@@ -43,7 +43,7 @@ def run_pytest(folder, *arguments: str) -> list[str]:
         env=outside_of_xdist() | {gpu_tests.VARIABLE: str(state), "PYTHONPATH": str(ROOT)},
         capture_output=True,
     )
-    lines = (state / "tests.jsonl").read_text().removeprefix(before).splitlines()
+    lines = (state / "tests.jsonl").read_text("utf-8").removeprefix(before).splitlines()
     return [json.loads(line)["test"].partition("::")[2] for line in lines]
 
 

@@ -146,7 +146,7 @@ def test_a_run_of_nsight_compute(tmp_path, monkeypatch, capsys):
         f"{stem}{end}" for end in (".details.txt", ".source.csv.gz", ".ncu-rep.gz", ".txt")
     }
     assert gzip.decompress((out / f"{stem}.ncu-rep.gz").read_bytes()) == b"report"
-    words = (program.parent / "log").read_text().split()
+    words = (program.parent / "log").read_text("utf-8").split()
     assert words[:2] == ["--set", "full"] and "--profile-from-start" in words
     # the program that ncu starts makes the same call
     inner = parse(profile, *words[words.index("profile") + 1 :])

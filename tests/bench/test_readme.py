@@ -16,8 +16,8 @@ README = ROOT / "README.md"
 
 
 def test_readme_contains_the_table_of_the_recorded_demo() -> None:
-    demo = json.loads((README.parent / "docs" / "demo.json").read_text())
-    assert format_table(demo["table"], markdown=True) in README.read_text()
+    demo = json.loads((README.parent / "docs" / "demo.json").read_text("utf-8"))
+    assert format_table(demo["table"], markdown=True) in README.read_text("utf-8")
 
 
 def test_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
@@ -25,13 +25,15 @@ def test_text_between_the_markers_is_replaced(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- demo table: begin -->\nold\n<!-- demo table: end -->\nafter\n")
     main(["readme", str(run), "--readme", str(readme)])
-    table = format_table(json.loads((run / "report.json").read_text())["table"], markdown=True)
-    assert readme.read_text() == f"before\n<!-- demo table: begin -->\n{table}\n<!-- demo table: end -->\nafter\n"
+    table = format_table(json.loads((run / "report.json").read_text("utf-8"))["table"], markdown=True)
+    assert (
+        readme.read_text("utf-8") == f"before\n<!-- demo table: begin -->\n{table}\n<!-- demo table: end -->\nafter\n"
+    )
     assert (tmp_path / "docs" / "demo.png").read_bytes().startswith(b"\x89PNG")
-    before = readme.read_text(), (tmp_path / "docs" / "demo.json").read_text()
+    before = readme.read_text("utf-8"), (tmp_path / "docs" / "demo.json").read_text("utf-8")
     with pytest.raises(SystemExit, match=r"early: report\.json has no table, expected a run that has evaluated a net"):
         main(["readme", str(fill_run(tmp_path / "early", table=None)), "--readme", str(readme)])
-    assert before == (readme.read_text(), (tmp_path / "docs" / "demo.json").read_text())
+    assert before == (readme.read_text("utf-8"), (tmp_path / "docs" / "demo.json").read_text("utf-8"))
     plain = tmp_path / "plain" / "README.md"
     plain.parent.mkdir()
     plain.write_text("no markers")

@@ -39,7 +39,7 @@ def test_a_folder_is_merged_and_the_table_is_written(folder, capsys):
     assert len(results.read(relation.RESULTS)) == 2 * count
 
     names: dict = {}
-    exec((folder / "measured_cases.py").read_text(), names)
+    exec((folder / "measured_cases.py").read_text("utf-8"), names)
     assert names["DEVICES"] == (("some cuda", (9, 0)),)
     cases = {Case(*case): times for _, case, times in names["CASES"]}
     assert {case.pixels for case in cases} == {1024, 2048, 4096}

@@ -68,7 +68,7 @@ def test_recorded_rooflines_follow_from_the_other_columns():
 
 @needs_results
 def test_the_summary_of_the_benchmarks_contains_the_recorded_ratios():
-    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "benchmarks.md").read_text("utf-8").split())
 
     def one(pixels: str, dtype: str = "float32", **options: str) -> str:
         case = ON_CPU | ROW_L1 | {"pixels": pixels, "dtype": dtype} | options
@@ -108,7 +108,7 @@ def test_the_summary_of_the_benchmarks_contains_the_recorded_ratios():
 
 
 def test_docs_state_from_which_size_auto_takes_the_closed_form():
-    page = (ROOT / "docs" / "backends.md").read_text()
+    page = (ROOT / "docs" / "backends.md").read_text("utf-8")
     for device, kind in (("AMD Zen 5 and newer, with AVX-512", "zen5"), ("other CPUs", "cpu"), ("GPU", "cuda")):
         rule = dispatch.CLOSED_FORM_FROM[kind]
         assert rule["cosine"] == rule["none"]
@@ -121,8 +121,8 @@ def test_docs_state_from_which_size_auto_takes_the_closed_form():
 
 def test_auto_has_the_recorded_results():
     """The table from which ``auto`` chooses on GPUs is that of the recorded rows."""
-    assert record.TABLE.read_text() == record.table(RECORDED), "run python -m bench record"
-    assert record.HEADER.read_text() == record.header(RECORDED), "run python -m bench record"
+    assert record.TABLE.read_text("utf-8") == record.table(RECORDED), "run python -m bench record"
+    assert record.HEADER.read_text("utf-8") == record.header(RECORDED), "run python -m bench record"
     correct = [row for row in RECORDED if row["status"] == "ok" and row["kernel_version"]]
     assert sum(len(entry.times) for entry in measured.RECORDED) == len(correct)
 

@@ -63,8 +63,8 @@ def test_tables_are_put_into_the_readme(recorded, tmp_path, capsys):
     assert between_markers(readme, table.NAME) == f"{table.short_table(rows)}\n\n{table.steps_in_short(steps)}"
     assert between_markers(page, table.NAME) == text
     for file in (readme, page):
-        assert file.read_text().startswith("# a\n<!-- bench table: begin (by hand) -->\n")
-        assert file.read_text().endswith("<!-- bench table: end -->\nb\n")
+        assert file.read_text("utf-8").startswith("# a\n<!-- bench table: begin (by hand) -->\n")
+        assert file.read_text("utf-8").endswith("<!-- bench table: end -->\nb\n")
     readme.write_text("# a\n")
     with pytest.raises(SystemExit, match="expected the markers"):
         run("table", "--csv", recorded, "--readme", readme)

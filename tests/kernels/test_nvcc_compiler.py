@@ -98,7 +98,7 @@ def test_nvcc_uses_the_chosen_compiler(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert build.nvcc_problem() is None
-    (call,) = (toolkit / "calls").read_text().splitlines()
+    (call,) = (toolkit / "calls").read_text("utf-8").splitlines()
     assert call.startswith(f"-std=c++20 -ccbin {probed} -x cu" if probed else "-std=c++20 -x cu")
     assert [found for found in build.nvcc_flags() if "ccbin" in found] == ([f"-ccbin={flag}"] if flag else [])
 

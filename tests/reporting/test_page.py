@@ -73,7 +73,11 @@ def test_page_is_self_contained(run: Path) -> None:
     path = write_report(run)
     page = Page(path)
     assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed"}
-    assert "http" not in path.read_text() and "url(" not in path.read_text() and "@import" not in path.read_text()
+    assert (
+        "http" not in path.read_text("utf-8")
+        and "url(" not in path.read_text("utf-8")
+        and "@import" not in path.read_text("utf-8")
+    )
     for link in page.links:
         if not link.startswith("#") and link != "data:,":
             assert (run / unquote(link)).is_file(), link
@@ -160,7 +164,7 @@ def test_samples_of_different_lengths_share_columns(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     first = {"caption": "first", "images": [{"label": "input", "file": "images/000_0.png"}]}
     other = {"caption": "other", "images": [{"label": "truth", "file": "images/000_1.png"}]}
-    content = json.loads((run / "report.json").read_text()) | {"samples": [first, other]}
+    content = json.loads((run / "report.json").read_text("utf-8")) | {"samples": [first, other]}
     (run / "report.json").write_text(json.dumps(content))
     assert "input truth first – other –" in Page(write_report(run)).text
 
@@ -182,7 +186,7 @@ def test_page_is_replaced_atomically(run: Path, monkeypatch: pytest.MonkeyPatch)
     write_report(run)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before  # no other input
 
-    content = json.loads((run / "report.json").read_text()) | {"status": "running", "title": "second"}
+    content = json.loads((run / "report.json").read_text("utf-8")) | {"status": "running", "title": "second"}
     (run / "report.json").write_text(json.dumps(content))
 
     def interrupted(*_: object) -> None:

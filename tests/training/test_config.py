@@ -325,7 +325,7 @@ def test_presets_are_files_of_options():
     [folder] = map(Path, srpkd.presets.__path__)
     assert presets() == sorted(path.stem for path in folder.glob("*.yaml"))
     for name in presets():
-        assert yaml.safe_load((folder / f"{name}.yaml").read_text()).keys() <= OPTIONS.keys()
+        assert yaml.safe_load((folder / f"{name}.yaml").read_text("utf-8")).keys() <= OPTIONS.keys()
 
 
 def test_without_the_parser_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

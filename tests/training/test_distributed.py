@@ -67,12 +67,12 @@ def runs(request, server, tmp_path_factory) -> tuple[str, Path, Path]:
     write_synthetic(cwd / "images", 8, 2, 20, layout="unaligned")
     for processes in (1, 2):
         code = server([*ARGUMENTS[request.param], *TINY, f"--name=of{processes}"], cwd, processes=processes)
-        assert code == 0, (cwd / "log").read_text()
+        assert code == 0, (cwd / "log").read_text("utf-8")
     return request.param, cwd / "runs/of1", cwd / "runs/of2"
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
 @pytest.mark.core(1)
@@ -96,7 +96,7 @@ def test_only_rank_0_writes_and_prints(runs):
     _, one, two = runs
     assert sorted(p.relative_to(one) for p in one.rglob("*")) == sorted(p.relative_to(two) for p in two.rglob("*"))
     assert sorted(path.name for path in two.parent.glob("of*")) == ["of1", "of2"]
-    output = (two.parent.parent / "log").read_text()
+    output = (two.parent.parent / "log").read_text("utf-8")
     assert output.count(f"writing to {Path(*two.parts[-2:])}\n") == 1
     assert output.count(f"report: {Path(*two.parts[-2:])}/index.html") == 1
 
@@ -105,13 +105,13 @@ def test_only_rank_0_writes_and_prints(runs):
 def test_an_error_of_one_rank_is_raised_on_all(server, runs):
     """Before training starts, without the traceback of a rank that waited for the others."""
     _, _, two = runs
-    cwd, before = two.parent.parent, (two.parent.parent / "log").read_text()
+    cwd, before = two.parent.parent, (two.parent.parent / "log").read_text("utf-8")
     lock = FolderLock(two)
     assert server([f"--resume={two.name}", "--n_epochs=2"], cwd, processes=2) == 1
     lock.close()
     new = [*ARGUMENTS["pix2pix"], *TINY, "--runs_dir=log"]
     assert server(new, cwd, processes=2) == 1
-    output = (cwd / "log").read_text().removeprefix(before)
+    output = (cwd / "log").read_text("utf-8").removeprefix(before)
     for message in (f"{Path(*two.parts[-2:])}: another process is training this run", "runs_dir log: this folder"):
         assert output.count(f"error: {message}") + output.count(f"error: rank 0: {message}") == 1
     assert "Traceback" not in output
@@ -126,7 +126,7 @@ def test_all_ranks_distil_from_the_teacher_that_was_saved(server, tmp_path):
         ([*arguments, "--name=resumed"], in_first_step_of_student, 128 + signal.SIGINT),
         (["--resume=resumed"], None, 0),
     ):
-        assert server(given, tmp_path, stop, processes=2) == code, (tmp_path / "log").read_text()
+        assert server(given, tmp_path, stop, processes=2) == code, (tmp_path / "log").read_text("utf-8")
     whole, resumed = (lines(tmp_path / "runs" / name) for name in ("whole", "resumed"))
     assert [line | {"seconds": 0} for line in resumed] == [line | {"seconds": 0} for line in whole]
 
@@ -282,7 +282,7 @@ def test_a_failed_run_leaves_no_threads_and_torchrun_repeats_its_message(tmp_pat
 @pytest.mark.core(1)
 def test_only_the_process_that_fails_shows_its_message(server, tmp_path, point, message, tracebacks):
     assert server([*ARGUMENTS["pix2pix"], *TINY], tmp_path, (f"{point} on rank 1", 3), processes=2) == 1
-    output = (tmp_path / "log").read_text()
+    output = (tmp_path / "log").read_text("utf-8")
     assert (output.count(message), output.count("Traceback")) == (1, tracebacks), output
     assert output.count(HOW_TO_RESUME) == 1 and ("gloo" in output) == (point == "kill"), output
 
@@ -299,11 +299,11 @@ def test_resumed_processes_continue_bit_identically(server, runs):
     assert server(["--resume=killed"], cwd, ("step", 6), processes=2) == -signal.SIGKILL
     assert server(["--resume=killed"], cwd) == 1
     message = "the number of processes is 1 and was 2: resume with torchrun --nproc_per_node=2 -m srpkd.train --resume"
-    assert message in (cwd / "log").read_text()
-    assert server(["--resume=killed"], cwd, processes=2) == 0, (cwd / "log").read_text()
+    assert message in (cwd / "log").read_text("utf-8")
+    assert server(["--resume=killed"], cwd, processes=2) == 0, (cwd / "log").read_text("utf-8")
     assert_same_weights(expected, cwd / "runs/killed")
     # the state of a finished stage is that of as many processes
     (cwd / "log").unlink()
     assert server(["--resume=killed", "--n_epochs=4"], cwd) == 1
-    assert message in (cwd / "log").read_text()
-    assert server(["--resume=killed", "--n_epochs=4"], cwd, processes=2) == 0, (cwd / "log").read_text()
+    assert message in (cwd / "log").read_text("utf-8")
+    assert server(["--resume=killed", "--n_epochs=4"], cwd, processes=2) == 0, (cwd / "log").read_text("utf-8")

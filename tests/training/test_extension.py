@@ -32,7 +32,7 @@ def long_runs(server, root) -> dict[str, Path]:
     for model, arguments in ARGUMENTS.items():
         cwd = root / f"long {model}"
         cwd.mkdir()
-        assert server([*arguments, *SCHEDULE, "--n_epochs=3"], cwd) == 0, (cwd / "log").read_text()
+        assert server([*arguments, *SCHEDULE, "--n_epochs=3"], cwd) == 0, (cwd / "log").read_text("utf-8")
     return {model: root / f"long {model}" / "runs/run" for model in ARGUMENTS}
 
 
@@ -65,12 +65,12 @@ KILLS = {
 def test_extended_run_is_bit_identical_to_a_longer_one(server, long_runs, root, model, kills):
     cwd = root / f"{model} {kills}"
     cwd.mkdir()
-    assert server([*ARGUMENTS[model], *SCHEDULE, "--n_epochs=1"], cwd) == 0, (cwd / "log").read_text()
+    assert server([*ARGUMENTS[model], *SCHEDULE, "--n_epochs=1"], cwd) == 0, (cwd / "log").read_text("utf-8")
     arguments = ["--resume=run", "--n_epochs=3"]
     for kill in kills:
-        assert server(arguments, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text()
+        assert server(arguments, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text("utf-8")
         arguments = ["--resume=run"]  # the run remembers its new number of epochs
-    assert server(arguments, cwd) == 0, (cwd / "log").read_text()
+    assert server(arguments, cwd) == 0, (cwd / "log").read_text("utf-8")
     assert_same_result(cwd / "runs/run", long_runs[model])
 
 
@@ -79,8 +79,8 @@ def test_a_stopped_run_is_extended_too(server, long_runs, root):
     cwd.mkdir()
     # the first of two variants is done, the second is in training
     arguments = [*ARGUMENTS["pix2pix"], *SCHEDULE, "--n_epochs=2", "--save_latest_freq=1"]
-    assert server(arguments, cwd, ("step", 9)) == -signal.SIGKILL, (cwd / "log").read_text()
-    assert server(["--resume=run", "--n_epochs=3", "--save_latest_freq=2"], cwd) == 0, (cwd / "log").read_text()
+    assert server(arguments, cwd, ("step", 9)) == -signal.SIGKILL, (cwd / "log").read_text("utf-8")
+    assert server(["--resume=run", "--n_epochs=3", "--save_latest_freq=2"], cwd) == 0, (cwd / "log").read_text("utf-8")
     assert_same_weights(cwd / "runs/run", long_runs["pix2pix"])
 
 
@@ -153,7 +153,7 @@ def test_state_that_is_kept(run):
     assert {path.name for path in done.folder.rglob("*state*")} == {"state.pt", "final_state.pt"}
     run("--resume=run", "--n_epochs=2", "--no_keep_state")
     assert not list(done.folder.rglob("*state*"))
-    assert "n_epochs: 2\n" in (done.folder / "config.yaml").read_text()
+    assert "n_epochs: 2\n" in (done.folder / "config.yaml").read_text("utf-8")
     with pytest.raises(SystemExit, match="has finished and did not keep its state"):
         run("--resume=run", "--n_epochs=3")
 
@@ -170,7 +170,7 @@ def test_variants_with_epochs_of_their_own(run):
     run("--resume=run", "--n_epochs=2")
     changed = {path.parent.name for path, content in before.items() if path.read_bytes() != content}
     assert changed == {"a-seed-0", "a-seed-1"}
-    rows = json.loads((done.folder / "report.json").read_text())["table"]["rows"]
+    rows = json.loads((done.folder / "report.json").read_text("utf-8"))["table"]["rows"]
     assert sorted(row["name"] for row in rows) == ["a", "b", "teacher"]
     assert all(row["mIoU"]["n"] == 2 for row in rows if row["name"] != "teacher")
     steps = {(line["stage"], line["step"]) for line in done.metrics if "mIoU" in line}
@@ -198,4 +198,4 @@ def test_a_run_that_older_versions_stopped_can_be_resumed(server, root):
     for name in ("init_student", "init_discriminator", "init_adapter", "no_keep_state"):
         del state["config"][name]
     torch.save(state, path)
-    assert server(["--resume=run"], cwd) == 0, (cwd / "log").read_text()
+    assert server(["--resume=run"], cwd) == 0, (cwd / "log").read_text("utf-8")

@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch) -> Callable[..., Path]:
     monkeypatch.chdir(tmp_path)
 
     def main(*arguments: str, name: str = "run", page: Callable[[dict[str, Any]], None] = lambda report: None) -> Path:
-        monkeypatch.setattr(PAGES, lambda folder, _: page(json.loads((folder / "report.json").read_text())))
+        monkeypatch.setattr(PAGES, lambda folder, _: page(json.loads((folder / "report.json").read_text("utf-8"))))
         train.main([*ARGUMENTS, *arguments, f"--name={name}"])
         return tmp_path / "runs" / name
 
@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch) -> Callable[..., Path]:
 
 def logged(folder: Path) -> list[tuple[str, int, dict[str, float]]]:
     """(stage, step, values) of every line of metrics.jsonl."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [(line.pop("stage"), line.pop("step"), {k: v for k, v in line.items() if k != "seconds"}) for line in lines]
 
 

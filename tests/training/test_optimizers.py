@@ -61,7 +61,7 @@ def trained(tmp_path) -> Callable[..., tuple[Any, list[dict[str, Any]], Path]]:
             result = loop.fit(Stage("student", config, 0, run_dir.folder), run_dir, dict(teachers), **others)
         finally:
             run_dir.close()
-        lines = [json.loads(line) for line in (run_dir.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run_dir.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         return result, lines, run_dir.folder
 
     return train

@@ -130,7 +130,7 @@ def test_the_table_is_printed(done):
 
 
 def test_the_page_shows_all_networks(done, model):
-    page = (done.folder / "index.html").read_text()
+    page = (done.folder / "index.html").read_text("utf-8")
     assert all(name in page for name in NAMES[model])
     samples = done.report["samples"]
     assert len(samples) == len(GENERATORS[model])
@@ -280,7 +280,7 @@ def test_a_run_can_be_called_from_python(tmp_path):
     config = replace(config, n_epochs_decay=0, epoch_steps=1, runs_dir=str(tmp_path), name="from python")
     run_dir = pipeline.run(config)
     assert run_dir.folder == tmp_path / "from python"
-    assert yaml.safe_load((run_dir.folder / "config.yaml").read_text())["name"] == "from python"
+    assert yaml.safe_load((run_dir.folder / "config.yaml").read_text("utf-8"))["name"] == "from python"
     with pytest.raises(DataError, match="nowhere"):
         pipeline.run(replace(config, dataroot="nowhere"))
     with pytest.raises(ValueError, match=r"variant 'a': unknown option 'ngff'; did you mean ngf\?"):
@@ -350,7 +350,7 @@ def test_every_page_is_written_once(monkeypatch, tmp_path):
     pages = []
     monkeypatch.setattr(
         "srpkd.training.run_dir.write_report",
-        lambda folder, _: pages.append(json.loads((folder / "report.json").read_text())),
+        lambda folder, _: pages.append(json.loads((folder / "report.json").read_text("utf-8"))),
     )
     train.main([*PIX2PIX, *TEACHER, "--seeds=2", f"--runs_dir={tmp_path}"])
     shown = [(page["status"], len(page["table"]["rows"])) for page in pages]
@@ -365,8 +365,8 @@ def test_an_interrupted_run_is_marked_as_stopped(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.main([*PIX2PIX, f"--runs_dir={tmp_path}", "--name=broken"])
     folder = tmp_path / "broken"
-    assert json.loads((folder / "report.json").read_text())["status"] == "stopped"
-    assert "stopped" in (folder / "index.html").read_text()
+    assert json.loads((folder / "report.json").read_text("utf-8"))["status"] == "stopped"
+    assert "stopped" in (folder / "index.html").read_text("utf-8")
     assert (folder / "latest_net_G.pth").exists()
 
 

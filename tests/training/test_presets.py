@@ -178,12 +178,12 @@ def run(tmp_path, monkeypatch, one_thread):
 
 
 def check(folder: Path, config: ResolvedConfig, teacher: bool) -> None:
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text("utf-8"))
     assert report["status"] == "finished"
     variants = list(config.variants) or ["student"]
     assert [row["name"] for row in report["table"]["rows"]] == ["teacher"] * teacher + variants
     steps: dict[str, list[int]] = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines()):
         if "epoch" in line:
             steps.setdefault(line["stage"], []).append(line["step"])
     assert len(steps) == teacher + len(variants)

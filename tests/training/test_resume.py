@@ -46,7 +46,7 @@ def undisturbed(server, root) -> Callable[[str], Path]:
         cwd = root / f"undisturbed {model}"
         if not cwd.exists():
             cwd.mkdir()
-            assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
+            assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text("utf-8")
         return cwd / "runs/run"
 
     return done
@@ -68,7 +68,7 @@ def test_two_runs_are_bit_identical(server, undisturbed, root, model):
     """Weights, metrics and images are bit-identical in another process."""
     cwd = root / f"again {model}"
     cwd.mkdir()
-    assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text()
+    assert server(ARGUMENTS[model], cwd) == 0, (cwd / "log").read_text("utf-8")
     assert_equal(cwd / "runs/run", undisturbed(model))
 
 
@@ -101,9 +101,9 @@ def test_killed_and_resumed_run_is_bit_identical(server, undisturbed, root, mode
     cwd.mkdir()
     arguments = ARGUMENTS[model]
     for kill in kills:
-        assert server(arguments, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text()
+        assert server(arguments, cwd, kill) == -signal.SIGKILL, (cwd / "log").read_text("utf-8")
         arguments = ["--resume=run"]
-    assert server(arguments, cwd) == 0, (cwd / "log").read_text()
+    assert server(arguments, cwd) == 0, (cwd / "log").read_text("utf-8")
     assert_equal(cwd / "runs/run", expected)
 
 
@@ -124,15 +124,15 @@ def test_stopped_and_resumed_run_is_bit_identical(server, undisturbed, root, mod
     arguments = ARGUMENTS[model]
     for stop in stops:
         (cwd / "log").unlink(missing_ok=True)
-        assert server(arguments, cwd, stop) == 128 + signal.SIGINT, (cwd / "log").read_text()
-        output = (cwd / "log").read_text()
+        assert server(arguments, cwd, stop) == 128 + signal.SIGINT, (cwd / "log").read_text("utf-8")
+        output = (cwd / "log").read_text("utf-8")
         assert "\nstopping after this step" in output and "Traceback" not in output
         assert output.endswith("stopped; resume with: python -m srpkd.train --resume runs/run\n")
         metrics = (cwd / "runs/run/metrics.jsonl").read_bytes()
         if stop[0] == "interrupt step":
             assert load_state(cwd / "runs/run")["record"]["metrics_bytes"] == len(metrics)  # nothing is computed again
         arguments = ["--resume=run"]
-    assert server(arguments, cwd) == 0, (cwd / "log").read_text()
+    assert server(arguments, cwd) == 0, (cwd / "log").read_text("utf-8")
     assert_equal(cwd / "runs/run", expected)
 
 
@@ -149,8 +149,8 @@ def test_damaged_state_is_skipped(server, undisturbed, root, damage):
     flipped = content[:middle] + bytes(byte ^ 1 for byte in content[middle : middle + 256]) + content[middle + 256 :]
     newest.write_bytes({"cut": content[:middle], "flipped": flipped}[damage])
     assert server(["--resume", "runs/run"], cwd) == 0
-    assert "state.pt is damaged" in (cwd / "log").read_text()
-    assert "resuming from state.previous.pt" in (cwd / "log").read_text()
+    assert "state.pt is damaged" in (cwd / "log").read_text("utf-8")
+    assert "resuming from state.previous.pt" in (cwd / "log").read_text("utf-8")
     assert_equal(cwd / "runs/run", undisturbed("pix2pix"))
 
 
@@ -161,7 +161,7 @@ def test_reasons_why_a_run_cannot_be_resumed(server, root):
     def refusal(*arguments: str) -> str:
         (cwd / "log").unlink(missing_ok=True)
         assert server(list(arguments), cwd) == 1
-        return (cwd / "log").read_text()
+        return (cwd / "log").read_text("utf-8")
 
     assert server(ARGUMENTS["pix2pix"], cwd, ("step", 5)) == -signal.SIGKILL
     assert "--resume rum: expected the path of a run or the name of one in runs, which contains run" in refusal(
@@ -172,9 +172,9 @@ def test_reasons_why_a_run_cannot_be_resumed(server, root):
     )
     before = {path: path.read_bytes() for path in cwd.rglob("runs/**/*") if path.is_file()}
     config = cwd / "runs/run/config.yaml"
-    config.write_text(config.read_text().replace("lr: 0.01", "lr: 0.02"))
+    config.write_text(config.read_text("utf-8").replace("lr: 0.01", "lr: 0.02"))
     assert "lr is 0.02 and was 0.01: a resumed run must keep its options" in refusal("--resume=run")
-    config.write_text(config.read_text().replace("lr: 0.02", "lr: 0.01"))
+    config.write_text(config.read_text("utf-8").replace("lr: 0.02", "lr: 0.01"))
     for name in NAMES:
         if (cwd / "runs/run" / name).exists():
             (cwd / "runs/run" / name).write_bytes(b"PK")
@@ -203,17 +203,17 @@ def test_a_state_from_before_an_option_existed_takes_its_default(server, undistu
     cwd.mkdir()
     assert server(ARGUMENTS["cycle_gan"], cwd, ("step", 9)) == -signal.SIGKILL
     folder, new = cwd / "runs/run", ("rectify", "detach_norms", "gan_mode")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
     config = {name: value for name, value in config.items() if name not in new}
     for path in folder.glob("state*.pt"):
         state = torch.load(path, weights_only=True)
         torch.save(state | {"config": {name: state["config"][name] for name in config}}, path)
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"rectify": True}))
     assert server(["--resume=run"], cwd) == 1
-    assert "rectify is True and was False: a resumed run must keep its options" in (cwd / "log").read_text()
+    assert "rectify is True and was False: a resumed run must keep its options" in (cwd / "log").read_text("utf-8")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert server(["--resume=run"], cwd) == 0, (cwd / "log").read_text()
-    (folder / "config.yaml").write_text((undisturbed("cycle_gan") / "config.yaml").read_text())
+    assert server(["--resume=run"], cwd) == 0, (cwd / "log").read_text("utf-8")
+    (folder / "config.yaml").write_text((undisturbed("cycle_gan") / "config.yaml").read_text("utf-8"))
     assert_equal(folder, undisturbed("cycle_gan"))
 
 

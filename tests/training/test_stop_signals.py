@@ -65,7 +65,7 @@ def test_ctrl_c_is_not_lost(run, in_step, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(*PIX2PIX, "--name=run")
     assert load_state(tmp_path / "runs/run")["training"][1]["step"] == 2
-    assert json.loads((tmp_path / "runs/run/report.json").read_text())["status"] == "stopped"
+    assert json.loads((tmp_path / "runs/run/report.json").read_text("utf-8"))["status"] == "stopped"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -119,7 +119,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, monkeypatch):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
-    assert output.read_text() == f"\n{stop_signals.NOTICE}\n\nlast words of r?n\n"
+    assert output.read_text("utf-8") == f"\n{stop_signals.NOTICE}\n\nlast words of r?n\n"
 
 
 @pytest.fixture
@@ -133,7 +133,9 @@ def default_of_python_3_14() -> Iterator[None]:
 
 
 def child_processes() -> set[int]:
-    return {int(child) for file in Path("/proc/self/task").glob("*/children") for child in file.read_text().split()}
+    return {
+        int(child) for file in Path("/proc/self/task").glob("*/children") for child in file.read_text("utf-8").split()
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

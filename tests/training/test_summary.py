@@ -63,7 +63,7 @@ def test_rows_have_the_order_of_the_variants_in_an_extended_run_too(run_dir):
 def test_pictures_of_earlier_networks_are_removed(run_dir):
     run_dir.report["samples"] = [{"caption": "test image 0", "images": []}]
     summary.publish(make_plan(run_dir), {}, None)
-    assert run_dir.report["samples"] == [] and "test image 0" not in (run_dir.folder / "index.html").read_text()
+    assert run_dir.report["samples"] == [] and "test image 0" not in (run_dir.folder / "index.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize(

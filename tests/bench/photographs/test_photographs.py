@@ -38,8 +38,8 @@ def packages():
 
 
 def test_docs_contain_the_recorded_report():
-    recorded = json.loads((DOCS / "photographs.json").read_text())
-    assert (DOCS / "photographs.md").read_text() == render(recorded), (
+    recorded = json.loads((DOCS / "photographs.json").read_text("utf-8"))
+    assert (DOCS / "photographs.md").read_text("utf-8") == render(recorded), (
         "write it again with bench.photographs.report.render"
     )
 
@@ -114,7 +114,7 @@ def test_scores_are_those_of_8_bits():
 
 def test_variants_are_those_that_the_study_selected():
     """The weights are those of docs/study.json, and differ only in the losses."""
-    selected = {step["step"]: step["chosen"] for step in json.loads((DOCS / "study.json").read_text())["choice"]}
+    selected = {step["step"]: step["chosen"] for step in json.loads((DOCS / "study.json").read_text("utf-8"))["choice"]}
     configs = run_config(Study("runs", 96, 4, None), "restore", 0)
     assert VARIANTS["output"]["lambda_kd"] == selected["output distillation"]["lambda_kd"]
     assert VARIANTS["output + FitNet"]["lambda_feature"] == selected["feature matching"]["lambda_feature"]
@@ -162,11 +162,13 @@ def test_whole_command(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "## Restore: from a blurred and noisy to a clean image" in out and "too few pairs to tell" in out
     assert out.endswith("report: runs/photographs/photographs.md\n")
-    result = json.loads((tmp_path / "runs" / "photographs" / "photographs.json").read_text())
+    result = json.loads((tmp_path / "runs" / "photographs" / "photographs.json").read_text("utf-8"))
     [run] = result["tasks"]["restore"]
     assert run["tested"] == partition(0)[1] and run["scores"].keys() == {"input", "teacher", *VARIANTS}
     main([*arguments, "--report", "docs"])  # nothing is trained again
-    assert "`python -m bench photographs --partitions=1 --size=48" in (tmp_path / "docs" / "photographs.md").read_text()
-    assert "--report" not in (tmp_path / "docs" / "photographs.md").read_text()
+    assert "`python -m bench photographs --partitions=1 --size=48" in (tmp_path / "docs" / "photographs.md").read_text(
+        "utf-8"
+    )
+    assert "--report" not in (tmp_path / "docs" / "photographs.md").read_text("utf-8")
     assert (tmp_path / "docs" / "photographs-examples.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "docs" / "photographs.json").read_text())["tasks"] == result["tasks"]
+    assert json.loads((tmp_path / "docs" / "photographs.json").read_text("utf-8"))["tasks"] == result["tasks"]

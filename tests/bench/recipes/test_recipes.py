@@ -76,9 +76,9 @@ def test_all_cases_divide_into_copies_and_have_a_page():
 @pytest.mark.parametrize("name", RECIPES)
 def test_page_has_a_picture_and_a_place_for_its_table(name):
     assert isinstance(block(name), str)
-    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", pages.path(name).read_text())
+    (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", pages.path(name).read_text("utf-8"))
     assert (pages.FOLDER / picture).exists(), f"run python -m bench recipes --pictures --only {name}"
-    assert f"]({name}.md)" in pages.path(tables.INDEX).read_text()
+    assert f"]({name}.md)" in pages.path(tables.INDEX).read_text("utf-8")
 
 
 @pytest.mark.core(0)
@@ -135,7 +135,7 @@ def test_pages_contain_the_recorded_results():
 def test_draws_the_picture_of_a_page(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    page = pages.path("batch-similarity").read_text().replace("range(150)", "range(2)")
+    page = pages.path("batch-similarity").read_text("utf-8").replace("range(150)", "range(2)")
     (tmp_path / "batch-similarity.md").write_text(page)
     monkeypatch.setattr(pages, "FOLDER", tmp_path)
     from bench.recipes.pictures import draw

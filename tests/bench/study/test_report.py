@@ -16,8 +16,8 @@ DOCS = ROOT / "docs"
 
 
 def test_docs_contain_the_recorded_report():
-    result = json.loads((DOCS / "study.json").read_text())
-    assert (DOCS / "study.md").read_text() == report.render(result), (
+    result = json.loads((DOCS / "study.json").read_text("utf-8"))
+    assert (DOCS / "study.md").read_text("utf-8") == report.render(result), (
         "bench.study.report.write(result, DOCS) writes it again"
     )
     assert (DOCS / "study.png").is_file()

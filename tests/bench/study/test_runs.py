@@ -24,7 +24,7 @@ def test_two_workers_give_the_scores_of_one(tmp_path, tiny_study):
             student_run(study, "few pairs", 1, 0, 2, NO_DISTILLATION | {"lambda_kd": weight}) for weight in weights
         ]
         found.append(runs.train(study, "few pairs", configs))
-        assert (tmp_path / str(workers) / f"{configs[0].name}.log").read_text()
+        assert (tmp_path / str(workers) / f"{configs[0].name}.log").read_text("utf-8")
     assert found[0] == found[1] and [len(scores) for scores in found[0]] == [2, 2, 2]
     without_teacher = [
         student_run(study, "few pairs", 2, 0, 1, NO_DISTILLATION | {"lambda_kd": weight}) for weight in (1.0, 2.0)

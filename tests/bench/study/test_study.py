@@ -29,9 +29,9 @@ def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys
     arguments += ["--workers", "1", "--settings", "few pairs", "unpaired", "--options", yaml.safe_dump(tiny_options)]
     main(arguments)
     printed = capsys.readouterr().out
-    result = json.loads((tmp_path / "runs" / "study.json").read_text())
+    result = json.loads((tmp_path / "runs" / "study.json").read_text("utf-8"))
     assert (tmp_path / "runs" / "study.png").read_bytes().startswith(b"\x89PNG")
-    report = (tmp_path / "runs" / "study.md").read_text()
+    report = (tmp_path / "runs" / "study.md").read_text("utf-8")
     assert printed == f"{report}\nreport: {tmp_path / 'runs' / 'study.md'}\n"
     assert result["command"].startswith(f"python -m bench study --runs_dir {tmp_path}")
 
@@ -60,7 +60,7 @@ def test_whole_study(tmp_path, tiny_options, few_candidates, monkeypatch, capsys
     # a second call trains nothing and gives the same result
     monkeypatch.setattr(runs, "run", None)
     main([*arguments, "--report", str(tmp_path / "docs")])
-    assert json.loads((tmp_path / "docs" / "study.json").read_text())["judged"] == result["judged"]
+    assert json.loads((tmp_path / "docs" / "study.json").read_text("utf-8"))["judged"] == result["judged"]
     assert (tmp_path / "docs" / "study.md").is_file() and (tmp_path / "docs" / "study.png").is_file()
 
 

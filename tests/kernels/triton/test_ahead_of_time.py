@@ -126,7 +126,7 @@ def test_autotuning_measures_once(tmp_path, monkeypatch):
     assert chosen in measured
     assert len(set(measured)) == len(measured) > 4
     (file,) = tmp_path.rglob("*.json")
-    assert list(json.loads(file.read_text())) == ["case"]
+    assert list(json.loads(file.read_text("utf-8"))) == ["case"]
     measured.clear()
     assert autotune("case", "hash", chosen, measure) == best
     configurations.cached_winners.cache_clear()  # as in another process
@@ -134,7 +134,7 @@ def test_autotuning_measures_once(tmp_path, monkeypatch):
     assert not measured
     autotune("other", "hash", chosen, measure)
     assert measured
-    assert len(json.loads(file.read_text())) == 2
+    assert len(json.loads(file.read_text("utf-8"))) == 2
 
 
 @pytest.mark.parametrize(
