@@ -275,9 +275,8 @@ class Runner:
         while True:
             wait = min(self.silence, self.deadline - time.monotonic())
             if not receiver.poll(max(wait, 0.0)):
-                status, reason = (
-                    ("hung", f"no result for {self.silence:g} s") if wait == self.silence else ("no time", "")
-                )
+                slow = f"no result for {self.silence:g} s: run it again, with a larger --silence if it is only slow"
+                status, reason = ("hung", slow) if wait == self.silence else ("no time", "")
                 process.kill()
                 break
             try:
