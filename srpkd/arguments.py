@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .devices import gpu_count
+from .devices import gpu_count, is_out_of_memory
 from .kernels.dispatch import check_choice as check_choice  # defined there because kernels import nothing of srpkd
 
 
@@ -169,5 +169,8 @@ def exit_on_error() -> Iterator[None]:
     """End the process with status 1 and a one-line message if the block fails for a reason that a user can fix."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            advice = "free memory, or use smaller images or batches"
+            sys.exit(f"error: {first_line(error)}\nThe memory does not suffice: {advice}")
         sys.exit(f"error: {error}")

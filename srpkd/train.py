@@ -84,10 +84,10 @@ def _train(config: TrainConfig, command: str) -> str:
             run_dir = execute(plan)
     except (DataError, CheckpointError, Diverged, NonFiniteError, OSError) as error:
         return f"error: {error}"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             advice = "start a new run with a smaller --batch_size or --crop_size, or free memory and resume this one"
-            return f"error: {' '.join(str(error).split())}\nThe memory does not suffice: {advice}"
+            return f"error: {first_line(error)}\nThe memory does not suffice: {advice}"
         if distributed.rank() == 0 or not distributed.is_lost_connection(error):
             raise
         # rank 0, which says how to resume, may be the one that was killed

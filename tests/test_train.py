@@ -4,6 +4,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import PIX2PIX, TINY, command
@@ -54,7 +55,11 @@ def cuda_allocation(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("allocate", [cuda_allocation, lambda *_: torch.empty(2**50)], ids=["GPU", "CPU"])
+@pytest.mark.parametrize(
+    "allocate",
+    [cuda_allocation, lambda *_: torch.empty(2**50), lambda *_: np.empty(2**50)],
+    ids=["GPU", "CPU", "NumPy"],
+)
 def test_too_little_memory_ends_a_run_with_one_message(monkeypatch, tmp_path, capsys, allocate: Callable[..., Any]):
     monkeypatch.setattr(Pix2Pix, "update_networks", allocate)
     with pytest.raises(SystemExit, match=r"(?s)^error: .*allocate.*smaller --batch_size .* or free memory and resume"):

@@ -21,6 +21,7 @@ from torch import nn
 from wrong_files import REFUSALS, full_disk, make_files, refusing, tree
 
 from srpkd import cli, train
+from srpkd.arguments import exit_on_error
 from srpkd.models import inference
 from srpkd.training.resume import load_state
 from srpkd.training.run_dir import RunDir
@@ -266,6 +267,19 @@ def test_process_exits_with_the_message(files, line):
     done = subprocess.run([sys.executable, *words[1:]], cwd=files, capture_output=True, text=True, timeout=120)
     assert done.returncode in (1, 2) and done.stdout == ""
     assert "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_reported(error, text):
+    advice = "The memory does not suffice: free memory, or use smaller images or batches"
+    with pytest.raises(SystemExit, match=f"^error: {text}\n{advice}$"), exit_on_error():
+        raise error
 
 
 # --- unreadable images ------------------------------------------------------------------------------------------------

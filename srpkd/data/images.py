@@ -272,6 +272,8 @@ def _reason(error: Exception) -> str:
         return f"not an image; expected one of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, MemoryError):
+        return "it needs more memory than is free, or is damaged"
     return f"damaged or truncated ({error})"
 
 

@@ -6,6 +6,7 @@ import pickle
 import socket
 from contextlib import chdir, closing
 from threading import Barrier
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,14 @@ def test_pipes_and_folders_are_not_opened(tmp_path):
     for path in (tmp_path / "pipe.png", tmp_path, tmp_path / "socket.png"):
         with pytest.raises(DataError, match="a folder, a pipe or a device; expected a file"), open_image(path):
             pass
+
+
+def test_too_little_memory_to_decode(tmp_path, monkeypatch):
+    """Pillow's MemoryError has no text."""
+    path = save_plain(tmp_path / "0.png")
+    monkeypatch.setattr(Image.Image, "load", Mock(side_effect=MemoryError))
+    with pytest.raises(DataError, match=r"0.png: it needs more memory than is free, or is damaged$"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".jp2", ".jpg", ".png", ".ppm", ".tif", ".webp"])
