@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 from ..arguments import check_device
@@ -109,7 +110,7 @@ class TrainConfig(DataOptions, NetworkOptions, TeacherOptions, LossOptions, RunO
         Raises:
             ValueError: An option is of a wrong type or out of range, or options contradict each other.
         """
-        given = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        given = {name: _plain_value(value) for name, value in vars(self).items()}
         _check_types(given)
         if not self.dataroot:
             raise ValueError(
@@ -259,6 +260,15 @@ def check_keys(options: Any, source: str) -> dict[str, Any]:
             hint = public_hint(name) or nearest_hint(str(name), OPTIONS)
             raise ValueError(f"{source}: unknown option {name!r}{hint}")
     return options
+
+
+def _plain_value(value: Any) -> Any:
+    """Return a path as a text and a number of NumPy as one of Python, as config.yaml stores them."""
+    if isinstance(value, dict):
+        return {key: _plain_value(part) for key, part in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return os.fspath(value) if isinstance(value, Path) else value
 
 
 def _check_types(options: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from runs import TEACHER, config_of
 
 from srpkd.defaults import KD_WEIGHT, SRP_WEIGHT
@@ -50,9 +52,13 @@ def test_a_wrong_type_is_refused(name, value, expected):
         TrainConfig(**{"dataroot": "x", name: value}).resolved()
 
 
-def test_paths_from_python_are_texts():
-    config = TrainConfig(dataroot=Path("x"), teacher=Path("t.pth")).resolved()
-    assert (config.dataroot, config.teacher) == ("x", "t.pth")
+def test_paths_and_numbers_of_numpy():
+    """config.yaml stores plain texts and numbers."""
+    variants = {"half": {"lambda_srp": np.float32(0.5)}}
+    config = TrainConfig(dataroot=Path("x"), teacher=Path("t.pth"), batch_size=np.int64(2), variants=variants)
+    config = config.resolved()
+    assert (config.dataroot, config.teacher, config.batch_size) == ("x", "t.pth", 2)
+    assert yaml.safe_load(yaml.safe_dump(asdict(config)))["variants"] == {"half": {"lambda_srp": 0.5}}
 
 
 @pytest.mark.parametrize(
