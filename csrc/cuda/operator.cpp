@@ -24,19 +24,10 @@
 namespace srpkd::cuda {
 namespace {
 
-cudaError_t launch_tiles(const sm80::Params& p, Precision precision, bool pixels_adjacent, int u_channels,
-                         Launches& launches) {
-  return sm80::with_precision(precision, [&](auto chosen) {
-    constexpr Precision PRECISION = decltype(chosen)::value;
-    return p.rectify ? sm80::launch<PRECISION, true>(p, pixels_adjacent, u_channels, launches)
-                     : sm80::launch<PRECISION, false>(p, pixels_adjacent, u_channels, launches);
-  });
-}
-
 // --- the whole loss --------------------------------------------------------------------------------------------------
 
 cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, Launches& launches) {
-  return launch_tiles(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
+  return sm80::launch(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
 }
 cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, Launches& launches) {
   return sm90::launch(plan.tiles, launches);
@@ -106,7 +97,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
   }
   Launches launches{c10::cuda::getCurrentCUDAStream(), overlap_requested()};
-  const Device& device = device_of(student.get_device());
+  const Device& device = device_of(guard.current_device().index());
   if (chosen == Method::closed_form) {
     plan_and_launch(
         student, [&](Workspace& workspace) { return closed_form::make_plan(a, device.multiprocessors, workspace); },
@@ -164,7 +155,7 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
   p.features[TEACHER] = features_of(q_t, scale_t, pixels_adjacent);
   p.features[STUDENT] = features_of(q_s, scale_s, pixels_adjacent);
   p.images = static_cast<int>(images), p.pixels = static_cast<int>(pixels);
-  const int u_channels = sm80::plan(p, precision, need_grad, device_of(student.get_device()));
+  const int u_channels = sm80::plan(p, precision, need_grad, device_of(guard.current_device().index()));
   check_grid(student, images * p.blocks * p.channel_splits);
 
   const bool split = p.splits > 1;
@@ -182,7 +173,7 @@ Outputs relation_tiles(const Tensor& student, const Tensor& teacher, const std::
     for (int i = split ? 0 : 1; i < 4; ++i) p.U_strides[i] = U_of_splits.stride(split ? i : i - 1);
   }
   Launches launches{c10::cuda::getCurrentCUDAStream()};
-  C10_CUDA_CHECK(launch_tiles(p, precision, pixels_adjacent, u_channels, launches));
+  C10_CUDA_CHECK(sm80::launch(p, precision, pixels_adjacent, u_channels, launches));
 
   if (split && need_grad) at::sum_out(U, U_of_splits, 0);
   if (split && need_h) at::sum_out(h, h_of_splits, 0);

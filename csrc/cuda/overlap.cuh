@@ -20,10 +20,10 @@
 //   - No kernel waits for a later one, so it does not matter whether the GPU really starts a kernel early.
 #pragma once
 
-#if defined(__CUDACC__)
-#include "primitives.cuh"
-#else
+#if defined(SRPKD_EMULATION)
 #include "emulation.h"  // tests/csrc/cuda_emulation
+#else
+#include "primitives.cuh"
 #endif
 
 namespace srpkd::cuda {

@@ -6,10 +6,10 @@
 #include <cmath>
 
 #include "config.h"
-#if defined(__CUDACC__)
-#include "../primitives.cuh"
-#else
+#if defined(SRPKD_EMULATION)
 #include "emulation.h"  // tests/csrc/cuda_emulation
+#else
+#include "../primitives.cuh"
 #endif
 
 namespace srpkd::cuda::sm80 {

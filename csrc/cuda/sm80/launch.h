@@ -30,6 +30,15 @@ cudaError_t launch(const Params& p, bool pixels_adjacent, int u_channels, Launch
   };
   return with_config<RECTIFY>(std::integral_constant<Precision, PRECISION>{}, pixels_adjacent, u_channels, run);
 }
+#else
+inline cudaError_t launch(const Params& p, Precision precision, bool pixels_adjacent, int u_channels,
+                          Launches& launches) {
+  return with_precision(precision, [&](auto chosen) {
+    constexpr Precision PRECISION = decltype(chosen)::value;
+    return p.rectify ? launch<PRECISION, true>(p, pixels_adjacent, u_channels, launches)
+                     : launch<PRECISION, false>(p, pixels_adjacent, u_channels, launches);
+  });
+}
 #endif
 
 }  // namespace srpkd::cuda::sm80

@@ -11,10 +11,10 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#include "primitives.cuh"
-#else
+#if defined(SRPKD_EMULATION)
 #include "sm90_primitives.h"  // tests/csrc/cuda_emulation
+#else
+#include "primitives.cuh"
 #endif
 #include "plan.h"
 

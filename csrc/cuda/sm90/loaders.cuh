@@ -1,10 +1,10 @@
 // The loaders of a thread block: two threads that start all loads of features and scales. Free of torch.
 #pragma once
 
-#if defined(__CUDACC__)
-#include "primitives.cuh"
-#else
+#if defined(SRPKD_EMULATION)
 #include "sm90_primitives.h"  // tests/csrc/cuda_emulation
+#else
+#include "primitives.cuh"
 #endif
 #include "plan.h"
 #include "sums.cuh"

@@ -2,10 +2,10 @@
 // pixels, zeros where sums start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
 #pragma once
 
-#if defined(__CUDACC__)
-#include "primitives.cuh"
-#else
+#if defined(SRPKD_EMULATION)
 #include "sm90_primitives.h"  // tests/csrc/cuda_emulation
+#else
+#include "primitives.cuh"
 #endif
 #include "plan.h"
 
