@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,3 +62,36 @@ def draw(
 def surrounded(features: Tensor, layout: str, index: tuple[slice, ...]) -> Tensor:
     """Return features (B, N, C) in a layout, as a view of memory that is NaN elsewhere."""
     return within(features.mT, *index).mT if layout == "nchw" else within(features, *index)
+
+
+class Launch(NamedTuple):
+    early: bool  # may start while the kernel before it ends
+    cooperative: bool
+
+
+class EmulatedGpu:
+    """A GPU that executes the operators of ``torch.ops.srpkd`` for tensors on the CPU, until ``stop``.
+
+    Args:
+        library: operator.cpp in cuda_emulation/.
+        device: of ``DEVICES``, or "sm_75".
+        seed: of the order of threads; 0 is the order in which they are numbered.
+    """
+
+    def __init__(self, library: ctypes.CDLL, device: str, seed: int = 0) -> None:
+        self.library = library
+        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7}
+        gpus = {**DEVICES, "sm_75": DEVICES["sm_86"]}
+        attributes = [value for name, gpu in gpus.items() for value in (*gpu, majors.get(name, 9))]
+        numbers = (ctypes.c_int * len(attributes))(*attributes)
+        library.start(numbers, len(gpus), list(gpus).index(device), ctypes.c_uint64(seed))
+
+    def stop(self) -> None:
+        self.library.stop()
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Those of the last call."""
+        early, cooperative = ctypes.c_int(), ctypes.c_int()
+        count = self.library.launches(ctypes.byref(early), ctypes.byref(cooperative))
+        return [Launch(*(bool(bits.value >> i & 1) for bits in (early, cooperative))) for i in range(count)]

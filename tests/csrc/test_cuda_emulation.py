@@ -55,7 +55,7 @@ class Features(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("sm80_library.cpp", "sm80_tiles.cpp")
+    result = compile_emulation("sm80_library.cpp", "sm80_kernels.cpp")
     result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p
     return result
 

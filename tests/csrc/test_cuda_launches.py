@@ -5,24 +5,22 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 NONE, AFTER_THE_FIRST, ALL = 0b000, 0b110, 0b111
-RUNTIME = f"-I{Path(__file__).parent / 'cuda_emulation' / 'runtime'}"
 INVALID_VALUE, INVALID_CONTEXT = 1, 201
 devices = itertools.count()  # what a GPU can do is asked once: every test has its own
 
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return compile_emulation("launches.cpp", further=(RUNTIME,))
+    return compile_emulation("launches.cpp")
 
 
 @pytest.fixture(scope="session")
 def tensor_maps(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return compile_emulation("tensor_maps.cpp", further=(RUNTIME,))
+    return compile_emulation("tensor_maps.cpp")
 
 
 def launch(

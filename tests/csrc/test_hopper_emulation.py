@@ -63,7 +63,7 @@ def with_types(library: ctypes.CDLL) -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    return with_types(compile_emulation("hopper_library.cpp", further=("-O2",)))
+    return with_types(compile_emulation("hopper_library.cpp", optimization="-O2"))
 
 
 def compile_for_gpu(target: Path) -> str:

@@ -52,7 +52,7 @@ class Features(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
-    result = compile_emulation("sm90_library.cpp", "sm90_tiles.cpp")
+    result = compile_emulation("sm90_library.cpp", "sm90_kernels.cpp")
     result.relation_tiles.restype = result.uncovered.restype = ctypes.c_char_p
     return result
 

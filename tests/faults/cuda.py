@@ -10,6 +10,8 @@ CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/n
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
 CUDA_MATRICES = "csrc/cuda/algebra/matrices.cuh"
 CUDA_BACKWARD = "csrc/cuda/algebra/backward.cuh"
+CUDA_OPERATOR, CUDA_INPUTS = "csrc/cuda/operator.cpp", "csrc/cuda/inputs.h"
+CUDA_BACKWARD_OPERATOR = "csrc/cuda/backward.cpp"
 CUDA_OVERLAP, CUDA_LAUNCHES = "csrc/cuda/overlap.cuh", "csrc/cuda/launches.h"
 CUDA_SUMS, CUDA_SM90_SUMS = "csrc/cuda/algebra/sums.cuh", "csrc/cuda/sm90/algebra_sums.cuh"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
@@ -334,6 +336,88 @@ BACKENDS = {
             Fault("grad_loss has no stride", CUDA_BACKWARD, "image * p.grad_loss_stride", "image"),
             Fault("writes one element too many", CUDA_BACKWARD, "if (e < valid) store", "if (e <= valid) store"),
             Fault("rounded to bfloat16", CUDA_BACKWARD, "word[i] = pack<T>", "word[i] = pack<BFloat16>"),
+        ],
+    ),
+    "cuda_operator": Backend(
+        "tests/csrc/test_cuda_operator.py tests/csrc/test_cuda_backward.py --core",
+        [
+            Fault(
+                "networks of different layouts",
+                CUDA_INPUTS,
+                "  make_adjacent(student, pixels), make_adjacent(teacher, pixels);\n",
+                "",
+            ),
+            Fault(
+                "copies of 16 bytes wherever features are",
+                CUDA_INPUTS,
+                "sm80::copy_bytes(x.const_data_ptr(), image_stride, line_stride, static_cast<int>(x.element_size()))",
+                "16",
+            ),
+            Fault("no limit of sizes", CUDA_INPUTS, "size <= 1 << 30", "size >= 0"),
+            Fault("no limit of thread blocks", CUDA_INPUTS, "blocks <= INT32_MAX", "blocks >= 0"),
+            Fault(
+                "the gradient has the strides of the student",
+                CUDA_OPERATOR,
+                "= gradient.stride(i)",
+                "= student.stride(i)",
+            ),
+            Fault(
+                "medium: the tiles read float32 as bfloat16",
+                CUDA_OPERATOR,
+                "    tiles_s = q_s.to(at::kBFloat16), tiles_t = q_t.to(at::kBFloat16);\n",
+                "",
+            ),
+            Fault(
+                "medium: copies in another layout",
+                CUDA_OPERATOR,
+                "    make_adjacent(tiles_s, a.pixels_adjacent), make_adjacent(tiles_t, a.pixels_adjacent);\n",
+                "",
+            ),
+            Fault("U of one split", CUDA_OPERATOR, "  if (split && need_grad) at::sum_out(U, U_of_splits, 0);\n", ""),
+            Fault("h of one split", CUDA_OPERATOR, "  if (split && need_h) at::sum_out(h, h_of_splits, 0);\n", ""),
+            Fault("overlap without being asked", CUDA_OPERATOR, 'value ? value : "0"', 'value ? value : "1"'),
+            Fault(
+                "empty features have no loss",
+                CUDA_OPERATOR,
+                "return {loss.zero_(), gradient.zero_()}",
+                "return {loss, gradient}",
+            ),
+            Fault(
+                "no limit of shared memory is set for the tiles",
+                "csrc/cuda/sm80/launch.h",
+                "allow_all_shared_memory<relation_tiles<C>>()",
+                "cudaSuccess",
+            ),
+            Fault(
+                "no limit of shared memory is set for the tiles of Hopper",
+                "csrc/cuda/sm90/launch.h",
+                "  if (error == cudaSuccess) error = allow_all_shared_memory<relation_tiles<C>>();\n",
+                "",
+            ),
+            Fault(
+                "no limit of shared memory is set for the algebra",
+                "csrc/cuda/algebra/launch.h",
+                "SHARED_WITHOUT_ATTRIBUTE = 48 << 10",
+                "SHARED_WITHOUT_ATTRIBUTE = 1 << 20",
+            ),
+            Fault(
+                "blocks that wait for each other are not all resident",
+                "csrc/cuda/sm90/launch.h",
+                "attribute.val.cooperative = 1",
+                "attribute.val.cooperative = 0",
+            ),
+            Fault("misaligned gradients", CUDA_BACKWARD_OPERATOR, "% 16 == 0", "% 2 == 0"),
+            Fault(
+                "images that are not outermost", CUDA_BACKWARD_OPERATOR, "gradient.stride(0) * images == count", "true"
+            ),
+            Fault("gradients with gaps", CUDA_BACKWARD_OPERATOR, "gradient.is_non_overlapping_and_dense()", "true"),
+            Fault(
+                "the factors have no stride",
+                CUDA_BACKWARD_OPERATOR,
+                "single ? 0 : grad_loss.stride(0)",
+                "single ? 0 : 1",
+            ),
+            Fault("one factor for all images", CUDA_BACKWARD_OPERATOR, "grad_loss.numel() == 1;", "true;"),
         ],
     ),
 }

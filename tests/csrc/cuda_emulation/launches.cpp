@@ -19,7 +19,7 @@ extern "C" {
 // bit of `early` says whether a kernel may start early. Returns 0, or the error of the runtime.
 int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int* early, int* queries) {
   recorded::device = device, recorded::major = major, recorded::ptx_version = ptx_version;
-  recorded::launches.clear(), recorded::early.clear(), recorded::queries = 0;
+  recorded::launches.clear(), recorded::queries = 0;
   int stream = 0;
   Launches launches = overlap ? Launches{&stream, true} : Launches{&stream};
   launches.any = tiles;
@@ -28,11 +28,11 @@ int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int
   if (error == cudaSuccess) error = launches.launch<kernel<2>>(dim3(3, 2), 128, 1000, Arguments{1});
   *early = 0, *queries = recorded::queries;
   for (unsigned i = 0; i < recorded::launches.size(); ++i) {
-    const cudaLaunchConfig_t& config = recorded::launches[i];
+    const cudaLaunchConfig_t& config = recorded::launches[i].config;
     if (config.gridDim.x != 3 || config.gridDim.y != 2 || config.blockDim.x != 128 || config.stream != &stream ||
         config.dynamicSmemBytes != 1000)
       return -1;
-    *early |= int{recorded::early[i]} << i;
+    *early |= int{recorded::launches[i].early} << i;
   }
   return error;
 }

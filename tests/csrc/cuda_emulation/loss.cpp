@@ -4,22 +4,21 @@
 #include <string>
 #include <vector>
 
-#include "emulation.h"
-// after the primitives
-#include "../../../csrc/cuda/algebra/sequence.cuh"
-#include "../../../csrc/cuda/closed_form/sequence.cuh"
-#include "../../../csrc/cuda/sm90/algebra_sums.cuh"
+#include "../../../csrc/cuda/algebra/launch.h"
+#include "../../../csrc/cuda/closed_form/launch.h"
+#include "../../../csrc/cuda/sm80/launch.h"
+#include "../../../csrc/cuda/sm90/launch.h"
 #include "../../../csrc/cuda/sm90_loss_plan.h"
-#include "tiles.h"
+#include "emulation.h"
+#include "execution.h"
 
 namespace {
 
 using namespace srpkd;
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::algebra;
+using emulation::Execution;
 using emulation::Machine;
-using emulation::machine;
-using emulation::Schedule;
 
 std::string message;
 
@@ -37,53 +36,17 @@ struct SeparateParts : Workspace {
   }
 };
 
-// Runs kernels one after the other, until the first error.
-struct Launch {
-  Machine& machine_of_test;
-  uint64_t seed;
-  int shared_limit, launches = 0;
-  int64_t largest_grid = 0;  // as planned
-
-  template <class F>
-  void run(int x, int y, int threads, int bytes, F kernel, bool overlaps = true, int resident = 0) {
-    if (!machine_of_test.error.empty()) return;
-    ++launches;
-    if (bytes > shared_limit)
-      machine_of_test.error = "a kernel needs " + std::to_string(bytes) + " bytes of shared memory";
-    if (x > largest_grid) machine_of_test.error = "a kernel has more thread blocks than planned";
-    if (!machine_of_test.error.empty()) return;
-    machine = &machine_of_test;
-    const Schedule schedule{seed, resident ? resident : seed ? 3 : 1, overlaps};
-    machine_of_test.run(x, y, threads, (bytes + 15) / 16 * 16, schedule, kernel);
-    machine = nullptr;
-  }
-  template <class Kernel>
-  void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
-    run(x, y, Kernel::THREADS, bytes, [&] { run_in_order<Kernel>(arguments); });
-  }
-};
-
-void launch_tiles(LossPlan& plan, Precision precision, bool pixels_adjacent, Launch& launch) {
-  const sm80::Params& p = plan.tiles;
-  const TilesKernel kernel = sm80_tiles(p, precision, pixels_adjacent, plan.u_channels);
-  launch.run(p.images * p.blocks * p.channel_splits, p.splits, kernel.threads, kernel.bytes, kernel.run);
+cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, Launches& launches) {
+  return sm80::launch(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
+}
+cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, Launches& launches) {
+  return sm90::launch(plan.tiles, launches);
 }
 
-// A cooperative launch: all thread blocks are resident, and it does not start early.
-void launch_tiles(Sm90LossPlan& plan, Precision, bool, Launch& launch) {
-  sm90::Params& p = plan.tiles.params;
-  p.student = plan.tiles.student, p.teacher = plan.tiles.teacher;
-  const TilesKernel kernel = sm90_tiles(p, plan.tiles.precision, plan.tiles.variant);
-  launch.run(p.work.grid, 1, kernel.threads, kernel.bytes, kernel.run, false, p.work.grid);
-}
-
-// Calls f with the element type and the layout of the features.
+// Calls f with a value of the features' element type.
 template <class F>
-void with_features(int element, bool pixels_adjacent, F f) {
-  const auto with_layout = [&](auto type) { pixels_adjacent ? f(type, std::true_type{}) : f(type, std::false_type{}); };
-  if (element == 0) with_layout(BFloat16{});
-  if (element == 1) with_layout(Half{});
-  if (element == 2) with_layout(0.f);
+cudaError_t with_element(int element, F f) {
+  return element == 0 ? f(BFloat16{}) : element == 1 ? f(Half{}) : f(0.f);
 }
 
 // Adds the terms of a matrix: (images, channels, channels).
@@ -123,21 +86,21 @@ struct Intermediate {
 enum { SM80, SM90, CLOSED_FORM };
 
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
-// launches receives the number of kernels.
+// kernel_launches receives the number of kernels.
 const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent, const FeaturesOfTest* features,
                           int images, int pixels, int normalize, int distance, double delta, double eps, bool rectify,
                           bool detach_norms, int reduction, bool need_grad, const int* device, uint64_t seed,
                           float* loss, void* gradient, const int64_t* gradient_strides,
-                          const Intermediate* intermediate, int* launches) {
+                          const Intermediate* intermediate, int* kernel_launches) {
   LossArguments a{};
-  Machine local;
+  Execution gpu({{device[0], device[1], device[2], device[3], 9}}, 0, seed);
   a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
   a.element_bytes = element == 2 ? 4 : 2;
   const int tile_bytes = a.precision == Precision::bf16 ? 2 : a.element_bytes;
   for (int i = 0; i < 2; ++i) {
     const FeaturesOfTest& f = features[i];
     const auto features_of = [&](const void* data, int bytes) {
-      local.allow(data, f.extent * bytes, true);
+      gpu.machine.allow(data, f.extent * bytes, true);
       return sm80::Features{data,          nullptr,    f.image_stride,
                             f.line_stride, f.channels, sm80::copy_bytes(data, f.image_stride, f.line_stride, bytes)};
     };
@@ -149,39 +112,41 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   a.reduction = static_cast<Reduction>(reduction), a.need_grad = need_grad, a.loss = loss, a.gradient = gradient;
   if (need_grad) std::copy(gradient_strides, gradient_strides + 3, a.gradient_strides);
   const int channels = features[STUDENT].channels;
-  local.allow(loss, a.reduction == Reduction::none ? images * 4 : 4);
-  local.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
+  gpu.machine.allow(loss, a.reduction == Reduction::none ? images * 4 : 4);
+  gpu.machine.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
 
   const Device properties{device[0], device[1], device[2], device[3]};
   std::vector<char> memory;
   const auto planned = [&](auto make_plan) {
-    SeparateParts size(nullptr, local);
+    SeparateParts size(nullptr, gpu.machine);
     make_plan(size);
     memory.assign(size.bytes + 256, static_cast<char>(0xff));  // NaN, and -1 in counters
-    SeparateParts workspace(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256)), local);
+    SeparateParts workspace(reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(memory.data()), 256)),
+                            gpu.machine);
     return make_plan(workspace);
   };
-  Launch launch{local, seed, properties.shared_of_block};
+  Launches launches{nullptr, true, true};  // all kernels start early that can
+  const auto end = [&](int64_t largest_grid, cudaError_t error) {
+    *kernel_launches = static_cast<int>(recorded::launches.size());
+    message = cudaGetErrorString(error);
+    for (const recorded::Launch& launch : recorded::launches)
+      if (launch.config.gridDim.x > largest_grid) message = "a kernel has more thread blocks than planned";
+    return message.c_str();
+  };
   if (kernels == CLOSED_FORM) {
     const auto plan = planned([&](Workspace& w) { return cuda::closed_form::make_plan(a, device[0], w); });
-    launch.largest_grid = plan.largest_grid;
-    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-      cuda::closed_form::launch_loss<decltype(type), decltype(adjacent)::value>(plan, launch);
-    });
-    *launches = launch.launches;
-    message = local.error;
-    return message.c_str();
+    return end(plan.largest_grid, with_element(element, [&](auto type) {
+                 return cuda::closed_form::loss<decltype(type)>(plan, pixels_adjacent, launches);
+               }));
   }
   const auto run = [&](auto plan) {
-    launch.largest_grid = plan.largest_grid;
-    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-      launch_scales<decltype(type), decltype(adjacent)::value>(plan.scales, launch);
+    const cudaError_t error = with_element(element, [&](auto type) {
+      using T = decltype(type);
+      cudaError_t error = algebra::scales<T>(plan.scales, pixels_adjacent, launches);
+      if (error == cudaSuccess) error = launch_tiles(plan, a, launches);
+      return error == cudaSuccess ? algebra::gradient<T>(plan.gradient, pixels_adjacent, launches) : error;
     });
-    launch_tiles(plan, a.precision, pixels_adjacent, launch);
-    with_features(element, pixels_adjacent, [&](auto type, auto adjacent) {
-      launch_gradient<decltype(type), decltype(adjacent)::value>(plan.gradient, launch);
-    });
-    *launches = launch.launches;
+    if (error != cudaSuccess) return end(plan.largest_grid, error);
 
     if (a.relation.normalize != Normalize::none)
       for (int i = 0; i < 2; ++i)
@@ -192,12 +157,9 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
       if (plan.gradient.weighted.weighted)
         add_terms(plan.gradient.weighted.weighted, images, channels, intermediate->weighted);
     }
+    return end(plan.largest_grid, error);
   };
-  if (kernels == SM90)
-    run(planned([&](Workspace& w) { return make_sm90_plan(a, properties, w); }));
-  else
-    run(planned([&](Workspace& w) { return make_plan(a, properties, w); }));
-  message = local.error;
-  return message.c_str();
+  return kernels == SM90 ? run(planned([&](Workspace& w) { return make_sm90_plan(a, properties, w); }))
+                         : run(planned([&](Workspace& w) { return make_plan(a, properties, w); }));
 }
 }

@@ -2,26 +2,19 @@
 #include <algorithm>
 #include <string>
 
+#include "../../../csrc/cuda/sm80/launch.h"
 #include "emulation.h"
-#include "tiles.h"
+#include "execution.h"
 
 namespace {
 
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::sm80;
+using emulation::Execution;
 using emulation::Machine;
-using emulation::machine;
 using srpkd::Distance;
 
 std::string message;
-
-const char* run(Machine& local, int x, int y, int threads, int bytes, uint64_t seed, std::function<void()> kernel) {
-  machine = &local;
-  local.run(x, y, threads, bytes, {seed, 1}, std::move(kernel));
-  machine = nullptr;
-  message = local.error;
-  return message.c_str();
-}
 
 // A kernel that contains one of several mistakes, which the emulation must report.
 void copy_and_read(const float* data, bool commit, bool wait, bool barrier, int shift) {
@@ -55,31 +48,34 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   p.row = row, p.zero_diagonal = zero_diagonal, p.rectify = rectify;
   p.loss = loss, p.U = U, p.h = h;
   std::copy(strides, strides + 4, p.U_strides);
-  Machine local;
+  Execution gpu({{1, shared_limit, shared_limit, 0, 8}}, 0, seed);
+  Machine& machine = gpu.machine;
   for (int i = 0; i < 2; ++i) {
     const FeaturesOfTest& f = features[i];
     p.features[i] = {f.data,         f.alpha,
                      f.image_stride, f.line_stride,
                      f.channels,     copy_bytes(f.data, f.image_stride, f.line_stride, precision < 2 ? 2 : 4)};
-    local.allow(f.data, extents[i], true);
-    local.allow(f.alpha, int64_t{images} * pixels * 4);
+    machine.allow(f.data, extents[i], true);
+    machine.allow(f.alpha, int64_t{images} * pixels * 4);
   }
   const int u_channels = plan(p, static_cast<Precision>(precision), grad, {1, shared_limit, shared_limit, 0});
   p.splits = splits;
-  local.allow(loss, int64_t{images} * splits * p.blocks * 8);
-  local.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
-  local.allow(h, int64_t{splits} * images * pixels * 4);
-  const TilesKernel kernel = sm80_tiles(p, static_cast<Precision>(precision), pixels_adjacent, u_channels);
-  return run(local, images * p.blocks * p.channel_splits, splits, kernel.threads, kernel.bytes, seed, kernel.run);
+  machine.allow(loss, int64_t{images} * splits * p.blocks * 8);
+  machine.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
+  machine.allow(h, int64_t{splits} * images * pixels * 4);
+  Launches launches{nullptr};
+  message = cudaGetErrorString(launch(p, static_cast<Precision>(precision), pixels_adjacent, u_channels, launches));
+  return message.c_str();
 }
 
 // Runs a kernel with the named mistake and returns the error message of the emulation.
 const char* mistake(const char* name) {
   alignas(16) static float data[1024] = {};
   const std::string is = name;
-  Machine local;
-  local.allow(data, is == "out of bounds" ? 64 : sizeof data);
-  return run(local, 1, 1, 64, 64 * 16, 0, [&] {
+  Machine machine;
+  machine.allow(data, is == "out of bounds" ? 64 : sizeof data);
+  emulation::machine = &machine;
+  machine.run(1, 1, 64, 64 * 16, {}, [&] {
     if (is == "none" || is == "out of bounds") copy_and_read(data, true, true, true, 0);
     if (is == "no commit") copy_and_read(data, false, true, true, 0);
     if (is == "no wait") copy_and_read(data, true, false, true, 0);
@@ -97,6 +93,9 @@ const char* mistake(const char* name) {
     if (is == "diverged" && thread_index() < 40) sync_block();
     if (is == "different") thread_index() % 2 ? shuffle_xor(1., 1) : shuffle_xor(1.f, 1);
   });
+  emulation::machine = nullptr;
+  message = machine.error;
+  return message.c_str();
 }
 
 // Adds to visits[blocks * blocks] how often each row block visits each column block.

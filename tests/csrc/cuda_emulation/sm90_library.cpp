@@ -6,15 +6,17 @@
 
 #include "sm90_primitives.h"
 // after the primitives
+#include "../../../csrc/cuda/sm90/launch.h"
 #include "../../../csrc/cuda/sm90/sums.cuh"
 #include "../../../csrc/cuda/sm90/tile_plan.h"
-#include "tiles.h"
+#include "execution.h"
 
 namespace {
 
 using namespace srpkd;
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::sm90;
+using emulation::Execution;
 using emulation::Machine;
 
 std::string message;
@@ -104,24 +106,20 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
                            int multiprocessors, uint64_t seed, double* loss, float* U, float* h) {
   const Problem problem = problem_of(*of_test);
   if (const char* reason = uncovered_reason(problem, {multiprocessors, SHARED_LIMIT})) return reason;
-  Machine local;
-  Workspace workspace{&local, {}};
+  Execution gpu({{multiprocessors, SHARED_LIMIT, 0, 0, 9}}, 0, seed);
+  Workspace workspace{&gpu.machine, {}};
   const auto features = [&](const FeaturesOfTest& x, int channels) {
-    local.allow(x.data, x.bytes, true);
-    if (x.alpha) local.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels);
+    gpu.machine.allow(x.data, x.bytes, true);
+    if (x.alpha) gpu.machine.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels);
     return Features{x.data, {x.strides[0], x.strides[1], x.strides[2]}, channels, x.element_bytes};
   };
   TilePlan plan = plan_tiles(problem, features(*student, problem.student_channels),
                              features(*teacher, problem.teacher_channels), multiprocessors, workspace);
   Params& p = plan.params;
-  p.student = plan.student, p.teacher = plan.teacher;
   p.alpha_student = student->alpha, p.alpha_teacher = teacher->alpha;
 
-  emulation::machine = &local;
-  const TilesKernel kernel = sm90_tiles(p, plan.precision, plan.variant);
-  local.run(p.work.grid, 1, kernel.threads, kernel.bytes, {seed, p.work.grid}, kernel.run);
-  emulation::machine = nullptr;
-  message = local.error;
+  Launches launches{nullptr};
+  message = cudaGetErrorString(launch(plan, launches));
   if (!message.empty()) return message.c_str();
 
   const SumsOfSegments sums = sums_of(p, plan.variant.symmetric);

@@ -1,16 +1,40 @@
-// The parts of the CUDA runtime that launches.h, shared_limit.h and sm90/tensor_map.h in csrc/cuda need, for a GPU that
-// only records.
+// The parts of the CUDA runtime that csrc/cuda needs. Launches are recorded, and executed if `run` is set.
 #pragma once
 
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
 #include <vector>
 
 #define CUDART_VERSION 13000
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidDevice = 101, cudaErrorNotSupported = 801 };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge,
+  cudaErrorNotSupported = 801
+};
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 constexpr unsigned long long cudaEnableDefault = 0;
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrComputeCapabilityMajor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization };
 
@@ -38,10 +62,26 @@ struct cudaLaunchConfig_t {
 namespace recorded {
 
 inline int device = 0, major = 9, ptx_version = 90;  // of the current GPU, and of the code that it has
+inline std::vector<std::vector<int>> attributes;     // of each GPU, in the order of cudaDeviceAttr; by default `major`
 inline int context = -1;                             // the GPU of the thread's current context, or -1
 inline int queries = 0;
-inline std::vector<cudaLaunchConfig_t> launches;
-inline std::vector<bool> early;  // whether each of them may start early
+struct Launch {
+  cudaLaunchConfig_t config;
+  bool early, cooperative;
+};
+inline std::vector<Launch> launches;
+inline std::map<std::pair<int, std::string>, int> shared_limits;  // bytes, of a GPU and the name of a kernel
+// executes a launch, whose threads call a function, and returns what went wrong, or ""
+inline std::function<std::string(const Launch&, std::function<void()>)> run;
+inline std::string problem;  // of the last launch
+
+// Libraries that contain the same kernel share what csrc/cuda/shared_limit.h remembers about it, but not its address.
+template <class Kernel>
+std::pair<int, std::string> name_of(Kernel* kernel) {
+  Dl_info info{};
+  dladdr(reinterpret_cast<void*>(kernel), &info);
+  return {device, info.dli_sname ? info.dli_sname : ""};
+}
 
 }  // namespace recorded
 
@@ -55,8 +95,12 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void**, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult*);
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = recorded::major;
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = static_cast<int>(recorded::attributes.size());
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+  *value = recorded::attributes.empty() ? recorded::major : recorded::attributes.at(device).at(name);
   return cudaSuccess;
 }
 template <class Kernel>
@@ -67,15 +111,37 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  recorded::shared_limits[recorded::name_of(kernel)] = bytes;
   return cudaSuccess;
 }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  static thread_local std::string text;
+  text = error == cudaErrorLaunchFailure ? recorded::problem : "error " + std::to_string(error) + " of the runtime";
+  return error == cudaSuccess ? "" : text.c_str();
+}
 template <class Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*)(Arguments), const Arguments&) {
-  bool early = false;
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    early |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
-             config->attrs[i].val.programmaticStreamSerializationAllowed;
-  recorded::launches.push_back(*config), recorded::early.push_back(early);
-  return cudaSuccess;
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments),
+                               const Arguments& arguments) {
+  recorded::Launch launch{*config, false, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    launch.early |= attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                    attribute.val.programmaticStreamSerializationAllowed;
+    launch.cooperative |= attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative;
+  }
+  recorded::launches.push_back(launch);
+  if (!recorded::run) return cudaSuccess;
+
+  const std::vector<int>& of_gpu = recorded::attributes.at(recorded::device);
+  const auto allowed = recorded::shared_limits.find(recorded::name_of(kernel));
+  const int bytes = std::min(of_gpu.at(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                             allowed == recorded::shared_limits.end() ? 48 << 10 : allowed->second);
+  const dim3 grid = config->gridDim;
+  if (static_cast<int>(config->dynamicSmemBytes) > bytes || config->blockDim.x > 1024 || grid.y > 65535)
+    return cudaErrorInvalidValue;
+  if (launch.cooperative && static_cast<int>(grid.x * grid.y) > of_gpu.at(cudaDevAttrMultiProcessorCount))
+    return cudaErrorCooperativeLaunchTooLarge;
+  recorded::problem = recorded::run(launch, [=] { kernel(arguments); });
+  return recorded::problem.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
