@@ -16,7 +16,7 @@ using at::Tensor;
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // Returns whether the kernel covers a product: that of the loss's own gradient, with one factor for each image or for
-// all. `result` has the sizes and strides of the gradient.
+// all. `result` has no gaps, so neither has a gradient with the same strides.
 bool covered(const Tensor& gradient, const Tensor& grad_loss, const Tensor& result) {
   const auto narrow_or_float = [](const Tensor& x) {
     return x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16;
@@ -26,8 +26,8 @@ bool covered(const Tensor& gradient, const Tensor& grad_loss, const Tensor& resu
     return false;
   const int64_t images = gradient.size(0), count = gradient.numel();
   const bool in_order = grad_loss.numel() == 1 || (grad_loss.numel() == images && gradient.stride(0) * images == count);
-  return in_order && count && gradient.is_non_overlapping_and_dense() && result.strides() == gradient.strides() &&
-         aligned(gradient.const_data_ptr()) && aligned(result.const_data_ptr());
+  return in_order && count && result.strides() == gradient.strides() && aligned(gradient.const_data_ptr()) &&
+         aligned(result.const_data_ptr());
 }
 
 Tensor relation_loss_backward(const Tensor& gradient, const Tensor& grad_loss, at::ScalarType dtype) {
