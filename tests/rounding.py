@@ -10,7 +10,8 @@ is uniform within a unit roundoff u, which is 1/2 ulp of 1: float32 2^-24, TF32 
 - Tensor cores truncate a sum after every 8 products or more, which makes all sums too small by up to C / 8 units alike
   (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
 - The scales have errors of a few float32 units.
-- K_ij is rounded to the format of the features or of the products, for the product U = K Q.
+- K_ij is rounded to the format of the features or of the products, for the product U = K Q. Equal K_ij have equal
+  errors, which add up: with one channel, all of a row are equal except for their signs.
 - Where the student's A_ij changes its sign, rectify makes P_ij appear or disappear.
 - The float32 sums over N pixels, U and h, have errors of about sqrt(N) 2^-24 of their values.
 - The gradient is rounded to the features' dtype.
@@ -80,6 +81,11 @@ def predicted_errors(student: Tensor, teacher: Tensor, relation: Relation, preci
         noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return x * (1 + unit * (2 * noise - 1))
 
+    def rounded_alike(x: Tensor, unit: float) -> Tensor:
+        scale = 1 + torch.rand((), generator=generator, device=x.device, dtype=x.dtype)
+        mantissa, exponent = torch.frexp(x * scale)  # in [0.5, 1)
+        return torch.ldexp((mantissa / unit).round() * unit, exponent) / scale
+
     def gram(x: Tensor) -> Tensor:
         truncated = single * x.shape[2] / 8 * torch.rand((), generator=generator, device=x.device).item() * on_gpu
         x = rounded(x, max(product, single * math.sqrt(x.shape[2])))
@@ -99,7 +105,7 @@ def predicted_errors(student: Tensor, teacher: Tensor, relation: Relation, preci
             D.diagonal(dim1=1, dim2=2).zero_()
         P = relation_grad(D, A[0], relation)
         K = alphas[0][:, :, None] * P * betas[0][:, None]
-        K = rounded(K + K.mT, max(UNITS[dtype], product))
+        K = rounded_alike(K + K.mT, max(UNITS[dtype], product))
         h = (P * A[0]).sum(2) * (2 if relation.symmetric else 1)
         pixels = student.shape[1]
         sums = single * (max(math.sqrt(pixels), pixels / 8) if on_gpu else math.sqrt(pixels))
