@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -62,9 +63,10 @@ def test_what_pytorch_multiplies(gpu: EmulatedGpu) -> None:
     """Gradients in memory that the kernel would read or write in another order, misaligned ones, and other dtypes."""
     flat, grad_loss = torch.randn(3 * 5 * 8 + 1), torch.rand(3)
     gradient = flat[:-1].view(3, 5, 8)
-    for given in (gradient[..., ::2], gradient[:, :1], gradient[:1].expand(3, 5, 8), flat[1:].view(3, 5, 8)):
-        actual = multiply(gpu, given, grad_loss, torch.float32, launches=0)
-        assert torch.equal(actual, given * grad_loss.view(-1, 1, 1))
+    views = gradient[..., ::2], gradient[:, :1], gradient[:1].expand(3, 5, 8), flat[1:].view(3, 5, 8)
+    for given, factor in itertools.product(views, (grad_loss, torch.tensor(0.7))):
+        actual = multiply(gpu, given, factor, torch.float32, launches=0)
+        assert torch.equal(actual, given * factor.view(-1, 1, 1))
     for given, factor in ((gradient.double(), grad_loss), (gradient, grad_loss.double()), (gradient.half(), grad_loss)):
         actual = multiply(gpu, given, factor, torch.float32, launches=0)
         torch.testing.assert_close(actual, (given.double() * factor.view(-1, 1, 1)).float())

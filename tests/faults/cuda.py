@@ -353,7 +353,6 @@ BACKENDS = {
                 "sm80::copy_bytes(x.const_data_ptr(), image_stride, line_stride, static_cast<int>(x.element_size()))",
                 "16",
             ),
-            Fault("no limit of sizes", CUDA_INPUTS, "size <= 1 << 30", "size >= 0"),
             Fault("no limit of thread blocks", CUDA_INPUTS, "blocks <= INT32_MAX", "blocks >= 0"),
             Fault(
                 "the gradient has the strides of the student",
