@@ -32,6 +32,7 @@ def compile_emulation(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     def run(*sources: str, optimization: str = "-O1") -> ctypes.CDLL:
         options = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         options.append("-ftree-vectorize")  # the products and clocks of the emulation, also with -O1
+        options.append("-fvisibility=hidden")  # else libraries of one process share what functions remember
         options.append("-DSRPKD_EMULATION")  # tensor maps without the headers of CUDA
         options += [optimization, *shlex.split(os.environ.get("SRPKD_CXX_FLAGS", ""))]
         # without LD_PRELOAD, because the compiler does not run under the sanitizers that tests/sanitize.py preloads

@@ -22,6 +22,7 @@ const char* run(Machine& local, int blocks, int threads, int bytes, emulation::S
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Multiplies with wgmma and returns an error message, or "" on success. operands: see Operand.
@@ -46,3 +47,4 @@ const char* pipeline(const uint16_t* features, int64_t bytes, float* rows, float
   return run(local, tiles, Pipeline::THREADS, Pipeline::BYTES, {seed, resident}, [&] { Pipeline(p).run(); });
 }
 }
+#pragma GCC visibility pop

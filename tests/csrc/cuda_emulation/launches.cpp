@@ -13,6 +13,7 @@ void kernel(const Arguments) {}
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Launches three different kernels in one call on a GPU. `tiles`: after tiles that were launched in another way. Each
@@ -37,3 +38,4 @@ int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int
   return error;
 }
 }
+#pragma GCC visibility pop

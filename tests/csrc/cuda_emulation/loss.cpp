@@ -67,6 +67,7 @@ void add_terms(const uint16_t* terms, int images, int channels, float* to) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 struct FeaturesOfTest {
@@ -163,3 +164,4 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
                          : run(planned([&](Workspace& w) { return make_plan(a, properties, w); }));
 }
 }
+#pragma GCC visibility pop

@@ -111,6 +111,7 @@ std::optional<torch::Library> library;
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Computes the operators for the CPU on a GPU, until stop(). attributes: (count, 5), of each GPU as in Execution; the
@@ -138,3 +139,4 @@ int launches(int* early, int* cooperative) {
   return count;
 }
 }
+#pragma GCC visibility pop

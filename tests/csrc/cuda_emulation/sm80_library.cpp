@@ -27,6 +27,7 @@ void copy_and_read(const float* data, bool commit, bool wait, bool barrier, int 
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 struct FeaturesOfTest {
@@ -121,3 +122,4 @@ void plan_of(int precision, bool grad, int images, int pixels, int student_chann
   });
 }
 }
+#pragma GCC visibility pop

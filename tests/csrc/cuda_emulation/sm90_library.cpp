@@ -39,6 +39,7 @@ struct Workspace {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 struct ProblemOfTest {
@@ -146,3 +147,4 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
   return "";
 }
 }
+#pragma GCC visibility pop

@@ -35,6 +35,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
   return cudaSuccess;
 }
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Encodes SHAPE in this thread, whose current context is that of a GPU, or -1. Returns the error of encode().
@@ -48,3 +49,4 @@ int encode(int device, int context, int of_driver, int* driver_calls, int* recei
   return error;
 }
 }
+#pragma GCC visibility pop

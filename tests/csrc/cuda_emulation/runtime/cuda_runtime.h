@@ -1,8 +1,6 @@
 // The parts of the CUDA runtime that csrc/cuda needs. Launches are recorded, and executed if `run` is set.
 #pragma once
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <functional>
 #include <map>
@@ -70,18 +68,10 @@ struct Launch {
   bool early, cooperative;
 };
 inline std::vector<Launch> launches;
-inline std::map<std::pair<int, std::string>, int> shared_limits;  // bytes, of a GPU and the name of a kernel
+inline std::map<std::pair<int, void*>, int> shared_limits;  // bytes, of a GPU and a kernel
 // executes a launch, whose threads call a function, and returns what went wrong, or ""
 inline std::function<std::string(const Launch&, std::function<void()>)> run;
 inline std::string problem;  // of the last launch
-
-// Libraries that contain the same kernel share what csrc/cuda/shared_limit.h remembers about it, but not its address.
-template <class Kernel>
-std::pair<int, std::string> name_of(Kernel* kernel) {
-  Dl_info info{};
-  dladdr(reinterpret_cast<void*>(kernel), &info);
-  return {device, info.dli_sname ? info.dli_sname : ""};
-}
 
 }  // namespace recorded
 
@@ -112,7 +102,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  recorded::shared_limits[recorded::name_of(kernel)] = bytes;
+  recorded::shared_limits[{recorded::device, reinterpret_cast<void*>(kernel)}] = bytes;
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -134,7 +124,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (!recorded::run) return cudaSuccess;
 
   const std::vector<int>& of_gpu = recorded::attributes.at(recorded::device);
-  const auto allowed = recorded::shared_limits.find(recorded::name_of(kernel));
+  const auto allowed = recorded::shared_limits.find({recorded::device, reinterpret_cast<void*>(kernel)});
   const int bytes = std::min(of_gpu.at(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                              allowed == recorded::shared_limits.end() ? 48 << 10 : allowed->second);
   const dim3 grid = config->gridDim;
