@@ -7,7 +7,7 @@ test_cuda_loss.py for the kernels between.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -41,14 +41,6 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Select the kernel of the tiles."""
     monkeypatch.setenv("SRPKD_CUDA_KERNEL", request.param)
     return request.param
-
-
-@pytest.fixture
-def precision() -> Iterator[Callable[[str], None]]:
-    """Set the precision of products of float32, until the end of the test."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
 
 
 def draw(dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 6, 7), teacher: int = 8) -> tuple[Tensor, Tensor]:
@@ -144,10 +136,10 @@ def test_reductions_and_scopes(gpu: EmulatedGpu, dtype: torch.dtype, reduction: 
 @pytest.mark.parametrize("strides", ["contiguous", "channels_last", "every_other_channel", "broadcast"])
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 def test_precision_of_float32(
-    gpu: EmulatedGpu, precision: Callable[[str], None], setting: str, tolerance: float, strides: str, kernel: str
+    gpu: EmulatedGpu, set_precision: Callable[[str], None], setting: str, tolerance: float, strides: str, kernel: str
 ) -> None:
     """Features that are not exact in bfloat16: with "medium", mma.sync reads rounded copies of them."""
-    precision(setting)
+    set_precision(setting)
     student, teacher = (torch.randn(2, c, 6, 7) + 0.5 for c in (5, 8))
     if strides == "broadcast":  # a copy has other strides
         teacher = teacher[:, :1].expand_as(teacher)
