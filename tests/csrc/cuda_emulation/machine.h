@@ -361,6 +361,7 @@ class Machine {
   bool step();
   bool step_asynchronously();
   void run_warp(int slot, int warp);
+  void find_candidates();
   Candidate choose();
   std::string report() const;
 

@@ -87,15 +87,8 @@ inline void Machine::run(int x, int y, int threads, int shared_bytes, Schedule s
 // Lets one warp run, or asynchronous work happen. Returns false when all blocks have ended.
 inline bool Machine::step() {
   if (asynchronous_percent_ && random(100) < asynchronous_percent_ && step_asynchronously()) return true;
-  candidates_.clear();
-  bool any = false;
-  for (int slot = 0; slot < static_cast<int>(slots_.size()); ++slot) {
-    if (!occupied_[slot]) continue;
-    any = true;
-    for (int warp = 0; warp < slots_[slot].participants.warps(); ++warp)
-      if (runnable(slot, warp)) candidates_.push_back({slot, warp});
-  }
-  if (!any) return false;
+  if (std::find(occupied_.begin(), occupied_.end(), true) == occupied_.end()) return false;
+  find_candidates();
   if (candidates_.empty()) {
     if (!step_asynchronously()) fail("threads wait for threads that never arrive:" + report());
     return true;
@@ -132,13 +125,25 @@ inline bool Machine::step_asynchronously() {
   return true;
 }
 
+// Finds the warps that can continue; in order only the next one, because with many resident blocks the search takes
+// most of the time.
+inline void Machine::find_candidates() {
+  candidates_.clear();
+  const int warps = (threads_per_block_ + WARP - 1) / WARP, all = static_cast<int>(slots_.size()) * warps;
+  const int first = order_ == Order::in_order ? last_.slot * warps + last_.warp + 1 : 0;
+  for (int i = first; i < first + all; ++i) {
+    const Candidate candidate{i % all / warps, i % warps};
+    if (!occupied_[candidate.slot] || !runnable(candidate.slot, candidate.warp)) continue;
+    candidates_.push_back(candidate);
+    if (order_ == Order::in_order) return;
+  }
+}
+
 inline Machine::Candidate Machine::choose() {
   const auto index = [&](const Candidate& c) { return c.slot * slots_[c.slot].participants.warps() + c.warp; };
   const auto same = [&](const Candidate& c) { return c.slot == last_.slot && c.warp == last_.warp; };
   switch (order_) {
     case Order::in_order:
-      for (const Candidate& candidate : candidates_)
-        if (index(candidate) > index(last_)) return candidate;
       return candidates_.front();
     case Order::priorities:
       if (random(64) == 0) priorities_[random(priorities_.size())] = random(1u << 30);
