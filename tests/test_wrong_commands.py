@@ -73,7 +73,7 @@ WRONG = {
     "srpkd train --resume stateless": (1, "has no state.pt to resume from"),
     "srpkd train --resume file": (2, "--resume file: expected the path of a run .*which contains stateless, trapped"),
     f"srpkd train --resume {'x' * 300}": (2, "File name too long"),
-    "srpkd train --resume": (2, "argument --resume: expected one argument"),
+    "srpkd train --resume": (2, "--resume needs a value"),
     f"{SEGMENT} --labels pairs/test --segmenter code.pth": (1, "--segmenter code.pth: expected TorchScript"),
     f"{SEGMENT} --labels pairs/test --segmenter empty": (1, "--segmenter empty: no such file"),
     # --- images ---

@@ -35,6 +35,7 @@ from .options import (
 )
 
 WITHOUT_VALUE = {"antialias": "both"}  # what an option means that is given without a value; a boolean option means true
+NOT_TEXT = "int", "float", "bool", "timestamp"  # in YAML
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,8 +59,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         for key, value in node.value:
             names_text = isinstance(key, yaml.ScalarNode) and str in accepted_types(key.value)
-            for part, is_text in ((key, True), (value, names_text)):
-                if is_text and part.tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
+            for part, kinds in ((key, (*NOT_TEXT, "null")), (value, NOT_TEXT if names_text else ())):
+                if part.tag.rpartition(":")[2] in kinds:
                     part.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
@@ -212,13 +213,13 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, st
             raise ValueError(f"--{name}: expected a value, received '--'")
         if name in OPTIONS and alone and (bool in accepted_types(name) or name in WITHOUT_VALUE):
             flags[name] = WITHOUT_VALUE.get(name, True)
-        elif name in OPTIONS and not alone:
+        elif alone and name in (*OPTIONS, "preset", "config"):
+            raise ValueError(f"--{name} needs a value")
+        elif name in OPTIONS:
             flags[name] = value if equals else rest.pop(0)
         elif name in ("preset", "config"):
-            if alone:
-                raise ValueError(f"--{name} needs a value")
             files.append((name, value if equals else rest.pop(0)))
-        elif name and name not in (*OPTIONS, "help"):
+        elif name and name != "help":
             hint = public_hint(name) or nearest_hint(name, [*OPTIONS, "preset", "config"], "--")
             raise ValueError(f"unknown option --{name}{hint}")
         else:

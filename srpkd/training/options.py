@@ -380,6 +380,9 @@ def _check_variants(config: ResolvedConfig) -> None:
     variants = config.variants
     if variants and not config.distils:
         raise ValueError("variants compare students of a teacher: pass --teacher or --teacher_netG")
+    for variant in variants:
+        if not isinstance(variant, str):
+            raise ValueError(f"variant {variant!r}: expected a text as its name")
     # Windows and macOS do not tell upper case from lower case
     if len({variant.replace(" ", "-").casefold() for variant in variants}) < len(variants):
         raise ValueError(

@@ -122,7 +122,8 @@ def test_booleans_with_and_without_a_value(name, form, value):
         (["--config", "--ngf", "3"], "--config needs a value"),
         (["stray"], "unrecognized arguments: stray"),
         (["--ngf", "3", "-x"], "unrecognized arguments: -x"),
-        (["--ngf"], "argument --ngf: expected one argument"),
+        (["--ngf"], "--ngf needs a value"),
+        (["--seed", "--name", "a", "5"], "--seed needs a value"),
         (["--ngf", "x"], "--ngf x: expected a whole number"),
         (["--ngf", "2.5"], "--ngf 2.5: expected a whole number"),
         (["--ngf", "1:30"], "--ngf 1:30: expected a whole number"),
@@ -237,6 +238,13 @@ def test_names_are_read_as_they_are_written(yaml_file, text):
     """YAML reads some of them as 7, 1.1, 750 and true."""
     config = parse(HERE, "--teacher=t", yaml_file(f"{{name: {text}, variants: {{{text}: {{ngf: 8}}}}}}"))
     assert config.name == text and config.variants == {text: {"ngf": 8}}
+
+
+@pytest.mark.parametrize("text", ["null", "~", "10"])
+def test_names_of_variants_are_texts(yaml_file, text):
+    variants = f"{{{text}: {{ngf: 8}}}}"
+    for flag in (f"--variants={variants}", yaml_file(f"variants: {variants}")):
+        assert parse(HERE, "--teacher=t", flag).variants == {text: {"ngf": 8}}
 
 
 def test_mappings_that_are_merged_into_others(yaml_file):

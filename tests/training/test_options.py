@@ -52,6 +52,12 @@ def test_a_wrong_type_is_refused(name, value, expected):
         TrainConfig(**{"dataroot": "x", name: value}).resolved()
 
 
+def test_a_number_does_not_name_a_variant():
+    config = TrainConfig(dataroot="x", teacher="t.pth", variants={8: {"ngf": 8}})
+    with pytest.raises(ValueError, match="variant 8: expected a text as its name"):
+        config.resolved()
+
+
 def test_paths_and_numbers_of_numpy():
     """config.yaml stores plain texts and numbers."""
     variants = {"half": {"lambda_srp": np.float32(0.5)}}
