@@ -71,3 +71,7 @@ def test_what_pytorch_multiplies(gpu: EmulatedGpu) -> None:
         actual = multiply(gpu, given, factor, torch.float32, launches=0)
         torch.testing.assert_close(actual, (given.double() * factor.view(-1, 1, 1)).float())
     assert multiply(gpu, gradient[:0], grad_loss[:0], torch.float32, launches=0).numel() == 0
+    actual = multiply(gpu, gradient, grad_loss[None], torch.float32, launches=0)  # of two dimensions
+    assert torch.equal(actual, gradient * grad_loss.view(-1, 1, 1))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        multiply(gpu, gradient, grad_loss[:2], torch.float32)

@@ -181,9 +181,9 @@ def test_launches_with_and_without_overlap(gpu: EmulatedGpu, monkeypatch: pytest
 
 
 def test_empty_features(gpu: EmulatedGpu) -> None:
-    for sizes in ((0, 5, 6, 7), (2, 0, 6, 7), (2, 5, 0, 7)):
+    for sizes, channels in (((0, 5, 6, 7), 3), ((2, 0, 6, 7), 3), ((2, 5, 0, 7), 3), ((2, 5, 6, 7), 0)):
         student = torch.randn(sizes, requires_grad=True)
-        loss = loss_of(student, torch.randn(sizes[0], 3, *sizes[2:]), COSINE, "sum")
+        loss = loss_of(student, torch.randn(sizes[0], channels, *sizes[2:]), COSINE, "sum")
         assert loss == 0 and not gpu.launches
         assert (torch.autograd.grad(loss, student)[0] == 0).all()
 
@@ -204,6 +204,8 @@ def test_refused(gpu: EmulatedGpu, emulated_gpu: Callable, monkeypatch: pytest.M
     many = torch.zeros(1, 1, 1).expand(2**30, 200, 1)
     with pytest.raises(ValueError, match=r"fit into one launch.*split the batch"):
         loss_of(many, many, COSINE, "mean", "nlc")
+    with pytest.raises(ValueError, match=r"fit into one launch.*split the batch"):
+        native.relation_tiles(many, many, formulas.Scales(None, None, None), NONE, False)
     for name, value in (("SRPKD_CUDA_KERNEL", "sm70"), ("SRPKD_CUDA_OVERLAP", "yes")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
@@ -251,7 +253,16 @@ def test_sums_of_tiles_that_are_split(gpu: EmulatedGpu, strides: str) -> None:
     assert sums.U is not None and sums.U.stride() == student.stride()
 
 
-def test_tiles_of_empty_features(gpu: EmulatedGpu) -> None:
-    student, teacher, scales = torch.empty(2, 0, 5), torch.empty(2, 0, 3), formulas.Scales(None, None, None)
-    sums = native.relation_tiles(student, teacher, scales, NONE, True)
-    assert (sums.loss == 0).all() and sums.U is not None and sums.U.shape == (2, 0, 5)
+def test_scales_of_any_strides(gpu: EmulatedGpu) -> None:
+    student, teacher = (x.flatten(2).mT for x in draw(torch.float32))
+    scales = formulas.scales_of(student, teacher, COSINE, torch.float32)
+    strided = formulas.Scales(*(x if x is None else x.T.contiguous().T for x in scales))
+    sums = (native.relation_tiles(student, teacher, x, COSINE, True) for x in (scales, strided))
+    assert all(torch.equal(a, b) for a, b in zip(*sums))
+
+
+@pytest.mark.parametrize(("pixels", "channels"), [(0, (5, 3)), (4, (5, 0))])
+def test_tiles_of_empty_features(gpu: EmulatedGpu, pixels: int, channels: tuple[int, int]) -> None:
+    student, teacher = (torch.randn(2, pixels, count) for count in channels)
+    sums = native.relation_tiles(student, teacher, formulas.Scales(None, None, None), NONE, True)
+    assert (sums.loss == 0).all() and sums.U is not None and sums.U.shape == student.shape and not sums.U.any()
