@@ -11,7 +11,7 @@ is uniform within a unit roundoff u, which is 1/2 ulp of 1: float32 2^-24, TF32 
   (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021).
 - The scales have errors of a few float32 units.
 - K_ij is rounded to the format of the features or of the products, for the product U = K Q. Equal K_ij have equal
-  errors, which add up: with one channel, all of a row are equal except for their signs.
+  errors, which add up: with row and l1, those of a pixel of small norm are nearly alpha_i or -alpha_i.
 - Where the student's A_ij changes its sign, rectify makes P_ij appear or disappear.
 - The float32 sums over N pixels, U and h, have errors of about sqrt(N) 2^-24 of their values.
 - The gradient is rounded to the features' dtype.
