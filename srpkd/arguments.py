@@ -152,6 +152,11 @@ def first_line(error: BaseException) -> str:
     return f"{first} {following}".strip() if first.endswith(":") else first
 
 
+def memory_message(error: BaseException, advice: str) -> str:
+    """Return how a command ends whose memory does not suffice."""
+    return f"error: {first_line(error)}\nThe memory does not suffice: {advice}"
+
+
 def shorten(names: Sequence[str], limit: int = 10) -> str:
     """Return names as a list, at most `limit` of them."""
     more = len(names) - limit
@@ -166,11 +171,10 @@ def command_line(words: Sequence[str]) -> str:
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the process with status 1 and a one-line message if the block fails for a reason that a user can fix."""
+    """End the process with status 1 and a short message if the block fails for a reason that a user can fix."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
-            advice = "free memory, or use smaller images or batches"
-            sys.exit(f"error: {first_line(error)}\nThe memory does not suffice: {advice}")
+            sys.exit(memory_message(error, "free memory, or use smaller images or batches"))
         sys.exit(f"error: {error}")

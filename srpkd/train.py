@@ -12,7 +12,7 @@ import traceback
 from contextlib import ExitStack
 from functools import partial
 
-from .arguments import check_usable, command_line, exit_on_error, first_line
+from .arguments import check_usable, command_line, exit_on_error, first_line, memory_message
 from .cli import prepare_terminal
 from .data.images import DataError
 from .devices import is_out_of_memory
@@ -87,7 +87,7 @@ def _train(config: TrainConfig, command: str) -> str:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             advice = "start a new run with a smaller --batch_size or --crop_size, or free memory and resume this one"
-            return f"error: {first_line(error)}\nThe memory does not suffice: {advice}"
+            return memory_message(error, advice)
         if distributed.rank() == 0 or not distributed.is_lost_connection(error):
             raise
         # rank 0, which says how to resume, may be the one that was killed
