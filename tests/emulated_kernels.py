@@ -70,7 +70,7 @@ class Launch(NamedTuple):
 
 
 class EmulatedGpu:
-    """A GPU that executes the operators of ``torch.ops.srpkd`` for tensors on the CPU, until ``stop``.
+    """A GPU that executes the operators of ``torch.ops.srpkd`` for tensors on the CPU, until the library's ``stop``.
 
     Args:
         library: operator.cpp in cuda_emulation/.
@@ -85,9 +85,6 @@ class EmulatedGpu:
         attributes = [value for name, gpu in gpus.items() for value in (*gpu, majors.get(name, 9))]
         numbers = (ctypes.c_int * len(attributes))(*attributes)
         library.start(numbers, len(gpus), list(gpus).index(device), ctypes.c_uint64(seed))
-
-    def stop(self) -> None:
-        self.library.stop()
 
     @property
     def launches(self) -> list[Launch]:

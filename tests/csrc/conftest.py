@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,5 @@ def operator_library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CD
 def emulated_gpu(operator_library: ctypes.CDLL) -> Iterator[Callable[..., EmulatedGpu]]:
     """Return a function that starts an emulated GPU, which runs until the next one or the end of the test."""
 
-    def start(device: str, seed: int = 0) -> EmulatedGpu:
-        return EmulatedGpu(operator_library, device, seed)
-
-    yield start
+    yield partial(EmulatedGpu, operator_library)
     operator_library.stop()

@@ -27,7 +27,7 @@ KERNELS = "sm80", "sm90"
 ROW, COSINE, NONE = (Relation(normalize, "l1") for normalize in NORMALIZATIONS)
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def check(student: Tensor, teacher: Tensor, relation: Relation, *options: str, t
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 @every_dtype
-@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+@every_kernel
 @pytest.mark.core(18)
 def test_every_relation(gpu: EmulatedGpu, kernel: str, dtype: torch.dtype, relation: Relation) -> None:
     if kernel == "sm90" and dtype == torch.float16 and relation.normalize == "none" and relation.distance != "l1":
@@ -123,7 +123,7 @@ def test_networks_of_different_layouts(
     assert gradient.stride() == student.stride()
 
 
-@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+@every_kernel
 @pytest.mark.parametrize("scope", ["image", "batch"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @every_dtype
@@ -134,7 +134,7 @@ def test_reductions_and_scopes(gpu: EmulatedGpu, dtype: torch.dtype, reduction: 
 
 @pytest.mark.parametrize(("setting", "tolerance"), [("highest", 5e-6), ("high", 1e-3), ("medium", 1e-2)])
 @pytest.mark.parametrize("strides", ["contiguous", "channels_last", "every_other_channel", "broadcast"])
-@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+@every_kernel
 def test_precision_of_float32(
     gpu: EmulatedGpu, set_precision: Callable[[str], None], setting: str, tolerance: float, strides: str, kernel: str
 ) -> None:
@@ -165,7 +165,6 @@ def test_only_the_loss(gpu: EmulatedGpu) -> None:
 
 @every_kernel
 def test_launches_with_and_without_overlap(gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
-    monkeypatch.setenv("SRPKD_CUDA_KERNEL", kernel)
     student, teacher = draw(torch.bfloat16)
     student.requires_grad_()
     results = []
