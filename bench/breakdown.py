@@ -6,8 +6,9 @@
 Each line is a kernel: its launches in a call, and the median microseconds of a launch by the profiler, times the
 launches. "GPU" is the replay of a CUDA graph of the call, with a warm cache; "host" is the time to enqueue a call. The
 first line of a case says how much of the host's time PyTorch needs for any loss. For kernels of the C++ extension both
-times follow with SRPKD_CUDA_OVERLAP=1, and whether the results have the same bits. The first call of a process compiles
-Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to an empty folder.
+times follow with SRPKD_CUDA_OVERLAP=1 and with SRPKD_CUDA_TOGETHER=0, and whether the results have the same bits. The
+first call of a process compiles Triton's kernels unless they are in its cache: to measure that, set TRITON_CACHE_DIR to
+an empty folder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from srpkd.checking.cases import Case, features, settings
-from srpkd.checking.kernels import CUDA_KERNELS, OVERLAP_VARIABLE, CannotRun, environment, evaluate, poisoned_memory
+from srpkd.checking.kernels import (
+    CUDA_KERNELS,
+    OVERLAP_VARIABLE,
+    TOGETHER_VARIABLE,
+    CannotRun,
+    environment,
+    evaluate,
+    poisoned_memory,
+)
 
 from . import cases, measure
 from .providers import PROVIDERS, add_option, prepare_call
@@ -31,7 +40,8 @@ from .providers import PROVIDERS, add_option, prepare_call
 CALLS = 10
 DEFAULT = ("native-sm90", "native-sm80", "triton")
 LONGEST_NAME = 60
-OVERLAPPING = ("native", "closed_form", *CUDA_KERNELS)  # the providers with such kernels
+OF_EXTENSION = ("native", "closed_form", *CUDA_KERNELS)  # the providers with kernels of the C++ extension
+OTHER_LAUNCHES = {OVERLAP_VARIABLE: "1", TOGETHER_VARIABLE: "0"}  # each other than by default
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +82,14 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         except CannotRun as error:
             return [f"{name}: {error}"]
         shown, found = times_of(call, device), []
-        if name in OVERLAPPING:
+        for variable, value in OTHER_LAUNCHES.items() if name in OF_EXTENSION else ():
             expected = call()
-            with environment(OVERLAP_VARIABLE, "1"):
+            with environment(variable, value):
                 with poisoned_memory():
                     results = call()
-                overlapped = times_of(call, device)
+                times = times_of(call, device)
             same = "the same bits" if equal(results, expected) else "OTHER RESULTS"
-            found = [f"  with {OVERLAP_VARIABLE}=1: {overlapped}, {same}"]
+            found.append(f"  with {variable}={value}: {times}, {same}")
         kernels = kernel_times(call)  # last: the profiler may slow down later launches
     launches = sum(count for count, _ in kernels.values())
     found = [f"{name}: {shown}, {launches:g} launches, first call {first:.1f} s", *found]
@@ -130,8 +140,13 @@ def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, float]]:
 def short_name(name: str) -> str:
     """Return a kernel's name without namespaces, template arguments and parameters.
 
-    The kernel ``run<Kernel>`` of csrc/cuda/algebra/launch.h has the name of its argument.
+    The kernels ``run<Kernel>`` and ``run_together<Kernel, ...>`` of csrc/cuda/algebra/launch.h have the names of their
+    arguments.
     """
-    parts = re.split("[<>(]", name.removeprefix("void ").replace("(anonymous namespace)::", ""))
-    plain = [part.strip().rpartition("::")[2] for part in parts]
-    return (plain[1] if plain[0] == "run" and len(plain) > 1 else plain[0])[:LONGEST_NAME] or name[:LONGEST_NAME]
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    if match := re.match(r"[\w:]*\brun(?:_together)?<(.*)>\(", plain):
+        plain = match[1]
+    while plain != (plain := re.sub("<[^<>]*>", "", plain)):  # template arguments, the innermost first
+        pass
+    kernels = plain.partition("(")[0].split(",")
+    return " + ".join(kernel.strip().rpartition("::")[2] for kernel in kernels)[:LONGEST_NAME] or name[:LONGEST_NAME]

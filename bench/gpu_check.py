@@ -4,7 +4,7 @@
 
 The parts, the most valuable first:
 
-    smoke      every kernel on fifty cases: right, and equal bits twice; also with SRPKD_CUDA_OVERLAP=1
+    smoke      every kernel on fifty cases: right, and equal bits twice; also in launches that overlap
     table      the twelve cases of a GPU's table: time of a call, on the GPU alone, and of the host
     profile    time of every kernel, what its warps wait for by Nsight Compute, and the first call of Triton's kernels
     tests      the tests marked gpu, in parallel with pytest-xdist
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from srpkd.checking.kernels import CUDA_KERNELS, KERNEL_VARIABLE, OVERLAP_VARIABLE
+from srpkd.checking.kernels import CUDA_KERNELS, KERNEL_VARIABLE, OVERLAP_VARIABLE, TOGETHER_VARIABLE
 from srpkd.checking.processes import recorded
 from srpkd.kernels import build, native
 from srpkd.reporting.table import format_table
@@ -127,10 +127,11 @@ def smoke(check: Check) -> None:
     kernels: tuple[str, ...] = GPU_KERNELS if check.on_gpu else ("native", "closed_form", "blocked")
     out = ["--out", check.out / "smoke.jsonl", "--seconds", int(check.left - 15)]
     check.python("smoke", "-m", "srpkd.check", *options, *out, "--backend", *kernels)
-    # apart, as this is off by default: a fault does not keep the kernels from being measured
+    # each kernel in a launch of its own, and early. Apart, as this is off by default: a fault does not keep the kernels
+    # from being measured
     kernels = (*CUDA_KERNELS, "closed_form") if check.on_gpu else ("closed_form",)
     out = ["--out", check.out / "smoke-overlap.jsonl", "--seconds", max(1, int(check.left - 5))]
-    overlap = {OVERLAP_VARIABLE: "1"}
+    overlap = {OVERLAP_VARIABLE: "1", TOGETHER_VARIABLE: "0"}
     check.python("smoke, overlap", "-m", "srpkd.check", *options, *out, "--backend", *kernels, environment=overlap)
 
 

@@ -19,6 +19,7 @@ DEVICES = {
     "sm_90": (132, 232_448, 233_472, 1024),
     "small": (1, 101_376, 102_400, 1024),  # few blocks are enough: no splits, 128 pixels per block
     "busy": (1, 232_448, 233_472, 1024),  # the same with the shared memory of sm_90
+    "part": (6, 232_448, 233_472, 1024),  # some of its multiprocessors
 }
 # views (B, C, N) or (B, N, C): the index and the adjacent dimension; their copies are 16, 4 or 2 bytes wide
 VIEWS = {
@@ -74,15 +75,20 @@ class EmulatedGpu:
 
     Args:
         library: operator.cpp in cuda_emulation/.
-        device: of ``DEVICES``, or "sm_75".
+        device: of ``DEVICES``, "sm_75", "uncooperative", a GPU without cooperative launches, or "green", a GPU whose
+            stream has only one of its multiprocessors.
         seed: of the order of threads; 0 is the order in which they are numbered.
     """
 
     def __init__(self, library: ctypes.CDLL, device: str, seed: int = 0) -> None:
         self.library = library
-        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7}
-        gpus = {**DEVICES, "sm_75": DEVICES["sm_86"]}
-        attributes = [value for name, gpu in gpus.items() for value in (*gpu, majors.get(name, 9))]
+        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7, "uncooperative": 8, "green": 8}
+        gpus = {**DEVICES, **dict.fromkeys(("sm_75", "uncooperative", "green"), DEVICES["sm_86"])}
+        attributes = [
+            value
+            for name, gpu in gpus.items()
+            for value in (*gpu, majors.get(name, 9), name != "uncooperative", 1 if name == "green" else gpu[0])
+        ]
         numbers = (ctypes.c_int * len(attributes))(*attributes)
         library.start(numbers, len(gpus), list(gpus).index(device), ctypes.c_uint64(seed))
 

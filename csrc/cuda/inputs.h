@@ -80,7 +80,8 @@ inline const Device& device_of(c10::DeviceIndex index) {
       };
       all.push_back({attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                     attribute(cudaDevAttrReservedSharedMemoryPerBlock), attribute(cudaDevAttrComputeCapabilityMajor)});
+                     attribute(cudaDevAttrReservedSharedMemoryPerBlock), attribute(cudaDevAttrComputeCapabilityMajor),
+                     attribute(cudaDevAttrCooperativeLaunch) != 0});
     }
     return all;
   }();

@@ -29,9 +29,27 @@ cudaError_t waits_for_earlier_kernels(bool& waits) {
   return cudaSuccess;
 }
 
+// Sets `blocks` to how many thread blocks of a kernel a multiprocessor of the current GPU holds. Asks if the GPU or the
+// bytes are others than in the last call.
+template <auto KERNEL>
+cudaError_t resident_blocks(int threads, int bytes, int& blocks) {
+  static std::atomic<uint64_t> last{0};  // the GPU, the bytes, and the blocks
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t key = static_cast<uint64_t>(device) << 40 | static_cast<uint64_t>(bytes) << 8;
+  const uint64_t known = last.load(std::memory_order_relaxed);
+  blocks = known & 255;
+  if (blocks && known - blocks == key) return cudaSuccess;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, KERNEL, threads, bytes);
+  if (error == cudaSuccess) last.store(key + blocks, std::memory_order_relaxed);
+  return error;
+}
+
 struct Launches {
   cudaStream_t stream;
   bool overlap = false;  // whether kernels after the first may start early: SRPKD_CUDA_OVERLAP
+  int together = 0;      // multiprocessors for launches of several phases; 0 if there are none: SRPKD_CUDA_TOGETHER
   bool any = false;      // whether a kernel of this call has been launched
 
   // Launches a kernel that begins with run_in_order.
@@ -49,6 +67,18 @@ struct Launches {
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, KERNEL, arguments);
+  }
+
+  // Launches a kernel whose thread blocks wait for each other: all are resident. It does not start early.
+  template <auto KERNEL, class Arguments>
+  cudaError_t launch_cooperatively(int grid, int threads, int bytes, const Arguments& arguments) {
+    any = true;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid), config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
+    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
     return cudaLaunchKernelEx(&config, KERNEL, arguments);
   }
 };

@@ -27,7 +27,7 @@ struct ScalesPlan {
   Normalize normalize;
   algebra::FinishArguments moments;  // only for "row"
   algebra::NormArguments norms;
-  bool wide;  // whether a block of the row norms and of the gradient computes 128 pixels instead of 64
+  bool wide;  // see is_wide: a block of the row norms and of the gradient computes 128 pixels instead of 64
 };
 
 // From the sums of the tiles to the loss and the gradient. SumsOfTiles: how the tiles store them, SumsOfSplits (sm80)
@@ -99,12 +99,18 @@ inline int resident_blocks(const sm80::Features (&features)[2], int feature_byte
   return resident;
 }
 
+// Returns whether the pixels fill the GPU. If not, launches take longer on the host than the kernels on the GPU, and
+// kernels share launches.
+inline bool is_wide(const LossArguments& a, int multiprocessors) {
+  return int64_t{2} * a.images * ceil_div(a.pixels, 2 * algebra::BLOCK) >= multiprocessors;
+}
+
 inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Workspace& workspace) {
   using namespace algebra;
   const int64_t images = a.images, pixels = a.pixels;
   ScalesPlan plan{};
   plan.normalize = a.relation.normalize;
-  plan.wide = 2 * images * ceil_div(pixels, 2 * BLOCK) >= device.multiprocessors;
+  plan.wide = is_wide(a, device.multiprocessors);
   if (a.relation.normalize == Normalize::none) return plan;
 
   NormArguments& n = plan.norms;

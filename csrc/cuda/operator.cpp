@@ -14,40 +14,31 @@
 #include <string_view>
 
 #include "../common/arguments.h"
-#include "algebra/launch.h"
 #include "choose_kernel.h"
 #include "closed_form/launch.h"
 #include "inputs.h"
-#include "sm80/launch.h"
-#include "sm90/launch.h"
+#include "launch_loss.h"
 
 namespace srpkd::cuda {
 namespace {
 
 // --- the whole loss --------------------------------------------------------------------------------------------------
 
-cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, Launches& launches) {
-  return sm80::launch(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
-}
-cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, Launches& launches) {
-  return sm90::launch(plan.tiles, launches);
-}
-
-// Returns whether kernels may start while the one before them ends: SRPKD_CUDA_OVERLAP.
-bool overlap_requested() {
-  const char* value = std::getenv("SRPKD_CUDA_OVERLAP");
-  const std::string_view setting = value ? value : "0";
-  TORCH_CHECK_VALUE(setting == "0" || setting == "1", "SRPKD_CUDA_OVERLAP=\"", setting,
-                    "\": expected 1 (kernels of a call start while the one before them ends) or 0");
+// Returns whether an environment variable is 1. meaning: what the message of an error says of 1.
+bool is_set(const char* name, bool by_default, const char* meaning) {
+  const char* value = std::getenv(name);
+  if (!value) return by_default;
+  const std::string_view setting = value;
+  TORCH_CHECK_VALUE(setting == "0" || setting == "1", name, "=\"", setting, "\": expected 1 (", meaning, ") or 0");
   return setting == "1";
 }
 
-// T: the element type of the features.
-template <class T, class Plan>
-void launch_loss(const Plan& plan, const LossArguments& a, Launches& launches) {
-  C10_CUDA_CHECK(algebra::scales<T>(plan.scales, a.pixels_adjacent, launches));
-  C10_CUDA_CHECK(launch_tiles(plan, a, launches));
-  C10_CUDA_CHECK(algebra::gradient<T>(plan.gradient, a.pixels_adjacent, launches));
+Launches launches_on(const Device& device) {
+  Launches launches{c10::cuda::getCurrentCUDAStream()};
+  launches.overlap = is_set("SRPKD_CUDA_OVERLAP", false, "kernels of a call start while the one before them ends");
+  if (is_set("SRPKD_CUDA_TOGETHER", true, "the kernels of a small call share launches") && device.cooperates)
+    launches.together = device.multiprocessors;
+  return launches;
 }
 
 // Plans a loss by make(workspace), and calls launch(plan, a value of the features' element type).
@@ -96,8 +87,8 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
     a.gradient = gradient.mutable_data_ptr();
     for (int i = 0; i < 3; ++i) a.gradient_strides[i] = gradient.stride(i);
   }
-  Launches launches{c10::cuda::getCurrentCUDAStream(), overlap_requested()};
   const Device& device = device_of(guard.current_device().index());
+  Launches launches = launches_on(device);
   if (chosen == Method::closed_form) {
     plan_and_launch(
         student, [&](Workspace& workspace) { return closed_form::make_plan(a, device.multiprocessors, workspace); },
@@ -109,7 +100,7 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
   const auto run_tiles = [&](auto make) {
     plan_and_launch(
         student, [&](Workspace& workspace) { return make(a, device, workspace); },
-        [&](const auto& plan, auto element) { launch_loss<decltype(element)>(plan, a, launches); });
+        [&](const auto& plan, auto element) { C10_CUDA_CHECK(launch_loss<decltype(element)>(plan, a, launches)); });
   };
   if (choose_kernel(a, device) == Kernel::sm90) {
     run_tiles(make_sm90_plan);

@@ -13,8 +13,8 @@
 //     wait, cannot take their place.
 //   - A launch without the attribute starts when everything before it has completed. The first kernel of a call is one:
 //     kernels of others may have written what it reads, or may still use the memory that the workspace and the results
-//     get. Another is the cooperative launch of the tiles of sm_90a, which need all multiprocessors at once. They let
-//     the next kernel start by ending, and that kernel waits for them.
+//     get. Others are cooperative launches, whose thread blocks are all on the GPU at once: the tiles of sm_90a, and
+//     phases.cuh. They let the next kernel start by ending, and that kernel waits for them.
 //   - ld.global.nc reads memory that does not change while the kernel runs, and a kernel that waits runs already. It is
 //     for the inputs of a call, see load_input: the features and, in backward, the gradient and grad_loss.
 //   - No kernel waits for a later one, so it does not matter whether the GPU really starts a kernel early.
@@ -29,11 +29,11 @@
 namespace srpkd::cuda {
 
 // Work: the work of a thread block, whose members may read global memory when they are constructed.
-template <class Work, class Arguments>
-SRPKD_DEVICE void run_in_order(const Arguments& arguments) {
+template <class Work, class... Arguments>
+SRPKD_DEVICE void run_in_order(const Arguments&... arguments) {
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  Work(arguments).run();
+  Work(arguments...).run();
 }
 
 }  // namespace srpkd::cuda

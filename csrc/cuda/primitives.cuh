@@ -2,6 +2,8 @@
 // tests/csrc/cuda_emulation/ has the same functions for the host, which run the kernels without a GPU.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include <cstring>
 #include <type_traits>
 
@@ -30,6 +32,8 @@ SRPKD_DEVICE int block_index(int axis) {
   return index;
 }
 SRPKD_DEVICE void sync_block() { __syncthreads(); }
+// Waits for all threads of the grid, and sees what they have written. Needs a cooperative launch.
+SRPKD_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 SRPKD_DEVICE Address shared_memory() {
   extern __shared__ __align__(1024) unsigned char memory[];

@@ -18,13 +18,19 @@ struct Half {
 // The networks, in the order of arrays of both. In sm90/ the student comes first.
 enum Network { TEACHER, STUDENT };
 
+// The place of a thread block in the grid of its kernel.
+struct BlockIndex {
+  int x, y;
+};
+
 SRPKD_HOST_DEVICE constexpr int minimum(int a, int b) { return a < b ? a : b; }
 
 // The properties of a GPU that the plans depend on. Memory in bytes; reserved: for each thread block.
 struct Device {
   int multiprocessors, shared_of_block;
   int shared_of_multiprocessor = 0, shared_reserved = 0;
-  int major = 8;  // of the compute capability
+  int major = 8;           // of the compute capability
+  bool cooperates = true;  // whether it supports cooperative launches
 };
 
 // How features are multiplied. tf32x3: three products of floats split into two tf32.

@@ -55,8 +55,8 @@ def _backend(name: str) -> Provider:
     return Provider(make, reason)
 
 
-# csrc/ reads them at every call of ``native`` on a GPU, and the second one also of ``closed_form``
-KERNEL_VARIABLE, OVERLAP_VARIABLE = "SRPKD_CUDA_KERNEL", "SRPKD_CUDA_OVERLAP"
+# csrc/ reads them at every call of ``native`` on a GPU, and all but the first also of ``closed_form``
+KERNEL_VARIABLE, OVERLAP_VARIABLE, TOGETHER_VARIABLE = "SRPKD_CUDA_KERNEL", "SRPKD_CUDA_OVERLAP", "SRPKD_CUDA_TOGETHER"
 
 
 @contextmanager

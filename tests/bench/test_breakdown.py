@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from bench import breakdown
 from bench.providers import PROVIDERS
 from srpkd.checking.cases import Case
-from srpkd.checking.kernels import OVERLAP_VARIABLE, CannotRun, Provider
+from srpkd.checking.kernels import CannotRun, Provider
 from srpkd.kernels import unavailable_reason
 
 NAMES = {
@@ -23,7 +23,10 @@ NAMES = {
         "vectorized_elementwise_kernel"
     ),
     "void srpkd::cuda::algebra::run<srpkd::cuda::algebra::RowNorms<float, true> >(RowNorms<float>)": "RowNorms",
-    "void algebra::run<algebra::FinishMoments>(T1::Arguments)": "FinishMoments",
+    "void algebra::run<algebra::PlainKernel>(T1::Arguments)": "PlainKernel",
+    "void srpkd::cuda::algebra::run_together<srpkd::cuda::algebra::WeightedMoment<srpkd::cuda::BFloat16, (bool)1, "
+    "srpkd::cuda::sm90::SumsOfSegments>, srpkd::cuda::algebra::Gradient<srpkd::cuda::BFloat16, (bool)1, (int)2, "
+    "srpkd::cuda::sm90::SumsOfSegments> >(srpkd::cuda::algebra::Together<T1...>)": "WeightedMoment + Gradient",
     "relation_kernel": "relation_kernel",
     "Memset (Device)": "Memset",
 }
@@ -85,23 +88,27 @@ def test_lines_of_a_call():
     assert title.startswith("closed_form: host 3.0 us, 3 launches, first call 0.")
     assert others == [
         "  with SRPKD_CUDA_OVERLAP=1: host 3.0 us, the same bits",
+        "  with SRPKD_CUDA_TOGETHER=0: host 3.0 us, the same bits",
         "       19.0 us  2 x sums",
         "        4.5 us  1 x moments",
     ]
-    assert breakdown.lines("blocked", case, "cpu")[1:] == others[1:]
+    assert breakdown.lines("blocked", case, "cpu")[1:] == others[2:]
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_other_results_of_overlapping_kernels(monkeypatch):
+@pytest.mark.parametrize("variable", breakdown.OTHER_LAUNCHES)
+def test_other_results_with_other_launches(monkeypatch, variable):
     precisions = set()
 
     def loss(student, teacher):
         precisions.add(torch.get_float32_matmul_precision())
-        return student.sum() * (2 if OVERLAP_VARIABLE in os.environ else 1)
+        return student.sum() * (2 if variable in os.environ else 1)
 
     monkeypatch.setitem(PROVIDERS, "closed_form", Provider(lambda case: loss))
     case = Case(48, (4, 6), 1, precision="medium")
-    assert breakdown.lines("closed_form", case, "cpu")[1].endswith("OTHER RESULTS")
+    _, *found = breakdown.lines("closed_form", case, "cpu")[:3]
+    for line, other in zip(found, breakdown.OTHER_LAUNCHES):
+        assert f" with {other}=" in line and line.endswith("OTHER RESULTS" if other == variable else "the same bits")
     assert precisions == {"medium"}
 
 
@@ -136,7 +143,8 @@ def test_kernels_of_a_call():
     if (reason := unavailable_reason("native", torch.device("cuda"))) is not None:
         pytest.skip(reason)
     case = Case(256, (16, 32), 1, "bfloat16", device="cuda", threads=1)
-    title, overlapped, *kernels = breakdown.lines("native", case, "cuda")
+    title, overlapped, apart, *kernels = breakdown.lines("native", case, "cuda")
     assert title.startswith("native: GPU ") and "host " in title
-    assert "SRPKD_CUDA_OVERLAP=1: GPU " in overlapped and "the same bits" in overlapped
+    for line, setting in ((overlapped, "SRPKD_CUDA_OVERLAP=1"), (apart, "SRPKD_CUDA_TOGETHER=0")):
+        assert f"{setting}: GPU " in line and "the same bits" in line
     assert any("tiles" in line for line in kernels)

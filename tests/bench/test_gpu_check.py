@@ -205,7 +205,7 @@ def test_kernels_are_checked_with_and_without_overlap(tmp_path):
     check = Recorder(tmp_path, 90)
     gpu_check.smoke(check)
     first, second = (words for words, _ in check.commands)
-    assert check.environments == [None, {"SRPKD_CUDA_OVERLAP": "1"}]
+    assert check.environments == [None, {"SRPKD_CUDA_OVERLAP": "1", "SRPKD_CUDA_TOGETHER": "0"}]
     kernels = [words[words.index("--backend") + 1 :] for words in (first, second)]
     assert kernels == [list(gpu_check.GPU_KERNELS), ["native-sm80", "native-sm90", "closed_form"]]
     assert "--full" in second and str(tmp_path / "smoke-overlap.jsonl") in second

@@ -73,6 +73,24 @@ def test_errors_of_the_runtime_are_returned(library: ctypes.CDLL) -> None:
     assert launch(library, device) == (0, AFTER_THE_FIRST, 2), "a failed query is not remembered"
 
 
+def resident(library: ctypes.CDLL, device: int, of_multiprocessor: int, of_block: int) -> tuple[int, int, int]:
+    """Return the error, the thread blocks of a multiprocessor, and the number of queries."""
+    blocks, queries = ctypes.c_int(), ctypes.c_int()
+    error = library.resident(device, of_multiprocessor, of_block, ctypes.byref(blocks), ctypes.byref(queries))
+    return error, blocks.value, queries.value
+
+
+def test_resident_blocks_are_asked_for_once(library: ctypes.CDLL) -> None:
+    first, second, third = (next(devices) for _ in range(3))
+    for queries in (1, 0):
+        assert resident(library, first, 4000, 1000) == (0, 4, queries)
+    assert resident(library, first, 4000, 2000) == (0, 2, 1)
+    assert resident(library, second, 6000, 2000) == (0, 3, 1), "another GPU"
+    assert resident(library, first, 4000, 2000) == (0, 2, 1), "only the last answer is known"
+    assert resident(library, third, -1, 2000)[::2] == (101, 1)
+    assert resident(library, third, 8000, 2000) == (0, 4, 1), "a failed query is not remembered"
+
+
 @pytest.mark.parametrize(
     ("device", "context", "of_driver", "expected", "calls"),
     [

@@ -88,6 +88,7 @@ def emulate(
     reduction: str = "mean",
     need_grad: bool = True,
     device: str = "sm_90",
+    together: bool = False,
     seed: int = 0,
     gradient_layout: Tensor | None = None,
     kernels: str = "sm80",
@@ -119,7 +120,7 @@ def emulate(
         pixels,
         NORMALIZATIONS.index(relation.normalize), DISTANCES.index(relation.distance), ctypes.c_double(relation.delta),
         ctypes.c_double(relation.eps), relation.rectify, relation.detach_norms,
-        REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]),
+        REDUCTIONS.index(reduction), need_grad, (ctypes.c_int * 4)(*DEVICES[device]), together,
         ctypes.c_uint64(seed), pointer(loss), pointer(gradient),
         (ctypes.c_int64 * 3)(*like.stride()), ctypes.byref(intermediate), launches := (ctypes.c_int * 1)(),
     )  # fmt: skip

@@ -88,7 +88,8 @@ def test_every_relation(gpu: EmulatedGpu, kernel: str, dtype: torch.dtype, relat
     if kernel == "sm90" and dtype == torch.float16 and relation.normalize == "none" and relation.distance != "l1":
         pytest.skip("not covered: K has no bound")
     loss_of(*draw(dtype), relation)
-    assert any(launch.cooperative for launch in gpu.launches) == (kernel == "sm90")
+    tiles = gpu.launches[0 if relation.normalize == "none" else 1]
+    assert tiles.cooperative == (kernel == "sm90")
     check(*draw(dtype), relation)
 
 
@@ -160,7 +161,7 @@ def test_only_the_loss(gpu: EmulatedGpu) -> None:
     student, teacher = draw(torch.float32)
     for relation in (ROW, COSINE, NONE):
         assert error(loss_of(student, teacher, relation), expected_of(student, teacher, relation)) < 1e-6
-        assert len(gpu.launches) == {"row": 5, "cosine": 3, "none": 2}[relation.normalize]
+        assert len(gpu.launches) == {"row": 3, "cosine": 3, "none": 2}[relation.normalize]
 
 
 @every_kernel
@@ -168,6 +169,7 @@ def test_launches_with_and_without_overlap(gpu: EmulatedGpu, monkeypatch: pytest
     student, teacher = draw(torch.bfloat16)
     student.requires_grad_()
     results = []
+    monkeypatch.setenv("SRPKD_CUDA_TOGETHER", "0")
     for setting in (None, "0", "1"):
         if setting is not None:
             monkeypatch.setenv("SRPKD_CUDA_OVERLAP", setting)
@@ -177,6 +179,56 @@ def test_launches_with_and_without_overlap(gpu: EmulatedGpu, monkeypatch: pytest
         # a cooperative launch starts when all before it have ended
         assert all(launch.early == (setting == "1" and not launch.cooperative) for launch in others)
     assert torch.equal(results[0], results[2])
+
+
+CLOSED_FORM = "closed_form"
+# the launches of a call with a gradient: one for each kernel, and if the call is small
+LAUNCHES = {
+    ("row", "tiles"): (6, 3), ("cosine", "tiles"): (3, 3), ("none", "tiles"): (2, 2),
+    ("row", CLOSED_FORM): (5, 5), ("cosine", CLOSED_FORM): (4, 1), ("none", CLOSED_FORM): (3, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("normalize", "method"), LAUNCHES)
+@pytest.mark.parametrize("channels", [(7, 7), (7, 150)], ids=str)
+@pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
+@every_dtype
+@pytest.mark.core(24)
+def test_kernels_of_a_small_call_share_launches(
+    emulated_gpu: Callable[..., EmulatedGpu],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    strides: str,
+    channels: tuple[int, int],
+    normalize: str,
+    method: str,
+) -> None:
+    """With the same bits, also where each of the thread blocks does the work of several."""
+    student, teacher = (STRIDES[strides](x) for x in draw(dtype, (1, channels[0], 9, 15), channels[1]))
+    relation = Relation(normalize, "l2")
+    for device in ("sm_90", "part"):
+        results = []
+        for together in (0, 1, 1):
+            monkeypatch.setenv("SRPKD_CUDA_TOGETHER", str(together))
+            gpu = emulated_gpu(device, seed=len(results))
+            own = student.detach().requires_grad_()
+            loss = loss_of(own, teacher, relation, "sum", "nchw", "image", method)
+            assert len(gpu.launches) == LAUNCHES[normalize, method][together]
+            # the loss is scaled, because a gradient of float16 could be 0
+            results.append((loss.detach(), *torch.autograd.grad(loss * 2.0**10, own)))
+        for loss, gradient in results[1:]:
+            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_kernels_of_a_large_call_have_their_own_launches(emulated_gpu: Callable[..., EmulatedGpu]) -> None:
+    """As on a GPU without cooperative launches, and in a stream with too few multiprocessors for one."""
+    student, teacher = draw(torch.bfloat16, (3, 5, 9, 15))
+    for device in ("part", "uncooperative", "green"):
+        gpu = emulated_gpu(device)
+        loss_of(student, teacher, replace(COSINE, distance="l2"), "mean", "nchw", "image", CLOSED_FORM)
+        assert [launch.cooperative for launch in gpu.launches] == [False] * 4
+        assert not gpu.library.has_left_an_error()
+        check(student, teacher, ROW)
 
 
 def test_empty_features(gpu: EmulatedGpu) -> None:
@@ -205,7 +257,7 @@ def test_refused(gpu: EmulatedGpu, emulated_gpu: Callable, monkeypatch: pytest.M
         loss_of(many, many, COSINE, "mean", "nlc")
     with pytest.raises(ValueError, match=r"fit into one launch.*split the batch"):
         native.relation_tiles(many, many, formulas.Scales(None, None, None), NONE, False)
-    for name, value in (("SRPKD_CUDA_KERNEL", "sm70"), ("SRPKD_CUDA_OVERLAP", "yes")):
+    for name, value in (("SRPKD_CUDA_KERNEL", "sm70"), ("SRPKD_CUDA_OVERLAP", "yes"), ("SRPKD_CUDA_TOGETHER", "")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(ValueError, match=f'{name}="{value}": expected'):

@@ -32,10 +32,11 @@ FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)ELb(\d)")
 # of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores. Those
 # after the tiles exist for the sums of the sm_80 and of the sm_90 tiles
 ALGEBRA = {
-    "Moments": 2, "FinishMoments": 1, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8, "Backward": 2
+    "Moments": 2, "FinishMoments": 2, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8, "Backward": 2,
+    "together": 6,
 }  # fmt: skip
 CLOSED_FORM = {
-    "Moments": 8, "SumMoments": 2, "RowScales": 2, "ScaledMoments": 4, "Gradient": 8, "PixelNorms": 2
+    "Moments": 8, "SumMoments": 4, "RowScales": 2, "ScaledMoments": 4, "Gradient": 8, "PixelNorms": 2, "together": 4
 }  # fmt: skip
 ELEMENTS = ("bf16", "fp16", "float")
 WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments", "Backward")
@@ -60,7 +61,9 @@ def check_code(kernels: tuple[Kernel, ...]) -> None:
     assert kernels
     for kernel in kernels:
         assert kernel.stack <= (MAX_SPILL if kernel.architecture in NEWER else 0), kernel.symbol
-        assert not [word for word in kernel.words if re.fullmatch(r"(LD|ST)(\..*)?", word)], kernel.symbol
+        generic = [word for word in kernel.words if re.fullmatch(r"(LD|ST)(\..*)?", word)]
+        # the barrier of the grid waits for a counter
+        assert set(generic) <= ({"LD.E.STRONG.GPU"} if "run_together" in kernel.symbol else set()), kernel.symbol
 
 
 def tile_config(symbol: str, rectified: bool) -> tuple[int, int]:
@@ -93,16 +96,21 @@ def test_tiles(precision: str, variant: str) -> None:
 
 
 def algebra_kernel(symbol: str) -> str:
-    """Return the name of a kernel in csrc/cuda/algebra or csrc/cuda/closed_form."""
-    match = re.search(r"algebra3runI(?:NS1_|NS0_11closed_form)\d+([A-Z][A-Za-z]+?)(?:I|E)", symbol)
+    """Return the name of a kernel in csrc/cuda/algebra or csrc/cuda/closed_form; "together" for several in one."""
+    match = re.search(
+        r"algebra(?:3runI(?:NS1_|NS0_11closed_form)\d+([A-Z][A-Za-z]+?)(?:I|E)|12run_(together)I)", symbol
+    )
     assert match, symbol
-    return match[1]
+    return match[1] or match[2]
 
 
 def check_order(kernel: Kernel) -> None:
-    """Since Hopper, kernels wait for earlier ones before they access global memory, see csrc/cuda/overlap.cuh."""
+    """Since Hopper, kernels wait for earlier ones before they access global memory, see csrc/cuda/overlap.cuh.
+
+    Cooperative launches start when all before them have ended.
+    """
     order = [word for word in kernel.words if word in ("ACQBULK", "PREEXIT") or GLOBAL_MEMORY.match(word)]
-    if kernel.architecture.startswith("sm_8"):
+    if kernel.architecture.startswith("sm_8") or "run_together" in kernel.symbol:
         assert "ACQBULK" not in order and "PREEXIT" not in order, kernel.symbol
     else:
         assert order[0] == "ACQBULK", kernel.symbol

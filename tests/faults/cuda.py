@@ -13,6 +13,7 @@ CUDA_BACKWARD = "csrc/cuda/algebra/backward.cuh"
 CUDA_OPERATOR, CUDA_INPUTS = "csrc/cuda/operator.cpp", "csrc/cuda/inputs.h"
 CUDA_BACKWARD_OPERATOR = "csrc/cuda/backward.cpp"
 CUDA_OVERLAP, CUDA_LAUNCHES = "csrc/cuda/overlap.cuh", "csrc/cuda/launches.h"
+CUDA_PHASES, CUDA_ALGEBRA_LAUNCH = "csrc/cuda/algebra/phases.cuh", "csrc/cuda/algebra/launch.h"
 CUDA_SUMS, CUDA_SM90_SUMS = "csrc/cuda/algebra/sums.cuh", "csrc/cuda/sm90/algebra_sums.cuh"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
     f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
@@ -307,8 +308,8 @@ BACKENDS = {
             Fault(
                 "members of a kernel are read before it waits",
                 CUDA_OVERLAP,
-                "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  Work(arguments).run();",
-                "  Work work(arguments);\n  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  work.run();",
+                "  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  Work(arguments...).run();",
+                "  Work work(arguments...);\n  wait_for_earlier_kernels();\n  let_next_kernel_start();\n  work.run();",
             ),
             Fault(
                 "the next kernel starts before this one waited",
@@ -322,6 +323,10 @@ BACKENDS = {
             Fault("the first kernel starts early", CUDA_LAUNCHES, "if (overlap && any) {", "if (overlap) {"),
             Fault("code for sm_80 starts early", CUDA_LAUNCHES, "attributes.ptxVersion >= 90", "true"),
             Fault("kernels start early without being asked", CUDA_LAUNCHES, "overlap = false;", "overlap = true;"),
+            Fault("the resident blocks of other bytes", CUDA_LAUNCHES, " | static_cast<uint64_t>(bytes) << 8;", ";"),
+            Fault(
+                "the resident blocks of another GPU", CUDA_LAUNCHES, "<uint64_t>(device) << 40", "<uint64_t>(1) << 40"
+            ),
         ],
     ),
     "cuda_backward": Backend(
@@ -374,7 +379,12 @@ BACKENDS = {
             ),
             Fault("U of one split", CUDA_OPERATOR, "  if (split && need_grad) at::sum_out(U, U_of_splits, 0);\n", ""),
             Fault("h of one split", CUDA_OPERATOR, "  if (split && need_h) at::sum_out(h, h_of_splits, 0);\n", ""),
-            Fault("overlap without being asked", CUDA_OPERATOR, 'value ? value : "0"', 'value ? value : "1"'),
+            Fault(
+                "overlap without being asked",
+                CUDA_OPERATOR,
+                '"SRPKD_CUDA_OVERLAP", false',
+                '"SRPKD_CUDA_OVERLAP", true',
+            ),
             Fault(
                 "empty features have no loss",
                 CUDA_OPERATOR,
@@ -395,16 +405,46 @@ BACKENDS = {
             ),
             Fault(
                 "no limit of shared memory is set for the algebra",
-                "csrc/cuda/algebra/launch.h",
+                CUDA_ALGEBRA_LAUNCH,
                 "SHARED_WITHOUT_ATTRIBUTE = 48 << 10",
                 "SHARED_WITHOUT_ATTRIBUTE = 1 << 20",
             ),
             Fault(
                 "blocks that wait for each other are not all resident",
-                "csrc/cuda/sm90/launch.h",
+                CUDA_LAUNCHES,
                 "attribute.val.cooperative = 1",
                 "attribute.val.cooperative = 0",
             ),
+            Fault("phases follow each other at once", CUDA_PHASES, "    sync_grid();\n", ""),
+            Fault("phases share memory with the block before", CUDA_PHASES, "    sync_block();  // the", "    // the"),
+            Fault("the first thread blocks of a phase", CUDA_PHASES, "block += grid", "block += x * y"),
+            Fault("a phase has one row of blocks", CUDA_PHASES, "block < x * y", "block < x"),
+            Fault(
+                "more thread blocks than fit",
+                CUDA_ALGEBRA_LAUNCH,
+                "std::min(most, resident * launches.together)",
+                "most",
+            ),
+            Fault(
+                "the shared memory of the first phase",
+                CUDA_ALGEBRA_LAUNCH,
+                "std::max({phases.bytes...})",
+                "std::min({phases.bytes...})",
+            ),
+            Fault("no phases together", CUDA_ALGEBRA_LAUNCH, "if (launches.together)", "if (false)"),
+            Fault(
+                "phases of large calls together",
+                "csrc/cuda/loss_plan.h",
+                ">= multiprocessors;",
+                "> 1000 * multiprocessors;",
+            ),
+            Fault(
+                "the error of a launch that was replaced is left",
+                CUDA_ALGEBRA_LAUNCH,
+                "        cudaGetLastError();",
+                "  ",
+            ),
+            Fault("GPUs that cannot cooperate", CUDA_OPERATOR, " && device.cooperates)", ")"),
             Fault("misaligned gradients", CUDA_BACKWARD_OPERATOR, "% 16 == 0", "% 2 == 0"),
             Fault(
                 "images that are not outermost", CUDA_BACKWARD_OPERATOR, "gradient.stride(0) * images == count", "true"

@@ -1,16 +1,10 @@
 // The product of the gradient and the upstream gradient, in backward. Free of torch.
 #pragma once
 
-#include "../overlap.cuh"
 #include "panels.cuh"
+#include "phases.cuh"
 
 namespace srpkd::cuda::algebra {
-
-// Selects a kernel in calls of launch(), see sequence.cuh.
-template <class Kernel>
-struct KernelType {
-  using type = Kernel;
-};
 
 // T: of the result. Stored: of the gradient. The product is that of floats, rounded to T once. Grid: (blocks, 1).
 template <class T, class Stored>
@@ -26,11 +20,12 @@ struct Backward {
   static constexpr int PER_WORD = 4 / sizeof(T), WORDS = UNIT / PER_WORD;
 
   const Arguments& p;
+  const BlockIndex own_block;
 
-  SRPKD_DEVICE explicit Backward(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE Backward(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
-    const int64_t first = (int64_t{block_index(0)} * THREADS + thread_index()) * UNIT;
+    const int64_t first = (int64_t{own_block.x} * THREADS + thread_index()) * UNIT;
     if (first >= p.count) return;
     const int valid = p.count - first < UNIT ? static_cast<int>(p.count - first) : UNIT;
     Raw<Stored, UNIT> x;
@@ -78,11 +73,9 @@ struct Backward {
 
 template <class T, class Launch>
 void launch_backward(const BackwardArguments& p, Launch& launch) {
-  const auto start = [&](auto kernel) {
-    using Kernel = decltype(kernel);
-    launch(kernel, p, static_cast<int>(ceil_div(p.count, Kernel::type::THREADS * Kernel::type::UNIT)), 1, 0);
-  };
-  p.narrow ? start(KernelType<Backward<T, BFloat16>>{}) : start(KernelType<Backward<T, float>>{});
+  using Kernel = Backward<T, float>;
+  const int blocks = static_cast<int>(ceil_div(p.count, Kernel::THREADS * Kernel::UNIT));
+  p.narrow ? launch(Phase<Backward<T, BFloat16>>{p, blocks, 1, 0}) : launch(Phase<Kernel>{p, blocks, 1, 0});
 }
 
 }  // namespace srpkd::cuda::algebra

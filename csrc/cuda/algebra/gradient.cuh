@@ -59,16 +59,17 @@ struct Gradient {
   static_assert(THREADS / 32 * 8 <= G::ROWS * 4);
 
   const Arguments& p;
+  const BlockIndex own_block;
   const sm80::Warp<G> warp{};
   const Address shared = shared_memory();
   const int channels = p.features.channels, blocks = blocks_of(channels);
   const int row_blocks = static_cast<int>(ceil_div(p.pixels, G::ROWS));
-  const int index = block_index(0) - p.loss_blocks, channel = index % blocks * BLOCK;
+  const int index = own_block.x - p.loss_blocks, channel = index % blocks * BLOCK;
   const int pixel = index / blocks % row_blocks * G::ROWS, image = index / blocks / row_blocks;
   const bool row = p.normalize == Normalize::row;
   const Address weights = shared + (row ? WEIGHTS_AT : OTHER_WEIGHTS_AT);
 
-  SRPKD_DEVICE explicit Gradient(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE Gradient(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
     if (index < 0) return sum_losses();
@@ -86,7 +87,7 @@ struct Gradient {
 
   // Sums the losses of an image or of all, always in the same order.
   SRPKD_DEVICE void sum_losses() const {
-    const int part = block_index(0), count = p.sums.loss_parts * (p.per_image ? 1 : p.images);
+    const int part = own_block.x, count = p.sums.loss_parts * (p.per_image ? 1 : p.images);
     const int64_t first = int64_t{part} * count;
     double sum = 0;
     for (int i = thread_index(); i < count; i += THREADS) sum += loss_of(p.sums, first + i);

@@ -8,7 +8,8 @@
 #include "../loss_plan.h"
 
 #if defined(__CUDACC__)
-#include "../overlap.cuh"
+#include <algorithm>
+
 #include "../shared_limit.h"
 #include "sequence.cuh"
 #endif
@@ -30,7 +31,12 @@ cudaError_t backward(const BackwardArguments& p, cudaStream_t stream);
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS, Kernel::MIN_BLOCKS)
     run(const __grid_constant__ typename Kernel::Arguments arguments) {
-  run_in_order<Kernel>(arguments);
+  run_in_order<Kernel>(arguments, BlockIndex{block_index(0), block_index(1)});
+}
+template <class... Kernels>
+__global__ void __launch_bounds__(std::max({Kernels::THREADS...}), std::min({Kernels::MIN_BLOCKS...}))
+    run_together(const __grid_constant__ Together<Kernels...> arguments) {
+  run_phases(arguments.phases, arguments.grid);
 }
 
 constexpr int SHARED_WITHOUT_ATTRIBUTE = 48 << 10;  // bytes
@@ -40,10 +46,45 @@ struct Launch {
   Launches& launches;
   cudaError_t error = cudaSuccess;
 
+  // Launches phases that follow each other, of which those without thread blocks are left out: together if their thread
+  // blocks are of one size, as those of small calls are, see is_wide.
+  template <class... Kernels>
+  void operator()(const Phase<Kernels>&... phases) {
+    if constexpr (sizeof...(Kernels) > 1 && std::min({Kernels::THREADS...}) == std::max({Kernels::THREADS...}))
+      if (launches.together) {
+        launch_together<run_together<Kernels...>>(phases...);
+        if (error != cudaErrorCooperativeLaunchTooLarge) return;
+        error = cudaSuccess, launches.together = 0;  // the stream has fewer multiprocessors, those of a green context
+        cudaGetLastError();                          // which forgets the error
+      }
+    (launch(phases), ...);
+  }
+
+ private:
   template <class Kernel>
-  void operator()(KernelType<Kernel>, const typename Kernel::Arguments& arguments, int x, int y, int bytes) {
-    if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE) error = allow_all_shared_memory<run<Kernel>>();
-    if (error == cudaSuccess) error = launches.launch<run<Kernel>>(dim3(x, y), Kernel::THREADS, bytes, arguments);
+  void launch(const Phase<Kernel>& phase) {
+    if (phase.x == 0) return;
+    prepare<run<Kernel>>(phase.bytes);
+    if (error == cudaSuccess)
+      error = launches.launch<run<Kernel>>(dim3(phase.x, phase.y), Kernel::THREADS, phase.bytes, phase.arguments);
+  }
+
+  template <auto KERNEL, class... Kernels>
+  void launch_together(const Phase<Kernels>&... phases) {
+    constexpr int THREADS = std::max({Kernels::THREADS...});
+    const int bytes = std::max({phases.bytes...}), most = std::max({phases.x * phases.y...});
+    prepare<KERNEL>(bytes);
+    int resident = 0;
+    if (error == cudaSuccess) error = resident_blocks<KERNEL>(THREADS, bytes, resident);
+    if (error != cudaSuccess) return;
+    const int grid = std::min(most, resident * launches.together);
+    error =
+        launches.launch_cooperatively<KERNEL>(grid, THREADS, bytes, Together<Kernels...>{phases_of(phases...), grid});
+  }
+
+  template <auto KERNEL>
+  void prepare(int bytes) {
+    if (error == cudaSuccess && bytes > SHARED_WITHOUT_ATTRIBUTE) error = allow_all_shared_memory<KERNEL>();
   }
 };
 

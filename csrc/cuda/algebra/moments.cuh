@@ -53,10 +53,11 @@ struct Moments {
   static constexpr int SHIFT_AT = 2 * COUNT * PANEL_BYTES, SHARED_BYTES = SHIFT_AT + 2 * BLOCK * 4;
 
   const Arguments& p;
+  const BlockIndex own_block;
   const Tile tile{};
   const Address shared = shared_memory();
   const int tiles_t = tiles_of(p.features[TEACHER].channels), tiles = tiles_t + tiles_of(p.features[STUDENT].channels);
-  const int index = block_index(0) % tiles, image = block_index(0) / tiles, split = block_index(1);
+  const int index = own_block.x % tiles, image = own_block.x / tiles, split = own_block.y;
   const int network = index < tiles_t ? TEACHER : STUDENT;
   const Features& features = p.features[network];
   const TileOfMoment at = tile_of_moment(index - (network == STUDENT ? tiles_t : 0), blocks_of(features.channels));
@@ -64,7 +65,7 @@ struct Moments {
   const Address left = shared, right = diagonal ? left : shared + COUNT * PANEL_BYTES, shift = shared + SHIFT_AT;
   Part part[2];
 
-  SRPKD_DEVICE explicit Moments(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE Moments(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void load(const Pixels& pixels) {
     part[0].load(features, image, pixels, at.row * BLOCK);
@@ -194,9 +195,10 @@ SRPKD_DEVICE float inverse_square(float size) { return as_float((3 * 127u - 2 * 
 SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 
 // Adds the partial moments. Grid: (images * tiles of both networks, strips of a tile).
+template <int THREADS_>
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2, BATCH = 8;
+  static constexpr int THREADS = THREADS_, MIN_BLOCKS = 2, BATCH = 8;
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int STRIPS_AT = LARGEST_AT + THREADS / 32 * 4;
@@ -205,17 +207,19 @@ struct FinishMoments {
 
   const MomentArguments& p;
   const MomentResults& results;
+  const BlockIndex own_block;
   const Address shared = shared_memory();
   const int channels_t = p.features[TEACHER].channels, channels_s = p.features[STUDENT].channels;
   const int tiles_t = tiles_of(channels_t), tiles = tiles_t + tiles_of(channels_s);
-  const int index = block_index(0) % tiles, image = block_index(0) / tiles, splits = p.ranges.splits;
-  const int first_row = block_index(1) * STRIP;
+  const int index = own_block.x % tiles, image = own_block.x / tiles, splits = p.ranges.splits;
+  const int first_row = own_block.y * STRIP;
   const int network = index < tiles_t ? TEACHER : STUDENT, channels = network == STUDENT ? channels_s : channels_t;
   const int blocks = blocks_of(channels), tile = index - (network == STUDENT ? tiles_t : 0);
   const TileOfMoment at = tile_of_moment(tile, blocks);
   const int both = padded(channels_t) + padded(channels_s), first = network == STUDENT ? padded(channels_t) : 0;
 
-  SRPKD_DEVICE explicit FinishMoments(const Arguments& arguments) : p(arguments.sums), results(arguments.results) {}
+  SRPKD_DEVICE FinishMoments(const Arguments& arguments, BlockIndex block)
+      : p(arguments.sums), results(arguments.results), own_block(block) {}
 
   // Computes the means of this tile's channels, and returns the largest diagonal element of M.
   SRPKD_DEVICE float reduce_channels() const {
@@ -306,14 +310,15 @@ struct WeightedMoment {
   static constexpr int SHARED_BYTES = WEIGHTS_AT + BLOCK * 4;
 
   const Arguments& p;
+  const BlockIndex own_block;
   const Tile tile{};
   const Address shared = shared_memory();
   const int blocks = blocks_of(p.features.channels), tiles = tiles_of(p.features.channels);
-  const int index = block_index(0) % tiles, image = block_index(0) / tiles, split = block_index(1);
+  const int index = own_block.x % tiles, image = own_block.x / tiles, split = own_block.y;
   const TileOfMoment at = tile_of_moment(index, blocks);
   const float size = load_global(p.size + image * 2 + STUDENT);
 
-  SRPKD_DEVICE explicit WeightedMoment(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE WeightedMoment(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
     const int first = split * p.ranges.split_pixels, end = minimum(first + p.ranges.split_pixels, p.pixels);

@@ -28,11 +28,12 @@ struct RowNorms {
   static constexpr int FEATURE_BYTES = TERMS<T> * TERM_BYTES, MATRIX_BYTES = MATRIX_TERMS * PANEL_BYTES;
 
   const Arguments& p;
+  const BlockIndex own_block;
   const sm80::Warp<G> warp{};
   const Address shared = shared_memory();
   const int row_blocks = static_cast<int>(ceil_div(p.pixels, G::ROWS)), count = p.images * row_blocks;
-  const int network = block_index(0) < count ? TEACHER : STUDENT;
-  const int index = block_index(0) - (network == TEACHER ? 0 : count);
+  const int network = own_block.x < count ? TEACHER : STUDENT;
+  const int index = own_block.x - (network == TEACHER ? 0 : count);
   const int image = index / row_blocks, pixel = index % row_blocks * G::ROWS;
   const Features& features = p.features[network];
   const int channels = features.channels, blocks = blocks_of(channels);
@@ -41,7 +42,7 @@ struct RowNorms {
   const bool resident = blocks <= p.resident;
   const uint16_t* const matrix = p.moments.centred[network] + image * elements_of_terms(channels);
 
-  SRPKD_DEVICE explicit RowNorms(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE RowNorms(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE Address features_at(int block) const { return shared + (resident ? block : 0) * FEATURE_BYTES; }
   SRPKD_DEVICE Address matrix_at(int slot) const { return shared + p.resident * FEATURE_BYTES + slot * MATRIX_BYTES; }
@@ -119,8 +120,9 @@ struct RowNorms {
         }
     }
     wait_for_copies<0>();
-    sync_block();                      // the panels are free
-    RowNorms(p).store(square, along);  // computes its members again, so that they do not occupy registers before
+    sync_block();  // the panels are free
+    RowNorms(p, own_block)
+        .store(square, along);  // computes its members again, so that they do not occupy registers before
   }
 
   // Adds the parts of the lanes and warps of a row, and writes alpha.
@@ -159,13 +161,14 @@ struct PixelNorms {
   static constexpr int SHARED_BYTES = PARTS * BLOCK * 4;
 
   const Arguments& p;
+  const BlockIndex own_block;
 
-  SRPKD_DEVICE explicit PixelNorms(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE PixelNorms(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
     const int row_blocks = static_cast<int>(ceil_div(p.pixels, BLOCK)), count = p.images * row_blocks;
-    const int network = block_index(0) < count ? TEACHER : STUDENT;
-    const int index = block_index(0) - (network == TEACHER ? 0 : count);
+    const int network = own_block.x < count ? TEACHER : STUDENT;
+    const int index = own_block.x - (network == TEACHER ? 0 : count);
     const int image = index / row_blocks, pixel = index % row_blocks * BLOCK;
     const Features& features = p.features[network];
     const Address shared = shared_memory();

@@ -121,6 +121,7 @@ struct Plan {
   Arguments arguments;           // for "row" of the first stage
   Arguments second;              // only for "row"
   bool has_second;               // the direct form needs it only for the gradient
+  bool wide;                     // see ScalesPlan
   int64_t largest_grid;          // thread blocks
 };
 
@@ -169,6 +170,7 @@ inline Plan make_plan(const LossArguments& a, int multiprocessors, Workspace& wo
   const int64_t images = a.images, pixels = a.pixels;
   Plan plan{};
   plan.normalize = a.relation.normalize, plan.detach_norms = a.relation.detach_norms;
+  plan.wide = is_wide(a, multiprocessors);
   Arguments& p = plan.arguments;
   p.images = a.images, p.pixels = a.pixels, p.eps = static_cast<float>(a.relation.eps);
   p.tiles = {blocks_of(a.features[STUDENT].channels), blocks_of(a.features[TEACHER].channels), BB + 1};

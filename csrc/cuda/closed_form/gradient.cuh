@@ -21,10 +21,11 @@ struct Gradient {
   static constexpr int LANES = 8;  // threads that sum the losses of one image
 
   const Arguments& p;
-  const int row_blocks = static_cast<int>(ceil_div(p.pixels, BLOCK)), index = block_index(0) - p.loss_blocks;
+  const BlockIndex own_block;
+  const int row_blocks = static_cast<int>(ceil_div(p.pixels, BLOCK)), index = own_block.x - p.loss_blocks;
   const Products of{p, index / row_blocks, index % row_blocks * BLOCK};
 
-  SRPKD_DEVICE explicit Gradient(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE Gradient(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
     if (index < 0) return sum_losses();
@@ -117,7 +118,7 @@ struct Gradient {
 
   // Sums the losses of an image or of all, always in the same order.
   SRPKD_DEVICE void sum_losses() const {
-    const int first = p.per_image ? block_index(0) : 0, count = p.per_image ? 1 : p.images, parts = p.loss_parts;
+    const int first = p.per_image ? own_block.x : 0, count = p.per_image ? 1 : p.images, parts = p.loss_parts;
     const int lane = thread_index() % LANES, group = thread_index() / LANES;
     double total = 0;
     for (int of_group = 0; of_group < count; of_group += THREADS / LANES) {
@@ -135,7 +136,7 @@ struct Gradient {
         }
       sync_block();
     }
-    if (thread_index() == 0) store_global(p.loss + block_index(0), static_cast<float>(total * p.scale));
+    if (thread_index() == 0) store_global(p.loss + own_block.x, static_cast<float>(total * p.scale));
   }
 };
 

@@ -65,9 +65,10 @@ struct Moments {
   static constexpr float LARGEST_GAIN = 0x1p60f;
 
   const Arguments& p;
+  const BlockIndex own_block;
   const Tile tile{};
   const Address shared = shared_memory();
-  const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count(), split = block_index(1);
+  const int index = own_block.x % p.tiles.count(), image = own_block.x / p.tiles.count(), split = own_block.y;
   const TileOfMoments at = tile_at(p.tiles, index);
   // of the direct form
   const int network_of_row = at.moment == BB ? TEACHER : STUDENT,
@@ -75,7 +76,7 @@ struct Moments {
   float gain[2];
   Part part[2][DIFFERENCE ? 2 : 1];  // of rows and columns; in the difference form of both networks
 
-  SRPKD_DEVICE explicit Moments(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE Moments(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   // Computes the gains from 64 pixels and the first 64 channels. Equal in all blocks of an image.
   SRPKD_DEVICE void choose_gains() {
@@ -360,23 +361,24 @@ struct FinishTiles {
 // Grid: (images * tiles, strips of a tile). A block adds the partial sums of a strip, and computes its part of the
 // factors and, for "cosine" and "none", of the loss. In the difference form the blocks of M_ab do that for all moments,
 // and the others only count ties.
-template <class Term>
+template <class Term, int THREADS_>
 struct SumMoments {
   using Arguments = closed_form::Arguments;
-  static constexpr int THREADS = 256, MIN_BLOCKS = 2;
+  static constexpr int THREADS = THREADS_, MIN_BLOCKS = 2;
   using Finish = FinishTiles<THREADS, false, Term, algebra::MAX_SPLITS>;
   static constexpr int SUMS_AT = Finish::Strip::BYTES, SHARED_BYTES = SUMS_AT + THREADS / 32 * 8;
 
   const Arguments& p;
-  const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count();
-  const int strips = p.tiles.count() * STRIPS, strip = index * STRIPS + block_index(1);  // of the image
+  const BlockIndex own_block;
+  const int index = own_block.x % p.tiles.count(), image = own_block.x / p.tiles.count();
+  const int strips = p.tiles.count() * STRIPS, strip = index * STRIPS + own_block.y;  // of the image
   const TileOfMoments at = tile_at(p.tiles, index);
 
-  SRPKD_DEVICE explicit SumMoments(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE SumMoments(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
     const Finish finish{p, image};
-    const int first_row = block_index(1) * STRIP;
+    const int first_row = own_block.y * STRIP;
     double loss = 0;
     if (!p.difference)
       loss = finish.sum_strip(at, first_row, shared_memory());

@@ -17,11 +17,12 @@ struct RowScales {
   static constexpr int THREADS = Products::THREADS, MIN_BLOCKS = 2, SHARED_BYTES = Products::SHARED_BYTES;
 
   const Arguments& p;
+  const BlockIndex own_block;
   const int row_blocks = static_cast<int>(ceil_div(p.pixels, BLOCK));
-  const Products of{p, block_index(0) / row_blocks, block_index(0) % row_blocks * BLOCK};
+  const Products of{p, own_block.x / row_blocks, own_block.x % row_blocks * BLOCK};
   const float gain_s = load_global(p.gains[STUDENT] + of.image), gain_t = load_global(p.gains[TEACHER] + of.image);
 
-  SRPKD_DEVICE explicit RowScales(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE RowScales(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   // For equal features the three sums are equal or opposite, because they are added in the same order.
   SRPKD_DEVICE void run() const {
@@ -64,7 +65,7 @@ struct RowScales {
     sync_block();
     const double of_row = thread_index() < BLOCK ? load_shared<double>(of.shared + thread_index() * 8) : 0.0;
     const double loss = sum_of_threads<THREADS>(of_row, of.shared + BLOCK * 8);
-    if (thread_index() == 0) store_global(p.losses + block_index(0), loss);
+    if (thread_index() == 0) store_global(p.losses + own_block.x, loss);
   }
 
   SRPKD_DEVICE static void add(Sums& to, const Sums& from) {
@@ -111,12 +112,13 @@ struct ScaledMoments {
   static_assert(BUFFERS_AT + 2 * BUFFER_BYTES <= SHARED_BYTES);
 
   const Arguments& p;
+  const BlockIndex own_block;
 
-  SRPKD_DEVICE explicit ScaledMoments(const Arguments& arguments) : p(arguments) {}
+  SRPKD_DEVICE ScaledMoments(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
 
   SRPKD_DEVICE void run() const {
-    Sum(p).run();
-    const int index = block_index(0) % p.tiles.count(), image = block_index(0) / p.tiles.count();
+    Sum(p, own_block).run();
+    const int index = own_block.x % p.tiles.count(), image = own_block.x / p.tiles.count();
     const TileOfMoments at = tile_at(p.tiles, index);
     const int row = minimum(at.row, at.column), column = at.row + at.column - row;
     const int group = DIFFERENCE ? p.tiles.index(AA, row, column) : index;

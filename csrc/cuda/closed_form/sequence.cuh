@@ -9,56 +9,60 @@
 
 namespace srpkd::cuda::closed_form {
 
-using algebra::KernelType;
+using algebra::Phase;
 
-// Launches Kernel<T, PIXELS_ADJACENT, whether it is the difference form>.
-template <template <class, bool, bool> class Kernel, class T, bool PIXELS_ADJACENT, class Launch>
-void launch_moments(const Arguments& p, Launch& launch) {
-  const auto launch_form = [&](auto type) {
-    using Sum = typename decltype(type)::type;
-    launch(type, p, p.images * p.tiles.count(), p.ranges.splits, Sum::SHARED_BYTES);
-  };
-  if (p.difference)
-    launch_form(KernelType<Kernel<T, PIXELS_ADJACENT, true>>{});
-  else
-    launch_form(KernelType<Kernel<T, PIXELS_ADJACENT, false>>{});
-}
-
-template <class T, bool PIXELS_ADJACENT, Normalize NORMALIZE, bool DETACH_NORMS = false, class Launch>
-void launch_gradient(const Arguments& p, Launch& launch) {
-  using Last = Gradient<T, PIXELS_ADJACENT, NORMALIZE, DETACH_NORMS>;
+// The kernels of one form, difference or direct, and of a call that is wide or not.
+template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE, bool WIDE, class Launch>
+struct Sequence {
+  const Plan& plan;
+  Launch& launch;
+  const Arguments& p = plan.arguments;
   const int row_blocks = p.images * static_cast<int>(ceil_div(p.pixels, BLOCK));
-  launch(KernelType<Last>{}, p, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Last::SHARED_BYTES);
-}
 
-template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE>
-using ExactMoments = Moments<T, PIXELS_ADJACENT, DIFFERENCE, BFloat16>;
-template <class T, bool PIXELS_ADJACENT, bool DIFFERENCE>
-using MomentsOfUnitVectors = Moments<T, PIXELS_ADJACENT, DIFFERENCE, Half>;
+  template <class Kernel>
+  Phase<Kernel> moments(const Arguments& arguments, bool needed = true) const {
+    return {arguments, needed ? p.images * arguments.tiles.count() : 0, arguments.ranges.splits, Kernel::SHARED_BYTES};
+  }
+  template <class Term>
+  auto sum_of_moments() const {
+    using Kernel = SumMoments<Term, WIDE ? 256 : algebra::PANEL_THREADS>;
+    return Phase<Kernel>{p, p.images * p.tiles.count(), STRIPS, Kernel::SHARED_BYTES};
+  }
+  template <Normalize NORMALIZE, bool DETACH_NORMS = false>
+  auto gradient(const Arguments& arguments) const {
+    using Kernel = Gradient<T, PIXELS_ADJACENT, NORMALIZE, DETACH_NORMS>;
+    return Phase<Kernel>{arguments, p.loss_blocks + (p.gradient ? row_blocks : 0), 1, Kernel::SHARED_BYTES};
+  }
+
+  // Together only with the norms' gradient, the default of the loss: nvcc takes long for such a kernel.
+  void launch_cosine() const {
+    using Norms = algebra::PixelNorms<T, PIXELS_ADJACENT>;
+    const Phase<Norms> norms{plan.norms, 2 * row_blocks, 1, Norms::SHARED_BYTES};
+    const auto sums = moments<Moments<T, PIXELS_ADJACENT, DIFFERENCE, Half>>(p);
+    if (!plan.detach_norms) return launch(norms, sums, sum_of_moments<Half>(), gradient<Normalize::cosine>(p));
+    launch(norms), launch(sums), launch(sum_of_moments<Half>()), launch(gradient<Normalize::cosine, true>(p));
+  }
+
+  void launch_others() const {
+    launch(moments<Moments<T, PIXELS_ADJACENT, DIFFERENCE>>(p)), launch(sum_of_moments<BFloat16>());
+    if (plan.normalize == Normalize::none) return launch(gradient<Normalize::none>(p));
+    using Scales = RowScales<T, PIXELS_ADJACENT>;
+    launch(Phase<Scales>{p, row_blocks, 1, Scales::SHARED_BYTES});
+    launch(moments<ScaledMoments<T, PIXELS_ADJACENT, DIFFERENCE>>(plan.second, plan.has_second));
+    launch(gradient<Normalize::row>(plan.has_second ? plan.second : p));
+  }
+
+  void launch_loss() const { plan.normalize == Normalize::cosine ? launch_cosine() : launch_others(); }
+};
 
 template <class T, bool PIXELS_ADJACENT, class Launch>
 void launch_loss(const Plan& plan, Launch& launch) {
-  const Arguments& p = plan.arguments;
-  const int row_blocks = p.images * static_cast<int>(ceil_div(p.pixels, BLOCK));
-  const auto launch_sum = [&](auto type) {
-    using Sum = typename decltype(type)::type;
-    launch(type, p, p.images * p.tiles.count(), STRIPS, Sum::SHARED_BYTES);
+  const auto launch_form = [&](auto difference) {
+    constexpr bool DIFFERENCE = decltype(difference)::value;
+    plan.wide ? Sequence<T, PIXELS_ADJACENT, DIFFERENCE, true, Launch>{plan, launch}.launch_loss()
+              : Sequence<T, PIXELS_ADJACENT, DIFFERENCE, false, Launch>{plan, launch}.launch_loss();
   };
-  if (plan.normalize == Normalize::cosine) {
-    using Norms = algebra::PixelNorms<T, PIXELS_ADJACENT>;
-    launch(KernelType<Norms>{}, plan.norms, 2 * row_blocks, 1, Norms::SHARED_BYTES);
-    launch_moments<MomentsOfUnitVectors, T, PIXELS_ADJACENT>(p, launch);
-    launch_sum(KernelType<SumMoments<Half>>{});
-    if (plan.detach_norms) return launch_gradient<T, PIXELS_ADJACENT, Normalize::cosine, true>(p, launch);
-    return launch_gradient<T, PIXELS_ADJACENT, Normalize::cosine>(p, launch);
-  }
-  launch_moments<ExactMoments, T, PIXELS_ADJACENT>(p, launch);
-  launch_sum(KernelType<SumMoments<BFloat16>>{});
-  if (plan.normalize == Normalize::none) return launch_gradient<T, PIXELS_ADJACENT, Normalize::none>(p, launch);
-  using Scales = RowScales<T, PIXELS_ADJACENT>;
-  launch(KernelType<Scales>{}, p, row_blocks, 1, Scales::SHARED_BYTES);
-  if (plan.has_second) launch_moments<ScaledMoments, T, PIXELS_ADJACENT>(plan.second, launch);
-  launch_gradient<T, PIXELS_ADJACENT, Normalize::row>(plan.has_second ? plan.second : p, launch);
+  plan.arguments.difference ? launch_form(std::true_type{}) : launch_form(std::false_type{});
 }
 
 }  // namespace srpkd::cuda::closed_form

@@ -27,15 +27,7 @@ cudaError_t launch_kernel(const TilePlan& plan, Launches& launches) {
   if (error == cudaSuccess) error = encode(plan.teacher, p.teacher);
   if (error == cudaSuccess) error = allow_all_shared_memory<relation_tiles<C>>();
   if (error != cudaSuccess) return error;
-  // cooperative: all thread blocks are resident, since they wait for each other. They do not start early
-  launches.any = true;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(p.work.grid), launch.blockDim = dim3(C::THREADS);
-  launch.dynamicSmemBytes = C::bytes(p), launch.stream = launches.stream;
-  launch.attrs = &attribute, launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, relation_tiles<C>, p);
+  return launches.launch_cooperatively<relation_tiles<C>>(p.work.grid, C::THREADS, C::bytes(p), p);
 }
 
 template <Precision PRECISION, bool SYMMETRIC>

@@ -121,8 +121,6 @@ SRPKD_DEVICE void wait_until_at_least(const uint32_t* counter, uint32_t value) {
   }
 }
 SRPKD_DEVICE void fence_gpu() { __threadfence(); }
-// Waits for all threads of the grid, and sees what they have written. Needs a cooperative launch.
-SRPKD_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // --- threads and registers -------------------------------------------------------------------------------------------
 

@@ -129,6 +129,7 @@ void shuffle_warp(void** operands) {
 inline int thread_index() { return emulation::machine->thread(); }
 inline int block_index(int axis) { return emulation::machine->block(axis); }
 inline void sync_block() { emulation::machine->barrier(); }
+inline void sync_grid() { emulation::machine->grid_barrier(); }
 inline Address shared_memory() { return 0; }
 
 template <typename T>

@@ -4,6 +4,7 @@
 namespace {
 
 using srpkd::cuda::Launches;
+using srpkd::cuda::resident_blocks;
 
 struct Arguments {
   int value;
@@ -35,6 +36,17 @@ int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int
       return -1;
     *early |= int{recorded::launches[i].early} << i;
   }
+  return error;
+}
+
+// Sets `blocks` to those of a kernel on a GPU whose multiprocessors have some bytes of shared memory; -1: the query
+// fails. Returns 0, or the error of the runtime.
+int resident(int device, int bytes_of_multiprocessor, int bytes, int* blocks, int* queries) {
+  recorded::attributes.assign(device + 1, {1, 0, bytes_of_multiprocessor, 0, 9, 1});
+  recorded::device = device, recorded::queries = 0;
+  const cudaError_t error = resident_blocks<kernel<0>>(128, bytes, *blocks);
+  recorded::attributes.clear();
+  *queries = recorded::queries;
   return error;
 }
 }

@@ -4,11 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/algebra/launch.h"
 #include "../../../csrc/cuda/closed_form/launch.h"
-#include "../../../csrc/cuda/sm80/launch.h"
-#include "../../../csrc/cuda/sm90/launch.h"
-#include "../../../csrc/cuda/sm90_loss_plan.h"
+#include "../../../csrc/cuda/launch_loss.h"
 #include "emulation.h"
 #include "execution.h"
 
@@ -35,13 +32,6 @@ struct SeparateParts : Workspace {
     return part;
   }
 };
-
-cudaError_t launch_tiles(const LossPlan& plan, const LossArguments& a, Launches& launches) {
-  return sm80::launch(plan.tiles, a.precision, a.pixels_adjacent, plan.u_channels, launches);
-}
-cudaError_t launch_tiles(const Sm90LossPlan& plan, const LossArguments&, Launches& launches) {
-  return sm90::launch(plan.tiles, launches);
-}
 
 // Calls f with a value of the features' element type.
 template <class F>
@@ -87,14 +77,14 @@ struct Intermediate {
 enum { SM80, SM90, CLOSED_FORM };
 
 // Computes the relation loss and returns an error message, or "" on success. element: 0 bfloat16, 1 float16, 2 float32.
-// kernel_launches receives the number of kernels.
+// together: in few launches, see SRPKD_CUDA_TOGETHER. kernel_launches receives their number.
 const char* relation_loss(int kernels, int element, int precision, bool pixels_adjacent, const FeaturesOfTest* features,
                           int images, int pixels, int normalize, int distance, double delta, double eps, bool rectify,
-                          bool detach_norms, int reduction, bool need_grad, const int* device, uint64_t seed,
-                          float* loss, void* gradient, const int64_t* gradient_strides,
+                          bool detach_norms, int reduction, bool need_grad, const int* device, bool together,
+                          uint64_t seed, float* loss, void* gradient, const int64_t* gradient_strides,
                           const Intermediate* intermediate, int* kernel_launches) {
   LossArguments a{};
-  Execution gpu({{device[0], device[1], device[2], device[3], 9}}, 0, seed);
+  Execution gpu({{device[0], device[1], device[2], device[3], 9, 1}}, 0, seed);
   a.precision = static_cast<Precision>(precision), a.pixels_adjacent = pixels_adjacent;
   a.element_bytes = element == 2 ? 4 : 2;
   const int tile_bytes = a.precision == Precision::bf16 ? 2 : a.element_bytes;
@@ -126,7 +116,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
                             gpu.machine);
     return make_plan(workspace);
   };
-  Launches launches{nullptr, true, true};  // all kernels start early that can
+  Launches launches{nullptr, true, together ? device[0] : 0, true};  // all kernels start early that can
   const auto end = [&](int64_t largest_grid, cudaError_t error) {
     *kernel_launches = static_cast<int>(recorded::launches.size());
     message = cudaGetErrorString(error);
@@ -141,12 +131,8 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
                }));
   }
   const auto run = [&](auto plan) {
-    const cudaError_t error = with_element(element, [&](auto type) {
-      using T = decltype(type);
-      cudaError_t error = algebra::scales<T>(plan.scales, pixels_adjacent, launches);
-      if (error == cudaSuccess) error = launch_tiles(plan, a, launches);
-      return error == cudaSuccess ? algebra::gradient<T>(plan.gradient, pixels_adjacent, launches) : error;
-    });
+    const cudaError_t error =
+        with_element(element, [&](auto type) { return launch_loss<decltype(type)>(plan, a, launches); });
     if (error != cudaSuccess) return end(plan.largest_grid, error);
 
     if (a.relation.normalize != Normalize::none)

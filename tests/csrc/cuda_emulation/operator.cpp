@@ -50,6 +50,7 @@ struct Allocator final : c10::Allocator {
 Allocator allocator;
 std::vector<std::vector<int>> gpus;  // as in Execution
 int gpu = 0;
+bool unhandled = false;  // whether a call has left an error of the runtime to whoever asks next
 uint64_t seed = 0;
 
 bool unwritten(const void* data, size_t bytes) {
@@ -77,7 +78,10 @@ class Call {
     };
   }
   Call(const Call&) = delete;
-  ~Call() { c10::SetCPUAllocator(before_, PRIORITY); }
+  ~Call() {
+    c10::SetCPUAllocator(before_, PRIORITY);
+    unhandled |= cudaGetLastError() != cudaSuccess;
+  }
 
  private:
   static constexpr uint8_t PRIORITY = 255;
@@ -114,11 +118,11 @@ std::optional<torch::Library> library;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Computes the operators for the CPU on a GPU, until stop(). attributes: (count, 5), of each GPU as in Execution; the
+// Computes the operators for the CPU on a GPU, until stop(). attributes: (count, 7), of each GPU as in Execution; the
 // same at each start, because csrc/cuda asks once.
 void start(const int* attributes, int count, int chosen, uint64_t of_schedules) {
   gpus.clear();
-  for (int i = 0; i < count; ++i) gpus.emplace_back(attributes + 5 * i, attributes + 5 * (i + 1));
+  for (int i = 0; i < count; ++i) gpus.emplace_back(attributes + 7 * i, attributes + 7 * (i + 1));
   gpu = chosen, seed = of_schedules;
   library.emplace(torch::Library::IMPL, "srpkd", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library->impl("relation_loss_forward", relation_loss_forward);
@@ -127,6 +131,8 @@ void start(const int* attributes, int count, int chosen, uint64_t of_schedules) 
 }
 
 void stop() { library.reset(); }
+
+bool has_left_an_error() { return std::exchange(unhandled, false); }
 
 // Returns the number of launches of the last call. Each bit says whether one started early, or was cooperative.
 int launches(int* early, int* cooperative) {

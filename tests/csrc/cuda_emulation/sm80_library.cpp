@@ -49,7 +49,7 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
   p.row = row, p.zero_diagonal = zero_diagonal, p.rectify = rectify;
   p.loss = loss, p.U = U, p.h = h;
   std::copy(strides, strides + 4, p.U_strides);
-  Execution gpu({{1, shared_limit, shared_limit, 0, 8}}, 0, seed);
+  Execution gpu({{1, shared_limit, shared_limit, 0, 8, 1}}, 0, seed);
   Machine& machine = gpu.machine;
   for (int i = 0; i < 2; ++i) {
     const FeaturesOfTest& f = features[i];

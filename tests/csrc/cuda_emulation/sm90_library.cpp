@@ -107,7 +107,7 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
                            int multiprocessors, uint64_t seed, double* loss, float* U, float* h) {
   const Problem problem = problem_of(*of_test);
   if (const char* reason = uncovered_reason(problem, {multiprocessors, SHARED_LIMIT})) return reason;
-  Execution gpu({{multiprocessors, SHARED_LIMIT, 0, 0, 9}}, 0, seed);
+  Execution gpu({{multiprocessors, SHARED_LIMIT, SHARED_LIMIT, 0, 9, 1}}, 0, seed);
   Workspace workspace{&gpu.machine, {}};
   const auto features = [&](const FeaturesOfTest& x, int channels) {
     gpu.machine.allow(x.data, x.bytes, true);

@@ -90,7 +90,6 @@ inline void wait_until_at_least(const uint32_t* counter, uint32_t value) {
   machine->current().acquired = true;
 }
 inline void fence_gpu() {}
-inline void sync_grid() { machine->grid_barrier(); }
 
 // --- threads and registers -------------------------------------------------------------------------------------------
 

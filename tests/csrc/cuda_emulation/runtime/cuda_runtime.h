@@ -31,7 +31,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrReservedSharedMemoryPerBlock,
-  cudaDevAttrComputeCapabilityMajor
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrCooperativeLaunch
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -60,8 +61,10 @@ struct cudaLaunchConfig_t {
 namespace recorded {
 
 inline int device = 0, major = 9, ptx_version = 90;  // of the current GPU, and of the code that it has
-inline std::vector<std::vector<int>> attributes;     // of each GPU, in the order of cudaDeviceAttr; by default `major`
-inline int context = -1;                             // the GPU of the thread's current context, or -1
+// of each GPU, in the order of cudaDeviceAttr, and the multiprocessors of the stream if they are fewer; by default
+// `major`
+inline std::vector<std::vector<int>> attributes;
+inline int context = -1;  // the GPU of the thread's current context, or -1
 inline int queries = 0;
 struct Launch {
   cudaLaunchConfig_t config;
@@ -74,6 +77,7 @@ inline std::set<std::pair<int, void*>> without_limit;
 // executes a launch, whose threads call a function, and returns what went wrong, or ""
 inline std::function<std::string(const Launch&, std::function<void()>)> run;
 inline std::string problem;  // of the last launch
+inline cudaError_t last_error = cudaSuccess;
 
 }  // namespace recorded
 
@@ -109,6 +113,17 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   recorded::without_limit.insert({recorded::device, reinterpret_cast<void*>(kernel)});
   return cudaSuccess;
 }
+// As many thread blocks as the shared memory of a multiprocessor and its 2,048 threads allow.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, unsigned long bytes) {
+  ++recorded::queries;
+  const std::vector<int>& of_gpu = recorded::attributes.at(recorded::device);
+  if (of_gpu.at(cudaDevAttrMaxSharedMemoryPerMultiprocessor) < 0) return cudaErrorInvalidDevice;
+  const int of_block = static_cast<int>(bytes) + of_gpu.at(cudaDevAttrReservedSharedMemoryPerBlock);
+  *blocks = std::min(2048 / threads, of_gpu.at(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / std::max(of_block, 1));
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return std::exchange(recorded::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t error) {
   static thread_local std::string text;
   text = error == cudaErrorLaunchFailure ? recorded::problem : "error " + std::to_string(error) + " of the runtime";
@@ -136,8 +151,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (static_cast<int>(config->dynamicSmemBytes) > bytes || config->blockDim.x > 1024 || grid.y > 65535 ||
       grid.x == 0 || grid.y == 0)
     return cudaErrorInvalidValue;
-  if (launch.cooperative && static_cast<int>(grid.x * grid.y) > of_gpu.at(cudaDevAttrMultiProcessorCount))
-    return cudaErrorCooperativeLaunchTooLarge;
+  if (launch.cooperative) {
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, config->blockDim.x, config->dynamicSmemBytes);
+    if (!of_gpu.at(cudaDevAttrCooperativeLaunch)) return cudaErrorNotSupported;
+    const int of_stream = of_gpu.size() > 6 ? of_gpu.at(6) : of_gpu.at(cudaDevAttrMultiProcessorCount);
+    if (static_cast<int>(grid.x * grid.y) > blocks * of_stream) {
+      recorded::launches.pop_back();
+      return recorded::last_error = cudaErrorCooperativeLaunchTooLarge;
+    }
+  }
   recorded::problem = recorded::run(launch, [=] { kernel(arguments); });
   return recorded::problem.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
