@@ -30,7 +30,7 @@ GPU_TEST = re.compile(r"\bmark\.gpu\b|^def \w+\([^)]*\bdevice\b", re.MULTILINE)
 # parts of test names; a test belongs to the first that its name contains
 ORDER = (
     "test_native_gpu.py", "triton/test_gpu.py", "test_backends.py", "test_loss.py", "tests/bench", "tests/training",
-    "test_overlap_gpu.py",
+    "test_launches_gpu.py",
 )  # fmt: skip
 BACKENDS = ("native", "triton", "closed_form", "blocked", "reference")
 LAST = ("test_a_thousand_runs", "beyond_32_bits", "test_autotuning", "test_memory_of_a_large_map")

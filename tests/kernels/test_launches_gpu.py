@@ -1,7 +1,7 @@
-"""SRPKD_CUDA_OVERLAP=1 on a GPU: kernels that start early compute the same bits.
+"""SRPKD_CUDA_TOGETHER and SRPKD_CUDA_OVERLAP on a GPU: kernels compute the same bits however they are launched.
 
 tests/csrc/test_cuda_launches.py tests which kernels start early, and the emulation of the others in tests/csrc that
-they wait before they access results.
+they wait before they access results, and which share a launch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ CUDA = torch.device("cuda")
 CALLS = 12
 KERNELS = ("sm80", "sm90", "closed_form")
 SHAPES = {"one": (1, 4096, (64, 256)), "small": (2, 75, (16, 16)), "batch": (8, 1024, (64, 64))}
+SETTINGS = list(itertools.product("01", "01"))  # of TOGETHER and OVERLAP; the first is what others are compared with
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +38,11 @@ def select(kernels: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("SRPKD_CUDA_KERNEL", kernels)
     return "native", "l1"
+
+
+def launch(together: str, overlap: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRPKD_CUDA_TOGETHER", together)
+    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", overlap)
 
 
 def run(pairs: list[tuple[Tensor, Tensor]], relation: Relation, backend: str) -> list[Tensor]:
@@ -58,22 +64,26 @@ def test_equal_bits(
     relation = Relation(normalize, distance, DELTA[normalize])
     batch, pixels, channels = SHAPES[shape]
     pairs = [features(None, batch, pixels, channels, dtype, CUDA) for _ in range(CALLS)]
-    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", "0")
-    expected = run(pairs, relation, backend)
-    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", "1")
-    for x, y in zip(run(pairs, relation, backend), expected):
-        assert torch.equal(x, y)
+    results = []
+    for setting in SETTINGS:
+        launch(*setting, monkeypatch)
+        results.append(run(pairs, relation, backend))
+    for others in results[1:]:
+        for x, y in zip(others, results[0]):
+            assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("setting", SETTINGS[1:], ids="-".join)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
-    """A graph that is captured with the setting, and replayed for other features."""
+def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch, kernels: str, setting: tuple[str, str]) -> None:
+    """A graph that is captured with the settings, and replayed for other features."""
     backend, distance = select(kernels, monkeypatch)
-    relation = Relation("row", distance, DELTA["row"])
+    normalize = "cosine" if kernels == "closed_form" else "row"  # whose kernels share launches
+    relation = Relation(normalize, distance, DELTA[normalize])
     first, second = (features(None, 2, 1024, (64, 128), torch.bfloat16, CUDA) for _ in range(2))
-    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", "0")
+    launch(*SETTINGS[0], monkeypatch)
     expected = run([second], relation, backend)
-    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", "1")
+    launch(*setting, monkeypatch)
     static = tuple(x.detach().clone() for x in first)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -91,7 +101,8 @@ def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
             assert torch.equal(x, y)
 
 
-def test_other_values_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SRPKD_CUDA_OVERLAP", "yes")
-    with pytest.raises(ValueError, match='SRPKD_CUDA_OVERLAP="yes": expected 1'):
+@pytest.mark.parametrize("name", ["SRPKD_CUDA_TOGETHER", "SRPKD_CUDA_OVERLAP"])
+def test_other_values_are_rejected(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(ValueError, match=f'{name}="yes": expected 1'):
         run([features(None, 1, 64, (8, 8), torch.bfloat16, CUDA)], Relation("row", "l1"), "native")
