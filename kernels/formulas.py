@@ -166,12 +166,21 @@ def _multiplies_float64(device: torch.device) -> bool:
         return False
 
 
-def matmul_precision() -> str:
-    """Return torch's float32 matmul precision: "highest", "high" (TF32) or "medium" (bfloat16)."""
+def matmul_precision(on_cpu: bool = False) -> str:
+    """Return torch's float32 matmul precision on NVIDIA GPUs or CPUs: "highest", "high" (TF32) or "medium" (bfloat16).
+
+    Settings for a device, of ``torch.backends``, count more than ``torch.set_float32_matmul_precision``, as in torch.
+    """
     try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # set per backend through torch's newer interface
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # some devices have another setting
+        precision = "other"
+    if precision == "highest":
+        return precision
+    of_device = (torch.backends.mkldnn if on_cpu else torch.backends.cuda).matmul.fp32_precision
+    if of_device == "tf32":
+        return "medium" if precision == "medium" else "high"
+    return "medium" if of_device == "bf16" else "highest"
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -309,7 +318,7 @@ def scales_of(
     if relation.normalize == "none":
         return Scales(None, None, None)
     # TF32 and bfloat16 products are too coarse for scales: use float64 where torch would use them for float32
-    coarse = matmul_precision() != "highest" and has_float64(student.device)
+    coarse = matmul_precision(student.device.type == "cpu") != "highest" and has_float64(student.device)
     exact = torch.float64 if coarse else dtype
 
     def scale_and_moment(features: Tensor) -> tuple[Tensor, Tensor | None]:

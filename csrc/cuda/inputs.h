@@ -19,18 +19,14 @@ inline Precision precision_of(at::ScalarType dtype) {
                               "the native backend supports float32, bfloat16 and float16 features on a GPU, received ",
                               dtype, ": use backend='blocked'");
   if (dtype != at::kFloat) return dtype == at::kHalf ? Precision::fp16 : Precision::bf16;
+  const at::Context& context = at::globalContext();
+  // as formulas.matmul_precision
+  if (context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) != at::Float32Precision::TF32)
+    return Precision::tf32x3;
   try {
-    switch (at::globalContext().float32MatmulPrecision()) {
-      case at::Float32MatmulPrecision::HIGHEST:
-        return Precision::tf32x3;
-      case at::Float32MatmulPrecision::HIGH:
-        return Precision::tf32;
-      default:
-        return Precision::bf16;
-    }
-  } catch (const c10::Error&) {  // it was set per backend, with torch.backends.cuda.matmul.fp32_precision
-    const auto set = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-    return set == at::Float32Precision::TF32 ? Precision::tf32 : Precision::tf32x3;
+    return context.float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM ? Precision::bf16 : Precision::tf32;
+  } catch (const c10::Error&) {  // other devices have another setting
+    return Precision::tf32;
   }
 }
 

@@ -149,6 +149,25 @@ def test_precision_of_float32(
     check(student, teacher, Relation("cosine", "huber"), tolerance=tolerance)
 
 
+def test_precision_of_float32_set_for_a_device(gpu: EmulatedGpu, set_precision: Callable[[str], None]) -> None:
+    student, teacher = (torch.randn(2, c, 6, 7) + 0.5 for c in (5, 8))
+    settings, losses = ("highest", "high", "medium"), {}
+    for setting in settings:
+        set_precision(setting)
+        losses[setting] = loss_of(student, teacher, COSINE).item()
+    assert len(set(losses.values())) == 3
+    for setting in settings:
+        for of_device, expected in (
+            ("ieee", "highest"),
+            ("none", "highest"),
+            ("tf32", "medium" if setting == "medium" else "high"),
+        ):
+            set_precision(setting)
+            torch.backends.cuda.matmul.fp32_precision = of_device
+            assert formulas.matmul_precision() == expected
+            assert loss_of(student, teacher, COSINE) == losses[expected]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @every_dtype
 def test_devices(emulated_gpu: Callable[..., EmulatedGpu], device: str, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def no_float64(monkeypatch: pytest.MonkeyPatch) -> NoFloat64:
 def test_nothing_is_computed_in_float64(
     normalize: Any, distance: Any, precision: str, no_float64: NoFloat64, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formulas, "matmul_precision", lambda: precision)
+    monkeypatch.setattr(formulas, "matmul_precision", lambda on_cpu=False: precision)
     for dtype, rectify, need_grad in itertools.product((torch.float32, torch.float16), (False, True), (False, True)):
         relation = Relation(normalize, distance, rectify=rectify)
         student, teacher = (torch.empty(2, 600, channels, dtype=dtype, device=META) for channels in (8, 16))
@@ -164,3 +165,31 @@ RUNS = {  # by the architectures of a build: capabilities that run it, of those 
 def test_code_for_a_gpu(architectures: str) -> None:
     capabilities = RUNS["8.0+PTX;9.0a"] | {(7, 0), (7, 5)}
     assert {c for c in capabilities if build.has_code_for(architectures, c)} == RUNS[architectures]
+
+
+@pytest.mark.parametrize(
+    ("setting", "of_gpus", "of_cpus", "expected", "on_cpu"),
+    [
+        ("highest", None, None, "highest", "highest"),
+        ("high", None, None, "high", "high"),
+        ("medium", None, None, "medium", "medium"),
+        ("highest", "tf32", None, "high", "highest"),
+        ("medium", "ieee", None, "highest", "medium"),
+        ("highest", None, "bf16", "highest", "medium"),
+        ("high", None, "ieee", "high", "highest"),
+    ],
+)
+def test_matmul_precision(
+    setting: str,
+    of_gpus: str | None,
+    of_cpus: str | None,
+    expected: str,
+    on_cpu: str,
+    set_precision: Callable[[str], None],
+) -> None:
+    set_precision(setting)
+    if of_gpus:
+        torch.backends.cuda.matmul.fp32_precision = of_gpus
+    if of_cpus:
+        torch.backends.mkldnn.matmul.fp32_precision = of_cpus
+    assert (formulas.matmul_precision(), formulas.matmul_precision(on_cpu=True)) == (expected, on_cpu)
