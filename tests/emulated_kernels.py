@@ -75,15 +75,17 @@ class EmulatedGpu:
 
     Args:
         library: operator.cpp in cuda_emulation/.
-        device: of ``DEVICES``, "sm_75", "uncooperative", a GPU without cooperative launches, or "green", a GPU whose
-            stream has only one of its multiprocessors.
+        device: of ``DEVICES``, "sm_75", "few", a GPU with place for about one thread block on each of few
+            multiprocessors, "uncooperative", a GPU without cooperative launches, "green", a Hopper GPU whose stream
+            has only one of its multiprocessors, or "failing", a GPU that does not say how many thread blocks it holds.
         seed: of the order of threads; 0 is the order in which they are numbered.
     """
 
     def __init__(self, library: ctypes.CDLL, device: str, seed: int = 0) -> None:
         self.library = library
-        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7, "uncooperative": 8, "green": 8}
-        gpus = {**DEVICES, **dict.fromkeys(("sm_75", "uncooperative", "green"), DEVICES["sm_86"])}
+        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7, "few": 8, "uncooperative": 8, "failing": 8}
+        gpus = {**DEVICES, **dict.fromkeys(("sm_75", "uncooperative"), DEVICES["sm_86"]), "green": DEVICES["sm_90"]}
+        gpus |= {"few": (5, *DEVICES["sm_86"][1:]), "failing": (84, 101_376, -1, 1024)}
         attributes = [
             value
             for name, gpu in gpus.items()

@@ -209,7 +209,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize(("normalize", "method"), LAUNCHES)
-@pytest.mark.parametrize("channels", [(7, 7), (7, 150)], ids=str)
+@pytest.mark.parametrize(("shape", "channels"), [((2, 70, 5, 13), 70), ((1, 7, 9, 15), 150)], ids=str)
 @pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
 @every_dtype
 @pytest.mark.core(24)
@@ -218,29 +218,33 @@ def test_kernels_of_a_small_call_share_launches(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
     strides: str,
-    channels: tuple[int, int],
+    shape: tuple[int, ...],
+    channels: int,
     normalize: str,
     method: str,
 ) -> None:
-    """With the same bits, also where each of the thread blocks does the work of several."""
-    student, teacher = (STRIDES[strides](x) for x in draw(dtype, (1, channels[0], 9, 15), channels[1]))
+    """With the same bits, also where thread blocks do the work of several in every phase, or add ranges of pixels."""
+    student, teacher = (STRIDES[strides](x) for x in draw(dtype, shape, channels))
     relation = Relation(normalize, "l2")
-    for device in ("sm_90", "part"):
+    for device in ("sm_90", "few"):
         results = []
         for together in (0, 1, 1):
             monkeypatch.setenv("SRPKD_CUDA_TOGETHER", str(together))
             gpu = emulated_gpu(device, seed=len(results))
             own = student.detach().requires_grad_()
-            loss = loss_of(own, teacher, relation, "sum", "nchw", "image", method)
+            losses = loss_of(own, teacher, relation, "none", "nchw", "image", method)
             assert len(gpu.launches) == LAUNCHES[normalize, method][together]
-            # the loss is scaled, because a gradient of float16 could be 0
-            results.append((loss.detach(), *torch.autograd.grad(loss * 2.0**10, own)))
-        for loss, gradient in results[1:]:
-            assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+            # the losses are scaled, because a gradient of float16 could be 0
+            results.append((losses.detach(), *torch.autograd.grad(losses.sum() * 2.0**10, own)))
+        for losses, gradient in results[1:]:
+            assert torch.equal(losses, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-def test_kernels_of_a_large_call_have_their_own_launches(emulated_gpu: Callable[..., EmulatedGpu]) -> None:
+def test_kernels_of_a_large_call_have_their_own_launches(
+    emulated_gpu: Callable[..., EmulatedGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU without cooperative launches, and in a stream with too few multiprocessors for one."""
+    monkeypatch.setenv("SRPKD_CUDA_KERNEL", "sm80")
     student, teacher = draw(torch.bfloat16, (3, 5, 9, 15))
     for device in ("part", "uncooperative", "green"):
         gpu = emulated_gpu(device)
@@ -248,6 +252,16 @@ def test_kernels_of_a_large_call_have_their_own_launches(emulated_gpu: Callable[
         assert [launch.cooperative for launch in gpu.launches] == [False] * 4
         assert not gpu.library.has_left_an_error()
         check(student, teacher, ROW)
+
+
+def test_errors_of_launches(emulated_gpu: Callable[..., EmulatedGpu], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernels before the tiles, and of the tiles, which need all multiprocessors of Hopper."""
+    student, teacher = draw(torch.bfloat16)
+    for device, kernel, number in (("failing", "sm80", 101), ("green", "sm90", 720)):
+        emulated_gpu(device)
+        monkeypatch.setenv("SRPKD_CUDA_KERNEL", kernel)
+        with pytest.raises(RuntimeError, match=f"error {number} of the runtime"):
+            loss_of(student, teacher, ROW)
 
 
 def test_empty_features(gpu: EmulatedGpu) -> None:

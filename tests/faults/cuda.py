@@ -420,6 +420,30 @@ BACKENDS = {
             Fault("the first thread blocks of a phase", CUDA_PHASES, "block += grid", "block += x * y"),
             Fault("a phase has one row of blocks", CUDA_PHASES, "block < x * y", "block < x"),
             Fault(
+                "norms: a phase stores alpha of the block on the GPU",
+                CUDA_NORMS,
+                "RowNorms(p, own_block)",
+                "RowNorms(p, BlockIndex{block_index(0), 0})",
+            ),
+            Fault(
+                "gradient: a phase computes the block on the GPU",
+                CUDA_GRADIENT,
+                "index = own_block.x - p.loss_blocks",
+                "index = block_index(0) - p.loss_blocks",
+            ),
+            Fault(
+                "errors before the tiles are ignored",
+                "csrc/cuda/launch_loss.h",
+                "if (error == cudaSuccess) error = launch_tiles",
+                "error = launch_tiles",
+            ),
+            Fault(
+                "errors of the tiles are ignored",
+                "csrc/cuda/launch_loss.h",
+                "return error == cudaSuccess ? algebra",
+                "return true ? algebra",
+            ),
+            Fault(
                 "more thread blocks than fit",
                 CUDA_ALGEBRA_LAUNCH,
                 "std::min(most, resident * launches.together)",

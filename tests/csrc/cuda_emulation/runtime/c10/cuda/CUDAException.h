@@ -6,5 +6,6 @@
 #define C10_CUDA_CHECK(expression)                                          \
   do {                                                                      \
     const cudaError_t error = expression;                                   \
+    if (error != cudaSuccess) cudaGetLastError();                           \
     TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error)); \
   } while (0)
