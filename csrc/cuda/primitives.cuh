@@ -90,7 +90,7 @@ SRPKD_DEVICE void store_words(void* to, const uint32_t (&from)[WORDS]) {
   else
     *static_cast<uint32_t*>(to) = from[0];
 }
-// Read global memory that other thread blocks of this launch have written.
+// Read global memory that other thread blocks of this launch have written, even without sync_grid() since then.
 template <typename T>
 SRPKD_DEVICE T load_global_coherent(const T* from) {
   return __ldcg(from);

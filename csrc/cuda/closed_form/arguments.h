@@ -121,7 +121,7 @@ struct Plan {
   Arguments arguments;           // for "row" of the first stage
   Arguments second;              // only for "row"
   bool has_second;               // the direct form needs it only for the gradient
-  bool wide;                     // see ScalesPlan
+  bool wide;                     // see is_wide: a block of SumMoments has 256 threads instead of 128
   int64_t largest_grid;          // thread blocks
 };
 

@@ -238,7 +238,8 @@ struct Moments {
 };
 
 // Adds the partial sums of strips of moments, and computes what follows from them. COHERENT: other blocks of this
-// launch have written the partial sums. BATCH: ranges whose partial sums are loaded together.
+// launch have written the partial sums since the last barrier of the grid. BATCH: ranges whose partial sums are loaded
+// together.
 template <int THREADS, bool COHERENT, class Term, int BATCH>
 struct FinishTiles {
   using Strip = algebra::StripOfMatrix<THREADS, Term>;
