@@ -240,7 +240,7 @@ def test_your_own_cyclegan_from_end_to_end(tmp_path, monkeypatch, capsys, one_th
 def test_environment_variables_are_those_that_the_code_reads():
     files = [path for name in ("srpkd", "kernels", "csrc", "bench") for path in (ROOT / name).rglob("*.*")]
     sources = "\n".join(path.read_text("utf-8") for path in files if path.suffix in (".py", ".cpp", ".h"))
-    read = set(re.findall(r'(?:os\.environ(?:\.get\(|\[)|std::getenv\()"(\w+)"', sources))
+    read = set(re.findall(r'(?:os\.environ(?:\.get\(|\[)|std::getenv\(|\bis_set\()"(\w+)"', sources))
     # those of the system and of torchrun are not settings, and PyTorch reads two that are
     read -= {"PATH", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE"}
     names = re.findall(r"^\| (`.*?) \|", (DOCS / "environment.md").read_text("utf-8"), re.MULTILINE)
