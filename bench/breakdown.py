@@ -78,12 +78,11 @@ def lines(name: str, case: Case, device: str) -> list[str]:
         try:
             first = measure.seconds_of(call, device)
             for _ in range(2):
-                call()
+                expected = call()
         except CannotRun as error:
             return [f"{name}: {error}"]
         shown, found = times_of(call, device), []
         for variable, value in OTHER_LAUNCHES.items() if name in OF_EXTENSION else ():
-            expected = call()
             with environment(variable, value):
                 with poisoned_memory():
                     results = call()
