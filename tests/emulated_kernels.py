@@ -83,14 +83,17 @@ class EmulatedGpu:
 
     def __init__(self, library: ctypes.CDLL, device: str, seed: int = 0) -> None:
         self.library = library
-        majors = {"sm_80": 8, "sm_86": 8, "sm_75": 7, "few": 8, "uncooperative": 8, "failing": 8}
-        gpus = {**DEVICES, **dict.fromkeys(("sm_75", "uncooperative"), DEVICES["sm_86"]), "green": DEVICES["sm_90"]}
-        gpus |= {"few": (5, *DEVICES["sm_86"][1:]), "failing": (84, 101_376, -1, 1024)}
-        attributes = [
-            value
-            for name, gpu in gpus.items()
-            for value in (*gpu, majors.get(name, 9), name != "uncooperative", 1 if name == "green" else gpu[0])
-        ]
+        # further: the major compute capability, cooperative launches, and multiprocessors of the stream
+        gpus = {name: (*gpu, 8 if name in ("sm_80", "sm_86") else 9, 1, gpu[0]) for name, gpu in DEVICES.items()}
+        count, *memory = DEVICES["sm_86"]
+        gpus |= {
+            "sm_75": (count, *memory, 7, 1, count),
+            "few": (5, *memory, 8, 1, 5),
+            "uncooperative": (count, *memory, 8, 0, count),
+            "failing": (count, memory[0], -1, memory[2], 8, 1, count),
+            "green": (*DEVICES["sm_90"], 9, 1, 1),
+        }
+        attributes = [value for gpu in gpus.values() for value in gpu]
         numbers = (ctypes.c_int * len(attributes))(*attributes)
         library.start(numbers, len(gpus), list(gpus).index(device), ctypes.c_uint64(seed))
 
