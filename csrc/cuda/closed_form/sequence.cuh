@@ -20,8 +20,8 @@ struct Sequence {
   const int row_blocks = p.images * static_cast<int>(ceil_div(p.pixels, BLOCK));
 
   template <class Kernel>
-  Phase<Kernel> moments(const Arguments& arguments, bool needed = true) const {
-    return {arguments, needed ? p.images * arguments.tiles.count() : 0, arguments.ranges.splits, Kernel::SHARED_BYTES};
+  Phase<Kernel> moments(const Arguments& arguments) const {
+    return {arguments, p.images * arguments.tiles.count(), arguments.ranges.splits, Kernel::SHARED_BYTES};
   }
   template <class Term>
   auto sum_of_moments() const {
@@ -48,7 +48,7 @@ struct Sequence {
     if (plan.normalize == Normalize::none) return launch(gradient<Normalize::none>(p));
     using Scales = RowScales<T, PIXELS_ADJACENT>;
     launch(Phase<Scales>{p, row_blocks, 1, Scales::SHARED_BYTES});
-    launch(moments<ScaledMoments<T, PIXELS_ADJACENT, DIFFERENCE>>(plan.second, plan.has_second));
+    if (plan.has_second) launch(moments<ScaledMoments<T, PIXELS_ADJACENT, DIFFERENCE>>(plan.second));
     launch(gradient<Normalize::row>(plan.has_second ? plan.second : p));
   }
 
