@@ -32,7 +32,7 @@ cudaError_t waits_for_earlier_kernels(bool& waits) {
 // Sets `blocks` to how many thread blocks of a kernel a multiprocessor of the current GPU holds. Asks if the GPU or the
 // bytes are others than in the last call.
 template <auto KERNEL>
-cudaError_t resident_blocks(int threads, int bytes, int& blocks) {
+cudaError_t blocks_of_multiprocessor(int threads, int bytes, int& blocks) {
   static std::atomic<uint64_t> last{0};  // the GPU, the bytes, and the blocks
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -60,25 +60,28 @@ struct Launches {
       const cudaError_t error = waits_for_earlier_kernels<KERNEL>(early);
       if (error != cudaSuccess) return error;
     }
-    any = true;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, KERNEL, arguments);
+    return launch_with<KERNEL>(early ? &attribute : nullptr, grid, threads, bytes, arguments);
   }
 
   // Launches a kernel whose thread blocks wait for each other: all are resident. It does not start early.
   template <auto KERNEL, class Arguments>
   cudaError_t launch_cooperatively(int grid, int threads, int bytes, const Arguments& arguments) {
-    any = true;
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative, attribute.val.cooperative = 1;
+    return launch_with<KERNEL>(&attribute, dim3(grid), threads, bytes, arguments);
+  }
+
+  // `attribute`: null for none.
+  template <auto KERNEL, class Arguments>
+  cudaError_t launch_with(cudaLaunchAttribute* attribute, dim3 grid, int threads, int bytes,
+                          const Arguments& arguments) {
+    any = true;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid), config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes;
-    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = attribute, config.numAttrs = attribute ? 1 : 0;
     return cudaLaunchKernelEx(&config, KERNEL, arguments);
   }
 };

@@ -46,8 +46,8 @@ struct Launch {
   Launches& launches;
   cudaError_t error = cudaSuccess;
 
-  // Launches phases that follow each other, of which those without thread blocks are left out: together if their thread
-  // blocks are of one size, as those of small calls are, see is_wide.
+  // Launches phases that follow each other: together if their thread blocks are of one size, as those of small calls
+  // are, see is_wide.
   template <class... Kernels>
   void operator()(const Phase<Kernels>&... phases) {
     if constexpr (sizeof...(Kernels) > 1 && std::min({Kernels::THREADS...}) == std::max({Kernels::THREADS...}))
@@ -63,7 +63,6 @@ struct Launch {
  private:
   template <class Kernel>
   void launch(const Phase<Kernel>& phase) {
-    if (phase.x == 0) return;
     prepare<run<Kernel>>(phase.bytes);
     if (error == cudaSuccess)
       error = launches.launch<run<Kernel>>(dim3(phase.x, phase.y), Kernel::THREADS, phase.bytes, phase.arguments);
@@ -75,7 +74,7 @@ struct Launch {
     const int bytes = std::max({phases.bytes...}), most = std::max({phases.x * phases.y...});
     prepare<KERNEL>(bytes);
     int resident = 0;
-    if (error == cudaSuccess) error = resident_blocks<KERNEL>(THREADS, bytes, resident);
+    if (error == cudaSuccess) error = blocks_of_multiprocessor<KERNEL>(THREADS, bytes, resident);
     if (error != cudaSuccess) return;
     const int grid = std::min(most, resident * launches.together);
     error =

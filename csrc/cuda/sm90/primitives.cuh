@@ -4,8 +4,6 @@
 // A kernel that calls them must be empty for other architectures: test SRPKD_DEVICE_SM90A.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include "../primitives.cuh"
 #include "descriptors.h"
 #include "tensor_map.h"

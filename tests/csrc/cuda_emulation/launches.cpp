@@ -3,8 +3,8 @@
 
 namespace {
 
+using srpkd::cuda::blocks_of_multiprocessor;
 using srpkd::cuda::Launches;
-using srpkd::cuda::resident_blocks;
 
 struct Arguments {
   int value;
@@ -44,7 +44,7 @@ int launch(bool overlap, bool tiles, int device, int major, int ptx_version, int
 int resident(int device, int bytes_of_multiprocessor, int bytes, int* blocks, int* queries) {
   recorded::attributes.assign(device + 1, {1, 0, bytes_of_multiprocessor, 0, 9, 1});
   recorded::device = device, recorded::queries = 0;
-  const cudaError_t error = resident_blocks<kernel<0>>(128, bytes, *blocks);
+  const cudaError_t error = blocks_of_multiprocessor<kernel<0>>(128, bytes, *blocks);
   recorded::attributes.clear();
   *queries = recorded::queries;
   return error;
