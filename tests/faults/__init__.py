@@ -1,6 +1,6 @@
 """The faults that tests/mutations.py puts into the copy of the tree, by backend."""
 
-from . import cuda, hopper, native, python, training, triton
+from . import cuda, cuda_host, hopper, native, python, training, triton
 from .kinds import Backend
 
 BACKENDS: dict[str, Backend] = {
@@ -8,6 +8,7 @@ BACKENDS: dict[str, Backend] = {
     **native.BACKENDS,
     **triton.BACKENDS,
     **cuda.BACKENDS,
+    **cuda_host.BACKENDS,
     **hopper.BACKENDS,
     **training.BACKENDS,
 }
