@@ -118,8 +118,11 @@ inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Work
   for (int i = 0; i < 2; ++i) n.features[i] = a.features[i], n.alpha[i] = workspace.take<float>(images * pixels);
   if (a.relation.normalize != Normalize::row) return plan;
 
-  n.resident = resident_blocks(a.features, terms_of(a.element_bytes, a.precision) * PANEL_BYTES * (plan.wide ? 2 : 1),
-                               device.shared_of_block);
+  const int feature_bytes = terms_of(a.element_bytes, a.precision) * PANEL_BYTES * (plan.wide ? 2 : 1);
+  n.resident = resident_blocks(a.features, feature_bytes, device.shared_of_block);
+  // In small calls, a step would wait for its copy. A third slot must leave two thread blocks on a multiprocessor.
+  const int bytes = n.resident * feature_bytes + 3 * MATRIX_TERMS * PANEL_BYTES;
+  n.slots = !plan.wide && 2 * bytes <= device.shared_of_block ? 3 : 2;
   MomentArguments& m = plan.moments.sums;
   MomentResults& results = plan.moments.results;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
@@ -170,8 +173,10 @@ GradientPlan<SumsOfTiles> plan_gradient(const LossArguments& a, const ScalesPlan
   WeightedMomentArguments<SumsOfTiles>& w = plan.weighted;
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
-  w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
-  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2, MAX_WEIGHTED_SPLITS);
+  w.alpha = g.alpha, w.size = g.size;
+  if (plan.wide) w.counters = moments.counters;
+  w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2,
+                       plan.wide ? MAX_WEIGHTED_SPLITS : MAX_SPLITS);
   w.partial = workspace.take<float>(images * tiles_of(channels) * w.ranges.splits * BLOCK * BLOCK);
   w.weighted = workspace.take<uint16_t>(images * elements_of_terms(channels));
   g.weighted = w.weighted;

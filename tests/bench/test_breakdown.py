@@ -25,8 +25,11 @@ NAMES = {
     "void srpkd::cuda::algebra::run<srpkd::cuda::algebra::RowNorms<float, true> >(RowNorms<float>)": "RowNorms",
     "void algebra::run<algebra::PlainKernel>(T1::Arguments)": "PlainKernel",
     "void srpkd::cuda::algebra::run_together<srpkd::cuda::algebra::WeightedMoment<srpkd::cuda::BFloat16, (bool)1, "
+    "srpkd::cuda::sm90::SumsOfSegments>, srpkd::cuda::algebra::FinishWeightedMoment<(int)128, "
     "srpkd::cuda::sm90::SumsOfSegments>, srpkd::cuda::algebra::Gradient<srpkd::cuda::BFloat16, (bool)1, (int)2, "
-    "srpkd::cuda::sm90::SumsOfSegments> >(srpkd::cuda::algebra::Together<T1...>)": "WeightedMoment + Gradient",
+    "srpkd::cuda::sm90::SumsOfSegments> >(srpkd::cuda::algebra::Together<T1...>)": (
+        "WeightedMoment + FinishWeightedMoment + Gradient"
+    ),
     "relation_kernel": "relation_kernel",
     "Memset (Device)": "Memset",
 }

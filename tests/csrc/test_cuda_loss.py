@@ -148,6 +148,15 @@ def check(
     return result
 
 
+def launches_of(relation: Relation, need_grad: bool = True, device: str = "sm_90") -> int:
+    """Return the number of kernels, without the product in backward.
+
+    The weighted moment has two, or one in a call that fills the GPU ("busy"), and none with constant norms.
+    """
+    weighted = 0 if relation.detach_norms or not need_grad else 1 if device == "busy" else 2
+    return {"row": 5 + weighted, "cosine": 3, "none": 2}[relation.normalize]
+
+
 # --- the whole loss ---------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +165,9 @@ def check(
 @every_case
 @pytest.mark.core(24)
 def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: Relation) -> None:
-    """At most six launches for row, three for cosine, two for none; backward adds one."""
-    result = check(library, *draw(CASES[case][0], 2, 75, (5, 7), layout), relation, case)
-    assert result.launches == {"row": 6, "cosine": 3, "none": 2}[relation.normalize]
+    for device in ("sm_90", "busy"):
+        result = check(library, *draw(CASES[case][0], 2, 75, (5, 7), layout), relation, case, device=device)
+        assert result.launches == launches_of(relation, device=device)
 
 
 @pytest.mark.parametrize("flags", FLAG_SETS, ids="-".join)
@@ -166,12 +175,11 @@ def test_every_relation(library: ctypes.CDLL, case: str, layout: str, relation: 
 @pytest.mark.parametrize("case", ["bf16", "highest"])
 @pytest.mark.core(12)
 def test_flags(library: ctypes.CDLL, case: str, relation: Relation, flags: tuple[str, ...]) -> None:
-    """Constant norms take no weighted moment."""
     student, teacher = draw(CASES[case][0], 2, 75, (5, 7))
     student[:, 3] = teacher[:, 70] = 0
     relation = replace(relation, **dict.fromkeys(flags, True))
     result = check(library, student, teacher, relation, case)
-    assert result.launches == {"row": 5 if relation.detach_norms else 6, "cosine": 3, "none": 2}[relation.normalize]
+    assert result.launches == launches_of(relation)
 
 
 # with the tiles for Hopper, K has 8 bits, 11 bits or 22
@@ -184,8 +192,7 @@ def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: 
     assert error(result.loss, loss) < 2e-6
     if result.gradient is not None:
         assert error(result.gradient, gradient) < SM90_TOLERANCE[case]
-        of_row = 5 if relation.detach_norms else 6
-        assert result.launches == {"row": of_row, "cosine": 3, "none": 2}[relation.normalize]
+        assert result.launches == launches_of(relation, device=options.get("device", "sm_90"))
 
 
 @pytest.mark.parametrize("relation", RELATIONS[:6], ids=name_of)
@@ -265,7 +272,12 @@ def test_reductions(library: ctypes.CDLL, reduction: str, relation: Relation) ->
     features = draw(torch.float32, 3, 70, (6, 5))
     check(library, *features, relation, "highest", reduction)
     only_loss = check(library, *features, relation, "highest", reduction, need_grad=False)
-    assert only_loss.launches == {"row": 5, "cosine": 3, "none": 2}[relation.normalize]
+    assert only_loss.launches == launches_of(relation, need_grad=False)
+
+
+def test_all_ranges_of_pixels_are_added(library: ctypes.CDLL) -> None:
+    """As many as there can be, where the last thread block adds those of the weighted moment."""
+    check(library, *draw(torch.float32, 1, 1601, (4, 4)), ROW, "highest", device="eight")
 
 
 @pytest.mark.parametrize("device", DEVICES)

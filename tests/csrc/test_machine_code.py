@@ -32,15 +32,16 @@ FUNCTION = re.compile(r"ConfigILNS0_9PrecisionE\dELb(\d)ELi(\d+)ELb(\d)")
 # of the kernels around the tiles, for one element type: how many, and which of them multiply on tensor cores. Those
 # after the tiles exist for the sums of the sm_80 and of the sm_90 tiles
 ALGEBRA = {
-    "Moments": 2, "FinishMoments": 2, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "Gradient": 8, "Backward": 2,
-    "together": 6,
+    "Moments": 2, "FinishMoments": 2, "RowNorms": 4, "PixelNorms": 2, "WeightedMoment": 4, "FinishWeightedMoment": 2,
+    "Gradient": 8, "Backward": 2, "together": 6,
 }  # fmt: skip
 CLOSED_FORM = {
     "Moments": 8, "SumMoments": 4, "RowScales": 2, "ScaledMoments": 4, "Gradient": 8, "PixelNorms": 2, "together": 4
 }  # fmt: skip
 ELEMENTS = ("bf16", "fp16", "float")
-WITHOUT_PRODUCTS = ("FinishMoments", "PixelNorms", "SumMoments", "Backward")
-WITHOUT_INPUTS = ("FinishMoments", "SumMoments")  # they read only what earlier kernels of the call have written
+WITHOUT_PRODUCTS = ("FinishMoments", "FinishWeightedMoment", "PixelNorms", "SumMoments", "Backward")
+# they read only what earlier kernels of the call have written
+WITHOUT_INPUTS = ("FinishMoments", "FinishWeightedMoment", "SumMoments")
 ONLY_INPUTS = ("PixelNorms", "Backward")
 GLOBAL_MEMORY = re.compile(r"(LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG)\b")
 

@@ -8,7 +8,7 @@ CUDA_TILES, CUDA_EPILOGUE = "csrc/cuda/sm80/relation_tiles.cuh", "csrc/cuda/sm80
 CUDA_CONFIG, CUDA_FRAGMENTS = "csrc/cuda/sm80/config.h", "csrc/cuda/sm80/fragments.cuh"
 CUDA_MOMENTS, CUDA_NORMS = "csrc/cuda/algebra/moments.cuh", "csrc/cuda/algebra/norms.cuh"
 CUDA_GRADIENT, CUDA_PANELS = "csrc/cuda/algebra/gradient.cuh", "csrc/cuda/algebra/panels.cuh"
-CUDA_MATRICES = "csrc/cuda/algebra/matrices.cuh"
+CUDA_MATRICES, CUDA_SEQUENCE = "csrc/cuda/algebra/matrices.cuh", "csrc/cuda/algebra/sequence.cuh"
 LOSS_PLAN = "csrc/cuda/loss_plan.h"
 CUDA_CLOSED_MOMENTS, CUDA_CLOSED_GRADIENT, CUDA_CLOSED_PRODUCTS, CUDA_CLOSED_ROW = (
     f"csrc/cuda/closed_form/{name}.cuh" for name in ("moments", "gradient", "products", "row")
@@ -231,8 +231,20 @@ BACKENDS = {
             Fault(
                 "moments: missing barrier before the mirror image",
                 CUDA_MOMENTS,
-                "      sync_block();  // two buffers",
-                "      // two buffers",
+                "  sync_block();\n  to.store_mirrored();",
+                "  to.store_mirrored();",
+            ),
+            Fault(
+                "weighted moment: every block of a phase adds the first strip",
+                CUDA_MOMENTS,
+                "(p, own_block.x, own_block.y, shared_memory())",
+                "(p, own_block.x, 0, shared_memory())",
+            ),
+            Fault(
+                "weighted moment: more ranges than its last block adds",
+                LOSS_PLAN,
+                "plan.wide ? MAX_WEIGHTED_SPLITS : MAX_SPLITS",
+                "MAX_SPLITS",
             ),
             Fault(
                 "moments: the mirror image of the first strip only",
@@ -270,6 +282,25 @@ BACKENDS = {
                 "sync_block();  // the panels have arrived",
                 "// the panels have arrived",
             ),
+            Fault(
+                "norms: a copy is not waited for",
+                CUDA_NORMS,
+                "slots == 2 ? wait_for_copies<0>() : wait_for_copies<1>()",
+                "wait_for_copies<1>()",
+            ),
+            Fault(
+                "norms: a copy of three is not waited for",
+                CUDA_NORMS,
+                "slots == 2 ? wait_for_copies<0>() : wait_for_copies<1>()",
+                "slots == 2 ? wait_for_copies<0>() : wait_for_copies<2>()",
+            ),
+            Fault(
+                "norms: a copy into the slot in use",
+                CUDA_NORMS,
+                "      slot = slot + 1 < slots ? slot + 1 : 0;\n    }",
+                "      slot ^= 1;\n    }",
+            ),
+            Fault("norms: shared memory of two slots", CUDA_SEQUENCE, "plan.norms.slots * Norms", "2 * Norms"),
             Fault("cosine: correction dropped", CUDA_GRADIENT, "r + e : r) * 4) * q[e]", "r + e : r) * 4) * 0"),
             Fault("row: correction M q dropped", CUDA_GRADIENT, "add_product_with(MOMENT_AT);", ""),
             Fault("row: correction M_w q dropped", CUDA_GRADIENT, "add_product_with(WEIGHTED_AT);", ""),

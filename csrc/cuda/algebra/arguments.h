@@ -13,7 +13,7 @@ constexpr int MATRIX_TERMS = 3;                 // bfloat16 terms of an element 
 constexpr int STRIP = 16;                       // rows of a tile that are finished at once: a sector of a mirrored line
 constexpr int STRIPS = BLOCK / STRIP;           // of a tile
 constexpr int MAX_SPLITS = 16;                  // of the pixels in a sum over them
-constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w: one thread block adds them, and has registers for so many
+constexpr int MAX_WEIGHTED_SPLITS = 12;         // of M_w where its kernel adds them too: it has registers for so many
 
 SRPKD_HOST_DEVICE constexpr int blocks_of(int channels) { return static_cast<int>(ceil_div(channels, BLOCK)); }
 SRPKD_HOST_DEVICE constexpr int padded(int channels) { return blocks_of(channels) * BLOCK; }
@@ -76,6 +76,7 @@ struct NormArguments {
   float eps;
   MomentResults moments;  // this and the next only for "row"
   int resident;           // blocks of 64 channels that stay in shared memory; features with more are read repeatedly
+  int slots;              // of panels of M there: 2, or 3 to copy them two steps ahead
   float* alpha[2];        // (images, pixels)
 };
 
@@ -102,7 +103,7 @@ struct WeightedMomentArguments {
   const float* size;   // MomentResults::size
   float* partial;      // (images, tiles, splits, BLOCK, BLOCK)
   uint16_t* weighted;  // M_w in terms
-  int* counters;       // (images, tiles): zero; how many ranges are done
+  int* counters;       // (images, tiles): zero; how many ranges are done; null if another kernel adds the ranges
 };
 
 template <class SumsOfTiles>

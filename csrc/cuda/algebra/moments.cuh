@@ -1,8 +1,9 @@
 // Moments over the pixels of an image: M = Q^T Q of both networks, and the student's M_w = Q^T diag(w) Q. Free of
 // torch.
 //
-// A thread block sums one tile of 64 x 64 channels over one range of pixels. A second kernel (M) or the last block of a
-// tile to arrive (M_w) adds the ranges in a fixed order, and splits the result into bfloat16 terms for later products.
+// A thread block sums one tile of 64 x 64 channels over one range of pixels. A second kernel adds the ranges in a fixed
+// order, and splits the result into bfloat16 terms for later products. In calls that fill the GPU, the last block of a
+// tile of M_w to arrive does so instead, which saves a launch.
 //
 // The shift. A row norm is r_i^2 = q_i^T M q_i = q_i^T M' q_i + N (m . q_i)^2 with the mean m and M', the moment of
 // q - m. Both terms are non-negative: pixels that do not share a large common mean keep the digits that would cancel in
@@ -298,6 +299,26 @@ struct FinishMoments {
   }
 };
 
+// Adds at most MOST ranges of a strip of M_w, of which `tile` counts those of all images. `buffer`: of StripOfMatrix.
+template <int THREADS, int MOST, class SumsOfTiles>
+SRPKD_DEVICE void finish_strip(const WeightedMomentArguments<SumsOfTiles>& p, int tile, int strip, Address buffer) {
+  const int channels = p.features.channels, blocks = blocks_of(channels), tiles = tiles_of(channels);
+  const int image = tile / tiles, row = strip * STRIP;
+  const TileOfMoment at = tile_of_moment(tile % tiles, blocks);
+  StripOfPartials<THREADS, MOST> partials(p.partial + offset_of_partial(image, tiles, tile % tiles, p.ranges.splits, 0),
+                                          p.ranges.splits, row);
+  const float scale = inverse_square(load_global(p.size + image * 2 + STUDENT));
+  const StripOfMatrix<THREADS, BFloat16> to{
+      p.weighted + image * elements_of_terms(channels), at, blocks, row, at.row != at.column, buffer};
+  partials.for_each_sum([&](int of_row, int column, const double (&sums)[MATRIX_UNIT]) {
+    float x[MATRIX_UNIT];
+    for (int i = 0; i < MATRIX_UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
+    to.store(of_row, column, x);
+  });
+  sync_block();
+  to.store_mirrored();
+}
+
 // Grid: (images * tiles, splits).
 template <class T, bool PIXELS_ADJACENT, class SumsOfTiles>
 struct WeightedMoment {
@@ -355,29 +376,31 @@ struct WeightedMoment {
     tile.for_each_element([&](int row, int column, int m, int n, int i) {
       store_global(partial + split * BLOCK * BLOCK + row * BLOCK + column, total[m][n][i]);
     });
-    if (is_last_block(p.counters + image * tiles + index, p.ranges.splits, shared)) finish(partial);
+    if (p.counters && is_last_block(p.counters + image * tiles + index, p.ranges.splits, shared)) finish();
   }
 
-  SRPKD_DEVICE void finish(const float* partial) const {
-    const float scale = inverse_square(size);
-    using Strip = StripOfMatrix<THREADS, BFloat16>;
+  SRPKD_DEVICE void finish() const {
     constexpr int STRIPS_AT = 256;  // other threads may still read the first word
-    static_assert(STRIPS_AT + 2 * Strip::BYTES <= SHARED_BYTES);
-    uint16_t* const matrix = p.weighted + image * elements_of_terms(p.features.channels);
+    constexpr int BYTES = StripOfMatrix<THREADS, BFloat16>::BYTES;
+    static_assert(STRIPS_AT + 2 * BYTES <= SHARED_BYTES);
 #pragma unroll 1
-    for (int row = 0; row < BLOCK; row += STRIP) {
-      StripOfPartials<THREADS, MAX_WEIGHTED_SPLITS> partials(partial, p.ranges.splits, row);
-      const Address buffer = shared + STRIPS_AT + row / STRIP % 2 * Strip::BYTES;
-      const Strip strip{matrix, at, blocks, row, at.row != at.column, buffer};
-      partials.for_each_sum([&](int of_row, int column, const double (&sums)[MATRIX_UNIT]) {
-        float x[MATRIX_UNIT];
-        for (int i = 0; i < MATRIX_UNIT; ++i) x[i] = static_cast<float>(sums[i]) * scale;
-        strip.store(of_row, column, x);
-      });
-      sync_block();  // two buffers: the strip after the next is written after the next barrier
-      strip.store_mirrored();
-    }
+    for (int strip = 0; strip < STRIPS; ++strip)  // two buffers: a strip is written after the barrier of the one before
+      finish_strip<THREADS, MAX_WEIGHTED_SPLITS>(p, own_block.x, strip, shared + STRIPS_AT + strip % 2 * BYTES);
   }
+};
+
+// Grid: (images * tiles, strips of a tile).
+template <int THREADS_, class SumsOfTiles>
+struct FinishWeightedMoment {
+  using Arguments = WeightedMomentArguments<SumsOfTiles>;
+  static constexpr int THREADS = THREADS_, MIN_BLOCKS = 2, SHARED_BYTES = StripOfMatrix<THREADS, BFloat16>::BYTES;
+
+  const Arguments& p;
+  const BlockIndex own_block;
+
+  SRPKD_DEVICE FinishWeightedMoment(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
+
+  SRPKD_DEVICE void run() const { finish_strip<THREADS, MAX_SPLITS>(p, own_block.x, own_block.y, shared_memory()); }
 };
 
 }  // namespace srpkd::cuda::algebra

@@ -40,6 +40,7 @@ struct RowNorms {
   const int first = network == STUDENT ? padded(p.features[TEACHER].channels) : 0;
   const int both = padded(p.features[TEACHER].channels) + padded(p.features[STUDENT].channels);
   const bool resident = blocks <= p.resident;
+  const int slots = WARPS_M == 2 ? p.slots : 2;  // a constant in the kernel that is short of registers
   const uint16_t* const matrix = p.moments.centred[network] + image * elements_of_terms(channels);
 
   SRPKD_DEVICE RowNorms(const Arguments& arguments, BlockIndex block) : p(arguments), own_block(block) {}
@@ -71,15 +72,27 @@ struct RowNorms {
     }
   }
 
-  // Starts to copy the matrix panel of step (n, k); the steps of a row block go from the last k to n.
-  SRPKD_DEVICE void copy_step(int n, int k, int slot) const {
-    if (n < blocks) copy_matrix<THREADS, G>(matrix, n, k, blocks, matrix_at(slot));
+  // The steps (n, k) of a row block go from the last k to n.
+  struct Step {
+    int n, k, slot;
+
+    SRPKD_DEVICE void advance(int blocks, int slots) {
+      k > n ? --k : (++n, k = blocks - 1);
+      slot = slot + 1 < slots ? slot + 1 : 0;
+    }
+  };
+
+  // Starts to copy the matrix panel of a step.
+  SRPKD_DEVICE void copy(Step& step) const {
+    if (step.n < blocks) copy_matrix<THREADS, G>(matrix, step.n, step.k, blocks, matrix_at(step.slot));
     commit_copies();
+    step.advance(blocks, slots);
   }
 
   SRPKD_DEVICE void run() const {
     sm80::RowVector<G> square{}, along{};
-    copy_step(0, blocks - 1, 0);
+    Step next{0, blocks - 1, 0};
+    for (int i = 1; i < slots; ++i) copy(next);
     if (resident) load_all_features();
     int slot = 0;
 #pragma unroll 1
@@ -91,15 +104,15 @@ struct RowNorms {
           sync_block();  // the panel is free
           load_features(k);
         }
-        wait_for_copies<0>();
-        sync_block();  // the panels have arrived, and the other slot is free
-        k > n ? copy_step(n, k - 1, slot ^ 1) : copy_step(n + 1, blocks - 1, slot ^ 1);
+        slots == 2 ? wait_for_copies<0>() : wait_for_copies<1>();
+        sync_block();  // the panels have arrived, and the slot of the step before is free
+        copy(next);
         if (k == n) for_each<G::M_TILES, G::N_TILES>([&](int m, int j, int i) { total[m][j][i] *= 2; });
         const Address a = features_at(k) + warp.template lane_offset<!PIXELS_ADJACENT, true>(warp.first_row, 0);
         const Address b = matrix_at(slot) + warp.template lane_offset<true, false>(warp.first_column, 0);
         add_product<G, !PIXELS_ADJACENT, true, TERMS<T>, MATRIX_TERMS>(sum, a, TERM_BYTES, b, PANEL_BYTES);
         move_sums<G>(total, sum);
-        slot ^= 1;
+        slot = slot + 1 < slots ? slot + 1 : 0;
       }
       const float* const mean = p.moments.mean + int64_t{image} * both + first;
 #pragma unroll

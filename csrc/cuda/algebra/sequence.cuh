@@ -22,7 +22,7 @@ void launch_row_norms(const ScalesPlan& plan, Launch& launch) {
   launch(Phase<Sum>{p, blocks, p.ranges.splits, Sum::SHARED_BYTES},
          Phase<Finish>{plan.moments, blocks, STRIPS, Finish::SHARED_BYTES},
          Phase<Norms>{plan.norms, 2 * p.images * static_cast<int>(ceil_div(p.pixels, Norms::G::ROWS)), 1,
-                      plan.norms.resident * Norms::FEATURE_BYTES + 2 * Norms::MATRIX_BYTES});
+                      plan.norms.resident * Norms::FEATURE_BYTES + plan.norms.slots * Norms::MATRIX_BYTES});
 }
 
 // Computes alpha of both networks and, for "row", M of the student.
@@ -49,10 +49,15 @@ void launch_gradient_of(const GradientPlan<SumsOfTiles>& plan, Launch& launch) {
   const bool products = p.gradient && p.normalize == Normalize::row;
   const Phase<Kernel> last{p, p.loss_blocks + blocks, 1,
                            products ? Kernel::ROW_SHARED_BYTES : Kernel::OTHER_SHARED_BYTES};
-  if (products)
-    launch(Phase<Sum>{w, w.images * tiles_of(w.features.channels), w.ranges.splits, Sum::SHARED_BYTES}, last);
-  else
-    launch(last);
+  if (!products) return launch(last);
+  const int tiles = w.images * tiles_of(w.features.channels);
+  const Phase<Sum> sum{w, tiles, w.ranges.splits, Sum::SHARED_BYTES};
+  if constexpr (WARPS_M == 2) {
+    using Finish = FinishWeightedMoment<Kernel::THREADS, SumsOfTiles>;
+    launch(sum, Phase<Finish>{w, tiles, STRIPS, Finish::SHARED_BYTES}, last);
+  } else {
+    launch(sum, last);
+  }
 }
 
 // Computes the loss and, if required, the gradient from the sums of the tiles.
