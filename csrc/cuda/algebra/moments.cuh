@@ -199,7 +199,8 @@ SRPKD_DEVICE float larger(float a, float b) { return a >= b || a != a ? a : b; }
 template <int THREADS_>
 struct FinishMoments {
   using Arguments = FinishArguments;
-  static constexpr int THREADS = THREADS_, MIN_BLOCKS = 2, BATCH = 8;
+  static constexpr int THREADS = THREADS_, MIN_BLOCKS = 2;
+  static constexpr int BATCH = 2048 / THREADS;  // ranges whose sums of a channel are under way: a thread has registers
   // mean of the rows and the columns, their difference to the shift, and the largest square of each warp
   static constexpr int MEANS_AT = 0, OFFSETS_AT = 2 * BLOCK * 8, LARGEST_AT = 4 * BLOCK * 8;
   static constexpr int STRIPS_AT = LARGEST_AT + THREADS / 32 * 4;
