@@ -245,6 +245,7 @@ BACKENDS = {
                 LOSS_PLAN,
                 "plan.wide ? MAX_WEIGHTED_SPLITS : MAX_SPLITS",
                 "MAX_SPLITS",
+                "tests/csrc/test_cuda_loss.py -k all_ranges",
             ),
             Fault(
                 "moments: the mirror image of the first strip only",
