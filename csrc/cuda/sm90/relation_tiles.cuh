@@ -227,7 +227,7 @@ struct Consumer : Role<C> {
         gram(s, t, new_rows, stage, base);
         if (p.turns) arrive_warp(base + C::TURN + 8 * (half ^ 1));
         wait_for_products<0>();
-        if (C::OVERLAP && others > 0) release(slots_of(others - 1), 0, base);
+        if (C::OVERLAP) release(slots_of(others - 1), 0, base);
         hold(s), hold(t);
 
         if constexpr (C::SYMMETRIC) {
