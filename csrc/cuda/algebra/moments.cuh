@@ -385,7 +385,7 @@ struct WeightedMoment {
     constexpr int BYTES = StripOfMatrix<THREADS, BFloat16>::BYTES;
     static_assert(STRIPS_AT + 2 * BYTES <= SHARED_BYTES);
 #pragma unroll 1
-    for (int strip = 0; strip < STRIPS; ++strip)  // two buffers: a strip is written after the barrier of the one before
+    for (int strip = 0; strip < STRIPS; ++strip)  // two buffers: one is free after the next strip's barrier
       finish_strip<THREADS, MAX_WEIGHTED_SPLITS>(p, own_block.x, strip, shared + STRIPS_AT + strip % 2 * BYTES);
   }
 };

@@ -72,21 +72,19 @@ struct RowNorms {
     }
   }
 
-  // The steps (n, k) of a row block go from the last k to n.
+  SRPKD_DEVICE int slot_after(int slot) const { return slot + 1 < slots ? slot + 1 : 0; }
+
+  // A step multiplies the panel (n, k) of M; those of a row n go from the last k to n.
   struct Step {
     int n, k, slot;
-
-    SRPKD_DEVICE void advance(int blocks, int slots) {
-      k > n ? --k : (++n, k = blocks - 1);
-      slot = slot + 1 < slots ? slot + 1 : 0;
-    }
   };
 
-  // Starts to copy the matrix panel of a step.
+  // Starts to copy the panel of a step, and moves on to the next.
   SRPKD_DEVICE void copy(Step& step) const {
     if (step.n < blocks) copy_matrix<THREADS, G>(matrix, step.n, step.k, blocks, matrix_at(step.slot));
     commit_copies();
-    step.advance(blocks, slots);
+    step.k > step.n ? --step.k : (++step.n, step.k = blocks - 1);
+    step.slot = slot_after(step.slot);
   }
 
   SRPKD_DEVICE void run() const {
@@ -112,7 +110,7 @@ struct RowNorms {
         const Address b = matrix_at(slot) + warp.template lane_offset<true, false>(warp.first_column, 0);
         add_product<G, !PIXELS_ADJACENT, true, TERMS<T>, MATRIX_TERMS>(sum, a, TERM_BYTES, b, PANEL_BYTES);
         move_sums<G>(total, sum);
-        slot = slot + 1 < slots ? slot + 1 : 0;
+        slot = slot_after(slot);
       }
       const float* const mean = p.moments.mean + int64_t{image} * both + first;
 #pragma unroll
