@@ -20,7 +20,7 @@ DEVICES = {
     "small": (1, 101_376, 102_400, 1024),  # few blocks are enough: no splits, 128 pixels per block
     "busy": (1, 232_448, 233_472, 1024),  # the same with the shared memory of sm_90
     "part": (6, 232_448, 233_472, 1024),  # some of its multiprocessors
-    "eight": (8, 232_448, 233_472, 1024),
+    "eight": (8, 232_448, 233_472, 1024),  # so many that a sum has as many ranges of pixels as there can be
 }
 # views (B, C, N) or (B, N, C): the index and the adjacent dimension; their copies are 16, 4 or 2 bytes wide
 VIEWS = {

@@ -140,7 +140,7 @@ inline ScalesPlan plan_scales(const LossArguments& a, const Device& device, Work
   results.whole = workspace.take<uint16_t>(images * elements_of_terms(channels_s));
   results.mean = workspace.take<float>(images * both);
   results.size = workspace.take<float>(images * 2);
-  results.counters = workspace.take<int>(images * tiles_s);
+  if (plan.wide) results.counters = workspace.take<int>(images * tiles_s);
   n.moments = results;
   return plan;
 }
@@ -173,8 +173,7 @@ GradientPlan<SumsOfTiles> plan_gradient(const LossArguments& a, const ScalesPlan
   WeightedMomentArguments<SumsOfTiles>& w = plan.weighted;
   const int channels = g.features.channels;
   w.features = g.features, w.images = a.images, w.pixels = a.pixels, w.sums = sums;
-  w.alpha = g.alpha, w.size = g.size;
-  if (plan.wide) w.counters = moments.counters;
+  w.alpha = g.alpha, w.size = g.size, w.counters = moments.counters;
   w.ranges = ranges_of(images * tiles_of(channels), a.pixels, int64_t{device.multiprocessors} * 2,
                        plan.wide ? MAX_WEIGHTED_SPLITS : MAX_SPLITS);
   w.partial = workspace.take<float>(images * tiles_of(channels) * w.ranges.splits * BLOCK * BLOCK);

@@ -62,7 +62,7 @@ struct MomentResults {
   uint16_t* whole;       // M of the student in terms
   float* mean;           // (images, channels): m sqrt(N) / size; channels of both networks, padded
   float* size;           // (images, 2)
-  int* counters;         // (images, tiles of the student): zeroed for the kernel of the weighted moment
+  int* counters;         // (images, tiles of the student): zeroed for WeightedMoment; null if it does not count
 };
 
 struct FinishArguments {
@@ -103,7 +103,7 @@ struct WeightedMomentArguments {
   const float* size;   // MomentResults::size
   float* partial;      // (images, tiles, splits, BLOCK, BLOCK)
   uint16_t* weighted;  // M_w in terms
-  int* counters;       // (images, tiles): zero; how many ranges are done; null if another kernel adds the ranges
+  int* counters;       // (images, tiles): zero; how many ranges are done; null if FinishWeightedMoment adds them
 };
 
 template <class SumsOfTiles>

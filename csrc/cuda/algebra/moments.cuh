@@ -295,7 +295,8 @@ struct FinishMoments {
                    static_cast<float>(vector(MEANS_AT, 0, thread) / size) * sqrtf(static_cast<float>(p.pixels)));
     if (thread == 0) {
       if (tile == 0) store_global(results.size + image * 2 + network, size);
-      if (network == STUDENT) store_global(results.counters + image * tiles_of(channels_s) + tile, 0);
+      if (network == STUDENT && results.counters)
+        store_global(results.counters + image * tiles_of(channels_s) + tile, 0);
     }
   }
 };
@@ -373,9 +374,9 @@ struct WeightedMoment {
           sum, shared + tile.left_offset(), PANEL_BYTES, right + tile.right_offset(), PANEL_BYTES);
       move_sums<G>(total, sum);
     }
-    float* const partial = p.partial + offset_of_partial(image, tiles, index, p.ranges.splits, 0);
+    float* const partial = p.partial + offset_of_partial(image, tiles, index, p.ranges.splits, split);
     tile.for_each_element([&](int row, int column, int m, int n, int i) {
-      store_global(partial + split * BLOCK * BLOCK + row * BLOCK + column, total[m][n][i]);
+      store_global(partial + row * BLOCK + column, total[m][n][i]);
     });
     if (p.counters && is_last_block(p.counters + image * tiles + index, p.ranges.splits, shared)) finish();
   }
