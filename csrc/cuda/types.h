@@ -33,7 +33,8 @@ struct Device {
   bool cooperates = true;  // whether it supports cooperative launches
 };
 
-// How features are multiplied. tf32x3: three products of floats split into two tf32.
+// How features are multiplied. tf32x3: three products of floats split into two tf32. On sm_90a, tf32 is one float16
+// term of floats, and tf32x3 two.
 enum class Precision : int { bf16, fp16, tf32, tf32x3 };
 
 }  // namespace srpkd::cuda

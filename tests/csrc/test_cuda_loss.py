@@ -184,7 +184,7 @@ def test_flags(library: ctypes.CDLL, case: str, relation: Relation, flags: tuple
 
 
 # with the tiles for Hopper, K has 8 bits, 11 bits or 22
-SM90_TOLERANCE = {"bf16": 4e-3, "fp16": 3e-4, "highest": 2e-6, "medium": 2e-3}
+SM90_TOLERANCE = {"bf16": 4e-3, "fp16": 3e-4, "high": 3e-4, "highest": 2e-6, "medium": 2e-3}
 
 
 def check_sm90(library: ctypes.CDLL, features: tuple[Tensor, Tensor], relation: Relation, case: str, **options) -> None:
@@ -238,13 +238,13 @@ def test_blocks_of_pixels_and_channels(
         check(library, *features, relation, case, device=device)
 
 
-def test_sm90_zero_norm_pixels_have_no_gradient(library: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("case", ["fp16", "high", "highest"])
+def test_sm90_zero_norm_pixels_have_no_gradient(library: ctypes.CDLL, case: str) -> None:
     """The tiles compute a tiny K for them, which the gradient kernel ignores."""
-    student, teacher = draw(torch.float32, 2, 140, (9, 10))
+    student, teacher = draw(CASES[case][0], 2, 140, (9, 10))
     student[:, 3:5] = student[1] = 0
-    high, highest = (emulate(library, student, teacher, COSINE, case, kernels="sm90") for case in ("high", "highest"))
-    assert high.gradient is not None and (high.gradient[:, 3:5] == 0).all() and (high.gradient[1] == 0).all()
-    assert torch.equal(high.gradient, highest.gradient), "both have the same kernel"
+    gradient = emulate(library, student, teacher, COSINE, case, kernels="sm90").gradient
+    assert gradient is not None and (gradient[:, 3:5] == 0).all() and (gradient[1] == 0).all()
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from .kinds import Backend, Fault
 HOPPER_TILES, HOPPER_EPILOGUE = "csrc/cuda/sm90/relation_tiles.cuh", "csrc/cuda/sm90/epilogue.cuh"
 HOPPER_COLUMNS, HOPPER_LOADERS = "csrc/cuda/sm90/columns.cuh", "csrc/cuda/sm90/loaders.cuh"
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
+HOPPER_PLAN = "csrc/cuda/sm90/plan.h"
 HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
-HOPPER_FLOAT32 = "tests/csrc/test_sm90_tiles.py -k as_eager or any_magnitude or have_features"
+HOPPER_UNITS = "tests/csrc/test_sm90_tiles.py -k as_eager or any_magnitude or have_features"
 
 BACKENDS = {
     "hopper": Backend(
@@ -97,35 +98,70 @@ BACKENDS = {
                 HOPPER_PREPARE,
                 "    value -= as_float(widen<Element, false>(term));\n",
                 "    value = 0;\n",
-                HOPPER_FLOAT32,
+                HOPPER_UNITS,
             ),
             Fault(
                 "K without the unit of the other pixel",
                 HOPPER_EPILOGUE,
                 "return {own.alpha * other.unit, own.ratio * other.ratio_of_units};",
                 "return {own.alpha, own.ratio * other.ratio_of_units};",
-                HOPPER_FLOAT32,
+                HOPPER_UNITS,
             ),
             Fault(
                 "zero-norm pixels have units of their own",
                 HOPPER_PREPARE,
-                "return alpha && load_global(alpha + pixel) != 0 ? own : largest;",
-                "return alpha && pixel >= 0 && own > 0 ? own : largest;",
-                HOPPER_FLOAT32,
+                "return OF_PIXELS && alpha && load_global(alpha + pixel) != 0 ? own : largest;",
+                "return OF_PIXELS && alpha && pixel >= 0 && own > 0 ? own : largest;",
+                HOPPER_UNITS,
             ),
             Fault(
                 "scales are computed before all units are measured",
                 HOPPER_PREPARE,
                 "      measure_all();\n      sync_grid();\n",
                 "      measure_all();\n",
-                HOPPER_FLOAT32,
+                HOPPER_UNITS,
             ),
             Fault(
                 "terms are written before all units are final",
                 HOPPER_PREPARE,
-                "    if constexpr (C::UNITS) sync_grid();\n",
+                "    if (with_units) sync_grid();\n",
                 "",
-                HOPPER_FLOAT32,
+                HOPPER_UNITS,
+            ),
+            Fault(
+                "float16 features with cosine have no units",
+                HOPPER_PLAN,
+                "(precision == Precision::fp16 && normalize == Normalize::cosine)",
+                "(precision == Precision::fp16 && normalize == Normalize::cosine && false)",
+                HOPPER_UNITS,
+            ),
+            Fault(
+                "float16 features are copied without their units",
+                HOPPER_PREPARE,
+                "if (from.element_bytes == 4 || with_units) bits = take_term(value);",
+                "if (from.element_bytes == 4) bits = take_term(value);",
+                HOPPER_UNITS,
+            ),
+            Fault(
+                "row with one term has a unit for each pixel",
+                HOPPER_PREPARE,
+                "OF_PIXELS = C::SYMMETRIC || C::UNITS_OF_COLUMNS;",
+                "OF_PIXELS = true;",
+                HOPPER_UNITS,
+            ),
+            Fault(
+                "the teacher's unit in row with one term",
+                HOPPER_PREPARE,
+                "C::SYMMETRIC ? own.ratio : own.ratio * (units[1] / units[0])",
+                "own.ratio",
+                HOPPER_UNITS,
+            ),
+            Fault(
+                "the largest alpha of row with one term lacks the unit",
+                HOPPER_PREPARE,
+                "    if (!OF_PIXELS) result.alpha *= result.units[0];\n",
+                "",
+                HOPPER_UNITS,
             ),
         ],
     ),

@@ -66,12 +66,13 @@ struct Params {
   uint32_t* additions;  // (copies, images of work, blocks): to U_columns, so far
   int64_t loss_count, additions_count;
   // Of the student and the teacher, (images, pixels): the powers of two by which the features of a pixel are divided
-  // before they become two terms. Null with one term.
+  // before they become float16 terms. Null if features are multiplied as they are, see has_units.
   float* units[2];
 };
 
 // The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of: two float16 terms have 22
-// bits or more of a float32 in units. In the tensor maps, term t of image b is image b * TERMS + t.
+// bits or more of a float32 in units, one has 11, as many as TF32. In the tensor maps, term t of image b is image
+// b * TERMS + t.
 template <class Element_, bool PIXELS_ADJACENT_, bool SYMMETRIC_, bool L1_, bool GRAD_, int TERMS_>
 struct Config {
   using Element = Element_;
@@ -81,9 +82,10 @@ struct Config {
   static constexpr bool GRAD = GRAD_;
   static constexpr int TERMS = TERMS_;
   static constexpr bool SCALED = std::is_same_v<Element, Half>;  // so that K is in the range of float16
-  static constexpr bool UNITS = TERMS == 2;  // each pixel's features are in a unit, see Params::units
-  static_assert(TERMS == 1 || (TERMS == 2 && SCALED));
-  static constexpr bool UNITS_OF_COLUMNS = UNITS && !SYMMETRIC;
+  static constexpr bool TWO_TERMS = TERMS == 2;
+  static_assert(TERMS == 1 || (TWO_TERMS && SCALED));
+  // Whether row has a unit for each pixel. Otherwise those of an image have the same, and PixelScale suffices.
+  static constexpr bool UNITS_OF_COLUMNS = TWO_TERMS && !SYMMETRIC;
   using Scale = std::conditional_t<UNITS_OF_COLUMNS, PixelScaleWithUnits, PixelScale>;
 
   // The warpgroups: a producer, which starts all loads and the additions to global memory, the consumers, and one that
@@ -138,16 +140,19 @@ auto with_constant(bool value, F f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// Both precisions of float32 features are two float16 terms, which are as good as three tf32.
-constexpr bool has_two_terms(Precision precision) {
-  return precision == Precision::tf32 || precision == Precision::tf32x3;
+// Returns whether features are divided by the units of their pixels, and thus copied. Those of float32 are, to become
+// float16, and those of float16 with cosine: K is float16, too, and in proportion to the product of two alphas. One
+// pixel whose features are 2^-17 of the others' would leave nothing of the others' K.
+constexpr bool has_units(Precision precision, Normalize normalize) {
+  return precision == Precision::tf32 || precision == Precision::tf32x3 ||
+         (precision == Precision::fp16 && normalize == Normalize::cosine);
 }
 
-// Calls f(Config<...>{}) for one precision, an integral_constant: bf16, fp16, or tf32x3 for two terms. Those are always
-// written with adjacent pixels.
+// Calls f(Config<...>{}) for one precision, an integral_constant: bf16, fp16, or tf32x3 for two float16 terms, which
+// are as good as three products of tf32. Those are always written with adjacent pixels.
 template <class P, class F>
 auto with_config(P, const Variant& variant, F f) {
-  constexpr bool TWO_TERMS = has_two_terms(P::value);
+  constexpr bool TWO_TERMS = P::value == Precision::tf32x3;
   using Element = std::conditional_t<P::value == Precision::bf16, BFloat16, Half>;
   return with_constant(variant.symmetric, [&](auto symmetric) {
     return with_constant(variant.l1, [&](auto l1) {
@@ -165,12 +170,12 @@ auto with_config(P, const Variant& variant, F f) {
   });
 }
 
-// Calls f with the precision as an integral_constant; that of two terms is tf32x3.
+// Calls f with the precision of a kernel as an integral_constant: that of tf32 is fp16, one float16 term.
 template <class F>
 auto with_precision(Precision precision, F f) {
   if (precision == Precision::bf16) return f(std::integral_constant<Precision, Precision::bf16>{});
-  if (precision == Precision::fp16) return f(std::integral_constant<Precision, Precision::fp16>{});
-  return f(std::integral_constant<Precision, Precision::tf32x3>{});
+  if (precision == Precision::tf32x3) return f(std::integral_constant<Precision, Precision::tf32x3>{});
+  return f(std::integral_constant<Precision, Precision::fp16>{});
 }
 
 // Sets all parameters that follow from the problem, except pointers and tensor maps.

@@ -1,5 +1,5 @@
-// What the kernel does before the tiles, with all threads of the grid: the units of float32 features, the scales of the
-// pixels, zeros where sums start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
+// What the kernel does before the tiles, with all threads of the grid: the units of features, the scales of the pixels,
+// zeros where sums start, and the 16-bit terms of features that TMA cannot read in place. Free of torch.
 #pragma once
 
 #if defined(SRPKD_EMULATION)
@@ -15,13 +15,14 @@ template <class C>
 struct Preparation {
   const Params& p;
   const int thread = thread_index(), block = block_index(0);
-  const int padded = p.work.blocks * TILE;  // pixels of an image in `scales` and `h`
+  const int padded = p.work.blocks * TILE;          // pixels of an image in `scales` and `h`
+  const bool with_units = C::SCALED && p.units[0];  // bfloat16 has none
 
   static SRPKD_DEVICE float alpha_of(const float* alpha, int64_t pixel) {
     return alpha ? load_global(alpha + pixel) : 1.f;
   }
   SRPKD_DEVICE float unit_of(int network, int64_t pixel) const {
-    return C::UNITS ? load_global_coherent(p.units[network] + pixel) : 1.f;
+    return with_units ? load_global_coherent(p.units[network] + pixel) : 1.f;
   }
 
   static SRPKD_DEVICE int exponent_of(float value) { return static_cast<int>(as_bits(value) >> 23) - 127; }
@@ -33,20 +34,29 @@ struct Preparation {
 
   // --- the units of features ----------------------------------------------------------------------------------------
   // A feature divided by its pixel's unit is below 2^14. As two float16 terms it has an error of at most 2^-23 of
-  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel.
+  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel; as one, 2^-12 of itself or 2^-25.
 
   static constexpr int FEATURE_EXPONENT = 14;
+
+  // Loads the bits of a feature.
+  static SRPKD_DEVICE uint32_t feature(const Source& from, int64_t at) {
+    return from.element_bytes == 4 ? load_input(static_cast<const uint32_t*>(from.data) + at)
+                                   : load_input(static_cast<const uint16_t*>(from.data) + at);
+  }
+  static SRPKD_DEVICE float value_of(const Source& from, uint32_t bits) {
+    return as_float(from.element_bytes == 4 ? bits : widen<typename C::Element, false>(bits));
+  }
 
   // Stores the units of 32 pixels: 0 for those without any feature but 0, which get theirs in prepare_pixels.
   SRPKD_DEVICE void measure(const Source& from, float* units, int image, int first) const {
     constexpr int WARPS = C::THREADS / 32;
     const int lane = thread % 32, warp = thread / 32;
     const auto largest = [&](int pixel, int channel, int step) {
-      const float* const at = static_cast<const float*>(from.data) + image * from.strides[0] + pixel * from.strides[1];
+      const int64_t at = image * from.strides[0] + pixel * from.strides[1];
       float result = 0;
 #pragma unroll 4
       for (; channel < from.channels; channel += step)
-        result = fmaxf(result, fabsf(load_input(at + channel * from.strides[2])));
+        result = fmaxf(result, fabsf(value_of(from, feature(from, at + channel * from.strides[2]))));
       return result;
     };
     const auto store = [&](int pixel, float value) {
@@ -79,11 +89,14 @@ struct Preparation {
         measure(p.sources[network], p.units[network], static_cast<int>(i / across), static_cast<int>(i % across) * 32);
   }
 
+  static constexpr bool OF_PIXELS = C::SYMMETRIC || C::UNITS_OF_COLUMNS;  // pixels may have different units
+
   // Returns the final unit of a pixel, given that of its features and the largest of the image. K_ij times the units of
   // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
-  // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits.
+  // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits as
+  // two terms, down to 2^-28 11 bits as one. So row with one term has the same unit for all pixels, too.
   static SRPKD_DEVICE float final_unit(const float* alpha, int64_t pixel, float own, float largest) {
-    return alpha && load_global(alpha + pixel) != 0 ? own : largest;
+    return OF_PIXELS && alpha && load_global(alpha + pixel) != 0 ? own : largest;
   }
 
   // --- the scales ---------------------------------------------------------------------------------------------------
@@ -111,19 +124,20 @@ struct Preparation {
     for (int i = thread; i < p.pixels; i += C::THREADS) {
       const int64_t pixel = int64_t{image} * p.pixels + i;
       const float unit = unit_of(0, pixel);
-      result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * unit);
-      if (C::UNITS) result.units[0] = fmaxf(result.units[0], unit);
-      if (C::UNITS) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
+      result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * (OF_PIXELS ? unit : 1));
+      result.units[0] = fmaxf(result.units[0], unit);
+      if (with_units) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
     }
     result.alpha = largest_of_block(result.alpha);
-    for (float& unit : result.units) unit = C::UNITS ? largest_of_block(unit) : 1;
+    for (float& unit : result.units) unit = with_units ? largest_of_block(unit) : 1;
+    if (!OF_PIXELS) result.alpha *= result.units[0];
     return result;
   }
 
   // Returns x such that |rho'(D)| <= 2^x for all pairs of an image. normalize="none" has only this bound: a feature is
   // below 2^14 of its unit.
   SRPKD_DEVICE int exponent_of_P(const Largest& largest) const {
-    if (!C::UNITS || C::L1 || p.alpha_student) return 1;
+    if (!with_units || C::L1 || p.alpha_student) return 1;
     const auto of_product = [&](int network) {  // |G_ij| < C 2^28 unit^2
       const int channels = exponent_of(static_cast<float>(p.sources[network].channels)) + 1;
       return channels + 2 * (FEATURE_EXPONENT + exponent_of(largest.units[network]));
@@ -154,9 +168,9 @@ struct Preparation {
     constexpr float LARGE = 0x1p40f;
     const Largest largest = C::SCALED ? largest_of(image) : Largest{1, {1, 1}};
     const float power = C::SCALED ? power_of(largest) : 1;
-    // alpha of row depends on the unit of column j, too; in PixelScaleWithUnits that is relative to the largest
-    const float common = C::UNITS_OF_COLUMNS ? largest.units[0] : 1;
-    const float large = C::UNITS_OF_COLUMNS ? LARGE * (largest.units[0] / largest.units[1]) : LARGE;
+    // alpha of row depends on the unit of column j, too: the largest, or relative to it in PixelScaleWithUnits
+    const float common = C::SYMMETRIC ? 1 : largest.units[0];
+    const float large = C::SYMMETRIC ? LARGE : LARGE * (largest.units[0] / largest.units[1]);
     if (part == 0 && thread == 0) store_global(p.powers + image, power / common);
     const int end = static_cast<int>(int64_t{padded} * (part + 1) / parts);
     for (int i = static_cast<int>(int64_t{padded} * part / parts) + thread; i < end; i += C::THREADS) {
@@ -164,7 +178,7 @@ struct Preparation {
       typename C::Scale scale{};
       if (i < p.pixels) {
         float units[2] = {1, 1};
-        if constexpr (C::UNITS) {
+        if (with_units) {
           const float* const alphas[2] = {p.alpha_student, p.alpha_teacher};
           for (int network = 0; network < 2; ++network) {
             units[network] = final_unit(alphas[network], pixel, unit_of(network, pixel), largest.units[network]);
@@ -176,7 +190,7 @@ struct Preparation {
         if constexpr (C::UNITS_OF_COLUMNS)
           scale = {own.alpha, own.ratio, units[0] / common, units[1] / units[0]};
         else
-          scale = own;
+          scale = {own.alpha, C::SYMMETRIC ? own.ratio : own.ratio * (units[1] / units[0])};
       }
       store_global(static_cast<typename C::Scale*>(p.scales) + to, scale);
       if (p.h) store_global(p.h + to, int64_t{0});
@@ -210,22 +224,20 @@ struct Preparation {
       if (first_pixel + pixel >= p.pixels || first_channel + channel >= from.channels) continue;
       const int64_t at = image * from.strides[0] + (first_pixel + pixel) * from.strides[1] +
                          (first_channel + channel) * from.strides[2];
-      const uint32_t bits = from.element_bytes == 4 ? load_input(static_cast<const uint32_t*>(from.data) + at)
-                                                    : load_input(static_cast<const uint16_t*>(from.data) + at);
-      store_shared(tile + (channel * STRIDE + pixel) * 4, bits);
+      store_shared(tile + (channel * STRIDE + pixel) * 4, feature(from, at));
     }
     sync_block();
     const int pixel = first_pixel + thread % SIDE;
     const float factor =
-        C::UNITS && pixel < p.pixels ? reciprocal(unit_of(network, int64_t{image} * p.pixels + pixel)) : 1.f;
+        with_units && pixel < p.pixels ? reciprocal(unit_of(network, int64_t{image} * p.pixels + pixel)) : 1.f;
     for (int i = thread; i < SIDE * SIDE; i += C::THREADS) {
       const int channel = first_channel + i / SIDE;
       if (pixel >= p.pixels || channel >= from.channels) continue;
       uint32_t bits = load_shared<uint32_t>(tile + (i / SIDE * STRIDE + i % SIDE) * 4);
-      float value = as_float(bits) * factor;
+      float value = value_of(from, bits) * factor;
       for (int term = 0; term < C::TERMS; ++term) {
         const int64_t line = (int64_t{image} * C::TERMS + term) * from.channels + channel;
-        if (from.element_bytes == 4) bits = take_term(value);
+        if (from.element_bytes == 4 || with_units) bits = take_term(value);
         store_global(from.terms + line * from.line + pixel, static_cast<uint16_t>(bits));
       }
     }
@@ -243,7 +255,7 @@ struct Preparation {
   }
 
   SRPKD_DEVICE void run() const {
-    if constexpr (C::UNITS) {
+    if (with_units) {
       measure_all();
       sync_grid();
     }
@@ -252,7 +264,7 @@ struct Preparation {
       prepare_pixels(static_cast<int>(unit / parts), static_cast<int>(unit % parts), parts);
     zero(p.loss, p.loss_count);
     if constexpr (C::GRAD) zero(p.additions, p.additions_count);
-    if constexpr (C::UNITS) sync_grid();
+    if (with_units) sync_grid();
     for (int network = 0; network < 2; ++network)
       if (p.sources[network].terms) split(network);
     // what follows is asynchronous: this thread's accesses to shared and global memory come first

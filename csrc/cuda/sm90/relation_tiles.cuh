@@ -218,7 +218,7 @@ struct Consumer : Role<C> {
         const int stage = tile % C::STAGES;
         const bool diagonal = step == 0;
         float s[64] = {}, t[64];
-        if constexpr (C::UNITS) {  // without values t would be live before its products, too, and more would spill
+        if constexpr (C::TWO_TERMS) {  // without values t would be live before its products, too, and more would spill
 #pragma unroll
           for (int i = 0; i < 64; ++i) t[i] = 0;
         }
@@ -256,16 +256,16 @@ struct Consumer : Role<C> {
           // Tensor cores round sums towards zero, which adds up over the thousands of pixels of a segment. With two
           // terms it would be the largest error, so each tile's sum is rounded to nearest when it is added to U.
           float of_tile[32];
-          float (&sum)[32] = C::UNITS ? of_tile : U;
-          if constexpr (!C::UNITS) hold(sum);
+          float (&sum)[32] = C::TWO_TERMS ? of_tile : U;
+          if constexpr (!C::TWO_TERMS) hold(sum);
           fence_registers();
-          multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::UNITS);
+          multiply_weights(sum, K, base + C::COLUMNS + stage * C::TERMS * CHUNK, !C::TWO_TERMS);
           commit_products();
           if (!diagonal) add_h_of_columns(h_of_columns, step);
           if constexpr (!LAZY) {
             wait_for_products<0>();
             hold(sum);
-            if constexpr (C::UNITS) {
+            if constexpr (C::TWO_TERMS) {
 #pragma unroll
               for (int i = 0; i < 32; ++i) U[i] += of_tile[i];
             }
@@ -307,7 +307,7 @@ struct Consumer : Role<C> {
       store_rows_of_U(p.U_rows + (image_of_work * p.work.blocks + row_block) * U_BLOCK, U);
     }
     if (split > 0) return;
-    using Unit = std::conditional_t<C::UNITS, double, float>;  // with units, it may be out of the range of float
+    using Unit = std::conditional_t<C::SCALED, double, float>;  // with units, it may be out of the range of float
     store_sums(sums.template total_loss<C>(rows) * (C::L1 ? unit_of_sums<Unit>(C::SYMMETRIC, power_of(image)) : 1),
                sums.h, image, row_block, part, factor);
   }

@@ -56,15 +56,16 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
   Params& p = result.params;
   plan(p, problem, multiprocessors);
   result.precision = problem.precision;
-  const int terms = has_two_terms(problem.precision) ? 2 : 1;
+  const int terms = problem.precision == Precision::tf32x3 ? 2 : 1;
+  const bool units = has_units(problem.precision, problem.normalize);
   const auto both = [&](bool pixels_adjacent) {
     return readable(problem, student, pixels_adjacent) && readable(problem, teacher, pixels_adjacent);
   };
-  const bool pixels_adjacent = both(true) || !both(false);
+  const bool pixels_adjacent = units || both(true) || !both(false);
   result.variant = {pixels_adjacent, problem.normalize != Normalize::row, problem.distance == Distance::l1,
                     problem.grad};
   const auto describe = [&](const Features& x, Source& source) {
-    if (terms == 1 && readable(problem, x, pixels_adjacent)) return shape_of(problem, x, pixels_adjacent);
+    if (!units && readable(problem, x, pixels_adjacent)) return shape_of(problem, x, pixels_adjacent);
     return split(problem, x, terms, source, workspace);
   };
   result.student = describe(student, p.sources[0]), result.teacher = describe(teacher, p.sources[1]);
@@ -75,8 +76,9 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
     p.scales = workspace.template take<PixelScaleWithUnits>(padded);
   else
     p.scales = workspace.template take<PixelScale>(padded);
-  if (terms == 2)
-    for (float*& units : p.units) units = workspace.template take<float>(int64_t{problem.images} * problem.pixels);
+  if (units)
+    for (float*& of_pixels : p.units)
+      of_pixels = workspace.template take<float>(int64_t{problem.images} * problem.pixels);
   p.powers = workspace.template take<float>(problem.images);
   p.loss = workspace.template take<double>(p.loss_count);
   if (problem.grad) {
