@@ -138,8 +138,8 @@ BACKENDS = {
             Fault(
                 "float16 features are copied without their units",
                 HOPPER_PREPARE,
-                "if (from.element_bytes == 4 || with_units) bits = take_term(value);",
-                "if (from.element_bytes == 4) bits = take_term(value);",
+                "if (from.element_bytes == 4 || with_units) bits[n] = take_term(value);",
+                "if (from.element_bytes == 4) bits[n] = take_term(value);",
                 HOPPER_UNITS,
             ),
             Fault(

@@ -54,7 +54,7 @@ struct Preparation {
     const auto largest = [&](int pixel, int channel, int step) {
       const int64_t at = image * from.strides[0] + pixel * from.strides[1];
       float result = 0;
-#pragma unroll 4
+#pragma unroll 8
       for (; channel < from.channels; channel += step)
         result = fmaxf(result, fabsf(value_of(from, feature(from, at + channel * from.strides[2]))));
       return result;
@@ -211,36 +211,49 @@ struct Preparation {
     return term & 0xffff;
   }
 
-  // Writes the terms of 64 pixels and 64 channels with adjacent pixels. Reads and writes adjacent elements.
+  // Writes the terms of 64 pixels and 64 channels with adjacent pixels. Reads and writes adjacent elements; all loads
+  // of a thread are under way together.
   SRPKD_DEVICE void split_tile(int network, int image, int first_pixel, int first_channel) const {
     const Source& from = p.sources[network];
-    constexpr int SIDE = 64, STRIDE = SIDE + 1;  // floats, so that both directions use all banks
+    constexpr int SIDE = 64, COUNT = ceil_div(SIDE * SIDE, C::THREADS);
+    constexpr int STRIDE = SIDE + 1;  // floats, so that both directions use all banks
     static_assert(C::THREADS % SIDE == 0);
-    const Address tile = shared_memory();
-    const bool pixels_adjacent = from.strides[1] == 1;
-    sync_block();
-    for (int i = thread; i < SIDE * SIDE; i += C::THREADS) {
-      const int pixel = pixels_adjacent ? i % SIDE : i / SIDE, channel = pixels_adjacent ? i / SIDE : i % SIDE;
-      if (first_pixel + pixel >= p.pixels || first_channel + channel >= from.channels) continue;
-      const int64_t at = image * from.strides[0] + (first_pixel + pixel) * from.strides[1] +
-                         (first_channel + channel) * from.strides[2];
-      store_shared(tile + (channel * STRIDE + pixel) * 4, feature(from, at));
-    }
-    sync_block();
-    const int pixel = first_pixel + thread % SIDE;
-    const float factor =
-        with_units && pixel < p.pixels ? reciprocal(unit_of(network, int64_t{image} * p.pixels + pixel)) : 1.f;
-    for (int i = thread; i < SIDE * SIDE; i += C::THREADS) {
-      const int channel = first_channel + i / SIDE;
-      if (pixel >= p.pixels || channel >= from.channels) continue;
-      uint32_t bits = load_shared<uint32_t>(tile + (i / SIDE * STRIDE + i % SIDE) * 4);
-      float value = value_of(from, bits) * factor;
-      for (int term = 0; term < C::TERMS; ++term) {
-        const int64_t line = (int64_t{image} * C::TERMS + term) * from.channels + channel;
-        if (from.element_bytes == 4 || with_units) bits = take_term(value);
-        store_global(from.terms + line * from.line + pixel, static_cast<uint16_t>(bits));
+    // calls f(n, pixel, channel) for this thread's elements of the tile, of which either pixels or channels are
+    // adjacent
+    const auto for_each = [&](bool pixels_adjacent, auto f) {
+#pragma unroll
+      for (int n = 0; n < COUNT; ++n) {
+        const int i = thread + n * C::THREADS;
+        const int pixel = pixels_adjacent ? i % SIDE : i / SIDE, channel = pixels_adjacent ? i / SIDE : i % SIDE;
+        if (i < SIDE * SIDE && first_pixel + pixel < p.pixels && first_channel + channel < from.channels)
+          f(n, pixel, channel);
       }
+    };
+    const bool pixels_adjacent = from.strides[1] == 1;
+    const int64_t first = image * from.strides[0] + first_pixel * from.strides[1] + first_channel * from.strides[2];
+    uint32_t bits[COUNT] = {};
+    for_each(pixels_adjacent, [&](int n, int pixel, int channel) {
+      bits[n] = feature(from, first + pixel * from.strides[1] + channel * from.strides[2]);
+    });
+    if (!pixels_adjacent) {  // transpose
+      const Address tile = shared_memory();
+      const auto place = [&](int pixel, int channel) { return tile + (channel * STRIDE + pixel) * 4; };
+      sync_block();
+      for_each(false, [&](int n, int pixel, int channel) { store_shared(place(pixel, channel), bits[n]); });
+      sync_block();
+      for_each(true, [&](int n, int pixel, int channel) { bits[n] = load_shared<uint32_t>(place(pixel, channel)); });
     }
+    const int64_t of_thread = first_pixel + thread % SIDE;
+    const float factor =
+        with_units && of_thread < p.pixels ? reciprocal(unit_of(network, image * int64_t{p.pixels} + of_thread)) : 1.f;
+    for_each(true, [&](int n, int pixel, int channel) {
+      float value = value_of(from, bits[n]) * factor;
+      for (int term = 0; term < C::TERMS; ++term) {
+        const int64_t line = (int64_t{image} * C::TERMS + term) * from.channels + first_channel + channel;
+        if (from.element_bytes == 4 || with_units) bits[n] = take_term(value);
+        store_global(from.terms + line * from.line + first_pixel + pixel, static_cast<uint16_t>(bits[n]));
+      }
+    });
   }
 
   // From the last tile to the first: their features may still be in L2 if units were measured, which starts with those
