@@ -6,7 +6,8 @@
 //
 // If features are in units, so are G and K: K_ij contains the units of both pixels, so the sum over the columns of
 // K_ij q_j is right except for the unit of pixel i, which for_each_U takes out. For cosine and none the units are part
-// of alpha and ratio. For row, D_ij and K_ij also have the unit of column j, and D_ji has that of row i.
+// of alpha and ratio. For row with two terms, D_ij and K_ij also have the unit of column j, and D_ji has that of row i;
+// with one term, all pixels of an image have the same.
 #pragma once
 
 #include <cmath>
