@@ -120,8 +120,6 @@ def check(
 @every_precision
 @pytest.mark.core(9)
 def test_every_relation(library: ctypes.CDLL, precision: str, relation: Relation) -> None:
-    if precision == "fp16" and relation.normalize == "none" and relation.distance != "l1":
-        pytest.skip("not covered: K has no bound")
     for layout, channels in IN_PLACE_AND_COPIED:
         check(library, *draw(DTYPES[precision], 1, 200, channels, layout), relation, precision)
 
@@ -198,7 +196,16 @@ def test_views_are_read_in_place_or_copied(library: ctypes.CDLL, precision: str,
 
 # --- features in units: powers of two by which pixels are divided -----------------------------------------------------
 
-in_units = pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+in_units = pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32x3"])
+
+
+def errors_of_image(found: TileSums, expected: TileSums, image: int) -> list[float]:
+    """Return the errors of one pixel's U, at worst, of U, of the loss and of h, if there is one."""
+    used = expected.U[image].norm(dim=-1) > 0
+    U, exact = found.U[image, used].double(), expected.U[image, used]
+    of_pixels = (U - exact).norm(dim=-1) / exact.norm(dim=-1)
+    sums = [(found.loss, expected.loss)] + ([] if found.h is None else [(found.h, expected.h)])
+    return [of_pixels.max().item(), error(U, exact), *(error(x[image], y[image]) for x, y in sums)]
 
 
 def check_in_units(
@@ -209,7 +216,7 @@ def check_in_units(
     precision: str,
     scales: Scales | None = None,
 ) -> None:
-    """Errors are at most three times those of float32 arithmetic plus four units, for U of each pixel, too.
+    """Errors are at most three times those of float32 arithmetic plus four units, for U of each image and pixel.
 
     A unit is that of K: 2^-23 if it has two terms, 2^-12 if it has one. The gradient kernel ignores U of zero-norm
     pixels with cosine.
@@ -220,38 +227,40 @@ def check_in_units(
     eager = blocked_tiles(student.float(), teacher.float(), scales, relation, True)
     exact = Scales(*(None if x is None else x.double() for x in scales))
     expected = blocked_tiles(student.double(), teacher.double(), exact, relation, True)
-    used = expected.U.norm(dim=-1) > 0
-
-    def of_pixel(U: Tensor) -> float:
-        return ((U.double() - expected.U).norm(dim=-1) / expected.U.norm(dim=-1))[used].max().item()
-
-    assert error(tiles.loss, expected.loss) < 3 * error(eager.loss, expected.loss) + 2**-22
-    assert error(tiles.U[used], expected.U[used]) < 3 * error(eager.U, expected.U) + 4 * unit
-    assert of_pixel(tiles.U) < 3 * of_pixel(eager.U) + 4 * unit
-    if tiles.h is not None:
-        assert error(tiles.h, expected.h) < 3 * error(eager.h, expected.h) + 2**-22
+    for image in range(len(student)):
+        found = errors_of_image(tiles, expected, image)
+        limits = [
+            3 * x + y for x, y in zip(errors_of_image(eager, expected, image), (4 * unit, 4 * unit, 2**-22, 2**-22))
+        ]
+        assert all(x < limit for x, limit in zip(found, limits)), f"image {image}: errors {found}, limits {limits}"
 
 
-def draw_float32(precision: str, pixels: int = 200, channels: tuple[int, int] = (20, 70)) -> tuple[Tensor, Tensor]:
-    """Return features with as many bits as their terms: with more, one term would only be as accurate as TF32."""
-    return draw(torch.float32, 1, pixels, channels, "nchw", torch.bfloat16 if precision == "tf32" else torch.float32)
+def draw_for(precision: str, pixels: int = 200, channels: tuple[int, int] = (20, 70)) -> tuple[Tensor, Tensor]:
+    """Return features with no more bits than their terms: with more, one term would only be as accurate as TF32."""
+    values = torch.float32 if precision == "tf32x3" else torch.bfloat16
+    return draw(DTYPES[precision], 1, pixels, channels, "nchw", values)
 
 
 def powers_of_two(least: int, most: int, pixels: int = 200) -> Tensor:
     return 2.0 ** torch.randint(least, most + 1, (1, pixels, 1))
 
 
+def in_range(exponent: int, precision: str) -> float:
+    """Return a power of two, with an eighth of the exponent for float16."""
+    return 2.0 ** (exponent // 8 if precision == "fp16" else exponent)
+
+
 @in_units
 @pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
-@pytest.mark.core(3)
-def test_float32_is_as_accurate_as_eager(library: ctypes.CDLL, relation: Relation, precision: str) -> None:
-    check_in_units(library, *draw_float32(precision, 300), relation, precision)
+@pytest.mark.core(5)
+def test_features_are_as_accurate_as_eager(library: ctypes.CDLL, relation: Relation, precision: str) -> None:
+    check_in_units(library, *draw_for(precision, 300), relation, precision)
 
 
 @pytest.mark.parametrize("relation", RELATIONS, ids=name_of)
 def test_one_term_is_as_accurate_as_tf32(library: ctypes.CDLL, relation: Relation) -> None:
     """Errors are about those of rounding the features to 11 bits, and K, which alone makes one of 2^-12."""
-    student, teacher = draw_float32("tf32x3", 300)
+    student, teacher = draw_for("tf32x3", 300)
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, "tf32")
 
@@ -266,7 +275,7 @@ def test_one_term_is_as_accurate_as_tf32(library: ctypes.CDLL, relation: Relatio
     assert error(tiles.U, expected.U) < 1.5 * error(rounded.U, expected.U) + 2**-12
 
 
-@pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32x3"])
+@in_units
 @pytest.mark.parametrize("relation", RELATIONS[:6], ids=name_of)
 @pytest.mark.core(6)
 def test_pixels_of_any_magnitude(library: ctypes.CDLL, relation: Relation, precision: str) -> None:
@@ -276,14 +285,14 @@ def test_pixels_of_any_magnitude(library: ctypes.CDLL, relation: Relation, preci
     """
     most = 11 if relation.normalize == "row" and precision == "tf32" else 20
     pixels = powers_of_two(-16, 3) if precision == "fp16" else powers_of_two(-most, most)
-    student, teacher = (x.to(DTYPES[precision]) * pixels.to(DTYPES[precision]) for x in draw_float32(precision))
+    student, teacher = (x * pixels.to(x.dtype) for x in draw_for(precision))
     check_in_units(library, student, teacher, relation, precision)
 
 
 @in_units
 def test_outliers_without_normalisation(library: ctypes.CDLL, precision: str) -> None:
     """K in float16 has room for products that are much larger than the others."""
-    student, teacher = draw_float32(precision)
+    student, teacher = draw_for(precision)
     student[:, 7] *= 128
     teacher[:, 9] *= 128
     for distance in ("l1", "l2"):
@@ -302,9 +311,9 @@ def test_zero_norm_pixels_that_have_features(
     library: ctypes.CDLL, distance: str, normalize: str, eps: float, precision: str
 ) -> None:
     """With a large eps, many pixels have relation 0 but still contribute to the rows of others."""
-    student, teacher = draw_float32(precision, channels=(20, 24))
+    student, teacher = draw_for(precision, channels=(20, 24))
     relation = Relation(normalize, distance, eps=eps)
-    for features in (student, student * powers_of_two(-10, 10)):
+    for features in (student, student * powers_of_two(-10, 10).to(student.dtype)):
         scales = scales_of(features, teacher, relation, torch.float32)
         assert 0.1 < (scales.student == 0).double().mean() < 0.9 and (scales.teacher == 0).any()
         check_in_units(library, features, teacher, relation, precision, scales)
@@ -316,7 +325,7 @@ def test_zero_norm_pixels_that_have_features(
 def test_networks_of_any_magnitude(
     library: ctypes.CDLL, exponents: tuple[int, int], normalize: str, precision: str
 ) -> None:
-    student, teacher = (x * 2.0**exponent for x, exponent in zip(draw_float32(precision), exponents))
+    student, teacher = (x * in_range(exponent, precision) for x, exponent in zip(draw_for(precision), exponents))
     relation = Relation(normalize, "l1", eps=0.0)
     exact = scales_of(student.double(), teacher.double(), relation, torch.float64)
     scales = Scales(*(None if x is None else x.float() for x in exact))
@@ -324,13 +333,14 @@ def test_networks_of_any_magnitude(
 
 
 @in_units
-@pytest.mark.parametrize("magnitude", [2.0**-33, 2.0**-30, 2.0**27])
+@pytest.mark.parametrize("exponent", [-33, -30, 27])
 @pytest.mark.parametrize("distance", ["l2", "huber"])
 def test_any_magnitude_without_normalisation(
-    library: ctypes.CDLL, distance: str, magnitude: float, precision: str
+    library: ctypes.CDLL, distance: str, exponent: int, precision: str
 ) -> None:
     """K, which is in proportion to a square of the features here, is in the range of float16."""
-    student, teacher = (x * magnitude for x in draw_float32(precision))
+    magnitude = in_range(exponent, precision)
+    student, teacher = (x * magnitude for x in draw_for(precision))
     relation = Relation("none", distance, delta=3 * magnitude**2)
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
@@ -346,14 +356,34 @@ def test_the_larger_network_bounds_the_weights(
     library: ctypes.CDLL, magnitudes: tuple[float, float], precision: str
 ) -> None:
     """Otherwise K is infinite in float16."""
-    student, teacher = (x * magnitude for x, magnitude in zip(draw_float32(precision), magnitudes))
+    student, teacher = (x * magnitude for x, magnitude in zip(draw_for(precision), magnitudes))
     check_in_units(library, student, teacher, Relation("none", "l2"), precision)
 
 
 @in_units
+@pytest.mark.parametrize("channels", [63, 64])
+def test_the_largest_weights(library: ctypes.CDLL, channels: int, precision: str) -> None:
+    """All products are the largest that units allow, and those of student and teacher have opposite signs."""
+    student = torch.full((1, 140, channels), 1.9921875, dtype=DTYPES[precision])
+    teacher = student * (1 - 2.0 * (torch.arange(140) % 2))[:, None].to(student.dtype)
+    check_in_units(library, student, teacher, Relation("none", "l2"), precision)
+
+
+@in_units
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_images_of_any_magnitude(library: ctypes.CDLL, normalize: str, precision: str) -> None:
+    """Each image has its own units and its own scale of K."""
+    student, teacher = (x.expand(3, -1, -1) for x in draw_for(precision))
+    magnitudes = torch.tensor([in_range(exponent, precision) for exponent in (0, -24, 24)]).to(student.dtype)
+    student, teacher = (x.mT.mul(magnitudes[:, None, None]).mT for x in (student, teacher))
+    relation = Relation(normalize, "l2", eps=0.0)
+    check_in_units(library, student, teacher, relation, precision)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
 def test_denormal_features(library: ctypes.CDLL, precision: str) -> None:
     """Their products are 0 in float32, yet their differences have signs."""
-    student, teacher = (x * 2.0**-130 for x in draw_float32(precision))
+    student, teacher = (x * 2.0**-130 for x in draw_for(precision))
     relation = Relation("none", "l1")
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
@@ -364,17 +394,17 @@ def test_denormal_features(library: ctypes.CDLL, precision: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
-@pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32x3"])
+@in_units
 @pytest.mark.core(4)
 def test_features_that_are_not_finite(library: ctypes.CDLL, normalize: str, value: float, precision: str) -> None:
-    student, teacher = (x.to(DTYPES[precision]) for x in draw_float32(precision, 140))
+    student, teacher = draw_for(precision, 140)
     for features in (student, teacher):
         kept, features[0, 7, 3] = features[0, 7, 3].clone(), value
         for need_grad in (True, False):
-            relation = Relation(normalize, "l1" if precision == "fp16" else "l2")
+            relation = Relation(normalize, "l2")
             scales = scales_of(student, teacher, relation, torch.float32)
             loss = emulate(library, student, teacher, scales, relation, precision, need_grad).loss
-            assert loss.isnan() or (loss.isinf() and relation.distance == "l1")
+            assert loss.isnan()
         features[0, 7, 3] = kept
 
 
@@ -389,9 +419,6 @@ def test_a_nan_is_not_clamped(library: ctypes.CDLL, precision: str) -> None:
     assert tiles.loss.isnan().all() and not tiles.U.isfinite().any()
 
 
-HALF, L2, HUBER = PRECISIONS.index("fp16"), DISTANCES.index("l2"), DISTANCES.index("huber")
-
-
 # the fields of Problem
 @pytest.mark.parametrize(
     ("problem", "reason"),
@@ -402,10 +429,6 @@ HALF, L2, HUBER = PRECISIONS.index("fp16"), DISTANCES.index("l2"), DISTANCES.ind
         ((2**15, 8, 65, 8, 0, 1, 0, 0, 1), "more than 2^16 images"),  # for each 64 channels of U
         ((1, 8, 257, 8, 0, 1, 0, 0, 1), "a student with more than 256 channels"),
         ((1, 8, 8, 1025, 0, 1, 0, 0, 1), "a teacher with more than 1024 channels"),
-        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), L2, 1), "an unbounded distance"),
-        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), HUBER, 1.5), "an unbounded distance"),
-        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("none"), HUBER, 1), ""),
-        ((1, 8, 8, 8, HALF, 1, NORMALIZATIONS.index("row"), HUBER, 1.5), ""),
     ],
 )
 def test_which_problems_are_covered(library: ctypes.CDLL, problem: tuple[float, ...], reason: str) -> None:

@@ -131,8 +131,8 @@ BACKENDS = {
             Fault(
                 "float16 features with cosine have no units",
                 HOPPER_PLAN,
-                "(precision == Precision::fp16 && normalize == Normalize::cosine)",
-                "(precision == Precision::fp16 && normalize == Normalize::cosine && false)",
+                "  return problem.normalize == Normalize::cosine;\n",
+                "  return false;\n",
                 HOPPER_UNITS,
             ),
             Fault(

@@ -29,11 +29,6 @@ inline const char* uncovered_reason(const Problem& problem, const Device& device
   if (!is_divisible(int64_t{problem.images} * ceil_div(problem.student_channels, GROUP), problem.pixels, TILE,
                     device.multiprocessors))
     return "features with more than 2^19 pixels, or more than 2^16 images";
-  // |K| <= 2 |rho'| with normalize="none": other distances have no bound without the largest feature, which is known
-  // only if there are two terms, and K is float16 like the features
-  if (problem.precision == Precision::fp16 && problem.normalize == Normalize::none &&
-      (problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1)))
-    return "float16 features with normalize=\"none\" and an unbounded distance";
   return nullptr;
 }
 

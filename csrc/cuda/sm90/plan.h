@@ -141,11 +141,14 @@ auto with_constant(bool value, F f) {
 }
 
 // Returns whether features are divided by the units of their pixels, and thus copied. Those of float32 are, to become
-// float16, and those of float16 with cosine: K is float16, too, and in proportion to the product of two alphas. One
-// pixel whose features are 2^-17 of the others' would leave nothing of the others' K.
-constexpr bool has_units(Precision precision, Normalize normalize) {
-  return precision == Precision::tf32 || precision == Precision::tf32x3 ||
-         (precision == Precision::fp16 && normalize == Normalize::cosine);
+// float16. Those of float16 are where K, float16 too, has a wide range. With cosine it is in proportion to the product
+// of two alphas: one pixel whose features are 2^-17 of the others' would leave nothing of the others' K. With none it
+// is rho'(D), which may have no other bound than the largest product of features.
+inline bool has_units(const Problem& problem) {
+  if (problem.precision != Precision::fp16) return problem.precision != Precision::bf16;
+  if (problem.normalize == Normalize::none)
+    return problem.distance == Distance::l2 || (problem.distance == Distance::huber && problem.delta > 1);
+  return problem.normalize == Normalize::cosine;
 }
 
 // Calls f(Config<...>{}) for one precision, an integral_constant: bf16, fp16, or tf32x3 for two float16 terms, which

@@ -57,7 +57,7 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
   plan(p, problem, multiprocessors);
   result.precision = problem.precision;
   const int terms = problem.precision == Precision::tf32x3 ? 2 : 1;
-  const bool units = has_units(problem.precision, problem.normalize);
+  const bool units = has_units(problem);
   const auto both = [&](bool pixels_adjacent) {
     return readable(problem, student, pixels_adjacent) && readable(problem, teacher, pixels_adjacent);
   };
