@@ -25,7 +25,7 @@ from srpkd.kernels.formulas import scales_of
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32}
 # the error of U relative to float64 if G is exact: K is rounded to 8 bits, 11 bits, or two terms of 11 bits
 TOLERANCE = {"bf16": 2e-3, "fp16": 3e-4, "tf32": 3e-4, "tf32x3": 1e-6}
-ROW = Relation("row", "l1")
+ROW, COSINE = Relation("row", "l1"), Relation("cosine", "l1")
 # layouts and channels: TMA reads lines of a multiple of 8 elements with 16 bits in place; others are copied
 IN_PLACE_AND_COPIED = ("nlc", (5, 7)), ("nlc", (8, 72)), ("nchw", (5, 7))
 SEEDS = range(1, 10)  # every order of the warps with every delay of asynchronous work
@@ -195,6 +195,21 @@ def test_views_are_read_in_place_or_copied(library: ctypes.CDLL, precision: str,
         check(library, student, teacher, ROW, precision)
 
 
+@every_layout
+@pytest.mark.parametrize(
+    ("precision", "relation", "expected"),
+    [
+        ("bf16", COSINE, 0), ("fp16", ROW, 0), ("fp16", COSINE, 2), ("fp16", Relation("none", "huber"), 0),
+        ("fp16", Relation("none", "huber", delta=2.0), 2), ("fp16", Relation("none", "l2"), 2), ("tf32", ROW, 2),
+    ],
+)  # fmt: skip
+def test_which_networks_are_copied(
+    library: ctypes.CDLL, precision: str, relation: Relation, expected: int, layout: str
+) -> None:
+    check(library, *draw(DTYPES[precision], 1, 136, (8, 8), layout), relation, precision)
+    assert library.copied() == expected, "features that TMA can read in place are only copied to be divided by units"
+
+
 # --- features in units: powers of two by which pixels are divided -----------------------------------------------------
 
 in_units = pytest.mark.parametrize("precision", ["fp16", "tf32", "tf32x3"])
@@ -228,11 +243,10 @@ def check_in_units(
     eager = blocked_tiles(student.float(), teacher.float(), scales, relation, True)
     exact = Scales(*(None if x is None else x.double() for x in scales))
     expected = blocked_tiles(student.double(), teacher.double(), exact, relation, True)
+    least = 4 * unit, 4 * unit, 2**-22, 2**-22
     for image in range(len(student)):
         found = errors_of_image(tiles, expected, image)
-        limits = [
-            3 * x + y for x, y in zip(errors_of_image(eager, expected, image), (4 * unit, 4 * unit, 2**-22, 2**-22))
-        ]
+        limits = [3 * x + y for x, y in zip(errors_of_image(eager, expected, image), least)]
         assert all(x < limit for x, limit in zip(found, limits)), f"image {image}: errors {found}, limits {limits}"
 
 
@@ -294,8 +308,7 @@ def test_pixels_of_any_magnitude(library: ctypes.CDLL, relation: Relation, preci
 def test_outliers_without_normalisation(library: ctypes.CDLL, precision: str) -> None:
     """K in float16 has room for products that are much larger than the others."""
     student, teacher = draw_for(precision)
-    student[:, 7] *= 128
-    teacher[:, 9] *= 128
+    student[:, 7], teacher[:, 9] = 128 * student[:, 7], 128 * teacher[:, 9]
     for distance in ("l1", "l2"):
         scales = scales_of(student, teacher, relation := Relation("none", distance), torch.float32)
         tiles = emulate(library, student, teacher, scales, relation, precision)
@@ -352,21 +365,14 @@ def test_any_magnitude_without_normalisation(
 
 
 @in_units
-@pytest.mark.parametrize("magnitudes", [(128, 1), (1, 128)], ids=str)
-def test_the_larger_network_bounds_the_weights(
-    library: ctypes.CDLL, magnitudes: tuple[float, float], precision: str
+@pytest.mark.parametrize(("channels", "magnitudes"), [(63, (1, 1)), (64, (1, 1)), (63, (128, 1)), (63, (1, 128))])
+def test_the_largest_weights(
+    library: ctypes.CDLL, channels: int, magnitudes: tuple[float, float], precision: str
 ) -> None:
-    """Otherwise K is infinite in float16."""
-    student, teacher = (x * magnitude for x, magnitude in zip(draw_for(precision), magnitudes))
-    check_in_units(library, student, teacher, Relation("none", "l2"), precision)
-
-
-@in_units
-@pytest.mark.parametrize("channels", [63, 64])
-def test_the_largest_weights(library: ctypes.CDLL, channels: int, precision: str) -> None:
-    """All products are the largest that units allow, and those of student and teacher have opposite signs."""
-    student = torch.full((1, 140, channels), 1.9921875, dtype=DTYPES[precision])
-    teacher = student * (1 - 2.0 * (torch.arange(140) % 2))[:, None].to(student.dtype)
+    """All products are the largest that units allow; those of some pairs have opposite signs in the two networks."""
+    student = torch.full((1, 140, channels), 1.9921875 * magnitudes[0], dtype=DTYPES[precision])
+    signs = 1 - 2.0 * (torch.arange(140) % 3 == 0)[:, None]
+    teacher = student * (signs * magnitudes[1] / magnitudes[0]).to(student.dtype)
     check_in_units(library, student, teacher, Relation("none", "l2"), precision)
 
 
