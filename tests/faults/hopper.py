@@ -9,7 +9,7 @@ HOPPER_COLUMNS, HOPPER_LOADERS = "csrc/cuda/sm90/columns.cuh", "csrc/cuda/sm90/l
 HOPPER_PREPARE, HOPPER_WORK = "csrc/cuda/sm90/prepare.cuh", "csrc/cuda/sm90/work.h"
 HOPPER_PLAN = "csrc/cuda/sm90/plan.h"
 HOPPER_SCHEDULES = "tests/csrc/test_sm90_tiles.py -k schedule or races"
-HOPPER_UNITS = "tests/csrc/test_sm90_tiles.py -k as_eager or any_magnitude or have_features"
+HOPPER_UNITS = "tests/csrc/test_sm90_units.py -k as_eager or any_magnitude or have_features"
 
 BACKENDS = {
     "hopper": Backend(
@@ -159,9 +159,23 @@ BACKENDS = {
             Fault(
                 "the largest alpha of row with one term lacks the unit",
                 HOPPER_PREPARE,
-                "    if (!OF_PIXELS) result.alpha *= result.units[0];\n",
-                "",
+                "OF_PIXELS ? result.alpha : result.alpha * units[0]",
+                "result.alpha",
                 HOPPER_UNITS,
+            ),
+            Fault(
+                "the scale of K ignores the units if no pixel has a norm",
+                HOPPER_PREPARE,
+                "C::SYMMETRIC ? 1 : reciprocal(units[0])",
+                "1",
+                "tests/csrc/test_sm90_units.py -k norms_are_all_zero",
+            ),
+            Fault(
+                "a network without features bounds K",
+                HOPPER_PREPARE,
+                "    if (units[1] == 0) units[1] = units[0];\n",
+                "    if (units[1] == 0) units[1] = 1;\n",
+                "tests/csrc/test_sm90_units.py -k without_features",
             ),
         ],
     ),

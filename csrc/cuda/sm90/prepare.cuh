@@ -101,7 +101,7 @@ struct Preparation {
 
   // --- the scales ---------------------------------------------------------------------------------------------------
 
-  // The largest values of an image; 1 in place of 0.
+  // The largest values of an image, none of which is 0. See largest_of.
   struct Largest {
     float alpha;     // of the student, times the unit of its pixel
     float units[2];  // of the student and the teacher
@@ -115,7 +115,7 @@ struct Preparation {
     if (thread % 32 == 0) store_shared(of_warps + thread / 32 * 4, value);
     sync_block();
     for (int i = 0; i < WARPS; ++i) value = fmaxf(value, load_shared<float>(of_warps + i * 4));
-    return value == 0 ? 1 : value;
+    return value;
   }
 
   // Other thread blocks may already have replaced units by final ones. Those do not change the largest values.
@@ -128,9 +128,15 @@ struct Preparation {
       result.units[0] = fmaxf(result.units[0], unit);
       if (with_units) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
     }
-    result.alpha = largest_of_block(result.alpha);
-    for (float& unit : result.units) unit = with_units ? largest_of_block(unit) : 1;
-    if (!OF_PIXELS) result.alpha *= result.units[0];
+    float (&units)[2] = result.units;
+    for (float& unit : units) unit = with_units ? largest_of_block(unit) : 1;
+    // A network without any feature but 0 has the unit of the other, and does not raise the bound of K.
+    if (units[0] == 0) units[0] = units[1] == 0 ? 1 : units[1];
+    if (units[1] == 0) units[1] = units[0];
+    result.alpha = largest_of_block(OF_PIXELS ? result.alpha : result.alpha * units[0]);
+    // Without any alpha, K is to be 0: so small in float16 that it is, see scale_of. 1 / norm of a row is in proportion
+    // to 1 / unit^2.
+    if (result.alpha == 0) result.alpha = C::SYMMETRIC ? 1 : reciprocal(units[0]);
     return result;
   }
 

@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/sm90 on the host. tests/csrc/test_sm90_tiles.py calls them through ctypes.
+// The kernels of csrc/cuda/sm90 on the host. tests/emulated_tiles.py calls them through ctypes.
 #include <cstring>
 #include <memory>
 #include <string>
