@@ -34,7 +34,7 @@ struct Preparation {
 
   // --- the units of features ----------------------------------------------------------------------------------------
   // A feature divided by its pixel's unit is below 2^14. As two float16 terms it has an error of at most 2^-23 of
-  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel; as one, 2^-12 of itself or 2^-25.
+  // itself or 2^-25, which is 2^-38 of the largest feature of the pixel; as one, 2^-11 of itself or 2^-25.
 
   static constexpr int FEATURE_EXPONENT = 14;
 
@@ -94,7 +94,7 @@ struct Preparation {
   // Returns the final unit of a pixel, given that of its features and the largest of the image. K_ij times the units of
   // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
   // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits as
-  // two terms, down to 2^-28 11 bits as one. So row with one term has the same unit for all pixels, too.
+  // two terms, down to 2^-27 11 bits as one. So row with one term has the same unit for all pixels, too.
   static SRPKD_DEVICE float final_unit(const float* alpha, int64_t pixel, float own, float largest) {
     return OF_PIXELS && alpha && load_global(alpha + pixel) != 0 ? own : largest;
   }
