@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_kernels import draw
+from emulated_kernels import draw, every_layout
 from emulated_tiles import DTYPES, TOLERANCE, emulate, load_tiles
 from helpers import RELATIONS, error, name_of
 from torch import Tensor
@@ -215,6 +215,24 @@ def test_the_largest_weights(
     signs = 1 - 2.0 * (torch.arange(140) % 3 == 0)[:, None]
     teacher = student * (signs * magnitudes[1] / magnitudes[0]).to(student.dtype)
     check_in_units(library, student, teacher, Relation("none", "l2"), precision)
+
+
+@in_units
+@every_layout
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.core(6)
+def test_channels_of_any_magnitude(library: ctypes.CDLL, normalize: str, layout: str, precision: str) -> None:
+    """Units are those of the last channel, in both layouts and in the second image, also without a gradient."""
+    student, teacher = draw(DTYPES[precision], 2, 72, (40, 70), layout)
+    for features, exponent in ((student, 24), (teacher, -24)):
+        features *= 2.0 ** torch.linspace(-8, 0, features.shape[2]).round()
+        features[1] *= in_range(exponent, precision)
+    relation = Relation(normalize, "l2", eps=0.0)
+    check_in_units(library, student, teacher, relation, precision)
+    scales = scales_of(student, teacher, relation, torch.float32)
+    loss = emulate(library, student, teacher, scales, relation, precision, need_grad=False).loss
+    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, False).loss
+    assert (loss / expected - 1).abs().max() < 2e-6
 
 
 @in_units
