@@ -10,6 +10,9 @@ import torch
 from helpers import ALL, OTHER, within
 from torch import Tensor
 
+from srpkd.kernels import Relation, Scales, TileSums
+from srpkd.kernels.blocked import relation_tiles
+
 LAYOUTS = ("nlc", "nchw")
 PRECISIONS = ("bf16", "fp16", "tf32", "tf32x3")  # of enum Precision
 # multiprocessors; bytes of shared memory per block, per multiprocessor, and reserved per block
@@ -64,6 +67,14 @@ def draw(
 def surrounded(features: Tensor, layout: str, index: tuple[slice, ...]) -> Tensor:
     """Return features (B, N, C) in a layout, as a view of memory that is NaN elsewhere."""
     return within(features.mT, *index).mT if layout == "nchw" else within(features, *index)
+
+
+def exact_tiles(
+    student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, need_grad: bool = True
+) -> TileSums:
+    """Compute the primitive in float64, with the same scales."""
+    wide = Scales(*(None if x is None else x.double() for x in scales))
+    return relation_tiles(student.double(), teacher.double(), wide, relation, need_grad)
 
 
 class Launch(NamedTuple):

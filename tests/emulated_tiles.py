@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_kernels import PRECISIONS, extent, pointer
+from emulated_kernels import PRECISIONS, exact_tiles, extent, pointer
 from helpers import error
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
-from srpkd.kernels.blocked import relation_tiles as blocked_tiles
 from srpkd.kernels.formulas import scales_of
 
 # tf32: one float16 term of float32 features; tf32x3: two
@@ -93,8 +92,7 @@ def check(
     """Compare with the float64 primitive, computed with the same scales."""
     scales = scales or scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision, **options)
-    exact = Scales(*(None if x is None else x.double() for x in scales))
-    expected = blocked_tiles(student.double(), teacher.double(), exact, relation, tiles.U is not None)
+    expected = exact_tiles(student, teacher, scales, relation, tiles.U is not None)
     assert error(tiles.loss, expected.loss) < 1e-6
     if tiles.U is not None:
         assert error(tiles.U, expected.U) < TOLERANCE[precision]

@@ -122,10 +122,14 @@ def features(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     apart: float = 1e-6,
+    change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor]:
-    """Random student and teacher features (B, N, C_s), (B, N, C_t), redrawn until no pair is near a tie."""
+    """Random student and teacher features (B, N, C_s), (B, N, C_t), redrawn until no pair is near a tie.
+
+    change: of the features of each network, before they are compared.
+    """
     for _ in range(1000):
-        student, teacher = ((torch.randn(batch, pixels, count) + 0.5).to(dtype) for count in channels)
+        student, teacher = (change((torch.randn(batch, pixels, count) + 0.5).to(dtype)) for count in channels)
         if relation is None or tie_gap(student, teacher, relation) > apart:
             return student.to(device), teacher.to(device)
     raise AssertionError(f"no features found that lie {apart} apart from ties: ask for fewer pixels")

@@ -17,12 +17,11 @@ from typing import NamedTuple
 import emulated_kernels
 import pytest
 import torch
-from emulated_kernels import DEVICES, PRECISIONS, VIEWS, every_layout, extent, pointer, surrounded
+from emulated_kernels import DEVICES, PRECISIONS, VIEWS, every_layout, exact_tiles, extent, pointer, surrounded
 from helpers import RELATIONS, error, name_of
 from torch import Tensor
 
 from srpkd.kernels import DISTANCES, NORMALIZATIONS, Relation, Scales, TileSums
-from srpkd.kernels.blocked import relation_tiles as blocked_tiles
 from srpkd.kernels.formulas import gradient_of, scales_of
 from srpkd.kernels.reference import relation_loss as reference_loss
 
@@ -119,8 +118,7 @@ def assert_equal_to_float64(
     actual: TileSums, student: Tensor, teacher: Tensor, scales: Scales, relation: Relation, precision: str
 ) -> None:
     """Compare with the float64 primitive, computed with the same scales."""
-    scales = Scales(*(None if x is None else x.double() for x in scales))
-    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, actual.U is not None)
+    expected = exact_tiles(student, teacher, scales, relation, actual.U is not None)
     assert error(actual.loss, expected.loss) < 5e-7
     if actual.U is not None:
         assert error(actual.U, expected.U) < TOLERANCE[precision]

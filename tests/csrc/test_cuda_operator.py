@@ -12,12 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_kernels import DEVICES, EmulatedGpu
+from emulated_kernels import DEVICES, EmulatedGpu, exact_tiles
 from helpers import RELATIONS, STRIDES, error, name_of
 from torch import Tensor
 
 from srpkd.kernels import NORMALIZATIONS, Relation, TileSums, formulas, native
-from srpkd.kernels.blocked import relation_tiles as blocked_tiles
 from srpkd.kernels.reference import relation_loss as reference_loss
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -309,8 +308,7 @@ def check_tiles(student: Tensor, teacher: Tensor, relation: Relation, need_grad:
     """student, teacher (B, N, C)."""
     scales = formulas.scales_of(student, teacher, relation, torch.float32)
     sums = native.relation_tiles(student, teacher, scales, relation, need_grad)
-    wide = formulas.Scales(*(x if x is None else x.double() for x in scales))
-    exact = blocked_tiles(student.double(), teacher.double(), wide, relation, need_grad)
+    exact = exact_tiles(student, teacher, scales, relation, need_grad)
     for actual, expected in zip(sums, exact):
         assert (actual is None) == (expected is None)
         assert actual is None or error(actual, expected) < 2e-3

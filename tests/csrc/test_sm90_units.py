@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_kernels import draw, every_layout
+from emulated_kernels import draw, every_layout, exact_tiles
 from emulated_tiles import DTYPES, TOLERANCE, emulate, load_tiles
 from helpers import RELATIONS, error, name_of
 from torch import Tensor
@@ -55,8 +55,7 @@ def check_in_units(
     scales = scales or scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
     eager = blocked_tiles(student.float(), teacher.float(), scales, relation, True)
-    exact = Scales(*(None if x is None else x.double() for x in scales))
-    expected = blocked_tiles(student.double(), teacher.double(), exact, relation, True)
+    expected = exact_tiles(student, teacher, scales, relation)
     least = 4 * unit, 4 * unit, 2**-22, 2**-22
     for image in range(len(student)):
         found = errors_of_image(tiles, expected, image)
@@ -97,9 +96,8 @@ def test_one_term_is_as_accurate_as_tf32(library: ctypes.CDLL, relation: Relatio
         mantissa, exponent = torch.frexp(x.double())
         return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
-    exact = Scales(*(None if x is None else x.double() for x in scales))
-    expected = blocked_tiles(student.double(), teacher.double(), exact, relation, True)
-    rounded = blocked_tiles(tf32(student), tf32(teacher), exact, relation, True)
+    expected = exact_tiles(student, teacher, scales, relation)
+    rounded = exact_tiles(tf32(student), tf32(teacher), scales, relation)
     assert error(tiles.loss, expected.loss) < 1.5 * error(rounded.loss, expected.loss) + 1e-6
     assert error(tiles.U, expected.U) < 1.5 * error(rounded.U, expected.U) + 2**-12
 
@@ -126,7 +124,7 @@ def test_outliers_without_normalisation(library: ctypes.CDLL, precision: str) ->
     for distance in ("l1", "l2"):
         scales = scales_of(student, teacher, relation := Relation("none", distance), torch.float32)
         tiles = emulate(library, student, teacher, scales, relation, precision)
-        expected = blocked_tiles(student.double(), teacher.double(), scales, relation, True)
+        expected = exact_tiles(student, teacher, scales, relation)
         assert error(tiles.loss, expected.loss) < 2e-6
         limit = 2e-5 if precision == "tf32x3" else 2e-3
         assert ((tiles.U - expected.U).norm(dim=-1) < limit * expected.U.norm(dim=-1)).all()
@@ -158,7 +156,7 @@ def test_images_whose_norms_are_all_zero(library: ctypes.CDLL, distance: str, ex
     scales = scales_of(student, teacher, relation, torch.float32)
     scales = scales._replace(student=torch.zeros_like(scales.teacher))
     tiles = emulate(library, student, teacher, scales, relation, precision)
-    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, False)
+    expected = exact_tiles(student, teacher, scales, relation, False)
     assert error(tiles.loss, expected.loss) < 1e-6
     assert tiles.h is not None and (tiles.U == 0).all() and (tiles.h.abs() < 1e-11).all()
 
@@ -188,7 +186,7 @@ def test_any_magnitude_without_normalisation(
     relation = Relation("none", distance, delta=3 * magnitude**2)
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
-    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, True)
+    expected = exact_tiles(student, teacher, scales, relation)
     if magnitude > 2.0**-33:  # there the squares are denormal
         assert error(tiles.loss / magnitude**4, expected.loss / magnitude**4) < 2e-6
     assert error(tiles.U.double() / magnitude**3, expected.U / magnitude**3) < 2 * TOLERANCE[precision]
@@ -231,7 +229,7 @@ def test_channels_of_any_magnitude(library: ctypes.CDLL, normalize: str, layout:
     check_in_units(library, student, teacher, relation, precision)
     scales = scales_of(student, teacher, relation, torch.float32)
     loss = emulate(library, student, teacher, scales, relation, precision, need_grad=False).loss
-    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, False).loss
+    expected = exact_tiles(student, teacher, scales, relation, False).loss
     assert (loss / expected - 1).abs().max() < 2e-6
 
 
@@ -253,7 +251,7 @@ def test_denormal_features(library: ctypes.CDLL, precision: str) -> None:
     relation = Relation("none", "l1")
     scales = scales_of(student, teacher, relation, torch.float32)
     tiles = emulate(library, student, teacher, scales, relation, precision)
-    expected = blocked_tiles(student.double(), teacher.double(), scales, relation, True)
+    expected = exact_tiles(student, teacher, scales, relation)
     assert error(tiles.loss * 2.0**260, expected.loss * 2.0**260) < 1e-6
     assert error(tiles.U.double() * 2.0**130, expected.U * 2.0**130) < TOLERANCE[precision]
 
