@@ -23,8 +23,8 @@ struct alignas(8) PixelScale {
   float alpha, ratio;
 };
 
-// The same for the row-normalised matrix of features in units (Params::units), whose alpha_i does not depend on column
-// j: D_ij = alpha_i unit_j (G_s,ij - ratio_i ratio_of_units_j G_t,ij). unit is the student's relative to the largest of
+// The same for row if each pixel has a unit of its own (Config::UNITS_OF_COLUMNS). alpha_i does not depend on column j:
+// D_ij = alpha_i unit_j (G_s,ij - ratio_i ratio_of_units_j G_t,ij). unit is the student's relative to the largest of
 // the image; ratio_of_units is the teacher's unit divided by the student's. Products with powers of two are exact, so
 // D_ij is still exactly 0 for equal features.
 struct alignas(16) PixelScaleWithUnits {
