@@ -47,6 +47,12 @@ def load_tiles(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
     return result
 
 
+def exact_scales(student: Tensor, teacher: Tensor, relation: Relation) -> Scales:
+    """Return the scales of features whose norms might overflow in float32."""
+    exact = scales_of(student.double(), teacher.double(), relation, torch.float64)
+    return Scales(*(None if x is None else x.float() for x in exact))
+
+
 def emulate(
     library: ctypes.CDLL,
     student: Tensor,

@@ -13,8 +13,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulated_kernels import LAYOUTS, draw, every_layout, pointer, surrounded
-from emulated_tiles import COSINE, DTYPES, ROW, Problem, check, emulate, every_precision, load_tiles
+from emulated_kernels import LAYOUTS, draw, every_layout, exact_tiles, pointer, surrounded
+from emulated_tiles import (
+    COSINE,
+    DTYPES,
+    ROW,
+    TOLERANCE,
+    Problem,
+    check,
+    emulate,
+    every_precision,
+    exact_scales,
+    load_tiles,
+)
 from helpers import RELATIONS, name_of
 
 from srpkd.kernels import NORMALIZATIONS, Relation
@@ -78,6 +89,26 @@ def test_zero_norm_pixels(library: ctypes.CDLL, precision: str, normalize: str) 
     tiles = check(library, student, teacher, Relation(normalize, "l1"), precision)
     if tiles.h is not None:
         assert (tiles.h[0, [3, 4, 136]] == 0).all() and (tiles.h[1] == 0).all()
+
+
+@pytest.mark.parametrize("exponents", [(20, -20), (-20, 20), (0, 30)], ids=str)
+@pytest.mark.parametrize("normalize", ["row", "cosine"])
+@every_precision
+def test_zero_norm_pixels_of_networks_of_any_magnitude(
+    library: ctypes.CDLL, precision: str, normalize: str, exponents: tuple[int, int]
+) -> None:
+    """Each U is right: in row, that of a zero-norm pixel is only the sum of what others contribute."""
+    relation = Relation(normalize, "l1", eps=0.0)
+    features = draw(DTYPES[precision], 1, 140, (16, 20), "nchw", torch.bfloat16)
+    student, teacher = (x * 2.0 ** (e // 4 if precision == "fp16" else e) for x, e in zip(features, exponents))
+    student[0, [3, 4, 136]] = 0
+    scales = exact_scales(student, teacher, relation)
+    tiles = check(library, student, teacher, relation, precision, scales)
+    expected = exact_tiles(student, teacher, scales, relation)
+    of_pixels = (tiles.U - expected.U).norm(dim=2) / expected.U.norm(dim=2)
+    if normalize == "cosine":  # the gradient kernel ignores them
+        of_pixels[0, [3, 4, 136]] = 0
+    assert of_pixels.max() < 8 * TOLERANCE[precision]
 
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)

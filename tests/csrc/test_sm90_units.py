@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from emulated_kernels import draw, every_layout, exact_tiles
-from emulated_tiles import DTYPES, TOLERANCE, emulate, load_tiles
+from emulated_tiles import DTYPES, TOLERANCE, emulate, exact_scales, load_tiles
 from helpers import RELATIONS, error, name_of
 from torch import Tensor
 
@@ -169,8 +169,7 @@ def test_networks_of_any_magnitude(
 ) -> None:
     student, teacher = (x * in_range(exponent, precision) for x, exponent in zip(draw_for(precision), exponents))
     relation = Relation(normalize, "l1", eps=0.0)
-    exact = scales_of(student.double(), teacher.double(), relation, torch.float64)
-    scales = Scales(*(None if x is None else x.float() for x in exact))
+    scales = exact_scales(student, teacher, relation)
     check_in_units(library, student, teacher, relation, precision, scales)
 
 
@@ -201,6 +200,30 @@ def test_a_network_without_features_does_not_bound_the_weights(
     student, teacher = draw_for(precision, channels=(20, 256))
     student *= in_range(exponent, precision)
     check_in_units(library, student, torch.zeros_like(teacher), Relation("none", "l2"), precision)
+
+
+@in_units
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_an_image_of_a_student_without_features(library: ctypes.CDLL, distance: str, precision: str) -> None:
+    """Its units are the teacher's, and thread blocks agree on them in whatever order they run."""
+    student, teacher = (x * 2.0**-10 for x in draw_for(precision, 300))
+    student.zero_()
+    relation = Relation("none", distance)
+    scales = scales_of(student, teacher, relation, torch.float32)
+    expected = exact_tiles(student, teacher, scales, relation)
+    for seed in range(6):
+        tiles = emulate(library, student, teacher, scales, relation, precision, multiprocessors=6, seed=seed)
+        assert error(tiles.loss, expected.loss) < 2e-6 and (tiles.U == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize("exponents", [(-20, 30), (30, -20), (-20, 24), (24, -20)], ids=str)
+def test_networks_of_any_magnitude_without_normalisation(
+    library: ctypes.CDLL, exponents: tuple[int, int], precision: str
+) -> None:
+    """G_t in units of a much smaller student is finite."""
+    student, teacher = (x * 2.0**exponent for x, exponent in zip(draw_for(precision), exponents))
+    check_in_units(library, student, teacher, Relation("none", "l1"), precision)
 
 
 @in_units

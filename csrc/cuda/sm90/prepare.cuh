@@ -118,13 +118,14 @@ struct Preparation {
     return value;
   }
 
-  // Other thread blocks may already have replaced units by final ones. Those do not change the largest values.
+  // Other thread blocks may already have replaced units by final ones. The result must not depend on that.
   SRPKD_DEVICE Largest largest_of(int image) const {
+    const bool of_pixels = OF_PIXELS && p.alpha_student;
     Largest result{};
     for (int i = thread; i < p.pixels; i += C::THREADS) {
       const int64_t pixel = int64_t{image} * p.pixels + i;
       const float unit = unit_of(0, pixel);
-      result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * (OF_PIXELS ? unit : 1));
+      result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * (of_pixels ? unit : 1));
       result.units[0] = fmaxf(result.units[0], unit);
       if (with_units) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
     }
@@ -133,10 +134,11 @@ struct Preparation {
     // A network without any feature but 0 has the unit of the other, and does not raise the bound of K.
     if (units[0] == 0) units[0] = units[1] == 0 ? 1 : units[1];
     if (units[1] == 0) units[1] = units[0];
-    result.alpha = largest_of_block(OF_PIXELS ? result.alpha : result.alpha * units[0]);
-    // Without any alpha, K is to be 0: so small in float16 that it is, see scale_of. 1 / norm of a row is in proportion
-    // to 1 / unit^2.
-    if (result.alpha == 0) result.alpha = C::SYMMETRIC ? 1 : reciprocal(units[0]);
+    // G_t in units of the student is finite: the relations of a much smaller student do not matter beside it.
+    if (!p.alpha_student) units[0] = fmaxf(units[0], 0x1p-40f * units[1]);
+    result.alpha = largest_of_block(of_pixels ? result.alpha : result.alpha * units[0]);
+    // Without any alpha, those of scale_of are to be small beside it. 1 / norm of a row is in proportion to 1 / unit^2.
+    if (result.alpha == 0) result.alpha = C::SYMMETRIC ? 1 : 0x1p-30f * reciprocal(units[0]);
     return result;
   }
 
@@ -162,21 +164,21 @@ struct Preparation {
     return power_of_two(clamped(scaled_alpha - alpha, 126));
   }
 
-  // A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij = -alpha_t G_t. Its alpha here is
-  // alpha_t divided by a number so large that G_s and K do not matter.
-  static SRPKD_DEVICE PixelScale scale_of(float student, float teacher, float power, float large) {
-    if (student == 0) return {teacher / large * power, teacher > 0 ? large : 0.f};
-    return {student * power, teacher / student};
+  // A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij = -alpha_t G_t. Its alpha here is so
+  // small that G_s and K do not matter: K is 0 in float16. Ratios, and the product of two, are finite.
+  static SRPKD_DEVICE PixelScale scale_of(float student, float teacher) {
+    constexpr float LEAST = C::SYMMETRIC ? 0x1p-60f : 0x1p-100f, SMALL = C::SCALED ? 0x1p-36f : LEAST;
+    if (student == 0 && teacher == 0) return {};
+    const float alpha = student == 0 ? fmaxf(SMALL, LEAST * teacher) : student;
+    return {alpha, teacher / alpha};
   }
 
   // The scales, the final units and the zeros of h of a part of an image.
   SRPKD_DEVICE void prepare_pixels(int image, int part, int parts) const {
-    constexpr float LARGE = 0x1p40f;
     const Largest largest = C::SCALED ? largest_of(image) : Largest{1, {1, 1}};
     const float power = C::SCALED ? power_of(largest) : 1;
     // alpha of row depends on the unit of column j, too: the largest, or relative to it in PixelScaleWithUnits
     const float common = C::SYMMETRIC ? 1 : largest.units[0];
-    const float large = C::SYMMETRIC ? LARGE : LARGE * (largest.units[0] / largest.units[1]);
     if (part == 0 && thread == 0) store_global(p.powers + image, power / common);
     const int end = static_cast<int>(int64_t{padded} * (part + 1) / parts);
     for (int i = static_cast<int>(int64_t{padded} * part / parts) + thread; i < end; i += C::THREADS) {
@@ -191,8 +193,8 @@ struct Preparation {
             store_global(p.units[network] + pixel, units[network]);
           }
         }
-        const PixelScale own = scale_of(alpha_of(p.alpha_student, pixel) * units[0],
-                                        alpha_of(p.alpha_teacher, pixel) * units[1], power, large);
+        const PixelScale own = scale_of(alpha_of(p.alpha_student, pixel) * units[0] * power,
+                                        alpha_of(p.alpha_teacher, pixel) * units[1] * power);
         if constexpr (C::UNITS_OF_COLUMNS)
           scale = {own.alpha, own.ratio, units[0] / common, units[1] / units[0]};
         else
