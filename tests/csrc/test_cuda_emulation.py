@@ -55,7 +55,7 @@ class Features(ctypes.Structure):
 @pytest.fixture(scope="session")
 def library(compile_emulation: Callable[..., ctypes.CDLL]) -> ctypes.CDLL:
     result = compile_emulation("sm80_library.cpp", "sm80_kernels.cpp")
-    result.relation_tiles.restype = result.mistake.restype = ctypes.c_char_p
+    result.relation_tiles.restype = result.mistake.restype = result.share.restype = ctypes.c_char_p
     return result
 
 
@@ -403,3 +403,19 @@ def test_emulation_reports_mistakes(library: ctypes.CDLL, mistake: str) -> None:
     message = library.mistake(mistake.encode()).decode()
     assert MISTAKES[mistake] in message
     assert bool(message) == (mistake != "none")
+
+
+SHARED_IN_ORDER = ("ordered by the grid", "ordered by a counter", "overwritten by the last", "ordered in the block")
+RACES = (
+    "written by both", "read after it was written", "written after it was read", "counted without a barrier",
+    "read by another thread", "counter that is read",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [*SHARED_IN_ORDER, *RACES])
+def test_races_for_global_memory_are_reported(library: ctypes.CDLL, how: str) -> None:
+    """Accesses without an order are, whatever the schedule is."""
+    for seed in range(10):
+        message = library.share(how.encode(), ctypes.c_uint64(seed)).decode()
+        assert ("global memory" in message) == (how in RACES)
+        assert bool(message) == (how in RACES)

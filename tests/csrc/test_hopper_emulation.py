@@ -46,8 +46,8 @@ FAULTS = {
     "staging_overwritten": "written without a barrier after it was read, at",
     "no_staging_barrier": "shared memory read",
     "no_staging_fence": "without fence_async_proxy()",
-    "early_order": None,
-    "no_order": None,
+    "early_order": "bulk copy: global memory written without an order after it was written",
+    "no_order": "bulk copy: global memory written without an order after it was written",
     "waits_for_later_block": "have not started",
     "no_acquire_fence": "without fence_async_proxy_global()",
     "register_deadlock": "registers, of which",
@@ -236,7 +236,7 @@ def test_ordered_additions_are_deterministic(machine: ctypes.CDLL) -> None:
     assert (results[0].columns - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in ("none", "early_order", "no_order")])
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "none"])
 @pytest.mark.core(8)
 def test_mistakes_are_detected(library: ctypes.CDLL, fault: str) -> None:
     """Each mistake is reported, or makes the results wrong, for every schedule."""
@@ -253,13 +253,3 @@ def test_mistakes_are_detected(library: ctypes.CDLL, fault: str) -> None:
         assert not any(messages)
     else:
         assert all(messages) and any(FAULTS[fault] in message for message in messages)
-
-
-@pytest.mark.parametrize("fault", ["early_order", "no_order"])
-@pytest.mark.core(1)
-def test_unordered_additions_change_the_bits(library: ctypes.CDLL, fault: str) -> None:
-    """Sums in another order are right, but not bit-identical from run to run."""
-    features = torch.randn(64, 3 * BLOCK).to(torch.bfloat16)
-    results = [run(library, features, fault, 3, seed) for seed in range(1, 19)]
-    assert all(result.message == "" for result in results)
-    assert any(not torch.equal(result.columns, results[0].columns) for result in results)

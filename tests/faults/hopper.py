@@ -178,11 +178,11 @@ BACKENDS = {
                 "tests/csrc/test_sm90_units.py -k without_features",
             ),
             Fault(
-                "the scale of K depends on which units are already final",
+                "the largest alpha without normalisation is not the unit",
                 HOPPER_PREPARE,
                 "of_pixels = OF_PIXELS && p.alpha_student;",
                 "of_pixels = OF_PIXELS;",
-                "tests/csrc/test_sm90_units.py -k without_features",
+                "tests/csrc/test_sm90_units.py -k without_normalisation",
             ),
             Fault(
                 "the unit of a much smaller student without normalisation",

@@ -68,6 +68,7 @@ struct Params {
   // Of the student and the teacher, (images, pixels): the powers of two by which the features of a pixel are divided
   // before they become float16 terms. Null if features are multiplied as they are, see has_units.
   float* units[2];
+  float* measured_units[2];  // those of the pixels' own features; 0 for pixels that have none but 0
 };
 
 // The template arguments of one kernel. TERMS: how many 16-bit terms a feature consists of: two float16 terms have 22

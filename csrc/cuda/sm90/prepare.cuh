@@ -21,6 +21,9 @@ struct Preparation {
   static SRPKD_DEVICE float alpha_of(const float* alpha, int64_t pixel) {
     return alpha ? load_global(alpha + pixel) : 1.f;
   }
+  SRPKD_DEVICE float measured_unit(int network, int64_t pixel) const {
+    return with_units ? load_global_coherent(p.measured_units[network] + pixel) : 1.f;
+  }
   SRPKD_DEVICE float unit_of(int network, int64_t pixel) const {
     return with_units ? load_global_coherent(p.units[network] + pixel) : 1.f;
   }
@@ -86,16 +89,17 @@ struct Preparation {
     const int across = static_cast<int>(ceil_div(p.pixels, 32));
     for (int64_t i = block; i < int64_t{p.images} * across; i += p.work.grid)
       for (int network = 0; network < 2; ++network)
-        measure(p.sources[network], p.units[network], static_cast<int>(i / across), static_cast<int>(i % across) * 32);
+        measure(p.sources[network], p.measured_units[network], static_cast<int>(i / across),
+                static_cast<int>(i % across) * 32);
   }
 
   static constexpr bool OF_PIXELS = C::SYMMETRIC || C::UNITS_OF_COLUMNS;  // pixels may have different units
 
-  // Returns the final unit of a pixel, given that of its features and the largest of the image. K_ij times the units of
+  // Returns the unit of a pixel, given that of its own features and the largest of the image. K_ij times the units of
   // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
   // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits as
   // two terms, down to 2^-27 11 bits as one. So row with one term has the same unit for all pixels, too.
-  static SRPKD_DEVICE float final_unit(const float* alpha, int64_t pixel, float own, float largest) {
+  static SRPKD_DEVICE float unit_of(const float* alpha, int64_t pixel, float own, float largest) {
     return OF_PIXELS && alpha && load_global(alpha + pixel) != 0 ? own : largest;
   }
 
@@ -118,16 +122,15 @@ struct Preparation {
     return value;
   }
 
-  // Other thread blocks may already have replaced units by final ones. The result must not depend on that.
   SRPKD_DEVICE Largest largest_of(int image) const {
     const bool of_pixels = OF_PIXELS && p.alpha_student;
     Largest result{};
     for (int i = thread; i < p.pixels; i += C::THREADS) {
       const int64_t pixel = int64_t{image} * p.pixels + i;
-      const float unit = unit_of(0, pixel);
+      const float unit = measured_unit(0, pixel);
       result.alpha = fmaxf(result.alpha, alpha_of(p.alpha_student, pixel) * (of_pixels ? unit : 1));
       result.units[0] = fmaxf(result.units[0], unit);
-      if (with_units) result.units[1] = fmaxf(result.units[1], unit_of(1, pixel));
+      if (with_units) result.units[1] = fmaxf(result.units[1], measured_unit(1, pixel));
     }
     float (&units)[2] = result.units;
     for (float& unit : units) unit = with_units ? largest_of_block(unit) : 1;
@@ -173,7 +176,7 @@ struct Preparation {
     return {alpha, teacher / alpha};
   }
 
-  // The scales, the final units and the zeros of h of a part of an image.
+  // The scales, the units and the zeros of h of a part of an image.
   SRPKD_DEVICE void prepare_pixels(int image, int part, int parts) const {
     const Largest largest = C::SCALED ? largest_of(image) : Largest{1, {1, 1}};
     const float power = C::SCALED ? power_of(largest) : 1;
@@ -189,7 +192,7 @@ struct Preparation {
         if (with_units) {
           const float* const alphas[2] = {p.alpha_student, p.alpha_teacher};
           for (int network = 0; network < 2; ++network) {
-            units[network] = final_unit(alphas[network], pixel, unit_of(network, pixel), largest.units[network]);
+            units[network] = unit_of(alphas[network], pixel, measured_unit(network, pixel), largest.units[network]);
             store_global(p.units[network] + pixel, units[network]);
           }
         }

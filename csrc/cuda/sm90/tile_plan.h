@@ -77,8 +77,9 @@ TilePlan plan_tiles(const Problem& problem, const Features& student, const Featu
   else
     p.scales = workspace.template take<PixelScale>(padded);
   if (units)
-    for (float*& of_pixels : p.units)
-      of_pixels = workspace.template take<float>(int64_t{problem.images} * problem.pixels);
+    for (float** of_network : {p.units, p.measured_units})
+      for (int network = 0; network < 2; ++network)
+        of_network[network] = workspace.template take<float>(int64_t{problem.images} * problem.pixels);
   p.powers = workspace.template take<float>(problem.images);
   p.loss = workspace.template take<double>(p.loss_count);
   if (problem.grad) {

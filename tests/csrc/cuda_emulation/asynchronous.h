@@ -104,21 +104,30 @@ inline void start_load(Machine& m, Address to, uint32_t bytes, Address at, std::
   m.yield();
 }
 
+// Checks what a load with a barrier reads.
+inline void start_read(Machine& m, const void* from, int64_t bytes, int alignment, Address barrier, const char* what) {
+  const int reader = m.block().participants.barrier(index_of(m, barrier_at(m, barrier)));
+  m.access_global(Machine::Kind::read, from, bytes, alignment, what, reader, m.now());
+}
+
 inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, int x, int y, int z, Address barrier) {
   if (const char* reason = unsupported_reason(map)) m.fail(std::string("TMA: ") + reason);
   const uint32_t lines = map.box[1] * map.box[2], bytes = lines * sm90::LINE;
   m.check(m.block().memory.in_range(to, bytes, sm90::ALIGNMENT));
-  start_load(m, to, bytes, barrier, [=, &m, &memory = m.block().memory] {
-    const int64_t begin = std::max<int64_t>(x, 0), end = std::min<int64_t>(int64_t{x} + map.box[0], map.extents[0]);
+  const int64_t begin = std::max<int64_t>(x, 0), end = std::min<int64_t>(int64_t{x} + map.box[0], map.extents[0]);
+  // a line in global memory, or null if it is outside
+  const auto line_at = [=](uint32_t line) {
+    const int64_t row = int64_t{y} + line % map.box[1], image = int64_t{z} + line / map.box[1];
+    const bool inside = begin < end && row >= 0 && row < map.extents[1] && image >= 0 && image < map.extents[2];
+    const char* const first = static_cast<const char*>(map.data);
+    return inside ? first + 2 * begin + row * map.strides[0] + image * map.strides[1] : nullptr;
+  };
+  for (uint32_t line = 0; line < lines; ++line)
+    if (const char* from = line_at(line)) start_read(m, from, 2 * (end - begin), 2, barrier, "load_box");
+  start_load(m, to, bytes, barrier, [=, &memory = m.block().memory] {
     for (uint32_t line = 0; line < lines; ++line) {
-      const int64_t row = int64_t{y} + line % map.box[1], image = int64_t{z} + line / map.box[1];
       uint16_t values[sm90::LINE / 2] = {};
-      if (begin < end && row >= 0 && row < map.extents[1] && image >= 0 && image < map.extents[2]) {
-        const char* from =
-            static_cast<const char*>(map.data) + 2 * begin + row * map.strides[0] + image * map.strides[1];
-        m.check_global(from, 2 * (end - begin), 2, "load_box");
-        std::memcpy(values + (begin - x), from, 2 * (end - begin));
-      }
+      if (const char* from = line_at(line)) std::memcpy(values + (begin - x), from, 2 * (end - begin));
       for (int i = 0; i < sm90::LINE; i += 16)
         std::memcpy(memory.at(swizzled(to + line * sm90::LINE + i)), values + i / 2, 16);
     }
@@ -127,7 +136,7 @@ inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, in
 
 inline void load_bulk(Machine& m, Address to, const void* from, uint32_t bytes, Address barrier) {
   if (bytes % 16) m.fail("a bulk load of " + std::to_string(bytes) + " bytes, which 16 does not divide");
-  m.check_global(from, bytes, 16, "load_bulk");
+  start_read(m, from, bytes, 16, barrier, "load_bulk");
   m.check(m.block().memory.in_range(to, bytes, 16));
   start_load(m, to, bytes, barrier, [=, &memory = m.block().memory] { std::memcpy(memory.at(to), from, bytes); });
 }
@@ -139,13 +148,13 @@ inline void start_bulk(Machine& m, void* to, Address from, uint32_t bytes, bool 
   Block& block = m.block();
   if (bytes % 16) m.fail("a bulk copy of " + std::to_string(bytes) + " bytes, which 16 does not divide");
   if (m.current().acquired) m.fail("a bulk copy after an acquire without fence_async_proxy_global() between");
-  m.check_global(to, bytes, 16, "bulk copy");
   m.check(block.memory.in_range(from, bytes, 16));
   const int reader = block.participants.bulk(m.warp());
   Bulk& bulk = m.current().bulk;
   for (int i = m.warp() * WARP; i < (m.warp() + 1) * WARP; ++i)
     if (i != m.thread() && block.threads[i].bulk.used) m.fail("bulk copies by two threads of a warp");
   bulk.used = true, bulk.last_start = m.tick();
+  m.access_global(Machine::Kind::write, to, bytes, 16, "bulk copy", block.participants.bulk_writes(m.warp()), m.now());
   block.memory.begin_read_async();
   m.check(block.memory.read_async(from, bytes, reader, {&m.clock()}, m.now()));
   auto data = std::make_shared<std::vector<char>>(bytes);
@@ -173,8 +182,10 @@ inline void wait_for_bulk(Machine& m, uint64_t left, bool writes) {
   if (bulk.committed <= left) return;
   const int reader = m.block().participants.bulk(m.warp());
   m.complete(reader, bulk.committed - left, writes ? 0 : 1);
-  Time& seen = m.clock().seen(reader);
-  seen = std::max(seen, bulk.starts[bulk.committed - left - 1]);
+  for (const int participant : {reader, m.block().participants.bulk_writes(m.warp())}) {
+    Time& seen = m.clock().seen(participant);
+    if (participant == reader || writes) seen = std::max(seen, bulk.starts[bulk.committed - left - 1]);
+  }
 }
 
 }  // namespace srpkd::cuda::emulation

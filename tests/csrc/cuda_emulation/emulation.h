@@ -126,6 +126,8 @@ void shuffle_warp(void** operands) {
 
 }  // namespace emulation
 
+using Kind = emulation::GlobalMemory::Kind;
+
 inline int thread_index() { return emulation::machine->thread(); }
 inline int block_index(int axis) { return emulation::machine->block(axis); }
 inline void sync_block() { emulation::machine->barrier(); }
@@ -144,12 +146,12 @@ void store_shared(Address to, T value) {
 }
 template <typename T>
 T load_global(const T* from) {
-  emulation::machine->check_global(from, sizeof(T), alignof(T), "read");
+  emulation::machine->access_global(Kind::read, from, sizeof(T), alignof(T), "read");
   return *from;
 }
 template <typename T>
 T load_input(const T* from) {
-  emulation::machine->check_global(from, sizeof(T), alignof(T), "read", true);
+  emulation::machine->access_global(Kind::read, from, sizeof(T), alignof(T), "read", true);
   return *from;
 }
 template <typename T>
@@ -158,23 +160,23 @@ T load_global_coherent(const T* from) {
 }
 template <typename T>
 void store_global(T* to, T value) {
-  emulation::machine->check_global(to, sizeof(T), alignof(T), "write");
+  emulation::machine->access_global(Kind::write, to, sizeof(T), alignof(T), "write");
   *to = value;
 }
 
 template <int WORDS>
 void load_words(uint32_t (&to)[WORDS], const void* from) {
-  emulation::machine->check_global(from, sizeof to, sizeof to, "read");
+  emulation::machine->access_global(Kind::read, from, sizeof to, sizeof to, "read");
   std::memcpy(to, from, sizeof to);
 }
 template <int WORDS>
 void load_input_words(uint32_t (&to)[WORDS], const void* from) {
-  emulation::machine->check_global(from, sizeof to, sizeof to, "read", true);
+  emulation::machine->access_global(Kind::read, from, sizeof to, sizeof to, "read", true);
   std::memcpy(to, from, sizeof to);
 }
 template <int WORDS>
 void store_words(void* to, const uint32_t (&from)[WORDS]) {
-  emulation::machine->check_global(to, sizeof from, sizeof from, "write");
+  emulation::machine->access_global(Kind::write, to, sizeof from, sizeof from, "write");
   std::memcpy(to, from, sizeof from);
 }
 inline void load_words_coherent(uint32_t (&to)[4], const void* from) { load_words(to, from); }
@@ -182,8 +184,10 @@ inline void wait_for_earlier_kernels() { emulation::machine->wait_for_earlier_ke
 inline void let_next_kernel_start() { emulation::machine->let_next_kernel_start(); }
 inline void fence_device() {}
 inline int increment(int* counter) {
-  emulation::machine->check_global(counter, sizeof(int), alignof(int), "atomic addition");
+  emulation::machine->access_global(Kind::addition, counter, sizeof(int), alignof(int), "atomic addition");
   emulation::machine->yield();
+  emulation::machine->release(counter);
+  emulation::machine->acquire(counter);
   return (*counter)++;
 }
 

@@ -7,7 +7,7 @@
 // possible; every other seed chooses at random, in one of several ways.
 //
 // The emulation reports errors that often remain unnoticed on a GPU:
-//   - accesses to shared memory that no barrier orders, see shared_memory.h
+//   - accesses to shared memory that no barrier orders, see shared_memory.h, and to global memory, see global_memory.h
 //   - misaligned addresses, and global memory outside the ranges registered for the kernel
 //   - reads of results as if they were inputs of the call, and everything else that csrc/cuda/overlap.cuh excludes
 //     (with an early start, a kernel runs until it waits for earlier kernels before these have done anything)
@@ -25,8 +25,10 @@
 #include <list>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
+#include "global_memory.h"
 #include "shared_memory.h"
 
 namespace srpkd::cuda::emulation {
@@ -222,8 +224,16 @@ class Machine {
 
   // --- memory --------------------------------------------------------------------------------------------------------
 
-  // `as_input`: by an instruction for memory that no kernel of this call writes.
-  void check_global(const void* data, int64_t bytes, int alignment, const char* what, bool as_input = false) {
+  using Kind = GlobalMemory::Kind;
+
+  // Checks an access to global memory. `as_input`: by an instruction for memory that no kernel of this call writes.
+  void access_global(Kind kind, const void* data, int64_t bytes, int alignment, const char* what,
+                     bool as_input = false) {
+    access_global(kind, data, bytes, alignment, what, thread_, now_, as_input);
+  }
+  // The same by an asynchronous participant, which the current thread starts.
+  void access_global(Kind kind, const void* data, int64_t bytes, int alignment, const char* what, int participant,
+                     Time now, bool as_input = false) {
     const char* at = static_cast<const char*>(data);
     if (reinterpret_cast<uintptr_t>(at) % alignment) fail(std::string(what) + ": misaligned global address");
     if (!bytes) return;
@@ -232,10 +242,19 @@ class Machine {
         if (as_input && !range.input) fail(std::string(what) + ": of an input, but kernels of this call may write it");
         if (overlaps_ && !range.input && !current().waited)
           fail(std::string(what) + ": of a result, before the thread has waited for earlier kernels");
+        if (!range.input && !global_.access(kind, data, bytes, block_->index, participant, clock(), now))
+          fail(std::string(what) + ": " + global_.error);
         return;
       }
     fail(std::string(what) + ": global memory out of bounds");
   }
+
+  // What atomic instructions of type release and acquire order.
+  void release(const void* counter) {
+    publish();
+    clock().release(released_[counter], block_->index);
+  }
+  void acquire(const void* counter) { clock().acquire(released_[counter], block_->index); }
 
   void read(Address from, void* to, int bytes, int thread) {
     SharedMemory& memory = block_->memory;
@@ -252,7 +271,7 @@ class Machine {
 
   // cp.async, which completes when its thread waits for it.
   void copy(const Copy& copy) {
-    check_global(copy.from, copy.valid, copy.bytes, "asynchronous copy");
+    access_global(Kind::read, copy.from, copy.valid, copy.bytes, "asynchronous copy");
     if (copy.valid < 0 || copy.valid > copy.bytes) fail("asynchronous copy with an invalid number of bytes");
     check(block_->memory.in_range(copy.to, copy.bytes, copy.bytes));
     check(block_->memory.begin_write(copy.to, copy.bytes, thread_, thread_, clock()));
@@ -379,6 +398,9 @@ class Machine {
   uint32_t asynchronous_percent_ = 0;
   Candidate last_{0, 0};
   int64_t grid_arrivals_ = 0;
+  std::vector<Time> grid_times_;  // when the last block arrived at each barrier of the grid
+  GlobalMemory global_;
+  std::unordered_map<const void*, Clock> released_;  // by counters
   std::vector<Range> allowed_;
   jmp_buf home_;
 };

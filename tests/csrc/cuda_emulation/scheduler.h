@@ -54,6 +54,7 @@ inline void Machine::end_block(Block& block) {
 inline void Machine::run(int x, int y, int threads, int shared_bytes, Schedule schedule, std::function<void()> kernel) {
   kernel_ = std::move(kernel);
   x_ = x, blocks_ = x * y, next_block_ = 0, grid_arrivals_ = 0;
+  global_.reset({threads}), released_.clear(), grid_times_.clear();
   seed_ = schedule.seed, overlaps_ = schedule.overlaps;
   state_ = 0x9e3779b97f4a7c15u * (seed_ + 1);
   last_ = {0, -1};
@@ -223,12 +224,14 @@ inline void Machine::sync_named(int index, int threads) {
 inline void Machine::grid_barrier() {
   barrier();
   if (thread_ == 0) {
-    ++grid_arrivals_;
+    publish();
+    if (++grid_arrivals_ % blocks_ == 0) grid_times_.push_back(tick());
     const int64_t last = ++block_->grid_barriers * blocks_;
     wait([this, last] { return grid_arrivals_ >= last; },
          [this, last] {
            return "the grid, of which " + std::to_string(last - grid_arrivals_) + " blocks have not arrived";
          });
+    clock().order_all(grid_times_[block_->grid_barriers - 1]);
   }
   barrier();
   current().acquired = true;

@@ -99,6 +99,60 @@ const char* mistake(const char* name) {
   return message.c_str();
 }
 
+// Runs a kernel of two blocks that share global memory, and returns the error message of the emulation.
+const char* share(const char* how, uint64_t seed) {
+  alignas(16) static float data[128];
+  static int counter;
+  counter = 0;
+  const std::string is = how;
+  Machine machine;
+  machine.allow(data, sizeof data), machine.allow(&counter, sizeof counter);
+  emulation::machine = &machine;
+  machine.run(2, 1, 64, 64 * 16, {seed, 2}, [&] {
+    const int thread = thread_index(), block = block_index(0), own = 64 * block + thread, other = 127 - own;
+    const auto count = [](bool barriers) {  // returns whether this block is the last
+      if (barriers) sync_block();
+      if (thread_index() == 0) store_shared(0, increment(&counter));
+      sync_block();
+      return load_shared<int>(0) == 1;
+    };
+    if (is == "written by both") store_global(data + thread, 1.f);
+    if (is == "read after it was written" || is == "ordered by the grid") {
+      store_global(data + own, 1.f);
+      if (is == "ordered by the grid") sync_grid();
+      load_global(data + other);
+    }
+    if (is == "written after it was read") {
+      load_global(data + other);
+      store_global(data + own, 1.f);
+    }
+    if (is == "ordered by a counter" || is == "counted without a barrier") {
+      store_global(data + own, 1.f);
+      if (count(is == "ordered by a counter")) load_global(data + other);
+    }
+    if (is == "overwritten by the last") {
+      load_global(data + other);
+      if (count(true)) store_global(data + other, 1.f);
+    }
+    if (is == "read by another thread") {
+      store_global(data + own, 1.f);
+      load_global(data + (own ^ 1));
+    }
+    if (is == "ordered in the block") {
+      store_global(data + own, 1.f);
+      sync_block();
+      load_global(data + (own ^ 1));
+    }
+    if (is == "counter that is read") {
+      if (thread == 0) increment(&counter);
+      load_global(&counter);
+    }
+  });
+  emulation::machine = nullptr;
+  message = machine.error;
+  return message.c_str();
+}
+
 // Adds to visits[blocks * blocks] how often each row block visits each column block.
 void walk(int blocks, bool grad, int splits, int* visits) {
   for (int row = 0; row < blocks; ++row)

@@ -65,28 +65,31 @@ void wait_for_bulk() {
 // Additions happen in the order in which the threads execute them.
 
 inline void add_global(int64_t* to, int64_t a) {
-  machine->check_global(to, 8, 8, "add_global");
+  machine->access_global(Kind::addition, to, 8, 8, "add_global");
   *to = static_cast<int64_t>(static_cast<uint64_t>(*to) + static_cast<uint64_t>(a));
   machine->yield();
 }
 inline void add_release(uint32_t* counter, uint32_t a) {
-  machine->check_global(counter, 4, 4, "add_release");
+  machine->access_global(Kind::addition, counter, 4, 4, "add_release");
+  machine->release(counter);
   *counter += a;
   machine->yield();
 }
 inline uint32_t load_acquire(const uint32_t* counter) {
-  machine->check_global(counter, 4, 4, "load_acquire");
+  machine->access_global(Kind::addition, counter, 4, 4, "load_acquire");
   machine->pause();
+  machine->acquire(counter);
   machine->current().acquired = true;
   return *counter;
 }
 inline void wait_until_at_least(const uint32_t* counter, uint32_t value) {
-  machine->check_global(counter, 4, 4, "wait_until_at_least");
+  machine->access_global(Kind::addition, counter, 4, 4, "wait_until_at_least");
   machine->wait([=] { return *counter >= value; },
                 [=] {
                   return "a counter in global memory to reach " + std::to_string(value) + ", which is " +
                          std::to_string(*counter);
                 });
+  machine->acquire(counter);
   machine->current().acquired = true;
 }
 inline void fence_gpu() {}
