@@ -3,7 +3,7 @@
 # make test   lint, types and the test suite, with n cases of each test that is marked core(n)
 # make test-all   the same with all cases, and the coverage of the tests that are not slow (about an hour on two cores)
 # make mutations   put faults into the code, each of which a test must detect (takes long)
-# make sanitize    the C++ under AddressSanitizer and UndefinedBehaviorSanitizer (about four minutes)
+# make sanitize    the C++ under Address-, UndefinedBehavior- and ThreadSanitizer (about four minutes)
 # make test-oldest   all tests with the oldest torch that pyproject.toml allows, in .venv-oldest (5 GB)
 # make CORE= TARGET   with all cases, not only those of the core
 # Every target first creates .venv with all dependencies and the newest torch.
