@@ -30,7 +30,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Triton's interpreter replaces its compiler in the whole process, so that these tests run once more by themselves.
 # Coverage would make it take three times as long.
-INTERPRETED := tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py
+INTERPRETED := tests/kernels/triton/test_interpreter.py tests/kernels/triton/test_closed_form.py \
+	tests/kernels/test_far_apart.py
 
 .PHONY: demo quick test test-all suite test-oldest mutations sanitize install lint clean
 

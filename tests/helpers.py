@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -185,6 +186,20 @@ def within(tensor: Tensor, *index: slice) -> Tensor:
     parts = [(key.start or 0, key.step or 1) for key in index]
     sizes = [size * step + start for size, (start, step) in zip(tensor.shape, parts)] + list(tensor.shape[len(parts) :])
     return tensor.new_full(sizes, torch.nan)[index].copy_(tensor)
+
+
+def far_apart(tensor: Tensor, dim: int) -> Tensor:
+    """The same values as a view in which the first and the last along ``dim`` are more than 2^31 elements apart.
+
+    The system has no memory for what is between.
+    """
+    strides = list(tensor.stride())
+    strides[dim] = 2**31 // (tensor.shape[dim] - 1) // 8 * 8 + 8
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides))
+    reserved_only = getattr(mmap, "MAP_NORESERVE", 0x4000)  # from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserved_only
+    memory = mmap.mmap(-1, elements * tensor.element_size(), flags=flags)
+    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
 
 
 ALL, OTHER = slice(None), slice(1, None, 2)

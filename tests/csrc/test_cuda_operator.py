@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated_kernels import DEVICES, EmulatedGpu, exact_tiles
-from helpers import RELATIONS, STRIDES, error, name_of
+from helpers import RELATIONS, STRIDES, error, far_apart, name_of
 from torch import Tensor
 
 from srpkd.kernels import NORMALIZATIONS, Relation, TileSums, formulas, native
@@ -104,6 +104,21 @@ def test_any_strides(gpu: EmulatedGpu, dtype: torch.dtype, strides: tuple[str, s
     """Features that the kernels can read in place, and features that must be copied, of which NaN surrounds some."""
     student, teacher = (STRIDES[name](x) for name, x in zip(strides, draw(dtype)))
     check(student, teacher, COSINE)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 3], ids=["images", "channels", "pixels"])
+@pytest.mark.parametrize("relation", [ROW, NONE, Relation("row", "l2")], ids=name_of)
+@every_dtype
+@every_kernel
+@pytest.mark.core(9)
+def test_strides_beyond_32_bits(
+    gpu: EmulatedGpu, kernel: str, dtype: torch.dtype, relation: Relation, dim: int
+) -> None:
+    """More than 2^31 elements are between the first and the last of a dimension, in either layout."""
+    method = "closed_form" if relation.distance == "l2" else "tiles"
+    for strides in ("contiguous", "channels_last"):
+        student, teacher = (STRIDES[strides](x) for x in draw(dtype, (2, 9, 1, 40), teacher=10))
+        check(far_apart(student, dim), far_apart(teacher, dim), relation, "mean", "nchw", "image", method)
 
 
 @pytest.mark.parametrize("sizes", [(5, 70), (70, 5)], ids=str)
