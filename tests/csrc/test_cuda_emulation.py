@@ -408,7 +408,7 @@ def test_emulation_reports_mistakes(library: ctypes.CDLL, mistake: str) -> None:
 SHARED_IN_ORDER = ("ordered by the grid", "ordered by a counter", "overwritten by the last", "ordered in the block")
 RACES = (
     "written by both", "read after it was written", "written after it was read", "counted without a barrier",
-    "read by another thread", "counter that is read",
+    "read by another thread", "counter that is read", "unwritten",
 )  # fmt: skip
 
 

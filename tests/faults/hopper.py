@@ -101,6 +101,12 @@ BACKENDS = {
                 HOPPER_UNITS,
             ),
             Fault(
+                "h starts with whatever is in the memory",
+                HOPPER_PREPARE,
+                "      if (p.h) store_global(p.h + to, int64_t{0});\n",
+                "",
+            ),
+            Fault(
                 "K without the unit of the other pixel",
                 HOPPER_EPILOGUE,
                 "return {own.alpha * other.unit, own.ratio * other.ratio_of_units};",

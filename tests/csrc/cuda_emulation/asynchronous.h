@@ -154,7 +154,8 @@ inline void start_bulk(Machine& m, void* to, Address from, uint32_t bytes, bool 
   for (int i = m.warp() * WARP; i < (m.warp() + 1) * WARP; ++i)
     if (i != m.thread() && block.threads[i].bulk.used) m.fail("bulk copies by two threads of a warp");
   bulk.used = true, bulk.last_start = m.tick();
-  m.access_global(Machine::Kind::write, to, bytes, 16, "bulk copy", block.participants.bulk_writes(m.warp()), m.now());
+  m.access_global(add ? Machine::Kind::update : Machine::Kind::write, to, bytes, 16, "bulk copy",
+                  block.participants.bulk_writes(m.warp()), m.now());
   block.memory.begin_read_async();
   m.check(block.memory.read_async(from, bytes, reader, {&m.clock()}, m.now()));
   auto data = std::make_shared<std::vector<char>>(bytes);

@@ -1,7 +1,7 @@
 // A record of who accessed each 2 bytes of global memory when, in one kernel, which detects races between threads of
 // all blocks. As in shared_memory.h, an access is an error if an earlier one, one of the two a write, did not happen
 // before, in whatever order the emulation executes the blocks. Additions by atomic instructions do not race with each
-// other.
+// other. What a kernel reads must have been written by it or by one before it.
 #pragma once
 
 #include <algorithm>
@@ -17,21 +17,24 @@ namespace srpkd::cuda::emulation {
 
 class GlobalMemory {
  public:
-  enum class Kind { read, write, addition };
+  enum class Kind { read, write, addition, update };  // update: of floats, whose order changes the sum
   std::string error;
 
-  void reset(const Participants& participants) {
-    participants_ = participants;
-    pages_.clear(), page_ = nullptr;
-  }
+  // Before a kernel, which happens after those before it.
+  void start_kernel(const Participants& participants) { participants_ = participants, ++kernel_; }
 
   // An access by a participant of a block, which happens after all that `clock` has seen. Returns whether it is right;
-  // if not, `error` says why.
-  bool access(Kind kind, const void* data, int64_t bytes, int block, int participant, const Clock& clock, Time now) {
+  // if not, `error` says why. `given`: the memory has been written before the first kernel.
+  bool access(Kind kind, const void* data, int64_t bytes, bool given, int block, int participant, const Clock& clock,
+              Time now) {
     const Access own{now, block, participant};
     const auto at = reinterpret_cast<uintptr_t>(data);
     for (uintptr_t i = at / 2; i * 2 < at + bytes; ++i) {
       Cell& cell = cell_at(i);
+      if (kind != Kind::write && !given && !cell.written) {
+        error = "global memory read before it was written";
+        return false;
+      }
       if (!ordered(cell.write, own, clock)) return unordered(kind, "written", cell.write, own);
       if (kind != Kind::addition)
         for (const Access& addition : cell.additions)
@@ -39,8 +42,8 @@ class GlobalMemory {
       if (kind != Kind::read)
         for (const Access& read : cell.reads)
           if (!ordered(read, own, clock)) return unordered(kind, "read", read, own);
-      if (kind == Kind::write) {
-        cell.write = own;
+      if (kind == Kind::write || kind == Kind::update) {
+        cell.write = own, cell.written = true;
         cell.reads.clear(), cell.additions.clear();
       } else {
         remember(kind == Kind::read ? cell.reads : cell.additions, own);
@@ -57,6 +60,8 @@ class GlobalMemory {
     int block = NOBODY, participant = NOBODY;
   };
   struct Cell {
+    bool written = false;  // by any kernel
+    int kernel = 0;        // of the accesses
     Access write;
     std::vector<Access> reads, additions;  // since the last write, the last one by each warp
   };
@@ -68,7 +73,12 @@ class GlobalMemory {
       if (page.empty()) page.resize(PAGE);
       page_ = page.data(), page_number_ = number;
     }
-    return page_[index % PAGE];
+    Cell& cell = page_[index % PAGE];
+    if (cell.kernel != kernel_) {
+      cell.kernel = kernel_, cell.write = {};
+      cell.reads.clear(), cell.additions.clear();
+    }
+    return cell;
   }
 
   static bool ordered(const Access& earlier, const Access& own, const Clock& clock) {
@@ -88,7 +98,7 @@ class GlobalMemory {
   }
 
   bool unordered(Kind kind, const char* earlier, const Access& other, const Access& own) {
-    const char* const done = kind == Kind::read ? "read" : kind == Kind::write ? "written" : "added to";
+    const char* const done = kind == Kind::read ? "read" : kind == Kind::addition ? "added to" : "written";
     const auto name = [this](const Access& access) {
       return participants_.name(access.participant) + " of block " + std::to_string(access.block);
     };
@@ -101,6 +111,7 @@ class GlobalMemory {
   std::unordered_map<uintptr_t, std::vector<Cell>> pages_;
   Cell* page_ = nullptr;
   uintptr_t page_number_ = 0;
+  int kernel_ = 0;
 };
 
 }  // namespace srpkd::cuda::emulation

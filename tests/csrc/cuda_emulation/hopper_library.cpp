@@ -7,6 +7,7 @@ namespace {
 
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::sm90::hopper_tests;
+using emulation::Content;
 using emulation::Machine;
 
 std::string message;
@@ -31,7 +32,8 @@ const char* product(bool half, const uint16_t* a, const uint16_t* b, float* sum,
   Product p = product_of(a, b, sum, operands, k, n, tma);
   p.maps[0] = p.shape(0), p.maps[1] = p.shape(1);
   Machine local;
-  local.allow(a, 128 * k), local.allow(b, 2 * n * k), local.allow(sum, 4 * 64 * n);
+  local.allow(a, 128 * k, Content::input), local.allow(b, 2 * n * k, Content::input);
+  local.allow(sum, 4 * 64 * n, Content::none);
   return run(local, 1, WARPGROUP, PRODUCT_BYTES, {seed, 1}, [&] { half ? multiply<Half>(p) : multiply<BFloat16>(p); });
 }
 
@@ -41,9 +43,9 @@ const char* pipeline(const uint16_t* features, int64_t bytes, float* rows, float
   const PipelineArguments p{
       shape_of_features(features, channels, pixels), rows, columns, additions, trace, tiles, static_cast<Fault>(fault)};
   Machine local;
-  local.allow(features, bytes);
-  local.allow(rows, tiles * 8192 * 4), local.allow(columns, tiles * 8192 * 4);
-  local.allow(additions, tiles * 4), local.allow(trace, tiles * 4);
+  local.allow(features, bytes, Content::input), local.allow(rows, tiles * 8192 * 4, Content::none);
+  local.allow(columns, tiles * 8192 * 4, Content::given), local.allow(additions, tiles * 4, Content::given);
+  local.allow(trace, tiles * 4, Content::given);
   return run(local, tiles, Pipeline::THREADS, Pipeline::BYTES, {seed, resident}, [&] { Pipeline(p).run(); });
 }
 }

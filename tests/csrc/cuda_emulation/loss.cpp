@@ -14,6 +14,7 @@ namespace {
 using namespace srpkd;
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::algebra;
+using emulation::Content;
 using emulation::Execution;
 using emulation::Machine;
 
@@ -28,7 +29,7 @@ struct SeparateParts : Workspace {
   char* reserve(int64_t size) override {
     char* const part = Workspace::reserve(size);
     Workspace::reserve(4096);
-    machine_of_test.allow(part, size);
+    machine_of_test.allow(part, size, Content::none);
     return part;
   }
 };
@@ -91,7 +92,7 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   for (int i = 0; i < 2; ++i) {
     const FeaturesOfTest& f = features[i];
     const auto features_of = [&](const void* data, int bytes) {
-      gpu.machine.allow(data, f.extent * bytes, true);
+      gpu.machine.allow(data, f.extent * bytes, Content::input);
       return sm80::Features{data,          nullptr,    f.image_stride,
                             f.line_stride, f.channels, sm80::copy_bytes(data, f.image_stride, f.line_stride, bytes)};
     };
@@ -103,8 +104,8 @@ const char* relation_loss(int kernels, int element, int precision, bool pixels_a
   a.reduction = static_cast<Reduction>(reduction), a.need_grad = need_grad, a.loss = loss, a.gradient = gradient;
   if (need_grad) std::copy(gradient_strides, gradient_strides + 3, a.gradient_strides);
   const int channels = features[STUDENT].channels;
-  gpu.machine.allow(loss, a.reduction == Reduction::none ? images * 4 : 4);
-  gpu.machine.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4));
+  gpu.machine.allow(loss, a.reduction == Reduction::none ? images * 4 : 4, Content::none);
+  gpu.machine.allow(gradient, int64_t{images} * pixels * channels * (element == 0 ? 2 : 4), Content::none);
 
   const Device properties{device[0], device[1], device[2], device[3]};
   std::vector<char> memory;

@@ -8,7 +8,7 @@
 //
 // The emulation reports errors that often remain unnoticed on a GPU:
 //   - accesses to shared memory that no barrier orders, see shared_memory.h, and to global memory, see global_memory.h
-//   - misaligned addresses, and global memory outside the ranges registered for the kernel
+//   - misaligned addresses, global memory outside the ranges registered for the kernel, or read before it was written
 //   - reads of results as if they were inputs of the call, and everything else that csrc/cuda/overlap.cuh excludes
 //     (with an early start, a kernel runs until it waits for earlier kernels before these have done anything)
 //   - threads that arrive at different collective instructions, or wait for what never happens
@@ -136,13 +136,16 @@ struct Block {
   }
 };
 
+// Of global memory: what kernels only read, what they may overwrite, or nothing before they write it.
+enum class Content { input, given, none };
+
 class Machine {
  public:
   std::string error;  // the first error, or empty
 
-  // Registers global memory that the kernels may access. `input`: they only read it.
-  void allow(const void* data, int64_t bytes, bool input = false) {
-    if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes, input});
+  // Registers global memory that the kernels may access.
+  void allow(const void* data, int64_t bytes, Content content) {
+    if (data) allowed_.push_back({static_cast<const char*>(data), static_cast<const char*>(data) + bytes, content});
   }
 
   // Runs x * y blocks of `threads` threads.
@@ -239,10 +242,12 @@ class Machine {
     if (!bytes) return;
     for (const Range& range : allowed_)
       if (at >= range.first && at + bytes <= range.end) {
-        if (as_input && !range.input) fail(std::string(what) + ": of an input, but kernels of this call may write it");
-        if (overlaps_ && !range.input && !current().waited)
+        const bool input = range.content == Content::input;
+        if (as_input && !input) fail(std::string(what) + ": of an input, but kernels of this call may write it");
+        if (overlaps_ && !input && !current().waited)
           fail(std::string(what) + ": of a result, before the thread has waited for earlier kernels");
-        if (!range.input && !global_.access(kind, data, bytes, block_->index, participant, clock(), now))
+        if (!input && !global_.access(kind, data, bytes, range.content == Content::given, block_->index, participant,
+                                      clock(), now))
           fail(std::string(what) + ": " + global_.error);
         return;
       }
@@ -314,7 +319,7 @@ class Machine {
   struct Failure {};
   struct Range {
     const char *first, *end;
-    bool input;
+    Content content;
   };
   enum class Order { in_order, random, priorities, sticky };
 

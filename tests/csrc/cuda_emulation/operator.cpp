@@ -25,6 +25,7 @@
 namespace {
 
 using at::Tensor;
+using srpkd::cuda::emulation::Content;
 using srpkd::cuda::emulation::Execution;
 
 // Hands out memory that is aligned as on a GPU, and filled with NaN, or -1 in counters.
@@ -66,14 +67,14 @@ class Call {
       if (!x.defined() || !x.numel()) continue;
       int64_t last = 0;
       for (int64_t dim = 0; dim < x.dim(); ++dim) last += (x.size(dim) - 1) * x.stride(dim);
-      execution_.machine.allow(x.const_data_ptr(), (last + 1) * x.element_size(), true);
+      execution_.machine.allow(x.const_data_ptr(), (last + 1) * x.element_size(), Content::input);
     }
     Allocator::allocated.clear();
     c10::SetCPUAllocator(&allocator, PRIORITY);
     recorded::run = [this, run = std::move(recorded::run)](const recorded::Launch& launch, auto kernel) {
       if (recorded::launches.size() == 1)
         for (const auto& [data, bytes] : Allocator::allocated)  // what PyTorch has written are copies of inputs
-          execution_.machine.allow(data, bytes, !unwritten(data, bytes));
+          execution_.machine.allow(data, bytes, unwritten(data, bytes) ? Content::none : Content::input);
       return run(launch, std::move(kernel));
     };
   }

@@ -54,7 +54,7 @@ inline void Machine::end_block(Block& block) {
 inline void Machine::run(int x, int y, int threads, int shared_bytes, Schedule schedule, std::function<void()> kernel) {
   kernel_ = std::move(kernel);
   x_ = x, blocks_ = x * y, next_block_ = 0, grid_arrivals_ = 0;
-  global_.reset({threads}), released_.clear(), grid_times_.clear();
+  global_.start_kernel({threads}), released_.clear(), grid_times_.clear();
   seed_ = schedule.seed, overlaps_ = schedule.overlaps;
   state_ = 0x9e3779b97f4a7c15u * (seed_ + 1);
   last_ = {0, -1};

@@ -10,6 +10,7 @@ namespace {
 
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::sm80;
+using emulation::Content;
 using emulation::Execution;
 using emulation::Machine;
 using srpkd::Distance;
@@ -56,14 +57,14 @@ const char* relation_tiles(int precision, bool pixels_adjacent, bool grad, const
     p.features[i] = {f.data,         f.alpha,
                      f.image_stride, f.line_stride,
                      f.channels,     copy_bytes(f.data, f.image_stride, f.line_stride, precision < 2 ? 2 : 4)};
-    machine.allow(f.data, extents[i], true);
-    machine.allow(f.alpha, int64_t{images} * pixels * 4);
+    machine.allow(f.data, extents[i], Content::input);
+    machine.allow(f.alpha, int64_t{images} * pixels * 4, Content::given);
   }
   const int u_channels = plan(p, static_cast<Precision>(precision), grad, {1, shared_limit, shared_limit, 0});
   p.splits = splits;
-  machine.allow(loss, int64_t{images} * splits * p.blocks * 8);
-  machine.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4);
-  machine.allow(h, int64_t{splits} * images * pixels * 4);
+  machine.allow(loss, int64_t{images} * splits * p.blocks * 8, Content::none);
+  machine.allow(U, int64_t{splits} * images * pixels * features[1].channels * 4, Content::none);
+  machine.allow(h, int64_t{splits} * images * pixels * 4, Content::none);
   Launches launches{nullptr};
   message = cudaGetErrorString(launch(p, static_cast<Precision>(precision), pixels_adjacent, u_channels, launches));
   return message.c_str();
@@ -74,7 +75,7 @@ const char* mistake(const char* name) {
   alignas(16) static float data[1024] = {};
   const std::string is = name;
   Machine machine;
-  machine.allow(data, is == "out of bounds" ? 64 : sizeof data);
+  machine.allow(data, is == "out of bounds" ? 64 : sizeof data, Content::given);
   emulation::machine = &machine;
   machine.run(1, 1, 64, 64 * 16, {}, [&] {
     if (is == "none" || is == "out of bounds") copy_and_read(data, true, true, true, 0);
@@ -106,7 +107,8 @@ const char* share(const char* how, uint64_t seed) {
   counter = 0;
   const std::string is = how;
   Machine machine;
-  machine.allow(data, sizeof data), machine.allow(&counter, sizeof counter);
+  machine.allow(data, sizeof data, is == "unwritten" ? Content::none : Content::given);
+  machine.allow(&counter, sizeof counter, Content::given);
   emulation::machine = &machine;
   machine.run(2, 1, 64, 64 * 16, {seed, 2}, [&] {
     const int thread = thread_index(), block = block_index(0), own = 64 * block + thread, other = 127 - own;
@@ -116,6 +118,7 @@ const char* share(const char* how, uint64_t seed) {
       sync_block();
       return load_shared<int>(0) == 1;
     };
+    if (is == "unwritten") load_global(data + own);
     if (is == "written by both") store_global(data + thread, 1.f);
     if (is == "read after it was written" || is == "ordered by the grid") {
       store_global(data + own, 1.f);

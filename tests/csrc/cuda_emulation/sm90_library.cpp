@@ -16,6 +16,7 @@ namespace {
 using namespace srpkd;
 using namespace srpkd::cuda;
 using namespace srpkd::cuda::sm90;
+using emulation::Content;
 using emulation::Execution;
 using emulation::Machine;
 
@@ -33,7 +34,7 @@ struct Workspace {
     parts.emplace_back(new char[bytes]);
     std::memset(parts.back().get(), 0xff, bytes);
     auto* const begin = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(parts.back().get()) + 127) / 128 * 128);
-    machine->allow(begin, count * sizeof(T));
+    machine->allow(begin, count * sizeof(T), Content::none);
     return begin;
   }
 };
@@ -111,8 +112,8 @@ const char* relation_tiles(const ProblemOfTest* of_test, const FeaturesOfTest* s
   Execution gpu({{multiprocessors, SHARED_LIMIT, SHARED_LIMIT, 0, 9, 1}}, 0, seed);
   Workspace workspace{&gpu.machine, {}};
   const auto features = [&](const FeaturesOfTest& x, int channels) {
-    gpu.machine.allow(x.data, x.bytes, true);
-    if (x.alpha) gpu.machine.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels);
+    gpu.machine.allow(x.data, x.bytes, Content::input);
+    if (x.alpha) gpu.machine.allow(x.alpha, 4 * int64_t{problem.images} * problem.pixels, Content::given);
     return Features{x.data, {x.strides[0], x.strides[1], x.strides[2]}, channels, x.element_bytes};
   };
   TilePlan plan = plan_tiles(problem, features(*student, problem.student_channels),
