@@ -70,14 +70,20 @@ def test_function_transforms_raise(options: dict) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"backend": "blocked", "distance": "l1"}], ids=str)
-@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.vjp])
+@pytest.mark.parametrize("transform", [torch.func.jvp, torch.func.vjp, torch.func.grad, torch.func.jacrev])
 def test_compiled_transforms_raise(options: dict, transform: Callable) -> None:
+    """With "eager", a backend for debugging, torch itself raises an error."""
+    torch.compiler.reset()  # or what happens depends on the failures of tests before this one
     student, teacher = (x.detach() for x in images())
 
-    @torch.compile(backend="eager")
+    @torch.compile(backend="aot_eager")
     def differentiate(x: Tensor) -> object:
-        arguments = ((x,), (x,)) if transform is torch.func.jvp else (x,)
-        return transform(lambda x: relation_loss(x, teacher, **options), *arguments)[0]
+        def loss(x: Tensor) -> Tensor:
+            return relation_loss(x, teacher, **options)
+
+        if transform is torch.func.jvp:
+            return transform(loss, (x,), (x,))[0]
+        return transform(loss, x)[0] if transform is torch.func.vjp else transform(loss)(x)
 
     with pytest.raises(NotImplementedError, match="use backend='reference'"):
         differentiate(student)
