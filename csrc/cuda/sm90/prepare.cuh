@@ -99,7 +99,7 @@ struct Preparation {
   // both pixels has about the same size for all pairs if K_ij is in proportion to 1 / q_i. Without alpha, and for
   // zero-norm pixels, it is not: they have the same unit. Features down to 2^-15 of the largest still have 24 bits as
   // two terms, down to 2^-27 11 bits as one. So row with one term has the same unit for all pixels, too.
-  static SRPKD_DEVICE float unit_of(const float* alpha, int64_t pixel, float own, float largest) {
+  static SRPKD_DEVICE float choose_unit(const float* alpha, int64_t pixel, float own, float largest) {
     return OF_PIXELS && alpha && load_global(alpha + pixel) != 0 ? own : largest;
   }
 
@@ -168,7 +168,7 @@ struct Preparation {
   }
 
   // A pixel whose student has norm 0 has alpha 0 in the relation matrix, but D_ij = -alpha_t G_t. Its alpha here is so
-  // small that G_s and K do not matter: K is 0 in float16. Ratios, and the product of two, are finite.
+  // small that G_s and K do not matter: with SMALL, K is 0 in float16. LEAST keeps the product of two ratios finite.
   static SRPKD_DEVICE PixelScale scale_of(float student, float teacher) {
     constexpr float LEAST = C::SYMMETRIC ? 0x1p-60f : 0x1p-100f, SMALL = C::SCALED ? 0x1p-36f : LEAST;
     if (student == 0 && teacher == 0) return {};
@@ -192,7 +192,7 @@ struct Preparation {
         if (with_units) {
           const float* const alphas[2] = {p.alpha_student, p.alpha_teacher};
           for (int network = 0; network < 2; ++network) {
-            units[network] = unit_of(alphas[network], pixel, measured_unit(network, pixel), largest.units[network]);
+            units[network] = choose_unit(alphas[network], pixel, measured_unit(network, pixel), largest.units[network]);
             store_global(p.units[network] + pixel, units[network]);
           }
         }

@@ -4,14 +4,12 @@
 // other. What a kernel reads must have been written by it or by one before it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
-#include "shared_memory.h"
+#include "clock.h"
 
 namespace srpkd::cuda::emulation {
 
