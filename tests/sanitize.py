@@ -107,9 +107,11 @@ def run_part(part: Part) -> bool:
         folder = Path(scratch).resolve()
         copy_of(folder)
         preloaded = [path_of(library) for library in part.libraries]
+        environment = dict(OPTIONS)
         if part.libraries == THREADS:
             preloaded.append(openmp_on_threads(folder))
-        environment = OPTIONS | {"LD_PRELOAD": " ".join(preloaded)}
+            environment["OMP_NUM_THREADS"] = "3"
+        environment["LD_PRELOAD"] = " ".join(preloaded)
         if part.needs_extension and (output := compile_native(folder, part.flags, **environment)) is not None:
             print(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}", flush=True)
             return False
