@@ -126,6 +126,8 @@ def run_part(part: Part) -> bool:
 
 
 def main() -> int:
+    for library in MEMORY + THREADS:
+        path_of(library)  # an error before the compilation
     with ThreadPoolExecutor(len(PARTS)) as pool:
         passed = list(pool.map(run_part, PARTS))
     return 0 if all(passed) else 1
