@@ -24,9 +24,6 @@ struct Preparation {
   SRPKD_DEVICE float measured_unit(int network, int64_t pixel) const {
     return with_units ? load_global_coherent(p.measured_units[network] + pixel) : 1.f;
   }
-  SRPKD_DEVICE float unit_of(int network, int64_t pixel) const {
-    return with_units ? load_global_coherent(p.units[network] + pixel) : 1.f;
-  }
 
   static SRPKD_DEVICE int exponent_of(float value) { return static_cast<int>(as_bits(value) >> 23) - 127; }
   static SRPKD_DEVICE float power_of_two(int exponent) { return as_float(static_cast<uint32_t>(127 + exponent) << 23); }
@@ -255,8 +252,9 @@ struct Preparation {
       for_each(true, [&](int n, int pixel, int channel) { bits[n] = load_shared<uint32_t>(place(pixel, channel)); });
     }
     const int64_t of_thread = first_pixel + thread % SIDE;
-    const float factor =
-        with_units && of_thread < p.pixels ? reciprocal(unit_of(network, image * int64_t{p.pixels} + of_thread)) : 1.f;
+    float factor = 1;
+    if (with_units && of_thread < p.pixels)
+      factor = reciprocal(load_global_coherent(p.units[network] + image * int64_t{p.pixels} + of_thread));
     for_each(true, [&](int n, int pixel, int channel) {
       float value = value_of(from, bits[n]) * factor;
       for (int term = 0; term < C::TERMS; ++term) {
