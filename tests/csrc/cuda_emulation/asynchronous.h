@@ -107,7 +107,7 @@ inline void start_load(Machine& m, Address to, uint32_t bytes, Address at, std::
 // Checks what a load with a barrier reads.
 inline void start_read(Machine& m, const void* from, int64_t bytes, int alignment, Address barrier, const char* what) {
   const int reader = m.block().participants.barrier(index_of(m, barrier_at(m, barrier)));
-  m.access_global(Machine::Kind::read, from, bytes, alignment, what, reader, m.now());
+  m.access_global(Kind::read, from, bytes, alignment, what, reader, m.now());
 }
 
 inline void load_box(Machine& m, Address to, const sm90::TensorMapShape& map, int x, int y, int z, Address barrier) {
@@ -154,7 +154,7 @@ inline void start_bulk(Machine& m, void* to, Address from, uint32_t bytes, bool 
   for (int i = m.warp() * WARP; i < (m.warp() + 1) * WARP; ++i)
     if (i != m.thread() && block.threads[i].bulk.used) m.fail("bulk copies by two threads of a warp");
   bulk.used = true, bulk.last_start = m.tick();
-  m.access_global(add ? Machine::Kind::update : Machine::Kind::write, to, bytes, 16, "bulk copy",
+  m.access_global(add ? Kind::update : Kind::write, to, bytes, 16, "bulk copy",
                   block.participants.bulk_writes(m.warp()), m.now());
   block.memory.begin_read_async();
   m.check(block.memory.read_async(from, bytes, reader, {&m.clock()}, m.now()));

@@ -126,7 +126,7 @@ void shuffle_warp(void** operands) {
 
 }  // namespace emulation
 
-using Kind = emulation::GlobalMemory::Kind;
+using emulation::Kind;
 
 inline int thread_index() { return emulation::machine->thread(); }
 inline int block_index(int axis) { return emulation::machine->block(axis); }

@@ -13,9 +13,10 @@
 
 namespace srpkd::cuda::emulation {
 
+enum class Kind { read, write, addition, update };  // update: of floats, whose order changes the sum
+
 class GlobalMemory {
  public:
-  enum class Kind { read, write, addition, update };  // update: of floats, whose order changes the sum
   std::string error;
 
   // Before a kernel, which happens after those before it.

@@ -227,8 +227,6 @@ class Machine {
 
   // --- memory --------------------------------------------------------------------------------------------------------
 
-  using Kind = GlobalMemory::Kind;
-
   // Checks an access to global memory. `as_input`: by an instruction for memory that no kernel of this call writes.
   void access_global(Kind kind, const void* data, int64_t bytes, int alignment, const char* what,
                      bool as_input = false) {
