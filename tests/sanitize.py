@@ -101,12 +101,15 @@ def fixed_addresses() -> list[str]:
     return command if allowed else []
 
 
-def run_part(part: Part) -> bool:
-    """Run the tests of a part in a copy of the tree, print the ends of their outputs, and return whether all passed."""
+def run_part(part: Part, paths: dict[str, str]) -> bool:
+    """Run the tests of a part in a copy of the tree, print the ends of their outputs, and return whether all passed.
+
+    paths: of the libraries.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch).resolve()
         copy_of(folder)
-        preloaded = [path_of(library) for library in part.libraries]
+        preloaded = [paths[library] for library in part.libraries]
         environment = dict(OPTIONS)
         if part.libraries == THREADS:
             preloaded.append(openmp_on_threads(folder))
@@ -115,10 +118,10 @@ def run_part(part: Part) -> bool:
         if part.needs_extension and (output := compile_native(folder, part.flags, **environment)) is not None:
             print(f"compiling the extension with the sanitizers failed:\n{output[-4000:]}", flush=True)
             return False
+        pytest = [*fixed_addresses(), sys.executable, "-m", "pytest"]
         for tests, chosen in part.tests.items():
             options = ["-q", "-s", "-p", "no:cacheprovider", *sys.argv[1:], "-k", chosen]
-            command = [*fixed_addresses(), sys.executable, "-m", "pytest", tests, *options]
-            done = run(command, folder, environment | {"SRPKD_CXX_FLAGS": part.flags})
+            done = run([*pytest, tests, *options], folder, environment | {"SRPKD_CXX_FLAGS": part.flags})
             print(f"{tests}, {' '.join(part.libraries)}:\n{done.stdout[-6000:]}", flush=True)
             if done.returncode:
                 return False
@@ -126,10 +129,9 @@ def run_part(part: Part) -> bool:
 
 
 def main() -> int:
-    for library in MEMORY + THREADS:
-        path_of(library)  # an error before the compilation
+    paths = {library: path_of(library) for library in MEMORY + THREADS}
     with ThreadPoolExecutor(len(PARTS)) as pool:
-        passed = list(pool.map(run_part, PARTS))
+        passed = list(pool.map(lambda part: run_part(part, paths), PARTS))
     return 0 if all(passed) else 1
 
 
