@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import shlex
 import subprocess
@@ -150,6 +151,16 @@ def first_line(error: BaseException) -> str:
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     following = next((line.strip() for line in others if line.strip()), "")
     return f"{first} {following}".strip() if first.endswith(":") else first
+
+
+def system_reason(error: BaseException) -> str:
+    """Return why the operating system did not let a file be read, or "" if the error is about the file's content.
+
+    Damaged files make their readers raise an OSError without a number, or EINVAL for a position before the start.
+    """
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:
+        return error.strerror
+    return "it needs more memory than is free, or is damaged" if is_out_of_memory(error) else ""
 
 
 def memory_message(error: BaseException, advice: str) -> str:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..arguments import system_reason
 from .deep import (
     DeepPixels,
     UnsupportedImage,
@@ -270,11 +271,7 @@ def _reason(error: Exception) -> str:
         return f"far too large ({error}); if this size is intended, scale the image down first"
     if isinstance(error, UnidentifiedImageError):
         return f"not an image; expected one of {', '.join(FORMATS)}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, MemoryError):
-        return "it needs more memory than is free, or is damaged"
-    return f"damaged or truncated ({error})"
+    return system_reason(error) or f"damaged or truncated ({error})"
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 4 * THREADS) -> Generator[R, None, None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import check_type, shorten
+from ..arguments import check_type, shorten, system_reason
 from ..files import atomic_write, expand_user
 from ..finite import describe_nonfinite
 from .networks import (
@@ -72,12 +72,16 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     removed from its keys, and the unused statistics that instance norms stored before torch 0.4 are dropped.
 
     Raises:
-        CheckpointError: the file does not exist, is text, truncated or damaged, could be loaded only by executing code,
-            or holds anything but tensors by name, or a tensor has a value that is not finite (the message names it).
+        CheckpointError: the file does not exist or cannot be read, is text, truncated or damaged, could be loaded only
+            by executing code, or holds anything but tensors by name, or a tensor has a value that is not finite (the
+            message names it).
         ImportError: it is a `.safetensors` file, and the package safetensors is not installed.
     """
     path = expand_user(path)
-    _check_file(path)
+    try:
+        _check_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     content = _check_state_dict(content, path)
     weights = {WRAPPERS.sub("", key): value.detach() for key, value in content.items()}
@@ -187,8 +191,10 @@ def _check_file(path: Path) -> None:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # no mmap: overwriting the file later would change the loaded tensors
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # no mmap: overwriting the file later would change the loaded tensors; a file that Python opened, whose errors
+        # keep their kind
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
         # torch's message advises to disable the protection
         if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -196,7 +202,7 @@ def _read_torch(path: Path) -> Any:
                 f"{path} holds more than weights: loading it would execute code ({unsafe[1]}). Nothing was executed "
                 f"or loaded; expected tensors by name: {HOW_TO_SAVE}"
             ) from error
-        raise _unreadable(path) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -210,10 +216,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())  # load_file maps the file into memory, like mmap above
     except Exception as error:
-        raise _unreadable(path) from error
+        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path) -> CheckpointError:
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if reason := system_reason(error):
+        return CheckpointError(f"{path} cannot be read: {reason}")
     return CheckpointError(
         f"{path} ({path.stat().st_size} bytes) is truncated, damaged, or not a file of weights. Copy or download "
         f"it again; if it has another format (TorchScript, ONNX), {HOW_TO_SAVE}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..arguments import command_line, first_line
+from ..arguments import command_line, first_line, system_reason
 from ..devices import gpu_count
 from ..files import atomic_write, replace_file, sync_folder, writing
 from ..models.checkpoints import CheckpointError
@@ -45,24 +45,25 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Return the newest undamaged state in the folder of a run; report damaged newer ones on stderr.
+    """Return the newest state in the folder of a run that can be read; report newer ones on stderr.
 
     Raises:
-        CheckpointError: the folder has no state, all states are damaged, or the state has another version.
+        CheckpointError: the folder has no state, none can be read, or the state has another version.
     """
     found = [folder / name for name in NAMES if (folder / name).exists()]
     problems = []
     for path in found:
         try:
             state = _read(path)
-        except _Damaged as error:
-            problems.append(str(error))
+        except _Unreadable as error:
+            problems.append(error)
             continue
         if problems:
-            print(f"{folder}: {'; '.join(problems)}: resuming from {path.name}", file=sys.stderr)
+            print(f"{folder}: {'; '.join(map(str, problems))}: resuming from {path.name}", file=sys.stderr)
         return state
     if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}: no state to resume from, start a new run")
+        advice = "start a new run" if all(problem.is_damaged for problem in problems) else "make one of them readable"
+        raise CheckpointError(f"{folder}: {'; '.join(map(str, problems))}: no state to resume from, {advice}")
     raise CheckpointError(
         f"{folder} has no {NEWEST} to resume from: the run has finished and did not keep its state (--no_keep_state), "
         "or was stopped before its first step; to train its weights further, start a new run with --init_student "
@@ -117,12 +118,18 @@ def load_final_state(folder: Path) -> dict[str, Any]:
         )
     try:
         return _read(path)
-    except _Damaged as error:
+    except _Unreadable as error:
         raise CheckpointError(f"{folder}: {error}: to train its weights further, {advice}") from error
 
 
-class _Damaged(Exception):
-    """The file of a state is damaged."""
+class _Unreadable(Exception):
+    """The file of a state is damaged, or the operating system does not let it be read."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        reason = system_reason(error)
+        self.is_damaged = not reason
+        problem = f"cannot be read ({reason})" if reason else f"is damaged ({first_line(error)})"
+        super().__init__(f"{path.name} {problem}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -131,9 +138,10 @@ def _read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # Python's errors of the operating system keep their kind
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise any exception
-        raise _Damaged(f"{path.name} is damaged ({first_line(error)})") from error
+        raise _Unreadable(path, error) from error
     if state.get("version") != VERSION:
         raise CheckpointError(
             f"{path}: unsupported state version {state.get('version')} (this srpkd reads {VERSION}): resume with "

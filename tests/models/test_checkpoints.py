@@ -1,5 +1,6 @@
 """Reading and writing weights, and the messages for files that are something else."""
 
+import errno
 import os
 import pickle
 import sys
@@ -7,6 +8,7 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -216,6 +218,25 @@ def test_zip_archive_of_other_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "net.pth", "w") as archive:
         archive.writestr("photos/readme.txt", "hello")
     assert "not a file of weights" in refusal(tmp_path / "net.pth")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (RuntimeError("can't allocate memory"), "it needs more memory than is free, or is damaged"),
+    ],
+)
+def test_files_that_the_system_does_not_read(tmp_path, monkeypatch, error, reason):
+    """Another copy of the file would not help."""
+    save_weights(make(), tmp_path / "net.pth")
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    assert refusal(tmp_path / "net.pth").endswith(f"net.pth cannot be read: {reason}")
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    (tmp_path / "net.pth").symlink_to("/proc/self/mem")  # whose first bytes cannot be read
+    assert refusal(tmp_path / "net.pth").endswith("net.pth cannot be read: Input/output error")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.4, 0.7, 0.9, 0.99, 0.999])

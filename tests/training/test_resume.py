@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -280,6 +281,23 @@ def test_damage_that_raises_an_error_without_a_message(tmp_path, capsys):
     (tmp_path / "state.pt").write_bytes(content)
     assert load_state(tmp_path)["number"] == 1
     assert "state.pt is damaged (EOFError): resuming from state.previous.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (RuntimeError("can't allocate memory"), "it needs more memory than is free, or is damaged"),
+    ],
+)
+def test_states_that_the_system_does_not_read(tmp_path, monkeypatch, error, reason):
+    """They are not damaged: a new run would lose them."""
+    save_state(tmp_path, {"number": 1})
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    with pytest.raises(CheckpointError) as caught:
+        load_state(tmp_path)
+    expected = f"{tmp_path}: state.pt cannot be read ({reason}): no state to resume from, make one of them readable"
+    assert str(caught.value) == expected
 
 
 def test_load_state_runs_no_code(tmp_path):
