@@ -125,9 +125,9 @@ void run(const Pixels& rows, const Pixels& columns, const Tensor& index, const R
          int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   const int64_t images = rows.student.size(0), pixels = rows.student.size(1), column_pixels = columns.student.size(1);
   const int64_t sets = index.size(1), listed = index.size(2), rows_of_set = ceil_div(pixels, sets);
-  const int64_t size = tile > 0
-                           ? round_up(tile, LINE)
-                           : tile_size(images * sets, std::max(rows_of_set, listed), sizeof(T), at::get_num_threads());
+  const int64_t longest = std::max(rows_of_set, listed);
+  const int64_t size = tile > 0 ? round_up(std::min(tile, longest), LINE)
+                                : tile_size(images * sets, longest, sizeof(T), at::get_num_threads());
   const int64_t row_blocks = ceil_div(rows_of_set, size), column_blocks = ceil_div(listed, size);
   const int64_t tiles = sets * row_blocks * column_blocks;  // of an image
   const bool need_grad = U.defined();

@@ -65,7 +65,8 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& alpha_stude
          const Relation& relation, int64_t tile, const Tensor& loss, const Tensor& U, const Tensor& h) {
   using T = SumOf<S>;
   const int64_t images = student.size(0), pixels = student.size(1), channels = student.size(2);
-  const int64_t size = tile > 0 ? round_up(tile, LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
+  const int64_t size =
+      tile > 0 ? round_up(std::min(tile, pixels), LINE) : tile_size(images, pixels, sizeof(T), at::get_num_threads());
   const int64_t blocks = ceil_div(pixels, size), tiles = tile_count(blocks);
   const int64_t half = round_up(ceil_div(size, 2), LINE);
   const bool need_grad = U.defined();

@@ -84,6 +84,21 @@ def test_tiles_of_any_size(
     assert_equal(through_tiles(student, teacher, relation), expected, slack=10)
 
 
+def test_a_tile_larger_than_the_image_takes_the_memory_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = features(ROW_L1, pixels=35)
+    columns = torch.arange(35).expand(2, 1, -1).contiguous()
+    scales = formulas.scales_of(student, teacher, ROW_L1, student.dtype)
+    pixels = formulas.Pixels(student, teacher, scales.student, scales.teacher)
+    expected = []
+    for tile in (48, 2**20, 2**63 - 1):
+        monkeypatch.setattr(native, "TILE", tile)
+        sampled = native.sampled_loss_and_gradient(student, teacher, ROW_L1, True, columns)
+        whole = native.relation_tiles(student, teacher, scales, ROW_L1, True)
+        results = [*whole, *native.remote_tiles(pixels, pixels, ROW_L1, True), *sampled]
+        expected = expected or results
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dtype", (torch.float64, *NARROW), ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
