@@ -368,9 +368,9 @@ def plan(
 @every_precision
 def test_plan_fits_into_shared_memory(library: ctypes.CDLL, precision: str, grad: bool, device: str) -> None:
     """The plan fits into a block's shared memory, for any number of channels."""
-    for channels in itertools.product((1, 16, 64, 65, 128, 256, 1000), (1, 64, 256, 512, 5000)):
+    for channels in itertools.product((1, 16, 64, 65, 128, 256, 1000), (1, 64, 256, 512, 5000, 2**24, 2**25, 2**30)):
         chosen = plan(library, precision, grad, 4096, channels, DEVICES[device])
-        assert chosen.shared <= DEVICES[device][1] and chosen.resident >= 0
+        assert 0 <= 8192 * chosen.resident < chosen.shared <= DEVICES[device][1]
         assert chosen.channel_splits == (math.ceil(channels[0] / chosen.u_channels) if grad else 1)
         assert 1 <= chosen.splits <= 64
 

@@ -48,7 +48,7 @@ int fill_sizes(Params& p, int shared_limit) {
   for (int i = 0; i < 2; ++i) p.panels[i] = static_cast<int>(ceil_div(p.features[i].channels, C::PANEL_CHANNELS));
   p.blocks = static_cast<int>(ceil_div(p.pixels, TILE));
   p.channel_splits = C::GRAD ? static_cast<int>(ceil_div(p.features[STUDENT].channels, C::U_CHANNELS)) : 1;
-  p.resident = p.panels[TEACHER] + p.panels[STUDENT];
+  p.resident = minimum(p.panels[TEACHER] + p.panels[STUDENT], shared_limit / PANEL);
   if (shared_bytes<C>(p) > shared_limit) {
     p.resident = 0;
     if (shared_bytes<C>(p) < shared_limit) p.resident = (shared_limit - shared_bytes<C>(p)) / PANEL;
