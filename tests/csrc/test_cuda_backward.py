@@ -70,6 +70,8 @@ def test_what_pytorch_multiplies(gpu: EmulatedGpu) -> None:
     for given, factor in ((gradient.double(), grad_loss), (gradient, grad_loss.double()), (gradient.half(), grad_loss)):
         actual = multiply(gpu, given, factor, torch.float32, launches=0)
         torch.testing.assert_close(actual, (given.double() * factor.view(-1, 1, 1)).float())
+    actual = multiply(gpu, gradient, grad_loss, torch.float64, launches=0)
+    torch.testing.assert_close(actual, gradient.double() * grad_loss.view(-1, 1, 1), check_dtype=False)
     assert multiply(gpu, gradient[:0], grad_loss[:0], torch.float32, launches=0).numel() == 0
     actual = multiply(gpu, gradient, grad_loss[None], torch.float32, launches=0)  # of two dimensions
     assert torch.equal(actual, gradient * grad_loss.view(-1, 1, 1))

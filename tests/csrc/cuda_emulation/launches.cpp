@@ -1,8 +1,14 @@
-// csrc/cuda/launches.h with a runtime that only records. tests/csrc/test_cuda_launches.py calls it through ctypes.
+// csrc/cuda/launches.h and shared_limit.h with a runtime that only records. tests/csrc/test_cuda_launches.py calls it
+// through ctypes.
 #include "../../../csrc/cuda/launches.h"
+
+#include <algorithm>
+
+#include "../../../csrc/cuda/shared_limit.h"
 
 namespace {
 
+using srpkd::cuda::allow_all_shared_memory;
 using srpkd::cuda::blocks_of_multiprocessor;
 using srpkd::cuda::Launches;
 
@@ -45,6 +51,17 @@ int resident(int device, int bytes_of_multiprocessor, int bytes, int* blocks, in
   recorded::attributes.assign(device + 1, {1, 0, bytes_of_multiprocessor, 0, 9, 1});
   recorded::device = device, recorded::queries = 0;
   const cudaError_t error = blocks_of_multiprocessor<kernel<0>>(128, bytes, *blocks);
+  recorded::attributes.clear();
+  *queries = recorded::queries;
+  return error;
+}
+
+// Lets a kernel use all shared memory of a GPU whose thread blocks can have some bytes; -1: setting that fails.
+// `major`: -1 if the GPU does not say how many. Returns 0, or the error of the runtime.
+int allow(int device, int bytes, int major, int* queries) {
+  if (major >= 0) recorded::attributes.assign(std::max(device, 0) + 1, {1, bytes, bytes, 0, major, 1});
+  recorded::device = device, recorded::major = major, recorded::queries = 0;
+  const cudaError_t error = allow_all_shared_memory<kernel<0>>();
   recorded::attributes.clear();
   *queries = recorded::queries;
   return error;

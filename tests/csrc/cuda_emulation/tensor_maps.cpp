@@ -48,5 +48,13 @@ int encode(int device, int context, int of_driver, int* driver_calls, int* recei
   *driver_calls = calls, *received = as_described;
   return error;
 }
+
+// Returns what TMA does not support in SHAPE with another address, extents, strides and box, or null.
+const char* unsupported(int64_t offset, const int64_t* extents, const int64_t* strides, const int* box) {
+  srpkd::cuda::sm90::TensorMapShape shape = SHAPE;
+  shape.data = data + offset;
+  std::copy_n(extents, 3, shape.extents), std::copy_n(strides, 2, shape.strides), std::copy_n(box, 3, shape.box);
+  return srpkd::cuda::sm90::unsupported_reason(shape);
+}
 }
 #pragma GCC visibility pop

@@ -60,7 +60,8 @@ struct cudaLaunchConfig_t {
 
 namespace recorded {
 
-inline int device = 0, major = 9, ptx_version = 90;  // of the current GPU, and of the code that it has
+// of the current GPU, and of the code that it has; a negative number: the runtime returns an error
+inline int device = 0, major = 9, ptx_version = 90;
 // of each GPU, in the order of cudaDeviceAttr, and the multiprocessors of the stream if they are fewer; by default
 // `major`
 inline std::vector<std::vector<int>> attributes;
@@ -82,6 +83,7 @@ inline cudaError_t last_error = cudaSuccess;
 }  // namespace recorded
 
 inline cudaError_t cudaGetDevice(int* device) {
+  if (recorded::device < 0) return cudaErrorInvalidDevice;
   *device = recorded::device;
   return cudaSuccess;
 }
@@ -96,6 +98,7 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+  if (recorded::attributes.empty() && recorded::major < 0) return cudaErrorInvalidDevice;
   *value = recorded::attributes.empty() ? recorded::major : recorded::attributes.at(device).at(name);
   return cudaSuccess;
 }
@@ -108,7 +111,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes != recorded::attributes.at(recorded::device).at(cudaDevAttrMaxSharedMemoryPerBlockOptin))
+  ++recorded::queries;
+  if (bytes < 0 || bytes != recorded::attributes.at(recorded::device).at(cudaDevAttrMaxSharedMemoryPerBlockOptin))
     return cudaErrorInvalidValue;
   recorded::without_limit.insert({recorded::device, reinterpret_cast<void*>(kernel)});
   return cudaSuccess;
