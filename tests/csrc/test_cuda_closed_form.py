@@ -101,6 +101,19 @@ def test_pixels_and_channels_of_different_magnitude(library: ctypes.CDLL, case: 
     check(library, student, teacher, replace(COSINE, eps=0.0), case)
 
 
+@pytest.mark.parametrize("pixels", [64, 65])
+@pytest.mark.parametrize("channels", [(8, 16), (8, 8)], ids=str)
+def test_largest_float16_terms(library: ctypes.CDLL, channels: tuple[int, int], pixels: int) -> None:
+    """Scaled features of nearly 1 in one channel: an element of the moments is nearly the number of pixels."""
+    student, teacher = (2e-3 * x for x in draw(torch.float32, 1, pixels, channels))
+    student[..., 0], teacher[:, ::2, 0], teacher[:, 1::2, 1] = 1.0, 1.0, 1.0
+    result = run(library, student, teacher, COSINE, "highest")
+    loss, gradient = expected_of(student, teacher, COSINE, "mean")
+    assert error(result.loss, loss) < 1e-6
+    # the gradient is that of the other channels, 2e-3 of what the projection subtracts
+    assert error(result.gradient, gradient) < 1e-6 / 2e-3
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("need_grad", [True, False])
 @every_normalized
