@@ -95,6 +95,13 @@ inline void check_sizes(const Tensor& features) {
                       ": use fewer pixels, or split the batch");
 }
 
+// Checks that 32 bits count the tiles of the moments, matrices of channels by channels: more would take 4 TB.
+inline void check_moments(const Tensor& features) {
+  TORCH_CHECK_VALUE(features.size(2) <= 1 << 20,
+                    "expected at most 2^20 channels with normalize=\"row\" or the closed form, received ",
+                    features.sizes(), ": use fewer channels, or backend='reference'");
+}
+
 inline void check_grid(const Tensor& student, int64_t blocks) {
   TORCH_CHECK_VALUE(blocks <= INT32_MAX, "expected features that fit into one launch, received ", student.sizes(),
                     ": split the batch");

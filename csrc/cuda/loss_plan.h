@@ -187,8 +187,9 @@ inline int64_t largest_grid(const LossArguments& a, int tile_blocks) {
   using namespace algebra;
   const int channels_t = a.features[TEACHER].channels, channels_s = a.features[STUDENT].channels;
   const int64_t most = tile_blocks > 2 ? tile_blocks : 2;  // the norms have two, for two networks
-  return a.images *
-         (ceil_div(a.pixels, BLOCK) * (most + blocks_of(channels_s)) + tiles_of(channels_t) + tiles_of(channels_s));
+  const bool moments = a.relation.normalize == Normalize::row;
+  return a.images * (ceil_div(a.pixels, BLOCK) * (most + blocks_of(channels_s)) +
+                     (moments ? tiles_of(channels_t) + tiles_of(channels_s) : 0));
 }
 
 // The whole loss with the tiles of sm80.

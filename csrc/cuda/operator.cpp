@@ -71,6 +71,8 @@ LossAndGradient relation_loss_forward(const Tensor& student, const Tensor& teach
       "backend='closed_form'");
   check_features(student, teacher);
   check_sizes(student), check_sizes(teacher);
+  if (chosen == Method::closed_form || a.relation.normalize == Normalize::row)
+    check_moments(student), check_moments(teacher);
   a.precision = precision_of(student.scalar_type());
   const c10::cuda::CUDAGuard guard(student.device());
   auto [loss, gradient] = empty_loss_and_gradient(student, a.reduction, need_grad);

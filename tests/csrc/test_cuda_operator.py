@@ -302,6 +302,11 @@ def test_refused(gpu: EmulatedGpu, emulated_gpu: Callable, monkeypatch: pytest.M
         loss_of(many, many, COSINE, "mean", "nlc")
     with pytest.raises(ValueError, match=r"fit into one launch.*split the batch"):
         native.relation_tiles(many, many, formulas.Scales(None, None, None), NONE, False)
+    wide = torch.zeros(1, 1, 1).expand(1, 2, 2**20 + 1)
+    for relation, method in ((ROW, "tiles"), (replace(COSINE, distance="l2"), "closed_form")):
+        for features in ((student.flatten(2).mT[:1, :2], wide), (wide, teacher.flatten(2).mT[:1, :2])):
+            with pytest.raises(ValueError, match=rf"at most 2\^20 channels.*received \[1, 2, {2**20 + 1}\]"):
+                loss_of(*features, relation, "mean", "nlc", "image", method)
     for name, value in (("SRPKD_CUDA_KERNEL", "sm70"), ("SRPKD_CUDA_OVERLAP", "yes"), ("SRPKD_CUDA_TOGETHER", "")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
