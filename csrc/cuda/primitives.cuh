@@ -101,11 +101,9 @@ SRPKD_DEVICE void load_words_coherent(uint32_t (&to)[4], const void* from) {
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "l"(from));
 }
-// Orders this thread's accesses before it and after it, for all threads of the GPU. __threadfence() is a sequentially
-// consistent fence, which takes longer.
-SRPKD_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Adds 1 to a counter in global memory, and returns its value before that. Acquires and releases: what the thread block
-// has done before its last barrier is visible to whoever reads the new value.
+// has done before its last barrier is visible to the thread block that reads the new value, after its next barrier. No
+// other thread needs a fence: the causality order of PTX's memory model includes barriers.
 SRPKD_DEVICE int increment(int* counter) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");

@@ -270,8 +270,8 @@ BACKENDS = {
             Fault(
                 "weighted moment: counted before all threads have written",
                 CUDA_MATRICES,
-                "  fence_device();\n  sync_block();\n  if",
-                "  fence_device();\n  if",
+                "  sync_block();\n  if (thread_index() == 0) store_shared(shared, increment",
+                "  if (thread_index() == 0) store_shared(shared, increment",
             ),
             Fault("norms: the mean's term is dropped", CUDA_NORMS, "sum(false) + dot * dot", "sum(false) + 0 * dot"),
             Fault("norms: one size for both networks", CUDA_NORMS, "image * 2 + network", "image * 2 + STUDENT"),

@@ -12,11 +12,9 @@ SRPKD_DEVICE int64_t offset_of_partial(int image, int tiles, int tile, int split
 
 // Returns whether the other blocks of a group of `blocks` have written their sums. Their counter starts at 0.
 SRPKD_DEVICE bool is_last_block(int* counter, int blocks, Address shared) {
-  fence_device();
   sync_block();
   if (thread_index() == 0) store_shared(shared, increment(counter) == blocks - 1 ? 1 : 0);
   sync_block();
-  fence_device();
   return load_shared<int>(shared);
 }
 

@@ -182,7 +182,6 @@ void store_words(void* to, const uint32_t (&from)[WORDS]) {
 inline void load_words_coherent(uint32_t (&to)[4], const void* from) { load_words(to, from); }
 inline void wait_for_earlier_kernels() { emulation::machine->wait_for_earlier_kernels(); }
 inline void let_next_kernel_start() { emulation::machine->let_next_kernel_start(); }
-inline void fence_device() {}
 inline int increment(int* counter) {
   emulation::machine->access_global(Kind::addition, counter, sizeof(int), alignof(int), "atomic addition");
   emulation::machine->yield();
