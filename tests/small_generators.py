@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,14 @@ from srpkd.models.checkpoints import CheckpointError, load_weights
 from srpkd.models.networks import GeneratorSpec, define_generator
 
 SMALL = GeneratorSpec("resnet_2blocks", ngf=2)
+# that a file of weights was not read, and how a message says it
+errors_of_the_system = pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (RuntimeError("can't allocate memory"), "it needs more memory than is free, or is damaged"),
+    ],
+)
 
 
 def make(spec: GeneratorSpec = SMALL) -> nn.Module:

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from small_generators import SMALL, assert_same, make, refusal, with_old_statistics
+from small_generators import SMALL, assert_same, errors_of_the_system, make, refusal, with_old_statistics
 from torch import nn
 
 from srpkd.models.checkpoints import load_generator, load_weights, save_weights
@@ -220,13 +220,7 @@ def test_zip_archive_of_other_files(tmp_path):
     assert "not a file of weights" in refusal(tmp_path / "net.pth")
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
-        (RuntimeError("can't allocate memory"), "it needs more memory than is free, or is damaged"),
-    ],
-)
+@errors_of_the_system
 def test_files_that_the_system_does_not_read(tmp_path, monkeypatch, error, reason):
     """Another copy of the file would not help."""
     save_weights(make(), tmp_path / "net.pth")
@@ -234,8 +228,9 @@ def test_files_that_the_system_does_not_read(tmp_path, monkeypatch, error, reaso
     assert refusal(tmp_path / "net.pth").endswith(f"net.pth cannot be read: {reason}")
 
 
-def test_a_file_that_cannot_be_opened(tmp_path):
-    (tmp_path / "net.pth").symlink_to("/proc/self/mem")  # whose first bytes cannot be read
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    save_weights(make(), tmp_path / "net.pth")
+    monkeypatch.setattr("builtins.open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     assert refusal(tmp_path / "net.pth").endswith("net.pth cannot be read: Input/output error")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from resumable_runs import ARGUMENTS, outcome
+from small_generators import errors_of_the_system
 
 from srpkd.data.synthetic import write_synthetic
 from srpkd.files import WriteError
@@ -283,13 +284,7 @@ def test_damage_that_raises_an_error_without_a_message(tmp_path, capsys):
     assert "state.pt is damaged (EOFError): resuming from state.previous.pt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
-        (RuntimeError("can't allocate memory"), "it needs more memory than is free, or is damaged"),
-    ],
-)
+@errors_of_the_system
 def test_states_that_the_system_does_not_read(tmp_path, monkeypatch, error, reason):
     """They are not damaged: a new run would lose them."""
     save_state(tmp_path, {"number": 1})
